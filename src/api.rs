@@ -91,7 +91,10 @@ pub struct Route {
 /// Every route of the gateway.
 pub fn router(state: AppState) -> Router {
     let router = all().router.layer(Extension(state.clone()));
-    let observed = Observed { server: Arc::clone(&state.server), logs_clients: state.logs_clients };
+    let observed = Observed {
+        server: Arc::clone(&state.server),
+        logs_clients: state.logs_clients,
+    };
     finished(router, observed).with_state(state)
 }
 
@@ -109,27 +112,115 @@ fn all() -> Routes {
     for scope in SCOPES {
         let at = |rest: &str| format!("{scope}{rest}");
         routes.add_message(at("/messages"), messages::create, messages::create_doc);
-        routes.add(Read, Method::GET, at("/messages"), messages::list, messages::list_doc);
-        routes.add(Read, Method::GET, at("/thread"), threads::show, threads::show_doc);
-        routes.add(Chat, Method::PATCH, at("/thread"), threads::update, threads::update_doc);
-        routes.add(Chat, Method::DELETE, at("/thread"), threads::delete, threads::delete_doc);
-        routes.add(Chat, Method::POST, at("/thread/rollover"), threads::roll_over, threads::roll_over_doc);
-        routes.add(Chat, Method::POST, at("/thread/cancel"), threads::cancel, threads::cancel_doc);
-        routes.add(Chat, Method::POST, at("/runs/{run}/cancel"), runs::cancel, runs::cancel_doc);
-        routes.add_message(at("/runs/{run}/tool_outputs"), runs::tool_outputs, runs::tool_outputs_doc);
-        routes.add(Read, Method::GET, at("/runs/{run}/events"), runs::events, runs::events_doc);
+        routes.add(
+            Read,
+            Method::GET,
+            at("/messages"),
+            messages::list,
+            messages::list_doc,
+        );
+        routes.add(
+            Read,
+            Method::GET,
+            at("/thread"),
+            threads::show,
+            threads::show_doc,
+        );
+        routes.add(
+            Chat,
+            Method::PATCH,
+            at("/thread"),
+            threads::update,
+            threads::update_doc,
+        );
+        routes.add(
+            Chat,
+            Method::DELETE,
+            at("/thread"),
+            threads::delete,
+            threads::delete_doc,
+        );
+        routes.add(
+            Chat,
+            Method::POST,
+            at("/thread/rollover"),
+            threads::roll_over,
+            threads::roll_over_doc,
+        );
+        routes.add(
+            Chat,
+            Method::POST,
+            at("/thread/cancel"),
+            threads::cancel,
+            threads::cancel_doc,
+        );
+        routes.add(
+            Chat,
+            Method::POST,
+            at("/runs/{run}/cancel"),
+            runs::cancel,
+            runs::cancel_doc,
+        );
+        routes.add_message(
+            at("/runs/{run}/tool_outputs"),
+            runs::tool_outputs,
+            runs::tool_outputs_doc,
+        );
+        routes.add(
+            Read,
+            Method::GET,
+            at("/runs/{run}/events"),
+            runs::events,
+            runs::events_doc,
+        );
         routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
-        routes.add(Read, Method::GET, at("/runs/{run}"), runs::show, runs::show_doc);
+        routes.add(
+            Read,
+            Method::GET,
+            at("/runs/{run}"),
+            runs::show,
+            runs::show_doc,
+        );
     }
     for user in USERS {
         let at = |rest: &str| format!("{user}{rest}");
         routes.add(Chat, Method::DELETE, user, users::delete, users::delete_doc);
-        routes.add(Read, Method::GET, at("/threads"), users::threads, users::threads_doc);
-        routes.add(Read, Method::GET, at("/export"), users::export, users::export_doc);
+        routes.add(
+            Read,
+            Method::GET,
+            at("/threads"),
+            users::threads,
+            users::threads_doc,
+        );
+        routes.add(
+            Read,
+            Method::GET,
+            at("/export"),
+            users::export,
+            users::export_doc,
+        );
     }
-    routes.add(Read, Method::GET, "/v1/deletions/{deletion}", deletions::show, deletions::show_doc);
-    routes.add(Admin, Method::GET, "/v1/threads", operators::threads, operators::threads_doc);
-    routes.add(Admin, Method::GET, "/v1/threads/{thread}", operators::thread, operators::thread_doc);
+    routes.add(
+        Read,
+        Method::GET,
+        "/v1/deletions/{deletion}",
+        deletions::show,
+        deletions::show_doc,
+    );
+    routes.add(
+        Admin,
+        Method::GET,
+        "/v1/threads",
+        operators::threads,
+        operators::threads_doc,
+    );
+    routes.add(
+        Admin,
+        Method::GET,
+        "/v1/threads/{thread}",
+        operators::thread,
+        operators::thread_doc,
+    );
     routes.add(
         Admin,
         Method::GET,
@@ -137,7 +228,13 @@ fn all() -> Routes {
         operators::messages,
         operators::messages_doc,
     );
-    routes.add(Operator, Method::POST, "/v1/admin/cleanup", operators::cleanup, operators::cleanup_doc);
+    routes.add(
+        Operator,
+        Method::POST,
+        "/v1/admin/cleanup",
+        operators::cleanup,
+        operators::cleanup_doc,
+    );
     routes
 }
 
@@ -168,8 +265,19 @@ impl Routes {
     }
 
     /// A `POST` that has a model answer.
-    fn add_message<H: Handler<T, AppState>, T: 'static>(&mut self, path: String, handler: H, doc: Describe) {
-        self.guard((Access::Chat, Counted::Message), Method::POST, path, handler, doc);
+    fn add_message<H: Handler<T, AppState>, T: 'static>(
+        &mut self,
+        path: String,
+        handler: H,
+        doc: Describe,
+    ) {
+        self.guard(
+            (Access::Chat, Counted::Message),
+            Method::POST,
+            path,
+            handler,
+            doc,
+        );
     }
 
     fn guard<H: Handler<T, AppState>, T: 'static>(
@@ -182,8 +290,15 @@ impl Routes {
     ) {
         // All methods that are used here are among those that the filter knows.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
-        let asks = Asks { needs, counted, keys: Place::of(&path), query: authorize::Query::of(doc) };
-        let guarded = on(filter, handler).route_layer(from_fn(authorize::guard)).route_layer(Extension(asks));
+        let asks = Asks {
+            needs,
+            counted,
+            keys: Place::of(&path),
+            query: authorize::Query::of(doc),
+        };
+        let guarded = on(filter, handler)
+            .route_layer(from_fn(authorize::guard))
+            .route_layer(Extension(asks));
         self.put(Some(needs), method, path, guarded, doc);
     }
 
@@ -196,7 +311,14 @@ impl Routes {
         doc: Describe,
     ) {
         self.router = std::mem::take(&mut self.router).route(&path, route);
-        self.table.push((Route { method, path, needs }, doc));
+        self.table.push((
+            Route {
+                method,
+                path,
+                needs,
+            },
+            doc,
+        ));
     }
 }
 
@@ -207,7 +329,11 @@ fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Obser
         .fallback(async || Error::NotFound("there is nothing at this path"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked));
-    let router = if origins.is_empty() { router } else { router.layer(cors::layer(origins)) };
+    let router = if origins.is_empty() {
+        router
+    } else {
+        router.layer(cors::layer(origins))
+    };
     router.layer(from_fn_with_state(observed, request_log::observe))
 }
 
@@ -230,11 +356,20 @@ mod tests {
         async fn broken() -> &'static str {
             panic!("planted text")
         }
-        let router: Router = finished(Router::new().route("/broken", get(broken)), Observed::default());
-        let request = Request::get("/broken").header("x-request-id", "my-id").body(Body::empty()).unwrap();
+        let router: Router = finished(
+            Router::new().route("/broken", get(broken)),
+            Observed::default(),
+        );
+        let request = Request::get("/broken")
+            .header("x-request-id", "my-id")
+            .body(Body::empty())
+            .unwrap();
         let response = router.oneshot(request).await.unwrap();
         assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
-        assert_eq!(response.headers()[header::CONTENT_TYPE], "application/problem+json");
+        assert_eq!(
+            response.headers()[header::CONTENT_TYPE],
+            "application/problem+json"
+        );
         let body = response.into_body().collect().await.unwrap().to_bytes();
         let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(problem["type"], "urn:threadkeeper:problem:internal");

@@ -20,7 +20,9 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, Limits};
 use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
-use crate::domain::{Access, ConversationKey, Fingerprints, KeyNames, ReplicaId, RetentionPolicy, TenantKey};
+use crate::domain::{
+    Access, ConversationKey, Fingerprints, KeyNames, ReplicaId, RetentionPolicy, TenantKey,
+};
 use crate::export_import::{self, Refused, Summary, What};
 use crate::lifecycle::{Janitor, JanitorParts};
 use crate::locks::{Budget, KeyedSemaphore};
@@ -57,16 +59,27 @@ impl App {
         let store = open_store(&config.store).await?;
         let fingerprints = fingerprints(&config.store, &store).await?;
         let upstreams = upstreams(&config)?;
-        let default_assistant = config.default_assistant().context("no assistant is configured")?.to_owned();
-        let listener = TcpListener::bind(config.server.listen).await.with_context(|| {
-            format!("cannot listen on {} (--listen, or server.listen)", config.server.listen)
-        })?;
+        let default_assistant = config
+            .default_assistant()
+            .context("no assistant is configured")?
+            .to_owned();
+        let listener = TcpListener::bind(config.server.listen)
+            .await
+            .with_context(|| {
+                format!(
+                    "cannot listen on {} (--listen, or server.listen)",
+                    config.server.listen
+                )
+            })?;
         let address = listener.local_addr()?;
         if !address.ip().is_loopback() && !config.auth.is_configured() {
             tracing::warn!(%address, "callers on other machines are served although nobody has to prove who they are");
         }
-        let (tasks, draining, stop) =
-            (TaskTracker::new(), CancellationToken::new(), CancellationToken::new());
+        let (tasks, draining, stop) = (
+            TaskTracker::new(),
+            CancellationToken::new(),
+            CancellationToken::new(),
+        );
         let runs = Runs::new(RunsParts {
             store: Arc::clone(&store),
             upstreams: configured(&config, &upstreams),
@@ -82,7 +95,11 @@ impl App {
                 attend_every: config.replica.session_ttl / 3,
             },
             replica: ReplicaId::new(),
-            tasks: Tasks { tracker: tasks.clone(), draining: draining.clone(), stop: stop.clone() },
+            tasks: Tasks {
+                tracker: tasks.clone(),
+                draining: draining.clone(),
+                stop: stop.clone(),
+            },
         });
         let (place, ttl) = (address.to_string(), config.replica.session_ttl);
         with_retries(&config.store, || runs.renew(&place, ttl))
@@ -105,15 +122,21 @@ impl App {
             tasks: tasks.clone(),
             draining: draining.clone(),
         });
-        let auth = Auth::new(&config.auth, Arc::clone(&store), &fingerprints).context("auth.jwt")?;
+        let auth =
+            Auth::new(&config.auth, Arc::clone(&store), &fingerprints).context("auth.jwt")?;
         let auth = Arc::new(auth);
-        with_retries(&config.store, || auth.refresh()).await.context("cannot read the API keys")?;
+        with_retries(&config.store, || auth.refresh())
+            .await
+            .context("cannot read the API keys")?;
         let state = AppState {
             runs: runs.clone(),
             janitor: janitor.clone(),
             auth: Arc::clone(&auth),
             limits: Arc::new(Limits::new(&config.limits)),
-            readers: Arc::new(KeyedSemaphore::new(usize::MAX, config.server.max_readers_per_run.get())),
+            readers: Arc::new(KeyedSemaphore::new(
+                usize::MAX,
+                config.server.max_readers_per_run.get(),
+            )),
             bodies: Budget::new(config.server.max_buffered_body_bytes),
             server: Arc::new(config.server.clone()),
             logs_clients: config.log.client_address,
@@ -152,13 +175,21 @@ impl App {
     pub async fn run(self, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
         let parts = TaskTracker::new();
         let server_stop = ServerStop::default();
-        let mut session = parts
-            .spawn(self.runs.clone().keep_session(self.address.to_string(), self.config.replica.session_ttl));
+        let mut session = parts.spawn(
+            self.runs
+                .clone()
+                .keep_session(self.address.to_string(), self.config.replica.session_ttl),
+        );
         let mut janitor = parts.spawn(self.janitor.work());
         parts.spawn(self.auth.keep_fresh(self.stop.clone()));
-        let (listener, router, settings, stop) =
-            (self.listener, self.router, self.config.server.clone(), server_stop.clone());
-        let mut server = parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
+        let (listener, router, settings, stop) = (
+            self.listener,
+            self.router,
+            self.config.server.clone(),
+            server_stop.clone(),
+        );
+        let mut server =
+            parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
         tracing::info!(address = %self.address, "listening");
 
         // A replica whose session nobody keeps would only refuse from then on: better to end and be started again.
@@ -179,7 +210,10 @@ impl App {
             () = sleep(self.config.server.shutdown_grace) => {}
         }
         // Whoever goes on with what is left shall know how far it came.
-        if timeout(SHUTDOWN_DEADLINE / 4, self.runs.record_now()).await.is_err() {
+        if timeout(SHUTDOWN_DEADLINE / 4, self.runs.record_now())
+            .await
+            .is_err()
+        {
             tracing::warn!("cannot record in time how far the runs came");
         }
         self.runs.let_go();
@@ -191,7 +225,10 @@ impl App {
             }
         };
         if timeout(SHUTDOWN_DEADLINE, last_words).await.is_err() {
-            tracing::error!(runs = self.tasks.len(), "some runs could not record their end");
+            tracing::error!(
+                runs = self.tasks.len(),
+                "some runs could not record their end"
+            );
         }
         server_stop.soft.cancel();
         if !server.is_finished() && timeout(SHUTDOWN_DEADLINE / 2, &mut server).await.is_err() {
@@ -217,7 +254,11 @@ impl App {
 
 /// Brings the schema of the configured store up to date.
 pub async fn migrate(config: &StoreConfig) -> anyhow::Result<()> {
-    let store = open_store(&StoreConfig { migrate_on_start: true, ..config.clone() }).await?;
+    let store = open_store(&StoreConfig {
+        migrate_on_start: true,
+        ..config.clone()
+    })
+    .await?;
     store.close().await;
     Ok(())
 }
@@ -230,7 +271,11 @@ pub async fn export<W: Write>(
     tenant: TenantKey,
     open: impl FnOnce() -> anyhow::Result<W>,
 ) -> anyhow::Result<u64> {
-    let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
+    let store = open_store(&StoreConfig {
+        migrate_on_start: false,
+        ..config.clone()
+    })
+    .await?;
     let mut out = open()?;
     let mut lines = pin!(export_import::export(Arc::clone(&store), What::All(tenant)));
     let mut written = 0;
@@ -270,7 +315,10 @@ pub async fn create_key(
 }
 
 /// The recorded keys, of one tenant or of all.
-pub async fn keys(config: &StoreConfig, tenant: Option<&TenantKey>) -> anyhow::Result<Vec<StoredKey>> {
+pub async fn keys(
+    config: &StoreConfig,
+    tenant: Option<&TenantKey>,
+) -> anyhow::Result<Vec<StoredKey>> {
     let store = open_store(config).await?;
     let keys = store.keys(tenant).await?;
     store.close().await;
@@ -287,7 +335,11 @@ pub async fn revoke_key(config: &StoreConfig, prefix: &str) -> anyhow::Result<St
 
 /// A conversation's key as logs and upstreams are told it.
 pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow::Result<KeyNames> {
-    let store = open_store(&StoreConfig { migrate_on_start: false, ..config.clone() }).await?;
+    let store = open_store(&StoreConfig {
+        migrate_on_start: false,
+        ..config.clone()
+    })
+    .await?;
     let names = KeyNames::hidden(key, &fingerprints(config, &store).await?);
     store.close().await;
     Ok(names)
@@ -298,11 +350,16 @@ async fn fingerprints(config: &StoreConfig, store: &Store) -> anyhow::Result<Fin
     let mut fresh = [0; 32];
     rand::rng().fill_bytes(&mut fresh);
     let key = with_retries(config, || store.fingerprint_key(fresh)).await;
-    Ok(Fingerprints::new(&key.context("cannot read the key of fingerprints")?))
+    Ok(Fingerprints::new(
+        &key.context("cannot read the key of fingerprints")?,
+    ))
 }
 
 async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<Store>> {
-    config.url.as_ref().context("no store is configured: set store.url or DATABASE_URL")?;
+    config
+        .url
+        .as_ref()
+        .context("no store is configured: set store.url or DATABASE_URL")?;
     let store = Store::open(config).await?;
     if config.migrate_on_start {
         with_retries(config, || store.migrate()).await?;
@@ -385,8 +442,15 @@ mod tests {
              [assistants.default]\nupstream = \"none\"\nmodel = \"m\"\n",
             folder.display()
         );
-        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
-        let config = Config::load_for_serve(Sources { file, ..Sources::default() }).unwrap();
+        let file = Some(ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text,
+        });
+        let config = Config::load_for_serve(Sources {
+            file,
+            ..Sources::default()
+        })
+        .unwrap();
         App::build(config).await.unwrap()
     }
 
@@ -411,14 +475,25 @@ mod tests {
         let header = (
             prop::sample::select(
                 &[
-                    "prefer", "last-event-id", "idempotency-key", "authorization", "accept", "x-request-id",
+                    "prefer",
+                    "last-event-id",
+                    "idempotency-key",
+                    "authorization",
+                    "accept",
+                    "x-request-id",
                     "origin",
                 ][..],
             ),
             prop_oneof![
                 prop::collection::vec(any::<u8>(), 0..40),
                 prop::sample::select(
-                    &["wait=18446744073709551615", "respond-async", "text/event-stream", "Bearer x", "1"][..]
+                    &[
+                        "wait=18446744073709551615",
+                        "respond-async",
+                        "text/event-stream",
+                        "Bearer x",
+                        "1"
+                    ][..]
                 )
                 .prop_map(|text| text.as_bytes().to_vec()),
             ],
@@ -461,7 +536,12 @@ mod tests {
                 headers.push(("authorization", format!("Bearer {KEY}").into_bytes()));
             }
             headers.push(("content-type", b"application/json".to_vec()));
-            Asked { method, path: [path, query].concat(), headers, body }
+            Asked {
+                method,
+                path: [path, query].concat(),
+                headers,
+                body,
+            }
         })
     }
 
@@ -469,7 +549,9 @@ mod tests {
     async fn ask(router: Router, asked: Asked) -> Option<Response> {
         let mut request = Request::builder().method(asked.method).uri(asked.path);
         for (name, value) in asked.headers {
-            let Ok(value) = HeaderValue::from_bytes(&value) else { continue };
+            let Ok(value) = HeaderValue::from_bytes(&value) else {
+                continue;
+            };
             request = request.header(HeaderName::from_static(name), value);
         }
         let request = request.body(Body::from(asked.body)).ok()?;
@@ -478,8 +560,11 @@ mod tests {
 
     #[test]
     fn whatever_is_asked_has_an_answer() {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let folder = tempfile::tempdir().unwrap();
         let app = runtime.block_on(app(folder.path()));
         proptest!(|(asked in asked())| {

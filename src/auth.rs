@@ -75,7 +75,9 @@ impl Auth {
                 })
             }
             // It may be a key that was made just now.
-            _ if self.recorded.is_some() && !self.keys.is_fresh() => Err(Error::StoreUnavailable(None)),
+            _ if self.recorded.is_some() && !self.keys.is_fresh() => {
+                Err(Error::StoreUnavailable(None))
+            }
             _ => Err(Error::InvalidToken("there is no such API key")),
         }
     }
@@ -85,7 +87,9 @@ impl Auth {
     /// # Errors
     /// The store failed; the keys that are known stay good for a while.
     pub async fn refresh(&self) -> Result<(), StoreError> {
-        let Some(store) = &self.recorded else { return Ok(()) };
+        let Some(store) = &self.recorded else {
+            return Ok(());
+        };
         self.keys.renew(store.good_keys().await?);
         Ok(())
     }

@@ -309,7 +309,8 @@ pub struct ConfigArgs {
 
 /// What a listen address looks like.
 fn listen(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| format!("{LISTEN_FORM} (a host name is not looked up)"))
+    text.parse()
+        .map_err(|_| format!("{LISTEN_FORM} (a host name is not looked up)"))
 }
 
 #[cfg(test)]
@@ -337,15 +338,31 @@ mod tests {
         assert_eq!(
             names,
             [
-                "dev", "serve", "simulate", "migrate", "export", "import", "keys", "fingerprint",
-                "check-config", "sql", "health", "help"
+                "dev",
+                "serve",
+                "simulate",
+                "migrate",
+                "export",
+                "import",
+                "keys",
+                "fingerprint",
+                "check-config",
+                "sql",
+                "health",
+                "help"
             ]
         );
-        for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
+        for command in cli
+            .get_subcommands_mut()
+            .filter(|command| command.get_name() != "help")
+        {
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{help}");
             assert!(command.get_long_about().is_some(), "{help}");
-            assert!(command.get_opts().all(|option| option.get_help().is_some()), "{help}");
+            assert!(
+                command.get_opts().all(|option| option.get_help().is_some()),
+                "{help}"
+            );
         }
     }
 
@@ -353,8 +370,14 @@ mod tests {
     fn the_examples_in_the_help_are_accepted() {
         let cli = Cli::command();
         for command in cli.get_subcommands() {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-            for line in help.lines().filter_map(|line| line.find("threadkeeper ").map(|at| &line[at..])) {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            for line in help
+                .lines()
+                .filter_map(|line| line.find("threadkeeper ").map(|at| &line[at..]))
+            {
                 assert!(parse(line).is_ok(), "{line}: {:?}", parse(line));
             }
         }
@@ -362,7 +385,9 @@ mod tests {
 
     #[test]
     fn dev_needs_nothing() {
-        let Ok(Command::Dev(args)) = parse("threadkeeper dev") else { panic!("not dev") };
+        let Ok(Command::Dev(args)) = parse("threadkeeper dev") else {
+            panic!("not dev")
+        };
         assert_eq!(args.listen, SocketAddr::from(([127, 0, 0, 1], 8080)));
         assert_eq!(args.data, PathBuf::from("./data"));
     }
@@ -370,7 +395,9 @@ mod tests {
     #[test]
     fn serve_takes_a_file_and_an_address() {
         let line = "threadkeeper serve --config a.toml --listen [::1]:1";
-        let Ok(Command::Serve(args)) = parse(line) else { panic!("not serve") };
+        let Ok(Command::Serve(args)) = parse(line) else {
+            panic!("not serve")
+        };
         assert_eq!(args.config.config, Some(PathBuf::from("a.toml")));
         assert_eq!(args.listen, Some("[::1]:1".parse().unwrap()));
         assert!(parse("threadkeeper serve --listen everywhere").is_err());
@@ -379,7 +406,9 @@ mod tests {
     #[test]
     fn the_simulator_s_knobs_have_units() {
         let line = "threadkeeper simulate --latency 1s --token-interval 20ms --reply-words 5";
-        let Ok(Command::Simulate(args)) = parse(line) else { panic!("not simulate") };
+        let Ok(Command::Simulate(args)) = parse(line) else {
+            panic!("not simulate")
+        };
         assert_eq!(args.knobs.latency, Duration::from_secs(1));
         assert_eq!(args.knobs.token_interval, Duration::from_millis(20));
         assert_eq!(args.knobs.reply_words, 5);
@@ -389,10 +418,14 @@ mod tests {
     #[test]
     fn an_import_without_a_file_reads_standard_input() {
         for line in ["threadkeeper import", "threadkeeper import -"] {
-            let Ok(Command::Import(args)) = parse(line) else { panic!("not import") };
+            let Ok(Command::Import(args)) = parse(line) else {
+                panic!("not import")
+            };
             assert_eq!(args.file, PathBuf::from("-"), "{line}");
         }
-        let Ok(Command::Export(args)) = parse("threadkeeper export") else { panic!("not export") };
+        let Ok(Command::Export(args)) = parse("threadkeeper export") else {
+            panic!("not export")
+        };
         assert_eq!((args.out, args.tenant.as_str()), (None, "default"));
     }
 

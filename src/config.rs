@@ -324,13 +324,24 @@ pub struct ReplicaConfig {
 impl Config {
     /// How long threads live that have no limits of their own.
     pub fn lifetimes(&self) -> Lifetimes {
-        let Self { sessions, threads, .. } = self;
+        let Self {
+            sessions, threads, ..
+        } = self;
         Lifetimes {
             sessions: match sessions.ttl_from {
-                TtlFrom::Creation => Limits { max_age: Some(sessions.ttl), max_idle: None },
-                TtlFrom::LastActivity => Limits { max_age: None, max_idle: Some(sessions.ttl) },
+                TtlFrom::Creation => Limits {
+                    max_age: Some(sessions.ttl),
+                    max_idle: None,
+                },
+                TtlFrom::LastActivity => Limits {
+                    max_age: None,
+                    max_idle: Some(sessions.ttl),
+                },
             },
-            others: Limits { max_age: threads.max_age, max_idle: threads.max_idle },
+            others: Limits {
+                max_age: threads.max_age,
+                max_idle: threads.max_idle,
+            },
         }
     }
 
@@ -358,7 +369,9 @@ impl LogConfig {
 impl ServerConfig {
     /// What this address says of others is believed. A [canonical](IpAddr::to_canonical) one.
     pub fn trusts(&self, address: IpAddr) -> bool {
-        self.trusted_proxies.iter().any(|network| network.contains(address))
+        self.trusted_proxies
+            .iter()
+            .any(|network| network.contains(address))
     }
 }
 
@@ -409,7 +422,11 @@ impl Default for StoreConfig {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { filter: "info".to_owned(), format: None, client_address: true }
+        Self {
+            filter: "info".to_owned(),
+            format: None,
+            client_address: true,
+        }
     }
 }
 
@@ -432,7 +449,10 @@ impl Default for RunsConfig {
 
 impl Default for SessionsConfig {
     fn default() -> Self {
-        Self { ttl: Duration::from_hours(24), ttl_from: TtlFrom::Creation }
+        Self {
+            ttl: Duration::from_hours(24),
+            ttl_from: TtlFrom::Creation,
+        }
     }
 }
 
@@ -450,7 +470,10 @@ impl Default for ThreadsConfig {
 
 impl Default for ArchiveConfig {
     fn default() -> Self {
-        Self { keep: Duration::from_hours(30 * 24), keep_upstream: false }
+        Self {
+            keep: Duration::from_hours(30 * 24),
+            keep_upstream: false,
+        }
     }
 }
 
@@ -479,7 +502,9 @@ impl Default for JanitorConfig {
 
 impl Default for ReplicaConfig {
     fn default() -> Self {
-        Self { session_ttl: Duration::from_secs(10) }
+        Self {
+            session_ttl: Duration::from_secs(10),
+        }
     }
 }
 
@@ -490,15 +515,22 @@ mod tests {
     const TEXT: &str = include_str!("../config/gateway.toml");
 
     fn load(text: String) -> Result<Config, ConfigProblems> {
-        let file = Some(ConfigFile::Text { name: "gateway.toml".to_owned(), text });
-        Config::load(Sources { file, ..Sources::default() })
+        let file = Some(ConfigFile::Text {
+            name: "gateway.toml".to_owned(),
+            text,
+        });
+        Config::load(Sources {
+            file,
+            ..Sources::default()
+        })
     }
 
     /// The file with its examples switched on: `#` and no blank marks a setting.
     fn with_examples() -> String {
         let switch_on = |line: &str| match line.strip_prefix('#') {
             Some(setting)
-                if setting.starts_with(|first: char| first == '[' || first.is_ascii_lowercase()) =>
+                if setting
+                    .starts_with(|first: char| first == '[' || first.is_ascii_lowercase()) =>
             {
                 format!("{setting}\n")
             }
@@ -517,10 +549,16 @@ mod tests {
     fn the_example_file_mentions_every_setting() {
         let (live, errors) = tree::Tree::from_toml("gateway.toml", TEXT);
         let (all, more_errors) = tree::Tree::from_toml("gateway.toml", &with_examples());
-        assert!(errors.is_empty() && more_errors.is_empty(), "{errors:?} {more_errors:?}");
+        assert!(
+            errors.is_empty() && more_errors.is_empty(),
+            "{errors:?} {more_errors:?}"
+        );
         for setting in names::known_settings() {
             let at = |name: &str| -> Vec<String> {
-                setting.iter().map(|key| if key == names::ANY_NAME { name } else { key }.to_owned()).collect()
+                setting
+                    .iter()
+                    .map(|key| if key == names::ANY_NAME { name } else { key }.to_owned())
+                    .collect()
             };
             let is_mentioned = ["openai", "azure", "default", "support", "backend"]
                 .iter()
@@ -530,15 +568,20 @@ mod tests {
             let setting: Vec<&str> = setting.iter().map(String::as_str).collect();
             let has_none = matches!(
                 setting.as_slice(),
-                ["store", "url" | "url_file" | "direct_url" | "direct_url_file"]
-                    | ["log", "format"]
+                [
+                    "store",
+                    "url" | "url_file" | "direct_url" | "direct_url_file"
+                ] | ["log", "format"]
                     | ["server", "public_url"]
                     | ["limits", _]
                     | ["runs", "max_runs_per_tenant"]
                     | ["threads", "max_age" | "max_idle" | "max_messages"]
             );
             if setting.len() == 2 && !has_none {
-                assert!(live.get(&at("")).is_some(), "{setting:?} is switched off in config/gateway.toml");
+                assert!(
+                    live.get(&at("")).is_some(),
+                    "{setting:?} is switched off in config/gateway.toml"
+                );
             }
         }
     }
@@ -547,24 +590,53 @@ mod tests {
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
         // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
         let text = [
-            "api_key_file", "url_file", "direct_url_file", "key_file", "sha256", "secret", "public_key_file",
+            "api_key_file",
+            "url_file",
+            "direct_url_file",
+            "key_file",
+            "sha256",
+            "secret",
+            "public_key_file",
         ]
         .iter()
-        .fold(with_examples(), |text, name| text.replace(&format!("\n{name}"), "\n#"));
-        let config =
-            load(text.replace("sk-…", "sk-1").replace("\"…\"", "\"a-key-that-is-long-enough\"")).unwrap();
+        .fold(with_examples(), |text, name| {
+            text.replace(&format!("\n{name}"), "\n#")
+        });
+        let config = load(
+            text.replace("sk-…", "sk-1")
+                .replace("\"…\"", "\"a-key-that-is-long-enough\""),
+        )
+        .unwrap();
         let openai = &config.upstreams["openai"];
         assert_eq!(openai.auth, AuthScheme::default());
         assert!(openai.conversations && !openai.background);
-        assert_eq!(openai.connect_timeout, UpstreamConfig::default_connect_timeout());
+        assert_eq!(
+            openai.connect_timeout,
+            UpstreamConfig::default_connect_timeout()
+        );
         assert_eq!(openai.call_timeout, UpstreamConfig::default_call_timeout());
-        assert_eq!(openai.max_event_bytes, UpstreamConfig::default_max_event_bytes());
+        assert_eq!(
+            openai.max_event_bytes,
+            UpstreamConfig::default_max_event_bytes()
+        );
         assert_eq!(openai.lock_window, UpstreamConfig::default_lock_window());
-        assert_eq!(openai.breaker_min_requests, UpstreamConfig::default_breaker_min_requests());
-        assert_eq!(openai.breaker_window, UpstreamConfig::default_breaker_window());
-        assert_eq!(openai.breaker_open_duration, UpstreamConfig::default_breaker_open_duration());
+        assert_eq!(
+            openai.breaker_min_requests,
+            UpstreamConfig::default_breaker_min_requests()
+        );
+        assert_eq!(
+            openai.breaker_window,
+            UpstreamConfig::default_breaker_window()
+        );
+        assert_eq!(
+            openai.breaker_open_duration,
+            UpstreamConfig::default_breaker_open_duration()
+        );
         let (jwt, defaults) = (config.auth.jwt.as_ref().unwrap(), JwtConfig::default());
-        assert_eq!((jwt.leeway, jwt.jwks_refresh), (defaults.leeway, defaults.jwks_refresh));
+        assert_eq!(
+            (jwt.leeway, jwt.jwks_refresh),
+            (defaults.leeway, defaults.jwks_refresh)
+        );
         assert_eq!(config.upstreams["azure"].auth, AuthScheme::ApiKey);
         assert_eq!(config.default_assistant(), Some("default"));
     }

@@ -29,9 +29,10 @@ pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Resul
     config.server.allow_unauthenticated = true;
     config.server.shutdown_grace = Duration::from_secs(5);
     config.store.url = Some(SecretString::from(format!("sqlite:{database}")));
-    for (name, kind) in
-        [("simulator", UpstreamKind::Responses), ("simulator-assistants", UpstreamKind::Assistants)]
-    {
+    for (name, kind) in [
+        ("simulator", UpstreamKind::Responses),
+        ("simulator-assistants", UpstreamKind::Assistants),
+    ] {
         let base_url = simulator.parse().context("the simulator's own URL")?;
         let upstream = UpstreamConfig {
             api_key: Some(SecretString::from("simulated")),
@@ -50,7 +51,9 @@ pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Resul
         ..AssistantConfig::default()
     };
     config.assistants.insert("default".to_owned(), default);
-    config.assistants.insert("assistants-v2".to_owned(), assistants);
+    config
+        .assistants
+        .insert("assistants-v2".to_owned(), assistants);
     Ok(config)
 }
 

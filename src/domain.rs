@@ -13,20 +13,28 @@ mod trace;
 mod transition;
 
 pub use access::{Access, Principal};
-pub use content::{ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts};
+pub use content::{
+    ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts,
+};
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
     DeletionId, InvalidId, KeyId, MessageId, OrphanId, ReplicaId, RunId, ThreadId, UpstreamRunId,
     UpstreamThreadId, now, set_clock,
 };
-pub use key::{ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey};
+pub use key::{
+    ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey,
+};
 pub use life::{
-    Deletion, Left, LifecycleTask, Lifetimes, Limits, NewLife, Removed, RetentionPolicy, Ttl, UpstreamOutcome,
+    Deletion, Left, LifecycleTask, Lifetimes, Limits, NewLife, Removed, RetentionPolicy, Ttl,
+    UpstreamOutcome,
 };
 pub use metadata::{InvalidMetadata, Metadata};
-pub use records::{Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState};
+pub use records::{
+    Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
+};
 pub use run::{
-    MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput, Usage,
+    MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput,
+    Usage,
 };
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};

@@ -65,10 +65,14 @@ pub enum Error {
     OtherUpstream { thread: String, assistant: String },
     #[error("the thread's queue is full: {limit} runs wait already")]
     QueueFull { limit: usize },
-    #[error("the thread's queue is full: the messages that wait on it may have {limit} bytes together")]
+    #[error(
+        "the thread's queue is full: the messages that wait on it may have {limit} bytes together"
+    )]
     QueueBytesFull { limit: usize },
     /// The idempotency key was used for another request.
-    #[error("this idempotency key was used for another request of this conversation; use a new one")]
+    #[error(
+        "this idempotency key was used for another request of this conversation; use a new one"
+    )]
     IdempotencyMismatch,
     /// Outputs for a run that does not wait for them (any more).
     #[error("{0}")]
@@ -78,7 +82,9 @@ pub enum Error {
         "nothing that is said is stored here, so outputs can be taken only by the replica that works on the run, and this is another one: send them again on a new connection"
     )]
     OtherReplica,
-    #[error("most requests to the upstream fail, so none is sent to it for a while; nothing was stored")]
+    #[error(
+        "most requests to the upstream fail, so none is sent to it for a while; nothing was stored"
+    )]
     UpstreamUnavailable { retry_after: Duration },
     /// A call to the upstream that a request needed.
     #[error("the upstream did not answer as it should: {0}")]
@@ -87,7 +93,10 @@ pub enum Error {
     UpstreamTooSlow,
     /// The run ended without a reply that could be called one.
     #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
-    RunFailed { run: Box<Run>, retry_after: Option<Duration> },
+    RunFailed {
+        run: Box<Run>,
+        retry_after: Option<Duration>,
+    },
     #[error("the gateway is shutting down")]
     Draining,
     #[error("the database is not available")]
@@ -113,9 +122,17 @@ pub struct TooOften {
 
 impl fmt::Display for TooOften {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { whose, what, rate, retry_after } = self;
+        let Self {
+            whose,
+            what,
+            rate,
+            retry_after,
+        } = self;
         let wait = whole_seconds(*retry_after);
-        write!(f, "too many {what}: each {whose} may send {rate}; come back in {wait} s")
+        write!(
+            f,
+            "too many {what}: each {whose} may send {rate}; come back in {wait} s"
+        )
     }
 }
 

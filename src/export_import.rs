@@ -33,9 +33,9 @@ use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, ConversationKey, KeyText, Lifecycle, Message, MessageId, Metadata, MultitaskStrategy, Role,
-    Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId, UpstreamRunId, UpstreamSync,
-    UpstreamThreadId, Usage, UserKey, text_or_parts,
+    ContentPart, ConversationKey, KeyText, Lifecycle, Message, MessageId, Metadata,
+    MultitaskStrategy, Role, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadId,
+    UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage, UserKey, text_or_parts,
 };
 
 pub use export::{What, export};
@@ -69,7 +69,9 @@ impl PartialSchema for Line {
         fn line<T: PartialSchema>(tag: &str) -> RefOr<Schema> {
             let mut schema = T::schema();
             if let RefOr::T(Schema::Object(object)) = &mut schema {
-                let tag = ObjectBuilder::new().schema_type(Type::String).enum_values(Some([tag]));
+                let tag = ObjectBuilder::new()
+                    .schema_type(Type::String)
+                    .enum_values(Some([tag]));
                 object.properties.insert("type".to_owned(), tag.into());
                 object.required.push("type".to_owned());
             }
@@ -176,7 +178,9 @@ impl TryFrom<String> for ScopeText {
             Err(why) if ["session", "topic"].contains(&kind) => format!(": {why}"),
             _ => String::new(),
         };
-        Err(format!("a scope is `user`, `session:<id>` or `topic:<name>`{why}"))
+        Err(format!(
+            "a scope is `user`, `session:<id>` or `topic:<name>`{why}"
+        ))
     }
 }
 
@@ -244,11 +248,20 @@ pub(crate) struct MessageLine {
 
 impl From<Thread> for ThreadLine {
     fn from(thread: Thread) -> Self {
-        let millis = |limit: std::time::Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        let ConversationKey { tenant, user, scope } = thread.key;
+        let millis =
+            |limit: std::time::Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        let ConversationKey {
+            tenant,
+            user,
+            scope,
+        } = thread.key;
         Self {
             id: Some(thread.id),
-            key: KeyLine { tenant, user, scope: ScopeText(scope) },
+            key: KeyLine {
+                tenant,
+                user,
+                scope: ScopeText(scope),
+            },
             upstream: Some(thread.upstream),
             upstream_thread_id: thread.upstream_thread_id,
             lifecycle: thread.lifecycle,

@@ -16,7 +16,9 @@ pub fn check(listen: SocketAddr) -> anyhow::Result<()> {
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut head = [0; 12];
-    stream.read_exact(&mut head).context("the gateway did not answer in time")?;
+    stream
+        .read_exact(&mut head)
+        .context("the gateway did not answer in time")?;
     if &head != b"HTTP/1.1 200" {
         bail!("the gateway answered `{}`", String::from_utf8_lossy(&head));
     }

@@ -59,7 +59,10 @@ impl Janitor {
     /// Must be made inside a tokio runtime.
     pub fn new(parts: JanitorParts) -> Self {
         let pace = RateLimiter::new(parts.janitor.calls_per_second);
-        let storing = parts.upstreams.iter().filter(|(_, upstream)| upstream.capabilities().stores_runs);
+        let storing = parts
+            .upstreams
+            .iter()
+            .filter(|(_, upstream)| upstream.capabilities().stores_runs);
         let pruning = Pruning {
             runs: Some(parts.retention.runs),
             events: Some(parts.retention.events),
@@ -67,7 +70,14 @@ impl Janitor {
             receipts: Some(parts.retention.receipts),
             storing: storing.map(|(name, _)| name.clone()).collect(),
         };
-        Self { ctx: Arc::new(Context { parts, pace, pruning, wake: Notify::new() }) }
+        Self {
+            ctx: Arc::new(Context {
+                parts,
+                pace,
+                pruning,
+                wake: Notify::new(),
+            }),
+        }
     }
 
     fn store(&self) -> &Store {
@@ -83,6 +93,8 @@ impl fmt::Debug for Janitor {
 
 impl fmt::Debug for JanitorParts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JanitorParts").field("janitor", &self.janitor).finish_non_exhaustive()
+        f.debug_struct("JanitorParts")
+            .field("janitor", &self.janitor)
+            .finish_non_exhaustive()
     }
 }

@@ -42,7 +42,10 @@ pub struct QueueFull {
 impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
     /// Queues of one ticket that may have its turn and `max_waiting` behind it.
     pub fn new(max_waiting: usize) -> Self {
-        Self { queues: Arc::default(), max_waiting }
+        Self {
+            queues: Arc::default(),
+            max_waiting,
+        }
     }
 
     /// Joins the end of the key's queue.
@@ -58,24 +61,42 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
     /// # Errors
     /// [`QueueFull`] if `max_waiting` tickets wait already.
     pub fn join_next(&self, key: K) -> Result<Ticket<K, L>, QueueFull> {
-        self.join_at(key, |queue| queue.entries.iter().take_while(|entry| entry.started).count())
+        self.join_at(key, |queue| {
+            queue
+                .entries
+                .iter()
+                .take_while(|entry| entry.started)
+                .count()
+        })
     }
 
     /// All that were in one track of the key's queue are in another one now.
     pub fn moved(&self, key: &K, from: L, to: L) {
         let mut queues = lock(&self.queues);
-        let Some(queue) = queues.get_mut(key) else { return };
+        let Some(queue) = queues.get_mut(key) else {
+            return;
+        };
         // Nobody gets free by it: those before a ticket in its old track are before it in the new one.
-        for entry in queue.entries.iter_mut().filter(|entry| entry.track == Some(from)) {
+        for entry in queue
+            .entries
+            .iter_mut()
+            .filter(|entry| entry.track == Some(from))
+        {
             entry.track = Some(to);
         }
     }
 
-    fn join_at(&self, key: K, at: impl FnOnce(&Queue<L>) -> usize) -> Result<Ticket<K, L>, QueueFull> {
+    fn join_at(
+        &self,
+        key: K,
+        at: impl FnOnce(&Queue<L>) -> usize,
+    ) -> Result<Ticket<K, L>, QueueFull> {
         let mut queues = lock(&self.queues);
         let waiting = queues.get(&key).map_or(0, |queue| queue.entries.len());
         if waiting > self.max_waiting {
-            return Err(QueueFull { max_waiting: self.max_waiting });
+            return Err(QueueFull {
+                max_waiting: self.max_waiting,
+            });
         }
         Ok(self.ticket(&mut queues, key, at))
     }
@@ -100,20 +121,37 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
         let number = queue.next_number;
         queue.next_number += 1;
         let at = at(queue);
-        queue.entries.insert(at, Entry { number, track: None, started: false, waker: None });
-        Ticket { queues: Arc::clone(&self.queues), key, number }
+        queue.entries.insert(
+            at,
+            Entry {
+                number,
+                track: None,
+                started: false,
+                waker: None,
+            },
+        );
+        Ticket {
+            queues: Arc::clone(&self.queues),
+            key,
+            number,
+        }
     }
 }
 
 impl<K, L> Clone for KeyedQueue<K, L> {
     fn clone(&self) -> Self {
-        Self { queues: Arc::clone(&self.queues), max_waiting: self.max_waiting }
+        Self {
+            queues: Arc::clone(&self.queues),
+            max_waiting: self.max_waiting,
+        }
     }
 }
 
 impl<K, L> fmt::Debug for KeyedQueue<K, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeyedQueue").field("queues", &lock(&self.queues).len()).finish_non_exhaustive()
+        f.debug_struct("KeyedQueue")
+            .field("queues", &lock(&self.queues).len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -146,7 +184,13 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
     /// this one is the first of its track from now on, even if another has gone before it in the meantime.
     pub fn started(&mut self) {
         self.change(|queue| {
-            let Some(at) = queue.entries.iter().position(|entry| entry.number == self.number) else { return };
+            let Some(at) = queue
+                .entries
+                .iter()
+                .position(|entry| entry.number == self.number)
+            else {
+                return;
+            };
             if let Some(mut entry) = queue.entries.remove(at) {
                 entry.started = true;
                 queue.entries.push_front(entry);
@@ -164,7 +208,9 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
     fn change(&self, change: impl FnOnce(&mut Queue<L>)) {
         let woken = {
             let mut queues = lock(&self.queues);
-            let Some(queue) = queues.get_mut(&self.key) else { return };
+            let Some(queue) = queues.get_mut(&self.key) else {
+                return;
+            };
             change(queue);
             if queue.entries.is_empty() {
                 queues.remove(&self.key);
@@ -178,7 +224,9 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
     fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Queue<L>, u64) -> bool) -> Poll<()> {
         let mut queues = lock(&self.queues);
         // A ticket is in its queue until it is dropped.
-        let Some(queue) = queues.get_mut(&self.key) else { return Poll::Ready(()) };
+        let Some(queue) = queues.get_mut(&self.key) else {
+            return Poll::Ready(());
+        };
         if may_go(queue, self.number) {
             return Poll::Ready(());
         }
@@ -197,7 +245,9 @@ impl<K: Eq + Hash, L: Copy + Eq> Drop for Ticket<K, L> {
 
 impl<K: Eq + Hash, L: Copy + Eq> fmt::Debug for Ticket<K, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ticket").field("number", &self.number).finish_non_exhaustive()
+        f.debug_struct("Ticket")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
     }
 }
 
@@ -216,7 +266,10 @@ struct Entry<L> {
 
 impl<L> Default for Queue<L> {
     fn default() -> Self {
-        Self { entries: VecDeque::new(), next_number: 0 }
+        Self {
+            entries: VecDeque::new(),
+            next_number: 0,
+        }
     }
 }
 
@@ -226,19 +279,30 @@ impl<L: Copy + Eq> Queue<L> {
     }
 
     fn first_unrecorded(&self) -> Option<u64> {
-        self.entries.iter().filter(|entry| entry.track.is_none()).map(|entry| entry.number).min()
+        self.entries
+            .iter()
+            .filter(|entry| entry.track.is_none())
+            .map(|entry| entry.number)
+            .min()
     }
 
     fn has_turn(&self, number: u64) -> bool {
-        let Some(at) = self.entries.iter().position(|entry| entry.number == number) else { return true };
+        let Some(at) = self.entries.iter().position(|entry| entry.number == number) else {
+            return true;
+        };
         let track = self.entries[at].track;
-        self.entries.iter().take(at).all(|before| before.track.is_some() && before.track != track)
+        self.entries
+            .iter()
+            .take(at)
+            .all(|before| before.track.is_some() && before.track != track)
     }
 
     /// The wakers of the tickets that a change can have set free: the first of each track, and the oldest unrecorded. Waking
     /// one that may not go yet is harmless: it asks again.
     fn take_free(&mut self) -> Vec<Waker> {
-        let recorder = self.first_unrecorded().and_then(|number| self.entry(number)?.waker.take());
+        let recorder = self
+            .first_unrecorded()
+            .and_then(|number| self.entry(number)?.waker.take());
         let mut woken = Vec::from_iter(recorder);
         // Nearly always there is one.
         let mut tracks = Vec::new();

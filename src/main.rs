@@ -13,8 +13,8 @@ use secrecy::ExposeSecret;
 use threadkeeper::app::{self, App};
 use threadkeeper::auth::KEY_PREFIX;
 use threadkeeper::cli::{
-    Cli, Command, ConfigArgs, DevArgs, ExportArgs, FingerprintArgs, ImportArgs, KeysCommand, SimulateArgs,
-    SqlArgs,
+    Cli, Command, ConfigArgs, DevArgs, ExportArgs, FingerprintArgs, ImportArgs, KeysCommand,
+    SimulateArgs, SqlArgs,
 };
 use threadkeeper::config::{
     Config, ConfigFile, LogConfig, LogFormat, Sources, StoreConfig, USUAL_FILE, utf8_variables,
@@ -38,7 +38,14 @@ static ALLOCATOR: Jemalloc = Jemalloc;
 /// The settings of commands that work on the store alone.
 const OF_THE_STORE: [&str; 2] = ["store", "log"];
 /// The settings that `import` goes by.
-const OF_AN_IMPORT: [&str; 6] = ["store", "log", "upstreams", "assistants", "sessions", "threads"];
+const OF_AN_IMPORT: [&str; 6] = [
+    "store",
+    "log",
+    "upstreams",
+    "assistants",
+    "sessions",
+    "threads",
+];
 /// The settings that `keys` goes by.
 const OF_KEYS: [&str; 3] = ["store", "log", "auth.stored_keys"];
 
@@ -92,18 +99,30 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 tell(format_args!("warning: {doubt}"));
             }
             writeln!(Output::new(), "the configuration is sound")?;
-            if args.probe { probe_upstreams(&config).await } else { Ok(()) }
+            if args.probe {
+                probe_upstreams(&config).await
+            } else {
+                Ok(())
+            }
         }
         Command::Sql(args) => print_sql(&args),
-        Command::Health(args) => health::check(Config::load_listen(sources(args.config, args.listen))?),
+        Command::Health(args) => {
+            health::check(Config::load_listen(sources(args.config, args.listen))?)
+        }
     }
 }
 
 /// Prints what an engine is sent.
 fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
-    let engine = if args.engine == "sqlite" { Engine::Sqlite } else { Engine::Postgres };
+    let engine = if args.engine == "sqlite" {
+        Engine::Sqlite
+    } else {
+        Engine::Postgres
+    };
     let mut out = Output::new();
-    let mut found = statements(engine).filter(|it| it.name.starts_with(&args.name)).peekable();
+    let mut found = statements(engine)
+        .filter(|it| it.name.starts_with(&args.name))
+        .peekable();
     anyhow::ensure!(
         found.peek().is_some(),
         "no statement of {} is called `{}`: `threadkeeper sql --engine {}` prints them all",
@@ -112,7 +131,11 @@ fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
         args.engine
     );
     for statement in found {
-        let parameters = statement.parameters.iter().zip(1..).map(|(name, n)| format!("${n} {name}"));
+        let parameters = statement
+            .parameters
+            .iter()
+            .zip(1..)
+            .map(|(name, n)| format!("${n} {name}"));
         let parameters: Vec<String> = parameters.collect();
         if !parameters.is_empty() {
             writeln!(out, "-- {}", parameters.join(", "))?;
@@ -134,21 +157,38 @@ fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
 async fn probe_upstreams(config: &Config) -> anyhow::Result<()> {
     let mut unusable = Vec::new();
     for (name, upstream) in &config.upstreams {
-        let Probe { findings, is_usable } = probe(name, upstream).await?;
-        for Finding { capability, verdict, advice } in findings {
+        let Probe {
+            findings,
+            is_usable,
+        } = probe(name, upstream).await?;
+        for Finding {
+            capability,
+            verdict,
+            advice,
+        } in findings
+        {
             let verdict = match verdict {
                 Verdict::Works => "works".to_owned(),
                 Verdict::NotSupported => "not supported".to_owned(),
                 Verdict::Refused(reason) => format!("refused: {reason}"),
             };
-            let advice = advice.map(|advice| format!("; {advice}")).unwrap_or_default();
-            writeln!(Output::new(), "upstreams.{name}: {capability}: {verdict}{advice}")?;
+            let advice = advice
+                .map(|advice| format!("; {advice}"))
+                .unwrap_or_default();
+            writeln!(
+                Output::new(),
+                "upstreams.{name}: {capability}: {verdict}{advice}"
+            )?;
         }
         if !is_usable {
             unusable.push(format!("`{name}`"));
         }
     }
-    anyhow::ensure!(unusable.is_empty(), "not usable as configured: {}", unusable.join(", "));
+    anyhow::ensure!(
+        unusable.is_empty(),
+        "not usable as configured: {}",
+        unusable.join(", ")
+    );
     Ok(())
 }
 
@@ -171,7 +211,11 @@ async fn run_dev(args: DevArgs) -> anyhow::Result<()> {
     let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
     tasks.spawn(simulator.run(stop.clone()));
     let app = App::build(config).await?;
-    writeln!(Output::new(), "{}", dev::banner(app.address(), Path::new(&args.data)))?;
+    writeln!(
+        Output::new(),
+        "{}",
+        dev::banner(app.address(), Path::new(&args.data))
+    )?;
     let result = app.run(stop_signals()?).await;
     stop.cancel();
     tasks.close();
@@ -198,15 +242,20 @@ async fn run_export(args: ExportArgs) -> anyhow::Result<()> {
     let tenant = TenantKey::try_from(args.tenant).context("--tenant")?;
     let config = Config::load_parts(sources(args.config, None), &OF_THE_STORE)?;
     telemetry::init(&config.log, LogFormat::Pretty)?;
-    let lines = app::export(&config.store, tenant, || -> anyhow::Result<Box<dyn Write>> {
-        Ok(match args.out {
-            Some(path) => {
-                let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-                Box::new(BufWriter::new(file))
-            }
-            None => Box::new(BufWriter::new(Output::new())),
-        })
-    })
+    let lines = app::export(
+        &config.store,
+        tenant,
+        || -> anyhow::Result<Box<dyn Write>> {
+            Ok(match args.out {
+                Some(path) => {
+                    let file = File::create(&path)
+                        .with_context(|| format!("cannot write {}", path.display()))?;
+                    Box::new(BufWriter::new(file))
+                }
+                None => Box::new(BufWriter::new(Output::new())),
+            })
+        },
+    )
     .await?;
     tell(format_args!("exported: {lines} lines"));
     Ok(())
@@ -236,7 +285,11 @@ async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
         tell(format_args!("and {} more", refusals - TOLD));
     }
     tell(format_args!("imported: {summary}"));
-    anyhow::ensure!(summary.refused == 0, "{} lines were refused", summary.refused);
+    anyhow::ensure!(
+        summary.refused == 0,
+        "{} lines were refused",
+        summary.refused
+    );
     Ok(())
 }
 
@@ -253,7 +306,12 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
         Ok(config.store)
     };
     match command {
-        KeysCommand::Create { config, tenant, scope, label } => {
+        KeysCommand::Create {
+            config,
+            tenant,
+            scope,
+            label,
+        } => {
             anyhow::ensure!(label.len() <= 200, "--label is at most 200 bytes");
             let tenant = tenant_key(tenant)?;
             let key = app::create_key(&store(config)?, tenant, scope, label).await?;
@@ -273,10 +331,19 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
                 "{:16} {:9} {:20} {:21} {:8} LABEL",
                 "PREFIX", "SCOPE", "TENANT", "CREATED", "STATE"
             )?;
-            for StoredKey { key, created_at, revoked_at } in keys {
+            for StoredKey {
+                key,
+                created_at,
+                revoked_at,
+            } in keys
+            {
                 let (scope, tenant) = (key.access.as_str(), key.tenant.as_str());
                 let created = created_at.format("%Y-%m-%dT%H:%M:%SZ").to_string();
-                let state = if revoked_at.is_some() { "revoked" } else { "good" };
+                let state = if revoked_at.is_some() {
+                    "revoked"
+                } else {
+                    "good"
+                };
                 // A label may hold anything.
                 writeln!(
                     out,
@@ -297,9 +364,18 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
 }
 
 async fn run_fingerprint(args: FingerprintArgs) -> anyhow::Result<()> {
-    let session =
-        args.session.map(SessionKey::try_from).transpose().context("--session")?.map(Scope::Session);
-    let topic = args.topic.map(TopicKey::try_from).transpose().context("--topic")?.map(Scope::Topic);
+    let session = args
+        .session
+        .map(SessionKey::try_from)
+        .transpose()
+        .context("--session")?
+        .map(Scope::Session);
+    let topic = args
+        .topic
+        .map(TopicKey::try_from)
+        .transpose()
+        .context("--topic")?
+        .map(Scope::Topic);
     let key = ConversationKey {
         tenant: TenantKey::try_from(args.tenant).context("--tenant")?,
         user: UserKey::try_from(args.user).context("--user")?,
@@ -317,9 +393,16 @@ async fn run_fingerprint(args: FingerprintArgs) -> anyhow::Result<()> {
 }
 
 fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
-    let named = args.config.filter(|path| !path.as_os_str().is_empty()).map(ConfigFile::Path);
+    let named = args
+        .config
+        .filter(|path| !path.as_os_str().is_empty())
+        .map(ConfigFile::Path);
     let file = Some(named.unwrap_or_else(|| ConfigFile::IfThere(USUAL_FILE.into())));
-    Sources { file, env: utf8_variables(std::env::vars_os()), listen }
+    Sources {
+        file,
+        env: utf8_variables(std::env::vars_os()),
+        listen,
+    }
 }
 
 /// The reader of standard output has left, as `head` does once it has seen enough. The command ends then, and has not failed.
@@ -328,7 +411,9 @@ fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
 struct Unread;
 
 fn is_unread(error: &anyhow::Error) -> bool {
-    let mut errors = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    let mut errors = error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>());
     errors.any(|error| matches!(error.get_ref(), Some(inner) if inner.is::<Unread>()))
 }
 
@@ -341,7 +426,11 @@ impl Output {
     }
 
     fn failed(error: io::Error) -> io::Error {
-        if error.kind() == io::ErrorKind::BrokenPipe { io::Error::other(Unread) } else { error }
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            io::Error::other(Unread)
+        } else {
+            error
+        }
     }
 }
 

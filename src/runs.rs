@@ -24,8 +24,8 @@ use std::time::Duration;
 use futures_util::Stream;
 
 use crate::domain::{
-    ConversationKey, Message, MessageId, Metadata, NewLife, Page, PageRequest, Run, RunId, TenantKey, Thread,
-    ThreadActivity, ThreadId, Timestamp, UserKey,
+    ConversationKey, Message, MessageId, Metadata, NewLife, Page, PageRequest, Run, RunId,
+    TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, UserKey,
 };
 use crate::error::Error;
 use crate::store::{RunLease, StoreError, ThreadFilter, ThreadName, ThreadReport};
@@ -54,7 +54,9 @@ pub struct Runs {
 
 impl Runs {
     pub fn new(parts: RunsParts) -> Self {
-        Self { ctx: Arc::new(Context::new(parts)) }
+        Self {
+            ctx: Arc::new(Context::new(parts)),
+        }
     }
 }
 
@@ -85,13 +87,21 @@ impl Runs {
 
     /// Cancels a run and waits, within a bound, for its end. A run that has ended is given as it is: a cancel that
     /// comes too late is no error.
-    pub async fn cancel(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
+    pub async fn cancel(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<(Run, Option<Message>), Error> {
         cancel::cancel(&self.ctx, key, id).await
     }
 
     /// Cancels unfinished runs of the current thread and waits, within a bound, for their end. Gives them as they are then,
     /// in order of admission.
-    pub async fn cancel_some(&self, key: &ConversationKey, which: Which) -> Result<Vec<Run>, Error> {
+    pub async fn cancel_some(
+        &self,
+        key: &ConversationKey,
+        which: Which,
+    ) -> Result<Vec<Run>, Error> {
         cancel::cancel_some(&self.ctx, key, which).await
     }
 
@@ -101,17 +111,29 @@ impl Runs {
     }
 
     /// A run of any of the key's threads and how to follow it.
-    pub async fn follow(&self, key: &ConversationKey, id: RunId) -> Result<(Run, RunSubscription), Error> {
+    pub async fn follow(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<(Run, RunSubscription), Error> {
         subscription::follow(&self.ctx, key, id).await
     }
 
     /// One run and its reply, if it has one.
-    pub async fn run(&self, key: &ConversationKey, id: RunId) -> Result<(Run, Option<Message>), Error> {
+    pub async fn run(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<(Run, Option<Message>), Error> {
         read::run(&self.ctx, key, id).await
     }
 
     /// A page of the current thread's runs.
-    pub async fn runs(&self, key: &ConversationKey, page: &PageRequest<RunId>) -> Result<Page<Run>, Error> {
+    pub async fn runs(
+        &self,
+        key: &ConversationKey,
+        page: &PageRequest<RunId>,
+    ) -> Result<Page<Run>, Error> {
         read::runs(&self.ctx, key, page).await
     }
 
@@ -181,7 +203,11 @@ impl Runs {
     ///
     /// # Errors
     /// The store or the upstream failed.
-    pub async fn verify(&self, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
+    pub async fn verify(
+        &self,
+        thread: &Thread,
+        pace: &RateLimiter,
+    ) -> Result<Verified, Unverified> {
         reconcile::verify(&self.ctx, thread, pace).await
     }
 
@@ -257,6 +283,8 @@ impl Runs {
 
 impl fmt::Debug for Runs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Runs").field("queue", &self.ctx.queue).finish_non_exhaustive()
+        f.debug_struct("Runs")
+            .field("queue", &self.ctx.queue)
+            .finish_non_exhaustive()
     }
 }

@@ -83,9 +83,15 @@ pub async fn serve(
 ) -> io::Result<()> {
     let address = listener.local_addr()?;
     let connections = TaskTracker::new();
-    let server =
-        Arc::new(Server { router, http: http(settings), write_timeout: settings.write_timeout, stop });
-    let places = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+    let server = Arc::new(Server {
+        router,
+        http: http(settings),
+        write_timeout: settings.write_timeout,
+        stop,
+    });
+    let places = Arc::new(Semaphore::new(
+        settings.max_connections.clamp(1, Semaphore::MAX_PERMITS),
+    ));
     let mut full = Notice::default();
     loop {
         let place = tokio::select! {
@@ -125,11 +131,21 @@ impl Server {
     }
 
     /// Serves one connection to its end. The place is free again only then.
-    async fn connection(self: Arc<Self>, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        place: OwnedSemaphorePermit,
+    ) {
         prepare(&stream);
         let busy = Busy::default();
-        let service = service_fn(|request| answer(self.router.clone(), request, peer, busy.clone()));
-        let stream = TokioIo::new(StallGuard::new(stream, self.write_timeout, Arc::clone(&busy.writing)));
+        let service =
+            service_fn(|request| answer(self.router.clone(), request, peer, busy.clone()));
+        let stream = TokioIo::new(StallGuard::new(
+            stream,
+            self.write_timeout,
+            Arc::clone(&busy.writing),
+        ));
         let mut connection = self.http.serve_connection(stream, service);
         let result = tokio::select! {
             result = &mut connection => Some(result),
@@ -146,7 +162,9 @@ impl Server {
             }
         };
         // One that sent nonsense was told so.
-        let is_answered = result.as_ref().map_or_else(hyper::Error::is_parse, |()| true);
+        let is_answered = result
+            .as_ref()
+            .map_or_else(hyper::Error::is_parse, |()| true);
         if let Err(error) = result {
             // Clients that leave, send nonsense or fall silent: their business, and they are many.
             tracing::debug!(%peer, %error, "a connection ended early");
@@ -204,14 +222,21 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 /// The peer left between its connect and our accept. The next one may be fine.
 fn is_about_the_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted
+    )
 }
 
 /// Small events go out at once, and a peer that is gone is noticed. A socket that refuses is already broken, which
 /// the first read will tell.
 fn prepare(stream: &TcpStream) {
-    let probes = TcpKeepalive::new().with_time(KEEP_ALIVE_PROBE).with_interval(KEEP_ALIVE_PROBE / 4);
-    let result = stream.set_nodelay(true).and_then(|()| SockRef::from(stream).set_tcp_keepalive(&probes));
+    let probes = TcpKeepalive::new()
+        .with_time(KEEP_ALIVE_PROBE)
+        .with_interval(KEEP_ALIVE_PROBE / 4);
+    let result = stream
+        .set_nodelay(true)
+        .and_then(|()| SockRef::from(stream).set_tcp_keepalive(&probes));
     if let Err(error) = result {
         tracing::debug!(%error, "a socket's options cannot be set");
     }
@@ -225,17 +250,30 @@ async fn answer(
 ) -> Result<Response<Tracked>, Infallible> {
     let guard = busy.enter();
     if !names_its_host(&request) {
-        return Ok(no_host().map(|body| Tracked { body, _guard: guard }));
+        return Ok(no_host().map(|body| Tracked {
+            body,
+            _guard: guard,
+        }));
     }
     let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
     let rest = request.body().size_hint().upper().unwrap_or(u64::MAX);
-    let mut request = request.map(|body| Body::new(Received { body, is_read: Arc::clone(&is_read) }));
+    let mut request = request.map(|body| {
+        Body::new(Received {
+            body,
+            is_read: Arc::clone(&is_read),
+        })
+    });
     request.extensions_mut().insert(ConnectInfo(peer));
     let mut response = router.oneshot(request).await?;
     if rest > SMALL_REST && !is_read.load(Ordering::Acquire) {
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
+            .headers_mut()
+            .insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    Ok(response.map(|body| Tracked { body, _guard: guard }))
+    Ok(response.map(|body| Tracked {
+        body,
+        _guard: guard,
+    }))
 }
 
 /// A request's body, of which is known whether it was read to its end.
@@ -272,7 +310,8 @@ impl hyper::body::Body for Received {
 fn names_its_host<B>(request: &Request<B>) -> bool {
     let mut hosts = request.headers().get_all(HOST).iter();
     let is_host = |host: &HeaderValue| {
-        host.is_empty() || Authority::try_from(host.as_bytes()).is_ok_and(|it| !it.as_str().contains('@'))
+        host.is_empty()
+            || Authority::try_from(host.as_bytes()).is_ok_and(|it| !it.as_str().contains('@'))
     };
     match (hosts.next(), hosts.next()) {
         (None, _) => request.version() < Version::HTTP_11,
@@ -285,7 +324,9 @@ fn names_its_host<B>(request: &Request<B>) -> bool {
 fn no_host() -> Response<Body> {
     let mut refusal = Response::new(Body::empty());
     *refusal.status_mut() = StatusCode::BAD_REQUEST;
-    refusal.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    refusal
+        .headers_mut()
+        .insert(CONNECTION, HeaderValue::from_static("close"));
     refusal
 }
 
@@ -357,7 +398,9 @@ struct Notice(Option<Instant>);
 impl Notice {
     fn is_due(&mut self) -> bool {
         let now = Instant::now();
-        let is_due = self.0.is_none_or(|last| now.duration_since(last) >= FULL_NOTICE);
+        let is_due = self
+            .0
+            .is_none_or(|last| now.duration_since(last) >= FULL_NOTICE);
         if is_due {
             self.0 = Some(now);
         }
@@ -372,7 +415,9 @@ mod tests {
     #[tokio::test]
     async fn accepted_sockets_send_at_once_and_notice_a_dead_peer() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
         let (stream, _) = listener.accept().await.unwrap();
         prepare(&stream);
         assert!(stream.nodelay().unwrap());

@@ -54,7 +54,9 @@ use lane::{Lane, Limits};
 use pool::{Connection, Pool, ServerHealth};
 use redaction::Redaction;
 
-pub use admission::{Admission, Admitted, Idempotency, InputMessage, MAX_MERGED, MAX_MERGED_BYTES, Repeated};
+pub use admission::{
+    Admission, Admitted, Idempotency, InputMessage, MAX_MERGED, MAX_MERGED_BYTES, Repeated,
+};
 pub use api_keys::{NewKey, StoredKey};
 pub use binding::{Binding, Bound};
 pub use deletion::{Deletable, DeletedThread, DeletionReport, DeletionRequest, DeletionTarget};
@@ -100,7 +102,10 @@ pub fn statements(engine: Engine) -> impl Iterator<Item = &'static Sent> {
         tools::STATEMENTS,
         transcript::STATEMENTS,
     ];
-    let all = all.into_iter().flatten().filter(move |statement| statement.is_for(engine));
+    let all = all
+        .into_iter()
+        .flatten()
+        .filter(move |statement| statement.is_for(engine));
     all.map(move |statement| statement.sent(engine))
 }
 
@@ -189,8 +194,19 @@ fn lanes(config: &StoreConfig, backend: &Backend) -> (Limits, Limits) {
         Backend::Sqlite { .. } => (1, 1),
     };
     let alone = usize::try_from(alone).unwrap_or(usize::MAX);
-    let ours = Limits { batches, alone, patience: config.acquire_timeout, max_wait: None };
-    (Limits { max_wait: Some(config.max_wait), ..ours }, ours)
+    let ours = Limits {
+        batches,
+        alone,
+        patience: config.acquire_timeout,
+        max_wait: None,
+    };
+    (
+        Limits {
+            max_wait: Some(config.max_wait),
+            ..ours
+        },
+        ours,
+    )
 }
 
 /// Batches of a lane that are on their way to Postgres at once: while one is being committed the next is carried out.
@@ -210,7 +226,10 @@ impl Store {
     /// [`StoreError::Open`] at once if waiting does not help: a bad URL, password or database name, a file that cannot be
     /// opened or that another process has open. [`StoreError::Unavailable`] when the time is up.
     pub async fn open(config: &StoreConfig) -> Result<Self, StoreError> {
-        let url = config.url.as_ref().ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
+        let url = config
+            .url
+            .as_ref()
+            .ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
         let redaction = match config.transcript {
             Transcript::On => Redaction::Keep,
             Transcript::Off => Redaction::Redact,
@@ -222,15 +241,35 @@ impl Store {
         let backend = Arc::new(backend);
         let (callers, ours) = lanes(config, &backend);
         let store = Self {
-            admissions: Lane::new(Admissions { backend: Arc::clone(&backend), redaction }, callers),
-            bindings: Lane::new(Bindings { backend: Arc::clone(&backend) }, ours),
-            ends: Lane::new(Ends { backend: Arc::clone(&backend), redaction }, ours),
+            admissions: Lane::new(
+                Admissions {
+                    backend: Arc::clone(&backend),
+                    redaction,
+                },
+                callers,
+            ),
+            bindings: Lane::new(
+                Bindings {
+                    backend: Arc::clone(&backend),
+                },
+                ours,
+            ),
+            ends: Lane::new(
+                Ends {
+                    backend: Arc::clone(&backend),
+                    redaction,
+                },
+                ours,
+            ),
             backend,
             redaction,
             closed: CancellationToken::new(),
         };
         if let Backend::Sqlite { .. } = &*store.backend {
-            store.forget_sessions().await.map_err(|error| sqlite::failed(config, &error))?;
+            store
+                .forget_sessions()
+                .await
+                .map_err(|error| sqlite::failed(config, &error))?;
         }
         Ok(store)
     }
@@ -238,7 +277,11 @@ impl Store {
     /// Nobody but this process has the file.
     async fn forget_sessions(&self) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
-        if schema::is_ours(&mut c).await? { replicas::forget_sessions(&mut c).await } else { Ok(()) }
+        if schema::is_ours(&mut c).await? {
+            replicas::forget_sessions(&mut c).await
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether content is stored. If not, it is known only to the process that works on a run, until the run has ended.
@@ -250,16 +293,27 @@ impl Store {
     pub async fn close(&self) {
         self.closed.cancel();
         match &*self.backend {
-            Backend::Postgres { general, vital, session, .. } => {
+            Backend::Postgres {
+                general,
+                vital,
+                session,
+                ..
+            } => {
                 tokio::join!(general.close(), vital.close(), session.close());
             }
-            Backend::Sqlite { writer, readers, .. } => {
+            Backend::Sqlite {
+                writer, readers, ..
+            } => {
                 // The readers first: the last connection to leave tidies the log away, which a reader may not.
                 readers.close().await;
                 writer.close().await;
             }
         }
-        tokio::join!(self.admissions.close(), self.bindings.close(), self.ends.close());
+        tokio::join!(
+            self.admissions.close(),
+            self.bindings.close(),
+            self.ends.close()
+        );
         if let Backend::Sqlite { lock, .. } = &*self.backend {
             // Ends with the file handle at the latest.
             let _ = lock.unlock();

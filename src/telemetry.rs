@@ -36,13 +36,20 @@ pub enum TelemetryError {
 ///
 /// `RUST_LOG` is not a filter, or logging has been set up before.
 pub fn init(log: &LogConfig, format: LogFormat) -> Result<(), TelemetryError> {
-    let rust_log = std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
+    let rust_log = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|filter| !filter.is_empty());
     let filter = filter(log, rust_log.as_deref()).map_err(TelemetryError::Filter)?;
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let is_colored = !no_color && std::io::stderr().is_terminal();
-    subscriber(filter, log.format.unwrap_or(format), is_colored, std::io::stderr)
-        .try_init()
-        .map_err(TelemetryError::Twice)?;
+    subscriber(
+        filter,
+        log.format.unwrap_or(format),
+        is_colored,
+        std::io::stderr,
+    )
+    .try_init()
+    .map_err(TelemetryError::Twice)?;
     std::panic::set_hook(Box::new(log_panic));
     Ok(())
 }
@@ -64,15 +71,23 @@ where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
     // Where nobody reads the logs any more, telling that would fail too, with a panic.
-    let lines = tracing_subscriber::fmt::layer::<Registry>().with_writer(writer).log_internal_errors(false);
+    let lines = tracing_subscriber::fmt::layer::<Registry>()
+        .with_writer(writer)
+        .log_internal_errors(false);
     let lines = match format {
         // The event's own fields lie flat; those of all spans around it follow in `spans`, outermost first.
-        LogFormat::Json => {
-            lines.json().flatten_event(true).with_current_span(false).with_span_list(true).boxed()
-        }
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(true)
+            .boxed(),
         LogFormat::Pretty => lines.compact().with_ansi(is_colored).boxed(),
     };
-    tracing_subscriber::registry().with(lines).with(filter).with(discretion())
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
+        .with(discretion())
 }
 
 /// The most that is ever logged, whatever the filter says.
@@ -127,7 +142,12 @@ mod tests {
     }
 
     /// What `work` logs.
-    fn logged(log: &LogConfig, rust_log: Option<&str>, format: LogFormat, work: impl FnOnce()) -> String {
+    fn logged(
+        log: &LogConfig,
+        rust_log: Option<&str>,
+        format: LogFormat,
+        work: impl FnOnce(),
+    ) -> String {
         let lines = Lines::default();
         let writer = lines.clone();
         let filter = filter(log, rust_log).unwrap();
@@ -153,20 +173,30 @@ mod tests {
         assert_eq!(line["spans"][0]["request_id"], "r1");
         assert_eq!(line["spans"][1]["run.id"], "run_1");
         let time = line["timestamp"].as_str().unwrap();
-        assert!(time.ends_with('Z') && chrono::DateTime::parse_from_rfc3339(time).is_ok(), "{time}");
+        assert!(
+            time.ends_with('Z') && chrono::DateTime::parse_from_rfc3339(time).is_ok(),
+            "{time}"
+        );
     }
 
     #[test]
     fn pretty_lines_are_plain_without_a_terminal() {
-        let text =
-            logged(&LogConfig::default(), None, LogFormat::Pretty, || tracing::info!(answer = 42, "hello"));
+        let text = logged(&LogConfig::default(), None, LogFormat::Pretty, || {
+            tracing::info!(answer = 42, "hello")
+        });
         assert_eq!(text.lines().count(), 1, "{text}");
-        assert!(text.contains("hello") && text.contains("answer=42") && !text.contains('\u{1b}'), "{text:?}");
+        assert!(
+            text.contains("hello") && text.contains("answer=42") && !text.contains('\u{1b}'),
+            "{text:?}"
+        );
     }
 
     #[test]
     fn rust_log_replaces_the_configured_filter() {
-        let log = LogConfig { filter: "warn".to_owned(), ..LogConfig::default() };
+        let log = LogConfig {
+            filter: "warn".to_owned(),
+            ..LogConfig::default()
+        };
         let work = || {
             tracing::info!("quiet");
             tracing::warn!("loud");
@@ -188,22 +218,28 @@ mod tests {
             tracing::trace!(target: "sqlx::query", "hunter2");
             tracing::warn!(target: "sqlx_postgres::options::parse", value = "hunter2");
         };
-        for filter in
-            ["trace", "hyper=trace,sse_stream=trace,sqlx=trace,sqlx_postgres=trace,threadkeeper=trace"]
-        {
+        for filter in [
+            "trace",
+            "hyper=trace,sse_stream=trace,sqlx=trace,sqlx_postgres=trace,threadkeeper=trace",
+        ] {
             let text = logged(&LogConfig::default(), Some(filter), LogFormat::Json, work);
             for said in ["ours", "at work", "SELECT $1"] {
                 assert!(text.contains(said), "{filter}: {text}");
             }
             assert!(!text.contains("hunter2"), "{filter}: {text}");
         }
-        assert!(!logged(&LogConfig::default(), Some("warn"), LogFormat::Json, work).contains("at work"));
+        assert!(
+            !logged(&LogConfig::default(), Some("warn"), LogFormat::Json, work).contains("at work")
+        );
     }
 
     #[test]
     fn only_constant_panic_messages_are_told() {
         let payload = |panic: fn()| std::panic::catch_unwind(panic).unwrap_err();
-        assert_eq!(constant_message(&*payload(|| panic!("a constant"))), Some("a constant"));
+        assert_eq!(
+            constant_message(&*payload(|| panic!("a constant"))),
+            Some("a constant")
+        );
         let put_together = payload(|| panic!("{}", std::hint::black_box("hunter2")));
         assert_eq!(constant_message(&*put_together), None);
     }

@@ -13,8 +13,14 @@ pub(crate) struct Words {
 
 /// JSON of any shape. Texts and keys are often words that mean something.
 pub(crate) fn any_json(words: Words) -> impl Strategy<Value = Value> {
-    let text = prop_oneof!["\\PC{0,8}", prop::sample::select(words.texts).prop_map(str::to_owned)];
-    let key = prop_oneof!["[a-z]{0,3}", prop::sample::select(words.keys).prop_map(str::to_owned)];
+    let text = prop_oneof![
+        "\\PC{0,8}",
+        prop::sample::select(words.texts).prop_map(str::to_owned)
+    ];
+    let key = prop_oneof![
+        "[a-z]{0,3}",
+        prop::sample::select(words.keys).prop_map(str::to_owned)
+    ];
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::from),
@@ -97,7 +103,10 @@ fn replace(value: &mut Value, at: &mut usize, by: Option<&Value>) {
 
 /// `bytes` with some of them replaced or left out, and some repeated.
 pub(crate) fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
-    let byte = prop_oneof![any::<u8>(), prop::sample::select(&b"\n\r:{}[]\",\\ \0\xff"[..])];
+    let byte = prop_oneof![
+        any::<u8>(),
+        prop::sample::select(&b"\n\r:{}[]\",\\ \0\xff"[..])
+    ];
     let changes = prop::collection::vec((any::<Index>(), prop::option::of(byte)), 0..8);
     (changes, any::<Index>(), any::<Index>()).prop_map(move |(changes, from, to)| {
         let mut bytes = bytes.clone();

@@ -51,8 +51,8 @@ pub use assistants::AssistantsUpstream;
 pub use client::{InvalidUpstream, UpstreamClient};
 pub use error::UpstreamError;
 pub use port::{
-    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryEntry, HistoryPage, Items, Ownership,
-    Recovered, Settled, StartRun, Upstream, UpstreamEvent, drain,
+    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryEntry, HistoryPage, Items,
+    Ownership, Recovered, Settled, StartRun, Upstream, UpstreamEvent, drain,
 };
 pub use probe::{Finding, Probe, Verdict, probe};
 pub use rate_limiter::RateLimiter;

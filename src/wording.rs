@@ -6,9 +6,15 @@ pub(crate) fn plain(error: &str) -> Option<String> {
     let text = without_place(error);
     let quoted = |text: &str| text.split('`').nth(1).unwrap_or_default().to_owned();
     for begin in ["invalid type: ", "invalid value: ", "invalid length "] {
-        if let Some((found, wanted)) = text.strip_prefix(begin).and_then(|it| it.rsplit_once(", expected ")) {
-            let not =
-                if begin == "invalid type: " { format!(", not {}", kind(found)) } else { String::new() };
+        if let Some((found, wanted)) = text
+            .strip_prefix(begin)
+            .and_then(|it| it.rsplit_once(", expected "))
+        {
+            let not = if begin == "invalid type: " {
+                format!(", not {}", kind(found))
+            } else {
+                String::new()
+            };
             return Some(format!("must be {}{not}", expected(wanted)));
         }
     }
@@ -18,7 +24,10 @@ pub(crate) fn plain(error: &str) -> Option<String> {
     }
     if let Some(rest) = text.strip_prefix("unknown field `") {
         let Some((name, known)) = rest.rsplit_once("`, expected ") else {
-            return Some(format!("there is no field `{}` here", rest.split('`').next().unwrap_or_default()));
+            return Some(format!(
+                "there is no field `{}` here",
+                rest.split('`').next().unwrap_or_default()
+            ));
         };
         let known = known.strip_prefix("one of ").unwrap_or(known);
         return Some(format!("there is no field `{name}` here, only {known}"));
@@ -46,7 +55,9 @@ pub(crate) fn plain(error: &str) -> Option<String> {
         | "input contains invalid characters"
         | "input is out of range"
         | "no possible date and time matching input"
-        | "input is not enough for unique date and time" => "must be a time such as `2026-01-31T12:00:00Z`",
+        | "input is not enough for unique date and time" => {
+            "must be a time such as `2026-01-31T12:00:00Z`"
+        }
         _ => return None,
     };
     Some(told.to_owned())
@@ -54,8 +65,11 @@ pub(crate) fn plain(error: &str) -> Option<String> {
 
 /// The text of an error of JSON without where it was found.
 pub(crate) fn without_place(error: &str) -> &str {
-    let is_place =
-        |place: &str| place.bytes().all(|byte| byte.is_ascii_digit() || b" column".contains(&byte));
+    let is_place = |place: &str| {
+        place
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || b" column".contains(&byte))
+    };
     match error.rsplit_once(" at line ") {
         Some((text, place)) if is_place(place) => text,
         _ => error,
@@ -75,7 +89,10 @@ fn kind(found: &str) -> &'static str {
         ("null", "null"),
         ("unit", "null"),
     ];
-    words.iter().find(|(word, _)| found.starts_with(word)).map_or("what it is", |(_, told)| told)
+    words
+        .iter()
+        .find(|(word, _)| found.starts_with(word))
+        .map_or("what it is", |(_, told)| told)
 }
 
 fn expected(wanted: &str) -> String {
@@ -93,7 +110,9 @@ fn expected(wanted: &str) -> String {
         "variant identifier" | "field identifier" | "string or map" | "a borrowed string" => {
             "a string".to_owned()
         }
-        _ if wanted.starts_with("struct ") || wanted.contains("tagged enum ") => "an object".to_owned(),
+        _ if wanted.starts_with("struct ") || wanted.contains("tagged enum ") => {
+            "an object".to_owned()
+        }
         _ if wanted.starts_with("enum ") => "a string".to_owned(),
         _ if last.starts_with('u') && wanted.starts_with("a nonzero ") => {
             "a whole number, 1 or more".to_owned()
@@ -137,7 +156,11 @@ mod tests {
         type Error = &'static str;
 
         fn try_from(text: String) -> Result<Self, Self::Error> {
-            if text.is_empty() { Err("a key must not be empty") } else { Ok(Self) }
+            if text.is_empty() {
+                Err("a key must not be empty")
+            } else {
+                Ok(Self)
+            }
         }
     }
 
@@ -158,10 +181,22 @@ mod tests {
                 r#"{"times": "planted \", expected"}"#,
                 "must be a whole number from 0 to 4294967295, not a string",
             ),
-            (r#"{"times": -1}"#, "must be a whole number from 0 to 4294967295"),
-            (r#"{"times": 1.5}"#, "must be a whole number from 0 to 4294967295, not a fraction"),
-            (r#"{"many": {"planted": 1}}"#, "must be a list, not an object"),
-            (r#"{"many": ["planted"]}"#, "must be `true` or `false`, not a string"),
+            (
+                r#"{"times": -1}"#,
+                "must be a whole number from 0 to 4294967295",
+            ),
+            (
+                r#"{"times": 1.5}"#,
+                "must be a whole number from 0 to 4294967295, not a fraction",
+            ),
+            (
+                r#"{"many": {"planted": 1}}"#,
+                "must be a list, not an object",
+            ),
+            (
+                r#"{"many": ["planted"]}"#,
+                "must be `true` or `false`, not a string",
+            ),
             (r#"{"inner": 7}"#, "must be an object, not a number"),
             (r#"{"inner": {}}"#, "`name` is missing"),
             (r#"{"role": "planted"}"#, "must be `user` or `assistant`"),
@@ -170,8 +205,14 @@ mod tests {
                 "there is no field `tims` here, only `role`, `times`, `many`, `key`, `inner`, `at`",
             ),
             (r#"{"times": 1, "times": 2}"#, "`times` is given twice"),
-            (r#"{"at": "2026"}"#, "must be a time such as `2026-01-31T12:00:00Z`"),
-            (r#"{"at": "planted"}"#, "must be a time such as `2026-01-31T12:00:00Z`"),
+            (
+                r#"{"at": "2026"}"#,
+                "must be a time such as `2026-01-31T12:00:00Z`",
+            ),
+            (
+                r#"{"at": "planted"}"#,
+                "must be a time such as `2026-01-31T12:00:00Z`",
+            ),
             (r#"{"role"#, "it ends within a string"),
             ("[", "it ends within a list"),
             ("{} x", "something follows its end"),
@@ -179,7 +220,9 @@ mod tests {
             assert_eq!(told::<Line>(json).as_deref(), Some(expected), "{json}");
         }
         assert_eq!(told::<Line>(r#"{"key": ""}"#), None, "a type's own words");
-        let error = serde_json::from_str::<Line>(r#"{"key": ""}"#).unwrap_err().to_string();
+        let error = serde_json::from_str::<Line>(r#"{"key": ""}"#)
+            .unwrap_err()
+            .to_string();
         assert_eq!(without_place(&error), "a key must not be empty");
     }
 }

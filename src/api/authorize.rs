@@ -45,7 +45,10 @@ pub(super) struct Query {
 
 impl Query {
     pub(super) fn of(describe: fn() -> Doc) -> Self {
-        Self { describe, names: Arc::default() }
+        Self {
+            describe,
+            names: Arc::default(),
+        }
     }
 
     /// Refuses what nobody would heed: it may be what keeps a request from doing harm, or a piece of a key.
@@ -55,7 +58,11 @@ impl Query {
             let known = self.names.get_or_init(|| (self.describe)().query_names());
             if !known.iter().any(|it| *it == name) {
                 let name = name.chars().take(SHOWN).collect::<String>();
-                let known = known.iter().map(|it| format!("`{it}`")).collect::<Vec<_>>().join(", ");
+                let known = known
+                    .iter()
+                    .map(|it| format!("`{it}`"))
+                    .collect::<Vec<_>>()
+                    .join(", ");
                 let known = if known.is_empty() {
                     "this request takes none".to_owned()
                 } else {
@@ -66,7 +73,9 @@ impl Query {
                 )));
             }
             if seen.contains(&name) {
-                return Err(Error::Malformed(format!("the query parameter `{name}` is given twice")));
+                return Err(Error::Malformed(format!(
+                    "the query parameter `{name}` is given twice"
+                )));
             }
             seen.push(name);
         }
@@ -77,7 +86,12 @@ impl Query {
 /// Lets a request through whose caller may do what the route is for, and which asks for nothing that the route does not
 /// know; its handler finds the [`Caller`], and whom it is about ([`Named`]).
 pub(super) async fn guard(
-    Extension(Asks { needs, counted, keys, query }): Extension<Asks>,
+    Extension(Asks {
+        needs,
+        counted,
+        keys,
+        query,
+    }): Extension<Asks>,
     Extension(state): Extension<AppState>,
     request: Request,
     next: Next,
@@ -90,11 +104,17 @@ pub(super) async fn guard(
     }
     let named = named(keys, &mut parts, state.server.max_key_bytes).await;
     // What is no key is nobody's.
-    let user = named.as_ref().ok().and_then(Option::as_ref).map(|named| &named.user);
+    let user = named
+        .as_ref()
+        .ok()
+        .and_then(Option::as_ref)
+        .map(|named| &named.user);
     if let (Some(own), Some(user)) = (&principal.user, user)
         && own != user
     {
-        return Err(Error::Forbidden("these are the conversations of another user"));
+        return Err(Error::Forbidden(
+            "these are the conversations of another user",
+        ));
     }
     let tenant = principal.tenant.clone();
     let user = user.cloned().or_else(|| principal.user.clone());
@@ -111,10 +131,12 @@ pub(super) async fn guard(
             parts.extensions.insert(OnlyRepeats(too_often));
         }
     }
-    let asked = refused.map_or(named, |too_often| Err(too_often.into())).and_then(|named| {
-        query.check(parts.uri.query().unwrap_or_default())?;
-        Ok(named)
-    });
+    let asked = refused
+        .map_or(named, |too_often| Err(too_often.into()))
+        .and_then(|named| {
+            query.check(parts.uri.query().unwrap_or_default())?;
+            Ok(named)
+        });
     let mut response = match asked {
         Ok(named) => {
             parts.extensions.insert(Caller(principal));
@@ -159,15 +181,24 @@ async fn named(place: Place, parts: &mut Parts, limit: usize) -> Result<Option<N
 /// What stands behind `Bearer`, if anything does.
 fn token(headers: &HeaderMap) -> Result<Option<&str>, Error> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
-    let Some(value) = values.next() else { return Ok(None) };
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
     // Which of several counts would be a guess.
     if values.next().is_some() {
-        return Err(Error::InvalidToken("the header `authorization` is there more than once"));
+        return Err(Error::InvalidToken(
+            "the header `authorization` is there more than once",
+        ));
     }
-    let text =
-        value.to_str().map_err(|_| Error::InvalidToken("it has characters that no key or token has"))?;
-    let token = text.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-    Ok(token.map(|(_, token)| token.trim()).filter(|token| !token.is_empty()))
+    let text = value
+        .to_str()
+        .map_err(|_| Error::InvalidToken("it has characters that no key or token has"))?;
+    let token = text
+        .split_once(' ')
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    Ok(token
+        .map(|(_, token)| token.trim())
+        .filter(|token| !token.is_empty()))
 }
 
 /// Who asks.
@@ -179,7 +210,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
         // A route without a guard is a defect, not an open door.
-        parts.extensions.get::<Self>().cloned().ok_or(Error::Internal(None))
+        parts
+            .extensions
+            .get::<Self>()
+            .cloned()
+            .ok_or(Error::Internal(None))
     }
 }
 

@@ -24,22 +24,33 @@ pub(super) async fn read(
     budget: &Budget,
 ) -> Result<(Vec<u8>, Share), Error> {
     let limit = server.max_body_bytes;
-    let declared = body.size_hint().exact().map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    let declared = body
+        .size_hint()
+        .exact()
+        .map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
     // Before the first read: that is what sends `100 Continue`.
     if declared.is_some_and(|bytes| bytes > limit) {
         return Err(Error::PayloadTooLarge { limit });
     }
     let declared = declared.unwrap_or_default();
-    let mut share = if declared > SMALL { room(budget, declared).await? } else { Share::default() };
+    let mut share = if declared > SMALL {
+        room(budget, declared).await?
+    } else {
+        Share::default()
+    };
     let mut read = Vec::with_capacity(declared);
     let mut begun = Instant::now();
     loop {
         let silence = Instant::now() + server.body_read_timeout;
         let due = begun + server.body_read_timeout + time_of(read.len(), server.min_body_rate);
-        let frame = timeout_at(silence.min(due), body.frame()).await.map_err(|_| Error::BodyTimeout)?;
+        let frame = timeout_at(silence.min(due), body.frame())
+            .await
+            .map_err(|_| Error::BodyTimeout)?;
         let Some(frame) = frame else { break };
         let frame = frame.map_err(|_| Error::Malformed("the body broke off".to_owned()))?;
-        let Ok(data) = frame.into_data() else { continue };
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
         let bytes = read.len() + data.len();
         if bytes > limit {
             return Err(Error::PayloadTooLarge { limit });
@@ -56,7 +67,9 @@ pub(super) async fn read(
 }
 
 async fn room(budget: &Budget, bytes: usize) -> Result<Share, Error> {
-    timeout(ROOM_WAIT, budget.take(bytes)).await.map_err(|_| Error::BodiesFull)
+    timeout(ROOM_WAIT, budget.take(bytes))
+        .await
+        .map_err(|_| Error::BodiesFull)
 }
 
 /// The longest that so many bytes may take.
@@ -65,7 +78,12 @@ fn time_of(bytes: usize, rate: u32) -> Duration {
         // Longer than anybody waits.
         return Duration::from_hours(24 * 365);
     }
-    Duration::from_millis(u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(1000) / u64::from(rate))
+    Duration::from_millis(
+        u64::try_from(bytes)
+            .unwrap_or(u64::MAX)
+            .saturating_mul(1000)
+            / u64::from(rate),
+    )
 }
 
 #[cfg(test)]
@@ -79,7 +97,11 @@ mod tests {
     use super::*;
 
     /// What becomes of a body of `pieces` pieces of so many bytes, each after a pause, and how long that takes.
-    async fn sent(bytes: usize, pause: Duration, pieces: usize) -> (Result<usize, Error>, Duration) {
+    async fn sent(
+        bytes: usize,
+        pause: Duration,
+        pieces: usize,
+    ) -> (Result<usize, Error>, Duration) {
         let server = ServerConfig::default();
         let budget = Budget::new(server.max_buffered_body_bytes);
         let piece = Bytes::from(vec![b'x'; bytes]);
@@ -104,7 +126,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_trickle_is_given_up() {
-        for (bytes, pause) in [(1, Duration::from_secs(3)), (8 * 1024, Duration::from_secs(1))] {
+        for (bytes, pause) in [
+            (1, Duration::from_secs(3)),
+            (8 * 1024, Duration::from_secs(1)),
+        ] {
             let (read, took) = sent(bytes, pause, usize::MAX).await;
             assert!(matches!(read, Err(Error::BodyTimeout)), "{read:?}");
             assert!(took < Duration::from_mins(2), "{took:?}");
@@ -116,7 +141,10 @@ mod tests {
         let limit = ServerConfig::default().body_read_timeout;
         let (read, took) = sent(64 * 1024, limit + Duration::from_secs(1), 2).await;
         assert!(matches!(read, Err(Error::BodyTimeout)), "{read:?}");
-        assert!(took >= limit && took < limit + Duration::from_secs(1), "{took:?}");
+        assert!(
+            took >= limit && took < limit + Duration::from_secs(1),
+            "{took:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -124,14 +152,18 @@ mod tests {
         let server = ServerConfig::default();
         let budget = Budget::new(1024 * 1024);
         let all = budget.take(1024 * 1024).await;
-        let (small, _) = read(Body::from(vec![0; SMALL]), &server, &budget).await.unwrap();
+        let (small, _) = read(Body::from(vec![0; SMALL]), &server, &budget)
+            .await
+            .unwrap();
         assert_eq!(small.len(), SMALL);
         let start = Instant::now();
         let refused = read(Body::from(vec![0; SMALL + 1]), &server, &budget).await;
         assert!(matches!(refused, Err(Error::BodiesFull)));
         assert_eq!(start.elapsed().as_secs(), ROOM_WAIT.as_secs());
         drop(all);
-        let (large, share) = read(Body::from(vec![0; SMALL + 1]), &server, &budget).await.unwrap();
+        let (large, share) = read(Body::from(vec![0; SMALL + 1]), &server, &budget)
+            .await
+            .unwrap();
         assert!(large.len() == SMALL + 1 && !share.is_none());
     }
 }

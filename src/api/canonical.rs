@@ -133,7 +133,10 @@ mod tests {
     #[test]
     fn spelling_does_not_matter_and_meaning_does() {
         let hash = hashed(r#"{"a":[1,"x"],"b":null}"#);
-        assert_eq!(hashed(" { \"b\" : null,\n\"a\" : [ 1 , \"\\u0078\" ] } "), hash);
+        assert_eq!(
+            hashed(" { \"b\" : null,\n\"a\" : [ 1 , \"\\u0078\" ] } "),
+            hash
+        );
         assert_ne!(hashed(r#"{"a":[1,"y"],"b":null}"#), hash);
         assert_ne!(hashed(r#"{"a":["x",1],"b":null}"#), hash);
     }

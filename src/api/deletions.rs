@@ -38,14 +38,28 @@ pub(super) async fn deleted(
     prefix: &Prefix,
     headers: &HeaderMap,
 ) -> Result<Response, Error> {
-    let end = if how.archive { Deletion::Archive } else { Deletion::Erase };
+    let end = if how.archive {
+        Deletion::Archive
+    } else {
+        Deletion::Erase
+    };
     if how.dry_run {
         let found = state.janitor.deletable(target, end).await?;
         return Ok(Json(DeletableView::new(found, how.archive)).into_response());
     }
-    let report = state.janitor.delete_all(target, end, Prefer::of(headers).patience()).await?;
-    let status = if report.finished_at.is_some() { StatusCode::OK } else { StatusCode::ACCEPTED };
-    let place = [(header::LOCATION, format!("{}/v1/deletions/{}", prefix.0, report.id))];
+    let report = state
+        .janitor
+        .delete_all(target, end, Prefer::of(headers).patience())
+        .await?;
+    let status = if report.finished_at.is_some() {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
+    let place = [(
+        header::LOCATION,
+        format!("{}/v1/deletions/{}", prefix.0, report.id),
+    )];
     Ok((status, place, Json(DeletionView::from(report))).into_response())
 }
 
@@ -83,5 +97,11 @@ pub(super) async fn show(
     ApiId(id): ApiId<DeletionId>,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<DeletionView>, Error> {
-    Ok(Json(state.janitor.report_to(&caller, id, page.after, page.limit).await?.into()))
+    Ok(Json(
+        state
+            .janitor
+            .report_to(&caller, id, page.after, page.limit)
+            .await?
+            .into(),
+    ))
 }

@@ -31,8 +31,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiConversation {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let Caller(principal) = Caller::from_request_parts(parts, state).await?;
         // The guard of a route that is about nobody puts none there.
-        let Named { user, scope, .. } = parts.extensions.get().cloned().ok_or(Error::Internal(None))?;
-        Ok(Self(ConversationKey { tenant: principal.tenant, user, scope }))
+        let Named { user, scope, .. } = parts
+            .extensions
+            .get()
+            .cloned()
+            .ok_or(Error::Internal(None))?;
+        Ok(Self(ConversationKey {
+            tenant: principal.tenant,
+            user,
+            scope,
+        }))
     }
 }
 
@@ -45,8 +53,13 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiRun {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let params = path_params(parts, state).await?;
-        let text = params.iter().find(|(key, _)| *key == "run").map_or("", |(_, value)| value);
-        text.parse().map(Self).map_err(|error| Error::Malformed(format!("the run id in the path: {error}")))
+        let text = params
+            .iter()
+            .find(|(key, _)| *key == "run")
+            .map_or("", |(_, value)| value);
+        text.parse()
+            .map(Self)
+            .map_err(|error| Error::Malformed(format!("the run id in the path: {error}")))
     }
 }
 
@@ -70,10 +83,14 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
-        let Some(value) = parts.headers.get("last-event-id") else { return Ok(Self(None)) };
+        let Some(value) = parts.headers.get("last-event-id") else {
+            return Ok(Self(None));
+        };
         let text = value.to_str().unwrap_or_default();
         let number = |n: &str| {
-            n.parse::<u64>().ok().map(|n| i64::try_from(n).map_or(LAST_EVENT, |n| n.min(LAST_EVENT)))
+            n.parse::<u64>()
+                .ok()
+                .map(|n| i64::try_from(n).map_or(LAST_EVENT, |n| n.min(LAST_EVENT)))
         };
         let read = |(run, n): (&str, &str)| Some((run.parse().ok()?, number(n)?));
         match text.split_once(':').and_then(read) {
@@ -81,7 +98,8 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
             // What an `EventSource` sends that has seen no event.
             None if text.is_empty() => Ok(Self(None)),
             None => Err(Error::Malformed(
-                "`last-event-id` must be the id of an event of this run, as the stream showed it".to_owned(),
+                "`last-event-id` must be the id of an event of this run, as the stream showed it"
+                    .to_owned(),
             )),
         }
     }
@@ -90,7 +108,11 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
 /// A JSON object as the body; what makes the request known should it be repeated; and the body's share of memory, to be
 /// kept as long as what it says.
 #[derive(Debug)]
-pub(super) struct ApiJson<T>(pub(super) T, pub(super) Option<Idempotency>, pub(super) Share);
+pub(super) struct ApiJson<T>(
+    pub(super) T,
+    pub(super) Option<Idempotency>,
+    pub(super) Share,
+);
 
 impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
     type Rejection = Error;
@@ -102,7 +124,9 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         let idempotency_key = idempotency_key(request.headers())?;
         let path = request.uri().path();
         let named = request.extensions().get::<Named>();
-        let path = named.map_or(path.into(), |named| named.path(path)).into_owned();
+        let path = named
+            .map_or(path.into(), |named| named.path(path))
+            .into_owned();
         let (body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
         let value = parsed(&body)?;
         let idempotency = idempotency_key.map(|key| {
@@ -111,7 +135,10 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
             hash.update(path.as_bytes());
             hash.update([0]);
             canonical::hash(&body, &mut hash);
-            Idempotency { key, request_hash: hash.finalize().into() }
+            Idempotency {
+                key,
+                request_hash: hash.finalize().into(),
+            }
         });
         Ok(Self(value, idempotency, share))
     }
@@ -120,15 +147,25 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
 /// What a body says.
 fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     // Serde would also take a struct's fields as an array in their order, which nobody means.
-    if body.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
-        return Err(Error::Malformed("the body must be a JSON object".to_owned()));
+    if body
+        .trim_ascii_start()
+        .first()
+        .is_some_and(|first| *first != b'{')
+    {
+        return Err(Error::Malformed(
+            "the body must be a JSON object".to_owned(),
+        ));
     }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let value: T = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let inner = error.into_inner();
         if inner.is_data() {
-            let at = if path == "." { String::new() } else { format!("`{path}`: ") };
+            let at = if path == "." {
+                String::new()
+            } else {
+                format!("`{path}`: ")
+            };
             Error::Invalid(format!("{at}{}", told(&inner.to_string())))
         } else if inner.to_string().starts_with("expected value")
             && serde_json::from_slice::<IgnoredAny>(body).is_ok()
@@ -159,9 +196,13 @@ fn told(error: &str) -> String {
 /// The header `idempotency-key`: 1 to 255 visible ASCII characters.
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let mut values = headers.get_all("idempotency-key").iter();
-    let Some(value) = values.next() else { return Ok(None) };
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
     if values.next().is_some() {
-        return Err(Error::Malformed("give one `idempotency-key`, not several".to_owned()));
+        return Err(Error::Malformed(
+            "give one `idempotency-key`, not several".to_owned(),
+        ));
     }
     let key = value.to_str().unwrap_or_default();
     if (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -173,10 +214,19 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
 }
 
 fn is_json(request: &Request) -> bool {
-    let essence =
-        request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let essence = essence.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+    let essence = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let essence = essence
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    essence == "application/json"
+        || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
 /// Which page of a list is wanted: `limit` 1 to `server.max_page_size` (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
@@ -223,14 +273,19 @@ where
         let most = Arc::<ServerConfig>::from_ref(state).max_page_size;
         let limit = page.limit.unwrap_or(most.min(20));
         if !(1..=most).contains(&limit) {
-            return Err(Error::Malformed(format!("`limit` must be between 1 and {most}")));
+            return Err(Error::Malformed(format!(
+                "`limit` must be between 1 and {most}"
+            )));
         }
         if page.after.is_some() && page.before.is_some() {
-            return Err(Error::Malformed("give `after` or `before`, not both".to_owned()));
+            return Err(Error::Malformed(
+                "give `after` or `before`, not both".to_owned(),
+            ));
         }
         let cursor = |name: &str, text: Option<String>| {
             text.map(|text| {
-                text.parse::<Id>().map_err(|error| Error::Malformed(format!("`{name}`: {error}")))
+                text.parse::<Id>()
+                    .map_err(|error| Error::Malformed(format!("`{name}`: {error}")))
             })
             .transpose()
         };
@@ -270,7 +325,9 @@ where
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let params = path_params(parts, state).await?;
         let text = params.iter().next().map_or("", |(_, value)| value);
-        text.parse().map(Self).map_err(|error| Error::Malformed(format!("the id in the path: {error}")))
+        text.parse()
+            .map(Self)
+            .map_err(|error| Error::Malformed(format!("the id in the path: {error}")))
     }
 }
 
@@ -313,15 +370,19 @@ fn query<T: DeserializeOwned>(parts: &Parts) -> Result<T, Error> {
 fn read<T: DeserializeOwned>(query: &str) -> Result<T, Error> {
     let uri = Uri::builder().path_and_query(format!("/?{query}")).build();
     let uri = uri.map_err(|_| Error::Malformed("the query cannot be read".to_owned()))?;
-    Query::try_from_uri(&uri).map(|Query(query)| query).map_err(|rejection| {
-        let text = rejection.body_text();
-        // `…: name: what is wrong`; the guard has seen to it that all names are known.
-        let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
-        Error::Malformed(match text.split_once(": ") {
-            Some((name, error)) => format!("the query parameter `{name}`: {}", told(error)),
-            None => format!("the query: {}", told(text)),
+    Query::try_from_uri(&uri)
+        .map(|Query(query)| query)
+        .map_err(|rejection| {
+            let text = rejection.body_text();
+            // `…: name: what is wrong`; the guard has seen to it that all names are known.
+            let text = text
+                .strip_prefix("Failed to deserialize query string: ")
+                .unwrap_or(&text);
+            Error::Malformed(match text.split_once(": ") {
+                Some((name, error)) => format!("the query parameter `{name}`: {}", told(error)),
+                None => format!("the query: {}", told(text)),
+            })
         })
-    })
 }
 
 #[cfg(test)]
@@ -347,13 +408,25 @@ mod tests {
     /// Status and body of the answer of a route below each kind of conversation, which tells the key that it read.
     fn key_of(path: &[u8]) -> Option<(StatusCode, Value)> {
         let tell = async |params: RawPathParams| {
-            let named = Named::read(Place::Path, Some(&params), &HeaderMap::new(), KeyText::MAX_BYTES)?;
+            let named = Named::read(
+                Place::Path,
+                Some(&params),
+                &HeaderMap::new(),
+                KeyText::MAX_BYTES,
+            )?;
             let named = named.ok_or(Error::Internal(None))?;
-            Ok::<_, Error>(Json(json!([named.user.as_str(), named.scope.kind(), named.scope.name()])))
+            Ok::<_, Error>(Json(json!([
+                named.user.as_str(),
+                named.scope.kind(),
+                named.scope.name()
+            ])))
         };
-        let scopes = SCOPES.iter().filter(|scope| Place::of(scope) == Place::Path);
-        let router: Router =
-            scopes.fold(Router::new(), |router, scope| router.route(&format!("{scope}/thread"), get(tell)));
+        let scopes = SCOPES
+            .iter()
+            .filter(|scope| Place::of(scope) == Place::Path);
+        let router: Router = scopes.fold(Router::new(), |router, scope| {
+            router.route(&format!("{scope}/thread"), get(tell))
+        });
         // What is no address does not come this far.
         let uri = Uri::try_from(path).ok()?;
         let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
@@ -384,10 +457,29 @@ mod tests {
     }
 
     const WORDS: Words = Words {
-        texts: &["text", "image_url", "refusal", "enqueue", "rollback", "continue", "\0", "threadkeeper_x"],
+        texts: &[
+            "text",
+            "image_url",
+            "refusal",
+            "enqueue",
+            "rollback",
+            "continue",
+            "\0",
+            "threadkeeper_x",
+        ],
         keys: &[
-            "content", "type", "text", "metadata", "stream", "timeout_ms", "ttl_ms", "tool_outputs",
-            "output", "tool_call_id", "assistant", "multitask_strategy",
+            "content",
+            "type",
+            "text",
+            "metadata",
+            "stream",
+            "timeout_ms",
+            "ttl_ms",
+            "tool_outputs",
+            "output",
+            "tool_call_id",
+            "assistant",
+            "multitask_strategy",
         ],
     };
 
@@ -407,25 +499,44 @@ mod tests {
         let refused = |error: Error| {
             let is_typed = matches!(error, Error::Malformed(_) | Error::Invalid(_));
             let status = error.into_response().status();
-            is_typed && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status)
+            is_typed
+                && [StatusCode::BAD_REQUEST, StatusCode::UNPROCESSABLE_ENTITY].contains(&status)
         };
         match parsed::<PostMessage>(body) {
             Ok(message) => {
-                let size: usize = message.content.0.iter().map(crate::domain::ContentPart::size).sum();
+                let size: usize = message
+                    .content
+                    .0
+                    .iter()
+                    .map(crate::domain::ContentPart::size)
+                    .sum();
                 prop_assert!(size <= body.len());
                 let _ = UserContent::try_from(message.content.0);
-                prop_assert!(message.metadata.is_none_or(|metadata| metadata.iter().count() <= 10));
+                prop_assert!(
+                    message
+                        .metadata
+                        .is_none_or(|metadata| metadata.iter().count() <= 10)
+                );
             }
             Err(error) => prop_assert!(refused(error)),
         }
         match parsed::<PostOutputs>(body) {
             Ok(outputs) => {
-                prop_assert!(outputs.tool_outputs.iter().all(|output| !output.output.contains('\0')));
+                prop_assert!(
+                    outputs
+                        .tool_outputs
+                        .iter()
+                        .all(|output| !output.output.contains('\0'))
+                );
             }
             Err(error) => prop_assert!(refused(error)),
         }
         match parsed::<PatchThread>(body) {
-            Ok(patch) => prop_assert!(patch.metadata.is_none_or(|metadata| metadata.iter().count() <= 10)),
+            Ok(patch) => prop_assert!(
+                patch
+                    .metadata
+                    .is_none_or(|metadata| metadata.iter().count() <= 10)
+            ),
             Err(error) => prop_assert!(refused(error)),
         }
         Ok(())
@@ -437,7 +548,11 @@ mod tests {
             let text = body.to_string();
             for end in 0..text.len() {
                 is_read_or_refused(&text.as_bytes()[..end]).unwrap();
-                assert!(parsed::<PostMessage>(&text.as_bytes()[..end]).is_err(), "{}", &text[..end]);
+                assert!(
+                    parsed::<PostMessage>(&text.as_bytes()[..end]).is_err(),
+                    "{}",
+                    &text[..end]
+                );
             }
         }
         for content in [
@@ -451,10 +566,19 @@ mod tests {
             r#""\udc00\ud800""#.to_owned(),
             r#""a", "content": "b""#.to_owned(),
         ] {
-            for field in ["content", "metadata", "ttl_ms", "timeout_ms", "tool_outputs"] {
+            for field in [
+                "content",
+                "metadata",
+                "ttl_ms",
+                "timeout_ms",
+                "tool_outputs",
+            ] {
                 let body = format!("{{\"content\": \"a\", \"{field}\": {content}}}");
                 is_read_or_refused(body.as_bytes()).unwrap();
-                assert!(parsed::<PostMessage>(body.as_bytes()).is_err(), "{field}: {content:.60}");
+                assert!(
+                    parsed::<PostMessage>(body.as_bytes()).is_err(),
+                    "{field}: {content:.60}"
+                );
             }
         }
     }

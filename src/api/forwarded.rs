@@ -21,12 +21,18 @@ const MAX_PREFIX: usize = 256;
 /// If one of them wrote what is no address, it is that proxy itself: what stands before may be anybody's.
 pub(super) fn client(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -> IpAddr {
     let mut client = peer.to_canonical();
-    let mut told = headers.get_all(FORWARDED_FOR).iter().rev().flat_map(|value| {
-        let text = value.to_str().unwrap_or_default();
-        text.rsplit(',').map(str::trim)
-    });
+    let mut told = headers
+        .get_all(FORWARDED_FOR)
+        .iter()
+        .rev()
+        .flat_map(|value| {
+            let text = value.to_str().unwrap_or_default();
+            text.rsplit(',').map(str::trim)
+        });
     while server.trusts(client) {
-        let Some(before) = told.next().and_then(address) else { break };
+        let Some(before) = told.next().and_then(address) else {
+            break;
+        };
         client = before;
     }
     client
@@ -34,8 +40,14 @@ pub(super) fn client(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -
 
 /// An address, with or without a port: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`, `[2001:db8::1]:80`.
 fn address(text: &str) -> Option<IpAddr> {
-    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
-    let address = bare.parse().ok().or_else(|| text.parse().ok().map(|address: SocketAddr| address.ip()));
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .unwrap_or(text);
+    let address = bare
+        .parse()
+        .ok()
+        .or_else(|| text.parse().ok().map(|address: SocketAddr| address.ip()));
     address.map(|address| address.to_canonical())
 }
 
@@ -48,15 +60,21 @@ impl Prefix {
     pub(super) fn of(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -> Self {
         let mut told = headers.get_all(FORWARDED_PREFIX).iter();
         match (told.next(), told.next()) {
-            (Some(prefix), None) if server.trusts(peer.to_canonical()) => {
-                prefix.to_str().ok().and_then(path).unwrap_or_else(|| Self::set(server))
-            }
+            (Some(prefix), None) if server.trusts(peer.to_canonical()) => prefix
+                .to_str()
+                .ok()
+                .and_then(path)
+                .unwrap_or_else(|| Self::set(server)),
             _ => Self::set(server),
         }
     }
 
     fn set(server: &ServerConfig) -> Self {
-        server.public_url.as_ref().and_then(|url| path(url.path())).unwrap_or_default()
+        server
+            .public_url
+            .as_ref()
+            .and_then(|url| path(url.path()))
+            .unwrap_or_default()
     }
 }
 
@@ -68,7 +86,10 @@ fn path(text: &str) -> Option<Prefix> {
     let is_good = is_path
         && text.len() <= MAX_PREFIX
         && text.bytes().all(is_plain)
-        && !text.split('/').skip(1).any(|part| ["", ".", ".."].contains(&part));
+        && !text
+            .split('/')
+            .skip(1)
+            .any(|part| ["", ".", ".."].contains(&part));
     is_good.then(|| Prefix(text.to_owned()))
 }
 
@@ -89,9 +110,16 @@ mod tests {
 
     fn server() -> ServerConfig {
         let networks = ["10.0.0.0/8", "::1", "2001:db8:1::/48"];
-        let trusted_proxies = networks.iter().map(|text| (*text).to_owned().try_into().unwrap()).collect();
+        let trusted_proxies = networks
+            .iter()
+            .map(|text| (*text).to_owned().try_into().unwrap())
+            .collect();
         let public_url = Some("https://chat.example.com/set/".parse().unwrap());
-        ServerConfig { public_url, trusted_proxies, ..ServerConfig::default() }
+        ServerConfig {
+            public_url,
+            trusted_proxies,
+            ..ServerConfig::default()
+        }
     }
 
     fn headers(name: &HeaderName, values: &[&str]) -> HeaderMap {
@@ -112,10 +140,18 @@ mod tests {
             ("::ffff:10.0.0.1", &["::ffff:198.51.100.7"], "198.51.100.7"),
             // What a caller made up stands before what the proxy added.
             ("10.0.0.1", &["1.2.3.4, 198.51.100.7"], "198.51.100.7"),
-            ("10.0.0.1", &["10.9.9.9, 198.51.100.7,10.0.0.2"], "198.51.100.7"),
+            (
+                "10.0.0.1",
+                &["10.9.9.9, 198.51.100.7,10.0.0.2"],
+                "198.51.100.7",
+            ),
             ("10.0.0.1", &["1.2.3.4", "198.51.100.7"], "198.51.100.7"),
             ("::1", &["2001:db8:2::7"], "2001:db8:2::7"),
-            ("::1", &["1.2.3.4, [2001:db8:2::7]:443, [2001:db8:1::1]"], "2001:db8:2::7"),
+            (
+                "::1",
+                &["1.2.3.4, [2001:db8:2::7]:443, [2001:db8:1::1]"],
+                "2001:db8:2::7",
+            ),
             ("10.0.0.1", &["198.51.100.7:5000"], "198.51.100.7"),
             ("10.0.0.1", &["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
             ("10.0.0.1", &["1.2.3.4, unknown"], "10.0.0.1"),

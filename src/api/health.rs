@@ -26,10 +26,11 @@ pub(super) async fn healthz() -> Json<Value> {
 }
 
 pub(super) fn readyz_doc() -> Doc {
-    let schema =
-        json!({"type": "object", "required": ["status"], "properties": {"status": {"const": "ready"}}});
+    let schema = json!({"type": "object", "required": ["status"], "properties": {"status": {"const": "ready"}}});
     Doc::new("health", "readyz", "The process may take traffic.")
-        .about("The store answers, its schema is the right one, and the process is not shutting down.")
+        .about(
+            "The store answers, its schema is the right one, and the process is not shutting down.",
+        )
         .gives_as(StatusCode::OK, "application/json", &schema, "It may.")
         .refuses(&[DRAINING, STORE_UNAVAILABLE])
 }

@@ -32,8 +32,10 @@ pub(super) enum Place {
 
 impl Place {
     pub(super) fn of(path: &str) -> Self {
-        let is_below =
-            |root: &str| path.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let is_below = |root: &str| {
+            path.strip_prefix(root)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
         if path.contains("{user}") {
             Self::Path
         } else if is_below(CONVERSATION) {
@@ -82,25 +84,38 @@ impl Named {
                 format!("this path names its keys already: leave the header `{name}` out")
             }));
         }
-        let source = if in_headers { Source::Headers(headers) } else { Source::Path(params) };
+        let source = if in_headers {
+            Source::Headers(headers)
+        } else {
+            Source::Path(params)
+        };
         let user = source.key(&USER, limit)?;
         let scope = match (source.key(&SESSION, limit)?, source.key(&TOPIC, limit)?) {
             (Some(_), Some(_)) => {
-                return Err(Error::Malformed(format!("send the header `{SESSION}` or `{TOPIC}`, not both")));
+                return Err(Error::Malformed(format!(
+                    "send the header `{SESSION}` or `{TOPIC}`, not both"
+                )));
             }
             (Some(session), None) => Scope::Session(session),
             (None, Some(topic)) => Scope::Topic(topic),
             (None, None) => Scope::User,
         };
-        let user =
-            user.ok_or_else(|| Error::Malformed(format!("send the header `{USER}` with the user's own id")))?;
-        Ok(Some(Self { user, scope, in_headers }))
+        let user = user.ok_or_else(|| {
+            Error::Malformed(format!("send the header `{USER}` with the user's own id"))
+        })?;
+        Ok(Some(Self {
+            user,
+            scope,
+            in_headers,
+        }))
     }
 
     /// What stands for this request's path where paths are compared: one whose keys stand in headers counts as if they
     /// stood in the path.
     pub(super) fn path<'a>(&self, path: &'a str) -> Cow<'a, str> {
-        let rest = path.strip_prefix(CONVERSATION).or_else(|| path.strip_prefix(USERS[1]));
+        let rest = path
+            .strip_prefix(CONVERSATION)
+            .or_else(|| path.strip_prefix(USERS[1]));
         match rest.filter(|_| self.in_headers) {
             None => path.into(),
             Some(rest) => {
@@ -137,7 +152,10 @@ impl Source<'_> {
             }
         };
         let key = match text {
-            Some(text) if text.len() > limit => Err(InvalidKey::TooLong { limit, bytes: text.len() }),
+            Some(text) if text.len() > limit => Err(InvalidKey::TooLong {
+                limit,
+                bytes: text.len(),
+            }),
             text => text.map(K::try_from).transpose(),
         };
         key.map_err(|error| {
@@ -153,7 +171,9 @@ impl Source<'_> {
 /// would be what a proxy puts between two headers that it makes one.
 fn in_header(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Error> {
     let mut values = headers.get_all(name).iter();
-    let Some(value) = values.next() else { return Ok(None) };
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
     if values.next().is_some() {
         return Err(Error::Malformed(format!("send the header `{name}` once")));
     }
@@ -205,7 +225,10 @@ mod tests {
     use crate::domain::KeyText;
 
     fn headers(lines: &[(HeaderName, &str)]) -> HeaderMap {
-        lines.iter().map(|(name, value)| (name.clone(), HeaderValue::from_str(value).unwrap())).collect()
+        lines
+            .iter()
+            .map(|(name, value)| (name.clone(), HeaderValue::from_str(value).unwrap()))
+            .collect()
     }
 
     fn read(place: Place, lines: &[(HeaderName, &str)]) -> Result<Option<Named>, Error> {
@@ -271,7 +294,11 @@ mod tests {
             (Place::Conversation, &[(USER, "a")][..], true),
             (Place::Conversation, &[(USER, "a"), (SESSION, "s")], true),
             (Place::Conversation, &[(USER, "a"), (TOPIC, "t")], true),
-            (Place::Conversation, &[(USER, "a"), (TOPIC, "t"), (SESSION, "s")], false),
+            (
+                Place::Conversation,
+                &[(USER, "a"), (TOPIC, "t"), (SESSION, "s")],
+                false,
+            ),
             (Place::Conversation, &[(TOPIC, "t")], false),
             (Place::Conversation, &[], false),
             (Place::User, &[(USER, "a")], true),
@@ -291,7 +318,10 @@ mod tests {
         }
         let mut twice = headers(&[(USER, "a")]);
         twice.append(USER, HeaderValue::from_static("a"));
-        assert!(Named::read(Place::User, None, &twice, KeyText::MAX_BYTES).is_err(), "twice");
+        assert!(
+            Named::read(Place::User, None, &twice, KeyText::MAX_BYTES).is_err(),
+            "twice"
+        );
         assert!(read(Place::Nowhere, &[]).unwrap().is_none());
     }
 }

@@ -75,17 +75,33 @@ pub(super) struct Left {
 impl Limits {
     pub fn new(config: &LimitsConfig) -> Self {
         let new = |name, whose, what, rate: Option<Rate>| {
-            rate.map(|rate| Buckets { name, whose, what, rate, known: Mutex::default() })
+            rate.map(|rate| Buckets {
+                name,
+                whose,
+                what,
+                rate,
+                known: Mutex::default(),
+            })
         };
         let (messages, requests) = ("messages", "requests");
         Self {
             messages: Both {
                 users: new("user-messages", "user", messages, config.user_messages),
-                tenants: new("tenant-messages", "tenant", messages, config.tenant_messages),
+                tenants: new(
+                    "tenant-messages",
+                    "tenant",
+                    messages,
+                    config.tenant_messages,
+                ),
             },
             requests: Both {
                 users: new("user-requests", "user", requests, config.user_requests),
-                tenants: new("tenant-requests", "tenant", requests, config.tenant_requests),
+                tenants: new(
+                    "tenant-requests",
+                    "tenant",
+                    requests,
+                    config.tenant_requests,
+                ),
             },
             hasher: RandomState::new(),
         }
@@ -101,14 +117,18 @@ impl Limits {
     ) -> (Left, Result<(), TooOften>) {
         let mut left = Left::default();
         let own = self.own(counted, tenant, user);
-        let taken = own.map_or(Ok(()), |(users, key)| users.take(key, &mut left)).and_then(|()| {
-            let Some(tenants) = &self.both(counted).tenants else { return Ok(()) };
-            let taken = tenants.take(self.hasher.hash_one(tenant), &mut left);
-            if let (Err(_), Some((users, key))) = (&taken, own) {
-                users.give_back(key);
-            }
-            taken
-        });
+        let taken = own
+            .map_or(Ok(()), |(users, key)| users.take(key, &mut left))
+            .and_then(|()| {
+                let Some(tenants) = &self.both(counted).tenants else {
+                    return Ok(());
+                };
+                let taken = tenants.take(self.hasher.hash_one(tenant), &mut left);
+                if let (Err(_), Some((users, key))) = (&taken, own) {
+                    users.give_back(key);
+                }
+                taken
+            });
         (left, taken)
     }
 
@@ -132,8 +152,16 @@ impl Limits {
         }
     }
 
-    fn own(&self, counted: Counted, tenant: &TenantKey, user: Option<&UserKey>) -> Option<(&Buckets, u64)> {
-        Some((self.both(counted).users.as_ref()?, self.hasher.hash_one((tenant, user?))))
+    fn own(
+        &self,
+        counted: Counted,
+        tenant: &TenantKey,
+        user: Option<&UserKey>,
+    ) -> Option<(&Buckets, u64)> {
+        Some((
+            self.both(counted).users.as_ref()?,
+            self.hasher.hash_one((tenant, user?)),
+        ))
     }
 }
 
@@ -141,15 +169,32 @@ impl Buckets {
     fn take(&self, key: u64, left: &mut Left) -> Result<(), TooOften> {
         let (period, burst, now) = (self.rate.period(), self.rate.burst(), Instant::now());
         let whole = period * burst.get();
-        left.policies.push(format!("\"{}\";q={burst};w={}", self.name, whole_seconds(whole)));
+        left.policies.push(format!(
+            "\"{}\";q={burst};w={}",
+            self.name,
+            whole_seconds(whole)
+        ));
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let full_at = known.full_at.get(&key).map_or(now, |full_at| now.max(*full_at)) + period;
+        let full_at = known
+            .full_at
+            .get(&key)
+            .map_or(now, |full_at| now.max(*full_at))
+            + period;
         // A bucket is as far from full as it takes to fill it.
         let lacks = full_at - now;
         if lacks > whole {
             let retry_after = lacks.saturating_sub(whole);
-            left.limits.push(format!("\"{}\";r=0;t={}", self.name, whole_seconds(retry_after)));
-            return Err(TooOften { whose: self.whose, what: self.what, rate: self.rate, retry_after });
+            left.limits.push(format!(
+                "\"{}\";r=0;t={}",
+                self.name,
+                whole_seconds(retry_after)
+            ));
+            return Err(TooOften {
+                whose: self.whose,
+                what: self.what,
+                rate: self.rate,
+                retry_after,
+            });
         }
         known.put(key, full_at, now);
         let remaining = whole.saturating_sub(lacks).as_nanos() / period.as_nanos();
@@ -213,7 +258,11 @@ mod tests {
 
     fn limits(user: &str, tenant: &str) -> Limits {
         let (user, tenant) = (user.parse().ok(), tenant.parse().ok());
-        let config = LimitsConfig { user_messages: user, tenant_messages: tenant, ..LimitsConfig::default() };
+        let config = LimitsConfig {
+            user_messages: user,
+            tenant_messages: tenant,
+            ..LimitsConfig::default()
+        };
         Limits::new(&config)
     }
 
@@ -222,28 +271,43 @@ mod tests {
     }
 
     fn asks(limits: &Limits, name: &str) -> bool {
-        limits.take(Counted::Message, &TenantKey::default(), Some(&user(name))).1.is_ok()
+        limits
+            .take(Counted::Message, &TenantKey::default(), Some(&user(name)))
+            .1
+            .is_ok()
     }
 
     fn headers(left: &Left) -> (String, String) {
         let mut headers = HeaderMap::new();
         left.tell(&mut headers);
-        let text =
-            |name| headers.get(name).map_or("", |value: &HeaderValue| value.to_str().unwrap()).to_owned();
+        let text = |name| {
+            headers
+                .get(name)
+                .map_or("", |value: &HeaderValue| value.to_str().unwrap())
+                .to_owned()
+        };
         (text(POLICY), text(LIMIT))
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_user_who_asks_too_often_costs_the_others_nothing() {
         let limits = limits("1/h burst 2", "1/h burst 4");
-        assert_eq!(["a", "a", "a", "a"].map(|name| asks(&limits, name)), [true, true, false, false]);
+        assert_eq!(
+            ["a", "a", "a", "a"].map(|name| asks(&limits, name)),
+            [true, true, false, false]
+        );
         assert_eq!(
             ["b", "b", "c"].map(|name| asks(&limits, name)),
             [true, true, false],
             "the tenant has four"
         );
         let other = TenantKey::try_from("other".to_owned()).unwrap();
-        assert!(limits.take(Counted::Message, &other, Some(&user("a"))).1.is_ok());
+        assert!(
+            limits
+                .take(Counted::Message, &other, Some(&user("a")))
+                .1
+                .is_ok()
+        );
         advance(Duration::from_hours(1)).await;
         assert_eq!(
             ["c", "c"].map(|name| asks(&limits, name)),
@@ -260,7 +324,13 @@ mod tests {
         let ask = || limits.take(Counted::Message, &TenantKey::default(), Some(&user("a")));
         let (left, _) = ask();
         let policies = "\"user-messages\";q=10;w=60, \"tenant-messages\";q=4;w=2".to_owned();
-        assert_eq!(headers(&left), (policies, "\"user-messages\";r=9, \"tenant-messages\";r=3".to_owned()));
+        assert_eq!(
+            headers(&left),
+            (
+                policies,
+                "\"user-messages\";r=9, \"tenant-messages\";r=3".to_owned()
+            )
+        );
         for _ in 0..9 {
             advance(Duration::from_millis(400)).await;
             assert!(ask().1.is_ok());
@@ -271,7 +341,10 @@ mod tests {
         assert_eq!(refused.retry_after, Duration::from_millis(2400));
         assert_eq!(headers(&left).1, "\"user-messages\";r=0;t=3");
         let told = crate::error::Error::from(refused).to_string();
-        assert_eq!(told, "too many messages: each user may send 10 a minute; come back in 3 s");
+        assert_eq!(
+            told,
+            "too many messages: each user may send 10 a minute; come back in 3 s"
+        );
         advance(Duration::from_millis(2399)).await;
         assert!(ask().1.is_err());
         advance(Duration::from_millis(1)).await;
@@ -292,8 +365,14 @@ mod tests {
         // The message was a repeat: then the other bucket is empty.
         let left = limits.was_repeat(&tenant, Some(&alice)).unwrap();
         assert_eq!(headers(&left).1, "\"user-requests\";r=0");
-        assert_eq!([Counted::Request, Counted::Message, Counted::Message].map(ask), [false, true, false]);
-        assert!(limits.was_repeat(&tenant, Some(&alice)).is_none(), "it stays a message");
+        assert_eq!(
+            [Counted::Request, Counted::Message, Counted::Message].map(ask),
+            [false, true, false]
+        );
+        assert!(
+            limits.was_repeat(&tenant, Some(&alice)).is_none(),
+            "it stays a message"
+        );
         assert!(!ask(Counted::Message));
     }
 
@@ -307,7 +386,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn full_buckets_are_forgotten_and_others_only_if_there_are_too_many() {
         let limits = limits("10/d", "");
-        let known = || limits.messages.users.as_ref().unwrap().known.lock().unwrap().full_at.len();
+        let known = || {
+            limits
+                .messages
+                .users
+                .as_ref()
+                .unwrap()
+                .known
+                .lock()
+                .unwrap()
+                .full_at
+                .len()
+        };
         for _ in 0..10 {
             assert!(asks(&limits, "alice"));
         }
@@ -316,7 +406,11 @@ mod tests {
         for n in 0..=FEW_BUCKETS {
             asks(&limits, &n.to_string());
         }
-        assert_eq!(known(), FEW_BUCKETS + 3, "a bucket of 10 a day is full again after 144 minutes");
+        assert_eq!(
+            known(),
+            FEW_BUCKETS + 3,
+            "a bucket of 10 a day is full again after 144 minutes"
+        );
         advance(Duration::from_mins(145)).await;
         for n in 0..=FEW_BUCKETS {
             asks(&limits, &format!("again-{n}"));

@@ -17,7 +17,8 @@ use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_
 use super::run_response::{Asked, ResponseMode, answer, answer_doc};
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
-    ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy, UserContent,
+    ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy,
+    UserContent,
 };
 use crate::error::Error;
 use crate::runs::{FIRST_EVENT, NewMessage};
@@ -45,13 +46,16 @@ pub(super) async fn create(
 ) -> Result<Response, Error> {
     let cancel = CancellationToken::new();
     // Dropped with the answer, or with this handler when the caller leaves before there is one.
-    let on_drop = (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
+    let on_drop =
+        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
     let metadata = metadata_within(&state, body.metadata)?;
     let message = NewMessage {
         content: content_within(&state, body.content.0)?,
         assistant: body.assistant,
         by_user: caller.user.is_some(),
-        strategy: body.multitask_strategy.unwrap_or(MultitaskStrategy::Enqueue),
+        strategy: body
+            .multitask_strategy
+            .unwrap_or(MultitaskStrategy::Enqueue),
         metadata: metadata.unwrap_or_default(),
         timeout: body.timeout_ms.map(Duration::from_millis),
         ttl: body.ttl_ms.map(Duration::from_millis),
@@ -61,7 +65,11 @@ pub(super) async fn create(
         share,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
-    let form = ResponseMode { stream: body.stream, asked: &asked, on_drop };
+    let form = ResponseMode {
+        stream: body.stream,
+        asked: &asked,
+        on_drop,
+    };
     answer(&state, &key, submitted, FIRST_EVENT, form).await
 }
 
@@ -87,15 +95,25 @@ pub(super) async fn list(
     ApiConversation(key): ApiConversation,
     ApiPage(page, Archived { archived }): ApiPage<MessageId, Archived>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
-    let page = state.runs.messages(ThreadName::Newest(&key), archived, &page).await?;
-    Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
+    let page = state
+        .runs
+        .messages(ThreadName::Newest(&key), archived, &page)
+        .await?;
+    Ok(Json(ListView::new(
+        page,
+        |message| message.id.to_string(),
+        MessageView::from,
+    )))
 }
 
 /// Content that the settings and the domain let pass.
 fn content_within(state: &AppState, parts: Vec<ContentPart>) -> Result<UserContent, Error> {
     let limit = state.server.max_content_parts;
     let content = if parts.len() > limit {
-        Err(InvalidContent::TooManyParts { limit, parts: parts.len() })
+        Err(InvalidContent::TooManyParts {
+            limit,
+            parts: parts.len(),
+        })
     } else {
         parts.try_into()
     };

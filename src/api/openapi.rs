@@ -18,9 +18,10 @@ use super::keys::{self, Place};
 use super::limits::{LIMIT, POLICY};
 use super::prefer::{PREFER, PREFERENCE_APPLIED};
 use super::problem::{
-    Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST, ISSUER_UNAVAILABLE,
-    Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE, RATE_LIMITED, REQUEST_TIMEOUT,
-    STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE, UNSUPPORTED_MEDIA_TYPE,
+    Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST,
+    ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE,
+    RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE,
+    UNSUPPORTED_MEDIA_TYPE,
 };
 use super::request_log::REQUEST_ID;
 use super::run_response::REPLAYED;
@@ -46,11 +47,17 @@ may ask. A request head that is no HTTP, has not one `Host`, or is too large, ge
 /// Groups of operations.
 const TAGS: [(&str, &str); 7] = [
     ("messages", "Say something, and read what was said."),
-    ("runs", "Turns of a conversation: their events, function calls, cancels."),
+    (
+        "runs",
+        "Turns of a conversation: their events, function calls, cancels.",
+    ),
     ("threads", "A conversation as a whole."),
     ("users", "All that is held of a user."),
     ("deletions", "What came of requests to delete."),
-    ("operators", "Threads of all users, and the work in the background."),
+    (
+        "operators",
+        "Threads of all users, and the work in the background.",
+    ),
     ("health", "For load balancers, and this document."),
 ];
 
@@ -117,18 +124,29 @@ impl Doc {
 
     /// What the query may hold.
     pub(super) fn query<Q: IntoParams>(mut self) -> Self {
-        self.parameters.extend(Q::into_params(|| Some(ParameterIn::Query)).iter().map(|parameter| {
-            let mut parameter = value(parameter);
-            never_null(&mut parameter["schema"]);
-            parameter
-        }));
+        self.parameters
+            .extend(
+                Q::into_params(|| Some(ParameterIn::Query))
+                    .iter()
+                    .map(|parameter| {
+                        let mut parameter = value(parameter);
+                        never_null(&mut parameter["schema"]);
+                        parameter
+                    }),
+            );
         self
     }
 
     /// The parameters that the query may have.
     pub(super) fn query_names(self) -> Vec<String> {
-        let names = self.parameters.iter().filter(|parameter| parameter["in"] == "query");
-        names.filter_map(|parameter| parameter["name"].as_str()).map(str::to_owned).collect()
+        let names = self
+            .parameters
+            .iter()
+            .filter(|parameter| parameter["in"] == "query");
+        names
+            .filter_map(|parameter| parameter["name"].as_str())
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Which page of a list is wanted.
@@ -136,7 +154,10 @@ impl Doc {
         let cursor = value(&Id::schema());
         let mut doc = self.query::<PageQuery>().refuses(&[UNPROCESSABLE]);
         for parameter in &mut doc.parameters {
-            if ["after", "before"].iter().any(|name| parameter["name"] == *name) {
+            if ["after", "before"]
+                .iter()
+                .any(|name| parameter["name"] == *name)
+            {
                 parameter["schema"] = cursor.clone();
             }
         }
@@ -146,7 +167,8 @@ impl Doc {
     /// The same for a list that has one direction.
     pub(super) fn page_after<Id: ToSchema>(self) -> Self {
         let mut doc = self.page::<Id>();
-        doc.parameters.retain(|parameter| parameter["name"] != "before");
+        doc.parameters
+            .retain(|parameter| parameter["name"] != "before");
         doc
     }
 
@@ -166,8 +188,10 @@ impl Doc {
 
     /// The header `idempotency-key`, and what it may lead to.
     pub(super) fn idempotent(self) -> Self {
-        let schema = json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
-        let about = "A request that is sent again with the same key gets the run of the first time.";
+        let schema =
+            json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
+        let about =
+            "A request that is sent again with the same key gets the run of the first time.";
         self.header(&HeaderName::from_static("idempotency-key"), &schema, about)
             .refuses(&[IDEMPOTENCY_MISMATCH])
     }
@@ -175,8 +199,15 @@ impl Doc {
     /// A JSON object as the body.
     pub(super) fn body<B: ToSchema>(mut self) -> Self {
         let schema = self.schema::<B>();
-        self.body = Some(json!({"required": true, "content": {"application/json": {"schema": schema}}}));
-        self.refuses(&[UNPROCESSABLE, REQUEST_TIMEOUT, PAYLOAD_TOO_LARGE, UNSUPPORTED_MEDIA_TYPE, OVERLOADED])
+        self.body =
+            Some(json!({"required": true, "content": {"application/json": {"schema": schema}}}));
+        self.refuses(&[
+            UNPROCESSABLE,
+            REQUEST_TIMEOUT,
+            PAYLOAD_TOO_LARGE,
+            UNSUPPORTED_MEDIA_TYPE,
+            OVERLOADED,
+        ])
     }
 
     /// An answer in JSON.
@@ -186,7 +217,11 @@ impl Doc {
     }
 
     /// An answer in JSON that has one of two shapes.
-    pub(super) fn gives_one_of<A: ToSchema, B: ToSchema>(mut self, status: StatusCode, about: &str) -> Self {
+    pub(super) fn gives_one_of<A: ToSchema, B: ToSchema>(
+        mut self,
+        status: StatusCode,
+        about: &str,
+    ) -> Self {
         let schema = json!({"oneOf": [self.schema::<A>(), self.schema::<B>()]});
         self.gives_as(status, "application/json", &schema, about)
     }
@@ -198,7 +233,12 @@ impl Doc {
         let mut list = value(&ListView::<A>::schema());
         list["properties"]["data"]["items"] = item;
         self.schemas.insert(name.clone(), list);
-        self.gives_as(StatusCode::OK, "application/json", &reference("schemas", &name), about)
+        self.gives_as(
+            StatusCode::OK,
+            "application/json",
+            &reference("schemas", &name),
+            about,
+        )
     }
 
     /// A line of text or an event at a time, each described by this.
@@ -215,8 +255,14 @@ impl Doc {
         schema: &Value,
         about: &str,
     ) -> Self {
-        let answer = self.answers.entry(status.as_u16()).or_insert_with(|| json!({"headers": {}}));
-        let before = answer["description"].as_str().map(|before| format!("{before} ")).unwrap_or_default();
+        let answer = self
+            .answers
+            .entry(status.as_u16())
+            .or_insert_with(|| json!({"headers": {}}));
+        let before = answer["description"]
+            .as_str()
+            .map(|before| format!("{before} "))
+            .unwrap_or_default();
         answer["description"] = format!("{before}{about}").into();
         answer["content"][content_type] = json!({"schema": schema});
         self
@@ -224,7 +270,10 @@ impl Doc {
 
     /// An answer without a body.
     pub(super) fn gives_nothing(mut self, status: StatusCode, about: &str) -> Self {
-        self.answers.insert(status.as_u16(), json!({"headers": {}, "description": about}));
+        self.answers.insert(
+            status.as_u16(),
+            json!({"headers": {}, "description": about}),
+        );
         self
     }
 
@@ -255,7 +304,11 @@ impl Doc {
         let mut schemas = Vec::<(String, RefOr<Schema>)>::new();
         T::schemas(&mut schemas);
         schemas.push((T::name().into_owned(), T::schema()));
-        self.schemas.extend(schemas.into_iter().map(|(name, schema)| (name, value(&schema))));
+        self.schemas.extend(
+            schemas
+                .into_iter()
+                .map(|(name, schema)| (name, value(&schema))),
+        );
         reference("schemas", &T::name())
     }
 }
@@ -279,7 +332,11 @@ impl Document {
         kinds.push(INTERNAL);
         if route.needs.is_some() {
             kinds.extend([
-                INVALID_REQUEST, UNAUTHENTICATED, FORBIDDEN, RATE_LIMITED, ISSUER_UNAVAILABLE,
+                INVALID_REQUEST,
+                UNAUTHENTICATED,
+                FORBIDDEN,
+                RATE_LIMITED,
+                ISSUER_UNAVAILABLE,
                 STORE_UNAVAILABLE,
             ]);
         }
@@ -293,10 +350,15 @@ impl Document {
             }
             answers.insert(status.to_string(), answer);
         }
-        let statuses = kinds.iter().map(|kind| kind.status.as_u16()).collect::<BTreeSet<_>>();
+        let statuses = kinds
+            .iter()
+            .map(|kind| kind.status.as_u16())
+            .collect::<BTreeSet<_>>();
         for status in statuses {
             let of_status = kinds.iter().filter(|kind| kind.status.as_u16() == status);
-            let of_status = of_status.map(|kind| (kind.name, *kind)).collect::<BTreeMap<_, _>>();
+            let of_status = of_status
+                .map(|kind| (kind.name, *kind))
+                .collect::<BTreeMap<_, _>>();
             let refusal = self.refusal(status, of_status.values(), route.needs.is_some(), replays);
             answers.insert(status.to_string(), refusal);
         }
@@ -309,7 +371,10 @@ impl Document {
         });
         let further = [
             ("description", doc.about.map(Value::from)),
-            ("parameters", Some(parameters.into()).filter(|it: &Value| it != &json!([]))),
+            (
+                "parameters",
+                Some(parameters.into()).filter(|it: &Value| it != &json!([])),
+            ),
             ("requestBody", doc.body),
         ];
         for (name, it) in further {
@@ -321,7 +386,10 @@ impl Document {
             let known = self.schemas.entry(name).or_insert_with(|| schema.clone());
             debug_assert_eq!(*known, schema, "two types have one name");
         }
-        let path = self.paths.entry(route.path.clone()).or_insert_with(|| json!({}));
+        let path = self
+            .paths
+            .entry(route.path.clone())
+            .or_insert_with(|| json!({}));
         path[route.method.as_str().to_ascii_lowercase()] = operation;
     }
 
@@ -361,7 +429,9 @@ impl Document {
             (it.as_str().to_owned(), reference("headers", header))
         });
         let urns = kinds.clone().map(|kind| kind.urn()).collect::<Vec<_>>();
-        let about = kinds.map(|kind| format!("`{}`: {}", kind.name, kind.when)).collect::<Vec<_>>();
+        let about = kinds
+            .map(|kind| format!("`{}`: {}", kind.name, kind.when))
+            .collect::<Vec<_>>();
         let answer = json!({
             "description": about.join(" "),
             "headers": headers.collect::<Map<_, _>>(),
@@ -420,7 +490,10 @@ fn operation_id(path: &str, id: &str) -> String {
     let kinds = [("session_", "/sessions/{"), ("topic_", "/topics/{")];
     let kind = match Place::of(path) {
         Place::Conversation | Place::User => "header_",
-        _ => kinds.iter().find(|(_, part)| path.contains(part)).map_or("", |(kind, _)| kind),
+        _ => kinds
+            .iter()
+            .find(|(_, part)| path.contains(part))
+            .map_or("", |(kind, _)| kind),
     };
     format!("{kind}{id}")
 }
@@ -436,15 +509,25 @@ fn security(needs: Option<Access>) -> Value {
 
 /// The placeholders of a path template.
 fn names(path: &str) -> impl Iterator<Item = &str> {
-    path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+    path.split('/')
+        .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
 }
 
 /// What stands in the place of a placeholder. One that is not known here takes nothing, and a test says so.
 fn path_parameter(name: &str) -> Value {
     let (schema, about) = match name {
-        "user" => (UserKey::schema(), "The caller's own id of a user: 1 to 256 bytes of UTF-8."),
-        "session" => (SessionKey::schema(), "The caller's own id of a session of the user."),
-        "topic" => (TopicKey::schema(), "The caller's own name of a topic of the user."),
+        "user" => (
+            UserKey::schema(),
+            "The caller's own id of a user: 1 to 256 bytes of UTF-8.",
+        ),
+        "session" => (
+            SessionKey::schema(),
+            "The caller's own id of a session of the user.",
+        ),
+        "topic" => (
+            TopicKey::schema(),
+            "The caller's own name of a topic of the user.",
+        ),
         "run" => (RunId::schema(), "The id of a run."),
         "thread" => (ThreadId::schema(), "The id of a thread."),
         "deletion" => (DeletionId::schema(), "The id of a request to delete."),
@@ -457,8 +540,16 @@ fn path_parameter(name: &str) -> Value {
 fn key_headers(place: Place) -> Vec<Value> {
     let all = [
         (keys::USER, true, "The caller's own id of a user."),
-        (keys::SESSION, false, "The caller's own id of a session of the user. Not together with a topic."),
-        (keys::TOPIC, false, "The caller's own name of a topic of the user. Not together with a session."),
+        (
+            keys::SESSION,
+            false,
+            "The caller's own id of a session of the user. Not together with a topic.",
+        ),
+        (
+            keys::TOPIC,
+            false,
+            "The caller's own name of a topic of the user. Not together with a session.",
+        ),
     ];
     let count = match place {
         Place::Nowhere | Place::Path => 0,
@@ -473,7 +564,8 @@ fn key_headers(place: Place) -> Vec<Value> {
         "pattern": r"^(?!(\.|%2[Ee]){1,2}$)([!-$&-+\--~]|%[0-9A-Fa-f]{2})+$",
     });
     let of = |(name, required, about): (HeaderName, bool, &str)| {
-        let about = format!("{about} 1 to 256 bytes of UTF-8, percent-encoded as by `encodeURIComponent`.");
+        let about =
+            format!("{about} 1 to 256 bytes of UTF-8, percent-encoded as by `encodeURIComponent`.");
         json!({"name": name.as_str(), "in": "header", "required": required, "description": about, "schema": schema})
     };
     all.into_iter().take(count).map(of).collect()
@@ -488,28 +580,71 @@ fn headers() -> Value {
         let header = json!({"required": required, "schema": schema, "description": about});
         all.insert(name.to_owned(), header);
     };
-    add(REQUEST_ID.as_str(), true, text(), "The request's own id if it was usable, else one made for it.");
-    add(LOCATION.as_str(), true, text(), "Where to ask for what comes of it.");
+    add(
+        REQUEST_ID.as_str(),
+        true,
+        text(),
+        "The request's own id if it was usable, else one made for it.",
+    );
+    add(
+        LOCATION.as_str(),
+        true,
+        text(),
+        "Where to ask for what comes of it.",
+    );
     let receipt = "Where to ask for the receipt; not after a `dry_run`.";
     add(&format!("{LOCATION}{IF_ANY}"), false, text(), receipt);
-    add(PREFERENCE_APPLIED.as_str(), false, text(), "The preference that was heeded.");
+    add(
+        PREFERENCE_APPLIED.as_str(),
+        false,
+        text(),
+        "The preference that was heeded.",
+    );
     let replayed = "The run is that of an earlier request with this `Idempotency-Key`.";
     add(REPLAYED.as_str(), false, json!({"const": "true"}), replayed);
-    add(RETRY_AFTER.as_str(), false, seconds(), "When to come back, in seconds, where that helps.");
-    add(RETRY_AFTER_ALWAYS, true, seconds(), "When to come back, in seconds.");
+    add(
+        RETRY_AFTER.as_str(),
+        false,
+        seconds(),
+        "When to come back, in seconds, where that helps.",
+    );
+    add(
+        RETRY_AFTER_ALWAYS,
+        true,
+        seconds(),
+        "When to come back, in seconds.",
+    );
     let challenge = json!({
         "type": "string",
         "pattern": "^Bearer( error=\"invalid_token\", error_description=\"[^\"]+\")?$",
     });
-    let about =
-        "How to say who asks; with an `error` (RFC 6750) where a key or token was sent and is refused.";
+    let about = "How to say who asks; with an `error` (RFC 6750) where a key or token was sent and is refused.";
     add(WWW_AUTHENTICATE.as_str(), true, challenge, about);
-    let scope =
-        json!({"type": "string", "pattern": "^Bearer error=\"insufficient_scope\", scope=\"[a-z]+\"$"});
-    add(SCOPE_CHALLENGE, false, scope, "The scope that is needed, where that is what lacks (RFC 6750).");
-    add(ALLOW.as_str(), true, text(), "The methods that the path takes.");
-    add(LIMIT.as_str(), false, text(), "What is left of the limits, where there are any.");
-    add(POLICY.as_str(), false, text(), "The limits, where there are any.");
+    let scope = json!({"type": "string", "pattern": "^Bearer error=\"insufficient_scope\", scope=\"[a-z]+\"$"});
+    add(
+        SCOPE_CHALLENGE,
+        false,
+        scope,
+        "The scope that is needed, where that is what lacks (RFC 6750).",
+    );
+    add(
+        ALLOW.as_str(),
+        true,
+        text(),
+        "The methods that the path takes.",
+    );
+    add(
+        LIMIT.as_str(),
+        false,
+        text(),
+        "What is left of the limits, where there are any.",
+    );
+    add(
+        POLICY.as_str(),
+        false,
+        text(),
+        "The limits, where there are any.",
+    );
     all.into()
 }
 
@@ -521,7 +656,9 @@ const IF_ANY: &str = "-if-any";
 /// What is `None` in a query is not there.
 fn never_null(schema: &mut Value) {
     for (word, is_null) in [("type", json!("null")), ("oneOf", json!({"type": "null"}))] {
-        let Some(kinds) = schema.get_mut(word).and_then(Value::as_array_mut) else { continue };
+        let Some(kinds) = schema.get_mut(word).and_then(Value::as_array_mut) else {
+            continue;
+        };
         kinds.retain(|kind| *kind != is_null);
         match kinds.as_slice() {
             [only] if word == "type" => schema[word] = only.clone(),

@@ -14,7 +14,9 @@ use super::extract::{ApiId, ApiPage, ApiQuery};
 use super::openapi::Doc;
 use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
 use super::threads::{Verify, show_named};
-use super::views::{ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads};
+use super::views::{
+    ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads,
+};
 use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, UserKey};
 use crate::error::Error;
 use crate::store::{ThreadFilter, ThreadName};
@@ -35,11 +37,15 @@ pub(super) struct Filter {
 }
 
 pub(super) fn threads_doc() -> Doc {
-    Doc::new("operators", "list_threads", "Threads of all users of the tenant.")
-        .about("Those that fit all that is set.")
-        .page::<ThreadId>()
-        .query::<Filter>()
-        .lists::<ThreadView>("A page of threads.")
+    Doc::new(
+        "operators",
+        "list_threads",
+        "Threads of all users of the tenant.",
+    )
+    .about("Those that fit all that is set.")
+    .page::<ThreadId>()
+    .query::<Filter>()
+    .lists::<ThreadView>("A page of threads.")
 }
 
 pub(super) async fn threads(
@@ -57,13 +63,21 @@ pub(super) async fn threads(
         inactive_since: within_the_calendar("inactive_since", wanted.inactive_since)?,
         ..ThreadFilter::all(caller.tenant)
     };
-    Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
+    Ok(Json(list_threads(
+        &state.runs,
+        state.runs.threads(&filter, &page).await?,
+    )))
 }
 
 /// Years that RFC 3339 knows. Others can be written too, and not every database takes them.
-fn within_the_calendar(name: &str, time: Option<DateTime<Utc>>) -> Result<Option<DateTime<Utc>>, Error> {
+fn within_the_calendar(
+    name: &str,
+    time: Option<DateTime<Utc>>,
+) -> Result<Option<DateTime<Utc>>, Error> {
     if time.is_some_and(|time| !(0..=9999).contains(&time.year())) {
-        return Err(Error::Malformed(format!("`{name}`: the year must be between 0000 and 9999")));
+        return Err(Error::Malformed(format!(
+            "`{name}`: the year must be between 0000 and 9999"
+        )));
     }
     Ok(time)
 }
@@ -71,16 +85,22 @@ fn within_the_calendar(name: &str, time: Option<DateTime<Utc>>) -> Result<Option
 /// Postgres knows no such text.
 fn without_nul(upstream: String) -> Result<String, Error> {
     if upstream.contains('\0') {
-        return Err(Error::Malformed("`upstream` must not contain NUL characters".to_owned()));
+        return Err(Error::Malformed(
+            "`upstream` must not contain NUL characters".to_owned(),
+        ));
     }
     Ok(upstream)
 }
 
 pub(super) fn thread_doc() -> Doc {
-    Doc::new("operators", "get_thread_by_id", "The statistics of any thread, archived ones, too.")
-        .query::<Verify>()
-        .gives::<ReportView>(StatusCode::OK, "The thread.")
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
+    Doc::new(
+        "operators",
+        "get_thread_by_id",
+        "The statistics of any thread, archived ones, too.",
+    )
+    .query::<Verify>()
+    .gives::<ReportView>(StatusCode::OK, "The thread.")
+    .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
 /// The statistics of one thread.
@@ -94,10 +114,14 @@ pub(super) async fn thread(
 }
 
 pub(super) fn messages_doc() -> Doc {
-    Doc::new("operators", "list_messages_by_id", "The transcript of any thread, archived ones, too.")
-        .page::<MessageId>()
-        .lists::<MessageView>("A page of messages.")
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "operators",
+        "list_messages_by_id",
+        "The transcript of any thread, archived ones, too.",
+    )
+    .page::<MessageId>()
+    .lists::<MessageView>("A page of messages.")
+    .refuses(&[NOT_FOUND])
 }
 
 /// The transcript of one thread.
@@ -107,8 +131,15 @@ pub(super) async fn messages(
     ApiId(id): ApiId<ThreadId>,
     ApiPage(page, _): ApiPage<MessageId>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
-    let page = state.runs.messages(ThreadName::Id(&caller.tenant, id), false, &page).await?;
-    Ok(Json(ListView::new(page, |message| message.id.to_string(), MessageView::from)))
+    let page = state
+        .runs
+        .messages(ThreadName::Id(&caller.tenant, id), false, &page)
+        .await?;
+    Ok(Json(ListView::new(
+        page,
+        |message| message.id.to_string(),
+        MessageView::from,
+    )))
 }
 
 /// How much is to be cleaned up.
@@ -123,14 +154,18 @@ pub(super) struct Cleanup {
 }
 
 pub(super) fn cleanup_doc() -> Doc {
-    Doc::new("operators", "clean_up", "Does the work in the background now.")
-        .about("What it began goes on if the caller leaves.")
-        .query::<Cleanup>()
-        .gives_one_of::<TallyView, OutlookView>(
-            StatusCode::OK,
-            "What was done; with `dry_run` what would be done, and why.",
-        )
-        .refuses(&[DRAINING])
+    Doc::new(
+        "operators",
+        "clean_up",
+        "Does the work in the background now.",
+    )
+    .about("What it began goes on if the caller leaves.")
+    .query::<Cleanup>()
+    .gives_one_of::<TallyView, OutlookView>(
+        StatusCode::OK,
+        "What was done; with `dry_run` what would be done, and why.",
+    )
+    .refuses(&[DRAINING])
 }
 
 /// Has the janitor look now. What it began goes on if the caller leaves.
@@ -140,7 +175,9 @@ pub(super) async fn cleanup(
 ) -> Result<Response, Error> {
     let limit = query.limit.unwrap_or(100);
     if !(1..=1000).contains(&limit) {
-        return Err(Error::Malformed("`limit` must be between 1 and 1000".to_owned()));
+        return Err(Error::Malformed(
+            "`limit` must be between 1 and 1000".to_owned(),
+        ));
     }
     if query.dry_run {
         return Ok(Json(OutlookView::from(state.janitor.dry_run_of(limit).await?)).into_response());

@@ -40,9 +40,14 @@ impl Prefer {
                 }
             })
             .collect::<Vec<_>>();
-        let shortest =
-            preferences.iter().copied().filter(|it| *it != Self::Async).min_by_key(|it| it.patience());
-        shortest.or(preferences.first().copied()).unwrap_or(Self::Done)
+        let shortest = preferences
+            .iter()
+            .copied()
+            .filter(|it| *it != Self::Async)
+            .min_by_key(|it| it.patience());
+        shortest
+            .or(preferences.first().copied())
+            .unwrap_or(Self::Done)
     }
 
     /// How long to wait at most.

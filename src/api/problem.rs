@@ -56,7 +56,9 @@ pub(super) struct Document<'a> {
 /// All types of problems.
 fn any_type() -> ObjectBuilder {
     let names = KINDS.iter().map(|kind| kind.urn()).collect::<BTreeSet<_>>();
-    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names))
+    ObjectBuilder::new()
+        .schema_type(Type::String)
+        .enum_values(Some(names))
 }
 
 impl IntoResponse for Error {
@@ -72,7 +74,9 @@ impl IntoResponse for Error {
 
 /// Gives a problem its body. Other answers pass as they are.
 pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
-    let Some(problem) = response.extensions_mut().remove::<Problem>() else { return response };
+    let Some(problem) = response.extensions_mut().remove::<Problem>() else {
+        return response;
+    };
     let document = Document {
         r#type: problem.kind.urn(),
         title: problem.kind.title,
@@ -86,12 +90,20 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let body = serde_json::to_vec(&document).unwrap_or_default();
     let (mut parts, _) = response.into_parts();
     parts.headers.remove(header::CONTENT_LENGTH);
-    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-    if let Some(challenge) = problem.challenge.and_then(|text| HeaderValue::try_from(text).ok()) {
+    parts.headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/problem+json"),
+    );
+    if let Some(challenge) = problem
+        .challenge
+        .and_then(|text| HeaderValue::try_from(text).ok())
+    {
         parts.headers.insert(header::WWW_AUTHENTICATE, challenge);
     }
     if let Some(wait) = problem.retry_after {
-        parts.headers.insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
+        parts
+            .headers
+            .insert(header::RETRY_AFTER, HeaderValue::from(whole_seconds(wait)));
     }
     Response::from_parts(parts, body.into())
 }
@@ -103,7 +115,10 @@ fn log(error: &Error) {
             tracing::warn!(error = %Chain(error), "the request failed");
         }
         // Only the name: the text may quote the request.
-        _ => tracing::debug!(problem = Problem::from(error).kind.name, "the request was refused"),
+        _ => tracing::debug!(
+            problem = Problem::from(error).kind.name,
+            "the request was refused"
+        ),
     }
 }
 
@@ -149,20 +164,22 @@ impl From<&Error> for Problem {
             | Error::StoreUnavailable(_)
             | Error::MaybeMerged(_) => Some(Duration::from_secs(1)),
             Error::Draining | Error::BodiesFull => Some(Duration::from_secs(2)),
-            Error::RunFailed { .. } if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) => {
+            Error::RunFailed { .. }
+                if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) =>
+            {
                 Some(Duration::from_secs(2))
             }
             Error::RunFailed { .. } if kind == THREAD_BUSY => Some(Duration::from_secs(1)),
-            Error::UpstreamUnavailable { retry_after } | Error::RateLimited(TooOften { retry_after, .. }) => {
-                Some(*retry_after)
-            }
+            Error::UpstreamUnavailable { retry_after }
+            | Error::RateLimited(TooOften { retry_after, .. }) => Some(*retry_after),
             Error::RunFailed { retry_after, .. } => *retry_after,
             _ => None,
         };
         let run = match error {
-            Error::RunFailed { run, .. } => {
-                run.error.as_ref().map(|error| (run.id, run.thread_id, error.code))
-            }
+            Error::RunFailed { run, .. } => run
+                .error
+                .as_ref()
+                .map(|error| (run.id, run.thread_id, error.code)),
             _ => None,
         };
         let detail = match error {
@@ -171,15 +188,21 @@ impl From<&Error> for Problem {
         };
         let challenge = match error {
             Error::Unauthenticated => Some("Bearer".to_owned()),
-            Error::InvalidToken(why) => {
-                Some(format!("Bearer error=\"invalid_token\", error_description=\"{why}\""))
-            }
-            Error::InsufficientScope(needs) => {
-                Some(format!("Bearer error=\"insufficient_scope\", scope=\"{needs}\""))
-            }
+            Error::InvalidToken(why) => Some(format!(
+                "Bearer error=\"invalid_token\", error_description=\"{why}\""
+            )),
+            Error::InsufficientScope(needs) => Some(format!(
+                "Bearer error=\"insufficient_scope\", scope=\"{needs}\""
+            )),
             _ => None,
         };
-        Self { kind, detail, challenge, retry_after, run }
+        Self {
+            kind,
+            detail,
+            challenge,
+            retry_after,
+            run,
+        }
     }
 }
 
@@ -271,10 +294,14 @@ kinds! {
 fn of_run(run: &Run) -> Kind {
     match run.error.as_ref().map(|error| error.code) {
         // The caller did not want to wait, and nothing of its message was kept.
-        Some(RunErrorCode::UpstreamBusy) if run.strategy == MultitaskStrategy::Reject => THREAD_BUSY,
-        Some(RunErrorCode::DeadlineExceeded | RunErrorCode::UpstreamBusy | RunErrorCode::UpstreamTimeout) => {
-            UPSTREAM_TIMEOUT
+        Some(RunErrorCode::UpstreamBusy) if run.strategy == MultitaskStrategy::Reject => {
+            THREAD_BUSY
         }
+        Some(
+            RunErrorCode::DeadlineExceeded
+            | RunErrorCode::UpstreamBusy
+            | RunErrorCode::UpstreamTimeout,
+        ) => UPSTREAM_TIMEOUT,
         Some(RunErrorCode::GatewayStopped) => DRAINING,
         Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
         Some(RunErrorCode::NotRecorded) => STORE_UNAVAILABLE,

@@ -33,20 +33,31 @@ pub(super) struct Observed {
 /// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for
 /// it into a span with that id, completes a problem answer with it, and sends it back.
 pub(super) async fn observe(
-    State(Observed { server, logs_clients }): State<Observed>,
+    State(Observed {
+        server,
+        logs_clients,
+    }): State<Observed>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let id = request_id(&request);
-    let peer = request.extensions().get().map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| peer.ip());
+    let peer = request
+        .extensions()
+        .get()
+        .map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| peer.ip());
     // Without a socket there is no peer, and nobody to believe.
     let known = peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let prefix = Prefix::of(known, request.headers(), &server);
-    let client =
-        peer.filter(|_| logs_clients).map(|peer| forwarded::client(peer, request.headers(), &server));
+    let client = peer
+        .filter(|_| logs_clients)
+        .map(|peer| forwarded::client(peer, request.headers(), &server));
     request.extensions_mut().insert(prefix);
     // The path holds keys; its pattern does not.
-    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("none", MatchedPath::as_str)
+        .to_owned();
     let span = tracing::info_span!(
         "request",
         request_id = %id,
@@ -79,8 +90,14 @@ pub(super) async fn observe(
 /// What is said in conversations is for whoever asked, and is what it says it is. A proxy that compresses a stream of events
 /// would hold them back.
 fn harden(headers: &mut HeaderMap) {
-    let is_stream = headers.get(CONTENT_TYPE).is_some_and(|kind| kind == "text/event-stream");
-    let caching = if is_stream { "no-store, no-transform" } else { "no-store" };
+    let is_stream = headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind == "text/event-stream");
+    let caching = if is_stream {
+        "no-store, no-transform"
+    } else {
+        "no-store"
+    };
     headers.insert(CACHE_CONTROL, HeaderValue::from_static(caching));
     if is_stream {
         headers.insert(BUFFERING, HeaderValue::from_static("no"));
@@ -91,8 +108,14 @@ fn harden(headers: &mut HeaderMap) {
 fn request_id(request: &Request) -> String {
     let usable = |text: &&str| {
         (1..=MAX_REQUEST_ID).contains(&text.len())
-            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&b))
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.:/+=@".contains(&b))
     };
-    let given = request.headers().get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(usable);
+    let given = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok())
+        .filter(usable);
     given.map_or_else(|| format!("req_{}", Uuid::now_v7().simple()), str::to_owned)
 }

@@ -14,7 +14,9 @@ use tokio_util::sync::DropGuard;
 use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer};
-use super::problem::{DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
+use super::problem::{
+    DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT,
+};
 use super::sse::EventView;
 use super::views::{RunResponse, ThreadView};
 use super::{AppState, sse};
@@ -39,7 +41,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Infallible> {
         let prefix = Prefix::from_request_parts(parts, state).await?;
-        Ok(Self { headers: parts.headers.clone(), uri: parts.uri.clone(), prefix })
+        Ok(Self {
+            headers: parts.headers.clone(),
+            uri: parts.uri.clone(),
+            prefix,
+        })
     }
 }
 
@@ -78,7 +84,10 @@ pub(super) async fn answer(
     form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let replayed = submitted.replayed;
-    let response = if form.stream.unwrap_or_else(|| accepts_events(&form.asked.headers)) {
+    let response = if form
+        .stream
+        .unwrap_or_else(|| accepts_events(&form.asked.headers))
+    {
         // That there are too many readers is not what became of the run.
         Ok(streamed(state, submitted, from, form)?)
     } else {
@@ -89,7 +98,9 @@ pub(super) async fn answer(
     }
     // A failure is repeated too, and says so.
     let mut response = response.into_response();
-    response.headers_mut().insert(REPLAYED, HeaderValue::from_static("true"));
+    response
+        .headers_mut()
+        .insert(REPLAYED, HeaderValue::from_static("true"));
     Ok(response)
 }
 
@@ -99,11 +110,18 @@ fn streamed(
     from: EventOffset,
     ResponseMode { asked, on_drop, .. }: ResponseMode<'_>,
 ) -> Result<Response, Error> {
-    let Submitted { run, follow, replayed, .. } = submitted;
+    let Submitted {
+        run,
+        follow,
+        replayed,
+        ..
+    } = submitted;
     let seat = match state.readers.take(&run.id) {
         // What was taken is answered. Of its repeats there may be any number.
         Err(_) if replayed => {
-            return Err(Error::TooManyReaders { limit: state.server.max_readers_per_run.get() });
+            return Err(Error::TooManyReaders {
+                limit: state.server.max_readers_per_run.get(),
+            });
         }
         seat => seat.ok(),
     };
@@ -141,10 +159,24 @@ async fn as_json(
         return Ok(Json(turn(&state.runs, &answered)?).into_response());
     }
     // The message was taken, so nothing that fails from here on may look as if it was not.
-    let (run, message) = state.runs.run(key, submitted.run.id).await.unwrap_or((submitted.run, None));
-    let (thread, activity) = match state.runs.thread(ThreadName::Id(&key.tenant, run.thread_id)).await {
+    let (run, message) = state
+        .runs
+        .run(key, submitted.run.id)
+        .await
+        .unwrap_or((submitted.run, None));
+    let (thread, activity) = match state
+        .runs
+        .thread(ThreadName::Id(&key.tenant, run.thread_id))
+        .await
+    {
         Ok(report) => (report.thread, report.activity),
-        Err(_) => (submitted.thread, ThreadActivity { state: ThreadState::Active, queue_depth: 0 }),
+        Err(_) => (
+            submitted.thread,
+            ThreadActivity {
+                state: ThreadState::Active,
+                queue_depth: 0,
+            },
+        ),
     };
     let place = format!("{}/runs/{}", scope_of(&asked.prefix, &asked.uri), run.id);
     // The caller is told where to look: leaving now is no disconnect.
@@ -154,9 +186,17 @@ async fn as_json(
         run: run.into(),
         message: message.map(Into::into),
     };
-    let mut response = (StatusCode::ACCEPTED, [(header::LOCATION, place)], Json(view)).into_response();
+    let mut response = (
+        StatusCode::ACCEPTED,
+        [(header::LOCATION, place)],
+        Json(view),
+    )
+        .into_response();
     // Without the wish this process stops, and others go on with the run.
-    if let Some(applied) = prefer.patience().and_then(|_| HeaderValue::from_str(&prefer.to_string()).ok()) {
+    if let Some(applied) = prefer
+        .patience()
+        .and_then(|_| HeaderValue::from_str(&prefer.to_string()).ok())
+    {
         response.headers_mut().insert(PREFERENCE_APPLIED, applied);
     }
     Ok(response)
@@ -173,11 +213,18 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<RunResponse, Error> {
             });
         }
     };
-    let Outcome { thread, activity, run, message, retry_after } = &**outcome;
+    let Outcome {
+        thread,
+        activity,
+        run,
+        message,
+        retry_after,
+    } = &**outcome;
     match run.status {
-        RunStatus::Failed | RunStatus::Expired => {
-            Err(Error::RunFailed { run: Box::new(run.clone()), retry_after: *retry_after })
-        }
+        RunStatus::Failed | RunStatus::Expired => Err(Error::RunFailed {
+            run: Box::new(run.clone()),
+            retry_after: *retry_after,
+        }),
         _ => Ok(RunResponse {
             thread: ThreadView::new(runs, thread.clone(), *activity),
             run: run.clone().into(),
@@ -204,13 +251,23 @@ pub(super) fn scope_of(prefix: &Prefix, uri: &Uri) -> String {
 /// Whether `Accept` wants a stream rather than JSON (RFC 9110): it names the type, and gives JSON no higher weight. What
 /// cannot be read is passed over.
 fn accepts_events(headers: &HeaderMap) -> bool {
-    let ranges = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-    let ranges = ranges.flat_map(|value| value.split(',')).filter_map(weighted).collect::<Vec<_>>();
+    let ranges = headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let ranges = ranges
+        .flat_map(|value| value.split(','))
+        .filter_map(weighted)
+        .collect::<Vec<_>>();
     let weight_of = |kind: &str| {
-        let weights = ranges.iter().filter(|(range, _)| range.eq_ignore_ascii_case(kind));
+        let weights = ranges
+            .iter()
+            .filter(|(range, _)| range.eq_ignore_ascii_case(kind));
         weights.map(|(_, weight)| *weight).max()
     };
-    let json = ["application/json", "application/*", "*/*"].into_iter().find_map(weight_of);
+    let json = ["application/json", "application/*", "*/*"]
+        .into_iter()
+        .find_map(weight_of);
     weight_of("text/event-stream").is_some_and(|events| events > 0 && events >= json.unwrap_or(0))
 }
 
@@ -233,7 +290,10 @@ fn thousandths(weight: &str) -> Option<u16> {
     let is_number = ["0", "1"].contains(&whole)
         && decimals.len() <= 3
         && decimals.bytes().all(|digit| digit.is_ascii_digit());
-    let weight = format!("{whole}{decimals:0<3}").parse().ok().filter(|weight| *weight <= 1000);
+    let weight = format!("{whole}{decimals:0<3}")
+        .parse()
+        .ok()
+        .filter(|weight| *weight <= 1000);
     weight.filter(|_| is_number)
 }
 
@@ -249,7 +309,10 @@ mod tests {
             "/v1/users/a%2Fb/runs/run_1/events",
         ] {
             let prefix = Prefix("/api".to_owned());
-            assert_eq!(scope_of(&prefix, &path.parse().unwrap()), "/api/v1/users/a%2Fb");
+            assert_eq!(
+                scope_of(&prefix, &path.parse().unwrap()),
+                "/api/v1/users/a%2Fb"
+            );
         }
     }
 
@@ -267,7 +330,10 @@ mod tests {
             (&["application/json;q=0.5", "text/event-stream"], true),
             (&["text/event-stream;q=0.9, */*"], false),
             (&["text/event-stream, */*;q=0.1"], true),
-            (&["text/event-stream;q=0.5, application/json;q=0.1, */*"], true),
+            (
+                &["text/event-stream;q=0.5, application/json;q=0.1, */*"],
+                true,
+            ),
             (&["text/event-stream;q=0, text/event-stream;q=1"], true),
             (&["text/*", "*/*"], false),
             (&["text/event-stream;q=2"], false),

@@ -21,10 +21,14 @@ use crate::error::Error;
 use crate::runs::{NewOutputs, Resumed};
 
 pub(super) fn list_doc() -> Doc {
-    Doc::new("runs", "list_runs", "The runs of the conversation's thread.")
-        .page::<RunId>()
-        .lists::<RunView>("A page of runs.")
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "runs",
+        "list_runs",
+        "The runs of the conversation's thread.",
+    )
+    .page::<RunId>()
+    .lists::<RunView>("A page of runs.")
+    .refuses(&[NOT_FOUND])
 }
 
 pub(super) async fn list(
@@ -33,7 +37,11 @@ pub(super) async fn list(
     ApiPage(page, _): ApiPage<RunId>,
 ) -> Result<Json<ListView<RunView>>, Error> {
     let page = state.runs.runs(&key, &page).await?;
-    Ok(Json(ListView::new(page, |run| run.id.to_string(), RunView::from)))
+    Ok(Json(ListView::new(
+        page,
+        |run| run.id.to_string(),
+        RunView::from,
+    )))
 }
 
 pub(super) fn show_doc() -> Doc {
@@ -48,17 +56,24 @@ pub(super) async fn show(
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.run(&key, id).await?;
-    Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
+    Ok(Json(RunAndMessageView {
+        run: run.into(),
+        message: message.map(Into::into),
+    }))
 }
 
 pub(super) fn cancel_doc() -> Doc {
-    Doc::new("runs", "cancel_run", "Cancels a run and tells how it ended.")
-        .about("One that had ended is told as it is.")
-        .gives::<RunAndMessageView>(
-            StatusCode::OK,
-            "The run as it ended, or, after a bounded wait, as it is.",
-        )
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "runs",
+        "cancel_run",
+        "Cancels a run and tells how it ended.",
+    )
+    .about("One that had ended is told as it is.")
+    .gives::<RunAndMessageView>(
+        StatusCode::OK,
+        "The run as it ended, or, after a bounded wait, as it is.",
+    )
+    .refuses(&[NOT_FOUND])
 }
 
 /// Cancels a run and tells how it ended.
@@ -68,7 +83,10 @@ pub(super) async fn cancel(
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.cancel(&key, id).await?;
-    Ok(Json(RunAndMessageView { run: run.into(), message: message.map(Into::into) }))
+    Ok(Json(RunAndMessageView {
+        run: run.into(),
+        message: message.map(Into::into),
+    }))
 }
 
 pub(super) fn tool_outputs_doc() -> Doc {
@@ -98,21 +116,32 @@ pub(super) async fn tool_outputs(
         only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
     };
     let Resumed { submitted, from } = state.runs.answer_tools(&key, id, new).await?;
-    let form = ResponseMode { stream: body.stream, asked: &asked, on_drop: None };
+    let form = ResponseMode {
+        stream: body.stream,
+        asked: &asked,
+        on_drop: None,
+    };
     answer(&state, &key, submitted, from, form).await
 }
 
 pub(super) fn events_doc() -> Doc {
     let last = json!({"type": "string", "pattern": "^(run_[0-9a-f]{32}:[0-9]{1,19})?$"});
-    Doc::new("runs", "stream_run_events", "The run's events, from the first one to its end.")
-        .header(
-            &HeaderName::from_static("last-event-id"),
-            &last,
-            "The id of the event that the caller saw last: the stream goes on after it.",
-        )
-        .streams::<EventView>("text/event-stream", "Each event with its fields, `data` as JSON.")
-        .gives_nothing(StatusCode::NO_CONTENT, "The caller has seen the end.")
-        .refuses(&[NOT_FOUND, TOO_MANY_READERS])
+    Doc::new(
+        "runs",
+        "stream_run_events",
+        "The run's events, from the first one to its end.",
+    )
+    .header(
+        &HeaderName::from_static("last-event-id"),
+        &last,
+        "The id of the event that the caller saw last: the stream goes on after it.",
+    )
+    .streams::<EventView>(
+        "text/event-stream",
+        "Each event with its fields, `data` as JSON.",
+    )
+    .gives_nothing(StatusCode::NO_CONTENT, "The caller has seen the end.")
+    .refuses(&[NOT_FOUND, TOO_MANY_READERS])
 }
 
 /// The run's events, from the first one or after the one that the caller saw last, to its end. A caller that saw the
@@ -127,21 +156,34 @@ pub(super) async fn events(
 ) -> Result<Response, Error> {
     let (run, follow) = state.runs.follow(&key, id).await?;
     let limit = state.server.max_readers_per_run.get();
-    let seat = state.readers.take(&id).map_err(|_| Error::TooManyReaders { limit })?;
+    let seat = state
+        .readers
+        .take(&id)
+        .map_err(|_| Error::TooManyReaders { limit })?;
     let from = match last {
         None => 0,
         Some((of, n)) if of == id => n.saturating_add(1),
         Some((of, _)) => {
-            return Err(Error::Malformed(format!("`last-event-id` names the run {of}, the path {id}")));
+            return Err(Error::Malformed(format!(
+                "`last-event-id` names the run {of}, the path {id}"
+            )));
         }
     };
     let events = if run.status.is_final() {
-        let Some(rest) = follow.rest(from).await? else { return Ok(StatusCode::NO_CONTENT.into_response()) };
+        let Some(rest) = follow.rest(from).await? else {
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        };
         rest
     } else {
         follow.events(from)
     };
     let events = events.inspect(move |_| _ = &seat).boxed();
     let scope = scope_of(&prefix, &uri);
-    Ok(sse::until_ended(&run, &scope, last.map(|(_, n)| n), events, state.server.stream_keep_alive))
+    Ok(sse::until_ended(
+        &run,
+        &scope,
+        last.map(|(_, n)| n),
+        events,
+        state.server.stream_keep_alive,
+    ))
 }

@@ -85,7 +85,13 @@ fn stream_of(
 ) -> Response {
     let (run, thread) = (run.id, run.thread_id);
     let rest = format!("{scope}/runs/{run}/events");
-    let place = Place { events, last: seen, asked: None, rest, ends_at_wait };
+    let place = Place {
+        events,
+        last: seen,
+        asked: None,
+        rest,
+        ends_at_wait,
+    };
     let events = stream::unfold(Some(place), move |place| async move {
         let mut place = place?;
         // It is told of the calls first: whether they were answered by now may take long to find out.
@@ -95,13 +101,19 @@ fn stream_of(
             return None;
         }
         let Some((n, event)) = place.events.next().await else {
-            return Some((Ok::<_, Infallible>(reconnect(run, place.last, &place.rest)), None));
+            return Some((
+                Ok::<_, Infallible>(reconnect(run, place.last, &place.rest)),
+                None,
+            ));
         };
         let rendered = render(run, thread, n, &event);
         place.last = Some(n);
         let next = match event {
             RunEvent::Ended(_) => None,
-            RunEvent::RequiresAction(asked) => Some(Place { asked: Some(asked), ..place }),
+            RunEvent::RequiresAction(asked) => Some(Place {
+                asked: Some(asked),
+                ..place
+            }),
             _ => Some(place),
         };
         Some((Ok(rendered), next))
@@ -114,23 +126,46 @@ fn stream_of(
 /// a client that reconnects by itself asks for what it has not seen.
 fn reconnect(run: RunId, last: Option<i64>, rest: &str) -> Event {
     let after = last.map(|n| format!("{run}:{n}"));
-    let data = text(&Reconnect { events: rest, after });
-    Event::default().event(RECONNECT).retry(RECONNECT_AFTER).data(data)
+    let data = text(&Reconnect {
+        events: rest,
+        after,
+    });
+    Event::default()
+        .event(RECONNECT)
+        .retry(RECONNECT_AFTER)
+        .data(data)
 }
 
 fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
     let (run_id, thread_id) = (run, thread);
     let (name, data) = match event {
-        RunEvent::Queued { position } => (QUEUED, text(&Queued { run_id, thread_id, position: *position })),
+        RunEvent::Queued { position } => (
+            QUEUED,
+            text(&Queued {
+                run_id,
+                thread_id,
+                position: *position,
+            }),
+        ),
         RunEvent::Started => (STARTED, text(&Started { run_id, thread_id })),
         RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
         RunEvent::RequiresAction(action) => {
             let tool_calls = &action.tool_calls;
-            (REQUIRES_ACTION, text(&RequiresAction { run_id, thread_id, tool_calls }))
+            (
+                REQUIRES_ACTION,
+                text(&RequiresAction {
+                    run_id,
+                    thread_id,
+                    tool_calls,
+                }),
+            )
         }
-        RunEvent::MessageCompleted(message) => {
-            (MESSAGE_COMPLETED, text(&MessageCompleted { message: MessageView::from((**message).clone()) }))
-        }
+        RunEvent::MessageCompleted(message) => (
+            MESSAGE_COMPLETED,
+            text(&MessageCompleted {
+                message: MessageView::from((**message).clone()),
+            }),
+        ),
         RunEvent::Ended(outcome) => {
             let name = match outcome.run.status {
                 RunStatus::Completed => "run.completed",
@@ -139,10 +174,18 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
                 RunStatus::Expired => "run.expired",
                 _ => "run.failed",
             };
-            (name, text(&Ended { run: RunView::from(outcome.run.clone()) }))
+            (
+                name,
+                text(&Ended {
+                    run: RunView::from(outcome.run.clone()),
+                }),
+            )
         }
     };
-    Event::default().id(format!("{run}:{n}")).event(name).data(data)
+    Event::default()
+        .id(format!("{run}:{n}"))
+        .event(name)
+        .data(data)
 }
 
 fn text(data: &impl Serialize) -> String {
@@ -154,7 +197,13 @@ const STARTED: &str = "run.started";
 const DELTA: &str = "message.delta";
 const REQUIRES_ACTION: &str = "run.requires_action";
 const MESSAGE_COMPLETED: &str = "message.completed";
-const ENDS: [&str; 5] = ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"];
+const ENDS: [&str; 5] = [
+    "run.completed",
+    "run.incomplete",
+    "run.failed",
+    "run.cancelled",
+    "run.expired",
+];
 const RECONNECT: &str = "stream.reconnect";
 
 #[derive(Serialize, ToSchema)]
@@ -231,7 +280,9 @@ impl ToSchema for EventView {
 impl PartialSchema for EventView {
     fn schema() -> RefOr<Schema> {
         fn event<T: ToSchema>(names: &[&str]) -> ObjectBuilder {
-            let name = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names.to_vec()));
+            let name = ObjectBuilder::new()
+                .schema_type(Type::String)
+                .enum_values(Some(names.to_vec()));
             ObjectBuilder::new()
                 .property("event", name)
                 .property("data", Ref::from_schema_name(T::name()))

@@ -39,11 +39,15 @@ enum Against {
 }
 
 pub(super) fn show_doc() -> Doc {
-    Doc::new("threads", "get_thread", "The thread: ids, state, counts, last run, expiry.")
-        .about("From the record alone unless a comparison is asked for.")
-        .query::<Verify>()
-        .gives::<ReportView>(StatusCode::OK, "The thread.")
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
+    Doc::new(
+        "threads",
+        "get_thread",
+        "The thread: ids, state, counts, last run, expiry.",
+    )
+    .about("From the record alone unless a comparison is asked for.")
+    .query::<Verify>()
+    .gives::<ReportView>(StatusCode::OK, "The thread.")
+    .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
 /// The statistics of the thread, from the record alone unless a comparison is asked for.
@@ -64,16 +68,25 @@ pub(super) async fn show_named(
     let report = state.runs.thread(name).await?;
     let verified = match query.verify {
         None => None,
-        Some(Against::Upstream) => Some(state.runs.verify(&report.thread, &RateLimiter::UNBOUND).await?),
+        Some(Against::Upstream) => Some(
+            state
+                .runs
+                .verify(&report.thread, &RateLimiter::UNBOUND)
+                .await?,
+        ),
     };
     Ok(Json(ReportView::new(&state.runs, report, verified)))
 }
 
 pub(super) fn update_doc() -> Doc {
-    Doc::new("threads", "update_thread", "Changes metadata, all of it, or how long the thread lives.")
-        .body::<PatchThread>()
-        .gives::<ReportView>(StatusCode::OK, "The thread as it is now.")
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "threads",
+        "update_thread",
+        "Changes metadata, all of it, or how long the thread lives.",
+    )
+    .body::<PatchThread>()
+    .gives::<ReportView>(StatusCode::OK, "The thread as it is now.")
+    .refuses(&[NOT_FOUND])
 }
 
 /// Changes metadata, all of it, or how long the thread lives.
@@ -93,8 +106,14 @@ pub(super) async fn update(
 }
 
 pub(super) fn delete_doc() -> Doc {
-    let doc = Doc::new("threads", "delete_thread", "Deletes the conversation, here and upstream.")
-        .about("What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.");
+    let doc = Doc::new(
+        "threads",
+        "delete_thread",
+        "Deletes the conversation, here and upstream.",
+    )
+    .about(
+        "What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.",
+    );
     deleted_doc(doc).refuses(&[NOT_FOUND])
 }
 
@@ -128,15 +147,22 @@ pub(super) async fn roll_over(
         Renewed::Now(thread) => (StatusCode::OK, thread),
         Renewed::Later(thread) => (StatusCode::ACCEPTED, thread),
     };
-    let report = state.runs.thread(ThreadName::Id(&key.tenant, thread.id)).await?;
+    let report = state
+        .runs
+        .thread(ThreadName::Id(&key.tenant, thread.id))
+        .await?;
     Ok((status, Json(ReportView::new(&state.runs, report, None))).into_response())
 }
 
 pub(super) fn cancel_doc() -> Doc {
-    Doc::new("threads", "cancel_runs", "Cancels runs of the thread and tells how they ended.")
-        .query::<WhichQuery>()
-        .lists::<RunView>("The runs that were cancelled.")
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "threads",
+        "cancel_runs",
+        "Cancels runs of the thread and tells how they ended.",
+    )
+    .query::<WhichQuery>()
+    .lists::<RunView>("The runs that were cancelled.")
+    .refuses(&[NOT_FOUND])
 }
 
 /// Cancels runs of the thread and tells how they ended.

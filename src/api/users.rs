@@ -32,12 +32,22 @@ pub(super) async fn threads(
     ApiConversation(key): ApiConversation,
     ApiPage(page, _): ApiPage<ThreadId>,
 ) -> Result<Json<ListView<ThreadView>>, Error> {
-    let filter = ThreadFilter { user: Some(key.user), ..ThreadFilter::all(key.tenant) };
-    Ok(Json(list_threads(&state.runs, state.runs.threads(&filter, &page).await?)))
+    let filter = ThreadFilter {
+        user: Some(key.user),
+        ..ThreadFilter::all(key.tenant)
+    };
+    Ok(Json(list_threads(
+        &state.runs,
+        state.runs.threads(&filter, &page).await?,
+    )))
 }
 
 pub(super) fn delete_doc() -> Doc {
-    deleted_doc(Doc::new("users", "delete_user", "Erases all that is held of a user, here and upstream."))
+    deleted_doc(Doc::new(
+        "users",
+        "delete_user",
+        "Erases all that is held of a user, here and upstream.",
+    ))
 }
 
 /// Erases all that is held of a user, here and upstream; 202 if it takes longer than the caller waits.
@@ -48,13 +58,24 @@ pub(super) async fn delete(
     prefix: Prefix,
     headers: HeaderMap,
 ) -> Result<Response, Error> {
-    deleted(&state, Target::User(key.tenant, key.user), &how, &prefix, &headers).await
+    deleted(
+        &state,
+        Target::User(key.tenant, key.user),
+        &how,
+        &prefix,
+        &headers,
+    )
+    .await
 }
 
 pub(super) fn export_doc() -> Doc {
-    Doc::new("users", "export_user", "All that is held of a user, line by line.")
-        .about("The last line counts the others, so that an export that was cut off is noticed.")
-        .streams::<Line>("application/x-ndjson", "Each line is a JSON object.")
+    Doc::new(
+        "users",
+        "export_user",
+        "All that is held of a user, line by line.",
+    )
+    .about("The last line counts the others, so that an export that was cut off is noticed.")
+    .streams::<Line>("application/x-ndjson", "Each line is a JSON object.")
 }
 
 /// All that is held of a user, line by line as the caller reads.

@@ -14,13 +14,14 @@ use utoipa::openapi::schema::{
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction, Role, Run,
-    RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync, Usage, text_or_parts,
+    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction,
+    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync, Usage,
+    text_or_parts,
 };
 
 pub(super) use threads::{
-    DeletableView, DeletionView, OutlookView, PatchThread, ReportView, TallyView, ThreadView, TtlMs,
-    cancelled, list as list_threads,
+    DeletableView, DeletionView, OutlookView, PatchThread, ReportView, TallyView, ThreadView,
+    TtlMs, cancelled, list as list_threads,
 };
 
 /// The body of `POST …/messages`.
@@ -74,10 +75,24 @@ struct Output {
 
 fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>, D::Error> {
     let given = Vec::<Output>::deserialize(deserializer)?;
-    if given.iter().any(|it| it.output.contains('\0') || it.tool_call_id.contains('\0')) {
+    if given
+        .iter()
+        .any(|it| it.output.contains('\0') || it.tool_call_id.contains('\0'))
+    {
         return Err(de::Error::custom("must not contain NUL characters"));
     }
-    Ok(given.into_iter().map(|Output { tool_call_id, output }| ToolOutput { tool_call_id, output }).collect())
+    Ok(given
+        .into_iter()
+        .map(
+            |Output {
+                 tool_call_id,
+                 output,
+             }| ToolOutput {
+                tool_call_id,
+                output,
+            },
+        )
+        .collect())
 }
 
 /// What becomes of the run when its caller leaves.
@@ -109,17 +124,26 @@ impl PartialSchema for Content {
         let mut part = ContentPart::schema();
         if let RefOr::T(Schema::OneOf(kinds)) = &mut part {
             kinds.items.retain_mut(|kind| {
-                let RefOr::T(Schema::Object(kind)) = kind else { return true };
+                let RefOr::T(Schema::Object(kind)) = kind else {
+                    return true;
+                };
                 kind.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
                 // Only received.
                 !kind.properties.contains_key("refusal")
             });
         }
-        let text =
-            ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).pattern(Some(r"^[^\u0000]*$"));
-        let parts = ArrayBuilder::new().items(part).min_items(Some(1)).max_items(Some(MAX_PARTS));
+        let text = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .min_length(Some(1))
+            .pattern(Some(r"^[^\u0000]*$"));
+        let parts = ArrayBuilder::new()
+            .items(part)
+            .min_items(Some(1))
+            .max_items(Some(MAX_PARTS));
         OneOfBuilder::new()
-            .description(Some("A string, or a list of parts with some text or image in them."))
+            .description(Some(
+                "A string, or a list of parts with some text or image in them.",
+            ))
             .item(text)
             .item(parts)
             .into()

@@ -126,16 +126,28 @@ impl Jwks {
         }
         let http = builder.build().map_err(|error| {
             let mut causes =
-                std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+                std::iter::successors(Some(&error as &dyn std::error::Error), |error| {
+                    error.source()
+                });
             if causes.any(|cause| cause.to_string().contains("No CA certificates")) {
                 JwtSetupError::NoRootCertificates
             } else {
                 JwtSetupError::Client
             }
         })?;
-        let source = Source { http, url, algorithms: algorithms.into(), known: RwLock::default() };
+        let source = Source {
+            http,
+            url,
+            algorithms: algorithms.into(),
+            known: RwLock::default(),
+        };
         let (fetching, tasks) = (Arc::default(), TaskTracker::new());
-        Ok(Self { source: Arc::new(source), refresh, fetching, tasks })
+        Ok(Self {
+            source: Arc::new(source),
+            refresh,
+            fetching,
+            tasks,
+        })
     }
 
     /// The key that the token says, or, if it says none, the only one that fits. May fetch the key set, and may be
@@ -150,7 +162,9 @@ impl Jwks {
             None if id.is_some() => pick(&self.newer_than(keys).await?, id, algorithm),
             found => found,
         };
-        key.ok_or(JwtRefusal::Invalid("none of the known keys is the one it was signed with"))
+        key.ok_or(JwtRefusal::Invalid(
+            "none of the known keys is the one it was signed with",
+        ))
     }
 
     /// The keys that are known. One request at a time sees to it that they are not old.
@@ -176,14 +190,21 @@ impl Jwks {
     /// tell, when it was asked last, whether there are any.
     async fn newer_than(&self, keys: Arc<[Key]>) -> Result<Arc<[Key]>, JwtRefusal> {
         let mut fetching = Arc::clone(&self.fetching).lock_owned().await;
-        let is_newest = self.source.known().is_none_or(|known| Arc::ptr_eq(&known.keys, &keys));
+        let is_newest = self
+            .source
+            .known()
+            .is_none_or(|known| Arc::ptr_eq(&known.keys, &keys));
         let has_told = if is_newest && fetching.may_search() {
             self.fetch(fetching).await
         } else {
             !is_newest || !fetching.failed
         };
         let newest = self.source.known().map_or(keys, |known| known.keys);
-        if has_told { Ok(newest) } else { Err(JwtRefusal::Unavailable) }
+        if has_told {
+            Ok(newest)
+        } else {
+            Err(JwtRefusal::Unavailable)
+        }
     }
 
     /// Fetches the keys; whether that worked. If it fails, the known ones stay.
@@ -202,7 +223,11 @@ impl Jwks {
 
 impl Source {
     fn known(&self) -> Option<Known> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = self
+            .known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         known.filter(|known| known.as_of.elapsed() < GOOD_FOR)
     }
 
@@ -213,9 +238,12 @@ impl Source {
         match answer {
             Ok(keys) => {
                 if keys.is_empty() {
-                    tracing::warn!("no key of the issuer's key set can be used: all tokens are refused");
+                    tracing::warn!(
+                        "no key of the issuer's key set can be used: all tokens are refused"
+                    );
                 }
-                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Some(Known { keys, as_of });
+                *self.known.write().unwrap_or_else(PoisonError::into_inner) =
+                    Some(Known { keys, as_of });
             }
             Err(error) => {
                 let has_keys = self.known().is_some();
@@ -244,7 +272,10 @@ fn has_passed(since: Option<Instant>, pause: Duration) -> bool {
 /// The key of this name, or, without one, the only key.
 fn pick(keys: &[Key], id: Option<&str>, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
     let has_name = |key: &&Key| id.is_none_or(|id| key.id.as_deref() == Some(id));
-    let mut fitting = keys.iter().filter(|key| key.algorithm == algorithm).filter(has_name);
+    let mut fitting = keys
+        .iter()
+        .filter(|key| key.algorithm == algorithm)
+        .filter(has_name);
     let first = fitting.next()?;
     let is_clear = id.is_some() || fitting.next().is_none();
     is_clear.then(|| first.material.clone())
@@ -296,23 +327,40 @@ fn read(body: &[u8], algorithms: &[JwtAlgorithm]) -> Option<Arc<[Key]>> {
         keys: Vec<Value>,
     }
     let set: Set = serde_json::from_slice(body).ok()?;
-    let keys = set.keys.iter().filter_map(|key| usable(&Jwk::deserialize(key).ok()?, algorithms));
+    let keys = set
+        .keys
+        .iter()
+        .filter_map(|key| usable(&Jwk::deserialize(key).ok()?, algorithms));
     Some(keys.take(MAX_KEYS).collect())
 }
 
 fn usable(jwk: &Jwk, algorithms: &[JwtAlgorithm]) -> Option<Key> {
-    let algorithm = algorithms.iter().copied().find(|algorithm| fits(jwk, *algorithm))?;
+    let algorithm = algorithms
+        .iter()
+        .copied()
+        .find(|algorithm| fits(jwk, *algorithm))?;
     let material = DecodingKey::from_jwk(jwk).ok()?;
-    Some(Key { id: jwk.common.key_id.clone(), algorithm, material })
+    Some(Key {
+        id: jwk.common.key_id.clone(),
+        algorithm,
+        material,
+    })
 }
 
 /// The key is of the algorithm's kind and size, and meant for signatures made with it as far as it says.
 fn fits(jwk: &Jwk, algorithm: JwtAlgorithm) -> bool {
     let common = &jwk.common;
-    let is_for_it = common.key_algorithm.is_none_or(|named| named == library_name(algorithm).into());
-    let is_for_signatures =
-        common.public_key_use.as_ref().is_none_or(|use_| *use_ == PublicKeyUse::Signature);
-    let verifies = common.key_operations.as_ref().is_none_or(|known| known.contains(&KeyOperations::Verify));
+    let is_for_it = common
+        .key_algorithm
+        .is_none_or(|named| named == library_name(algorithm).into());
+    let is_for_signatures = common
+        .public_key_use
+        .as_ref()
+        .is_none_or(|use_| *use_ == PublicKeyUse::Signature);
+    let verifies = common
+        .key_operations
+        .as_ref()
+        .is_none_or(|known| known.contains(&KeyOperations::Verify));
     let is_of_its_kind = match (algorithm, &jwk.algorithm) {
         (JwtAlgorithm::Rs256, AlgorithmParameters::RSA(rsa)) => rsa.n.len() >= RSA_DIGITS,
         (JwtAlgorithm::Es256, AlgorithmParameters::EllipticCurve(point)) => {
@@ -332,7 +380,10 @@ fn fits(jwk: &Jwk, algorithm: JwtAlgorithm) -> bool {
 /// The public key in this PEM text, if it is one for the algorithm.
 pub(super) fn from_pem(pem: &str, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
     // The library would also take these, and read something else out of them.
-    if ["PRIVATE KEY", "CERTIFICATE"].iter().any(|other| pem.contains(other)) {
+    if ["PRIVATE KEY", "CERTIFICATE"]
+        .iter()
+        .any(|other| pem.contains(other))
+    {
         return None;
     }
     let key = match algorithm {

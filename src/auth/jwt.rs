@@ -43,7 +43,9 @@ enum Keys {
 impl fmt::Debug for JwtVerifier {
     /// How tokens may be signed, and no more.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("JwtVerifier").field("algorithms", &self.algorithms).finish_non_exhaustive()
+        f.debug_struct("JwtVerifier")
+            .field("algorithms", &self.algorithms)
+            .finish_non_exhaustive()
     }
 }
 
@@ -71,12 +73,18 @@ impl JwtVerifier {
                 }
                 Keys::Fixed(key?)
             }
-            (None, None, Some(url)) => {
-                Keys::Fetched(Box::new(Jwks::new(url.clone(), config.jwks_refresh, &config.algorithms)?))
-            }
+            (None, None, Some(url)) => Keys::Fetched(Box::new(Jwks::new(
+                url.clone(),
+                config.jwks_refresh,
+                &config.algorithms,
+            )?)),
             _ => return Err(JwtSetupError::Source),
         };
-        Ok(Self { algorithms: config.algorithms.clone(), keys, rules: Rules::new(config, fingerprints) })
+        Ok(Self {
+            algorithms: config.algorithms.clone(),
+            keys,
+            rules: Rules::new(config, fingerprints),
+        })
     }
 
     /// Who the token speaks for. `token` is what stands behind `Bearer`; more than 8 KiB are not read.
@@ -92,8 +100,9 @@ impl JwtVerifier {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(JwtRefusal::Invalid("it is longer than 8 KiB"));
         }
-        let header = decode_header(token)
-            .map_err(|_| JwtRefusal::Invalid("it is not a JSON web token with a known algorithm"))?;
+        let header = decode_header(token).map_err(|_| {
+            JwtRefusal::Invalid("it is not a JSON web token with a known algorithm")
+        })?;
         let algorithm = self.algorithm(&header)?;
         let key = match &self.keys {
             Keys::Fixed(key) => key,
@@ -112,14 +121,22 @@ impl JwtVerifier {
     fn algorithm(&self, header: &Header) -> Result<JwtAlgorithm, JwtRefusal> {
         if header.crit.is_some() {
             // The library would pass over it.
-            return Err(JwtRefusal::Invalid("its header has `crit`, which is not understood"));
+            return Err(JwtRefusal::Invalid(
+                "its header has `crit`, which is not understood",
+            ));
         }
-        if header.typ.as_deref().is_some_and(|kind| !is_known_type(kind)) {
+        if header
+            .typ
+            .as_deref()
+            .is_some_and(|kind| !is_known_type(kind))
+        {
             return Err(JwtRefusal::Invalid("it is a token of another type"));
         }
         let is_it = |algorithm: &&JwtAlgorithm| jwks::library_name(**algorithm) == header.alg;
         let allowed = self.algorithms.iter().find(is_it);
-        allowed.copied().ok_or(JwtRefusal::Invalid("its algorithm is not allowed"))
+        allowed
+            .copied()
+            .ok_or(JwtRefusal::Invalid("its algorithm is not allowed"))
     }
 }
 

@@ -46,7 +46,17 @@ impl FreshKey {
         let prefix = format!("{MARK}{name}");
         let key = SecretString::from(format!("{prefix}_{secret}"));
         let hash = hash_of(key.expose_secret());
-        Self { key, record: NewKey { id: KeyId::new(), prefix, hash, tenant, access, label } }
+        Self {
+            key,
+            record: NewKey {
+                id: KeyId::new(),
+                prefix,
+                hash,
+                tenant,
+                access,
+                label,
+            },
+        }
     }
 }
 
@@ -73,7 +83,9 @@ struct Entry {
 impl fmt::Debug for Entry {
     /// Whose it is. A key of the configuration may be easier to guess than ours are, so not even its hash is shown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entry").field("principal", &self.principal).finish_non_exhaustive()
+        f.debug_struct("Entry")
+            .field("principal", &self.principal)
+            .finish_non_exhaustive()
     }
 }
 
@@ -94,7 +106,10 @@ impl Keyring {
             };
             Some(Entry { hash, principal })
         };
-        Self { fixed: fixed.iter().filter_map(entry).collect(), recorded: RwLock::default() }
+        Self {
+            fixed: fixed.iter().filter_map(entry).collect(),
+            recorded: RwLock::default(),
+        }
     }
 
     /// Whom this key belongs to. Takes no longer for one that is nearly right.
@@ -102,30 +117,54 @@ impl Keyring {
         let hash = hash_of(key);
         let opens = |entry: &&Entry| bool::from(entry.hash.ct_eq(&hash));
         // Each is compared, so that the time does not tell which one it was.
-        let fixed = self.fixed.iter().fold(None, |found, entry| found.or(Some(entry).filter(opens)));
+        let fixed = self
+            .fixed
+            .iter()
+            .fold(None, |found, entry| found.or(Some(entry).filter(opens)));
         if let Some(entry) = fixed {
             return Some(entry.principal.clone());
         }
         let recorded = self.recorded.read().unwrap_or_else(PoisonError::into_inner);
-        let entry = key.get(..KEY_PREFIX).and_then(|prefix| recorded.entries.get(prefix))?;
+        let entry = key
+            .get(..KEY_PREFIX)
+            .and_then(|prefix| recorded.entries.get(prefix))?;
         (recorded.is_fresh() && opens(&entry)).then(|| entry.principal.clone())
     }
 
     /// The recorded keys were read not long ago.
     pub(super) fn is_fresh(&self) -> bool {
-        self.recorded.read().unwrap_or_else(PoisonError::into_inner).is_fresh()
+        self.recorded
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_fresh()
     }
 
     /// These are the recorded keys that are good now.
     pub(super) fn renew(&self, keys: Vec<NewKey>) {
         let entry = |key: NewKey| {
-            let principal =
-                Principal { tenant: key.tenant, access: key.access, user: None, name: key.prefix.clone() };
-            (key.prefix, Entry { hash: key.hash, principal })
+            let principal = Principal {
+                tenant: key.tenant,
+                access: key.access,
+                user: None,
+                name: key.prefix.clone(),
+            };
+            (
+                key.prefix,
+                Entry {
+                    hash: key.hash,
+                    principal,
+                },
+            )
         };
         let entries = keys.into_iter().map(entry).collect();
-        let mut recorded = self.recorded.write().unwrap_or_else(PoisonError::into_inner);
-        *recorded = Recorded { entries, read_at: Some(Instant::now()) };
+        let mut recorded = self
+            .recorded
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *recorded = Recorded {
+            entries,
+            read_at: Some(Instant::now()),
+        };
     }
 }
 
@@ -158,7 +197,10 @@ mod tests {
         assert!(text.starts_with(&format!("{}_", one.record.prefix)));
         assert_ne!(text, other.key.expose_secret());
         assert_ne!(one.record.prefix, other.record.prefix);
-        assert!(!format!("{one:?}").contains(&text[16..]), "it is in no text");
+        assert!(
+            !format!("{one:?}").contains(&text[16..]),
+            "it is in no text"
+        );
     }
 
     #[test]
@@ -186,10 +228,21 @@ mod tests {
         assert_eq!(ring.find(good.key.expose_secret()), None);
         ring.renew(vec![good.record.clone()]);
         let found = ring.find(good.key.expose_secret()).unwrap();
-        assert_eq!((found.name, found.access), (good.record.prefix.clone(), Access::Chat));
+        assert_eq!(
+            (found.name, found.access),
+            (good.record.prefix.clone(), Access::Chat)
+        );
         assert_eq!(ring.find(unknown.key.expose_secret()), None);
         let text = good.key.expose_secret();
-        for wrong in [&text[..15], &text[..79], &format!("{text}0"), &text.to_uppercase(), "", "tk_", "é"] {
+        for wrong in [
+            &text[..15],
+            &text[..79],
+            &format!("{text}0"),
+            &text.to_uppercase(),
+            "",
+            "tk_",
+            "é",
+        ] {
             assert_eq!(ring.find(wrong), None, "{wrong}");
         }
         tokio::time::advance(GOOD_FOR).await;

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use aws_lc_rs::encoding::{AsDer, Pkcs8V1Der, PublicKeyX509Der};
 use aws_lc_rs::rsa;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair,
+};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jsonwebtoken::jwk::Jwk;
@@ -58,7 +60,11 @@ impl Signer {
                 (private, public(pair.public_key().as_der().unwrap()))
             }
         };
-        Self { algorithm, private, public_pem }
+        Self {
+            algorithm,
+            private,
+            public_pem,
+        }
     }
 
     /// A token with these claims.
@@ -75,7 +81,8 @@ impl Signer {
 
     /// The public key as it stands in a key set.
     pub(super) fn jwk(&self, id: &str) -> Value {
-        let jwk = Jwk::from_encoding_key(&self.private, jwks::library_name(self.algorithm)).unwrap();
+        let jwk =
+            Jwk::from_encoding_key(&self.private, jwks::library_name(self.algorithm)).unwrap();
         let mut jwk = serde_json::to_value(jwk).unwrap();
         jwk["kid"] = json!(id);
         jwk["use"] = json!("sig");
@@ -85,9 +92,15 @@ impl Signer {
 
 pub(super) fn pem(kind: &str, der: &[u8]) -> String {
     let text = STANDARD.encode(der);
-    let lines: Vec<&str> =
-        text.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).unwrap()).collect();
-    format!("-----BEGIN {kind}-----\n{}\n-----END {kind}-----\n", lines.join("\n"))
+    let lines: Vec<&str> = text
+        .as_bytes()
+        .chunks(64)
+        .map(|line| std::str::from_utf8(line).unwrap())
+        .collect();
+    format!(
+        "-----BEGIN {kind}-----\n{}\n-----END {kind}-----\n",
+        lines.join("\n")
+    )
 }
 
 /// Claims that are good now.
@@ -138,7 +151,9 @@ pub(super) struct Issuer {
 impl Issuer {
     pub(super) async fn start(answer: Answer) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}/keys", listener.local_addr().unwrap()).parse().unwrap();
+        let url = format!("http://{}/keys", listener.local_addr().unwrap())
+            .parse()
+            .unwrap();
         let (answer, asked) = (Arc::new(Mutex::new(answer)), Arc::new(AtomicUsize::new(0)));
         let mut work = JoinSet::new();
         let (answers, count) = (Arc::clone(&answer), Arc::clone(&asked));
@@ -148,7 +163,12 @@ impl Issuer {
                 connections.spawn(serve(stream, Arc::clone(&answers), Arc::clone(&count)));
             }
         });
-        Self { url, answer, asked, _work: work }
+        Self {
+            url,
+            answer,
+            asked,
+            _work: work,
+        }
     }
 
     pub(super) fn set(&self, answer: Answer) {
@@ -179,7 +199,9 @@ async fn serve(mut stream: TcpStream, answer: Arc<Mutex<Answer>>, asked: Arc<Ato
     };
     let text = match answer {
         Answer::Keys(keys) => full("200 OK", "", &json!({ "keys": keys }).to_string()),
-        Answer::Redirect if is_moved => full("200 OK", "", &json!({ "keys": [RSA.jwk("a")] }).to_string()),
+        Answer::Redirect if is_moved => {
+            full("200 OK", "", &json!({ "keys": [RSA.jwk("a")] }).to_string())
+        }
         Answer::Redirect => full("302 Found", "location: /moved\r\n", ""),
         Answer::Text(text) => full("200 OK", "", text),
         Answer::Status(status) => full(&format!("{status} No"), "", "{\"keys\":[]}"),

@@ -120,8 +120,9 @@ impl KeyConfig {
         }
         let mut hash = [0; 32];
         for (byte, pair) in hash.iter_mut().zip(digits.chunks_exact(2)) {
-            let text =
-                std::str::from_utf8(pair).ok().filter(|it| it.bytes().all(|b| b.is_ascii_hexdigit()))?;
+            let text = std::str::from_utf8(pair)
+                .ok()
+                .filter(|it| it.bytes().all(|b| b.is_ascii_hexdigit()))?;
             *byte = u8::from_str_radix(text, 16).ok()?;
         }
         Some(hash)
@@ -158,7 +159,11 @@ impl JwtConfig {
         if checker.is_broken_inside(&at("audience")) {
             // Said already.
         } else if self.audience.is_empty() {
-            checker.report(&at("audience"), "is missing", "name what the tokens say in `aud`");
+            checker.report(
+                &at("audience"),
+                "is missing",
+                "name what the tokens say in `aud`",
+            );
         } else if self.audience.iter().any(String::is_empty) {
             checker.report(&at("audience"), "has an empty entry", "leave it out");
         }
@@ -168,16 +173,27 @@ impl JwtConfig {
             checker.report(&at("leeway"), "must be at most 5 minutes", "");
         }
         if self.jwks_refresh < MIN_REFRESH || self.jwks_refresh > MAX_REFRESH {
-            checker.report(&at("jwks_refresh"), "must be from 30 seconds to 24 hours", "");
+            checker.report(
+                &at("jwks_refresh"),
+                "must be from 30 seconds to 24 hours",
+                "",
+            );
         }
-        for (field, claim) in [("tenant_claim", &self.tenant_claim), ("admin_claim", &self.admin_claim)] {
+        for (field, claim) in [
+            ("tenant_claim", &self.tenant_claim),
+            ("admin_claim", &self.admin_claim),
+        ] {
             if claim.as_ref().is_some_and(String::is_empty) {
                 checker.report(&at(field), "is empty", "name a claim, or leave it out");
             }
         }
         if self.admin_value.is_some() && self.admin_claim.is_none() {
             let hint = "name the claim that has this value, or leave it out";
-            checker.report(&at("admin_value"), "has no meaning without admin_claim", hint);
+            checker.report(
+                &at("admin_value"),
+                "has no meaning without admin_claim",
+                hint,
+            );
         }
     }
 
@@ -196,47 +212,92 @@ impl JwtConfig {
         if !self.algorithms.iter().any(is_shared) {
             if has_secret {
                 let what = "must be [\"HS256\"] where the key is a secret";
-                checker.report(&path, what, "or give the issuer's public keys instead of the secret");
+                checker.report(
+                    &path,
+                    what,
+                    "or give the issuer's public keys instead of the secret",
+                );
             }
         } else if !self.algorithms.iter().all(is_shared) {
             let what = "has HS256 beside algorithms with public keys";
             checker.report(&path, what, "keep either HS256 or the others");
         } else if !has_secret {
             let what = "has HS256, and there is no secret";
-            checker.report(&path, what, "set secret or secret_file, or name another algorithm");
+            checker.report(
+                &path,
+                what,
+                "set secret or secret_file, or name another algorithm",
+            );
         }
     }
 
     /// Exactly one source of keys, and that one sound.
     fn check_keys(&self, checker: &mut Checker<'_>) {
-        let secret = if self.secret_file.is_some() { "secret_file" } else { "secret" };
+        let secret = if self.secret_file.is_some() {
+            "secret_file"
+        } else {
+            "secret"
+        };
         let sources = [
             (secret, self.secret.is_some() || self.secret_file.is_some()),
             ("public_key_file", self.public_key_file.is_some()),
             ("jwks_url", self.jwks_url.is_some()),
         ];
-        let mut given = sources.iter().filter(|(_, is_given)| *is_given).map(|(field, _)| *field);
+        let mut given = sources
+            .iter()
+            .filter(|(_, is_given)| *is_given)
+            .map(|(field, _)| *field);
         let (first, second) = (given.next(), given.next());
         if let Some(second) = second {
-            let what = format!("is a second source of keys beside {}", first.unwrap_or_default());
+            let what = format!(
+                "is a second source of keys beside {}",
+                first.unwrap_or_default()
+            );
             checker.report(&at(second), what, "keep one of the two");
         }
-        if self.secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_SECRET_BYTES) {
+        if self
+            .secret
+            .as_ref()
+            .is_some_and(|secret| secret.expose_secret().len() < MIN_SECRET_BYTES)
+        {
             let hint = "`openssl rand -base64 32` makes one, for the issuer too";
-            checker.report(&at(secret), format!("must be at least {MIN_SECRET_BYTES} bytes"), hint);
+            checker.report(
+                &at(secret),
+                format!("must be at least {MIN_SECRET_BYTES} bytes"),
+                hint,
+            );
         }
-        if self.public_key.as_ref().is_some_and(|key| !is_public_key(key.expose_secret())) {
+        if self
+            .public_key
+            .as_ref()
+            .is_some_and(|key| !is_public_key(key.expose_secret()))
+        {
             let hint = "it begins with -----BEGIN PUBLIC KEY-----; `openssl x509 -pubkey -noout` takes it out of a certificate";
-            checker.report(&at("public_key_file"), "does not hold one public key in PEM form", hint);
+            checker.report(
+                &at("public_key_file"),
+                "does not hold one public key in PEM form",
+                hint,
+            );
         }
         if self.jwks_url.as_ref().is_some_and(|url| !is_safe(url)) {
-            let what = "must begin with https://, or http:// on this machine, and hold no credentials";
-            checker.report(&at("jwks_url"), what, "whoever can change the keys on their way can sign tokens");
+            let what =
+                "must begin with https://, or http:// on this machine, and hold no credentials";
+            checker.report(
+                &at("jwks_url"),
+                what,
+                "whoever can change the keys on their way can sign tokens",
+            );
         }
-        let is_broken = sources.iter().any(|(field, _)| checker.is_broken(&at(field)));
+        let is_broken = sources
+            .iter()
+            .any(|(field, _)| checker.is_broken(&at(field)));
         if first.is_none() && !is_broken && !checker.is_broken(&at("algorithms")) {
             let hint = "set jwks_url, public_key_file or secret";
-            checker.report(&at("jwks_url"), "is missing: nothing says where the keys are", hint);
+            checker.report(
+                &at("jwks_url"),
+                "is missing: nothing says where the keys are",
+                hint,
+            );
         }
     }
 }
@@ -277,9 +338,19 @@ mod tests {
 
     fn load_with(table: &str, env: &[(&str, &str)]) -> Result<JwtConfig, Vec<String>> {
         let text = format!("[auth.jwt]\n{table}");
-        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
-        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        match Config::load(Sources { file, env, ..Sources::default() }) {
+        let file = Some(ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text,
+        });
+        let env = env
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        match Config::load(Sources {
+            file,
+            env,
+            ..Sources::default()
+        }) {
             Ok(config) => Ok(config.auth.jwt.unwrap()),
             Err(problems) => Err(problems.iter().map(Problem::to_string).collect()),
         }
@@ -295,7 +366,10 @@ mod tests {
         let problems = found.unwrap_err();
         assert_eq!(problems.len(), 1, "{problems:#?}");
         let problem = &problems[0];
-        assert!(problem.starts_with(&format!("auth.jwt.{field}")), "{problem}");
+        assert!(
+            problem.starts_with(&format!("auth.jwt.{field}")),
+            "{problem}"
+        );
         for part in parts {
             assert!(problem.contains(part), "{part} is not in: {problem}");
         }
@@ -305,13 +379,21 @@ mod tests {
     #[test]
     fn sound_settings_are_taken() {
         let jwt = load(&format!("{SOUND}{RSA}{URL}")).unwrap();
-        assert_eq!((jwt.leeway, jwt.jwks_refresh), (Duration::from_secs(30), Duration::from_mins(10)));
+        assert_eq!(
+            (jwt.leeway, jwt.jwks_refresh),
+            (Duration::from_secs(30), Duration::from_mins(10))
+        );
         assert_eq!(jwt.algorithms, [JwtAlgorithm::Rs256]);
-        for url in ["http://127.0.0.1:1/k", "http://localhost/k", "http://[::1]:1/k", "https://h/k?policy=p"]
-        {
+        for url in [
+            "http://127.0.0.1:1/k",
+            "http://localhost/k",
+            "http://[::1]:1/k",
+            "https://h/k?policy=p",
+        ] {
             load(&format!("{SOUND}{RSA}jwks_url = \"{url}\"")).unwrap();
         }
-        let text = format!("{SOUND}algorithms = [\"HS256\"]\nsecret = \"{SECRET}\"\nleeway = \"0s\"");
+        let text =
+            format!("{SOUND}algorithms = [\"HS256\"]\nsecret = \"{SECRET}\"\nleeway = \"0s\"");
         assert!(!format!("{:?}", load(&text).unwrap()).contains("hunter2"));
         let all = format!("{SOUND}algorithms = [\"RS256\", \"ES256\", \"EdDSA\"]\n{URL}");
         assert_eq!(load(&all).unwrap().algorithms.len(), 3);
@@ -333,17 +415,36 @@ mod tests {
         );
         let flat = [("THREADKEEPER_AUTH_JWT_ISSUER", "i")];
         let problems = load_with(&format!("{SOUND}{RSA}{URL}"), &flat).unwrap_err();
-        assert!(problems[0].contains("did you mean THREADKEEPER_AUTH__JWT__ISSUER?"), "{problems:?}");
+        assert!(
+            problems[0].contains("did you mean THREADKEEPER_AUTH__JWT__ISSUER?"),
+            "{problems:?}"
+        );
     }
 
     #[test]
     fn what_is_required_is_missed_all_at_once() {
         let problems = load("").unwrap_err();
-        let fields: Vec<&str> = problems.iter().filter_map(|problem| problem.split(':').next()).collect();
-        assert_eq!(fields, ["auth.jwt.issuer", "auth.jwt.audience", "auth.jwt.algorithms"]);
-        assert_one(load(&format!("{SOUND}{RSA}")), "jwks_url", &["where the keys are"]);
+        let fields: Vec<&str> = problems
+            .iter()
+            .filter_map(|problem| problem.split(':').next())
+            .collect();
+        assert_eq!(
+            fields,
+            [
+                "auth.jwt.issuer",
+                "auth.jwt.audience",
+                "auth.jwt.algorithms"
+            ]
+        );
         assert_one(
-            load(&format!("issuer = \"i\"\naudience = [\"a\", \"\"]\n{RSA}{URL}")),
+            load(&format!("{SOUND}{RSA}")),
+            "jwks_url",
+            &["where the keys are"],
+        );
+        assert_one(
+            load(&format!(
+                "issuer = \"i\"\naudience = [\"a\", \"\"]\n{RSA}{URL}"
+            )),
             "audience",
             &["empty"],
         );
@@ -370,12 +471,28 @@ mod tests {
             "jwks_url",
             &["second source of keys beside secret"],
         );
-        assert_one(load(&format!("{SOUND}{hmac}{URL}")), "algorithms", &["there is no secret"]);
-        assert_one(load(&format!("{SOUND}{RSA}{secret}")), "algorithms", &["must be [\"HS256\"]"]);
+        assert_one(
+            load(&format!("{SOUND}{hmac}{URL}")),
+            "algorithms",
+            &["there is no secret"],
+        );
+        assert_one(
+            load(&format!("{SOUND}{RSA}{secret}")),
+            "algorithms",
+            &["must be [\"HS256\"]"],
+        );
         let mixed = format!("{SOUND}algorithms = [\"HS256\", \"RS256\"]\n{secret}");
-        assert_one(load(&mixed), "algorithms", &["HS256 beside algorithms with public keys"]);
+        assert_one(
+            load(&mixed),
+            "algorithms",
+            &["HS256 beside algorithms with public keys"],
+        );
         let mixed = format!("{SOUND}algorithms = [\"HS256\", \"RS256\"]\n{URL}");
-        assert_one(load(&mixed), "algorithms", &["HS256 beside algorithms with public keys"]);
+        assert_one(
+            load(&mixed),
+            "algorithms",
+            &["HS256 beside algorithms with public keys"],
+        );
     }
 
     #[test]
@@ -393,8 +510,16 @@ mod tests {
             &["at least 32 bytes", "openssl"],
         );
         let short = file("short", "hunter2\n");
-        assert_one(with(format!("secret_file = '{short}'")), "secret_file", &["at least 32 bytes"]);
-        assert_one(with("secret_file = '/no/such/file'".to_owned()), "secret_file", &["cannot be read"]);
+        assert_one(
+            with(format!("secret_file = '{short}'")),
+            "secret_file",
+            &["at least 32 bytes"],
+        );
+        assert_one(
+            with("secret_file = '/no/such/file'".to_owned()),
+            "secret_file",
+            &["cannot be read"],
+        );
         let good = file("good", &format!("{SECRET}\n"));
         let jwt = with(format!("secret_file = '{good}'")).unwrap();
         assert_eq!(jwt.secret.unwrap().expose_secret(), SECRET);
@@ -402,7 +527,11 @@ mod tests {
         assert_one(both, "secret_file", &["secret is set as well"]);
         // A higher layer replaces both spellings.
         let env = [("THREADKEEPER_AUTH__JWT__SECRET_FILE", good.as_str())];
-        load_with(&format!("{SOUND}algorithms = [\"HS256\"]\nsecret = \"x\""), &env).unwrap();
+        load_with(
+            &format!("{SOUND}algorithms = [\"HS256\"]\nsecret = \"x\""),
+            &env,
+        )
+        .unwrap();
     }
 
     #[test]
@@ -411,17 +540,27 @@ mod tests {
         let path = folder.path().join("key.pem");
         let load = |text: &str| {
             std::fs::write(&path, text).unwrap();
-            load(&format!("{SOUND}{RSA}public_key_file = '{}'", path.display()))
+            load(&format!(
+                "{SOUND}{RSA}public_key_file = '{}'",
+                path.display()
+            ))
         };
         let key = "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n";
-        assert_eq!(load(key).unwrap().public_key.unwrap().expose_secret(), key.trim_end());
+        assert_eq!(
+            load(key).unwrap().public_key.unwrap().expose_secret(),
+            key.trim_end()
+        );
         for wrong in [
             "hunter2",
             &key.replace("PUBLIC", "PRIVATE"),
             &key.replace("PUBLIC KEY", "CERTIFICATE"),
             &key.repeat(2),
         ] {
-            assert_one(load(wrong), "public_key_file", &["one public key in PEM form", "BEGIN PUBLIC KEY"]);
+            assert_one(
+                load(wrong),
+                "public_key_file",
+                &["one public key in PEM form", "BEGIN PUBLIC KEY"],
+            );
         }
         assert_one(load("\n"), "public_key_file", &["is empty"]);
     }
@@ -439,7 +578,11 @@ mod tests {
             let found = load(&format!("{SOUND}{RSA}jwks_url = \"{url}\""));
             assert_one(found, "jwks_url", &["must begin with https://"]);
         }
-        assert_one(load(&format!("{SOUND}{RSA}jwks_url = \"hunter2\"")), "jwks_url", &["not a URL"]);
+        assert_one(
+            load(&format!("{SOUND}{RSA}jwks_url = \"hunter2\"")),
+            "jwks_url",
+            &["not a URL"],
+        );
     }
 
     #[test]
@@ -447,12 +590,24 @@ mod tests {
         let sound = format!("{SOUND}{RSA}{URL}");
         for (line, field, part) in [
             ("leeway = \"301s\"", "leeway", "at most 5 minutes"),
-            ("jwks_refresh = \"29s\"", "jwks_refresh", "from 30 seconds to 24 hours"),
-            ("jwks_refresh = \"25h\"", "jwks_refresh", "from 30 seconds to 24 hours"),
+            (
+                "jwks_refresh = \"29s\"",
+                "jwks_refresh",
+                "from 30 seconds to 24 hours",
+            ),
+            (
+                "jwks_refresh = \"25h\"",
+                "jwks_refresh",
+                "from 30 seconds to 24 hours",
+            ),
             ("tenant_claim = \"\"", "tenant_claim", "is empty"),
             ("admin_claim = \"\"", "admin_claim", "is empty"),
             ("admin_value = \"x\"", "admin_value", "without admin_claim"),
-            ("public_key = \"x\"", "public_key", "no such setting; did you mean `public_key_file`?"),
+            (
+                "public_key = \"x\"",
+                "public_key",
+                "no such setting; did you mean `public_key_file`?",
+            ),
         ] {
             assert_one(load(&format!("{sound}{line}")), field, &[part]);
         }

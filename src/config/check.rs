@@ -10,7 +10,9 @@ use super::names::nearest;
 use super::problem::{ConfigProblems, Problem};
 use super::tools::{Finding, examine};
 use super::tree::Tree;
-use super::{AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind};
+use super::{
+    AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind,
+};
 use crate::domain::{KeyText, Metadata, UserContent};
 
 /// Longer than any sensible setting; sums with it stay within every clock's range.
@@ -18,23 +20,53 @@ const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 /// The smallest buffer of the HTTP library.
 const SMALLEST_HEAD: usize = 8 * 1024;
 /// What no base URL ends with.
-const ENDPOINTS: [&str; 4] = ["/responses", "/conversations", "/threads", "/chat/completions"];
+const ENDPOINTS: [&str; 4] = [
+    "/responses",
+    "/conversations",
+    "/threads",
+    "/chat/completions",
+];
 /// Headers that the HTTP library or the adapter writes itself.
 const OWN_HEADERS: [&str; 12] = [
-    "accept", "connection", "content-length", "content-type", "expect", "host", "keep-alive",
-    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
+    "accept",
+    "connection",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
 ];
 
 /// Fields of the run's request that the gateway writes: they cannot be among an assistant's `parameters`.
 pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
     match kind {
         UpstreamKind::Assistants => &[
-            "additional_messages", "assistant_id", "instructions", "metadata", "model", "stream", "thread",
+            "additional_messages",
+            "assistant_id",
+            "instructions",
+            "metadata",
+            "model",
+            "stream",
+            "thread",
             "tools",
         ],
         UpstreamKind::Responses => &[
-            "background", "conversation", "input", "instructions", "metadata", "model",
-            "previous_response_id", "store", "stream", "stream_options", "tools",
+            "background",
+            "conversation",
+            "input",
+            "instructions",
+            "metadata",
+            "model",
+            "previous_response_id",
+            "store",
+            "stream",
+            "stream_options",
+            "tools",
         ],
     }
 }
@@ -67,7 +99,9 @@ impl Checker<'_> {
     /// Part of the setting has a problem, so the setting was left out.
     pub(super) fn is_broken_inside(&self, path: &[&str]) -> bool {
         let inside = format!("{}.", path.join("."));
-        self.problems.iter().any(|problem| problem.path.starts_with(&inside))
+        self.problems
+            .iter()
+            .any(|problem| problem.path.starts_with(&inside))
     }
 }
 
@@ -112,15 +146,24 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
     }
     if config.upstreams.is_empty() {
         let hint = "add a table [upstreams.<name>], or try `threadkeeper dev`, which brings a simulated one";
-        checker.report(&["upstreams"], "there is no upstream to answer messages", hint);
+        checker.report(
+            &["upstreams"],
+            "there is no upstream to answer messages",
+            hint,
+        );
     }
     if config.assistants.is_empty() {
         let hint = "add a table [assistants.default] that names an upstream";
-        checker.report(&["assistants"], "there is no assistant to answer messages", hint);
+        checker.report(
+            &["assistants"],
+            "there is no assistant to answer messages",
+            hint,
+        );
     }
     let is_open = !config.auth.is_configured() && !config.server.allow_unauthenticated;
     if is_open && !config.server.listen.ip().to_canonical().is_loopback() {
-        let what = "callers on other machines would be served although nobody has to prove who they are";
+        let what =
+            "callers on other machines would be served although nobody has to prove who they are";
         let hint = "add a key to [auth.keys] or set auth.stored_keys = true, listen on 127.0.0.1 or [::1], or set \
                     server.allow_unauthenticated = true";
         checker.report(&["server", "listen"], what, hint);
@@ -130,14 +173,21 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
 /// One that is not written as browsers send it would never fit.
 fn origins(config: &Config, checker: &mut Checker<'_>) {
     let path = ["server", "cors_origins"];
-    for (what, hint) in config.server.cors_origins.iter().filter_map(|text| origin(text).err()) {
+    for (what, hint) in config
+        .server
+        .cors_origins
+        .iter()
+        .filter_map(|text| origin(text).err())
+    {
         checker.report(&path, what, hint);
     }
 }
 
 /// What it has beyond its path would get lost.
 fn public_url(config: &Config, checker: &mut Checker<'_>) {
-    let Some(url) = &config.server.public_url else { return };
+    let Some(url) = &config.server.public_url else {
+        return;
+    };
     let is_plain = matches!(url.scheme(), "http" | "https")
         && url.host_str().is_some()
         && url.username().is_empty()
@@ -145,9 +195,12 @@ fn public_url(config: &Config, checker: &mut Checker<'_>) {
         && url.query().is_none()
         && url.fragment().is_none();
     if !is_plain {
-        let hint =
-            "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
-        checker.report(&["server", "public_url"], "is not where callers can reach the gateway", hint);
+        let hint = "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
+        checker.report(
+            &["server", "public_url"],
+            "is not where callers can reach the gateway",
+            hint,
+        );
     }
 }
 
@@ -163,24 +216,42 @@ fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
     }
     if text.contains('*') {
         let what = "holds a `*`, which no browser sends and which stands for nothing here";
-        return Err((what, "write each origin out, those of preview deployments too"));
+        return Err((
+            what,
+            "write each origin out, those of preview deployments too",
+        ));
     }
-    let Some((scheme, rest)) = text.split_once("://") else { return no_origin };
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return no_origin;
+    };
     if matches!(scheme, "http" | "https") {
-        let is_sent_so = Url::parse(text).is_ok_and(|url| url.origin().ascii_serialization() == *text);
+        let is_sent_so =
+            Url::parse(text).is_ok_and(|url| url.origin().ascii_serialization() == *text);
         return if is_sent_so { Ok(()) } else { no_origin };
     }
     if nearest(scheme, &["http", "https"]).is_some() {
         return Err(("holds a scheme that is nearly https", FORM));
     }
     if scheme == "file" {
-        return Err(("holds a file, and pages of files have no origin", "serve the page over http"));
+        return Err((
+            "holds a file, and pages of files have no origin",
+            "serve the page over http",
+        ));
     }
     // Pages inside an app, such as capacitor://localhost or chrome-extension://<id>: each browser writes these as it likes.
     let is_scheme = scheme.starts_with(|first: char| first.is_ascii_lowercase())
-        && scheme.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
-    let is_host = !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b));
-    if is_scheme && is_host { Ok(()) } else { no_origin }
+        && scheme
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+    let is_host = !rest.is_empty()
+        && rest
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b));
+    if is_scheme && is_host {
+        Ok(())
+    } else {
+        no_origin
+    }
 }
 
 /// A key of which half is guessed must not be worth anything.
@@ -193,7 +264,9 @@ fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
             let hint = "set `key`, `key_file`, or `sha256` (printf %s \"$KEY\" | sha256sum)";
             checker.report(&["auth", "keys", name], "has no key", hint);
         }
-        (Some(_), Some(_)) => checker.report(&path("sha256"), "key is set as well", "keep one of the two"),
+        (Some(_), Some(_)) => {
+            checker.report(&path("sha256"), "key is set as well", "keep one of the two")
+        }
         (None, Some(_)) if key.hash().is_none() => {
             checker.report(&path("sha256"), "must be 64 hexadecimal digits", "");
         }
@@ -203,7 +276,11 @@ fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
                 let what = format!("must have at least {SHORTEST_KEY} characters");
                 checker.report(&path("key"), what, "make one with `openssl rand -hex 32`");
             } else if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-                checker.report(&path("key"), "must be visible ASCII characters: it is sent in a header", "");
+                checker.report(
+                    &path("key"),
+                    "must be visible ASCII characters: it is sent in a header",
+                    "",
+                );
             }
         }
         _ => {}
@@ -211,12 +288,29 @@ fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
 }
 
 fn durations(config: &Config, checker: &mut Checker<'_>) {
-    let Config { server, store, runs, .. } = config;
+    let Config {
+        server,
+        store,
+        runs,
+        ..
+    } = config;
     for (path, value, may_be_zero) in [
-        (["server", "header_read_timeout"], server.header_read_timeout, false),
-        (["server", "body_read_timeout"], server.body_read_timeout, false),
+        (
+            ["server", "header_read_timeout"],
+            server.header_read_timeout,
+            false,
+        ),
+        (
+            ["server", "body_read_timeout"],
+            server.body_read_timeout,
+            false,
+        ),
         (["server", "write_timeout"], server.write_timeout, false),
-        (["server", "stream_keep_alive"], server.stream_keep_alive, false),
+        (
+            ["server", "stream_keep_alive"],
+            server.stream_keep_alive,
+            false,
+        ),
         (["server", "shutdown_grace"], server.shutdown_grace, true),
         (["store", "acquire_timeout"], store.acquire_timeout, false),
         (["store", "max_wait"], store.max_wait, false),
@@ -226,7 +320,11 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["runs", "settle_timeout"], runs.settle_timeout, false),
         (["runs", "idempotency_ttl"], runs.idempotency_ttl, false),
         (["sessions", "ttl"], config.sessions.ttl, false),
-        (["replica", "session_ttl"], config.replica.session_ttl, false),
+        (
+            ["replica", "session_ttl"],
+            config.replica.session_ttl,
+            false,
+        ),
     ] {
         duration(&path, value, may_be_zero, checker);
     }
@@ -250,26 +348,76 @@ fn duration(path: &[&str], value: Duration, may_be_zero: bool, checker: &mut Che
 }
 
 fn limits(config: &Config, checker: &mut Checker<'_>) {
-    let Config { server, store, runs, .. } = config;
+    let Config {
+        server,
+        store,
+        runs,
+        ..
+    } = config;
     let store_connections = usize::try_from(store.max_connections).unwrap_or(usize::MAX);
     for (path, value, least, most) in [
-        (["server", "max_connections"], server.max_connections, 1, 1_000_000),
-        (["server", "max_body_bytes"], server.max_body_bytes, 1, usize::MAX),
+        (
+            ["server", "max_connections"],
+            server.max_connections,
+            1,
+            1_000_000,
+        ),
+        (
+            ["server", "max_body_bytes"],
+            server.max_body_bytes,
+            1,
+            usize::MAX,
+        ),
         (
             ["server", "max_buffered_body_bytes"],
             server.max_buffered_body_bytes,
             server.max_body_bytes,
             usize::MAX,
         ),
-        (["server", "max_header_bytes"], server.max_header_bytes, SMALLEST_HEAD, 16 * 1024 * 1024),
-        (["server", "max_key_bytes"], server.max_key_bytes, 1, KeyText::MAX_BYTES),
-        (["server", "max_content_parts"], server.max_content_parts, 1, UserContent::MAX_PARTS),
-        (["server", "max_metadata_pairs"], server.max_metadata_pairs, 0, Metadata::MAX_PAIRS),
-        (["server", "max_page_size"], server.max_page_size as usize, 1, MAX_PAGE as usize),
+        (
+            ["server", "max_header_bytes"],
+            server.max_header_bytes,
+            SMALLEST_HEAD,
+            16 * 1024 * 1024,
+        ),
+        (
+            ["server", "max_key_bytes"],
+            server.max_key_bytes,
+            1,
+            KeyText::MAX_BYTES,
+        ),
+        (
+            ["server", "max_content_parts"],
+            server.max_content_parts,
+            1,
+            UserContent::MAX_PARTS,
+        ),
+        (
+            ["server", "max_metadata_pairs"],
+            server.max_metadata_pairs,
+            0,
+            Metadata::MAX_PAIRS,
+        ),
+        (
+            ["server", "max_page_size"],
+            server.max_page_size as usize,
+            1,
+            MAX_PAGE as usize,
+        ),
         (["store", "max_connections"], store_connections, 1, 10_000),
         (["runs", "max_queue"], runs.max_queue, 1, usize::MAX),
-        (["runs", "max_queue_bytes"], runs.max_queue_bytes, server.max_body_bytes, usize::MAX),
-        (["runs", "max_reply_bytes"], runs.max_reply_bytes, 1, usize::MAX),
+        (
+            ["runs", "max_queue_bytes"],
+            runs.max_queue_bytes,
+            server.max_body_bytes,
+            usize::MAX,
+        ),
+        (
+            ["runs", "max_reply_bytes"],
+            runs.max_reply_bytes,
+            1,
+            usize::MAX,
+        ),
     ] {
         if value < least {
             checker.report(&path, format!("must be at least {least}"), "");
@@ -283,7 +431,9 @@ fn limits(config: &Config, checker: &mut Checker<'_>) {
 fn store_url(config: &Config, checker: &mut Checker<'_>) {
     let store = &config.store;
     let is_postgres = |url: &str| match url.split_once(':') {
-        Some(("postgres" | "postgresql", rest)) => rest.starts_with("//") && Url::parse(url).is_ok(),
+        Some(("postgres" | "postgresql", rest)) => {
+            rest.starts_with("//") && Url::parse(url).is_ok()
+        }
         _ => false,
     };
     let is_sqlite = |url: &str| match url.split_once(':') {
@@ -293,13 +443,30 @@ fn store_url(config: &Config, checker: &mut Checker<'_>) {
     let url = store.url.as_ref().map(ExposeSecret::expose_secret);
     if url.is_some_and(|url| !is_postgres(url) && !is_sqlite(url)) {
         let hint = "write it like postgres://user@host/database or sqlite:data/threadkeeper.db";
-        let path = if store.url_file.is_some() { ["store", "url_file"] } else { ["store", "url"] };
+        let path = if store.url_file.is_some() {
+            ["store", "url_file"]
+        } else {
+            ["store", "url"]
+        };
         checker.report(&path, "is not the URL of a database", hint);
     }
-    let Some(direct) = &store.direct_url else { return };
-    let path = ["store", if store.direct_url_file.is_some() { "direct_url_file" } else { "direct_url" }];
+    let Some(direct) = &store.direct_url else {
+        return;
+    };
+    let path = [
+        "store",
+        if store.direct_url_file.is_some() {
+            "direct_url_file"
+        } else {
+            "direct_url"
+        },
+    ];
     if url.is_some_and(is_sqlite) {
-        checker.report(&path, "is for Postgres, and store.url names a SQLite file", "leave it out");
+        checker.report(
+            &path,
+            "is for Postgres, and store.url names a SQLite file",
+            "leave it out",
+        );
     } else if !is_postgres(direct.expose_secret()) {
         let hint = "write it like postgres://user@host/database";
         checker.report(&path, "is not the URL of a Postgres database", hint);
@@ -318,47 +485,92 @@ fn name(section: &str, name: &str, checker: &mut Checker<'_>) {
     }
 }
 
-fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checker: &mut Checker<'_>) {
+fn upstream(
+    name: &str,
+    upstream: &UpstreamConfig,
+    max_body_bytes: usize,
+    checker: &mut Checker<'_>,
+) {
     self::name("upstreams", name, checker);
     let at = |field| ["upstreams", name, field];
     base_url(&at("base_url"), &upstream.base_url, checker);
     if upstream.kind == UpstreamKind::Assistants && !checker.is_broken(&at("kind")) {
         if !upstream.conversations {
-            checker.report(&at("conversations"), "can be false only for kind \"responses\"", "leave it out");
+            checker.report(
+                &at("conversations"),
+                "can be false only for kind \"responses\"",
+                "leave it out",
+            );
         }
         if upstream.background {
-            checker.report(&at("background"), "can be true only for kind \"responses\"", "leave it out");
+            checker.report(
+                &at("background"),
+                "can be true only for kind \"responses\"",
+                "leave it out",
+            );
         }
     }
-    duration(&at("connect_timeout"), upstream.connect_timeout, false, checker);
+    duration(
+        &at("connect_timeout"),
+        upstream.connect_timeout,
+        false,
+        checker,
+    );
     duration(&at("call_timeout"), upstream.call_timeout, false, checker);
     duration(&at("lock_window"), upstream.lock_window, true, checker);
-    duration(&at("breaker_window"), upstream.breaker_window, false, checker);
-    duration(&at("breaker_open_duration"), upstream.breaker_open_duration, false, checker);
+    duration(
+        &at("breaker_window"),
+        upstream.breaker_window,
+        false,
+        checker,
+    );
+    duration(
+        &at("breaker_open_duration"),
+        upstream.breaker_open_duration,
+        false,
+        checker,
+    );
     if upstream.max_event_bytes == 0 {
         checker.report(&at("max_event_bytes"), "must be at least 1", "");
     }
-    if upstream.max_event_bytes <= max_body_bytes && !checker.is_broken(&["server", "max_body_bytes"]) {
+    if upstream.max_event_bytes <= max_body_bytes
+        && !checker.is_broken(&["server", "max_body_bytes"])
+    {
         let what = format!(
             "must be more than server.max_body_bytes ({max_body_bytes}): an upstream repeats the input in its events"
         );
-        checker.report(&at("max_event_bytes"), what, "raise it, or lower server.max_body_bytes");
+        checker.report(
+            &at("max_event_bytes"),
+            what,
+            "raise it, or lower server.max_body_bytes",
+        );
     }
     if let Some(key) = &upstream.api_key {
-        let field = if upstream.api_key_file.is_some() { "api_key_file" } else { "api_key" };
+        let field = if upstream.api_key_file.is_some() {
+            "api_key_file"
+        } else {
+            "api_key"
+        };
         if !is_header_value(key) {
             let what = "the key has characters that a header cannot carry";
             checker.report(&at(field), what, "look for blanks and line ends around it");
         }
         let text = key.expose_secret();
-        if text.get(..7).is_some_and(|begin| begin.eq_ignore_ascii_case("bearer ")) {
+        if text
+            .get(..7)
+            .is_some_and(|begin| begin.eq_ignore_ascii_case("bearer "))
+        {
             checker.report(
                 &at(field),
                 "begins with \"Bearer\", which the gateway writes itself",
                 "write the key alone",
             );
         }
-        if text.len() > 1 && ['"', '\''].iter().any(|mark| text.starts_with(*mark) && text.ends_with(*mark)) {
+        if text.len() > 1
+            && ['"', '\'']
+                .iter()
+                .any(|mark| text.starts_with(*mark) && text.ends_with(*mark))
+        {
             let hint = "write the key alone: a file of variables (--env-file) takes quotation marks for a part of it";
             checker.report(&at(field), "has quotation marks around it", hint);
         }
@@ -368,19 +580,41 @@ fn upstream(name: &str, upstream: &UpstreamConfig, max_body_bytes: usize, checke
 
 fn base_url(path: &[&str], url: &Url, checker: &mut Checker<'_>) {
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
-        checker.report(path, "must begin with https:// or http:// and name a host", "");
+        checker.report(
+            path,
+            "must begin with https:// or http:// and name a host",
+            "",
+        );
     } else if !url.username().is_empty() || url.password().is_some() {
-        checker.report(path, "must not hold credentials", "use api_key, api_key_file or headers");
+        checker.report(
+            path,
+            "must not hold credentials",
+            "use api_key, api_key_file or headers",
+        );
     } else if url.query().is_some() {
-        checker.report(path, "must not have a query", "put it into the table `query` of the upstream");
+        checker.report(
+            path,
+            "must not have a query",
+            "put it into the table `query` of the upstream",
+        );
     } else if url.fragment().is_some() {
-        checker.report(path, "must not have a fragment", "leave out # and what follows");
-    } else if let Some(endpoint) =
-        ENDPOINTS.iter().find(|end| url.path().trim_end_matches('/').ends_with(**end))
+        checker.report(
+            path,
+            "must not have a fragment",
+            "leave out # and what follows",
+        );
+    } else if let Some(endpoint) = ENDPOINTS
+        .iter()
+        .find(|end| url.path().trim_end_matches('/').ends_with(**end))
     {
-        let hint =
-            format!("leave out {endpoint}: it is put behind the base by the gateway where it is needed");
-        checker.report(path, "is the URL of one endpoint, and not what all begin with", &hint);
+        let hint = format!(
+            "leave out {endpoint}: it is put behind the base by the gateway where it is needed"
+        );
+        checker.report(
+            path,
+            "is the URL of one endpoint, and not what all begin with",
+            &hint,
+        );
     }
 }
 
@@ -396,9 +630,17 @@ fn headers(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
             continue;
         };
         if OWN_HEADERS.contains(&parsed.as_str()) {
-            checker.report(&path, "is a header that the gateway writes itself", "leave it out");
+            checker.report(
+                &path,
+                "is a header that the gateway writes itself",
+                "leave it out",
+            );
         } else if parsed.as_str() == key_header && upstream.api_key.is_some() {
-            checker.report(&path, "is how api_key is sent already", "keep one of the two");
+            checker.report(
+                &path,
+                "is how api_key is sent already",
+                "keep one of the two",
+            );
         } else if !is_header_value(value) {
             checker.report(&path, "has characters that a header cannot carry", "");
         }
@@ -421,7 +663,11 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
         }
     }
     if assistant.tools.iter().any(|tool| !tool.is_object()) {
-        checker.report(&at("tools"), "each tool is a table", "{ type = \"function\", … }");
+        checker.report(
+            &at("tools"),
+            "each tool is a table",
+            "{ type = \"function\", … }",
+        );
     }
     let Some(upstream) = config.upstreams.get(&assistant.upstream) else {
         unknown_upstream(&at("upstream"), assistant, config, checker);
@@ -431,7 +677,9 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
         return;
     }
     for (index, tool) in assistant.tools.iter().enumerate() {
-        let finding = tool.as_object().and_then(|tool| examine(upstream.kind, tool));
+        let finding = tool
+            .as_object()
+            .and_then(|tool| examine(upstream.kind, tool));
         if let Some(Finding::Problem(what, form)) = finding {
             checker.report(
                 &["assistants", name, "tools", &index.to_string()],
@@ -444,7 +692,11 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     match upstream.kind {
         UpstreamKind::Assistants if !is_given(&assistant.assistant_id) => {
             let what = "is missing: the upstream is of kind \"assistants\"";
-            checker.report(&at("assistant_id"), what, "set the assistant's id there, asst_…");
+            checker.report(
+                &at("assistant_id"),
+                what,
+                "set the assistant's id there, asst_…",
+            );
         }
         UpstreamKind::Responses if assistant.assistant_id.is_some() => {
             let what = "has no meaning: the upstream is of kind \"responses\"";
@@ -455,21 +707,42 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     let lacks_model = upstream.kind == UpstreamKind::Responses || assistant.model.is_some();
     if lacks_model && !is_given(&assistant.model) {
         let what = "is missing: the upstream is of kind \"responses\"";
-        let what = if assistant.model.is_some() { "is empty" } else { what };
+        let what = if assistant.model.is_some() {
+            "is empty"
+        } else {
+            what
+        };
         checker.report(&at("model"), what, "name the model that answers");
     }
     let reserved = reserved_parameters(upstream.kind);
-    for parameter in assistant.parameters.keys().filter(|key| reserved.contains(&key.as_str())) {
-        let is_setting = matches!(parameter.as_str(), "assistant_id" | "instructions" | "model" | "tools");
-        let hint = if is_setting { "set it beside `parameters`" } else { "leave it out" };
+    for parameter in assistant
+        .parameters
+        .keys()
+        .filter(|key| reserved.contains(&key.as_str()))
+    {
+        let is_setting = matches!(
+            parameter.as_str(),
+            "assistant_id" | "instructions" | "model" | "tools"
+        );
+        let hint = if is_setting {
+            "set it beside `parameters`"
+        } else {
+            "leave it out"
+        };
         let path = ["assistants", name, "parameters", parameter];
         checker.report(&path, "is written by the gateway", hint);
     }
 }
 
-fn unknown_upstream(path: &[&str], assistant: &AssistantConfig, config: &Config, checker: &mut Checker<'_>) {
+fn unknown_upstream(
+    path: &[&str],
+    assistant: &AssistantConfig,
+    config: &Config,
+    checker: &mut Checker<'_>,
+) {
     if checker.is_broken(&["upstreams"])
-        || (!assistant.upstream.is_empty() && checker.is_broken(&["upstreams", &assistant.upstream]))
+        || (!assistant.upstream.is_empty()
+            && checker.is_broken(&["upstreams", &assistant.upstream]))
     {
         return;
     }
@@ -492,15 +765,24 @@ mod tests {
     use super::*;
 
     fn sources(text: &str) -> Sources {
-        let file = ConfigFile::Text { name: "g.toml".to_owned(), text: text.to_owned() };
-        Sources { file: Some(file), ..Sources::default() }
+        let file = ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text: text.to_owned(),
+        };
+        Sources {
+            file: Some(file),
+            ..Sources::default()
+        }
     }
 
     /// The paths with problems, and the whole text.
     fn problems(text: &str) -> (Vec<String>, String) {
         match Config::load(sources(text)) {
             Ok(_) => (Vec::new(), String::new()),
-            Err(found) => (found.iter().map(|problem| problem.path.clone()).collect(), found.to_string()),
+            Err(found) => (
+                found.iter().map(|problem| problem.path.clone()).collect(),
+                found.to_string(),
+            ),
         }
     }
 
@@ -520,23 +802,48 @@ mod tests {
 
     #[test]
     fn sound_settings_have_no_problems() {
-        assert_problems(&both("kind = \"responses\"\nconversations = false", "model = \"m\""), &[]);
-        assert_problems(&both("kind = \"assistants\"", "assistant_id = \"asst_1\""), &[]);
+        assert_problems(
+            &both(
+                "kind = \"responses\"\nconversations = false",
+                "model = \"m\"",
+            ),
+            &[],
+        );
+        assert_problems(
+            &both("kind = \"assistants\"", "assistant_id = \"asst_1\""),
+            &[],
+        );
         let text = "kind = \"responses\"\nbackground = true\nlock_window = \"0s\"\nbreaker_min_requests = 0";
         assert_problems(&both(text, "model = \"m\""), &[]);
-        assert_problems("[store]\nurl = \"postgresql:///d?host=/run/postgresql\"", &[]);
+        assert_problems(
+            "[store]\nurl = \"postgresql:///d?host=/run/postgresql\"",
+            &[],
+        );
     }
 
     #[test]
     fn each_kind_of_upstream_wants_its_own_fields() {
         assert_problems(&both("kind = \"responses\"", ""), &["assistants.a.model"]);
-        assert_problems(&both("kind = \"responses\"", "model = \"\""), &["assistants.a.model"]);
-        let text = both("kind = \"responses\"", "model = \"m\"\nassistant_id = \"asst_1\"");
+        assert_problems(
+            &both("kind = \"responses\"", "model = \"\""),
+            &["assistants.a.model"],
+        );
+        let text = both(
+            "kind = \"responses\"",
+            "model = \"m\"\nassistant_id = \"asst_1\"",
+        );
         assert_problems(&text, &["assistants.a.assistant_id"]);
-        let text = both("kind = \"assistants\"\nconversations = false\nbackground = true", "");
+        let text = both(
+            "kind = \"assistants\"\nconversations = false\nbackground = true",
+            "",
+        );
         assert_problems(
             &text,
-            &["assistants.a.assistant_id", "upstreams.u.background", "upstreams.u.conversations"],
+            &[
+                "assistants.a.assistant_id",
+                "upstreams.u.background",
+                "upstreams.u.conversations",
+            ],
         );
     }
 
@@ -548,13 +855,25 @@ mod tests {
         assert_problems(&keys(&format!("sha256 = \"{hash}\"")), &[]);
         assert_problems(&keys(""), &["auth.keys.k"]);
         assert_problems(&keys("key = \"too short\""), &["auth.keys.k.key"]);
-        assert_problems(&keys("key = \"0123456789abcdef 01234567\""), &["auth.keys.k.key"]);
+        assert_problems(
+            &keys("key = \"0123456789abcdef 01234567\""),
+            &["auth.keys.k.key"],
+        );
         assert_problems(&keys("sha256 = \"0\""), &["auth.keys.k.sha256"]);
-        assert_problems(&keys(&format!("sha256 = \"{}g\"", &hash[1..])), &["auth.keys.k.sha256"]);
+        assert_problems(
+            &keys(&format!("sha256 = \"{}g\"", &hash[1..])),
+            &["auth.keys.k.sha256"],
+        );
         let two = format!("key = \"0123456789abcdef01234567\"\nsha256 = \"{hash}\"");
         assert_problems(&keys(&two), &["auth.keys.k.sha256"]);
-        assert_problems("[auth.keys.k]\nkey = \"0123456789abcdef01234567\"", &["auth.keys.k.scope"]);
-        assert_problems(&keys("tenant = \"\"\nkey = \"0123456789abcdef01234567\""), &["auth.keys.k.tenant"]);
+        assert_problems(
+            "[auth.keys.k]\nkey = \"0123456789abcdef01234567\"",
+            &["auth.keys.k.scope"],
+        );
+        assert_problems(
+            &keys("tenant = \"\"\nkey = \"0123456789abcdef01234567\""),
+            &["auth.keys.k.tenant"],
+        );
         let open = "[server]\nlisten = \"0.0.0.0:80\"\n";
         for (more, fits) in [
             ("", false),
@@ -569,8 +888,9 @@ mod tests {
 
     #[test]
     fn origins_are_written_as_browsers_send_them() {
-        let origins =
-            |origin: &str| format!("[server]\ncors_origins = [\"https://a.example\", \"{origin}\"]");
+        let origins = |origin: &str| {
+            format!("[server]\ncors_origins = [\"https://a.example\", \"{origin}\"]")
+        };
         for good in [
             "https://b.example",
             "http://localhost:3000",
@@ -600,22 +920,35 @@ mod tests {
             ("Capacitor://localhost", "no origin"),
         ] {
             assert_problems(&origins(bad), &["server.cors_origins"]);
-            assert!(problems(&origins(bad)).1.contains(what), "{bad}: {}", problems(&origins(bad)).1);
+            assert!(
+                problems(&origins(bad)).1.contains(what),
+                "{bad}: {}",
+                problems(&origins(bad)).1
+            );
         }
     }
 
     #[test]
     fn a_rate_says_how_many_and_in_which_time() {
-        assert_problems("[limits]\nuser_messages = \"10/m\"\ntenant_requests = \"200/s burst 2000\"", &[]);
+        assert_problems(
+            "[limits]\nuser_messages = \"10/m\"\ntenant_requests = \"200/s burst 2000\"",
+            &[],
+        );
         let form = "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute";
         for (written, told) in [
             ("10", "expected a rate, found a number"),
             ("0.5", "expected a rate, found a number"),
             ("\"10\"", "expected a rate"),
-            ("\"0/m\"", "a rate of 0 lets nothing through: leave the setting out to limit nothing"),
+            (
+                "\"0/m\"",
+                "a rate of 0 lets nothing through: leave the setting out to limit nothing",
+            ),
             ("\"0.5/s\"", "a rate begins with a whole number"),
             ("\"10/fortnight\"", "the unit of a rate is s, m, h or d"),
-            ("\"10/m burst 0\"", "the burst of a rate is a whole number, 1 or more"),
+            (
+                "\"10/m burst 0\"",
+                "the burst of a rate is a whole number, 1 or more",
+            ),
         ] {
             let (_, all) = problems(&format!("[limits]\nuser_messages = {written}"));
             let line = format!("limits.user_messages (g.toml, line 2): {told}; {form}");
@@ -628,9 +961,18 @@ mod tests {
     #[test]
     fn no_complaint_follows_from_a_complaint() {
         assert_problems(&both("kind = \"other\"", ""), &["upstreams.u.kind"]);
-        assert_problems(&both("kind = \"other\"\nconversations = false", ""), &["upstreams.u.kind"]);
-        assert_problems("[runs]\ntimeout = \"1h\"\nmax_timeout = \"long\"", &["runs.max_timeout"]);
-        assert_problems("upstreams = 1\n[assistants.a]\nupstream = \"u\"", &["upstreams"]);
+        assert_problems(
+            &both("kind = \"other\"\nconversations = false", ""),
+            &["upstreams.u.kind"],
+        );
+        assert_problems(
+            "[runs]\ntimeout = \"1h\"\nmax_timeout = \"long\"",
+            &["runs.max_timeout"],
+        );
+        assert_problems(
+            "upstreams = 1\n[assistants.a]\nupstream = \"u\"",
+            &["upstreams"],
+        );
     }
 
     #[test]
@@ -647,9 +989,15 @@ mod tests {
         let one = both("kind = \"responses\"", "model = \"m\"");
         let two = format!("{one}[assistants.b]\nupstream = \"u\"\nmodel = \"m\"\n");
         let three = format!("{two}[assistants.default]\nupstream = \"u\"\nmodel = \"m\"\n");
-        assert_eq!(Config::load(sources(&one)).unwrap().default_assistant(), Some("a"));
+        assert_eq!(
+            Config::load(sources(&one)).unwrap().default_assistant(),
+            Some("a")
+        );
         assert_problems(&two, &["assistants.default"]);
-        assert_eq!(Config::load(sources(&three)).unwrap().default_assistant(), Some("default"));
+        assert_eq!(
+            Config::load(sources(&three)).unwrap().default_assistant(),
+            Some("default")
+        );
         assert_eq!(Config::default().default_assistant(), None);
     }
 
@@ -659,7 +1007,13 @@ mod tests {
             "kind = \"responses\"",
             "model = \"m\"\nparameters = { temperature = 1, stream = false, tools = [] }",
         );
-        assert_problems(&text, &["assistants.a.parameters.stream", "assistants.a.parameters.tools"]);
+        assert_problems(
+            &text,
+            &[
+                "assistants.a.parameters.stream",
+                "assistants.a.parameters.tools",
+            ],
+        );
         let text = both(
             "kind = \"assistants\"",
             "assistant_id = \"asst_1\"\nparameters = { thread = {}, store = true }",
@@ -690,7 +1044,10 @@ mod tests {
     fn an_event_has_room_for_what_a_body_may_hold() {
         let with = |body: usize| {
             let upstream = "kind = \"responses\"\nmax_event_bytes = 1048576";
-            format!("[server]\nmax_body_bytes = {body}\n{}", both(upstream, "model = \"m\""))
+            format!(
+                "[server]\nmax_body_bytes = {body}\n{}",
+                both(upstream, "model = \"m\"")
+            )
         };
         assert_problems(&with(1_048_576), &["upstreams.u.max_event_bytes"]);
         assert_problems(&with(1_048_575), &[]);
@@ -706,24 +1063,51 @@ mod tests {
 
     #[test]
     fn proxies_are_networks_and_the_public_url_is_plain() {
-        for list in ["\"10.0.0.0/33\"", "\"proxy.example.com\"", "\"\"", "\"10.0.0.1:80\""] {
-            assert_problems(&format!("[server]\ntrusted_proxies = [{list}]"), &["server.trusted_proxies.0"]);
+        for list in [
+            "\"10.0.0.0/33\"",
+            "\"proxy.example.com\"",
+            "\"\"",
+            "\"10.0.0.1:80\"",
+        ] {
+            assert_problems(
+                &format!("[server]\ntrusted_proxies = [{list}]"),
+                &["server.trusted_proxies.0"],
+            );
         }
         assert_problems(
             "[server]\ntrusted_proxies = [\"10.0.0.0/8\", \"192.0.2.1\", \"::1\", \"fd00::/8\"]",
             &[],
         );
-        for url in ["ftp://h/a", "https://u:p@h/a", "https://h/a?b", "https://h/a#b", "data:text"] {
-            assert_problems(&format!("[server]\npublic_url = \"{url}\""), &["server.public_url"]);
+        for url in [
+            "ftp://h/a",
+            "https://u:p@h/a",
+            "https://h/a?b",
+            "https://h/a#b",
+            "data:text",
+        ] {
+            assert_problems(
+                &format!("[server]\npublic_url = \"{url}\""),
+                &["server.public_url"],
+            );
         }
-        assert_problems("[server]\npublic_url = \"https://chat.example.com/chat-api\"", &[]);
+        assert_problems(
+            "[server]\npublic_url = \"https://chat.example.com/chat-api\"",
+            &[],
+        );
     }
 
     #[test]
     fn an_upstream_s_key_is_the_key_alone() {
-        for (key, fits) in [("sk-1", true), ("Bearer sk-1", false), ("bearer sk-1", false), ("'sk-1'", false)]
-        {
-            let text = both(&format!("kind = \"responses\"\napi_key = \"{key}\""), "model = \"m\"");
+        for (key, fits) in [
+            ("sk-1", true),
+            ("Bearer sk-1", false),
+            ("bearer sk-1", false),
+            ("'sk-1'", false),
+        ] {
+            let text = both(
+                &format!("kind = \"responses\"\napi_key = \"{key}\""),
+                "model = \"m\"",
+            );
             assert_problems(&text, if fits { &[] } else { &["upstreams.u.api_key"] });
         }
     }
@@ -732,21 +1116,46 @@ mod tests {
     fn tools_have_the_form_that_their_upstream_reads() {
         const FLAT: &str = "{ type = \"function\", name = \"f\", parameters = {} }";
         const NESTED: &str = "{ type = \"function\", function = { name = \"f\" } }";
-        let responses =
-            |tool: &str| both("kind = \"responses\"", &format!("model = \"m\"\ntools = [{tool}]"));
+        let responses = |tool: &str| {
+            both(
+                "kind = \"responses\"",
+                &format!("model = \"m\"\ntools = [{tool}]"),
+            )
+        };
         let assistants = |tool: &str| {
-            both("kind = \"assistants\"", &format!("assistant_id = \"asst_1\"\ntools = [{tool}]"))
+            both(
+                "kind = \"assistants\"",
+                &format!("assistant_id = \"asst_1\"\ntools = [{tool}]"),
+            )
         };
         assert_problems(&responses(FLAT), &[]);
         assert_problems(&assistants(NESTED), &[]);
-        assert_problems(&responses(&format!("{FLAT}, {NESTED}")), &["assistants.a.tools.1"]);
-        assert!(problems(&responses(NESTED)).1.contains("form of Chat Completions"));
-        assert_problems(&assistants(&format!("{FLAT}, {NESTED}")), &["assistants.a.tools.0"]);
+        assert_problems(
+            &responses(&format!("{FLAT}, {NESTED}")),
+            &["assistants.a.tools.1"],
+        );
+        assert!(
+            problems(&responses(NESTED))
+                .1
+                .contains("form of Chat Completions")
+        );
+        assert_problems(
+            &assistants(&format!("{FLAT}, {NESTED}")),
+            &["assistants.a.tools.0"],
+        );
         assert!(problems(&assistants(FLAT)).1.contains("form of Responses"));
-        for tool in ["{}", "{ type = 1 }", "{ type = \"function\" }", "{ type = \"custom\" }"] {
+        for tool in [
+            "{}",
+            "{ type = 1 }",
+            "{ type = \"function\" }",
+            "{ type = \"custom\" }",
+        ] {
             assert_problems(&responses(tool), &["assistants.a.tools.0"]);
         }
-        assert_problems(&assistants("{ type = \"function\", function = {} }"), &["assistants.a.tools.0"]);
+        assert_problems(
+            &assistants("{ type = \"function\", function = {} }"),
+            &["assistants.a.tools.0"],
+        );
         assert_problems(&responses("{ type = \"nonsense\" }"), &[]);
     }
 
@@ -758,7 +1167,10 @@ mod tests {
             "model = \"m\"",
         );
         let at = |header: &str| format!("upstreams.u.headers.{header}");
-        assert_problems(&text, &[&at("Authorization"), &at("Host"), &at("a b"), &at("good")]);
+        assert_problems(
+            &text,
+            &[&at("Authorization"), &at("Host"), &at("a b"), &at("good")],
+        );
     }
 
     #[test]
@@ -768,8 +1180,13 @@ mod tests {
              [runs]\nmax_queue = 0\ntimeout = \"11m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
              [store]\nmax_connections = 0",
             &[
-                "log.filter", "runs.max_queue", "runs.timeout", "server.max_connections",
-                "server.max_header_bytes", "server.stream_keep_alive", "sessions.ttl",
+                "log.filter",
+                "runs.max_queue",
+                "runs.timeout",
+                "server.max_connections",
+                "server.max_header_bytes",
+                "server.stream_keep_alive",
+                "sessions.ttl",
                 "store.max_connections",
             ],
         );
@@ -800,15 +1217,26 @@ mod tests {
     #[test]
     fn serve_wants_a_store_an_upstream_an_assistant_and_loopback() {
         let paths = |found: Result<(), ConfigProblems>| -> Vec<String> {
-            found.err().iter().flatten().map(|problem| problem.path.clone()).collect()
+            found
+                .err()
+                .iter()
+                .flatten()
+                .map(|problem| problem.path.clone())
+                .collect()
         };
         let mut config = Config::default();
-        assert_eq!(paths(config.check_serve()), ["store.url", "upstreams", "assistants"]);
+        assert_eq!(
+            paths(config.check_serve()),
+            ["store.url", "upstreams", "assistants"]
+        );
         let text = both("kind = \"responses\"", "model = \"m\"") + "[store]\nurl = \"sqlite:a.db\"";
         config = Config::load_for_serve(sources(&text)).unwrap();
-        for (listen, open) in
-            [("0.0.0.0:1", true), ("[::]:1", true), ("10.0.0.1:1", true), ("127.0.0.2:1", false)]
-        {
+        for (listen, open) in [
+            ("0.0.0.0:1", true),
+            ("[::]:1", true),
+            ("10.0.0.1:1", true),
+            ("127.0.0.2:1", false),
+        ] {
             config.server.listen = listen.parse().unwrap();
             config.server.allow_unauthenticated = false;
             assert_eq!(!paths(config.check_serve()).is_empty(), open, "{listen}");
@@ -821,6 +1249,9 @@ mod tests {
     fn serve_and_the_rest_are_one_list() {
         let found = Config::load_for_serve(sources("[runs]\nmax_queue = 0")).unwrap_err();
         let paths: Vec<&str> = found.iter().map(|problem| problem.path.as_str()).collect();
-        assert_eq!(paths, ["runs.max_queue", "store.url", "upstreams", "assistants"]);
+        assert_eq!(
+            paths,
+            ["runs.max_queue", "store.url", "upstreams", "assistants"]
+        );
     }
 }

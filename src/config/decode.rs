@@ -42,7 +42,12 @@ pub(super) fn decode(tree: &mut Tree, problems: &mut ConfigProblems) -> Config {
     }
     if problems.is_empty() {
         let what = "the configuration cannot be read".to_owned();
-        problems.push(Problem { path: String::new(), origin: None, what, hint: None });
+        problems.push(Problem {
+            path: String::new(),
+            origin: None,
+            what,
+            hint: None,
+        });
     }
     Config::default()
 }
@@ -50,7 +55,8 @@ pub(super) fn decode(tree: &mut Tree, problems: &mut ConfigProblems) -> Config {
 /// serde would read a list as the fields of a struct, in their order.
 fn lists_for_tables(value: &Value, path: Vec<String>) -> Vec<Vec<String>> {
     let fits = |(known, key): (&String, &String)| known == key || known == ANY_NAME;
-    let is_above = |known: &Vec<String>| known.len() > path.len() && known.iter().zip(&path).all(fits);
+    let is_above =
+        |known: &Vec<String>| known.len() > path.len() && known.iter().zip(&path).all(fits);
     match value {
         Value::Array(_) if known_settings().iter().any(is_above) => vec![path],
         Value::Object(fields) => {
@@ -74,29 +80,47 @@ fn keys(path: &Path) -> Vec<String> {
 }
 
 /// Deals with the first thing that serde refuses, so that the next reading gets past it. False if that cannot be done.
-fn set_aside(tree: &mut Tree, path: &[String], refusal: &str, problems: &mut ConfigProblems) -> bool {
+fn set_aside(
+    tree: &mut Tree,
+    path: &[String],
+    refusal: &str,
+    problems: &mut ConfigProblems,
+) -> bool {
     if let Some(field) = refusal.strip_prefix("missing field `") {
         return missing(tree, path, field.trim_end_matches('`'), problems);
     }
-    let unfit = refusal.strip_prefix("invalid ").and_then(|rest| rest.rsplit_once(", expected "));
+    let unfit = refusal
+        .strip_prefix("invalid ")
+        .and_then(|rest| rest.rsplit_once(", expected "));
     let is_word = refusal.starts_with("unknown variant `");
-    let expected =
-        unfit.map(|(_, expected)| in_words(expected)).or_else(|| is_word.then(|| A_WORD.to_owned()));
+    let expected = unfit
+        .map(|(_, expected)| in_words(expected))
+        .or_else(|| is_word.then(|| A_WORD.to_owned()));
     // serde tells the words that a field takes only where there is a text.
-    if matches!(expected.as_deref(), Some("string or map" | "map with a single key" | "unit")) {
+    if matches!(
+        expected.as_deref(),
+        Some("string or map" | "map with a single key" | "unit")
+    ) {
         return tree.replace(path, Value::from(""));
     }
-    let text = tree.raw(path).or_else(|| tree.get(path)?.as_str().filter(|_| is_word));
+    let text = tree
+        .raw(path)
+        .or_else(|| tree.get(path)?.as_str().filter(|_| is_word));
     if let Some(value) = text.and_then(|text| reread(text, expected.as_deref()?)) {
         return tree.replace(path, value);
     }
     let written = tree.get(path);
     let (what, hint) = if refusal.starts_with("unknown field `") {
-        ("there is no such setting".to_owned(), setting_meant(path, &names_expected(refusal)))
+        (
+            "there is no such setting".to_owned(),
+            setting_meant(path, &names_expected(refusal)),
+        )
     } else if is_word {
         let known = names_expected(refusal);
         let words: Vec<String> = known.iter().map(|word| format!("\"{word}\"")).collect();
-        let meant = written.and_then(Value::as_str).and_then(|word| nearest(word, &known));
+        let meant = written
+            .and_then(Value::as_str)
+            .and_then(|word| nearest(word, &known));
         (
             format!("expected one of {}", words.join(", ")),
             meant.map(|word| did_you_mean(&format!("\"{word}\""))),
@@ -123,7 +147,15 @@ fn set_aside(tree: &mut Tree, path: &[String], refusal: &str, problems: &mut Con
         // A type's own message, unless it repeats what was written.
         let echoes = |text: &str| !text.is_empty() && refusal.contains(text);
         let is_echo = written.and_then(Value::as_str).is_some_and(echoes);
-        (if is_echo { "is not a valid value" } else { refusal }.to_owned(), form(refusal))
+        (
+            if is_echo {
+                "is not a valid value"
+            } else {
+                refusal
+            }
+            .to_owned(),
+            form(refusal),
+        )
     };
     problems.push(problem(tree, path, what, hint));
     tree.remove(path)
@@ -145,14 +177,25 @@ fn missing(tree: &mut Tree, table: &[String], field: &str, problems: &mut Config
 }
 
 fn problem(tree: &Tree, path: &[String], what: String, hint: Option<String>) -> Problem {
-    Problem { path: path.join("."), origin: tree.origin(path).cloned(), what, hint }
+    Problem {
+        path: path.join("."),
+        origin: tree.origin(path).cloned(),
+        what,
+        hint,
+    }
 }
 
 /// The setting that was meant: one of the same table, or one of the same name elsewhere.
 fn setting_meant(path: &[String], known: &[&str]) -> Option<String> {
     let name = path.last()?;
-    let elsewhere = || known_settings().iter().find(|setting| setting.last() == Some(name));
-    let meant = nearest(name, known).map(str::to_owned).or_else(|| Some(elsewhere()?.join(".")))?;
+    let elsewhere = || {
+        known_settings()
+            .iter()
+            .find(|setting| setting.last() == Some(name))
+    };
+    let meant = nearest(name, known)
+        .map(str::to_owned)
+        .or_else(|| Some(elsewhere()?.join(".")))?;
     Some(did_you_mean(&format!("`{meant}`")))
 }
 
@@ -184,9 +227,11 @@ fn reread(text: &str, expected: &str) -> Option<Value> {
         },
         A_LIST => json().filter(Value::is_array),
         A_TABLE => json().filter(Value::is_object),
-        _ if expected.starts_with("a whole number") => {
-            trimmed.replace('_', "").parse::<u64>().ok().map(Value::from)
-        }
+        _ if expected.starts_with("a whole number") => trimmed
+            .replace('_', "")
+            .parse::<u64>()
+            .ok()
+            .map(Value::from),
         _ => None,
     }
 }
@@ -195,7 +240,13 @@ fn reread(text: &str, expected: &str) -> Option<Value> {
 fn form(text: &str) -> Option<String> {
     let forms = [
         ("duration", "write it with its unit, such as \"30s\""),
-        (A_RATE, "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute"),
+        (
+            A_RATE,
+            "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute",
+        ),
     ];
-    forms.iter().find(|(of, _)| text.contains(of)).map(|(_, form)| (*form).to_owned())
+    forms
+        .iter()
+        .find(|(of, _)| text.contains(of))
+        .map(|(_, form)| (*form).to_owned())
 }

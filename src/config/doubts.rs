@@ -25,24 +25,39 @@ impl Config {
             [without_key, without_version].into_iter().flatten()
         });
         let tools = self.assistants.iter().flat_map(|(name, assistant)| {
-            let kind = self.upstreams.get(&assistant.upstream).map(|upstream| upstream.kind);
-            assistant.tools.iter().enumerate().filter_map(move |(index, tool)| {
-                match examine(kind?, tool.as_object()?)? {
-                    Finding::Doubt(what) => Some(doubt(format!("assistants.{name}.tools.{index}"), what)),
-                    Finding::Problem(..) => None,
-                }
-            })
+            let kind = self
+                .upstreams
+                .get(&assistant.upstream)
+                .map(|upstream| upstream.kind);
+            assistant
+                .tools
+                .iter()
+                .enumerate()
+                .filter_map(
+                    move |(index, tool)| match examine(kind?, tool.as_object()?)? {
+                        Finding::Doubt(what) => {
+                            Some(doubt(format!("assistants.{name}.tools.{index}"), what))
+                        }
+                        Finding::Problem(..) => None,
+                    },
+                )
         });
         upstreams.chain(tools).collect()
     }
 }
 
 fn doubt(path: String, what: String) -> Problem {
-    Problem { path, origin: None, what, hint: None }
+    Problem {
+        path,
+        origin: None,
+        what,
+        hint: None,
+    }
 }
 
 fn lacks_key(upstream: &UpstreamConfig) -> bool {
-    let sends_none = upstream.api_key.is_none() && upstream.headers.is_empty() && upstream.query.is_empty();
+    let sends_none =
+        upstream.api_key.is_none() && upstream.headers.is_empty() && upstream.query.is_empty();
     sends_none && upstream.base_url.scheme() == "https" && is_public(&upstream.base_url)
 }
 
@@ -54,13 +69,25 @@ fn lacks_version(url: &Url) -> bool {
 fn is_public(url: &Url) -> bool {
     /// What names within a network end with.
     const INNER: [&str; 12] = [
-        "local", "localhost", "internal", "intranet", "private", "lan", "home", "corp", "svc", "arpa",
-        "test", "invalid",
+        "local",
+        "localhost",
+        "internal",
+        "intranet",
+        "private",
+        "lan",
+        "home",
+        "corp",
+        "svc",
+        "arpa",
+        "test",
+        "invalid",
     ];
     let ip = match url.host() {
         Some(Host::Domain(name)) => {
             let name = name.trim_end_matches('.');
-            return name.rsplit_once('.').is_some_and(|(_, last)| !INNER.contains(&last));
+            return name
+                .rsplit_once('.')
+                .is_some_and(|(_, last)| !INNER.contains(&last));
         }
         Some(Host::Ipv4(ip)) => IpAddr::V4(ip),
         Some(Host::Ipv6(ip)) => IpAddr::V6(ip).to_canonical(),
@@ -82,18 +109,36 @@ mod tests {
         let text = format!(
             "[upstreams.u]\n{upstream}\n[assistants.default]\nupstream = \"u\"\nmodel = \"m\"\n{assistant}\n"
         );
-        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
-        let config = Config::load(Sources { file, ..Sources::default() }).unwrap();
+        let file = Some(ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text,
+        });
+        let config = Config::load(Sources {
+            file,
+            ..Sources::default()
+        })
+        .unwrap();
         config.doubts().iter().map(ToString::to_string).collect()
     }
 
     #[test]
     fn a_public_server_without_a_key_is_doubtful() {
         let at = |url: &str, more: &str| {
-            doubts(&format!("kind = \"responses\"\nbase_url = \"{url}\"\n{more}"), "").join("\n")
+            doubts(
+                &format!("kind = \"responses\"\nbase_url = \"{url}\"\n{more}"),
+                "",
+            )
+            .join("\n")
         };
-        for url in ["https://api.openai.com/v1", "https://llm.example.com/v1", "https://8.8.8.8/v1"] {
-            assert!(at(url, "").starts_with("upstreams.u.api_key: is missing"), "{url}");
+        for url in [
+            "https://api.openai.com/v1",
+            "https://llm.example.com/v1",
+            "https://8.8.8.8/v1",
+        ] {
+            assert!(
+                at(url, "").starts_with("upstreams.u.api_key: is missing"),
+                "{url}"
+            );
         }
         for url in [
             "http://api.example.com/v1",
@@ -104,7 +149,11 @@ mod tests {
         ] {
             assert_eq!(at(url, ""), "", "{url}");
         }
-        for key in ["api_key = \"k\"", "headers = { x-key = \"k\" }", "query = { key = \"k\" }"] {
+        for key in [
+            "api_key = \"k\"",
+            "headers = { x-key = \"k\" }",
+            "query = { key = \"k\" }",
+        ] {
             assert_eq!(at("https://llm.example.com/v1", key), "", "{key}");
         }
         assert!(at("https://api.openai.com", "api_key = \"k\"").contains("below /v1"));
@@ -113,15 +162,32 @@ mod tests {
     #[test]
     fn tools_of_unknown_types_are_doubtful_and_known_ones_want_their_fields() {
         let of = |kind: &str, tool: &str| {
-            let more = if kind == "assistants" { "assistant_id = \"asst_1\"\n" } else { "" };
+            let more = if kind == "assistants" {
+                "assistant_id = \"asst_1\"\n"
+            } else {
+                ""
+            };
             let upstream = format!("kind = \"{kind}\"\nbase_url = \"http://h/v1\"");
-            doubts(&upstream, &format!("{more}tools = [{{ type = \"web_search\" }}, {tool}]")).join("\n")
+            doubts(
+                &upstream,
+                &format!("{more}tools = [{{ type = \"web_search\" }}, {tool}]"),
+            )
+            .join("\n")
         };
         let found = of("responses", "{ type = \"websearch\" }");
-        assert!(found.starts_with("assistants.default.tools.1: has a `type`"), "{found}");
+        assert!(
+            found.starts_with("assistants.default.tools.1: has a `type`"),
+            "{found}"
+        );
         assert!(found.ends_with("did you mean \"web_search\"?"), "{found}");
         assert!(of("responses", "{ type = \"file_search\" }").contains("`vector_store_ids`"));
-        assert_eq!(of("responses", "{ type = \"file_search\", vector_store_ids = [] }"), "");
+        assert_eq!(
+            of(
+                "responses",
+                "{ type = \"file_search\", vector_store_ids = [] }"
+            ),
+            ""
+        );
         assert!(of("assistants", "{ type = \"file_search\" }").contains("tools.0: has a `type`"));
         assert!(!of("assistants", "{ type = \"file_search\" }").contains("tools.1"));
     }

@@ -15,10 +15,13 @@ const RESERVED: [&str; 1] = ["THREADKEEPER_CONFIG"];
 /// Puts the settings among the variables over what the tree holds.
 pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
     let env = env.into_iter().filter(|(_, value)| !value.is_empty());
-    let env: BTreeMap<String, Zeroizing<String>> = env.map(|(name, value)| (name, value.into())).collect();
+    let env: BTreeMap<String, Zeroizing<String>> =
+        env.map(|(name, value)| (name, value.into())).collect();
     let mut ours = BTreeMap::<Vec<String>, (&str, &str)>::new();
     for (name, value) in &env {
-        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        let Some(rest) = name.strip_prefix(PREFIX) else {
+            continue;
+        };
         if RESERVED.contains(&name.as_str()) || is_injected(rest, value) {
             continue;
         }
@@ -50,10 +53,20 @@ pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mu
     }
     for (path, (name, value)) in ours {
         if value.contains(char::REPLACEMENT_CHARACTER) {
-            problems.push(variable_problem(name, "is not valid UTF-8".to_owned(), None));
+            problems.push(variable_problem(
+                name,
+                "is not valid UTF-8".to_owned(),
+                None,
+            ));
             continue;
         }
-        put(tree, &path, written(&path, value), Origin::Variable(name.to_owned()), problems);
+        put(
+            tree,
+            &path,
+            written(&path, value),
+            Origin::Variable(name.to_owned()),
+            problems,
+        );
     }
 }
 
@@ -72,9 +85,13 @@ pub(super) fn put(
     origin: Origin,
     problems: &mut ConfigProblems,
 ) {
-    let Err(depth) = tree.insert(path, value, Some(origin.clone())) else { return };
+    let Err(depth) = tree.insert(path, value, Some(origin.clone())) else {
+        return;
+    };
     let whole = &path[..depth];
-    let hint = tree.origin(whole).map(|other| format!("{other} gives it as one value"));
+    let hint = tree
+        .origin(whole)
+        .map(|other| format!("{other} gives it as one value"));
     problems.push(Problem {
         path: path.join("."),
         origin: Some(origin),
@@ -97,7 +114,12 @@ fn twin(path: &[String]) -> Option<Vec<String>> {
 }
 
 fn variable_problem(name: &str, what: String, hint: Option<String>) -> Problem {
-    Problem { path: String::new(), origin: Some(Origin::Variable(name.to_owned())), what, hint }
+    Problem {
+        path: String::new(),
+        origin: Some(Origin::Variable(name.to_owned())),
+        what,
+        hint,
+    }
 }
 
 /// Container orchestrators tell each container about the services around it: `<SERVICE>_SERVICE_HOST`,
@@ -109,8 +131,12 @@ fn is_injected(rest: &str, value: &str) -> bool {
     let framed = format!("_{rest}_");
     let is_port_detail = framed.split_once("_PORT_").is_some_and(|(_, detail)| {
         let mut parts = detail.split('_');
-        parts.next().is_some_and(|port| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
-            && parts.next().is_some_and(|protocol| matches!(protocol, "TCP" | "UDP" | "SCTP"))
+        parts
+            .next()
+            .is_some_and(|port| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
+            && parts
+                .next()
+                .is_some_and(|protocol| matches!(protocol, "TCP" | "UDP" | "SCTP"))
     });
     framed.ends_with("_SERVICE_HOST_")
         || framed.contains("_SERVICE_PORT_")
@@ -125,7 +151,10 @@ type Refusal = (String, Option<String>);
 fn setting_path(rest: &str) -> Result<Vec<String>, Refusal> {
     let path: Vec<String> = rest.split("__").map(str::to_ascii_lowercase).collect();
     if path.iter().any(String::is_empty) {
-        return Err(("has an empty level between its underscores".to_owned(), None));
+        return Err((
+            "has an empty level between its underscores".to_owned(),
+            None,
+        ));
     }
     if path.len() > 1 {
         return Ok(path);
@@ -134,19 +163,30 @@ fn setting_path(rest: &str) -> Result<Vec<String>, Refusal> {
         || "a setting is named like THREADKEEPER_STORE__URL".to_owned(),
         |name| did_you_mean(&name),
     );
-    Err(("is not a setting: levels are parted by two underscores".to_owned(), Some(hint)))
+    Err((
+        "is not a setting: levels are parted by two underscores".to_owned(),
+        Some(hint),
+    ))
 }
 
 /// The variable that was meant by `flat`, a path with single underscores or a lone field name.
 fn spelling_of(flat: &str) -> Option<String> {
     let below = |section: &str| flat.strip_prefix(section)?.strip_prefix('_');
-    let exact = known_settings().iter().find_map(|setting| match setting.as_slice() {
-        [section, name, field] if name == ANY_NAME => {
-            let name = below(section)?.strip_suffix(field.as_str())?.strip_suffix('_')?;
-            Some(variable(&[section, name, field]))
-        }
-        _ => (setting.join("_") == flat).then(|| variable(setting)),
-    });
-    let lone = || known_settings().iter().find(|setting| setting.len() == 2 && setting[1] == flat);
+    let exact = known_settings()
+        .iter()
+        .find_map(|setting| match setting.as_slice() {
+            [section, name, field] if name == ANY_NAME => {
+                let name = below(section)?
+                    .strip_suffix(field.as_str())?
+                    .strip_suffix('_')?;
+                Some(variable(&[section, name, field]))
+            }
+            _ => (setting.join("_") == flat).then(|| variable(setting)),
+        });
+    let lone = || {
+        known_settings()
+            .iter()
+            .find(|setting| setting.len() == 2 && setting[1] == flat)
+    };
     exact.or_else(|| lone().map(|setting| variable(setting)))
 }

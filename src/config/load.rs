@@ -69,13 +69,18 @@ impl fmt::Debug for Sources {
 
 /// The process's environment as [`Sources::env`] takes it. What is not UTF-8 is marked, and refused by the loader if
 /// it is one of our variables.
-pub fn utf8_variables(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<(String, String)> {
-    vars.into_iter().map(|(name, value)| (utf8(name), utf8(value))).collect()
+pub fn utf8_variables(
+    vars: impl IntoIterator<Item = (OsString, OsString)>,
+) -> Vec<(String, String)> {
+    vars.into_iter()
+        .map(|(name, value)| (utf8(name), utf8(value)))
+        .collect()
 }
 
 /// Without a copy, if it can be: it may be a secret.
 fn utf8(text: OsString) -> String {
-    text.into_string().unwrap_or_else(|text| text.to_string_lossy().into_owned())
+    text.into_string()
+        .unwrap_or_else(|text| text.to_string_lossy().into_owned())
 }
 
 impl Config {
@@ -97,7 +102,11 @@ impl Config {
     /// Everything that is wrong with these parts. Everything that is wrong, if no file was read: the environment then has
     /// settings that belong to a file, and the parts may stand in that file, too.
     pub fn load_parts(sources: Sources, parts: &[&str]) -> Result<Self, ConfigProblems> {
-        let Loaded { config, mut problems, .. } = Loaded::new(sources)?;
+        let Loaded {
+            config,
+            mut problems,
+            ..
+        } = Loaded::new(sources)?;
         if !problems.without_file {
             problems.retain(|problem| concerns(problem, parts));
         }
@@ -111,7 +120,11 @@ impl Config {
     /// The address cannot be read, or stands in a file that cannot be read.
     pub fn load_listen(sources: Sources) -> Result<SocketAddr, ConfigProblems> {
         let path = ["server", "listen"].map(str::to_owned);
-        let Layers { tree: written, mut problems, unread } = Layers::new(sources);
+        let Layers {
+            tree: written,
+            mut problems,
+            unread,
+        } = Layers::new(sources);
         let mut tree = Tree::empty();
         if let Some(value) = written.get(&path) {
             problems = ConfigProblems::default();
@@ -131,7 +144,13 @@ impl Config {
     /// Like [`load`](Self::load), with what only `serve` needs in the same list ([`check_serve`](Self::check_serve)).
     pub fn load_for_serve(sources: Sources) -> Result<Self, ConfigProblems> {
         let mut loaded = Loaded::new(sources)?;
-        check::serve(&loaded.config, &mut Checker { tree: &loaded.tree, problems: &mut loaded.problems });
+        check::serve(
+            &loaded.config,
+            &mut Checker {
+                tree: &loaded.tree,
+                problems: &mut loaded.problems,
+            },
+        );
         loaded.problems.into_result(loaded.config)
     }
 
@@ -139,7 +158,13 @@ impl Config {
     /// that fits who may call.
     pub fn check_serve(&self) -> Result<(), ConfigProblems> {
         let mut problems = ConfigProblems::default();
-        check::serve(self, &mut Checker { tree: &Tree::empty(), problems: &mut problems });
+        check::serve(
+            self,
+            &mut Checker {
+                tree: &Tree::empty(),
+                problems: &mut problems,
+            },
+        );
         problems.into_result(())
     }
 }
@@ -156,17 +181,28 @@ impl Loaded {
     ///
     /// The file cannot be read: what else seems wrong then follows from that.
     fn new(sources: Sources) -> Result<Self, ConfigProblems> {
-        let Layers { mut tree, mut problems, unread } = Layers::new(sources);
+        let Layers {
+            mut tree,
+            mut problems,
+            unread,
+        } = Layers::new(sources);
         if let Some(problem) = unread {
             let mut alone = ConfigProblems::default();
             alone.push(problem);
             return Err(alone);
         }
         let mut config = decode(&mut tree, &mut problems);
-        let mut checker = Checker { tree: &tree, problems: &mut problems };
+        let mut checker = Checker {
+            tree: &tree,
+            problems: &mut problems,
+        };
         resolve_files(&mut config, &mut checker);
         check::everything(&config, &mut checker);
-        Ok(Self { config, tree, problems })
+        Ok(Self {
+            config,
+            tree,
+            problems,
+        })
     }
 }
 
@@ -196,10 +232,23 @@ impl Layers {
         }
         env::overlay(&mut tree, sources.env, &mut problems);
         if let Some(listen) = sources.listen {
-            let (path, value) = (["server", "listen"].map(str::to_owned), Value::from(listen.to_string()));
-            env::put(&mut tree, &path, value, Origin::Flag("--listen"), &mut problems);
+            let (path, value) = (
+                ["server", "listen"].map(str::to_owned),
+                Value::from(listen.to_string()),
+            );
+            env::put(
+                &mut tree,
+                &path,
+                value,
+                Origin::Flag("--listen"),
+                &mut problems,
+            );
         }
-        Self { tree, problems, unread }
+        Self {
+            tree,
+            problems,
+            unread,
+        }
     }
 }
 
@@ -226,30 +275,66 @@ fn read_file(file: ConfigFile) -> Result<Option<(String, Zeroizing<String>)>, Pr
 /// none.
 fn concerns(problem: &Problem, parts: &[&str]) -> bool {
     let is_within = |path: &str, part: &str| {
-        path.strip_prefix(part).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        path.strip_prefix(part)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     };
     let path = problem.path.as_str();
-    let is_known = known_settings().iter().any(|setting| is_within(path, &setting[0]));
-    !is_known || parts.iter().any(|part| is_within(path, part) || is_within(part, path))
+    let is_known = known_settings()
+        .iter()
+        .any(|setting| is_within(path, &setting[0]));
+    !is_known
+        || parts
+            .iter()
+            .any(|part| is_within(path, part) || is_within(part, path))
 }
 
 /// Reads the files that hold secrets and keys.
 fn resolve_files(config: &mut Config, checker: &mut Checker<'_>) {
     let store = &mut config.store;
-    resolve_file(&["store", "url"], &mut store.url, store.url_file.as_ref(), checker);
+    resolve_file(
+        &["store", "url"],
+        &mut store.url,
+        store.url_file.as_ref(),
+        checker,
+    );
     let direct_file = store.direct_url_file.as_ref();
-    resolve_file(&["store", "direct_url"], &mut store.direct_url, direct_file, checker);
+    resolve_file(
+        &["store", "direct_url"],
+        &mut store.direct_url,
+        direct_file,
+        checker,
+    );
     for (name, key) in &mut config.auth.keys {
-        resolve_file(&["auth", "keys", name, "key"], &mut key.key, key.key_file.as_ref(), checker);
+        resolve_file(
+            &["auth", "keys", name, "key"],
+            &mut key.key,
+            key.key_file.as_ref(),
+            checker,
+        );
     }
     for (name, upstream) in &mut config.upstreams {
         let path = ["upstreams", name, "api_key"];
-        resolve_file(&path, &mut upstream.api_key, upstream.api_key_file.as_ref(), checker);
+        resolve_file(
+            &path,
+            &mut upstream.api_key,
+            upstream.api_key_file.as_ref(),
+            checker,
+        );
     }
     if let Some(jwt) = &mut config.auth.jwt {
-        resolve_file(&["auth", "jwt", "secret"], &mut jwt.secret, jwt.secret_file.as_ref(), checker);
+        resolve_file(
+            &["auth", "jwt", "secret"],
+            &mut jwt.secret,
+            jwt.secret_file.as_ref(),
+            checker,
+        );
         let path = ["auth", "jwt", "public_key"];
-        resolve_file(&path, &mut jwt.public_key, jwt.public_key_file.as_ref(), checker);
+        resolve_file(
+            &path,
+            &mut jwt.public_key,
+            jwt.public_key_file.as_ref(),
+            checker,
+        );
     }
 }
 
@@ -267,7 +352,11 @@ fn resolve_file(
         *last = &file_field;
     }
     if secret.is_some() {
-        checker.report(&file_path, format!("{field} is set as well"), "keep one of the two");
+        checker.report(
+            &file_path,
+            format!("{field} is set as well"),
+            "keep one of the two",
+        );
         return;
     }
     match std::fs::read_to_string(file) {
@@ -309,8 +398,14 @@ mod tests {
 
     fn sources(text: &str, env: &[(&str, &str)]) -> Sources {
         Sources {
-            file: Some(ConfigFile::Text { name: "g.toml".to_owned(), text: text.to_owned() }),
-            env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            file: Some(ConfigFile::Text {
+                name: "g.toml".to_owned(),
+                text: text.to_owned(),
+            }),
+            env: env
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
             listen: None,
         }
     }
@@ -331,7 +426,11 @@ mod tests {
     fn assert_one(problems: &[String], parts: &[&str]) {
         assert_eq!(problems.len(), 1, "{problems:#?}");
         for part in parts {
-            assert!(problems[0].contains(part), "{part} is not in: {}", problems[0]);
+            assert!(
+                problems[0].contains(part),
+                "{part} is not in: {}",
+                problems[0]
+            );
         }
     }
 
@@ -348,12 +447,18 @@ mod tests {
     #[test]
     fn the_environment_is_above_the_file_and_flags_are_above_both() {
         let text = "[server]\nlisten = \"127.0.0.1:1\"\nmax_connections = 7\n[runs]\nmax_queue = 9";
-        let env = [("THREADKEEPER_SERVER__LISTEN", "127.0.0.1:2"), ("THREADKEEPER_RUNS__MAX_QUEUE", "10")];
+        let env = [
+            ("THREADKEEPER_SERVER__LISTEN", "127.0.0.1:2"),
+            ("THREADKEEPER_RUNS__MAX_QUEUE", "10"),
+        ];
         let config = load(text, &env);
         assert_eq!(config.server.listen.port(), 2);
         assert_eq!(config.server.max_connections, 7);
         assert_eq!(config.runs.max_queue, 10);
-        let flagged = Sources { listen: Some("127.0.0.1:3".parse().unwrap()), ..sources(text, &env) };
+        let flagged = Sources {
+            listen: Some("127.0.0.1:3".parse().unwrap()),
+            ..sources(text, &env)
+        };
         assert_eq!(Config::load(flagged).unwrap().server.listen.port(), 3);
     }
 
@@ -367,16 +472,31 @@ mod tests {
             ("THREADKEEPER_STORE__SYNCHRONOUS", "normal"),
             ("THREADKEEPER_LOG__FORMAT", "json"),
             ("THREADKEEPER_UPSTREAMS__OPENAI__KIND", "responses"),
-            ("THREADKEEPER_UPSTREAMS__OPENAI__BASE_URL", "https://api.example.com/v1"),
+            (
+                "THREADKEEPER_UPSTREAMS__OPENAI__BASE_URL",
+                "https://api.example.com/v1",
+            ),
             ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "12345"),
-            ("THREADKEEPER_UPSTREAMS__OPENAI__HEADERS", r#"{"X-Org": "o1"}"#),
+            (
+                "THREADKEEPER_UPSTREAMS__OPENAI__HEADERS",
+                r#"{"X-Org": "o1"}"#,
+            ),
             ("THREADKEEPER_UPSTREAMS__OPENAI__QUERY__V", "2"),
             ("THREADKEEPER_ASSISTANTS__DEFAULT__UPSTREAM", "openai"),
             ("THREADKEEPER_ASSISTANTS__DEFAULT__MODEL", "4"),
             ("THREADKEEPER_ASSISTANTS__DEFAULT__TIMEOUT", "5s"),
-            ("THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS", r#"[{"type": "function", "name": "f"}]"#),
-            ("THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TEMPERATURE", "0.5"),
-            ("THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TRUNCATION", "auto"),
+            (
+                "THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS",
+                r#"[{"type": "function", "name": "f"}]"#,
+            ),
+            (
+                "THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TEMPERATURE",
+                "0.5",
+            ),
+            (
+                "THREADKEEPER_ASSISTANTS__DEFAULT__PARAMETERS__TRUNCATION",
+                "auto",
+            ),
         ];
         let config = load("", &env);
         assert_eq!(config.server.max_connections, 10_000);
@@ -393,7 +513,10 @@ mod tests {
         let assistant = &config.assistants["default"];
         assert_eq!(assistant.model.as_deref(), Some("4"));
         assert_eq!(assistant.timeout, Some(Duration::from_secs(5)));
-        assert_eq!(assistant.tools, [serde_json::json!({"type": "function", "name": "f"})]);
+        assert_eq!(
+            assistant.tools,
+            [serde_json::json!({"type": "function", "name": "f"})]
+        );
         assert_eq!(
             serde_json::Value::from(assistant.parameters.clone()),
             serde_json::json!({"temperature": 0.5, "truncation": "auto"})
@@ -402,7 +525,11 @@ mod tests {
 
     #[test]
     fn an_empty_variable_is_not_set() {
-        let env = [("THREADKEEPER_STORE__URL", ""), ("DATABASE_URL", ""), ("THREADKEEPER_RUNS__TIMEOUT", "")];
+        let env = [
+            ("THREADKEEPER_STORE__URL", ""),
+            ("DATABASE_URL", ""),
+            ("THREADKEEPER_RUNS__TIMEOUT", ""),
+        ];
         let config = load("[store]\nurl = \"sqlite:a.db\"", &env);
         assert_eq!(secret(config.store.url.as_ref()), Some("sqlite:a.db"));
     }
@@ -411,12 +538,17 @@ mod tests {
     fn database_url_is_above_the_file_and_below_the_setting_of_its_own() {
         let text = "[store]\nurl = \"sqlite:file.db\"";
         let url = |env: &[(&str, &str)]| {
-            secret(load(text, env).store.url.as_ref()).map(str::to_owned).unwrap_or_default()
+            secret(load(text, env).store.url.as_ref())
+                .map(str::to_owned)
+                .unwrap_or_default()
         };
         let database = ("DATABASE_URL", "postgres://u@h/d");
         assert_eq!(url(&[]), "sqlite:file.db");
         assert_eq!(url(&[database]), "postgres://u@h/d");
-        assert_eq!(url(&[database, ("THREADKEEPER_STORE__URL", "sqlite:own.db")]), "sqlite:own.db");
+        assert_eq!(
+            url(&[database, ("THREADKEEPER_STORE__URL", "sqlite:own.db")]),
+            "sqlite:own.db"
+        );
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("url");
         std::fs::write(&file, "sqlite:secret.db\n").unwrap();
@@ -471,8 +603,10 @@ mod tests {
             [assistants.default]
             upstream = 5
         "#;
-        let env =
-            [("THREADKEEPER_RUNS__MAX_QUEUE", "-1"), ("THREADKEEPER_STORE__MIGRATE_ON_START", "perhaps")];
+        let env = [
+            ("THREADKEEPER_RUNS__MAX_QUEUE", "-1"),
+            ("THREADKEEPER_STORE__MIGRATE_ON_START", "perhaps"),
+        ];
         let mut found = problems(text, &env);
         found.sort();
         assert_eq!(
@@ -502,14 +636,26 @@ mod tests {
 
     #[test]
     fn a_table_that_is_no_table_is_one_problem() {
-        assert_one(&problems("server = 5", &[]), &["server (g.toml, line 1): expected a table"]);
-        assert_one(&problems("upstreams = 5", &[]), &["upstreams (g.toml, line 1): expected a"]);
+        assert_one(
+            &problems("server = 5", &[]),
+            &["server (g.toml, line 1): expected a table"],
+        );
+        assert_one(
+            &problems("upstreams = 5", &[]),
+            &["upstreams (g.toml, line 1): expected a"],
+        );
         let text = format!("{BOTH}\nparameters = 5");
         assert_one(
             &problems(&text, &[]),
-            &["assistants.default.parameters", "expected a table, found a number"],
+            &[
+                "assistants.default.parameters",
+                "expected a table, found a number",
+            ],
         );
-        let env = [("THREADKEEPER_STORE__URL", "sqlite:a"), ("THREADKEEPER_STORE__URL__HOST", "b")];
+        let env = [
+            ("THREADKEEPER_STORE__URL", "sqlite:a"),
+            ("THREADKEEPER_STORE__URL__HOST", "b"),
+        ];
         assert_one(
             &problems("", &env),
             &["store.url.host (THREADKEEPER_STORE__URL__HOST): store.url has no fields"],
@@ -519,7 +665,8 @@ mod tests {
     #[test]
     fn a_list_in_place_of_a_table_is_one_problem() {
         let expected = "expected a table of settings, each with its own name, found a list";
-        let text = "server = [\"127.0.0.1:1\"]\n[[auth.keys.a]]\nscope = \"chat\"\n[[upstreams.openai]]";
+        let text =
+            "server = [\"127.0.0.1:1\"]\n[[auth.keys.a]]\nscope = \"chat\"\n[[upstreams.openai]]";
         let found = problems(text, &[]);
         for (problem, begin) in found.iter().zip([
             "auth.keys.a (g.toml, line 2)",
@@ -529,7 +676,10 @@ mod tests {
             assert_eq!(*problem, format!("{begin}: {expected}"));
         }
         assert_eq!(found.len(), 3, "{found:#?}");
-        assert_one(&problems("[[limits]]", &[]), &["limits (g.toml, line 1)", expected]);
+        assert_one(
+            &problems("[[limits]]", &[]),
+            &["limits (g.toml, line 1)", expected],
+        );
     }
 
     #[test]
@@ -537,28 +687,43 @@ mod tests {
         let found = problems("[auth.keys.a]\nkeyy = 1", &[]);
         assert_eq!(found.len(), 2, "{found:#?}");
         assert!(found[0].contains("did you mean `key`?"), "{}", found[0]);
-        assert!(found[1].starts_with("auth.keys.a.scope: is missing"), "{}", found[1]);
+        assert!(
+            found[1].starts_with("auth.keys.a.scope: is missing"),
+            "{}",
+            found[1]
+        );
     }
 
     #[test]
     fn a_word_of_another_type_is_refused_with_the_known_words() {
         for value in ["5", "[]", "{}", "{ json = 1 }", "{ a = 1, b = 2 }", "true"] {
             let found = problems(&format!("[log]\nformat = {value}"), &[]);
-            assert_one(&found, &["log.format (g.toml, line 2): expected one of \"json\", \"pretty\""]);
+            assert_one(
+                &found,
+                &["log.format (g.toml, line 2): expected one of \"json\", \"pretty\""],
+            );
         }
-        let text =
-            "[auth.jwt]\nissuer = \"i\"\naudience = [\"a\"]\njwks_url = \"https://h\"\nalgorithms = [[]]";
+        let text = "[auth.jwt]\nissuer = \"i\"\naudience = [\"a\"]\njwks_url = \"https://h\"\nalgorithms = [[]]";
         let begin = "auth.jwt.algorithms.0 (g.toml, line 5): expected one of \"HS256\"";
         assert_one(&problems(text, &[]), &[begin]);
-        let env = [("THREADKEEPER_LOG__FORMAT", " pretty\n"), ("THREADKEEPER_SESSIONS__TTL_FROM", "5")];
-        assert_one(&problems("", &env), &["TTL_FROM): expected one of \"creation\", \"last_activity\""]);
+        let env = [
+            ("THREADKEEPER_LOG__FORMAT", " pretty\n"),
+            ("THREADKEEPER_SESSIONS__TTL_FROM", "5"),
+        ];
+        assert_one(
+            &problems("", &env),
+            &["TTL_FROM): expected one of \"creation\", \"last_activity\""],
+        );
     }
 
     #[test]
     fn numbers_out_of_range_are_refused_with_the_range() {
         let text = "[server]\nmax_readers_per_run = 0\nmax_page_size = 4294967296\nmax_connections = -1\nmax_key_bytes = 0.5\n\
                     max_body_bytes = 99999999999999999999\n[threads]\nmax_messages = nan";
-        let env = [("THREADKEEPER_RUNS__MAX_RETRIES", "4294967296"), ("THREADKEEPER_RUNS__MAX_RUNS", "0")];
+        let env = [
+            ("THREADKEEPER_RUNS__MAX_RETRIES", "4294967296"),
+            ("THREADKEEPER_RUNS__MAX_RUNS", "0"),
+        ];
         let found = problems(text, &env);
         assert_eq!(
             found,
@@ -578,32 +743,59 @@ mod tests {
     #[test]
     fn json_variables_that_are_no_json_are_refused() {
         let name = "THREADKEEPER_ASSISTANTS__DEFAULT__TOOLS";
-        assert_one(&problems(BOTH, &[(name, "[{")]), &[name, "expected a list written as JSON"]);
+        assert_one(
+            &problems(BOTH, &[(name, "[{")]),
+            &[name, "expected a list written as JSON"],
+        );
         let name = "THREADKEEPER_UPSTREAMS__OPENAI__HEADERS";
         assert_one(
             &problems(BOTH, &[(name, r#"{"a": 5}"#)]),
             &[name, "upstreams.openai.headers.a", "expected text"],
         );
         let name = "THREADKEEPER_UPSTREAMS__OPENAI";
-        assert_one(&problems("", &[(name, "{}")]), &[name, "expected a table of settings"]);
+        assert_one(
+            &problems("", &[(name, "{}")]),
+            &[name, "expected a table of settings"],
+        );
     }
 
     #[test]
     fn variables_with_one_underscore_are_refused_with_the_right_spelling() {
         for (name, hint) in [
-            ("THREADKEEPER_STORE_URL", "did you mean THREADKEEPER_STORE__URL?"),
-            ("THREADKEEPER_LISTEN", "did you mean THREADKEEPER_SERVER__LISTEN?"),
+            (
+                "THREADKEEPER_STORE_URL",
+                "did you mean THREADKEEPER_STORE__URL?",
+            ),
+            (
+                "THREADKEEPER_LISTEN",
+                "did you mean THREADKEEPER_SERVER__LISTEN?",
+            ),
             (
                 "THREADKEEPER_UPSTREAMS_OPENAI_API_KEY",
                 "did you mean THREADKEEPER_UPSTREAMS__OPENAI__API_KEY?",
             ),
-            ("THREADKEEPER_WHATEVER", "a setting is named like THREADKEEPER_STORE__URL"),
+            (
+                "THREADKEEPER_WHATEVER",
+                "a setting is named like THREADKEEPER_STORE__URL",
+            ),
         ] {
-            assert_one(&problems("", &[(name, "hunter2")]), &[name, "two underscores", hint]);
+            assert_one(
+                &problems("", &[(name, "hunter2")]),
+                &[name, "two underscores", hint],
+            );
         }
-        assert_one(&problems("", &[("THREADKEEPER_STORE__", "x")]), &["an empty level"]);
-        let twice = [("THREADKEEPER_RUNS__MAX_QUEUE", "1"), ("THREADKEEPER_RUNS__max_queue", "2")];
-        assert_one(&problems("", &twice), &["sets the same as THREADKEEPER_RUNS__MAX_QUEUE"]);
+        assert_one(
+            &problems("", &[("THREADKEEPER_STORE__", "x")]),
+            &["an empty level"],
+        );
+        let twice = [
+            ("THREADKEEPER_RUNS__MAX_QUEUE", "1"),
+            ("THREADKEEPER_RUNS__max_queue", "2"),
+        ];
+        assert_one(
+            &problems("", &twice),
+            &["sets the same as THREADKEEPER_RUNS__MAX_QUEUE"],
+        );
     }
 
     #[test]
@@ -623,7 +815,10 @@ mod tests {
             ("SOMETHING_ELSE", "x"),
         ];
         load("", &env);
-        assert_one(&problems("", &[("THREADKEEPER_STORE_PORT", "5432")]), &["THREADKEEPER_STORE_PORT"]);
+        assert_one(
+            &problems("", &[("THREADKEEPER_STORE_PORT", "5432")]),
+            &["THREADKEEPER_STORE_PORT"],
+        );
     }
 
     #[test]
@@ -637,11 +832,19 @@ mod tests {
         let (good, empty) = (file("good", "hunter2\r\n"), file("empty", "\n"));
         let missing = folder.path().join("missing").to_str().unwrap().to_owned();
         let name = "THREADKEEPER_UPSTREAMS__OPENAI__API_KEY_FILE";
-        let key = |config: &Config| secret(config.upstreams["openai"].api_key.as_ref()).map(str::to_owned);
+        let key = |config: &Config| {
+            secret(config.upstreams["openai"].api_key.as_ref()).map(str::to_owned)
+        };
 
-        assert_eq!(key(&load(BOTH, &[(name, &good)])).as_deref(), Some("hunter2"));
+        assert_eq!(
+            key(&load(BOTH, &[(name, &good)])).as_deref(),
+            Some("hunter2")
+        );
         assert_one(&problems(BOTH, &[(name, &empty)]), &[name, "is empty"]);
-        assert_one(&problems(BOTH, &[(name, &missing)]), &[name, "cannot be read"]);
+        assert_one(
+            &problems(BOTH, &[(name, &missing)]),
+            &[name, "cannot be read"],
+        );
         assert!(
             !problems(BOTH, &[(name, "hunter2hunter2")])[0].contains("hunter2"),
             "not a file, but the key"
@@ -649,10 +852,19 @@ mod tests {
 
         // Within one layer they contradict each other; a higher layer replaces both.
         let plain = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "other");
-        assert_one(&problems(BOTH, &[(name, &good), plain]), &[name, "api_key is set as well"]);
+        assert_one(
+            &problems(BOTH, &[(name, &good), plain]),
+            &[name, "api_key is set as well"],
+        );
         let in_file = BOTH.replace("[assistants", "api_key = \"in file\"\n[assistants");
-        assert_eq!(key(&load(&in_file, &[(name, &good)])).as_deref(), Some("hunter2"));
-        let in_file = BOTH.replace("[assistants", &format!("api_key_file = '{missing}'\n[assistants"));
+        assert_eq!(
+            key(&load(&in_file, &[(name, &good)])).as_deref(),
+            Some("hunter2")
+        );
+        let in_file = BOTH.replace(
+            "[assistants",
+            &format!("api_key_file = '{missing}'\n[assistants"),
+        );
         assert_eq!(key(&load(&in_file, &[plain])).as_deref(), Some("other"));
     }
 
@@ -683,7 +895,10 @@ mod tests {
         let loaded = load(good, &[]);
         assert!(!format!("{loaded:?}").contains(SECRET));
         assert!(!format!("{:?}", loaded.clone()).contains(SECRET));
-        let text = ConfigFile::Text { name: "g.toml".to_owned(), text: good.to_owned() };
+        let text = ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text: good.to_owned(),
+        };
         assert!(!format!("{text:?}").contains(SECRET));
         assert!(!format!("{:?}", sources(good, &[("DATABASE_URL", SECRET)])).contains(SECRET));
 
@@ -727,9 +942,16 @@ mod tests {
         assert!(found.len() >= 18, "{found}");
         assert!(!found.to_string().contains(SECRET), "{found}");
         assert!(!format!("{found:?}").contains(SECRET));
-        for url in ["postgres://u:hunter2hunter2@h:x/d", "mysql://hunter2hunter2@h/d", "hunter2hunter2"] {
+        for url in [
+            "postgres://u:hunter2hunter2@h:x/d",
+            "mysql://hunter2hunter2@h/d",
+            "hunter2hunter2",
+        ] {
             let found = problems("", &[("DATABASE_URL", url)]);
-            assert_one(&found, &["store.url (DATABASE_URL): is not the URL of a database"]);
+            assert_one(
+                &found,
+                &["store.url (DATABASE_URL): is not the URL of a database"],
+            );
             assert!(!found[0].contains(SECRET));
         }
     }
@@ -761,18 +983,39 @@ tools = [{ type = "function", name = "f" }]
 
     /// The variable sets what is secret by its name.
     fn is_secret(variable: &str) -> bool {
-        let secrets =
-            ["__KEY", "__API_KEY", "__SECRET", "__SHA256", "__URL", "__DIRECT_URL", "__QUERY", "__HEADERS"];
+        let secrets = [
+            "__KEY",
+            "__API_KEY",
+            "__SECRET",
+            "__SHA256",
+            "__URL",
+            "__DIRECT_URL",
+            "__QUERY",
+            "__HEADERS",
+        ];
         variable == "DATABASE_URL" || secrets.iter().any(|secret| variable.ends_with(secret))
     }
 
     /// It is a configuration, or has problems; and no text of either has a secret in it.
     fn is_discreet(text: String, env: &[(String, String)]) -> Result<(), TestCaseError> {
-        let file = Some(ConfigFile::Text { name: "g.toml".to_owned(), text });
-        let sources = Sources { file, env: env.to_vec(), ..Sources::default() };
+        let file = Some(ConfigFile::Text {
+            name: "g.toml".to_owned(),
+            text,
+        });
+        let sources = Sources {
+            file,
+            env: env.to_vec(),
+            ..Sources::default()
+        };
         let texts = match Config::load_for_serve(sources) {
             // Who sets what is no secret to one, such as the issuer of tokens, may see it.
-            Ok(_) if env.iter().any(|(name, value)| value.contains("unter2h") && !is_secret(name)) => vec![],
+            Ok(_)
+                if env
+                    .iter()
+                    .any(|(name, value)| value.contains("unter2h") && !is_secret(name)) =>
+            {
+                vec![]
+            }
             Ok(config) => vec![format!("{config:?}")],
             Err(found) => vec![found.to_string(), format!("{found:?}")],
         };
@@ -815,13 +1058,25 @@ tools = [{ type = "function", name = "f" }]
 
     #[test]
     fn a_file_that_cannot_be_read_is_a_problem_and_not_toml_too() {
-        let missing =
-            Sources { file: Some(ConfigFile::Path("no/such/file.toml".into())), ..Sources::default() };
+        let missing = Sources {
+            file: Some(ConfigFile::Path("no/such/file.toml".into())),
+            ..Sources::default()
+        };
         let found = Config::load(missing).unwrap_err().to_string();
-        assert!(found.contains("no/such/file.toml cannot be read"), "{found}");
-        let found = problems("[server]\nlisten = hunter2hunter2\nmax_connections = 0", &[]);
+        assert!(
+            found.contains("no/such/file.toml cannot be read"),
+            "{found}"
+        );
+        let found = problems(
+            "[server]\nlisten = hunter2hunter2\nmax_connections = 0",
+            &[],
+        );
         assert_eq!(found.len(), 2, "{found:#?}");
-        assert!(found[0].starts_with("g.toml, line 2: this is not TOML"), "{}", found[0]);
+        assert!(
+            found[0].starts_with("g.toml, line 2: this is not TOML"),
+            "{}",
+            found[0]
+        );
         assert!(!found[0].contains("hunter2"));
     }
 
@@ -831,12 +1086,23 @@ tools = [{ type = "function", name = "f" }]
         let path = folder.path().join("gateway.toml");
         let load = || {
             let file = Some(ConfigFile::IfThere(path.clone()));
-            Config::load(Sources { file, ..Sources::default() })
+            Config::load(Sources {
+                file,
+                ..Sources::default()
+            })
         };
-        assert_eq!(load().unwrap().runs.max_queue, Config::default().runs.max_queue);
+        assert_eq!(
+            load().unwrap().runs.max_queue,
+            Config::default().runs.max_queue
+        );
         // What a container engine makes of a file to mount that is not there.
         std::fs::create_dir(&path).unwrap();
-        assert!(load().unwrap_err().to_string().contains("gateway.toml cannot be read"));
+        assert!(
+            load()
+                .unwrap_err()
+                .to_string()
+                .contains("gateway.toml cannot be read")
+        );
         std::fs::remove_dir(&path).unwrap();
         std::fs::write(&path, "[runs]\nmax_queue = 7\n").unwrap();
         assert_eq!(load().unwrap().runs.max_queue, 7);
@@ -850,7 +1116,15 @@ tools = [{ type = "function", name = "f" }]
             (OsString::from("THREADKEEPER_STORE__URL"), value.clone()),
             (OsString::from("OTHER"), value),
         ]);
-        let found = Config::load(Sources { env, ..Sources::default() }).unwrap_err().to_string();
-        assert!(found.contains("THREADKEEPER_STORE__URL: is not valid UTF-8"), "{found}");
+        let found = Config::load(Sources {
+            env,
+            ..Sources::default()
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(
+            found.contains("THREADKEEPER_STORE__URL: is not valid UTF-8"),
+            "{found}"
+        );
     }
 }

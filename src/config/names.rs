@@ -22,8 +22,13 @@ pub(super) fn known_settings() -> &'static [Vec<String>] {
 
 /// serde lists the fields of a struct where it refuses a field that the struct does not have.
 fn settings_below(path: Vec<String>) -> Vec<Vec<String>> {
-    let probe = path.iter().rev().fold(json!({ "": null }), |inner, key| json!({ key: inner }));
-    let refusal = Config::deserialize(&probe).err().map_or_else(String::new, |error| error.to_string());
+    let probe = path
+        .iter()
+        .rev()
+        .fold(json!({ "": null }), |inner, key| json!({ key: inner }));
+    let refusal = Config::deserialize(&probe)
+        .err()
+        .map_or_else(String::new, |error| error.to_string());
     let names = if refusal.starts_with("unknown field") {
         names_expected(&refusal)
     } else if refusal.contains(", expected struct ") {
@@ -37,13 +42,18 @@ fn settings_below(path: Vec<String>) -> Vec<Vec<String>> {
 
 /// The names that serde would have taken, from its refusal of an unknown one.
 pub(super) fn names_expected(refusal: &str) -> Vec<&str> {
-    let list = refusal.rsplit_once("`, expected ").map_or("", |(_, list)| list);
+    let list = refusal
+        .rsplit_once("`, expected ")
+        .map_or("", |(_, list)| list);
     list.split('`').skip(1).step_by(2).collect()
 }
 
 /// The variable that sets the setting at `path`.
 pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
-    let levels: Vec<String> = path.iter().map(|level| level.as_ref().to_ascii_uppercase()).collect();
+    let levels: Vec<String> = path
+        .iter()
+        .map(|level| level.as_ref().to_ascii_uppercase())
+        .collect();
     format!("{PREFIX}{}", levels.join("__"))
 }
 
@@ -56,7 +66,12 @@ pub(super) fn nearest<'a>(written: &str, known: &[&'a str]) -> Option<&'a str> {
     let written = written.to_ascii_lowercase().replace('-', "_");
     let (distance, best) = known
         .iter()
-        .map(|name| (strsim::osa_distance(&written, &name.replace('-', "_")), *name))
+        .map(|name| {
+            (
+                strsim::osa_distance(&written, &name.replace('-', "_")),
+                *name,
+            )
+        })
         .min_by_key(|(distance, _)| *distance)?;
     if distance <= (written.len() / 3).max(1) {
         return Some(best);
@@ -76,7 +91,13 @@ mod tests {
 
     #[test]
     fn near_names_are_found_and_far_ones_are_not() {
-        let known = ["listen", "max_connections", "max_body_bytes", "timeout", "api_key"];
+        let known = [
+            "listen",
+            "max_connections",
+            "max_body_bytes",
+            "timeout",
+            "api_key",
+        ];
         for (written, meant) in [
             ("lissten", Some("listen")),
             ("max-connections", Some("max_connections")),
@@ -109,7 +130,10 @@ mod tests {
         }
         // A struct that takes any field would be taken for one setting.
         for path in known_settings() {
-            assert!(path.len() > 1 && path.last().is_some_and(|last| last != ANY_NAME), "{path:?}");
+            assert!(
+                path.len() > 1 && path.last().is_some_and(|last| last != ANY_NAME),
+                "{path:?}"
+            );
         }
     }
 }

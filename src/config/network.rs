@@ -27,6 +27,9 @@ impl TryFrom<String> for Network {
 
     fn try_from(text: String) -> Result<Self, InvalidNetwork> {
         let address = || text.parse::<IpAddr>().map(IpNet::from);
-        text.parse().or_else(|_| address()).map(Self).map_err(|_| InvalidNetwork)
+        text.parse()
+            .or_else(|_| address())
+            .map(Self)
+            .map_err(|_| InvalidNetwork)
     }
 }

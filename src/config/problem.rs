@@ -106,7 +106,11 @@ impl ConfigProblems {
     }
 
     pub(super) fn into_result<T>(self, value: T) -> Result<T, Self> {
-        if self.is_empty() { Ok(value) } else { Err(self) }
+        if self.is_empty() {
+            Ok(value)
+        } else {
+            Err(self)
+        }
     }
 }
 
@@ -156,9 +160,17 @@ mod tests {
     #[test]
     fn each_problem_is_one_line_with_its_origin() {
         let mut problems = ConfigProblems::default();
-        problems.push(problem("store.url", Some(Origin::File { name: "a.toml".into(), line: 3 })));
-        problems
-            .push(problem("runs.timeout", Some(Origin::Variable("THREADKEEPER_RUNS__TIMEOUT".to_owned()))));
+        problems.push(problem(
+            "store.url",
+            Some(Origin::File {
+                name: "a.toml".into(),
+                line: 3,
+            }),
+        ));
+        problems.push(problem(
+            "runs.timeout",
+            Some(Origin::Variable("THREADKEEPER_RUNS__TIMEOUT".to_owned())),
+        ));
         problems.push(problem("", None));
         assert_eq!(
             problems.to_string(),

@@ -93,7 +93,9 @@ impl FromStr for Rate {
         let count = number(count.trim(), InvalidRate::Count, InvalidRate::Zero)?;
         let burst = match (words.next(), words.next(), words.next()) {
             (None, None, None) => count,
-            (Some("burst"), Some(burst), None) => number(burst, InvalidRate::Burst, InvalidRate::Burst)?,
+            (Some("burst"), Some(burst), None) => {
+                number(burst, InvalidRate::Burst, InvalidRate::Burst)?
+            }
             _ => return Err(InvalidRate::Shape),
         };
         Ok(Self { count, unit, burst })
@@ -104,7 +106,11 @@ fn number(text: &str, none: InvalidRate, zero: InvalidRate) -> Result<NonZeroU32
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(none);
     }
-    let number = text.parse().ok().filter(|number| *number <= LARGEST).ok_or(InvalidRate::TooLarge)?;
+    let number = text
+        .parse()
+        .ok()
+        .filter(|number| *number <= LARGEST)
+        .ok_or(InvalidRate::TooLarge)?;
     NonZeroU32::new(number).ok_or(zero)
 }
 
@@ -135,9 +141,19 @@ mod tests {
     fn rates_are_read_and_told_in_words() {
         for (text, words, period, burst) in [
             ("10/m", "10 a minute", Duration::from_secs(6), 10),
-            ("20/s burst 100", "20 a second", Duration::from_millis(50), 100),
+            (
+                "20/s burst 100",
+                "20 a second",
+                Duration::from_millis(50),
+                100,
+            ),
             (" 3 / h  burst  1 ", "3 an hour", Duration::from_mins(20), 1),
-            ("1000000/d", "1000000 a day", Duration::from_micros(86_400), 1_000_000),
+            (
+                "1000000/d",
+                "1000000 a day",
+                Duration::from_micros(86_400),
+                1_000_000,
+            ),
         ] {
             let rate: Rate = text.parse().unwrap();
             assert_eq!(
@@ -153,13 +169,24 @@ mod tests {
         for (why, texts) in [
             (
                 Shape,
-                &["", "10", "ten a minute", "10/m burst", "10/m 20", "10/m burst 20 x", "10/m Burst 20"][..],
+                &[
+                    "",
+                    "10",
+                    "ten a minute",
+                    "10/m burst",
+                    "10/m 20",
+                    "10/m burst 20 x",
+                    "10/m Burst 20",
+                ][..],
             ),
             (Count, &["/m", "0.5/s", "-1/m", "+1/m", "1_0/m", "ten/m"]),
             (Zero, &["0/m", "00/s burst 5"]),
             (Unit, &["10/", "10/fortnight", "10/M", "10/minute", "1/2/m"]),
             (Burst, &["10/m burst 0", "10/m burst x", "10/m burst 1.5"]),
-            (TooLarge, &["1000001/s", "99999999999/s", "1/d burst 1000001"]),
+            (
+                TooLarge,
+                &["1000001/s", "99999999999/s", "1/d burst 1000001"],
+            ),
         ] {
             for text in texts {
                 assert_eq!(text.parse::<Rate>(), Err(why), "{text}");

@@ -19,7 +19,10 @@ const OF_RESPONSES: [(&str, &[&str]); 18] = [
     ("custom", &["name"]),
     ("file_search", &["vector_store_ids"]),
     ("computer", &[]),
-    ("computer_use_preview", &["environment", "display_width", "display_height"]),
+    (
+        "computer_use_preview",
+        &["environment", "display_width", "display_height"],
+    ),
     ("web_search", &[]),
     ("web_search_2025_08_26", &[]),
     ("web_search_preview", &[]),
@@ -34,11 +37,13 @@ const OF_RESPONSES: [(&str, &[&str]); 18] = [
     ("tool_search", &[]),
     ("apply_patch", &[]),
 ];
-const OF_ASSISTANTS: [(&str, &[&str]); 3] =
-    [("function", &["function"]), ("file_search", &[]), ("code_interpreter", &[])];
+const OF_ASSISTANTS: [(&str, &[&str]); 3] = [
+    ("function", &["function"]),
+    ("file_search", &[]),
+    ("code_interpreter", &[]),
+];
 
-const FLAT: &str =
-    "{ type = \"function\", name = \"…\", description = \"…\", parameters = { type = \"object\", … } }";
+const FLAT: &str = "{ type = \"function\", name = \"…\", description = \"…\", parameters = { type = \"object\", … } }";
 const NESTED: &str =
     "{ type = \"function\", function = { name = \"…\", description = \"…\", parameters = { … } } }";
 
@@ -60,8 +65,7 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
             return Some(Finding::Problem(what, FLAT));
         }
         (UpstreamKind::Assistants, "function") if nested.is_none() && has_name(tool) => {
-            let what =
-                "is a function in the form of Responses, which servers of kind \"assistants\" do not read";
+            let what = "is a function in the form of Responses, which servers of kind \"assistants\" do not read";
             return Some(Finding::Problem(what, NESTED));
         }
         (UpstreamKind::Responses, "function" | "custom") if !has_name(tool) => {
@@ -85,5 +89,7 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
         )));
     };
     let lacking = needs.iter().find(|field| !tool.contains_key(**field))?;
-    Some(Finding::Doubt(format!("has no `{lacking}`, without which the published API refuses every turn")))
+    Some(Finding::Doubt(format!(
+        "has no `{lacking}`, without which the published API refuses every turn"
+    )))
 }

@@ -21,13 +21,20 @@ pub(super) struct Tree {
 
 impl Tree {
     pub(super) fn empty() -> Self {
-        Self { root: Value::Object(serde_json::Map::new()), origins: BTreeMap::new() }
+        Self {
+            root: Value::Object(serde_json::Map::new()),
+            origins: BTreeMap::new(),
+        }
     }
 
     /// Reads a TOML document as far as it can be read. The problems are its syntax errors.
     pub(super) fn from_toml(name: &str, text: &str) -> (Self, Vec<Problem>) {
         let (table, errors) = DeTable::parse_recoverable(text);
-        let mut file = File { name: name.into(), text, origins: BTreeMap::new() };
+        let mut file = File {
+            name: name.into(),
+            text,
+            origins: BTreeMap::new(),
+        };
         let root = file.table("", table.get_ref());
         let problems = errors
             .iter()
@@ -38,7 +45,13 @@ impl Tree {
                 hint: None,
             })
             .collect();
-        (Self { root, origins: file.origins }, problems)
+        (
+            Self {
+                root,
+                origins: file.origins,
+            },
+            problems,
+        )
     }
 
     pub(super) fn root(&self) -> &Value {
@@ -46,11 +59,13 @@ impl Tree {
     }
 
     pub(super) fn get(&self, path: &[impl AsRef<str>]) -> Option<&Value> {
-        path.iter().map(AsRef::as_ref).try_fold(&self.root, |value, key| match value {
-            Value::Object(fields) => fields.get(key),
-            Value::Array(items) => items.get(key.parse::<usize>().ok()?),
-            _ => None,
-        })
+        path.iter()
+            .map(AsRef::as_ref)
+            .try_fold(&self.root, |value, key| match value {
+                Value::Object(fields) => fields.get(key),
+                Value::Array(items) => items.get(key.parse::<usize>().ok()?),
+                _ => None,
+            })
     }
 
     /// Where the value at `path` was written. `None` if nothing was written there.
@@ -69,7 +84,9 @@ impl Tree {
     /// The text of a variable or flag at `path`: its field decides what it means.
     pub(super) fn raw(&self, path: &[String]) -> Option<&str> {
         let origin = self.origins.get(&dotted(path))?;
-        self.get(path)?.as_str().filter(|_| !matches!(origin, Origin::File { .. }))
+        self.get(path)?
+            .as_str()
+            .filter(|_| !matches!(origin, Origin::File { .. }))
     }
 
     /// Puts `value` at `path`, in place of what was there. Tables on the way are made, of the same origin.
@@ -86,36 +103,53 @@ impl Tree {
         let mut place = &mut self.root;
         let mut made = path.len();
         for (depth, key) in path.iter().enumerate() {
-            let Value::Object(fields) = place else { return Err(depth) };
+            let Value::Object(fields) = place else {
+                return Err(depth);
+            };
             if !fields.contains_key(key) {
                 made = made.min(depth + 1);
             }
-            place = fields.entry(key.clone()).or_insert_with(|| Value::Object(serde_json::Map::new()));
+            place = fields
+                .entry(key.clone())
+                .or_insert_with(|| Value::Object(serde_json::Map::new()));
         }
         wipe(&mut std::mem::replace(place, value));
         let (dotted_path, below) = (dotted(path), dotted(path) + ".");
-        self.origins.retain(|place, _| *place != dotted_path && !place.starts_with(&below));
+        self.origins
+            .retain(|place, _| *place != dotted_path && !place.starts_with(&below));
         if let Some(origin) = origin {
-            self.origins.extend((made..=path.len()).map(|depth| (dotted(&path[..depth]), origin.clone())));
+            self.origins
+                .extend((made..=path.len()).map(|depth| (dotted(&path[..depth]), origin.clone())));
         }
         Ok(())
     }
 
     /// Changes the value at `path`, which keeps its origin. False if there is none.
     pub(super) fn replace(&mut self, path: &[String], value: Value) -> bool {
-        let place = path.iter().try_fold(&mut self.root, |place, key| match place {
-            Value::Object(fields) => fields.get_mut(key),
-            Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
-            _ => None,
-        });
-        place.map(|place| wipe(&mut std::mem::replace(place, value))).is_some()
+        let place = path
+            .iter()
+            .try_fold(&mut self.root, |place, key| match place {
+                Value::Object(fields) => fields.get_mut(key),
+                Value::Array(items) => items.get_mut(key.parse::<usize>().ok()?),
+                _ => None,
+            });
+        place
+            .map(|place| wipe(&mut std::mem::replace(place, value)))
+            .is_some()
     }
 
     /// Takes out the value at `path`, or the list that holds it. False if only the root is left to take.
     pub(super) fn remove(&mut self, path: &[String]) -> bool {
-        let Some((last, above)) = path.split_last() else { return false };
-        let table = above.iter().try_fold(&mut self.root, |value, key| value.get_mut(key));
-        match table.and_then(Value::as_object_mut).and_then(|fields| fields.remove(last)) {
+        let Some((last, above)) = path.split_last() else {
+            return false;
+        };
+        let table = above
+            .iter()
+            .try_fold(&mut self.root, |value, key| value.get_mut(key));
+        match table
+            .and_then(Value::as_object_mut)
+            .and_then(|fields| fields.remove(last))
+        {
             Some(mut value) => {
                 wipe(&mut value);
                 true
@@ -167,8 +201,14 @@ struct File<'a> {
 impl File<'_> {
     fn origin(&self, offset: usize) -> Origin {
         let before = &self.text.as_bytes()[..offset.min(self.text.len())];
-        let line = 1 + before.split(|byte| *byte == b'\n').count().saturating_sub(1);
-        Origin::File { name: Arc::clone(&self.name), line }
+        let line = 1 + before
+            .split(|byte| *byte == b'\n')
+            .count()
+            .saturating_sub(1);
+        Origin::File {
+            name: Arc::clone(&self.name),
+            line,
+        }
     }
 
     fn table(&mut self, path: &str, table: &DeTable<'_>) -> Value {
@@ -181,13 +221,21 @@ impl File<'_> {
     }
 
     fn part(&mut self, above: &str, key: &str, offset: usize, value: &DeValue<'_>) -> Value {
-        let path = if above.is_empty() { key.to_owned() } else { format!("{above}.{key}") };
+        let path = if above.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{above}.{key}")
+        };
         let value = match value {
             DeValue::String(text) => Value::from(text.as_ref()),
             DeValue::Integer(digits) => i64::from_str_radix(digits.as_str(), digits.radix())
                 .map_or(Value::from(NO_JSON_NUMBER), Value::from),
             DeValue::Float(digits) => {
-                let number = digits.as_str().parse().ok().filter(|number: &f64| number.is_finite());
+                let number = digits
+                    .as_str()
+                    .parse()
+                    .ok()
+                    .filter(|number: &f64| number.is_finite());
                 Value::from(number.unwrap_or(NO_JSON_NUMBER))
             }
             DeValue::Boolean(value) => Value::from(*value),
@@ -230,8 +278,10 @@ mod tests {
 
     #[test]
     fn all_syntax_errors_are_found_and_none_repeats_the_value() {
-        let (tree, problems) =
-            Tree::from_toml("g.toml", "a = hunter2hunter2\nb = 1\nc = \"hunter2hunter2\nd = 2\n");
+        let (tree, problems) = Tree::from_toml(
+            "g.toml",
+            "a = hunter2hunter2\nb = 1\nc = \"hunter2hunter2\nd = 2\n",
+        );
         assert_eq!(problems.len(), 2, "{problems:?}");
         assert!(!format!("{problems:?}").contains("hunter2"));
         assert!(tree.get(&path("b")).is_some());
@@ -239,7 +289,10 @@ mod tests {
 
     #[test]
     fn numbers_that_json_lacks_are_not_taken_for_nothing() {
-        let (tree, _) = Tree::from_toml("g.toml", "a = nan\nb = -inf\nc = 99999999999999999999\nd = 1_0.5");
+        let (tree, _) = Tree::from_toml(
+            "g.toml",
+            "a = nan\nb = -inf\nc = 99999999999999999999\nd = 1_0.5",
+        );
         for number in ["a", "b", "c", "d"] {
             assert!(!tree.get(&path(number)).unwrap().is_null(), "{number}");
         }
@@ -254,7 +307,10 @@ mod tests {
         assert_eq!(tree.insert(&path("a.b.c"), leaf(), None), Err(2));
         assert!(tree.get(&path("a.b")).is_some());
         // A list goes as a whole.
-        assert_eq!(tree.insert(&path("a.c"), Value::from(vec![1, 2]), None), Ok(()));
+        assert_eq!(
+            tree.insert(&path("a.c"), Value::from(vec![1, 2]), None),
+            Ok(())
+        );
         assert!(tree.remove(&path("a.c.0")));
         assert!(tree.get(&path("a.c")).is_none());
         assert!(tree.get(&path("a.b")).is_some());
@@ -269,13 +325,23 @@ mod tests {
         let (mut tree, _) = Tree::from_toml("g.toml", "[a]\nb = { c = 1 }\n");
         let variable = Origin::Variable("A__B".to_owned());
         assert_eq!(tree.raw(&path("a.b")), None);
-        assert_eq!(tree.insert(&path("a.b"), Value::from("{}"), Some(variable.clone())), Ok(()));
+        assert_eq!(
+            tree.insert(&path("a.b"), Value::from("{}"), Some(variable.clone())),
+            Ok(())
+        );
         assert_eq!(tree.raw(&path("a.b")), Some("{}"));
         assert!(tree.replace(&path("a.b"), serde_json::json!({ "c": "text" })));
         assert_eq!(tree.origin(&path("a.b.c")), Some(&variable));
         assert_eq!(tree.raw(&path("a.b.c")), None, "it is text already");
-        assert_eq!(tree.insert(&path("a.d.e"), Value::from(1), Some(variable.clone())), Ok(()));
-        assert_eq!(tree.origin(&path("a.d")), Some(&variable), "it is made for the value in it");
+        assert_eq!(
+            tree.insert(&path("a.d.e"), Value::from(1), Some(variable.clone())),
+            Ok(())
+        );
+        assert_eq!(
+            tree.origin(&path("a.d")),
+            Some(&variable),
+            "it is made for the value in it"
+        );
         assert!(matches!(tree.origin(&path("a")), Some(Origin::File { .. })));
     }
 }

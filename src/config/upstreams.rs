@@ -11,7 +11,10 @@ use url::Url;
 /// One upstream server.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a setting of its own"
+)]
 pub struct UpstreamConfig {
     pub kind: UpstreamKind,
     /// Without the trailing slash of a folder: `https://api.openai.com/v1`.
@@ -46,11 +49,17 @@ pub struct UpstreamConfig {
     /// fingerprints.
     #[serde(default)]
     pub send_identifiers: bool,
-    #[serde(default = "UpstreamConfig::default_connect_timeout", with = "humantime_serde")]
+    #[serde(
+        default = "UpstreamConfig::default_connect_timeout",
+        with = "humantime_serde"
+    )]
     pub connect_timeout: Duration,
     /// How long the server may take to answer a call that starts no run: a list, a look at a run, a deletion. A run is
     /// waited for until its deadline, however silent the server is.
-    #[serde(default = "UpstreamConfig::default_call_timeout", with = "humantime_serde")]
+    #[serde(
+        default = "UpstreamConfig::default_call_timeout",
+        with = "humantime_serde"
+    )]
     pub call_timeout: Duration,
     /// Largest single event of a stream, most that is put together from one, largest JSON answer, and most of several
     /// pages of a list that are needed together, bytes.
@@ -58,17 +67,26 @@ pub struct UpstreamConfig {
     pub max_event_bytes: usize,
     /// How long a thread may stay locked after its run has ended, and within which a response whose connection was
     /// dropped stops.
-    #[serde(default = "UpstreamConfig::default_lock_window", with = "humantime_serde")]
+    #[serde(
+        default = "UpstreamConfig::default_lock_window",
+        with = "humantime_serde"
+    )]
     pub lock_window: Duration,
     /// Least number of requests within `breaker_window` by which the breaker judges. If more than half of them have failed
     /// with all their retries, it opens: messages are refused. 0: it never opens.
     #[serde(default = "UpstreamConfig::default_breaker_min_requests")]
     pub breaker_min_requests: u32,
     /// Time for which the outcome of a request counts.
-    #[serde(default = "UpstreamConfig::default_breaker_window", with = "humantime_serde")]
+    #[serde(
+        default = "UpstreamConfig::default_breaker_window",
+        with = "humantime_serde"
+    )]
     pub breaker_window: Duration,
     /// Time for which an open breaker refuses all messages. Then a few are let through, and what most of them meet decides.
-    #[serde(default = "UpstreamConfig::default_breaker_open_duration", with = "humantime_serde")]
+    #[serde(
+        default = "UpstreamConfig::default_breaker_open_duration",
+        with = "humantime_serde"
+    )]
     pub breaker_open_duration: Duration,
 }
 
@@ -176,11 +194,15 @@ fn yes() -> bool {
 }
 
 /// `Url`'s own reader calls its error what it expects; the text may hold a password, so it is not repeated.
-pub(super) fn url_without_echo<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
+pub(super) fn url_without_echo<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Url, D::Error> {
     let text = String::deserialize(deserializer)?;
     Url::parse(&text).map_err(|error| serde::de::Error::custom(format_args!("not a URL: {error}")))
 }
 
-pub(super) fn optional_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+pub(super) fn optional_url<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Url>, D::Error> {
     url_without_echo(deserializer).map(Some)
 }

@@ -46,7 +46,8 @@ impl<'de> Visitor<'de> for PartVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
-        let (mut kind, mut text, mut image_url, mut image_file, mut refusal) = (None, None, None, None, None);
+        let (mut kind, mut text, mut image_url, mut image_file, mut refusal) =
+            (None, None, None, None, None);
         while let Some(name) = fields.next_key::<String>()? {
             match name.as_str() {
                 "type" => once(&mut kind, "type", fields.next_value()?)?,
@@ -55,20 +56,33 @@ impl<'de> Visitor<'de> for PartVisitor {
                 "image_file" => once(&mut image_file, "image_file", fields.next_value()?)?,
                 "refusal" => once(&mut refusal, "refusal", fields.next_value()?)?,
                 other => {
-                    return Err(de::Error::unknown_field(other, &["type", SENT[0], SENT[1], SENT[2]]));
+                    return Err(de::Error::unknown_field(
+                        other,
+                        &["type", SENT[0], SENT[1], SENT[2]],
+                    ));
                 }
             }
         }
-        match (kind.ok_or_else(|| de::Error::missing_field("type"))?, text, image_url, image_file, refusal) {
+        match (
+            kind.ok_or_else(|| de::Error::missing_field("type"))?,
+            text,
+            image_url,
+            image_file,
+            refusal,
+        ) {
             (Kind::Text, Some(text), None, None, None) => Ok(ContentPart::Text { text }),
-            (Kind::ImageUrl, None, Some(image_url), None, None) => Ok(ContentPart::ImageUrl { image_url }),
+            (Kind::ImageUrl, None, Some(image_url), None, None) => {
+                Ok(ContentPart::ImageUrl { image_url })
+            }
             (Kind::ImageFile, None, None, Some(image_file), None) => {
                 Ok(ContentPart::ImageFile { image_file })
             }
-            (Kind::Refusal, None, None, None, Some(refusal)) => Ok(ContentPart::Refusal { refusal }),
-            _ => {
-                Err(de::Error::custom("a part has, besides its `type`, the one field that is called like it"))
+            (Kind::Refusal, None, None, None, Some(refusal)) => {
+                Ok(ContentPart::Refusal { refusal })
             }
+            _ => Err(de::Error::custom(
+                "a part has, besides its `type`, the one field that is called like it",
+            )),
         }
     }
 }
@@ -96,7 +110,9 @@ impl<'de> Deserialize<'de> for Kind {
 }
 
 /// Reads content that is a string, or a list of parts.
-pub fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ContentPart>, D::Error> {
+pub fn text_or_parts<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<ContentPart>, D::Error> {
     struct StringOrParts;
 
     impl<'de> Visitor<'de> for StringOrParts {
@@ -107,7 +123,9 @@ pub fn text_or_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<C
         }
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-            Ok(vec![ContentPart::Text { text: text.to_owned() }])
+            Ok(vec![ContentPart::Text {
+                text: text.to_owned(),
+            }])
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Self::Value, A::Error> {
@@ -199,7 +217,10 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
 
     fn try_from(parts: Vec<ContentPart>) -> Result<Self, InvalidContent> {
         if parts.len() > MAX_PARTS {
-            return Err(InvalidContent::TooManyParts { limit: MAX_PARTS, parts: parts.len() });
+            return Err(InvalidContent::TooManyParts {
+                limit: MAX_PARTS,
+                parts: parts.len(),
+            });
         }
         let mut empty = true;
         for part in &parts {
@@ -208,9 +229,10 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
                 ContentPart::ImageUrl { image_url } => {
                     [&image_url.url, image_url.detail.as_deref().unwrap_or("")]
                 }
-                ContentPart::ImageFile { image_file } => {
-                    [&image_file.file_id, image_file.detail.as_deref().unwrap_or("")]
-                }
+                ContentPart::ImageFile { image_file } => [
+                    &image_file.file_id,
+                    image_file.detail.as_deref().unwrap_or(""),
+                ],
                 ContentPart::Refusal { .. } => return Err(InvalidContent::Refusal),
             };
             if texts.iter().any(|text| text.contains('\0')) {
@@ -218,7 +240,11 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
             }
             empty &= texts[0].is_empty();
         }
-        if empty { Err(InvalidContent::Empty) } else { Ok(Self(parts)) }
+        if empty {
+            Err(InvalidContent::Empty)
+        } else {
+            Ok(Self(parts))
+        }
     }
 }
 
@@ -232,7 +258,16 @@ mod tests {
 
     const WORDS: Words = Words {
         texts: &["text", "image_url", "image_file", "refusal", "auto", "\0"],
-        keys: &["type", "text", "image_url", "image_file", "refusal", "url", "file_id", "detail"],
+        keys: &[
+            "type",
+            "text",
+            "image_url",
+            "image_file",
+            "refusal",
+            "url",
+            "file_id",
+            "detail",
+        ],
     };
 
     proptest! {

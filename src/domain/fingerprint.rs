@@ -22,7 +22,9 @@ impl Fingerprints {
         // As long as a block, so that no length can be wrong. An HMAC itself adds zeros to a shorter key.
         let mut block = [0; 64];
         block[..key.len()].copy_from_slice(key);
-        Self { keyed: Hmac::new(&block.into()) }
+        Self {
+            keyed: Hmac::new(&block.into()),
+        }
     }
 
     pub fn tenant(&self, tenant: &TenantKey) -> String {
@@ -51,7 +53,9 @@ impl Fingerprints {
             keyed.update(part.as_bytes());
         }
         let code = keyed.finalize().into_bytes();
-        let (head, _) = code.split_first_chunk().expect("an HMAC-SHA-256 has 32 bytes");
+        let (head, _) = code
+            .split_first_chunk()
+            .expect("an HMAC-SHA-256 has 32 bytes");
         format!("{:032x}", u128::from_be_bytes(*head))
     }
 }
@@ -78,7 +82,8 @@ impl KeyNames {
         Self {
             tenant: key.tenant.as_str().to_owned(),
             user: key.user.as_str().to_owned(),
-            scope: (key.scope != Scope::User).then(|| (key.scope.kind(), key.scope.name().to_owned())),
+            scope: (key.scope != Scope::User)
+                .then(|| (key.scope.kind(), key.scope.name().to_owned())),
         }
     }
 
@@ -120,7 +125,10 @@ mod tests {
         let names = KeyNames::hidden(&key, &by);
         assert_eq!(names.tenant, "fd6242d654e9b93d91bc76071c2379ab");
         assert_eq!(names.user, "f61e9236f62ad90382d1455d46a360d4");
-        assert_eq!(names.scope, Some(("session", "13dd93315bb1648768d98a16ffc6ceb7".to_owned())));
+        assert_eq!(
+            names.scope,
+            Some(("session", "13dd93315bb1648768d98a16ffc6ceb7".to_owned()))
+        );
         assert_eq!(names.scope.unwrap().1, by.conversation(&key));
         assert!(!format!("{by:?}").contains('7'));
     }

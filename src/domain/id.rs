@@ -49,7 +49,14 @@ impl Correction {
         let known = self.0.load(Ordering::Relaxed);
         let is_off = (behind - known).abs() >= TOLERANCE_MS;
         if is_off {
-            self.0.store(if behind.abs() < TOLERANCE_MS { 0 } else { behind }, Ordering::Relaxed);
+            self.0.store(
+                if behind.abs() < TOLERANCE_MS {
+                    0
+                } else {
+                    behind
+                },
+                Ordering::Relaxed,
+            );
         }
         is_off
     }
@@ -57,20 +64,33 @@ impl Correction {
     fn apply(&self, own: Duration) -> Duration {
         let behind = self.0.load(Ordering::Relaxed);
         let off = Duration::from_millis(behind.unsigned_abs());
-        if behind < 0 { own.saturating_sub(off) } else { own + off }
+        if behind < 0 {
+            own.saturating_sub(off)
+        } else {
+            own + off
+        }
     }
 }
 
 /// The time by the machine's clock, since 1970. Nothing goes by it before it is corrected.
-#[expect(clippy::disallowed_methods, reason = "ids and tokens do not ask the database; it is corrected")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "ids and tokens do not ask the database; it is corrected"
+)]
 fn own_clock() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 fn new_uuid() -> Uuid {
     let now = CORRECTION.apply(own_clock());
     let sequence = SEQUENCE.lock().unwrap_or_else(PoisonError::into_inner);
-    Uuid::new_v7(uuid::Timestamp::from_unix(&*sequence, now.as_secs(), now.subsec_nanos()))
+    Uuid::new_v7(uuid::Timestamp::from_unix(
+        &*sequence,
+        now.as_secs(),
+        now.subsec_nanos(),
+    ))
 }
 
 /// A text that is not an id of the expected kind.
@@ -258,11 +278,16 @@ mod tests {
     #[test]
     fn a_wrong_clock_is_set_right() {
         let time = |seconds: u64| Duration::from_secs(1_800_000_000 + seconds);
-        let database = |own: Duration| Timestamp::from_timestamp_millis(own.as_millis().try_into().unwrap());
+        let database =
+            |own: Duration| Timestamp::from_timestamp_millis(own.as_millis().try_into().unwrap());
         let hour = Duration::from_hours(1);
         for own in [time(0) + hour, time(0).checked_sub(hour).unwrap()] {
             let correction = Correction(AtomicI64::new(0));
-            assert_eq!(correction.apply(own), own, "as long as nothing else is known");
+            assert_eq!(
+                correction.apply(own),
+                own,
+                "as long as nothing else is known"
+            );
             assert!(correction.set(database(time(0)).unwrap(), own));
             assert_eq!(correction.apply(own), time(0));
             assert_eq!(correction.apply(own + hour), time(0) + hour);

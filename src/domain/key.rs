@@ -54,7 +54,10 @@ impl TryFrom<String> for KeyText {
             return Err(InvalidKey::Empty);
         }
         if raw.len() > MAX_KEY_BYTES {
-            return Err(InvalidKey::TooLong { limit: MAX_KEY_BYTES, bytes: raw.len() });
+            return Err(InvalidKey::TooLong {
+                limit: MAX_KEY_BYTES,
+                bytes: raw.len(),
+            });
         }
         if let Some(step) = STEPS.into_iter().find(|step| raw == *step) {
             return Err(InvalidKey::Step(step));

@@ -19,15 +19,23 @@ pub struct Limits {
 }
 
 impl Limits {
-    pub const NONE: Self = Self { max_age: None, max_idle: None };
+    pub const NONE: Self = Self {
+        max_age: None,
+        max_idle: None,
+    };
 
     /// From that instant on it is not used any more.
     pub fn end(self, created_at: Timestamp, last_active_at: Timestamp) -> Option<Timestamp> {
         let after = |start: Timestamp, limit: Option<Duration>| {
             // What lies beyond the calendar never comes.
-            limit.and_then(|limit| start.checked_add_signed(chrono::TimeDelta::from_std(limit).ok()?))
+            limit.and_then(|limit| {
+                start.checked_add_signed(chrono::TimeDelta::from_std(limit).ok()?)
+            })
         };
-        match (after(created_at, self.max_age), after(last_active_at, self.max_idle)) {
+        match (
+            after(created_at, self.max_age),
+            after(last_active_at, self.max_idle),
+        ) {
             (Some(by_age), Some(by_idle)) => Some(by_age.min(by_idle)),
             (by_age, by_idle) => by_age.or(by_idle),
         }
@@ -52,7 +60,11 @@ impl Lifetimes {
 
     /// From that instant on no new message goes to the thread.
     pub fn expiry(&self, thread: &Thread) -> Option<Timestamp> {
-        let limits = if thread.limits == Limits::NONE { self.of(&thread.key.scope) } else { thread.limits };
+        let limits = if thread.limits == Limits::NONE {
+            self.of(&thread.key.scope)
+        } else {
+            thread.limits
+        };
         limits.end(thread.created_at, thread.last_active_at)
     }
 }
@@ -177,7 +189,12 @@ pub struct RetentionPolicy {
 
 impl LifecycleTask {
     /// What is to be done about a thread at a time.
-    pub fn of(thread: &Thread, now: Timestamp, lifetimes: &Lifetimes, keeping: RetentionPolicy) -> Self {
+    pub fn of(
+        thread: &Thread,
+        now: Timestamp,
+        lifetimes: &Lifetimes,
+        keeping: RetentionPolicy,
+    ) -> Self {
         match (thread.lifecycle, thread.deletion) {
             (Lifecycle::Deleting, deletion) => Self::Delete(deletion.unwrap_or(Deletion::Erase)),
             (Lifecycle::Current, _) => match lifetimes.expiry(thread) {
@@ -185,11 +202,16 @@ impl LifecycleTask {
                 until => Self::Nothing { until },
             },
             (Lifecycle::Archived, _) => {
-                let limits = Limits { max_age: keeping.transcript, max_idle: None };
+                let limits = Limits {
+                    max_age: keeping.transcript,
+                    max_idle: None,
+                };
                 let archived_at = thread.archived_at.unwrap_or(thread.last_active_at);
                 match limits.end(archived_at, archived_at) {
                     Some(since) if since <= now => Self::Discard { since },
-                    _ if !keeping.upstream && thread.removed.outcome.is_none() => Self::ClearUpstream,
+                    _ if !keeping.upstream && thread.removed.outcome.is_none() => {
+                        Self::ClearUpstream
+                    }
                     until => Self::Nothing { until },
                 }
             }

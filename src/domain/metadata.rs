@@ -22,7 +22,9 @@ pub enum InvalidMetadata {
     #[error("a metadata key must not be empty")]
     EmptyKey,
     /// Its beginning.
-    #[error("a metadata key has at most {MAX_KEY_CHARS} characters; the one that begins with `{0}` has more")]
+    #[error(
+        "a metadata key has at most {MAX_KEY_CHARS} characters; the one that begins with `{0}` has more"
+    )]
     LongKey(String),
     #[error("metadata must not contain NUL characters; {}", in_pair(.0))]
     Nul(String),
@@ -43,7 +45,10 @@ fn in_pair(key: &str) -> String {
 
 /// Text pairs: at most 10, keys of 1 to 64 characters, values of at most 512. No NUL characters.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
+#[serde(
+    try_from = "BTreeMap<String, String>",
+    into = "BTreeMap<String, String>"
+)]
 pub struct Metadata(BTreeMap<String, String>);
 
 impl Metadata {
@@ -51,7 +56,9 @@ impl Metadata {
     pub const MAX_PAIRS: usize = MAX_PAIRS;
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+        self.0
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
     }
 }
 
@@ -64,7 +71,9 @@ impl PartialSchema for Metadata {
             .min_length(Some(1))
             .max_length(Some(MAX_KEY_CHARS))
             .pattern(Some(format!(r"^(?!{RESERVED_PREFIX})[^\u0000]*$")));
-        let value = text().max_length(Some(MAX_VALUE_CHARS)).pattern(Some(r"^[^\u0000]*$"));
+        let value = text()
+            .max_length(Some(MAX_VALUE_CHARS))
+            .pattern(Some(r"^[^\u0000]*$"));
         ObjectBuilder::new()
             .description(Some("Pairs of strings."))
             .max_properties(Some(MAX_PAIRS))
@@ -79,14 +88,19 @@ impl TryFrom<BTreeMap<String, String>> for Metadata {
 
     fn try_from(pairs: BTreeMap<String, String>) -> Result<Self, InvalidMetadata> {
         if pairs.len() > MAX_PAIRS {
-            return Err(InvalidMetadata::TooManyPairs { limit: MAX_PAIRS, pairs: pairs.len() });
+            return Err(InvalidMetadata::TooManyPairs {
+                limit: MAX_PAIRS,
+                pairs: pairs.len(),
+            });
         }
         for (key, value) in &pairs {
             if key.is_empty() {
                 return Err(InvalidMetadata::EmptyKey);
             }
             if key.chars().count() > MAX_KEY_CHARS {
-                return Err(InvalidMetadata::LongKey(key.chars().take(MAX_KEY_CHARS).collect()));
+                return Err(InvalidMetadata::LongKey(
+                    key.chars().take(MAX_KEY_CHARS).collect(),
+                ));
             }
             if key.contains('\0') || value.contains('\0') {
                 return Err(InvalidMetadata::Nul(key.clone()));

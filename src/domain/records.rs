@@ -2,9 +2,9 @@
 
 use super::run::text_enum;
 use super::{
-    ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy, Removed,
-    RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp, UnsettledRun, UpstreamRunId,
-    UpstreamSync, UpstreamThreadId, Usage,
+    ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy,
+    Removed, RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp, UnsettledRun,
+    UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;

@@ -70,7 +70,10 @@ impl RunStatus {
 
     /// The run holds its thread.
     pub const fn is_active(self) -> bool {
-        matches!(self, Self::InProgress | Self::RequiresAction | Self::Cancelling)
+        matches!(
+            self,
+            Self::InProgress | Self::RequiresAction | Self::Cancelling
+        )
     }
 }
 
@@ -160,14 +163,23 @@ pub struct RequiredAction {
 impl RequiredAction {
     /// Their ids tell: what they say is not stored everywhere.
     pub fn has_same_calls(&self, other: &Self) -> bool {
-        self.tool_calls.iter().map(|call| &call.id).eq(other.tool_calls.iter().map(|call| &call.id))
+        self.tool_calls
+            .iter()
+            .map(|call| &call.id)
+            .eq(other.tool_calls.iter().map(|call| &call.id))
     }
 
     /// Each of the calls has one of the outputs, and none is left over.
     pub fn is_answered_by(&self, outputs: &[ToolOutput]) -> bool {
         let calls = &self.tool_calls;
         outputs.len() == calls.len()
-            && calls.iter().all(|call| outputs.iter().filter(|it| it.tool_call_id == call.id).count() == 1)
+            && calls.iter().all(|call| {
+                outputs
+                    .iter()
+                    .filter(|it| it.tool_call_id == call.id)
+                    .count()
+                    == 1
+            })
     }
 }
 

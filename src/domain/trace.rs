@@ -120,17 +120,37 @@ mod tests {
 
     #[test]
     fn an_event_comes_back_as_it_was_even_if_its_text_is_a_name() {
-        let call = ToolCall { id: "call_1".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        let call = ToolCall {
+            id: "call_1".to_owned(),
+            name: "f".to_owned(),
+            arguments: "{}".to_owned(),
+        };
         let mut events = vec![
             LoggedEvent::Queued { position: 2 },
             LoggedEvent::Started,
-            LoggedEvent::RequiresAction(RequiredAction { tool_calls: vec![call] }),
+            LoggedEvent::RequiresAction(RequiredAction {
+                tool_calls: vec![call],
+            }),
         ];
-        for text in ["started", "queued", "requires_action", "", "{\"started\":{}}", "null", "[]"] {
+        for text in [
+            "started",
+            "queued",
+            "requires_action",
+            "",
+            "{\"started\":{}}",
+            "null",
+            "[]",
+        ] {
             events.push(LoggedEvent::Delta(text.to_owned()));
         }
         let text = serde_json::to_string(&events).unwrap();
-        assert!(text.contains(r#",{"started":{}},"#) && text.contains(r#","queued","#), "{text}");
-        assert_eq!(serde_json::from_str::<Vec<LoggedEvent>>(&text).unwrap(), events);
+        assert!(
+            text.contains(r#",{"started":{}},"#) && text.contains(r#","queued","#),
+            "{text}"
+        );
+        assert_eq!(
+            serde_json::from_str::<Vec<LoggedEvent>>(&text).unwrap(),
+            events
+        );
     }
 }

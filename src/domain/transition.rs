@@ -37,7 +37,9 @@ impl RunStatus {
     pub const fn on(self, step: Step) -> Result<Self, IllegalTransition> {
         let illegal = Err(IllegalTransition { from: self, step });
         match (self, step) {
-            (Self::Queued, Step::Start) | (Self::RequiresAction, Step::Resume) => Ok(Self::InProgress),
+            (Self::Queued, Step::Start) | (Self::RequiresAction, Step::Resume) => {
+                Ok(Self::InProgress)
+            }
             (Self::InProgress, Step::AwaitTools) => Ok(Self::RequiresAction),
             (Self::Queued, Step::Cancel) => Ok(Self::Cancelled),
             (Self::InProgress | Self::RequiresAction | Self::Cancelling, Step::Cancel) => {
@@ -127,11 +129,16 @@ mod tests {
             ends.chain([Step::Start, Step::AwaitTools, Step::Resume, Step::Cancel])
         };
         for from in RunStatus::ALL.iter().filter(|status| !status.is_final()) {
-            let final_ones = steps().filter(|step| from.on(*step).is_ok_and(RunStatus::is_final)).count();
+            let final_ones = steps()
+                .filter(|step| from.on(*step).is_ok_and(RunStatus::is_final))
+                .count();
             assert!(final_ones > 0, "{from} has no way to its end");
         }
         // In progress is left for a tool wait and comes back only when that is answered: no cycle without a caller.
-        assert_eq!(RunStatus::InProgress.on(Step::AwaitTools), Ok(RunStatus::RequiresAction));
+        assert_eq!(
+            RunStatus::InProgress.on(Step::AwaitTools),
+            Ok(RunStatus::RequiresAction)
+        );
         assert_eq!(RunStatus::Cancelling.on(Step::AwaitTools).ok(), None);
         assert_eq!(RunStatus::Cancelling.on(Step::Resume).ok(), None);
     }

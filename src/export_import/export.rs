@@ -119,7 +119,9 @@ impl Export {
             Place::Runs(thread, after) => {
                 let runs = self.store.runs_of(&self.ids, (thread, after), ROWS).await?;
                 self.at = match runs.last() {
-                    Some(last) if runs.len() == ROWS as usize => Place::Runs(last.thread_id, last.seq),
+                    Some(last) if runs.len() == ROWS as usize => {
+                        Place::Runs(last.thread_id, last.seq)
+                    }
                     _ => Place::Messages(self.ids[0], 0),
                 };
                 self.runs.extend(runs);
@@ -127,7 +129,10 @@ impl Export {
                 self.write_up_to(self.ids[0])
             }
             Place::Messages(thread, after) => {
-                let page = self.store.transcripts(&self.ids, (thread, after), ROWS).await?;
+                let page = self
+                    .store
+                    .transcripts(&self.ids, (thread, after), ROWS)
+                    .await?;
                 self.at = match page.data.last() {
                     Some(last) if page.has_more => Place::Messages(last.thread_id, last.position),
                     _ => Place::Threads,
@@ -137,7 +142,11 @@ impl Export {
                     self.counts.messages += 1;
                     self.write(&Line::Message(message.into()))?;
                 }
-                if page.has_more { Ok(()) } else { self.write_up_to(self.ids[self.ids.len() - 1]) }
+                if page.has_more {
+                    Ok(())
+                } else {
+                    self.write_up_to(self.ids[self.ids.len() - 1])
+                }
             }
             Place::End => Ok(()),
         }
@@ -184,7 +193,12 @@ impl Export {
     }
 
     async fn read_threads(&mut self) -> Result<(), StoreError> {
-        let page = PageRequest { limit: THREADS, ascending: true, after: self.cursor, before: None };
+        let page = PageRequest {
+            limit: THREADS,
+            ascending: true,
+            after: self.cursor,
+            before: None,
+        };
         let page = match self.store.threads(&self.filter, &page).await {
             // The one that the page begins after was erased meanwhile: from the beginning, past what was read.
             Err(StoreError::UnknownCursor) if self.cursor.is_some() => {
@@ -197,13 +211,15 @@ impl Export {
         self.cursor = page.data.last().map(|(thread, _)| thread.id);
         let (last, fresh) = (self.last, page.data.into_iter().map(|(thread, _)| thread));
         let fresh = fresh.filter(|thread| last.is_none_or(|last| thread.id > last));
-        self.threads.extend(fresh.filter(|thread| thread.lifecycle != Lifecycle::Deleting));
+        self.threads
+            .extend(fresh.filter(|thread| thread.lifecycle != Lifecycle::Deleting));
         self.last = self.last.max(self.cursor);
         Ok(())
     }
 
     fn write(&mut self, line: &Line) -> Result<(), StoreError> {
-        let mut text = serde_json::to_string(line).map_err(|error| StoreError::Statement(error.into()))?;
+        let mut text =
+            serde_json::to_string(line).map_err(|error| StoreError::Statement(error.into()))?;
         text.push('\n');
         self.lines.push_back(text);
         Ok(())

@@ -16,8 +16,8 @@ use tokio::task::JoinSet;
 use super::{Counts, MessageLine, ThreadLine};
 use crate::config::Config;
 use crate::domain::{
-    ConversationKey, InvalidContent, Lifecycle, Limits, MessageId, Role, TenantKey, ThreadId, Timestamp,
-    UserContent,
+    ConversationKey, InvalidContent, Lifecycle, Limits, MessageId, Role, TenantKey, ThreadId,
+    Timestamp, UserContent,
 };
 use crate::store::{Imported, ImportedMessage, ImportedThread, Store, StoreError};
 use crate::wording;
@@ -52,10 +52,18 @@ impl fmt::Display for Summary {
         write!(
             f,
             "{} threads and {} messages added, {} threads and {} messages were there already, {} lines refused",
-            self.threads_added, self.messages_added, self.threads_known, self.messages_known, self.refused
+            self.threads_added,
+            self.messages_added,
+            self.threads_known,
+            self.messages_known,
+            self.refused
         )?;
         if self.messages_passed_over > 0 {
-            write!(f, ", {} messages of refused threads passed over", self.messages_passed_over)?;
+            write!(
+                f,
+                ", {} messages of refused threads passed over",
+                self.messages_passed_over
+            )?;
         }
         if self.runs_passed_over > 0 {
             write!(f, ", {} lines of runs passed over", self.runs_passed_over)?;
@@ -85,7 +93,9 @@ pub enum Problem {
     /// Where, and what.
     #[error("{}{}", .0, without_value(.1))]
     Field(String, serde_json::Error),
-    #[error("`upstream` is missing, and there is no default assistant whose upstream could be meant")]
+    #[error(
+        "`upstream` is missing, and there is no default assistant whose upstream could be meant"
+    )]
     NoUpstream,
     #[error("no upstream `{0}` is configured: correct `upstream`, or configure it before")]
     UnknownUpstream(String),
@@ -168,7 +178,11 @@ pub async fn import(
     mut refused: impl FnMut(Refused),
 ) -> Result<Summary, ImportError> {
     let mut reader = Reader::new(config, input);
-    let mut import = Import { store, summary: Summary::default(), thread: None };
+    let mut import = Import {
+        store,
+        summary: Summary::default(),
+        thread: None,
+    };
     let mut batch = reader.batch().map_err(ImportError::Read)?;
     while !batch.lines.is_empty() {
         let mut task = JoinSet::new();
@@ -187,7 +201,10 @@ pub async fn import(
     summary.runs_passed_over = reader.counts.runs;
     if reader.has_ids && !reader.ended {
         summary.refused += 1;
-        refused(Refused { line: reader.line, problem: Problem::CutOff });
+        refused(Refused {
+            line: reader.line,
+            problem: Problem::CutOff,
+        });
     }
     Ok(summary)
 }
@@ -261,7 +278,9 @@ impl<'a, R: BufRead> Reader<'a, R> {
             let Some((bytes, parsed)) = next else { break };
             match &parsed {
                 // A message before it looks for the thread, which is not there yet.
-                Parsed::Thread(Ok(thread)) if thread.id.is_some_and(|id| batch.named.contains(&id)) => {
+                Parsed::Thread(Ok(thread))
+                    if thread.id.is_some_and(|id| batch.named.contains(&id)) =>
+                {
                     self.held = Some((bytes, parsed));
                     break;
                 }
@@ -287,9 +306,15 @@ impl<'a, R: BufRead> Reader<'a, R> {
             }
             self.line += 1;
             // Windows begins a file with a mark that says that it is UTF-8.
-            let marked = buffer.strip_prefix(BYTE_ORDER_MARK).filter(|_| self.line == 1);
+            let marked = buffer
+                .strip_prefix(BYTE_ORDER_MARK)
+                .filter(|_| self.line == 1);
             let line = marked.unwrap_or(&buffer);
-            let said = if whole { self.parse(line) } else { Err(Problem::TooLong) };
+            let said = if whole {
+                self.parse(line)
+            } else {
+                Err(Problem::TooLong)
+            };
             let bytes = line.len();
             self.buffer = buffer;
             if let Some(said) = said.unwrap_or_else(|problem| Some(Parsed::Refused(problem))) {
@@ -306,7 +331,8 @@ impl<'a, R: BufRead> Reader<'a, R> {
         if self.ended {
             return Err(Problem::AfterEnd);
         }
-        let mut object: Map<String, Value> = serde_json::from_slice(line).map_err(Problem::NotJson)?;
+        let mut object: Map<String, Value> =
+            serde_json::from_slice(line).map_err(Problem::NotJson)?;
         match object.remove("type").as_ref().and_then(Value::as_str) {
             Some("thread") => {
                 self.counts.threads += 1;
@@ -345,7 +371,10 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 self.ended = true;
                 let said: Counts = fields(object)?;
                 if said != self.counts {
-                    return Err(Problem::NotWhole { said, found: self.counts });
+                    return Err(Problem::NotWhole {
+                        said,
+                        found: self.counts,
+                    });
                 }
                 Ok(None)
             }
@@ -384,12 +413,18 @@ impl Import {
     /// Takes lines as if one after another; gives those that were refused.
     async fn take(&mut self, batch: Batch) -> Result<Vec<Refused>, ImportError> {
         let line = batch.lines.first().map_or(0, |(line, _)| *line);
-        self.take_all(batch).await.map_err(|source| ImportError::Store { line, source })
+        self.take_all(batch)
+            .await
+            .map_err(|source| ImportError::Store { line, source })
     }
 
     /// All threads come first, then all messages: no thread depends on a message.
     async fn take_all(&mut self, batch: Batch) -> Result<Vec<Refused>, StoreError> {
-        let threads: Vec<&ImportedThread> = batch.lines.iter().filter_map(|(_, it)| it.thread()).collect();
+        let threads: Vec<&ImportedThread> = batch
+            .lines
+            .iter()
+            .filter_map(|(_, it)| it.thread())
+            .collect();
         let mut imported = self.store.import_threads(&threads).await?.into_iter();
         let there = self.named(&batch).await?;
         let mut refusals = Vec::new();
@@ -399,7 +434,9 @@ impl Import {
                 Parsed::Refused(problem) => Err(problem),
                 Parsed::Thread(thread) => self.begin(thread.map(|_| imported.next())),
                 Parsed::Message(of, message) => self.place(of, &there).and_then(|place| {
-                    let Some((thread, place)) = place else { return Ok(()) };
+                    let Some((thread, place)) = place else {
+                        return Ok(());
+                    };
                     let message = imported_message(*message?, thread, place);
                     match transcripts.last_mut() {
                         Some((last, messages)) if *last == thread => messages.push(message),
@@ -423,7 +460,10 @@ impl Import {
     }
 
     /// Those of the threads that messages name which are there.
-    async fn named(&self, batch: &Batch) -> Result<HashMap<TenantKey, BTreeSet<ThreadId>>, StoreError> {
+    async fn named(
+        &self,
+        batch: &Batch,
+    ) -> Result<HashMap<TenantKey, BTreeSet<ThreadId>>, StoreError> {
         let mut named: HashMap<TenantKey, BTreeSet<ThreadId>> = HashMap::new();
         for (_, parsed) in &batch.lines {
             if let Parsed::Message(Of::Named(tenant, id), _) = parsed {
@@ -438,7 +478,10 @@ impl Import {
 
     /// The messages that follow are of this thread.
     fn begin(&mut self, imported: Result<Option<Imported>, Problem>) -> Result<(), Problem> {
-        let current = self.thread.insert(Current { id: None, messages: 0 });
+        let current = self.thread.insert(Current {
+            id: None,
+            messages: 0,
+        });
         match imported? {
             Some(Imported::Added(id)) => {
                 current.id = Some(id);
@@ -462,10 +505,16 @@ impl Import {
         there: &HashMap<TenantKey, BTreeSet<ThreadId>>,
     ) -> Result<Option<(ThreadId, u64)>, Problem> {
         if let Of::Named(tenant, id) = of
-            && self.thread.as_ref().is_none_or(|current| current.id != Some(id))
+            && self
+                .thread
+                .as_ref()
+                .is_none_or(|current| current.id != Some(id))
         {
             let is_there = there.get(&tenant).is_some_and(|ids| ids.contains(&id));
-            self.thread = Some(Current { id: is_there.then_some(id), messages: 0 });
+            self.thread = Some(Current {
+                id: is_there.then_some(id),
+                messages: 0,
+            });
             if !is_there {
                 return Err(Problem::UnknownThread(id));
             }
@@ -492,13 +541,23 @@ impl Parsed {
 fn fields<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, Problem> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let path = error.path().to_string();
-        let place = if path == "." { String::new() } else { format!("`{path}`: ") };
+        let place = if path == "." {
+            String::new()
+        } else {
+            format!("`{path}`: ")
+        };
         Problem::Field(place, error.into_inner())
     })
 }
 
 fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> {
-    let ThreadLine { key, lifecycle, upstream_thread_id, created_at, .. } = line;
+    let ThreadLine {
+        key,
+        lifecycle,
+        upstream_thread_id,
+        created_at,
+        ..
+    } = line;
     if lifecycle == Lifecycle::Deleting {
         return Err(Problem::Lifecycle);
     }
@@ -506,7 +565,10 @@ fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> 
         let assistant = config.assistants.get(config.default_assistant()?)?;
         Some(assistant.upstream.clone())
     };
-    let upstream = line.upstream.or_else(by_default).ok_or(Problem::NoUpstream)?;
+    let upstream = line
+        .upstream
+        .or_else(by_default)
+        .ok_or(Problem::NoUpstream)?;
     if !is_upstream_text(&upstream) {
         return Err(Problem::Upstream("upstream"));
     }
@@ -514,7 +576,10 @@ fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> 
     if lifecycle == Lifecycle::Current && !config.upstreams.contains_key(&upstream) {
         return Err(Problem::UnknownUpstream(upstream));
     }
-    if upstream_thread_id.as_ref().is_some_and(|id| !is_upstream_text(id.as_str())) {
+    if upstream_thread_id
+        .as_ref()
+        .is_some_and(|id| !is_upstream_text(id.as_str()))
+    {
         return Err(Problem::Upstream("upstream_thread_id"));
     }
     for (name, time) in [
@@ -529,7 +594,11 @@ fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> 
     {
         return Err(Problem::IdTooYoung);
     }
-    let key = ConversationKey { tenant: key.tenant, user: key.user, scope: key.scope.0 };
+    let key = ConversationKey {
+        tenant: key.tenant,
+        user: key.user,
+        scope: key.scope.0,
+    };
     Ok(ImportedThread {
         id: line.id,
         upstream,
@@ -558,9 +627,15 @@ fn message(object: Map<String, Value>) -> Result<MessageLine, Problem> {
     let is_reply = line.role == Role::Assistant && !line.content.is_empty();
     // What was taken out comes back as it was.
     if line.id.is_none() && !is_reply {
-        line.content = UserContent::try_from(line.content).map_err(Problem::Content)?.into_parts();
+        line.content = UserContent::try_from(line.content)
+            .map_err(Problem::Content)?
+            .into_parts();
     }
-    if line.upstream_message_id.as_ref().is_some_and(|id| !is_upstream_text(id)) {
+    if line
+        .upstream_message_id
+        .as_ref()
+        .is_some_and(|id| !is_upstream_text(id))
+    {
         return Err(Problem::Upstream("upstream_message_id"));
     }
     check_time("created_at", line.created_at)?;
@@ -598,7 +673,11 @@ fn made_at(id: ThreadId) -> Option<Timestamp> {
 /// Both databases can hold such a time, and compute with it.
 fn check_time(name: &'static str, time: Option<Timestamp>) -> Result<(), Problem> {
     let fits = time.is_none_or(|time| (1970..=9999).contains(&time.year()));
-    if fits { Ok(()) } else { Err(Problem::Time(name)) }
+    if fits {
+        Ok(())
+    } else {
+        Err(Problem::Time(name))
+    }
 }
 
 fn is_upstream_text(text: &str) -> bool {
@@ -613,7 +692,10 @@ mod tests {
     fn what_was_found_is_not_repeated() {
         for (json, told) in [
             (r#"{"planted\u0000": "x"}"#, "NUL characters; the key …"),
-            (r#"{"threadkeeper_planted": "x"}"#, "metadata keys that begin with …"),
+            (
+                r#"{"threadkeeper_planted": "x"}"#,
+                "metadata keys that begin with …",
+            ),
         ] {
             let error = serde_json::from_str::<crate::domain::Metadata>(json).unwrap_err();
             let text = without_value(&error);

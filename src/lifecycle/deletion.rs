@@ -11,7 +11,9 @@ use crate::domain::{
     ConversationKey, Deletion, DeletionId, Page, Principal, TenantKey, ThreadId, UserKey, now,
 };
 use crate::error::{Chain, Error};
-use crate::store::{Deletable, DeletionReport, DeletionRequest, DeletionTarget, DueThread, ThreadName};
+use crate::store::{
+    Deletable, DeletionReport, DeletionRequest, DeletionTarget, DueThread, ThreadName,
+};
 
 /// Threads with which a deletion begins at a time.
 const BEGIN_BATCH: u32 = 500;
@@ -22,7 +24,8 @@ const HOLD: Duration = Duration::from_mins(1);
 /// How often the request looks whether the janitor is done.
 const POLL: Duration = Duration::from_millis(200);
 
-const NO_DELETION: Error = Error::NotFound("there is no such deletion, or its receipt is past its time");
+const NO_DELETION: Error =
+    Error::NotFound("there is no such deletion, or its receipt is past its time");
 
 /// What is to be deleted.
 #[derive(Clone, Debug)]
@@ -63,7 +66,11 @@ impl Janitor {
             DeletionTarget::User(_) => None,
         };
         let exists = match &key {
-            Some(key) => self.store().report(ThreadName::Newest(key)).await?.is_some(),
+            Some(key) => self
+                .store()
+                .report(ThreadName::Newest(key))
+                .await?
+                .is_some(),
             None => true,
         };
         let mut id = DeletionId::new();
@@ -82,7 +89,10 @@ impl Janitor {
             begun = self.store().begin_deletion(&request, AT_ONCE).await?;
             if begun > 0 {
                 let (janitor, of) = (self.clone(), tenant.clone());
-                self.ctx.parts.tasks.spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
+                self.ctx
+                    .parts
+                    .tasks
+                    .spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
             }
             // More than that is for the janitors of all replicas.
             request.hold = Duration::ZERO;
@@ -116,8 +126,14 @@ impl Janitor {
             // It goes on, so this must not look as if it did not.
             Err(error) if begun > 0 => {
                 tracing::warn!(error = %Chain(&error), "cannot read what came of a deletion yet");
-                let threads = Page { data: Vec::new(), has_more: true };
-                let (archive, pending) = (end == Deletion::Archive, i64::try_from(begun).unwrap_or(i64::MAX));
+                let threads = Page {
+                    data: Vec::new(),
+                    has_more: true,
+                };
+                let (archive, pending) = (
+                    end == Deletion::Archive,
+                    i64::try_from(begun).unwrap_or(i64::MAX),
+                );
                 Ok(DeletionReport {
                     id,
                     user: None,
@@ -175,11 +191,17 @@ impl Janitor {
         limit: u32,
     ) -> Result<DeletionReport, Error> {
         let report = self.report(&caller.tenant, id, after, limit).await?;
-        let Some(user) = &caller.user else { return Ok(report) };
+        let Some(user) = &caller.user else {
+            return Ok(report);
+        };
         let own = self.ctx.parts.fingerprints.user(&caller.tenant, user);
         // Requests that an earlier version recorded have a name alone, until they are done.
         let is_theirs = report.fingerprint == Some(own) || report.user.as_ref() == Some(user);
-        if is_theirs { Ok(report) } else { Err(NO_DELETION) }
+        if is_theirs {
+            Ok(report)
+        } else {
+            Err(NO_DELETION)
+        }
     }
 
     /// Works on the first threads of a deletion at once, so that a caller need not wait for the janitor's turn.
@@ -192,7 +214,9 @@ impl Janitor {
     async fn see_to_all(&self, tenant: &TenantKey, id: DeletionId) {
         let pending = match self.store().deletion(tenant, id, None, AT_ONCE).await {
             Ok(report) => report.map(|report| report.threads.data).unwrap_or_default(),
-            Err(error) => return tracing::warn!(error = %Chain(&error), "cannot read what is to be deleted"),
+            Err(error) => {
+                return tracing::warn!(error = %Chain(&error), "cannot read what is to be deleted");
+            }
         };
         let counts = Counts::default();
         for thread in pending.iter().filter(|thread| thread.finished_at.is_none()) {
@@ -200,7 +224,12 @@ impl Janitor {
                 Ok(Some(now)) => {
                     // The time is of no matter: what is being deleted is not judged by it.
                     let (attempts, claimed) = (thread.attempts, None);
-                    let due = DueThread { now: now.last_active_at, thread: now, attempts, claimed };
+                    let due = DueThread {
+                        now: now.last_active_at,
+                        thread: now,
+                        attempts,
+                        claimed,
+                    };
                     tokio::select! {
                         () = self.ctx.parts.draining.cancelled() => return,
                         () = self.process(due, &counts) => {}
@@ -215,4 +244,5 @@ impl Janitor {
     }
 }
 
-const NOTHING: Error = Error::NotFound("this key has no conversation, and none of it is being deleted");
+const NOTHING: Error =
+    Error::NotFound("this key has no conversation, and none of it is being deleted");

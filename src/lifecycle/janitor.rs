@@ -109,9 +109,16 @@ impl Janitor {
                 match self.run_pass(u32::MAX).await {
                     Ok(summary) if summary.has_more => continue,
                     Ok(_) => {}
-                    Err(error) => tracing::warn!(error = %Chain(&error), "the janitor cannot work now"),
+                    Err(error) => {
+                        tracing::warn!(error = %Chain(&error), "the janitor cannot work now")
+                    }
                 }
-                let pause = self.ctx.parts.janitor.interval.mul_f64(rand::rng().random_range(0.5..=1.5));
+                let pause = self
+                    .ctx
+                    .parts
+                    .janitor
+                    .interval
+                    .mul_f64(rand::rng().random_range(0.5..=1.5));
                 tokio::select! {
                     () = sleep(pause) => {}
                     () = self.ctx.wake.notified() => {}
@@ -128,7 +135,11 @@ impl Janitor {
     async fn apply_changed_limits(&self) {
         let mut after = None;
         loop {
-            match self.store().apply_changed_limits(after, REVIEW_BATCH, &self.ctx.parts.lifetimes).await {
+            match self
+                .store()
+                .apply_changed_limits(after, REVIEW_BATCH, &self.ctx.parts.lifetimes)
+                .await
+            {
                 Ok(None) => return,
                 Ok(last) => after = last,
                 Err(error) => {
@@ -162,7 +173,11 @@ impl Janitor {
         }
         self.look_for_upstream_orphans(&counts).await?;
         let (pruned, pruned_all) = self.prune().await?;
-        let summary = PassSummary { pruned, has_more: left == 0 || !pruned_all, ..counts.summary() };
+        let summary = PassSummary {
+            pruned,
+            has_more: left == 0 || !pruned_all,
+            ..counts.summary()
+        };
         if summary != PassSummary::default() {
             tracing::info!(?summary, "the janitor looked after threads");
         }
@@ -199,7 +214,12 @@ impl Janitor {
                 summary = janitor.run_pass(most) => summary.map_err(Error::from),
             }
         };
-        self.ctx.parts.tasks.spawn(work.in_current_span()).await.map_err(|_| Error::Internal(None))?
+        self.ctx
+            .parts
+            .tasks
+            .spawn(work.in_current_span())
+            .await
+            .map_err(|_| Error::Internal(None))?
     }
 
     /// What [`run_pass`](Self::run_pass) would do. Nothing is changed.
@@ -209,14 +229,22 @@ impl Janitor {
         let has_more = u32::try_from(due.len()).is_ok_and(|got| got == most);
         let plan = |due: DueThread| {
             let task = LifecycleTask::of(&due.thread, due.now, &parts.lifetimes, parts.archive);
-            Plan { thread: due.thread, task }
+            Plan {
+                thread: due.thread,
+                task,
+            }
         };
-        let plans =
-            due.into_iter().map(plan).filter(|plan| !matches!(plan.task, LifecycleTask::Nothing { .. }));
+        let plans = due
+            .into_iter()
+            .map(plan)
+            .filter(|plan| !matches!(plan.task, LifecycleTask::Nothing { .. }));
         Ok(DryRun {
             plans: plans.collect(),
             upstream_orphans: self.store().due_upstream_orphans(most).await?,
-            prunable: self.store().prunable(&self.ctx.pruning, PRUNE_BATCH).await?,
+            prunable: self
+                .store()
+                .prunable(&self.ctx.pruning, PRUNE_BATCH)
+                .await?,
             has_more,
         })
     }
@@ -238,8 +266,12 @@ impl Janitor {
     /// each time, and others go first.
     pub(super) async fn process(&self, due: DueThread, counts: &Counts) {
         let id = due.thread.id;
-        let DueThread { attempts, claimed, .. } = due;
-        let done = timeout(ITEM_TIMEOUT, self.task(due, counts)).await.unwrap_or(Err(JanitorError::TimeIsUp));
+        let DueThread {
+            attempts, claimed, ..
+        } = due;
+        let done = timeout(ITEM_TIMEOUT, self.task(due, counts))
+            .await
+            .unwrap_or(Err(JanitorError::TimeIsUp));
         let (after, trouble) = match done {
             Ok(Next::Look(after)) => (after, None),
             Ok(Next::Settled) => return,
@@ -249,11 +281,20 @@ impl Janitor {
                 (Some(back_off(attempts)), Some(trouble.to_string()))
             }
         };
-        retry_until_ok(|| self.store().reschedule(id, claimed, after, trouble.as_deref())).await;
+        retry_until_ok(|| {
+            self.store()
+                .reschedule(id, claimed, after, trouble.as_deref())
+        })
+        .await;
     }
 
     async fn task(&self, due: DueThread, counts: &Counts) -> Result<Next, JanitorError> {
-        let DueThread { thread, now, attempts, .. } = due;
+        let DueThread {
+            thread,
+            now,
+            attempts,
+            ..
+        } = due;
         let (id, policy) = (thread.id, self.ctx.parts.archive);
         match LifecycleTask::of(&thread, now, &self.ctx.parts.lifetimes, policy) {
             LifecycleTask::Nothing { until } => Ok(Next::Look(until.map(|until| from(now, until)))),
@@ -271,7 +312,11 @@ impl Janitor {
                     return Ok(Next::Look(Some(FIRST_BACK_OFF)));
                 }
                 let cleared = async {
-                    self.ctx.parts.runs.reconcile(&thread, None, &self.ctx.pace).await?;
+                    self.ctx
+                        .parts
+                        .runs
+                        .reconcile(&thread, None, &self.ctx.pace)
+                        .await?;
                     self.clear_upstream(&thread, attempts).await
                 };
                 match cleared.await {
@@ -279,7 +324,9 @@ impl Janitor {
                         counts.cleared.fetch_add(1, Ordering::Relaxed);
                     }
                     // It is tried anew when the thread is erased.
-                    Err(trouble) if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) => {
+                    Err(trouble)
+                        if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) =>
+                    {
                         tracing::warn!(
                             error = %Chain(&trouble),
                             "the upstream copy of an archived thread stays until the thread is erased"
@@ -287,9 +334,16 @@ impl Janitor {
                     }
                     Err(trouble) => return Err(trouble),
                 }
-                let limits = Limits { max_age: policy.transcript, max_idle: None };
+                let limits = Limits {
+                    max_age: policy.transcript,
+                    max_idle: None,
+                };
                 let archived_at = thread.archived_at.unwrap_or(now);
-                Ok(Next::Look(limits.end(archived_at, archived_at).map(|until| from(now, until))))
+                Ok(Next::Look(
+                    limits
+                        .end(archived_at, archived_at)
+                        .map(|until| from(now, until)),
+                ))
             }
             LifecycleTask::Discard { .. } => {
                 if let Some(keep) = policy.transcript
@@ -308,7 +362,12 @@ impl Janitor {
     }
 
     /// One deletion, from wherever it stands to its end, which may be somebody else's doing.
-    async fn delete(&self, thread: &Thread, end: Deletion, attempts: i64) -> Result<(), JanitorError> {
+    async fn delete(
+        &self,
+        thread: &Thread,
+        end: Deletion,
+        attempts: i64,
+    ) -> Result<(), JanitorError> {
         loop {
             self.end_runs(thread).await?;
             // As it is now: a run may have moved it upstream, or left something.
@@ -317,7 +376,12 @@ impl Janitor {
                 return Ok(());
             };
             if end == Deletion::Archive
-                && let Err(error) = self.ctx.parts.runs.reconcile(&now, None, &self.ctx.pace).await
+                && let Err(error) = self
+                    .ctx
+                    .parts
+                    .runs
+                    .reconcile(&now, None, &self.ctx.pace)
+                    .await
             {
                 if attempts < tries_within(self.ctx.parts.janitor.give_up_after) {
                     return Err(error.into());
@@ -354,7 +418,9 @@ impl Janitor {
             let at_once = self.ctx.parts.janitor.concurrency.get() as usize;
             let claimed = Instant::now();
             let one = |orphan: UpstreamOrphan| async move {
-                let OrphanName::Row(id) = orphan.name else { return };
+                let OrphanName::Row(id) = orphan.name else {
+                    return;
+                };
                 if claimed.elapsed() + ITEM_TIMEOUT > LEASE {
                     return;
                 }
@@ -365,11 +431,16 @@ impl Janitor {
                 match done {
                     Ok(removed) => {
                         let deleted = removed.responses + removed.other_threads;
-                        counts.upstream_orphans.fetch_add(deleted, Ordering::Relaxed);
+                        counts
+                            .upstream_orphans
+                            .fetch_add(deleted, Ordering::Relaxed);
                         if removed.unknown > 0 || !removed.left.is_empty() {
                             retry_until_ok(|| self.store().keep_upstream_orphan(id, knew)).await;
                         } else {
-                            retry_until_ok(|| self.store().reschedule_upstream_orphan(id, knew, None)).await;
+                            retry_until_ok(|| {
+                                self.store().reschedule_upstream_orphan(id, knew, None)
+                            })
+                            .await;
                         }
                     }
                     Err(trouble) => {
@@ -385,12 +456,17 @@ impl Janitor {
                             retry_until_ok(|| self.store().keep_upstream_orphan(id, knew)).await;
                         } else {
                             let after = Some(back_off(attempts));
-                            retry_until_ok(|| self.store().reschedule_upstream_orphan(id, knew, after)).await;
+                            retry_until_ok(|| {
+                                self.store().reschedule_upstream_orphan(id, knew, after)
+                            })
+                            .await;
                         }
                     }
                 }
             };
-            stream::iter(orphans).for_each_concurrent(at_once, one).await;
+            stream::iter(orphans)
+                .for_each_concurrent(at_once, one)
+                .await;
             if got < batch as usize {
                 return Ok(());
             }
@@ -458,7 +534,9 @@ fn from(now: Timestamp, until: Timestamp) -> Duration {
 /// The wait after so many failures in a row and one more, between half of it and all.
 fn back_off(attempts: i64) -> Duration {
     let doublings = u32::try_from(attempts).unwrap_or(u32::MAX).min(16);
-    let wait = FIRST_BACK_OFF.saturating_mul(2_u32.saturating_pow(doublings)).min(LONGEST_BACK_OFF);
+    let wait = FIRST_BACK_OFF
+        .saturating_mul(2_u32.saturating_pow(doublings))
+        .min(LONGEST_BACK_OFF);
     wait.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
@@ -482,7 +560,16 @@ mod tests {
 
     #[test]
     fn tries_take_the_time_that_they_are_given() {
-        for (time, tries) in [(0, 0), (14, 0), (15, 1), (44, 1), (45, 2), (3825, 8), (7424, 8), (7425, 9)] {
+        for (time, tries) in [
+            (0, 0),
+            (14, 0),
+            (15, 1),
+            (44, 1),
+            (45, 2),
+            (3825, 8),
+            (7424, 8),
+            (7425, 9),
+        ] {
             assert_eq!(tries_within(Duration::from_secs(time)), tries, "{time}");
         }
         assert_eq!(tries_within(Duration::from_hours(7 * 24)), 174);
@@ -493,7 +580,10 @@ mod tests {
         let mut longest = Duration::ZERO;
         for attempts in 0..100 {
             let wait = back_off(attempts);
-            assert!(wait >= FIRST_BACK_OFF / 2 && wait <= LONGEST_BACK_OFF, "{attempts}: {wait:?}");
+            assert!(
+                wait >= FIRST_BACK_OFF / 2 && wait <= LONGEST_BACK_OFF,
+                "{attempts}: {wait:?}"
+            );
             longest = longest.max(wait);
         }
         assert!(back_off(0) <= FIRST_BACK_OFF && longest > LONGEST_BACK_OFF / 2);

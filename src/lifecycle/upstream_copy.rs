@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::Janitor;
 use super::janitor::JanitorError;
 use crate::domain::{
-    Deletion, Lifecycle, Limits, Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId, UpstreamThreadId,
-    now,
+    Deletion, Lifecycle, Limits, Removed, Thread, ThreadId, UpstreamOutcome, UpstreamRunId,
+    UpstreamThreadId, now,
 };
 use crate::error::Chain;
 use crate::store::{OrphanKind, OrphanName, UpstreamOrphan};
@@ -36,7 +36,11 @@ impl Janitor {
     /// # Errors
     /// [`JanitorError::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
     /// as soon as that is answered. [`JanitorError::Upstream`] if a step failed and is to be tried again.
-    pub(super) async fn clear_upstream(&self, thread: &Thread, attempts: i64) -> Result<(), JanitorError> {
+    pub(super) async fn clear_upstream(
+        &self,
+        thread: &Thread,
+        attempts: i64,
+    ) -> Result<(), JanitorError> {
         self.wait_for_making(thread.id).await?;
         let mut removed = thread.removed.clone();
         if attempts == 0 {
@@ -53,23 +57,34 @@ impl Janitor {
             own = own.or_else(|| removed.upstream_thread_id.clone());
         }
         let Some(upstream) = self.ctx.parts.upstreams.get(&thread.upstream) else {
-            removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
-            removed.outcome.get_or_insert(UpstreamOutcome::NotConfigured);
+            removed.upstream_thread_id = thread
+                .upstream_thread_id
+                .clone()
+                .or(removed.upstream_thread_id);
+            removed
+                .outcome
+                .get_or_insert(UpstreamOutcome::NotConfigured);
             return Ok(self.store().removed(thread.id, &removed, &[]).await?);
         };
         let capabilities = upstream.capabilities();
         if capabilities.stores_runs && removed == Removed::default() {
             removed.unknown = self.store().unacknowledged_requests(thread.id).await?;
         }
-        removed.upstream_thread_id = thread.upstream_thread_id.clone().or(removed.upstream_thread_id);
+        removed.upstream_thread_id = thread
+            .upstream_thread_id
+            .clone()
+            .or(removed.upstream_thread_id);
         let look = Look::begin(&removed);
-        self.clear_upstream_orphans(thread, &**upstream, &mut removed, look).await?;
+        self.clear_upstream_orphans(thread, &**upstream, &mut removed, look)
+            .await?;
         let outcome = match &own {
-            None => removed.outcome.unwrap_or(match &removed.upstream_thread_id {
-                // Another one that works on it was faster, and what it recorded was written over.
-                Some(_) => UpstreamOutcome::AlreadyGone,
-                None => UpstreamOutcome::None,
-            }),
+            None => removed
+                .outcome
+                .unwrap_or(match &removed.upstream_thread_id {
+                    // Another one that works on it was faster, and what it recorded was written over.
+                    Some(_) => UpstreamOutcome::AlreadyGone,
+                    None => UpstreamOutcome::None,
+                }),
             Some(id) => match self.dispose(&**upstream, id, &mut removed, look).await {
                 Ok(Disposal::Deleted) => UpstreamOutcome::Deleted,
                 // A chain is nothing but its responses.
@@ -78,17 +93,29 @@ impl Janitor {
                 }
                 Ok(Disposal::AlreadyGone) => UpstreamOutcome::AlreadyGone,
                 Ok(Disposal::NotSupported) => UpstreamOutcome::NotSupported,
-                Err(_) if look.is_only_long(&removed) => return self.goes_on(thread, removed).await,
-                Err(error) if self.gives_up(thread, &mut removed, &error) => UpstreamOutcome::Failed,
+                Err(_) if look.is_only_long(&removed) => {
+                    return self.goes_on(thread, removed).await;
+                }
+                Err(error) if self.gives_up(thread, &mut removed, &error) => {
+                    UpstreamOutcome::Failed
+                }
                 Err(error) => {
                     // What was deleted of it until then is in the receipt, too.
                     self.store().removed(thread.id, &removed, &[]).await?;
-                    return Err(JanitorError::Upstream { name: thread.upstream.clone(), error });
+                    return Err(JanitorError::Upstream {
+                        name: thread.upstream.clone(),
+                        error,
+                    });
                 }
             },
         };
         // What an earlier look came to is counted already.
-        if own.is_some() && matches!(outcome, UpstreamOutcome::NotSupported | UpstreamOutcome::Failed) {
+        if own.is_some()
+            && matches!(
+                outcome,
+                UpstreamOutcome::NotSupported | UpstreamOutcome::Failed
+            )
+        {
             if capabilities.has_threads {
                 removed.left.threads += 1;
             } else {
@@ -124,7 +151,10 @@ impl Janitor {
         let (mut failed, mut last, mut failures) = (Vec::new(), None, 0);
         loop {
             let limit = BATCH + u32::try_from(failed.len()).unwrap_or(u32::MAX);
-            let mut orphans = self.store().upstream_orphans(thread.id, with_runs, limit).await?;
+            let mut orphans = self
+                .store()
+                .upstream_orphans(thread.id, with_runs, limit)
+                .await?;
             orphans.retain(|orphan| !failed.contains(&orphan.name));
             if orphans.is_empty() {
                 break;
@@ -135,12 +165,17 @@ impl Janitor {
                     leave(orphan, removed);
                     continue;
                 }
-                match self.delete_upstream_orphan(upstream, orphan, removed, look).await {
+                match self
+                    .delete_upstream_orphan(upstream, orphan, removed, look)
+                    .await
+                {
                     Ok(()) => failures = 0,
                     Err(JanitorError::Upstream { .. }) if look.is_only_long(removed) => {
                         return self.goes_on(thread, removed.clone()).await;
                     }
-                    Err(JanitorError::Upstream { error, .. }) if self.gives_up(thread, removed, &error) => {
+                    Err(JanitorError::Upstream { error, .. })
+                        if self.gives_up(thread, removed, &error) =>
+                    {
                         failures += 1;
                         leave(orphan, removed);
                     }
@@ -159,14 +194,17 @@ impl Janitor {
             }
             // What had no id when it was listed may have been given one since.
             orphans.retain(|orphan| !failed.contains(&orphan.name));
-            let (nameless, known): (Vec<_>, Vec<_>) =
-                orphans.into_iter().partition(|it| it.kind == OrphanKind::Thread && it.upstream_id.is_none());
+            let (nameless, known): (Vec<_>, Vec<_>) = orphans
+                .into_iter()
+                .partition(|it| it.kind == OrphanKind::Thread && it.upstream_id.is_none());
             let mut names: Vec<OrphanName> = known.into_iter().map(|orphan| orphan.name).collect();
             names.dedup();
             self.store().removed(thread.id, removed, &names).await?;
             for orphan in nameless {
                 if let OrphanName::Row(id) = orphan.name {
-                    self.store().reschedule_upstream_orphan(id, None, None).await?;
+                    self.store()
+                        .reschedule_upstream_orphan(id, None, None)
+                        .await?;
                 }
             }
         }
@@ -188,7 +226,11 @@ impl Janitor {
         if removed.tried_until.is_none() {
             let patience = self.ctx.parts.janitor.give_up_after;
             // What lies beyond the calendar never comes.
-            removed.tried_until = Limits { max_age: Some(patience), max_idle: None }.end(now, now);
+            removed.tried_until = Limits {
+                max_age: Some(patience),
+                max_idle: None,
+            }
+            .end(now, now);
         }
         let is_over = removed.tried_until.is_some_and(|until| until <= now);
         if thread.lifecycle != Lifecycle::Deleting || !is_over {
@@ -213,7 +255,9 @@ impl Janitor {
         look: Look,
     ) -> Result<Disposal, UpstreamError> {
         let mut items = Items::default();
-        let disposal = look.bound(upstream.delete_thread(id, &self.ctx.pace, &mut items)).await;
+        let disposal = look
+            .bound(upstream.delete_thread(id, &self.ctx.pace, &mut items))
+            .await;
         removed.items += items.deleted;
         if disposal.is_ok() {
             removed.left.items += items.left;
@@ -250,7 +294,8 @@ impl Janitor {
         };
         let mut removed = Removed::default();
         let look = Look::begin(&removed);
-        self.delete_upstream_orphan(&**upstream, orphan, &mut removed, look).await?;
+        self.delete_upstream_orphan(&**upstream, orphan, &mut removed, look)
+            .await?;
         if !removed.left.is_empty() {
             tracing::warn!(
                 thread.id = %orphan.thread,
@@ -277,11 +322,18 @@ impl Janitor {
         look: Look,
     ) -> Result<(), JanitorError> {
         let pace = &self.ctx.pace;
-        let failed = |error| JanitorError::Upstream { name: orphan.upstream.clone(), error };
+        let failed = |error| JanitorError::Upstream {
+            name: orphan.upstream.clone(),
+            error,
+        };
         let unused = match (orphan.kind, &orphan.upstream_id) {
             (OrphanKind::Run, Some(id)) => {
                 let id = UpstreamRunId(id.clone());
-                match look.bound(upstream.delete_run(&id, pace)).await.map_err(failed)? {
+                match look
+                    .bound(upstream.delete_run(&id, pace))
+                    .await
+                    .map_err(failed)?
+                {
                     Disposal::Deleted => removed.responses += 1,
                     Disposal::AlreadyGone => {}
                     Disposal::NotSupported => removed.left.responses += 1,
@@ -291,7 +343,10 @@ impl Janitor {
             (OrphanKind::Run, None) => return Ok(()),
             (OrphanKind::Thread, Some(id)) => vec![UpstreamThreadId(id.clone())],
             (OrphanKind::Thread, None) => {
-                let found = look.bound(upstream.find_threads(orphan.thread, pace)).await.map_err(failed)?;
+                let found = look
+                    .bound(upstream.find_threads(orphan.thread, pace))
+                    .await
+                    .map_err(failed)?;
                 let Some(found) = found else {
                     removed.unknown += 1;
                     return Ok(());
@@ -300,7 +355,11 @@ impl Janitor {
             }
         };
         for id in unused {
-            match self.dispose(upstream, &id, removed, look).await.map_err(failed)? {
+            match self
+                .dispose(upstream, &id, removed, look)
+                .await
+                .map_err(failed)?
+            {
                 Disposal::Deleted => removed.other_threads += 1,
                 Disposal::AlreadyGone => {}
                 Disposal::NotSupported => removed.left.threads += 1,
@@ -320,11 +379,22 @@ impl Janitor {
     ) -> Result<Vec<UpstreamThreadId>, JanitorError> {
         // Only a run makes threads; without one, another intent is as old as this one.
         let at_work = !self.store().unfinished_of(intent.thread).await?.is_empty();
-        let others = self.store().upstream_orphans(intent.thread, false, BATCH).await?;
-        if at_work && others.iter().any(|other| other.upstream_id.is_none() && other.name != intent.name) {
+        let others = self
+            .store()
+            .upstream_orphans(intent.thread, false, BATCH)
+            .await?;
+        if at_work
+            && others
+                .iter()
+                .any(|other| other.upstream_id.is_none() && other.name != intent.name)
+        {
             return Err(JanitorError::Underway);
         }
-        let used = self.store().thread(intent.thread).await?.and_then(|thread| thread.upstream_thread_id);
+        let used = self
+            .store()
+            .thread(intent.thread)
+            .await?
+            .and_then(|thread| thread.upstream_thread_id);
         found.retain(|id| Some(id) != used.as_ref());
         Ok(found)
     }
@@ -340,14 +410,19 @@ struct Look {
 
 impl Look {
     fn begin(removed: &Removed) -> Self {
-        Self { until: Instant::now() + STEPS, before: deleted(removed) }
+        Self {
+            until: Instant::now() + STEPS,
+            before: deleted(removed),
+        }
     }
 
     async fn bound<T>(
         self,
         step: impl Future<Output = Result<T, UpstreamError>>,
     ) -> Result<T, UpstreamError> {
-        timeout_at(self.until, step).await.unwrap_or(Err(UpstreamError::Broken { timeout: true }))
+        timeout_at(self.until, step)
+            .await
+            .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
     }
 
     /// Its time is over, and it was well spent.

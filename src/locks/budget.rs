@@ -25,12 +25,19 @@ pub struct Share {
 impl Budget {
     pub fn new(bytes: usize) -> Self {
         let all = units(bytes);
-        Self { units: Arc::new(Semaphore::new(all as usize)), all }
+        Self {
+            units: Arc::new(Semaphore::new(all as usize)),
+            all,
+        }
     }
 
     /// Waits for its bytes behind all that waited before. More than there are in all means all. May be dropped.
     pub async fn take(&self, bytes: usize) -> Share {
-        let mut share = Share { budget: Some(self.clone()), permit: None, units: units(bytes).min(self.all) };
+        let mut share = Share {
+            budget: Some(self.clone()),
+            permit: None,
+            units: units(bytes).min(self.all),
+        };
         share.take_again().await;
         share
     }
@@ -55,7 +62,10 @@ impl Share {
     pub async fn take_again(&mut self) {
         if let (Some(budget), None) = (&self.budget, &self.permit) {
             // Nobody closes the semaphore.
-            self.permit = Arc::clone(&budget.units).acquire_many_owned(self.units).await.ok();
+            self.permit = Arc::clone(&budget.units)
+                .acquire_many_owned(self.units)
+                .await
+                .ok();
         }
     }
 
@@ -85,7 +95,10 @@ mod tests {
         let mut two = budget.take(5 * UNIT).now_or_never().unwrap();
         two.give_back();
         let three = budget.take(1).now_or_never().unwrap();
-        assert!(two.take_again().now_or_never().is_none(), "a byte takes a whole unit");
+        assert!(
+            two.take_again().now_or_never().is_none(),
+            "a byte takes a whole unit"
+        );
         drop(three);
         two.take_again().now_or_never().unwrap();
         assert!(budget.take(1).now_or_never().is_none());

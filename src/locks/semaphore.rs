@@ -39,7 +39,14 @@ pub struct Permit<K: Eq + Hash> {
 impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
     /// `usize::MAX` is no limit.
     pub fn new(all: usize, each: usize) -> Self {
-        Self { all, each, taken: Arc::new(Mutex::new(Taken { all: 0, by_key: HashMap::new() })) }
+        Self {
+            all,
+            each,
+            taken: Arc::new(Mutex::new(Taken {
+                all: 0,
+                by_key: HashMap::new(),
+            })),
+        }
     }
 
     /// A permit for the key, at once or not at all.
@@ -50,7 +57,12 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
     /// `count` permits for the key as one, at once or not at all.
     pub fn take_many(&self, key: &K, count: usize) -> Result<Permit<K>, NoPermit> {
         let mut taken = lock(&self.taken);
-        let own = taken.by_key.get(key).copied().unwrap_or_default().saturating_add(count);
+        let own = taken
+            .by_key
+            .get(key)
+            .copied()
+            .unwrap_or_default()
+            .saturating_add(count);
         if own > self.each {
             return Err(NoPermit::KeyFull(self.each));
         }
@@ -60,7 +72,11 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         }
         taken.all = all;
         taken.by_key.insert(key.clone(), own);
-        Ok(Permit { key: key.clone(), count, taken: Arc::clone(&self.taken) })
+        Ok(Permit {
+            key: key.clone(),
+            count,
+            taken: Arc::clone(&self.taken),
+        })
     }
 }
 
@@ -97,6 +113,10 @@ mod tests {
         let _again = semaphore.take(&"a").unwrap();
         drop(third);
         assert!(semaphore.take(&"b").is_ok());
-        assert_eq!(lock(&semaphore.taken).by_key.len(), 1, "nothing is kept of a key without permits");
+        assert_eq!(
+            lock(&semaphore.taken).by_key.len(),
+            1,
+            "nothing is kept of a key without permits"
+        );
     }
 }

@@ -101,7 +101,9 @@ impl World {
     fn is_first(&self, task: usize) -> bool {
         let track = self.stages[task].track();
         let before = self.queue.iter().take_while(|other| **other != task);
-        before.map(|other| self.stages[*other].track()).all(|other| other.is_some() && other != track)
+        before
+            .map(|other| self.stages[*other].track())
+            .all(|other| other.is_some() && other != track)
     }
 
     fn awake(&self, task: usize) -> bool {
@@ -110,12 +112,22 @@ impl World {
 
     fn state(&self) -> Abstract {
         let awake = std::array::from_fn(|task| self.awake(task));
-        (self.queue.clone(), self.joined.clone(), self.stages, awake, self.track)
+        (
+            self.queue.clone(),
+            self.joined.clone(),
+            self.stages,
+            awake,
+            self.track,
+        )
     }
 
     fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
-        let none_started = |track: u8| self.stages.iter().all(|stage| *stage != Stage::Started(track));
+        let none_started = |track: u8| {
+            self.stages
+                .iter()
+                .all(|stage| *stage != Stage::Started(track))
+        };
         for task in 0..self.scope.tasks {
             match self.stages[task] {
                 // The last one alone may go next, and only it: else there are too many states.
@@ -123,7 +135,9 @@ impl World {
                 Stage::Outside => steps.push(Step::Join(task)),
                 Stage::WantsToRecord => steps.extend([Step::Poll(task), Step::Leave(task)]),
                 Stage::MayRecord => {
-                    steps.extend((self.track..self.scope.tracks).map(|track| Step::Recorded(task, track)));
+                    steps.extend(
+                        (self.track..self.scope.tracks).map(|track| Step::Recorded(task, track)),
+                    );
                     steps.push(Step::Leave(task));
                 }
                 Stage::WantsTurn(track) | Stage::HasTurn(track) => {
@@ -143,13 +157,18 @@ impl World {
         match step {
             Step::Join(task) | Step::JoinNext(task) => {
                 let next = matches!(step, Step::JoinNext(_));
-                let ticket = if next { self.map.join_next("key") } else { self.map.join("key") };
+                let ticket = if next {
+                    self.map.join_next("key")
+                } else {
+                    self.map.join("key")
+                };
                 self.entries[task] = Some(ticket.unwrap());
                 self.stages[task] = Stage::WantsToRecord;
                 self.flags[task].0.store(true, Ordering::SeqCst);
                 let has_started = |task: &&usize| matches!(self.stages[**task], Stage::Started(_));
                 let started = self.queue.iter().take_while(has_started).count();
-                self.queue.insert(if next { started } else { self.queue.len() }, task);
+                self.queue
+                    .insert(if next { started } else { self.queue.len() }, task);
                 self.joined.push(task);
             }
             Step::Poll(task) => {
@@ -197,29 +216,53 @@ impl World {
     fn check(&self) {
         let is_recorded = |task: usize| self.stages[task].track().is_some();
         for &task in &self.queue {
-            let may_record =
-                || self.joined.iter().take_while(|other| **other != task).all(|task| is_recorded(*task));
+            let may_record = || {
+                self.joined
+                    .iter()
+                    .take_while(|other| **other != task)
+                    .all(|task| is_recorded(*task))
+            };
             match self.stages[task] {
                 Stage::Started(_) => assert!(self.is_first(task), "{:?}", self.state()),
                 // Recording goes in order of joining, one at a time.
                 Stage::MayRecord => assert!(may_record(), "{:?}", self.state()),
                 // No lost wake-up: who may go is awake. One that was overtaken asks again before it acts.
                 Stage::WantsTurn(_) => {
-                    assert!(!self.is_first(task) || self.awake(task), "{:?}", self.state());
+                    assert!(
+                        !self.is_first(task) || self.awake(task),
+                        "{:?}",
+                        self.state()
+                    );
                 }
-                Stage::WantsToRecord => assert!(!may_record() || self.awake(task), "{:?}", self.state()),
+                Stage::WantsToRecord => {
+                    assert!(!may_record() || self.awake(task), "{:?}", self.state())
+                }
                 Stage::HasTurn(_) => {}
                 Stage::Outside | Stage::Gone => unreachable!("not in queue"),
             }
         }
-        assert_eq!(self.map.is_empty(), self.queue.is_empty(), "a queue lives as long as its entries");
+        assert_eq!(
+            self.map.is_empty(),
+            self.queue.is_empty(),
+            "a queue lives as long as its entries"
+        );
     }
 }
 
 #[test]
 fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
-    assert!(search(Scope { tasks: TASKS, tracks: 1 }) > 4_000);
-    assert!(search(Scope { tasks: TASKS - 1, tracks: 2 }) > 1_000);
+    assert!(
+        search(Scope {
+            tasks: TASKS,
+            tracks: 1
+        }) > 4_000
+    );
+    assert!(
+        search(Scope {
+            tasks: TASKS - 1,
+            tracks: 2
+        }) > 1_000
+    );
 }
 
 /// Checks all states that can be reached. How many there are.
@@ -247,7 +290,11 @@ fn search(scope: Scope) -> usize {
         }
     }
     // Whatever track was the last.
-    assert_eq!(all_gone, usize::from(scope.tracks), "there is a further step until all have left");
+    assert_eq!(
+        all_gone,
+        usize::from(scope.tracks),
+        "there is a further step until all have left"
+    );
     seen.len()
 }
 
@@ -273,10 +320,19 @@ fn places_that_moved_wait_for_those_of_their_new_lane() {
     }
     let mut cx = Context::from_waker(Waker::noop());
     let mut may_go = |ticket: &mut Ticket<_, _>| pin!(ticket.turn()).poll(&mut cx).is_ready();
-    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, true]);
+    assert_eq!(
+        entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(),
+        [true, false, true]
+    );
     map.moved(&"a", 0, 1);
-    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false, false]);
+    assert_eq!(
+        entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(),
+        [true, false, false]
+    );
     map.moved(&"b", 0, 1);
     drop(entries.remove(0));
-    assert_eq!(entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(
+        entries.iter_mut().map(&mut may_go).collect::<Vec<_>>(),
+        [true, false]
+    );
 }

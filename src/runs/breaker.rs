@@ -83,7 +83,10 @@ pub(in crate::runs) struct Permit {
 
 impl Breaker {
     pub fn new(upstream: &str, config: &UpstreamConfig) -> Self {
-        let circuit = Circuit { state: State::Closed(Box::new(Window::new())), epoch: 0 };
+        let circuit = Circuit {
+            state: State::Closed(Box::new(Window::new())),
+            epoch: 0,
+        };
         Self {
             upstream: upstream.to_owned(),
             min_requests: config.breaker_min_requests,
@@ -112,16 +115,29 @@ impl Breaker {
         match &mut circuit.state {
             State::Closed(_) => {}
             State::Open { .. } => {
-                circuit.change(State::HalfOpen { places: PROBES - 1, until, answers: 0, failures: 0 });
+                circuit.change(State::HalfOpen {
+                    places: PROBES - 1,
+                    until,
+                    answers: 0,
+                    failures: 0,
+                });
             }
-            State::HalfOpen { places, until: renewal, .. } => {
+            State::HalfOpen {
+                places,
+                until: renewal,
+                ..
+            } => {
                 if *renewal <= now {
                     (*places, *renewal) = (PROBES, until);
                 }
                 *places -= 1;
             }
         }
-        Ok(Permit { breaker: Arc::clone(self), epoch: circuit.epoch, has_verdict: false })
+        Ok(Permit {
+            breaker: Arc::clone(self),
+            epoch: circuit.epoch,
+            has_verdict: false,
+        })
     }
 
     fn circuit(&self) -> MutexGuard<'_, Circuit> {
@@ -150,7 +166,10 @@ impl State {
 
 impl Window {
     fn new() -> Self {
-        Self { begun: Instant::now(), slots: [Slot::default(); SLOTS] }
+        Self {
+            begun: Instant::now(),
+            slots: [Slot::default(); SLOTS],
+        }
     }
 
     /// Counts a verdict. Gives the requests within the last `length`, and how many of them failed.
@@ -159,13 +178,22 @@ impl Window {
         let number = self.begun.elapsed().as_nanos() / slot_nanos;
         let slot = &mut self.slots[usize::try_from(number % SLOTS as u128).unwrap_or_default()];
         if slot.number != number {
-            *slot = Slot { number, ..Slot::default() };
+            *slot = Slot {
+                number,
+                ..Slot::default()
+            };
         }
         slot.requests = slot.requests.saturating_add(1);
         slot.failures = slot.failures.saturating_add(u32::from(failed));
-        let recent = self.slots.iter().filter(|slot| slot.number + SLOTS as u128 > number);
+        let recent = self
+            .slots
+            .iter()
+            .filter(|slot| slot.number + SLOTS as u128 > number);
         recent.fold((0, 0), |(requests, failures), slot| {
-            (requests.saturating_add(slot.requests), failures.saturating_add(slot.failures))
+            (
+                requests.saturating_add(slot.requests),
+                failures.saturating_add(slot.failures),
+            )
         })
     }
 }
@@ -197,8 +225,14 @@ impl Permit {
                 (failed && is_enough && failures > requests / 2).then_some((requests, failures))
             }
             // The third verdict decides at the latest, so there is a place for each that is still needed.
-            State::HalfOpen { answers, failures, .. } => {
-                *if failed { &mut *failures } else { &mut *answers } += 1;
+            State::HalfOpen {
+                answers, failures, ..
+            } => {
+                *if failed {
+                    &mut *failures
+                } else {
+                    &mut *answers
+                } += 1;
                 let (answers, failures) = (*answers, *failures);
                 if answers >= MAJORITY {
                     circuit.change(State::Closed(Box::new(Window::new())));
@@ -213,8 +247,12 @@ impl Permit {
             }
             State::Open { .. } => None,
         };
-        let Some((requests, failures)) = opens else { return };
-        circuit.change(State::Open { until: Instant::now() + breaker.open });
+        let Some((requests, failures)) = opens else {
+            return;
+        };
+        circuit.change(State::Open {
+            until: Instant::now() + breaker.open,
+        });
         drop(circuit);
         tracing::warn!(
             upstream.name = breaker.upstream,
@@ -313,7 +351,11 @@ mod tests {
             let breaker = breaker(1);
             fail(&breaker, 1);
             advance(OPEN).await;
-            assert_eq!((breaker.check(), breaker.check()), (Ok(()), Ok(())), "asking uses nothing up");
+            assert_eq!(
+                (breaker.check(), breaker.check()),
+                (Ok(()), Ok(())),
+                "asking uses nothing up"
+            );
             let mut probes: Vec<_> = (0..PROBES).map(|_| breaker.enter().unwrap()).collect();
             assert_eq!(breaker.enter().unwrap_err(), PROBE_TIME);
             let mut first = probes.pop().unwrap();
@@ -325,7 +367,11 @@ mod tests {
             assert_eq!(breaker.check(), Err(PROBE_TIME));
             for verdict in verdicts {
                 let mut probe = probes.pop().unwrap();
-                if verdict { probe.answered() } else { probe.failed() }
+                if verdict {
+                    probe.answered()
+                } else {
+                    probe.failed()
+                }
             }
             assert_eq!(breaker.check(), if closes { Ok(()) } else { Err(OPEN) });
         }
@@ -354,7 +400,11 @@ mod tests {
         breaker.enter().unwrap().answered();
         silent.pop().unwrap().answered();
         fail(&breaker, 1);
-        assert_eq!(breaker.check(), Err(OPEN), "both counted, so it was closed, and one failure opens it");
+        assert_eq!(
+            breaker.check(),
+            Err(OPEN),
+            "both counted, so it was closed, and one failure opens it"
+        );
     }
 
     #[tokio::test(start_paused = true)]

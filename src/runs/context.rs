@@ -14,7 +14,9 @@ use tokio_util::task::TaskTracker;
 use tracing::Span;
 
 use crate::config::{AssistantConfig, RunsConfig, SessionsConfig, ThreadsConfig};
-use crate::domain::{ConversationKey, Fingerprints, Lifetimes, ReplicaId, RunId, TenantKey, ThreadId};
+use crate::domain::{
+    ConversationKey, Fingerprints, Lifetimes, ReplicaId, RunId, TenantKey, ThreadId,
+};
 use crate::error::Error;
 use crate::locks::{KeyedQueue, KeyedSemaphore};
 use crate::runs::breaker::Breaker;
@@ -104,9 +106,17 @@ pub(in crate::runs) struct Context {
 
 impl Context {
     pub(in crate::runs) fn new(parts: RunsParts) -> Self {
-        let RunsParts { store, upstreams, settings, replica, tasks } = parts;
+        let RunsParts {
+            store,
+            upstreams,
+            settings,
+            replica,
+            tasks,
+        } = parts;
         let runs = &settings.runs;
-        let each = runs.max_runs_per_tenant.map_or(usize::MAX, NonZeroUsize::get);
+        let each = runs
+            .max_runs_per_tenant
+            .map_or(usize::MAX, NonZeroUsize::get);
         Self {
             queue: KeyedQueue::new(runs.max_queue),
             tenant_runs: KeyedSemaphore::new(runs.max_runs.get(), each),
@@ -143,12 +153,16 @@ impl Context {
 
 impl fmt::Debug for RunsParts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RunsParts").field("replica", &self.replica).finish_non_exhaustive()
+        f.debug_struct("RunsParts")
+            .field("replica", &self.replica)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("replica", &self.replica).finish_non_exhaustive()
+        f.debug_struct("Context")
+            .field("replica", &self.replica)
+            .finish_non_exhaustive()
     }
 }

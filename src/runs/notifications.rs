@@ -53,12 +53,17 @@ impl Notifier {
     /// Hears from now on about one thing.
     pub(in crate::runs) fn subscribe(&self, about: Notification) -> Subscription {
         let mut readers = lock(&self.readers);
-        let reader = readers
-            .entry(about)
-            .or_insert_with(|| Reader { sender: watch::Sender::new(()), subscriptions: 0 });
+        let reader = readers.entry(about).or_insert_with(|| Reader {
+            sender: watch::Sender::new(()),
+            subscriptions: 0,
+        });
         reader.subscriptions += 1;
         let receiver = reader.sender.subscribe();
-        Subscription { about, receiver, readers: Arc::clone(&self.readers) }
+        Subscription {
+            about,
+            receiver,
+            readers: Arc::clone(&self.readers),
+        }
     }
 
     /// Tells this process and the other replicas.
@@ -123,12 +128,16 @@ impl Notifier {
         if lock(&self.alone_since).is_some_and(|since| since.elapsed() < ECHOES) {
             return;
         }
-        self.has_peers.send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
+        self.has_peers
+            .send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
     }
 
     /// Takes out what is to be delivered.
     pub(in crate::runs) fn take(&self) -> Delivery<'_> {
-        Delivery { notifier: self, outbox: std::mem::take(&mut *lock(&self.outbox)) }
+        Delivery {
+            notifier: self,
+            outbox: std::mem::take(&mut *lock(&self.outbox)),
+        }
     }
 }
 
@@ -142,7 +151,9 @@ pub(in crate::runs) struct Delivery<'a> {
 impl Drop for Delivery<'_> {
     fn drop(&mut self) {
         let mut outbox = lock(&self.notifier.outbox);
-        outbox.notifications.extend(self.outbox.notifications.drain());
+        outbox
+            .notifications
+            .extend(self.outbox.notifications.drain());
         outbox.released.append(&mut self.outbox.released);
     }
 }
@@ -198,7 +209,10 @@ mod tests {
         notifier.notify(run);
         notifier.notify(run);
         subscription.changed().await;
-        assert!(subscription.changed().now_or_never().is_none(), "two are one");
+        assert!(
+            subscription.changed().now_or_never().is_none(),
+            "two are one"
+        );
         assert!(other.changed().now_or_never().is_none());
         notifier.receive(Notification::Missed);
         subscription.changed().await;
@@ -237,7 +251,10 @@ mod tests {
     #[test]
     fn what_is_not_delivered_is_not_lost() {
         let notifier = Notifier::default();
-        let lease = RunLease { run_id: RunId::new(), fence: 1 };
+        let lease = RunLease {
+            run_id: RunId::new(),
+            fence: 1,
+        };
         notifier.release(lease);
         drop(notifier.take());
         assert_eq!(notifier.take().outbox.released, [lease]);

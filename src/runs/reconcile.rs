@@ -9,7 +9,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::context::Context;
-use crate::domain::{self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId};
+use crate::domain::{
+    self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId,
+};
 use crate::error::Error;
 use crate::store::{ExternalMessage, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, RateLimiter, Upstream, UpstreamError};
@@ -64,9 +66,9 @@ impl From<Unverified> for Error {
             Unverified::Upstream(error) => Self::UpstreamFailed(error),
             Unverified::TooLate => Self::UpstreamTooSlow,
             Unverified::LeaseLost => Self::StoreUnavailable(None),
-            Unverified::NotConfigured => {
-                Self::Invalid("the configuration does not name this thread's upstream (any more)".to_owned())
-            }
+            Unverified::NotConfigured => Self::Invalid(
+                "the configuration does not name this thread's upstream (any more)".to_owned(),
+            ),
         }
     }
 }
@@ -86,27 +88,45 @@ pub(in crate::runs) async fn verify(
         compared(ctx, thread, pace).await
     };
     let limit = ctx.config.runs.settle_timeout;
-    timeout(limit, compared).await.unwrap_or(Err(Unverified::TooLate))
+    timeout(limit, compared)
+        .await
+        .unwrap_or(Err(Unverified::TooLate))
 }
 
-async fn compared(ctx: &Context, thread: &Thread, pace: &RateLimiter) -> Result<Verified, Unverified> {
-    let Some(id) = &thread.upstream_thread_id else { return Ok(Verified::NoThread) };
-    let upstream = ctx.upstream(&thread.upstream).ok_or(Unverified::NotConfigured)?;
+async fn compared(
+    ctx: &Context,
+    thread: &Thread,
+    pace: &RateLimiter,
+) -> Result<Verified, Unverified> {
+    let Some(id) = &thread.upstream_thread_id else {
+        return Ok(Verified::NoThread);
+    };
+    let upstream = ctx
+        .upstream(&thread.upstream)
+        .ok_or(Unverified::NotConfigured)?;
     // The transcript last: what is in the thread by then is in there, or was not yet asked for.
     let theirs = match history(&**upstream, id, pace).await {
         Err(UpstreamError::ThreadGone) => return Ok(Verified::Gone),
         Ok(None) => return Ok(Verified::CannotTell),
         theirs => theirs?.unwrap_or_default(),
     };
-    let Some(ours) = transcript(&ctx.store, thread).await? else { return Ok(Verified::CannotTell) };
+    let Some(ours) = transcript(&ctx.store, thread).await? else {
+        return Ok(Verified::CannotTell);
+    };
     // Said while nothing that is said was stored.
-    if ours.iter().any(|message| message.content.is_empty() && message.sync != domain::UpstreamSync::Withheld)
+    if ours
+        .iter()
+        .any(|message| message.content.is_empty() && message.sync != domain::UpstreamSync::Withheld)
     {
         return Ok(Verified::CannotTell);
     }
     let thread = thread.id;
-    let compared = spawn_blocking(move || compare(&ours, thread, theirs, Instant::now() + DIFF_TIME)).await;
-    Ok(compared.ok().flatten().map_or(Verified::CannotTell, Verified::Compared))
+    let compared =
+        spawn_blocking(move || compare(&ours, thread, theirs, Instant::now() + DIFF_TIME)).await;
+    Ok(compared
+        .ok()
+        .flatten()
+        .map_or(Verified::CannotTell, Verified::Compared))
 }
 
 /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
@@ -120,7 +140,10 @@ pub(in crate::runs) async fn reconcile(
     by: Option<RunLease>,
     pace: &RateLimiter,
 ) -> Result<u64, Unverified> {
-    if !ctx.upstreams.get(&thread.upstream).is_some_and(|upstream| upstream.has_external_writers)
+    if !ctx
+        .upstreams
+        .get(&thread.upstream)
+        .is_some_and(|upstream| upstream.has_external_writers)
         || !ctx.store.keeps_content()
     {
         return Ok(0);
@@ -136,11 +159,14 @@ pub(in crate::runs) async fn reconcile(
             upstream.remove(left).await
         };
         let limit = ctx.config.runs.settle_timeout;
-        timeout(limit, settled).await.map_err(|_| Unverified::TooLate)??;
+        timeout(limit, settled)
+            .await
+            .map_err(|_| Unverified::TooLate)??;
     }
     let external = match verify(ctx, thread, pace).await {
         Ok(Verified::Compared(differences)) => differences.external,
-        Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell) | Err(Unverified::NotConfigured) => {
+        Ok(Verified::Gone | Verified::NoThread | Verified::CannotTell)
+        | Err(Unverified::NotConfigured) => {
             return Ok(0);
         }
         Err(error) => return Err(error),
@@ -160,7 +186,10 @@ pub(in crate::runs) async fn reconcile(
     if external.is_empty() {
         return Ok(0);
     }
-    let added = ctx.store.insert_external_messages(thread.id, by, &external).await?;
+    let added = ctx
+        .store
+        .insert_external_messages(thread.id, by, &external)
+        .await?;
     tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
     Ok(added)
 }
@@ -183,8 +212,14 @@ async fn history(
 ) -> Result<Option<Vec<HistoryEntry>>, UpstreamError> {
     let (mut all, mut after, mut held) = (Vec::new(), None::<String>, 0);
     for _ in 0..MAX_HISTORY_PAGES {
-        let Some(some) = upstream.history(id, after.as_deref(), pace).await? else { return Ok(None) };
-        held += some.entries.iter().map(|entry| cost(&entry.content)).sum::<usize>();
+        let Some(some) = upstream.history(id, after.as_deref(), pace).await? else {
+            return Ok(None);
+        };
+        held += some
+            .entries
+            .iter()
+            .map(|entry| cost(&entry.content))
+            .sum::<usize>();
         if held > MAX_HISTORY {
             break;
         }
@@ -199,7 +234,11 @@ async fn history(
 }
 
 fn cost(content: &[ContentPart]) -> usize {
-    ENTRY_COST + content.iter().map(|part| PART_COST + part.size()).sum::<usize>()
+    ENTRY_COST
+        + content
+            .iter()
+            .map(|part| PART_COST + part.size())
+            .sum::<usize>()
 }
 
 /// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript. `None`
@@ -207,7 +246,10 @@ fn cost(content: &[ContentPart]) -> usize {
 async fn transcript(store: &Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
     let (mut all, mut held) = (Vec::new(), 0);
     let mut keep = |page: &[Message]| {
-        held += page.iter().map(|message| cost(&message.content)).sum::<usize>();
+        held += page
+            .iter()
+            .map(|message| cost(&message.content))
+            .sum::<usize>();
         if held > MAX_HISTORY {
             tracing::warn!("the transcript is too long to be compared with its upstream thread");
         }
@@ -227,7 +269,9 @@ async fn transcript(store: &Store, thread: &Thread) -> Result<Option<Vec<Message
     let mut after = 0;
     loop {
         let page = store.transcript(thread.id, after, PAGE).await?;
-        let Some(last) = page.last() else { return Ok(Some(all)) };
+        let Some(last) = page.last() else {
+            return Ok(Some(all));
+        };
         after = last.position;
         if !keep(&page) {
             return Ok(None);
@@ -263,15 +307,24 @@ fn compare(
         .collect();
     // Which message of ours each entry belongs to.
     let mut belongs: HashMap<usize, usize> = HashMap::new();
-    let differences =
-        capture_diff_slices_deadline(Algorithm::Patience, &said(&here), &said(&there), Some(deadline));
+    let differences = capture_diff_slices_deadline(
+        Algorithm::Patience,
+        &said(&here),
+        &said(&there),
+        Some(deadline),
+    );
     // What it says from there on is a guess.
     if Instant::now() >= deadline {
         tracing::warn!("too much differs between a transcript and its upstream thread to be told");
         return None;
     }
     for op in differences {
-        if let DiffOp::Equal { old_index, new_index, len } = op {
+        if let DiffOp::Equal {
+            old_index,
+            new_index,
+            len,
+        } = op
+        {
             for n in 0..len {
                 belongs.insert(there[new_index + n].0, here[old_index + n].0);
             }
@@ -284,21 +337,34 @@ fn compare(
     }
     let found: HashSet<usize> = belongs.values().copied().collect();
     let is_missing = |(n, message): &(usize, &Message)| {
-        message.thread_id == thread && message.sync == domain::UpstreamSync::Present && !found.contains(n)
+        message.thread_id == thread
+            && message.sync == domain::UpstreamSync::Present
+            && !found.contains(n)
     };
-    let missing = ours.iter().enumerate().filter(is_missing).map(|(_, message)| message.id).collect();
+    let missing = ours
+        .iter()
+        .enumerate()
+        .filter(is_missing)
+        .map(|(_, message)| message.id)
+        .collect();
     let mut position = 0;
     let mut external = Vec::new();
     for (n, entry) in theirs.into_iter().enumerate() {
         match belongs.get(&n).map(|message| &ours[*message]) {
             // What was carried over comes before all positions of this thread.
-            Some(message) if message.thread_id == thread => position = position.max(message.position),
+            Some(message) if message.thread_id == thread => {
+                position = position.max(message.position)
+            }
             Some(_) => {}
             None if entry.is_tagged => {}
             None => external.push((position, entry)),
         }
     }
-    Some(Differences { missing, external, held })
+    Some(Differences {
+        missing,
+        external,
+        held,
+    })
 }
 
 /// A piece of what somebody said.
@@ -329,25 +395,41 @@ mod tests {
     use crate::domain::UpstreamSync;
 
     fn text(text: &str) -> Vec<ContentPart> {
-        vec![ContentPart::Text { text: text.to_owned() }]
+        vec![ContentPart::Text {
+            text: text.to_owned(),
+        }]
     }
 
     fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Differences {
-        super::compare(ours, thread, theirs, Instant::now() + Duration::from_mins(1)).unwrap()
+        super::compare(
+            ours,
+            thread,
+            theirs,
+            Instant::now() + Duration::from_mins(1),
+        )
+        .unwrap()
     }
 
     #[test]
     fn a_comparison_that_takes_too_long_is_no_answer() {
         let thread = ThreadId::new();
         let of = |name: &'static str| (0..100_000).map(move |n| format!("{name} {n}"));
-        let ours: Vec<_> =
-            (1..).zip(of("a")).map(|(n, said)| message(thread, n, Role::User, &[&said])).collect();
-        let theirs = of("b").map(|said| entry(&said, Role::User, &said)).collect();
+        let ours: Vec<_> = (1..)
+            .zip(of("a"))
+            .map(|(n, said)| message(thread, n, Role::User, &[&said]))
+            .collect();
+        let theirs = of("b")
+            .map(|said| entry(&said, Role::User, &said))
+            .collect();
         let begun = Instant::now();
         let limit = Duration::from_millis(100);
         assert_eq!(super::compare(&ours, thread, theirs, begun + limit), None);
         // Not a minute.
-        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            begun.elapsed()
+        );
     }
 
     fn message(thread: ThreadId, position: i64, role: Role, parts: &[&str]) -> Message {
@@ -366,11 +448,21 @@ mod tests {
     }
 
     fn entry(id: &str, role: Role, said: &str) -> HistoryEntry {
-        HistoryEntry { id: id.to_owned(), role, content: text(said), created_at: None, is_tagged: false }
+        HistoryEntry {
+            id: id.to_owned(),
+            role,
+            content: text(said),
+            created_at: None,
+            is_tagged: false,
+        }
     }
 
     fn external(found: &Differences) -> Vec<(i64, &str)> {
-        found.external.iter().map(|(after, entry)| (*after, entry.id.as_str())).collect()
+        found
+            .external
+            .iter()
+            .map(|(after, entry)| (*after, entry.id.as_str()))
+            .collect()
     }
 
     #[test]
@@ -426,9 +518,17 @@ mod tests {
         let ours = [message(thread, 1, Role::User, &["hello"]), reply];
         let mut tagged = entry("msg_0", Role::User, "  hello");
         tagged.is_tagged = true;
-        let found = compare(&ours, thread, vec![tagged, entry("msg_1", Role::Assistant, "hi  there")]);
+        let found = compare(
+            &ours,
+            thread,
+            vec![tagged, entry("msg_1", Role::Assistant, "hi  there")],
+        );
         assert!(found.external.is_empty(), "{found:?}");
-        assert_eq!(found.missing, [ours[0].id], "the tag says that it is ours, not which");
+        assert_eq!(
+            found.missing,
+            [ours[0].id],
+            "the tag says that it is ours, not which"
+        );
     }
 
     proptest! {

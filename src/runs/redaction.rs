@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::context::Context;
 use crate::domain::{ConversationKey, MultitaskStrategy, RunId, RunStatus};
 use crate::store::{
-    Admission, Admitted, Answered, NotWritten, Pause, Paused, QueuedStart, Rolled, Rollover, RunLease,
-    StartedRun, StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
+    Admission, Admitted, Answered, NotWritten, Pause, Paused, QueuedStart, Rolled, Rollover,
+    RunLease, StartedRun, StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
 };
 
 /// Records a message and its run. A message that joins another run is held under that one from then on.
@@ -18,15 +18,25 @@ pub(in crate::runs) async fn admit(
     if ctx.store.keeps_content() {
         return ctx.store.admit(Arc::clone(admission)).await;
     }
-    let Admission { run_id, message, .. } = &**admission;
+    let Admission {
+        run_id, message, ..
+    } = &**admission;
     let registry = &ctx.registry;
-    let (strategy, may_join) = strategy_now(ctx, admission).await.map_err(NotWritten::Unsent)?;
+    let (strategy, may_join) = strategy_now(ctx, admission)
+        .await
+        .map_err(NotWritten::Unsent)?;
     // First of all: once it is recorded, the run that it joins may start at any time.
     let own = registry.unstored(*run_id);
     if let Some(own) = &own {
         own.add(message);
     }
-    let admitted = ctx.store.admit(Admission { strategy, ..(**admission).clone() }).await;
+    let admitted = ctx
+        .store
+        .admit(Admission {
+            strategy,
+            ..(**admission).clone()
+        })
+        .await;
     let joined: &[RunId] = match &admitted {
         Ok(Admitted::Started(_) | Admitted::Queued { .. }) => return admitted,
         Ok(Admitted::Merged { run, .. }) => &[run.id],
@@ -53,8 +63,14 @@ async fn strategy_now(
     if admission.strategy != MultitaskStrategy::Merge {
         return Ok((admission.strategy, Vec::new()));
     }
-    let unfinished = ctx.store.unfinished(&admission.key).await?.unwrap_or_default();
-    let waiting = unfinished.iter().filter(|run| run.status == RunStatus::Queued);
+    let unfinished = ctx
+        .store
+        .unfinished(&admission.key)
+        .await?
+        .unwrap_or_default();
+    let waiting = unfinished
+        .iter()
+        .filter(|run| run.status == RunStatus::Queued);
     let waiting: Vec<RunId> = waiting.map(|run| run.id).collect();
     let is_held = |run: &RunId| {
         let unstored = ctx.registry.unstored(*run);
@@ -80,9 +96,16 @@ pub(in crate::runs) async fn start_queued(
 }
 
 /// Puts a fresh thread in the place of a full one.
-pub(in crate::runs) async fn roll_over(ctx: &Context, rollover: &Rollover) -> Result<Rolled, StoreError> {
+pub(in crate::runs) async fn roll_over(
+    ctx: &Context,
+    rollover: &Rollover,
+) -> Result<Rolled, StoreError> {
     let mut rolled = ctx.store.roll_over(rollover).await?;
-    if let Rolled::Done { turn: Some(started), .. } = &mut rolled {
+    if let Rolled::Done {
+        turn: Some(started),
+        ..
+    } = &mut rolled
+    {
         complete(ctx, started);
     }
     Ok(rolled)
@@ -121,8 +144,8 @@ pub(in crate::runs) async fn answer_tools(
 ) -> Result<Answered, StoreError> {
     if !ctx.store.keeps_content() {
         let unstored = ctx.registry.unstored(id);
-        let is_asked =
-            unstored.is_some_and(|unstored| unstored.lock().asked.as_ref() == Some(&answer.expected));
+        let is_asked = unstored
+            .is_some_and(|unstored| unstored.lock().asked.as_ref() == Some(&answer.expected));
         // What is stored are calls without their arguments, which any arguments would fit.
         if !is_asked && redacted_action(&answer.expected) != answer.expected {
             return Ok(Answered::NotWaiting);
@@ -138,7 +161,9 @@ pub(in crate::runs) async fn withdraw(
     taken: &Withdrawal,
 ) -> Result<Withdrawn, StoreError> {
     let withdrawn = ctx.store.withdraw(lease, taken).await?;
-    if let (Withdrawn::Shared { .. }, Some(unstored)) = (&withdrawn, ctx.registry.unstored(lease.run_id)) {
+    if let (Withdrawn::Shared { .. }, Some(unstored)) =
+        (&withdrawn, ctx.registry.unstored(lease.run_id))
+    {
         unstored.remove(taken.message);
     }
     Ok(withdrawn)
@@ -151,8 +176,20 @@ mod tests {
 
     #[test]
     fn redacted_calls_do_not_tell_their_arguments() {
-        let call = ToolCall { id: "c".to_owned(), name: "f".to_owned(), arguments: "planted".to_owned() };
-        let redacted = redacted_action(&RequiredAction { tool_calls: vec![call.clone()] });
-        assert_eq!(redacted.tool_calls, [ToolCall { arguments: String::new(), ..call }]);
+        let call = ToolCall {
+            id: "c".to_owned(),
+            name: "f".to_owned(),
+            arguments: "planted".to_owned(),
+        };
+        let redacted = redacted_action(&RequiredAction {
+            tool_calls: vec![call.clone()],
+        });
+        assert_eq!(
+            redacted.tool_calls,
+            [ToolCall {
+                arguments: String::new(),
+                ..call
+            }]
+        );
     }
 }

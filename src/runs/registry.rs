@@ -43,7 +43,10 @@ pub(in crate::runs) struct Refused {
 impl Refused {
     pub(in crate::runs) fn of(admission: &Admission) -> Self {
         let idempotency_key = admission.idempotency.as_ref().map(|used| used.key.clone());
-        Self { message: admission.message.id, idempotency_key }
+        Self {
+            message: admission.message.id,
+            idempotency_key,
+        }
     }
 }
 
@@ -90,7 +93,10 @@ pub(in crate::runs) struct Cancel {
 
 impl Cancel {
     pub(in crate::runs) fn new(token: CancellationToken) -> Self {
-        Self { token, discard: Arc::default() }
+        Self {
+            token,
+            discard: Arc::default(),
+        }
     }
 
     /// `discard`: and its messages to be removed.
@@ -130,13 +136,24 @@ impl RunRegistry {
             active: Arc::default(),
             refused: Mutex::default(),
             taking: tokio::sync::Mutex::default(),
-            session: Mutex::new(Session { good_until: now, trusts_from: now }),
+            session: Mutex::new(Session {
+                good_until: now,
+                trusts_from: now,
+            }),
         }
     }
 
     /// Says that a task works on a new run.
     pub(in crate::runs) fn begins(&self, run: RunId, cancel: CancellationToken) -> ActiveRun {
-        self.works_on(RunLease { run_id: run, fence: 1 }, RunLogWriter::new(), Unstored::default(), cancel)
+        self.works_on(
+            RunLease {
+                run_id: run,
+                fence: 1,
+            },
+            RunLogWriter::new(),
+            Unstored::default(),
+            cancel,
+        )
     }
 
     /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
@@ -149,7 +166,10 @@ impl RunRegistry {
     /// concern the others. Those who follow the run go on to do so.
     pub(in crate::runs) fn goes_on_for_others(&self, mut active: ActiveRun) -> ActiveRun {
         let log = std::mem::replace(&mut active.log, RunLogWriter::new());
-        let unstored = self.handle(active.lease.run_id).map(|handle| handle.unstored).unwrap_or_default();
+        let unstored = self
+            .handle(active.lease.run_id)
+            .map(|handle| handle.unstored)
+            .unwrap_or_default();
         let anew = self.works_on(active.lease, log, unstored, CancellationToken::new());
         if active.lost.is_cancelled() {
             anew.lost.cancel();
@@ -178,7 +198,15 @@ impl RunRegistry {
             lost: lost.clone(),
         };
         lock(&self.active).insert(lease.run_id, handle);
-        ActiveRun { lease, serial, cancel, log, outputs, lost, all: Arc::clone(&self.active) }
+        ActiveRun {
+            lease,
+            serial,
+            cancel,
+            log,
+            outputs,
+            lost,
+            all: Arc::clone(&self.active),
+        }
     }
 
     /// The runs that tasks of this process work on.
@@ -253,10 +281,18 @@ impl RunRegistry {
         // it is removed there: so a task that looks here last does not miss it.
         let others = self.handles().into_iter().map(|handle| handle.unstored);
         let all: Vec<Unstored> = others.chain(self.unstored(started.run.id)).collect();
-        for message in started.input.iter_mut().filter(|message| message.content.is_empty()) {
+        for message in started
+            .input
+            .iter_mut()
+            .filter(|message| message.content.is_empty())
+        {
             let known = all.iter().find_map(|unstored| {
                 let content = unstored.lock();
-                content.input.iter().find(|it| it.id == message.id).map(|it| it.content.clone())
+                content
+                    .input
+                    .iter()
+                    .find(|it| it.id == message.id)
+                    .map(|it| it.content.clone())
             });
             message.content = known.unwrap_or_default();
         }
@@ -264,10 +300,18 @@ impl RunRegistry {
 
     /// Gives a run the arguments of the calls that it waits for, if they are known here.
     pub(in crate::runs) fn give_arguments(&self, run: &mut Run) {
-        let Some(action) = &mut run.required_action else { return };
-        let Some(unstored) = self.unstored(run.id) else { return };
+        let Some(action) = &mut run.required_action else {
+            return;
+        };
+        let Some(unstored) = self.unstored(run.id) else {
+            return;
+        };
         let content = unstored.lock();
-        if let Some(asked) = content.asked.as_ref().filter(|asked| redacted_action(asked) == *action) {
+        if let Some(asked) = content
+            .asked
+            .as_ref()
+            .filter(|asked| redacted_action(asked) == *action)
+        {
             action.clone_from(asked);
         }
     }
@@ -277,7 +321,10 @@ impl Drop for ActiveRun {
     fn drop(&mut self) {
         let mut all = lock(&self.all);
         // A run that was lost and taken over again has another task's entry by now.
-        if all.get(&self.lease.run_id).is_some_and(|handle| handle.serial == self.serial) {
+        if all
+            .get(&self.lease.run_id)
+            .is_some_and(|handle| handle.serial == self.serial)
+        {
             all.remove(&self.lease.run_id);
         }
     }
@@ -295,7 +342,12 @@ mod tests {
     use crate::store::InputMessage;
 
     fn message(text: &str) -> InputMessage {
-        InputMessage { id: MessageId::new(), content: vec![ContentPart::Text { text: text.to_owned() }] }
+        InputMessage {
+            id: MessageId::new(),
+            content: vec![ContentPart::Text {
+                text: text.to_owned(),
+            }],
+        }
     }
 
     #[test]
@@ -305,7 +357,11 @@ mod tests {
         let active = registry.begins(run, CancellationToken::new());
         registry.unstored(run).unwrap().add(&message("one"));
         let active = registry.goes_on_for_others(active);
-        assert_eq!(registry.unstored(run).unwrap().lock().input.len(), 1, "others have joined it");
+        assert_eq!(
+            registry.unstored(run).unwrap().lock().input.len(),
+            1,
+            "others have joined it"
+        );
         drop(active);
         assert!(registry.unstored(run).is_none());
     }

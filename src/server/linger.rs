@@ -48,7 +48,11 @@ mod tests {
         let start = Instant::now();
         let sends = async move {
             theirs.write_all(&vec![0; 10 * CHUNK]).await.unwrap();
-            assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0, "our side is closed");
+            assert_eq!(
+                theirs.read(&mut [0]).await.unwrap(),
+                0,
+                "our side is closed"
+            );
         };
         tokio::join!(linger(ours), sends);
         assert_eq!(start.elapsed(), Duration::ZERO);
@@ -73,7 +77,10 @@ mod tests {
         };
         tokio::join!(linger(ours), trickles);
         let elapsed = start.elapsed();
-        assert!(elapsed >= LINGER_TIME && elapsed < LINGER_TIME + LINGER_SILENCE, "{elapsed:?}");
+        assert!(
+            elapsed >= LINGER_TIME && elapsed < LINGER_TIME + LINGER_SILENCE,
+            "{elapsed:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -86,6 +93,9 @@ mod tests {
             }
         };
         tokio::join!(linger(ours), sends);
-        assert!((LINGER_BYTES..=LINGER_BYTES + 2 * CHUNK).contains(&sent), "{sent}");
+        assert!(
+            (LINGER_BYTES..=LINGER_BYTES + 2 * CHUNK).contains(&sent),
+            "{sent}"
+        );
     }
 }

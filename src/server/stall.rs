@@ -25,7 +25,12 @@ pub(super) struct StallGuard<S> {
 impl<S> StallGuard<S> {
     /// `waiting` tells others that a write waits.
     pub(super) const fn new(stream: S, limit: Duration, waiting: Arc<AtomicBool>) -> Self {
-        Self { stream, limit, deadline: None, waiting }
+        Self {
+            stream,
+            limit,
+            deadline: None,
+            waiting,
+        }
     }
 
     /// Passes on what the stream says, unless it has been saying "not yet" for too long.
@@ -40,7 +45,10 @@ impl<S> StallGuard<S> {
             deadline.as_mut().reset(Instant::now() + limit);
         }
         ready!(deadline.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no bytes")))
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client takes no bytes",
+        )))
     }
 }
 
@@ -55,7 +63,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for StallGuard<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let poll = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.judge(cx, poll)
     }

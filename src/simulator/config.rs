@@ -86,18 +86,31 @@ mod tests {
 
     #[test]
     fn no_flag_means_the_default() {
-        let matches = SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(["simulate"]);
+        let matches =
+            SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(["simulate"]);
         let parsed = SimulatorConfig::from_arg_matches(&matches).unwrap();
-        assert_eq!(format!("{parsed:?}"), format!("{:?}", SimulatorConfig::default()));
+        assert_eq!(
+            format!("{parsed:?}"),
+            format!("{:?}", SimulatorConfig::default())
+        );
     }
 
     #[test]
     fn flags_say_what_they_mean() {
-        let flags =
-            ["simulate", "--latency=50ms", "--enforce-locks=false", "--api-key=sk-secret", "--list-threads"];
-        let matches = SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(flags);
+        let flags = [
+            "simulate",
+            "--latency=50ms",
+            "--enforce-locks=false",
+            "--api-key=sk-secret",
+            "--list-threads",
+        ];
+        let matches =
+            SimulatorConfig::augment_args(Command::new("simulate")).get_matches_from(flags);
         let parsed = SimulatorConfig::from_arg_matches(&matches).unwrap();
-        assert_eq!((parsed.latency, parsed.enforce_locks), (Duration::from_millis(50), false));
+        assert_eq!(
+            (parsed.latency, parsed.enforce_locks),
+            (Duration::from_millis(50), false)
+        );
         assert!(parsed.list_threads);
         assert!(!format!("{parsed:?}").contains("sk-secret"));
     }

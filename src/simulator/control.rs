@@ -12,9 +12,18 @@ use crate::simulator::state::faults::Fault;
 use crate::simulator::wire::error::{ApiError, json_body};
 
 /// Answers a request below `/_simulator`.
-pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body: &[u8]) -> Response {
+pub(super) fn answer(
+    server: &Arc<Server>,
+    method: &Method,
+    path: &[&str],
+    body: &[u8],
+) -> Response {
     let handle = SimulatorHandle::new(Arc::clone(server));
-    let (get, post, delete) = (method == Method::GET, method == Method::POST, method == Method::DELETE);
+    let (get, post, delete) = (
+        method == Method::GET,
+        method == Method::POST,
+        method == Method::DELETE,
+    );
     match path {
         ["stats"] if get => json_body(&handle.stats()),
         ["threads"] if get => json_body(&handle.threads()),
@@ -32,12 +41,14 @@ pub(super) fn answer(server: &Arc<Server>, method: &Method, path: &[&str], body:
         ["reset"] if post => done(|| handle.reset()),
         ["threads", id, "foreign_run"] if post => match handle.start_foreign_run(id) {
             Some(run) => json_body(&json!({"thread": id, "run": run})),
-            None => ApiError::not_found(format!("No idle thread or conversation '{id}'.")).into_response(),
+            None => ApiError::not_found(format!("No idle thread or conversation '{id}'."))
+                .into_response(),
         },
         ["threads", id, "foreign_run"] if delete => {
             json_body(&json!({"thread": id, "stopped": handle.stop_foreign_run(id)}))
         }
-        _ => ApiError::not_found(format!("Nothing at '/_simulator/{}'.", path.join("/"))).into_response(),
+        _ => ApiError::not_found(format!("Nothing at '/_simulator/{}'.", path.join("/")))
+            .into_response(),
     }
 }
 

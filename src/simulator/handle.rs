@@ -39,7 +39,14 @@ impl SimulatorHandle {
     pub fn threads(&self) -> Vec<ThreadView> {
         let world = self.server.world();
         let threads = world.threads.iter().map(|(_, thread)| thread.view());
-        threads.chain(world.conversations.iter().map(|(_, conversation)| conversation.view())).collect()
+        threads
+            .chain(
+                world
+                    .conversations
+                    .iter()
+                    .map(|(_, conversation)| conversation.view()),
+            )
+            .collect()
     }
 
     /// The newest runs and responses that were accepted, in that order, as many as are
@@ -63,7 +70,12 @@ impl SimulatorHandle {
 
     /// The ids of all stored responses, oldest first.
     pub fn stored_responses(&self) -> Vec<String> {
-        self.server.world().responses.iter().map(|(id, _)| id.clone()).collect()
+        self.server
+            .world()
+            .responses
+            .iter()
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 
     /// The ids of the items of deleted conversations, which were not deleted with them.
@@ -79,7 +91,13 @@ impl SimulatorHandle {
 
     /// The last requests of either protocol, oldest first.
     pub fn recorded(&self) -> Vec<Recorded> {
-        self.server.world().counters.recorded.iter().cloned().collect()
+        self.server
+            .world()
+            .counters
+            .recorded
+            .iter()
+            .cloned()
+            .collect()
     }
 
     /// Queues a fault for the next matching requests; an error says what is wrong with it.

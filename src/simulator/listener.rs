@@ -29,7 +29,11 @@ impl Simulator {
     pub async fn bind(config: SimulatorConfig, addr: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(addr).await?;
         let addr = listener.local_addr()?;
-        Ok(Self { server: Arc::new(Server::new(config)), listener, addr })
+        Ok(Self {
+            server: Arc::new(Server::new(config)),
+            listener,
+            addr,
+        })
     }
 
     pub fn addr(&self) -> SocketAddr {

@@ -46,8 +46,15 @@ pub(super) fn chain_lines(world: &World, id: &str) -> Vec<Line> {
     let mut next = world.responses.get(id);
     while let Some(stored) = next {
         chain.push(stored);
-        next = stored.response.previous_response_id.as_ref().and_then(|id| world.responses.get(id));
+        next = stored
+            .response
+            .previous_response_id
+            .as_ref()
+            .and_then(|id| world.responses.get(id));
     }
-    let items = chain.iter().rev().flat_map(|stored| stored.input.iter().chain(&stored.response.output));
+    let items = chain
+        .iter()
+        .rev()
+        .flat_map(|stored| stored.input.iter().chain(&stored.response.output));
     items.filter_map(line).collect()
 }

@@ -27,11 +27,16 @@ const MAX_BODY: usize = 64 * 1024 * 1024;
 const MAX_RECORDED_BODY: usize = 256 * 1024;
 
 /// Answers one request.
-pub(super) async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Response, Dropped> {
+pub(super) async fn answer(
+    server: Arc<Server>,
+    request: Request<Incoming>,
+) -> Result<Response, Dropped> {
     let (parts, body) = request.into_parts();
     let body = match Limited::new(body, MAX_BODY).collect().await {
         Ok(body) => body.to_bytes(),
-        Err(error) if error.is::<LengthLimitError>() => return Ok(ApiError::too_large().into_response()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            return Ok(ApiError::too_large().into_response());
+        }
         Err(_) => return Err(Dropped), // the client left in mid-request
     };
     let path: Vec<&str> = parts.uri.path().split('/').skip(1).collect();
@@ -67,19 +72,26 @@ async fn protocol(
         let mut world = server.world();
         world.counters.request(operation.map(Operation::name));
         if server.config.recorded > 0 {
-            world.counters.record(recorded(parts, &body, &payload, operation), server.config.recorded);
+            world.counters.record(
+                recorded(parts, &body, &payload, operation),
+                server.config.recorded,
+            );
         }
         operation.and_then(|operation| world.faults.take(operation))
     };
     server.changed();
-    let Some(operation) = operation else { return Ok(unknown_path(parts)) };
+    let Some(operation) = operation else {
+        return Ok(unknown_path(parts));
+    };
     if !server.config.conversations && path[0] == "conversations" {
         return Ok(bare_not_found());
     }
     if !server.config.list_threads {
         match operation {
             Operation::ListThreads => return Ok(unknown_path(parts)),
-            Operation::ListConversations => return Ok(ApiError::wrong_method("GET", path).into_response()),
+            Operation::ListConversations => {
+                return Ok(ApiError::wrong_method("GET", path).into_response());
+            }
             _ => {}
         }
     }
@@ -88,7 +100,8 @@ async fn protocol(
     }
     let mut plan = Plan::default();
     if let Some(fault) = &fault {
-        plan.apply(fault).expect("faults are checked when they are added");
+        plan.apply(fault)
+            .expect("faults are checked when they are added");
     }
     let asked = path.last().copied().unwrap_or_default();
     if let Err(refused) = plan.worded(asked).and_then(|()| plan.refused()) {
@@ -131,9 +144,16 @@ async fn protocol(
 }
 
 fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), ApiError> {
-    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let text = |name| {
+        headers
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+    };
     let bearer = text("authorization").and_then(|value| value.strip_prefix("Bearer "));
-    let key = bearer.or_else(|| text("api-key")).unwrap_or_default().trim();
+    let key = bearer
+        .or_else(|| text("api-key"))
+        .unwrap_or_default()
+        .trim();
     let accepted = match &server.config.api_key {
         Some(required) => key == required.expose_secret(),
         None => !key.is_empty() && !key.starts_with("bad"),
@@ -141,9 +161,14 @@ fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), Ap
     if !accepted {
         return Err(ApiError::unauthorized());
     }
-    let beta = headers.get_all("openai-beta").iter().filter_map(|value| value.to_str().ok());
+    let beta = headers
+        .get_all("openai-beta")
+        .iter()
+        .filter_map(|value| value.to_str().ok());
     if family == "threads"
-        && !beta.flat_map(|value| value.split(',')).any(|item| item.trim() == "assistants=v2")
+        && !beta
+            .flat_map(|value| value.split(','))
+            .any(|item| item.trim() == "assistants=v2")
     {
         return Err(ApiError::invalid(
             "You must provide the 'OpenAI-Beta' header to access this API: 'OpenAI-Beta: assistants=v2'.",
@@ -173,19 +198,35 @@ impl Payload {
         match self {
             Self::Empty => Ok(Map::new()),
             Self::Json(Value::Object(map)) => Ok(map),
-            Self::Json(other) => Err(crate::simulator::wire::fields::wrong_type("body", "an object", &other)),
-            Self::Unreadable => {
-                Err(ApiError::invalid("The body of the request is not valid JSON.").code("invalid_json"))
-            }
+            Self::Json(other) => Err(crate::simulator::wire::fields::wrong_type(
+                "body",
+                "an object",
+                &other,
+            )),
+            Self::Unreadable => Err(ApiError::invalid(
+                "The body of the request is not valid JSON.",
+            )
+            .code("invalid_json")),
         }
     }
 }
 
-fn recorded(parts: &Parts, body: &[u8], payload: &Payload, operation: Option<Operation>) -> Recorded {
+fn recorded(
+    parts: &Parts,
+    body: &[u8],
+    payload: &Payload,
+    operation: Option<Operation>,
+) -> Recorded {
     const SECRET: [&str; 4] = ["authorization", "api-key", "cookie", "proxy-authorization"];
-    let headers = parts.headers.iter().filter(|(name, _)| !SECRET.contains(&name.as_str()));
+    let headers = parts
+        .headers
+        .iter()
+        .filter(|(name, _)| !SECRET.contains(&name.as_str()));
     let headers = headers.map(|(name, value)| {
-        (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned())
+        (
+            name.as_str().to_owned(),
+            String::from_utf8_lossy(value.as_bytes()).into_owned(),
+        )
     });
     let body = match payload {
         Payload::Empty => Value::Null,
@@ -204,12 +245,24 @@ fn recorded(parts: &Parts, body: &[u8], payload: &Payload, operation: Option<Ope
 }
 
 fn unknown_path(parts: &Parts) -> Response {
-    ApiError::not_found(format!("Invalid URL ({} {})", parts.method, parts.uri.path())).into_response()
+    ApiError::not_found(format!(
+        "Invalid URL ({} {})",
+        parts.method,
+        parts.uri.path()
+    ))
+    .into_response()
 }
 
 /// The 404 of a server that has no such endpoint, in the shape of its framework.
 fn bare_not_found() -> Response {
-    let mut response = (StatusCode::NOT_FOUND, Body::from(r#"{"detail":"Not Found"}"#)).into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let mut response = (
+        StatusCode::NOT_FOUND,
+        Body::from(r#"{"detail":"Not Found"}"#),
+    )
+        .into_response();
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     response
 }

@@ -157,8 +157,13 @@ impl World {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "the simulator plays a foreign server, whose clock is its own")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the simulator plays a foreign server, whose clock is its own"
+)]
 fn wall_clock() -> i64 {
-    let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let since_epoch = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
     i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX)
 }

@@ -15,7 +15,10 @@ struct Search<'a> {
 
 /// Where the text is, in words.
 pub(super) fn places(world: &World, text: &str) -> Vec<String> {
-    let mut search = Search { text, places: Vec::new() };
+    let mut search = Search {
+        text,
+        places: Vec::new(),
+    };
     search_threads(world, &mut search);
     search_conversations(world, &mut search);
     search.places
@@ -23,7 +26,10 @@ pub(super) fn places(world: &World, text: &str) -> Vec<String> {
 
 /// The items of deleted conversations, by their ids.
 pub(super) fn leaked_items(world: &World) -> Vec<String> {
-    let deleted = world.conversations.iter().filter(|(_, conversation)| conversation.is_deleted());
+    let deleted = world
+        .conversations
+        .iter()
+        .filter(|(_, conversation)| conversation.is_deleted());
     let leaked = deleted.flat_map(|(_, conversation)| conversation.items());
     leaked.map(|item| items::id(item).to_owned()).collect()
 }
@@ -45,12 +51,19 @@ fn search_threads(world: &World, search: &mut Search<'_>) {
 
 fn search_conversations(world: &World, search: &mut Search<'_>) {
     for (id, conversation) in world.conversations.iter() {
-        let kind = if conversation.is_deleted() { "leaked item" } else { "item" };
+        let kind = if conversation.is_deleted() {
+            "leaked item"
+        } else {
+            "item"
+        };
         if !conversation.is_deleted() {
             search.look(|| format!("conversation {id}"), conversation);
         }
         for item in conversation.items() {
-            search.look(|| format!("{kind} {} of conversation {id}", items::id(item)), item);
+            search.look(
+                || format!("{kind} {} of conversation {id}", items::id(item)),
+                item,
+            );
         }
     }
     for (id, stored) in world.responses.iter() {
@@ -84,7 +97,9 @@ fn holds(value: &Value, text: &str) -> bool {
     match value {
         Value::String(string) => string.contains(text),
         Value::Array(values) => values.iter().any(|value| holds(value, text)),
-        Value::Object(map) => map.iter().any(|(key, value)| key.contains(text) || holds(value, text)),
+        Value::Object(map) => map
+            .iter()
+            .any(|(key, value)| key.contains(text) || holds(value, text)),
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
@@ -98,9 +113,17 @@ mod tests {
     #[test]
     fn a_text_is_found_at_any_depth() {
         let object = json!({"a": [1, {"b": "the \"needle\"\n"}], "pin": null});
-        for (text, expected) in [("needle", true), ("\"needle\"\n", true), ("pin", true), ("thread", false)] {
+        for (text, expected) in [
+            ("needle", true),
+            ("\"needle\"\n", true),
+            ("pin", true),
+            ("thread", false),
+        ] {
             assert_eq!(holds(&object, text), expected, "{text}");
-            let mut search = Search { text, places: Vec::new() };
+            let mut search = Search {
+                text,
+                places: Vec::new(),
+            };
             search.look_into_text(|| "here".to_owned(), &object.to_string());
             assert_eq!(search.places.len(), usize::from(expected), "{text}");
         }

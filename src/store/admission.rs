@@ -23,8 +23,8 @@ use super::rows::{
 use super::statement::Statement;
 use super::{Backend, ORPHAN_AFTER, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{
-    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, OrphanId, ReplicaId, Run,
-    RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
+    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, OrphanId,
+    ReplicaId, Run, RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
 };
 
 static ADMIT: Statement = Statement::for_each_engine(
@@ -79,7 +79,10 @@ impl Store {
     ///
     /// It goes along with the admissions of others, if there are any, and waits for at most `store.max_wait` before it is sent.
     /// Once it was sent, a lost answer is asked for again.
-    pub async fn admit(&self, admission: impl Into<Arc<Admission>>) -> Result<Admitted, NotWritten> {
+    pub async fn admit(
+        &self,
+        admission: impl Into<Arc<Admission>>,
+    ) -> Result<Admitted, NotWritten> {
         self.admissions.write(admission.into()).await
     }
 
@@ -93,8 +96,10 @@ impl Store {
         remember: Duration,
     ) -> Result<Option<Repeated>, StoreError> {
         let mut c = self.backend.writer().await?;
-        let values =
-            params().key(key).set("idempotency_key", idempotency_key).set("remember", millis(remember));
+        let values = params()
+            .key(key)
+            .set("idempotency_key", idempotency_key)
+            .set("remember", millis(remember));
         let row: Option<RepeatedRow> = c.optional(&FIND_REPEATED, values).await?;
         row.map(Repeated::try_from).transpose()
     }
@@ -116,7 +121,10 @@ impl Item for Arc<Admission> {
     }
 
     fn may_change(answer: &Admitted) -> bool {
-        matches!(answer, Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated)
+        matches!(
+            answer,
+            Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated
+        )
     }
 }
 
@@ -130,7 +138,10 @@ pub(super) struct Admissions {
 impl Write for Admissions {
     type Item = Arc<Admission>;
 
-    async fn together(&self, items: &[Arc<Admission>]) -> Result<Answers<Arc<Admission>>, NotWritten> {
+    async fn together(
+        &self,
+        items: &[Arc<Admission>],
+    ) -> Result<Answers<Arc<Admission>>, NotWritten> {
         let mut c = self.backend.writer().await.map_err(NotWritten::Unsent)?;
         Ok(self.admit_all(&mut c, items, false).await?)
     }
@@ -138,16 +149,27 @@ impl Write for Admissions {
     async fn alone(&self, item: &Arc<Admission>) -> Answer<Arc<Admission>> {
         let mut c = self.backend.writer().await.map_err(NotWritten::Unsent)?;
         for _ in 0..MAX_ATTEMPTS {
-            match self.admit_all(&mut c, std::slice::from_ref(item), true).await {
+            match self
+                .admit_all(&mut c, std::slice::from_ref(item), true)
+                .await
+            {
                 // Who brings threads from elsewhere does not hold the key of the thread that it makes, nor who answers calls
                 // the thread. The next look finds what they made.
                 Err(Failure::Failed(failed))
-                    if failed.breaks("threads_current") || failed.breaks("idempotency_keys_pkey") => {}
+                    if failed.breaks("threads_current")
+                        || failed.breaks("idempotency_keys_pkey") => {}
                 Err(failure) => return Err(failure.into()),
-                Ok(mut answers) => return answers.pop().flatten().ok_or_else(|| corrupt("no answer").into()),
+                Ok(mut answers) => {
+                    return answers
+                        .pop()
+                        .flatten()
+                        .ok_or_else(|| corrupt("no answer").into());
+                }
             }
         }
-        Err(NotWritten::Refused(StoreError::Unavailable("the key's thread kept changing".into())))
+        Err(NotWritten::Refused(StoreError::Unavailable(
+            "the key's thread kept changing".into(),
+        )))
     }
 }
 
@@ -179,16 +201,29 @@ impl Admissions {
         items: &[Arc<Admission>],
         alone: bool,
     ) -> Result<Answers<Arc<Admission>>, Failure> {
-        let encoded = items.iter().map(|item| self.encoded(item)).collect::<Result<Vec<_>, _>>()?;
-        let fields = encoded.iter().map(Admit::fields).collect::<Result<Vec<_>, _>>()?;
+        let encoded = items
+            .iter()
+            .map(|item| self.encoded(item))
+            .collect::<Result<Vec<_>, _>>()?;
+        let fields = encoded
+            .iter()
+            .map(Admit::fields)
+            .collect::<Result<Vec<_>, _>>()?;
         c.begin_script().await.map_err(Failure::Failed)?;
-        let rows: Vec<AdmittedRow> = c.batch(&ADMIT, &fields, alone).await.map_err(Failure::Failed)?;
+        let rows: Vec<AdmittedRow> = c
+            .batch(&ADMIT, &fields, alone)
+            .await
+            .map_err(Failure::Failed)?;
         c.commit_script().await.map_err(Failure::Failed)?;
         let answer = |(row, item): (AdmittedRow, &Arc<Admission>)| match &*row.outcome {
             "held" => Ok(None),
             _ => item.admitted(row).map(Some),
         };
-        Ok(rows.into_iter().zip(items).map(answer).collect::<Result<_, StoreError>>()?)
+        Ok(rows
+            .into_iter()
+            .zip(items)
+            .map(answer)
+            .collect::<Result<_, StoreError>>()?)
     }
 
     fn encoded<'a>(&self, admission: &'a Admission) -> Result<Admit<'a>, StoreError> {
@@ -241,11 +276,20 @@ struct Fields<'a> {
 
 impl Admit<'_> {
     fn fields(&self) -> Result<Fields<'_>, StoreError> {
-        let Admission { key, limits, ttl, upstream, assistant, strategy, metadata, idempotency, .. } =
-            self.admission;
+        let Admission {
+            key,
+            limits,
+            ttl,
+            upstream,
+            assistant,
+            strategy,
+            metadata,
+            idempotency,
+            ..
+        } = self.admission;
         let (from_now, from_last_activity) = ttl_millis(*ttl);
-        let content =
-            serde_json::from_str(&self.content).map_err(|error| StoreError::Statement(error.into()))?;
+        let content = serde_json::from_str(&self.content)
+            .map_err(|error| StoreError::Statement(error.into()))?;
         Ok(Fields {
             tenant: key.tenant.as_str(),
             user_key: key.user.as_str(),
@@ -280,35 +324,69 @@ impl Admit<'_> {
 impl Admission {
     /// What a row says that became of it.
     fn admitted(&self, row: AdmittedRow) -> Result<Admitted, StoreError> {
-        let AdmittedRow { outcome, seen_upstream, queue_position, both: Found(both) } = row;
+        let AdmittedRow {
+            outcome,
+            seen_upstream,
+            queue_position,
+            both: Found(both),
+        } = row;
         let both = match (&*outcome, both) {
             ("busy", _) => return Ok(Admitted::Busy),
             ("repeated", _) => return Ok(Admitted::Repeated),
-            ("other_upstream", _) => return Ok(Admitted::OtherUpstream(seen_upstream.unwrap_or_default())),
+            ("other_upstream", _) => {
+                return Ok(Admitted::OtherUpstream(seen_upstream.unwrap_or_default()));
+            }
             ("merged", Some(both)) => return merged_into(both.thread, both.run),
             ("recorded", Some(both)) => both,
-            (other, _) => return Err(StoreError::Corrupt(format!("an admission that is `{other}`"))),
+            (other, _) => {
+                return Err(StoreError::Corrupt(format!(
+                    "an admission that is `{other}`"
+                )));
+            }
         };
-        let lease = RunLease { run_id: self.run_id, fence: 1 };
+        let lease = RunLease {
+            run_id: self.run_id,
+            fence: 1,
+        };
         let (thread, run) = (Thread::try_from(both.thread)?, Run::try_from(both.run)?);
         match run.status {
             RunStatus::InProgress => {
                 let InputMessage { id, content } = &self.message;
-                let input = vec![InputMessage { id: *id, content: content.clone() }];
+                let input = vec![InputMessage {
+                    id: *id,
+                    content: content.clone(),
+                }];
                 let intent = self.intent.filter(|_| thread.id == self.new_thread);
-                Ok(Admitted::Started(Box::new(StartedRun { lease, thread, run, input, intent })))
+                Ok(Admitted::Started(Box::new(StartedRun {
+                    lease,
+                    thread,
+                    run,
+                    input,
+                    intent,
+                })))
             }
             RunStatus::Queued => {
-                let position = queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
-                Ok(Admitted::Queued { lease, thread: Box::new(thread), run: Box::new(run), position })
+                let position =
+                    queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
+                Ok(Admitted::Queued {
+                    lease,
+                    thread: Box::new(thread),
+                    run: Box::new(run),
+                    position,
+                })
             }
-            _ => Err(StoreError::Unavailable("the run has ended before its admission was heard of".into())),
+            _ => Err(StoreError::Unavailable(
+                "the run has ended before its admission was heard of".into(),
+            )),
         }
     }
 }
 
 fn merged_into(thread: ThreadRow, run: RunRow) -> Result<Admitted, StoreError> {
-    Ok(Admitted::Merged { thread: Box::new(thread.try_into()?), run: Box::new(run.try_into()?) })
+    Ok(Admitted::Merged {
+        thread: Box::new(thread.try_into()?),
+        run: Box::new(run.try_into()?),
+    })
 }
 
 /// What became of an admission: see admit.function.sql.

@@ -38,16 +38,24 @@ static REVOKE: Statement = Statement::new(
     RETURNING id, prefix, hash, tenant, {text access} AS access, label, created_at, revoked_at",
 );
 
-static READ_FINGERPRINT_KEY: Statement =
-    Statement::new("api_keys.read_fingerprint_key", "SELECT k.secret FROM fingerprint_key k WHERE k.id = 1");
+static READ_FINGERPRINT_KEY: Statement = Statement::new(
+    "api_keys.read_fingerprint_key",
+    "SELECT k.secret FROM fingerprint_key k WHERE k.id = 1",
+);
 
 static ADD_FINGERPRINT_KEY: Statement = Statement::new(
     "api_keys.add_fingerprint_key",
     "INSERT INTO fingerprint_key (id, secret) VALUES (1, :secret) ON CONFLICT (id) DO NOTHING",
 );
 
-pub(super) static STATEMENTS: &[&Statement] =
-    &[&ADD, &LIST, &LIST_GOOD, &REVOKE, &READ_FINGERPRINT_KEY, &ADD_FINGERPRINT_KEY];
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &ADD,
+    &LIST,
+    &LIST_GOOD,
+    &REVOKE,
+    &READ_FINGERPRINT_KEY,
+    &ADD_FINGERPRINT_KEY,
+];
 
 impl Store {
     /// Adds a key.
@@ -67,7 +75,9 @@ impl Store {
     /// All keys, of one tenant or of all, oldest first, revoked ones included.
     pub async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let rows: Vec<KeyRow> = c.all(&LIST, params().set("tenant", tenant.map(TenantKey::as_str))).await?;
+        let rows: Vec<KeyRow> = c
+            .all(&LIST, params().set("tenant", tenant.map(TenantKey::as_str)))
+            .await?;
         rows.into_iter().map(StoredKey::try_from).collect()
     }
 
@@ -75,7 +85,9 @@ impl Store {
     pub async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<KeyRow> = c.all(&LIST_GOOD, params()).await?;
-        rows.into_iter().map(|row| StoredKey::try_from(row).map(|stored| stored.key)).collect()
+        rows.into_iter()
+            .map(|row| StoredKey::try_from(row).map(|stored| stored.key))
+            .collect()
     }
 
     /// Revokes the key that begins so. It is as it was if it was revoked before; `None` if there is none.
@@ -92,11 +104,14 @@ impl Store {
         let mut found: Option<(Vec<u8>,)> = c.optional(&READ_FINGERPRINT_KEY, params()).await?;
         if found.is_none() {
             // Of several processes that get here at once one records its own.
-            c.execute(&ADD_FINGERPRINT_KEY, params().set("secret", &fresh[..])).await?;
+            c.execute(&ADD_FINGERPRINT_KEY, params().set("secret", &fresh[..]))
+                .await?;
             found = Some(c.one(&READ_FINGERPRINT_KEY, params()).await?);
         }
         let (secret,) = found.unwrap_or_default();
-        secret.try_into().map_err(|_| corrupt("a key of fingerprints of another length"))
+        secret
+            .try_into()
+            .map_err(|_| corrupt("a key of fingerprints of another length"))
     }
 }
 
@@ -120,8 +135,12 @@ impl TryFrom<KeyRow> for StoredKey {
             key: NewKey {
                 id: KeyId::from_uuid(row.id),
                 prefix: row.prefix,
-                hash: row.hash.try_into().map_err(|_| corrupt("a hash of another length"))?,
-                tenant: TenantKey::try_from(row.tenant).map_err(|_| corrupt("a tenant that is no key"))?,
+                hash: row
+                    .hash
+                    .try_into()
+                    .map_err(|_| corrupt("a hash of another length"))?,
+                tenant: TenantKey::try_from(row.tenant)
+                    .map_err(|_| corrupt("a tenant that is no key"))?,
                 access: word(&row.access)?,
                 label: row.label,
             },

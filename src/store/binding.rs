@@ -32,7 +32,13 @@ impl Store {
         lease: &RunLease,
         binding: Binding,
     ) -> Result<Bound, StoreError> {
-        Ok(self.bindings.write(Leased { lease: *lease, binding }).await?)
+        Ok(self
+            .bindings
+            .write(Leased {
+                lease: *lease,
+                binding,
+            })
+            .await?)
     }
 }
 
@@ -72,18 +78,33 @@ impl Write for Bindings {
     type Item = Leased;
 
     async fn together(&self, items: &[Leased]) -> Result<Answers<Leased>, NotWritten> {
-        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        let mut c = self
+            .backend
+            .vital_writer()
+            .await
+            .map_err(NotWritten::Unsent)?;
         bind_all(&mut c, items, false).await
     }
 
     async fn alone(&self, item: &Leased) -> Answer<Leased> {
-        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        let mut c = self
+            .backend
+            .vital_writer()
+            .await
+            .map_err(NotWritten::Unsent)?;
         let mut answers = bind_all(&mut c, std::slice::from_ref(item), true).await?;
-        answers.pop().flatten().ok_or_else(|| corrupt("no answer").into())
+        answers
+            .pop()
+            .flatten()
+            .ok_or_else(|| corrupt("no answer").into())
     }
 }
 
-async fn bind_all(c: &mut Connection, items: &[Leased], alone: bool) -> Result<Answers<Leased>, NotWritten> {
+async fn bind_all(
+    c: &mut Connection,
+    items: &[Leased],
+    alone: bool,
+) -> Result<Answers<Leased>, NotWritten> {
     let fields: Vec<_> = items.iter().map(Fields::of).collect();
     c.begin_script().await?;
     let rows: Vec<BoundRow> = c.batch(&BIND, &fields, alone).await?;

@@ -29,7 +29,10 @@ pub(super) trait AnyRow:
 {
 }
 
-impl<T> AnyRow for T where T: for<'r> FromRow<'r, PgRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin {}
+impl<T> AnyRow for T where
+    T: for<'r> FromRow<'r, PgRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin
+{
+}
 
 /// Why a statement came to nothing.
 #[derive(Debug)]
@@ -42,7 +45,10 @@ pub(super) struct Failed {
 impl Failed {
     /// The statement would have broken this constraint, and has changed nothing.
     pub(super) fn breaks(&self, constraint: &str) -> bool {
-        self.cause.as_database_error().and_then(DatabaseError::constraint) == Some(constraint)
+        self.cause
+            .as_database_error()
+            .and_then(DatabaseError::constraint)
+            == Some(constraint)
     }
 
     /// The statement names a table that is not there.
@@ -110,11 +116,19 @@ impl Connection {
         items: &[impl Serialize],
         alone: bool,
     ) -> Result<Vec<T>, Failed> {
-        let failed = |cause| Failed { statement: step.name, cause };
-        let text = serde_json::to_string(items).map_err(|error| failed(sqlx::Error::Encode(error.into())))?;
-        let rows = self.all(step, params().json_text("items", text).set("alone", alone)).await?;
+        let failed = |cause| Failed {
+            statement: step.name,
+            cause,
+        };
+        let text = serde_json::to_string(items)
+            .map_err(|error| failed(sqlx::Error::Encode(error.into())))?;
+        let rows = self
+            .all(step, params().json_text("items", text).set("alone", alone))
+            .await?;
         if rows.len() != items.len() {
-            return Err(failed(sqlx::Error::Decode("not as many answers as items".into())));
+            return Err(failed(sqlx::Error::Decode(
+                "not as many answers as items".into(),
+            )));
         }
         Ok(rows)
     }
@@ -135,7 +149,10 @@ impl Connection {
         params: Params<'_>,
     ) -> Result<T, Failed> {
         let row = self.optional(statement, params).await?;
-        row.ok_or(Failed { statement: statement.name, cause: sqlx::Error::RowNotFound })
+        row.ok_or(Failed {
+            statement: statement.name,
+            cause: sqlx::Error::RowNotFound,
+        })
     }
 
     /// Carries a statement out that gives no rows. How many rows it has changed; of a script, all of its statements.
@@ -154,13 +171,17 @@ impl Connection {
         let done = async {
             match raw {
                 Raw::Postgres(c) => {
-                    let query =
-                        sqlx::query_with(&*sent.sql, params.for_postgres(sent).map_err(sqlx::Error::Encode)?);
+                    let query = sqlx::query_with(
+                        &*sent.sql,
+                        params.for_postgres(sent).map_err(sqlx::Error::Encode)?,
+                    );
                     Ok(query.persistent(keeps).execute(c).await?.rows_affected())
                 }
                 Raw::Sqlite(c) => {
-                    let query =
-                        sqlx::query_with(&*sent.sql, params.for_sqlite(sent).map_err(sqlx::Error::Encode)?);
+                    let query = sqlx::query_with(
+                        &*sent.sql,
+                        params.for_sqlite(sent).map_err(sqlx::Error::Encode)?,
+                    );
                     Ok(query.persistent(keeps).execute(c).await?.rows_affected())
                 }
             }
@@ -196,7 +217,11 @@ impl Connection {
 
     /// Commits what was begun last.
     pub(super) async fn commit(&mut self) -> Result<(), Failed> {
-        let text = if self.depth > 1 { "RELEASE SAVEPOINT attempt" } else { "COMMIT" };
+        let text = if self.depth > 1 {
+            "RELEASE SAVEPOINT attempt"
+        } else {
+            "COMMIT"
+        };
         self.control("commit", text).await?;
         self.depth = self.depth.saturating_sub(1);
         Ok(())
@@ -204,12 +229,20 @@ impl Connection {
 
     /// Begins a transaction for a script. On Postgres it is one statement, which needs none.
     pub(super) async fn begin_script(&mut self) -> Result<(), Failed> {
-        if self.engine() == Engine::Sqlite { self.begin().await } else { Ok(()) }
+        if self.engine() == Engine::Sqlite {
+            self.begin().await
+        } else {
+            Ok(())
+        }
     }
 
     /// Commits what [`begin_script`](Self::begin_script) began.
     pub(super) async fn commit_script(&mut self) -> Result<(), Failed> {
-        if self.engine() == Engine::Sqlite { self.commit().await } else { Ok(()) }
+        if self.engine() == Engine::Sqlite {
+            self.commit().await
+        } else {
+            Ok(())
+        }
     }
 
     /// Takes back what was begun last.
@@ -241,13 +274,21 @@ impl Connection {
     }
 
     /// What came of a call. After an error that is not a plain answer the connection is not used again.
-    fn end_call<T>(&mut self, statement: &'static str, result: sqlx::Result<T>) -> Result<T, Failed> {
+    fn end_call<T>(
+        &mut self,
+        statement: &'static str,
+        result: sqlx::Result<T>,
+    ) -> Result<T, Failed> {
         let is_answer = match &result {
             Ok(_) => true,
             Err(sqlx::Error::Database(cause)) => !passes(&**cause),
             Err(_) => false,
         };
-        self.state = if is_answer { State::InStep } else { State::Failed };
+        self.state = if is_answer {
+            State::InStep
+        } else {
+            State::Failed
+        };
         result.map_err(|cause| {
             self.tell_health(&cause);
             Failed { statement, cause }
@@ -273,5 +314,7 @@ async fn within<T>(
 ) -> sqlx::Result<T> {
     let span = tracing::debug_span!("statement", "db.query.name" = statement);
     let late = |_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()));
-    timeout_at(deadline, call.instrument(span)).await.unwrap_or_else(late)
+    timeout_at(deadline, call.instrument(span))
+        .await
+        .unwrap_or_else(late)
 }

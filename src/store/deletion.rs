@@ -13,8 +13,8 @@ use super::rows::{At, ThreadRow, millis};
 use super::statement::Statement;
 use super::{OrphanName, Store, StoreError};
 use crate::domain::{
-    ConversationKey, Deletion, DeletionId, Lifecycle, Page, Removed, Scope, TenantKey, Thread, ThreadId,
-    Timestamp, UserKey,
+    ConversationKey, Deletion, DeletionId, Lifecycle, Page, Removed, Scope, TenantKey, Thread,
+    ThreadId, Timestamp, UserKey,
 };
 
 /// Times that new runs may come while threads are taken, before that is given up.
@@ -129,7 +129,11 @@ impl Store {
     ///
     /// An erasure takes over threads that are being archived, or erased because of their age. What another
     /// request erases stays that one's, and is waited for. A request without any thread is finished at once.
-    pub async fn begin_deletion(&self, request: &DeletionRequest, limit: u32) -> Result<u64, StoreError> {
+    pub async fn begin_deletion(
+        &self,
+        request: &DeletionRequest,
+        limit: u32,
+    ) -> Result<u64, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
         let values = of_target(&request.tenant, &request.target)
@@ -157,7 +161,8 @@ async fn advance(
 ) -> Result<u64, StoreError> {
     let begun = begin(c, requested, limit, hold).await?;
     if begun == 0 {
-        c.execute(&FINISH, params().set("deletion", requested.id)).await?;
+        c.execute(&FINISH, params().set("deletion", requested.id))
+            .await?;
     }
     Ok(begun)
 }
@@ -196,7 +201,9 @@ async fn try_begin(
         return Ok(Some(0));
     }
     let runs = lock_unfinished(c, found.clone()).await?;
-    let values = params().set("threads", found.clone()).set("erases", !requested.archive);
+    let values = params()
+        .set("threads", found.clone())
+        .set("erases", !requested.archive);
     let threads = ids(c, &LOCK_THREADS, values).await?;
     // A rollover that ended while its thread was waited for has put a fresh one in its place.
     let now = ids(c, find, requested.params().set("limit", limit)).await?;
@@ -205,7 +212,11 @@ async fn try_begin(
     if has_others || threads.is_empty() || now != found {
         return Ok(None);
     }
-    let end = if requested.archive { Deletion::Archive } else { Deletion::Erase };
+    let end = if requested.archive {
+        Deletion::Archive
+    } else {
+        Deletion::Erase
+    };
     let values = params()
         .set("threads", threads.clone())
         .set("end", end.as_str())
@@ -226,13 +237,20 @@ async fn ids(
 }
 
 /// Locks the unfinished runs of threads.
-pub(super) async fn lock_unfinished(c: &mut Connection, threads: Vec<Uuid>) -> Result<Vec<Uuid>, StoreError> {
+pub(super) async fn lock_unfinished(
+    c: &mut Connection,
+    threads: Vec<Uuid>,
+) -> Result<Vec<Uuid>, StoreError> {
     ids(c, &LOCK_UNFINISHED_RUNS, params().set("threads", threads)).await
 }
 
 /// The active runs of threads are to be cancelled.
-pub(super) async fn cancel_active(c: &mut Connection, threads: Vec<Uuid>) -> Result<(), StoreError> {
-    c.execute(&CANCEL_ACTIVE_RUNS, params().set("threads", threads)).await?;
+pub(super) async fn cancel_active(
+    c: &mut Connection,
+    threads: Vec<Uuid>,
+) -> Result<(), StoreError> {
+    c.execute(&CANCEL_ACTIVE_RUNS, params().set("threads", threads))
+        .await?;
     Ok(())
 }
 
@@ -356,7 +374,9 @@ impl Store {
         limit: u32,
     ) -> Result<Option<DeletionReport>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let values = params().set("deletion", id.uuid()).set("tenant", tenant.as_str());
+        let values = params()
+            .set("deletion", id.uuid())
+            .set("tenant", tenant.as_str());
         let found: Option<DeletionRow> = c.optional(&READ, values).await?;
         let Some(found) = found else { return Ok(None) };
         let values = params()
@@ -377,7 +397,10 @@ impl Store {
             done: found.done,
             pending: found.pending,
             incomplete: found.incomplete,
-            threads: Page { data: rows.into_iter().map(DeletedThread::from).collect(), has_more },
+            threads: Page {
+                data: rows.into_iter().map(DeletedThread::from).collect(),
+                has_more,
+            },
         }))
     }
 
@@ -389,7 +412,9 @@ impl Store {
         target: &DeletionTarget,
     ) -> Result<Option<DeletionId>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let found: Option<(Uuid,)> = c.optional(&FIND_UNDER_WAY, of_target(tenant, target)).await?;
+        let found: Option<(Uuid,)> = c
+            .optional(&FIND_UNDER_WAY, of_target(tenant, target))
+            .await?;
         Ok(found.map(|(id,)| DeletionId::from_uuid(id)))
     }
 }
@@ -496,15 +521,38 @@ static ARCHIVE_THREAD: Statement = Statement::new(
     WHERE id = :thread",
 );
 
-static DELETE_THREAD: Statement =
-    Statement::new("deletion.delete_thread", "DELETE FROM threads WHERE id = :thread");
+static DELETE_THREAD: Statement = Statement::new(
+    "deletion.delete_thread",
+    "DELETE FROM threads WHERE id = :thread",
+);
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &ADD, &LOCK_UNFINISHED_REQUEST, &LOCK_REQUESTS_OF_USER, &FIND_THREADS_OF_KEY, &FIND_THREADS_OF_USER,
-    &LOCK_UNFINISHED_RUNS, &LOCK_THREADS, &HAS_OTHER_RUNS, &BEGIN, &CANCEL_ACTIVE_RUNS, &FINISH,
-    &COUNT_OF_KEY, &COUNT_OF_USER, &READ, &LIST_THREADS, &FIND_UNDER_WAY, &FORGET_IDS_OF_RUNS,
-    &FORGET_ORPHANS, &RECORD_CLEANUP, &LOCK_THREAD, &DELETE_MESSAGES, &LOCK_RUNS, &IS_EMPTY, &ADD_RECEIPT,
-    &ARCHIVE_THREAD, &DELETE_THREAD,
+    &ADD,
+    &LOCK_UNFINISHED_REQUEST,
+    &LOCK_REQUESTS_OF_USER,
+    &FIND_THREADS_OF_KEY,
+    &FIND_THREADS_OF_USER,
+    &LOCK_UNFINISHED_RUNS,
+    &LOCK_THREADS,
+    &HAS_OTHER_RUNS,
+    &BEGIN,
+    &CANCEL_ACTIVE_RUNS,
+    &FINISH,
+    &COUNT_OF_KEY,
+    &COUNT_OF_USER,
+    &READ,
+    &LIST_THREADS,
+    &FIND_UNDER_WAY,
+    &FORGET_IDS_OF_RUNS,
+    &FORGET_ORPHANS,
+    &RECORD_CLEANUP,
+    &LOCK_THREAD,
+    &DELETE_MESSAGES,
+    &LOCK_RUNS,
+    &IS_EMPTY,
+    &ADD_RECEIPT,
+    &ARCHIVE_THREAD,
+    &DELETE_THREAD,
 ];
 
 impl Store {
@@ -525,8 +573,11 @@ impl Store {
         }
         let mut c = self.backend.writer().await?;
         c.begin().await?;
-        c.execute(&FORGET_IDS_OF_RUNS, params().set("runs", runs)).await?;
-        let values = params().set("thread", thread.uuid()).set("orphans", orphans);
+        c.execute(&FORGET_IDS_OF_RUNS, params().set("runs", runs))
+            .await?;
+        let values = params()
+            .set("thread", thread.uuid())
+            .set("orphans", orphans);
         c.execute(&FORGET_ORPHANS, values).await?;
         let values = params()
             .set("thread", thread.uuid())
@@ -576,7 +627,15 @@ async fn conclude_thread(c: &mut Connection, id: ThreadId, limit: u32) -> Result
         return Ok(false);
     }
     c.execute(&ADD_RECEIPT, of_thread()).await?;
-    c.execute(if archives { &ARCHIVE_THREAD } else { &DELETE_THREAD }, of_thread()).await?;
+    c.execute(
+        if archives {
+            &ARCHIVE_THREAD
+        } else {
+            &DELETE_THREAD
+        },
+        of_thread(),
+    )
+    .await?;
     Ok(true)
 }
 
@@ -591,7 +650,9 @@ async fn empty(c: &mut Connection, thread: ThreadId, limit: u32) -> Result<bool,
         return Ok(false);
     }
     // Rows that somebody else had locked were passed over, and no reference keeps the thread for them.
-    let (is_empty,): (bool,) = c.one(&IS_EMPTY, params().set("thread", thread.uuid())).await?;
+    let (is_empty,): (bool,) = c
+        .one(&IS_EMPTY, params().set("thread", thread.uuid()))
+        .await?;
     Ok(is_empty)
 }
 

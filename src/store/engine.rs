@@ -23,7 +23,9 @@ impl Engine {
             other => {
                 let found = match other {
                     Some(scheme)
-                        if scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)) =>
+                        if scheme
+                            .bytes()
+                            .all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)) =>
                     {
                         format!("begins with `{scheme}:`")
                     }
@@ -56,9 +58,17 @@ mod tests {
 
     #[test]
     fn another_scheme_is_refused_without_showing_the_url() {
-        for url in ["mysql://u:secret@host/db", "host/secret", "u secret@host:5432/db", ""] {
+        for url in [
+            "mysql://u:secret@host/db",
+            "host/secret",
+            "u secret@host:5432/db",
+            "",
+        ] {
             let text = Engine::of(url).unwrap_err().to_string();
-            assert!(text.contains("sqlite:path") && text.contains("postgres://"), "{text}");
+            assert!(
+                text.contains("sqlite:path") && text.contains("postgres://"),
+                "{text}"
+            );
             assert!(!text.contains("secret"), "{text}");
         }
     }

@@ -12,19 +12,42 @@ impl From<Failed> for StoreError {
         use sqlx::Error as E;
         let Failed { statement, cause } = failed;
         match &cause {
-            E::Io(_) | E::Tls(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed | E::BeginFailed => {
-                Self::Unavailable(InStatement { statement, cause: cause.into() }.into())
-            }
+            E::Io(_)
+            | E::Tls(_)
+            | E::PoolTimedOut
+            | E::PoolClosed
+            | E::WorkerCrashed
+            | E::BeginFailed => Self::Unavailable(
+                InStatement {
+                    statement,
+                    cause: cause.into(),
+                }
+                .into(),
+            ),
             E::Database(error) => {
                 let is_passing = passes(&**error);
-                let said = InStatement { statement, cause: Said::by(&**error).into() }.into();
-                if is_passing { Self::Unavailable(said) } else { Self::Statement(said) }
+                let said = InStatement {
+                    statement,
+                    cause: Said::by(&**error).into(),
+                }
+                .into();
+                if is_passing {
+                    Self::Unavailable(said)
+                } else {
+                    Self::Statement(said)
+                }
             }
             E::ColumnDecode { index, source } => {
                 Self::Corrupt(format!("{statement}, column {index}: {source}"))
             }
             E::Decode(source) => Self::Corrupt(format!("{statement}: {source}")),
-            _ => Self::Statement(InStatement { statement, cause: cause.into() }.into()),
+            _ => Self::Statement(
+                InStatement {
+                    statement,
+                    cause: cause.into(),
+                }
+                .into(),
+            ),
         }
     }
 }
@@ -33,10 +56,15 @@ impl From<Failed> for NotWritten {
     fn from(failed: Failed) -> Self {
         // What the database answers with an error it has taken back, unless the connection ends with it: so a pooler tells
         // that it has lost the server.
-        let is_refused = matches!(&failed.cause, sqlx::Error::Database(said) if !ends_connection(&**said));
+        let is_refused =
+            matches!(&failed.cause, sqlx::Error::Database(said) if !ends_connection(&**said));
         let was_encoded = !matches!(failed.cause, sqlx::Error::Encode(_));
         let error = StoreError::from(failed);
-        if is_refused || !was_encoded { Self::Refused(error) } else { Self::Lost(error) }
+        if is_refused || !was_encoded {
+            Self::Refused(error)
+        } else {
+            Self::Lost(error)
+        }
     }
 }
 
@@ -63,14 +91,18 @@ pub(super) fn is_broken(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) => true,
         // The server stops, or has crashed.
-        sqlx::Error::Database(cause) => ["57P01", "57P02"].contains(&&*cause.code().unwrap_or_default()),
+        sqlx::Error::Database(cause) => {
+            ["57P01", "57P02"].contains(&&*cause.code().unwrap_or_default())
+        }
         _ => false,
     }
 }
 
 /// Whether an error ends the connection. What came of the statement is not known then.
 fn ends_connection(error: &dyn DatabaseError) -> bool {
-    let severity = error.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
+    let severity = error
+        .try_downcast_ref::<PgDatabaseError>()
+        .map(PgDatabaseError::severity);
     matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic))
 }
 
@@ -84,30 +116,36 @@ pub(super) struct Said {
 
 impl Said {
     pub(super) fn by(error: &dyn DatabaseError) -> Self {
-        Self { text: error.message().to_owned(), code: error.code().unwrap_or_default().into_owned() }
+        Self {
+            text: error.message().to_owned(),
+            code: error.code().unwrap_or_default().into_owned(),
+        }
     }
 }
 
 /// The code with which Postgres refuses what the role may not do.
 const NOT_ALLOWED: &str = "42501";
-const MUST_BE_ALLOWED: &str =
-    "; the role needs USAGE on the schema, and SELECT, INSERT, UPDATE and DELETE on all tables in it";
+const MUST_BE_ALLOWED: &str = "; the role needs USAGE on the schema, and SELECT, INSERT, UPDATE and DELETE on all tables in it";
 
 /// What the role may not do, if that is why migrating failed.
 pub(super) fn denial(error: &MigrateError) -> Option<String> {
     let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else {
         return None;
     };
-    let cause = error.as_database_error().filter(|cause| cause.code().as_deref() == Some(NOT_ALLOWED))?;
+    let cause = error
+        .as_database_error()
+        .filter(|cause| cause.code().as_deref() == Some(NOT_ALLOWED))?;
     Some(cause.message().to_owned())
 }
 
 impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> Self {
         match error {
-            MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) => {
-                Failed { statement: "migrate", cause }.into()
+            MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) => Failed {
+                statement: "migrate",
+                cause,
             }
+            .into(),
             MigrateError::VersionMissing(version) => Self::Schema(format!(
                 "the database is at migration {version}, which is newer than this program and does not serve it: run a \
                  newer `threadkeeper`"
@@ -115,9 +153,9 @@ impl From<MigrateError> for StoreError {
             MigrateError::VersionMismatch(version) => Self::Schema(format!(
                 "migration {version} was applied to the database in another form than this program knows"
             )),
-            MigrateError::Dirty(version) => {
-                Self::Schema(format!("migration {version} was applied to the database in part only"))
-            }
+            MigrateError::Dirty(version) => Self::Schema(format!(
+                "migration {version} was applied to the database in part only"
+            )),
             other => Self::Statement(other.into()),
         }
     }
@@ -129,11 +167,14 @@ pub(super) fn passes(error: &dyn DatabaseError) -> bool {
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         // Connection trouble, a server that starts or stops, resources used up, a statement cut short by a time
         // limit, a standby that was the primary a moment ago, a lost serialisation or deadlock.
-        return ["08", "57", "53"].iter().any(|class| code.starts_with(class))
+        return ["08", "57", "53"]
+            .iter()
+            .any(|class| code.starts_with(class))
             || ["25006", "40001", "40P01", "55P03"].contains(&&*code);
     }
     // The primary code of SQLite is the low byte: busy, locked, I/O error, disk full, cannot open.
-    code.parse::<u32>().is_ok_and(|code| [5, 6, 10, 13, 14].contains(&(code & 0xff)))
+    code.parse::<u32>()
+        .is_ok_and(|code| [5, 6, 10, 13, 14].contains(&(code & 0xff)))
 }
 
 #[cfg(test)]
@@ -143,14 +184,24 @@ mod tests {
     #[test]
     fn a_lost_connection_is_worth_a_retry_and_a_bad_statement_is_not() {
         let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
-        for error in [sqlx::Error::Io(refused), sqlx::Error::PoolTimedOut, sqlx::Error::PoolClosed] {
+        for error in [
+            sqlx::Error::Io(refused),
+            sqlx::Error::PoolTimedOut,
+            sqlx::Error::PoolClosed,
+        ] {
             assert!(matches!(
-                StoreError::from(Failed { statement: "x", cause: error }),
+                StoreError::from(Failed {
+                    statement: "x",
+                    cause: error
+                }),
                 StoreError::Unavailable(_)
             ));
         }
         assert!(matches!(
-            StoreError::from(Failed { statement: "x", cause: sqlx::Error::RowNotFound }),
+            StoreError::from(Failed {
+                statement: "x",
+                cause: sqlx::Error::RowNotFound
+            }),
             StoreError::Statement(_)
         ));
     }

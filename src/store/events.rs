@@ -101,12 +101,36 @@ impl Store {
                     upstream_runs.push(storable(run.upstream_run_id.as_ref()).map(str::to_owned));
                 }
                 let values = params()
-                    .set("run", progress.iter().map(|run| run.lease.run_id.uuid()).collect::<Vec<_>>())
-                    .set("fence", progress.iter().map(|run| run.lease.fence).collect::<Vec<_>>())
+                    .set(
+                        "run",
+                        progress
+                            .iter()
+                            .map(|run| run.lease.run_id.uuid())
+                            .collect::<Vec<_>>(),
+                    )
+                    .set(
+                        "fence",
+                        progress
+                            .iter()
+                            .map(|run| run.lease.fence)
+                            .collect::<Vec<_>>(),
+                    )
                     .set("upstream_run", upstream_runs)
-                    .set("first", progress.iter().map(|run| run.events.first).collect::<Vec<_>>())
+                    .set(
+                        "first",
+                        progress
+                            .iter()
+                            .map(|run| run.events.first)
+                            .collect::<Vec<_>>(),
+                    )
                     .set("events", events)
-                    .set("end", progress.iter().map(|run| run.events.end()).collect::<Vec<_>>());
+                    .set(
+                        "end",
+                        progress
+                            .iter()
+                            .map(|run| run.events.end())
+                            .collect::<Vec<_>>(),
+                    );
                 c.all(&RECORD, values).await?
             }
             Engine::Sqlite => {
@@ -126,7 +150,10 @@ impl Store {
                 recorded
             }
         };
-        Ok(recorded.into_iter().map(|(run,)| RunId::from_uuid(run)).collect())
+        Ok(recorded
+            .into_iter()
+            .map(|(run,)| RunId::from_uuid(run))
+            .collect())
     }
 
     fn log_text(&self, run: &RunProgress) -> Result<String, StoreError> {
@@ -138,7 +165,9 @@ impl Store {
     /// ends.
     pub async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let rows: Vec<EventRow> = c.all(&LIST, params().set("run", run.uuid()).set("from", from)).await?;
+        let rows: Vec<EventRow> = c
+            .all(&LIST, params().set("run", run.uuid()).set("from", from))
+            .await?;
         Ok(rows.into_iter().map(EventBatch::from).collect())
     }
 }
@@ -152,7 +181,10 @@ struct EventRow {
 
 impl From<EventRow> for EventBatch {
     fn from(row: EventRow) -> Self {
-        Self { first: row.first_offset, events: row.events.0 }
+        Self {
+            first: row.first_offset,
+            events: row.events.0,
+        }
     }
 }
 

@@ -17,8 +17,8 @@ use super::rows::{FinishedRow, ThreadAndRun, corrupt, ended, json, log_json};
 use super::statement::Statement;
 use super::{Backend, InputMessage, RunLease, Store, StoreError};
 use crate::domain::{
-    ContentPart, EventBatch, Message, MessageId, Run, RunError, RunStatus, TenantKey, Thread, ThreadActivity,
-    UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
+    ContentPart, EventBatch, Message, MessageId, Run, RunError, RunStatus, TenantKey, Thread,
+    ThreadActivity, UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
 
 static FINISH: Statement = Statement::for_each_engine(
@@ -52,8 +52,13 @@ static FIND_SHARED: Statement = Statement::new(
     FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = :run",
 );
 
-pub(super) static STATEMENTS: &[&Statement] =
-    &[&FINISH, &LOCK_QUEUED, &LEAVE_TO_OTHERS, &FORGET_KEY, &FIND_SHARED];
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &FINISH,
+    &LOCK_QUEUED,
+    &LEAVE_TO_OTHERS,
+    &FORGET_KEY,
+    &FIND_SHARED,
+];
 
 impl Store {
     /// Ends a run: status, reply, counters, log, in one step. A run that never started has its messages moved into the
@@ -61,17 +66,33 @@ impl Store {
     ///
     /// Goes along with the ends of others, if there are any. Repeating the call with the same lease and end is harmless and
     /// answers the same.
-    pub async fn finish(&self, lease: &RunLease, end: impl Into<Arc<RunEnd>>) -> Result<Closing, StoreError> {
-        Ok(self.ends.write(Ending { lease: *lease, end: end.into() }).await?)
+    pub async fn finish(
+        &self,
+        lease: &RunLease,
+        end: impl Into<Arc<RunEnd>>,
+    ) -> Result<Closing, StoreError> {
+        Ok(self
+            .ends
+            .write(Ending {
+                lease: *lease,
+                end: end.into(),
+            })
+            .await?)
     }
 
     /// Takes a message back whose sender heard that it was not taken, although its run was recorded. A waiting run that
     /// others have [joined](crate::domain::MultitaskStrategy::Merge) goes on without it, and the message's idempotency key
     /// stands for nothing any more. Else the run ends as [`finish`](Self::finish) ends it. Harmless to repeat.
-    pub async fn withdraw(&self, lease: &RunLease, taken: &Withdrawal) -> Result<Withdrawn, StoreError> {
+    pub async fn withdraw(
+        &self,
+        lease: &RunLease,
+        taken: &Withdrawal,
+    ) -> Result<Withdrawn, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         c.begin().await?;
-        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence);
         let waiting: Option<(Json<Vec<InputMessage>>,)> = c.optional(&LOCK_QUEUED, values).await?;
         let mut others = waiting.map(|(Json(input),)| input).unwrap_or_default();
         others.retain(|message| message.id != taken.message);
@@ -102,8 +123,11 @@ impl Item for Ending {
     }
 
     fn bytes(&self) -> usize {
-        let reply =
-            self.end.reply.as_ref().map_or(0, |reply| reply.content.iter().map(ContentPart::size).sum());
+        let reply = self
+            .end
+            .reply
+            .as_ref()
+            .map_or(0, |reply| reply.content.iter().map(ContentPart::size).sum());
         reply + usize::try_from(self.end.events.end() - self.end.events.first).unwrap_or(0)
     }
 
@@ -127,7 +151,11 @@ impl Write for Ends {
     type Item = Ending;
 
     async fn together(&self, items: &[Ending]) -> Result<Answers<Ending>, NotWritten> {
-        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        let mut c = self
+            .backend
+            .vital_writer()
+            .await
+            .map_err(NotWritten::Unsent)?;
         c.begin_script().await?;
         let ends = items.iter().map(|it| (&it.lease, &*it.end));
         let answers = finish_all(&mut c, self.redaction, ends, false).await?;
@@ -136,7 +164,11 @@ impl Write for Ends {
     }
 
     async fn alone(&self, Ending { lease, end }: &Ending) -> Answer<Ending> {
-        let mut c = self.backend.vital_writer().await.map_err(NotWritten::Unsent)?;
+        let mut c = self
+            .backend
+            .vital_writer()
+            .await
+            .map_err(NotWritten::Unsent)?;
         c.begin_script().await?;
         let closing = finish_in(&mut c, self.redaction, lease, end).await?;
         c.commit_script().await?;
@@ -152,7 +184,10 @@ async fn finish_in(
     end: &RunEnd,
 ) -> Result<Closing, NotWritten> {
     let mut answers = finish_all(c, redaction, std::iter::once((lease, end)), true).await?;
-    answers.pop().flatten().ok_or_else(|| corrupt("no answer").into())
+    answers
+        .pop()
+        .flatten()
+        .ok_or_else(|| corrupt("no answer").into())
 }
 
 async fn finish_all<'a>(
@@ -161,16 +196,25 @@ async fn finish_all<'a>(
     items: impl ExactSizeIterator<Item = (&'a RunLease, &'a RunEnd)> + Clone + Send,
     alone: bool,
 ) -> Result<Answers<Ending>, NotWritten> {
-    let fields =
-        items.clone().map(|(lease, end)| Fields::of(redaction, lease, end)).collect::<Result<Vec<_>, _>>()?;
+    let fields = items
+        .clone()
+        .map(|(lease, end)| Fields::of(redaction, lease, end))
+        .collect::<Result<Vec<_>, _>>()?;
     let rows: Vec<EndedRow> = c.batch(&FINISH, &fields, alone).await?;
     let answer = |(row, (_, end)): (EndedRow, (_, &RunEnd))| row.closing(end);
-    Ok(rows.into_iter().zip(items).map(answer).collect::<Result<_, StoreError>>()?)
+    Ok(rows
+        .into_iter()
+        .zip(items)
+        .map(answer)
+        .collect::<Result<_, StoreError>>()?)
 }
 
 /// An end as the database takes it: see finish.function.sql.
 #[derive(Serialize)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a parameter of its own")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a parameter of its own"
+)]
 struct Fields<'a> {
     run: Uuid,
     fence: i64,
@@ -208,7 +252,10 @@ impl<'a> Fields<'a> {
             error: raw(end.error.as_ref())?,
             usage: raw(end.usage.as_ref())?,
             upstream_run: end.upstream_run_id.as_ref().map(UpstreamRunId::as_str),
-            upstream_thread: end.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str),
+            upstream_thread: end
+                .upstream_thread_id
+                .as_ref()
+                .map(UpstreamThreadId::as_str),
             reply: reply.map(|reply| reply.id.uuid()),
             reply_content: raw(reply.map(|reply| redaction.parts(&reply.content)).as_ref())?,
             reply_upstream_id: reply.and_then(|reply| reply.upstream_message_id.as_deref()),
@@ -224,7 +271,11 @@ impl<'a> Fields<'a> {
                 .as_ref())?,
             discard: end.discard,
             first_offset: events.first,
-            events: if drops_log { None } else { Some(raw_text(log_json(&events.events)?)?) },
+            events: if drops_log {
+                None
+            } else {
+                Some(raw_text(log_json(&events.events)?)?)
+            },
             end_offset: events.end(),
             drops_log,
             unacknowledged: end.unacknowledged_requests,
@@ -256,7 +307,11 @@ where
 {
     fn from_row(row: &'r R) -> sqlx::Result<Self> {
         let outcome: String = row.try_get("outcome")?;
-        let finished = if outcome == "finished" { Some(FinishedRow::from_row(row)?) } else { None };
+        let finished = if outcome == "finished" {
+            Some(FinishedRow::from_row(row)?)
+        } else {
+            None
+        };
         Ok(Self { outcome, finished })
     }
 }
@@ -299,9 +354,17 @@ async fn leave_to(
     taken: &Withdrawal,
 ) -> Result<Withdrawn, StoreError> {
     let run = lease.run_id.uuid();
-    c.execute(&LEAVE_TO_OTHERS, params().set("run", run).json("others", Some(&others))?).await?;
+    c.execute(
+        &LEAVE_TO_OTHERS,
+        params().set("run", run).json("others", Some(&others))?,
+    )
+    .await?;
     let key = taken.idempotency_key.as_deref();
-    c.execute(&FORGET_KEY, params().set("run", run).set("idempotency_key", key)).await?;
+    c.execute(
+        &FORGET_KEY,
+        params().set("run", run).set("idempotency_key", key),
+    )
+    .await?;
     let row: SharedRow = c.one(&FIND_SHARED, params().set("run", run)).await?;
     Ok(Withdrawn::Shared {
         thread: Box::new(row.both.thread.try_into()?),

@@ -60,7 +60,13 @@ impl Function {
         columns: &'static str,
         body: &'static str,
     ) -> Self {
-        Self { name, parameters, columns, body, made: OnceLock::new() }
+        Self {
+            name,
+            parameters,
+            columns,
+            body,
+            made: OnceLock::new(),
+        }
     }
 
     /// Its name in the database.
@@ -73,7 +79,10 @@ impl Function {
         let Made { name, text } = self.made();
         // Whatever the caller's search path says, it means the tables beside it.
         let path = format!("SET search_path = {schema}, pg_temp");
-        format!("CREATE FUNCTION {schema}.{name}{}", text.replacen("SET search_path", &path, 1))
+        format!(
+            "CREATE FUNCTION {schema}.{name}{}",
+            text.replacen("SET search_path", &path, 1)
+        )
     }
 
     fn made(&self) -> &Made {
@@ -101,7 +110,10 @@ pub fn functions_called_by(sql: &str) -> impl Iterator<Item = String> {
 
 /// The name in the database of a function of ours.
 pub(super) fn name_in_database(name: &str) -> Option<&'static str> {
-    FUNCTIONS.iter().find(|function| function.name == name).map(|function| function.name_in_database())
+    FUNCTIONS
+        .iter()
+        .find(|function| function.name == name)
+        .map(|function| function.name_in_database())
 }
 
 #[cfg(test)]
@@ -110,7 +122,12 @@ mod tests {
 
     #[test]
     fn another_text_has_another_name() {
-        let of = |body| Function::new("f", "a int", "b int", body).made().name.clone();
+        let of = |body| {
+            Function::new("f", "a int", "b int", body)
+                .made()
+                .name
+                .clone()
+        };
         assert_eq!(of("BEGIN END"), of("BEGIN END"));
         assert_ne!(of("BEGIN END"), of("BEGIN NULL; END"));
         assert!(of("BEGIN END").starts_with("threadkeeper_f_") && of("BEGIN END").len() < 63);
@@ -119,7 +136,13 @@ mod tests {
     #[test]
     fn definition_names_its_schema_twice() {
         let text = ADMIT.definition("\"a b\"");
-        assert!(text.starts_with("CREATE FUNCTION \"a b\".threadkeeper_admit_"), "{text}");
-        assert!(text.contains(" SET search_path = \"a b\", pg_temp AS $function$"), "{text}");
+        assert!(
+            text.starts_with("CREATE FUNCTION \"a b\".threadkeeper_admit_"),
+            "{text}"
+        );
+        assert!(
+            text.contains(" SET search_path = \"a b\", pg_temp AS $function$"),
+            "{text}"
+        );
     }
 }

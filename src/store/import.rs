@@ -13,8 +13,8 @@ use super::rows::{At, millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{
-    ContentPart, ConversationKey, Lifecycle, Limits, MessageId, Metadata, Role, TenantKey, ThreadId,
-    Timestamp, UpstreamSync, UpstreamThreadId,
+    ContentPart, ConversationKey, Lifecycle, Limits, MessageId, Metadata, Role, TenantKey,
+    ThreadId, Timestamp, UpstreamSync, UpstreamThreadId,
 };
 
 /// The key of a row `e` is that of the thread `t`.
@@ -91,8 +91,10 @@ static LOCK_THREADS: Statement = Statement::new(
     {lock t}",
 );
 
-static LIST_KNOWN_MESSAGES: Statement =
-    Statement::new("import.list_known_messages", "SELECT m.id FROM messages m WHERE m.id {in :ids}");
+static LIST_KNOWN_MESSAGES: Statement = Statement::new(
+    "import.list_known_messages",
+    "SELECT m.id FROM messages m WHERE m.id {in :ids}",
+);
 
 /// `rows`: see [`MessageToAdd`]. Another import may have added one meanwhile, to another thread: it is passed
 /// over, too, and leaves a gap.
@@ -121,8 +123,15 @@ static COUNT_MESSAGES: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &READ_CLOCK, &ADD_THREADS, &FIND_KNOWN_THREADS, &FIND_OTHERS, &FIND_OF_TENANT, &LOCK_THREADS,
-    &LIST_KNOWN_MESSAGES, &ADD_MESSAGES, &COUNT_MESSAGES,
+    &READ_CLOCK,
+    &ADD_THREADS,
+    &FIND_KNOWN_THREADS,
+    &FIND_OTHERS,
+    &FIND_OF_TENANT,
+    &LOCK_THREADS,
+    &LIST_KNOWN_MESSAGES,
+    &ADD_MESSAGES,
+    &COUNT_MESSAGES,
 ];
 
 impl Store {
@@ -134,7 +143,10 @@ impl Store {
     ///
     /// # Errors
     /// Some of the first ones may have been added: they are known the next time.
-    pub async fn import_threads(&self, threads: &[&ImportedThread]) -> Result<Vec<Imported>, StoreError> {
+    pub async fn import_threads(
+        &self,
+        threads: &[&ImportedThread],
+    ) -> Result<Vec<Imported>, StoreError> {
         let mut results = Vec::with_capacity(threads.len());
         let mut rest = threads;
         while !rest.is_empty() {
@@ -156,7 +168,10 @@ impl Store {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.uuid()).collect();
         let values = params().set("ids", ids).set("tenant", tenant.as_str());
         let found: Vec<(Uuid,)> = c.all(&FIND_OF_TENANT, values).await?;
-        Ok(found.into_iter().map(|(id,)| ThreadId::from_uuid(id)).collect())
+        Ok(found
+            .into_iter()
+            .map(|(id,)| ThreadId::from_uuid(id))
+            .collect())
     }
 
     /// Adds messages from elsewhere at the end of their threads' transcripts, in their order. Those whose id is
@@ -171,24 +186,42 @@ impl Store {
     ) -> Result<u64, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
-        let ids: BTreeSet<Uuid> = transcripts.iter().map(|(thread, _)| thread.uuid()).collect();
-        let found: Vec<(Uuid, bool, i64)> =
-            c.all(&LOCK_THREADS, params().set("ids", Vec::from_iter(ids))).await?;
+        let ids: BTreeSet<Uuid> = transcripts
+            .iter()
+            .map(|(thread, _)| thread.uuid())
+            .collect();
+        let found: Vec<(Uuid, bool, i64)> = c
+            .all(&LOCK_THREADS, params().set("ids", Vec::from_iter(ids)))
+            .await?;
         let mut threads: BTreeMap<Uuid, ThreadToCount> = found
             .into_iter()
             .map(|(id, has, position)| (id, ThreadToCount::new(id, has, position)))
             .collect();
         let of_threads = |threads: &BTreeMap<Uuid, ThreadToCount>| {
-            let there = transcripts.iter().filter(|(thread, _)| threads.contains_key(&thread.uuid()));
-            there.flat_map(|(_, messages)| messages).map(|message| message.id.uuid()).collect::<Vec<_>>()
+            let there = transcripts
+                .iter()
+                .filter(|(thread, _)| threads.contains_key(&thread.uuid()));
+            there
+                .flat_map(|(_, messages)| messages)
+                .map(|message| message.id.uuid())
+                .collect::<Vec<_>>()
         };
-        let known: Vec<(Uuid,)> =
-            c.all(&LIST_KNOWN_MESSAGES, params().set("ids", of_threads(&threads))).await?;
+        let known: Vec<(Uuid,)> = c
+            .all(
+                &LIST_KNOWN_MESSAGES,
+                params().set("ids", of_threads(&threads)),
+            )
+            .await?;
         let mut seen: BTreeSet<Uuid> = known.into_iter().map(|(id,)| id).collect();
         let mut rows = Vec::new();
         for (thread, messages) in transcripts {
-            let Some(thread) = threads.get_mut(&thread.uuid()) else { continue };
-            for message in messages.iter().filter(|message| seen.insert(message.id.uuid())) {
+            let Some(thread) = threads.get_mut(&thread.uuid()) else {
+                continue;
+            };
+            for message in messages
+                .iter()
+                .filter(|message| seen.insert(message.id.uuid()))
+            {
                 rows.push(thread.next(message, self.redaction));
             }
         }
@@ -196,15 +229,19 @@ impl Store {
             c.roll_back().await?;
             return Ok(0);
         }
-        let added: Vec<(Uuid, String)> = c.all(&ADD_MESSAGES, params().json("rows", Some(&rows))?).await?;
+        let added: Vec<(Uuid, String)> = c
+            .all(&ADD_MESSAGES, params().json("rows", Some(&rows))?)
+            .await?;
         for (thread, sync) in &added {
             if let Some(thread) = threads.get_mut(thread) {
                 thread.added += 1;
                 thread.missing += i64::from(sync == UpstreamSync::Missing.as_str());
             }
         }
-        let counts: Vec<&ThreadToCount> = threads.values().filter(|thread| thread.added > 0).collect();
-        c.execute(&COUNT_MESSAGES, params().json("rows", Some(&counts))?).await?;
+        let counts: Vec<&ThreadToCount> =
+            threads.values().filter(|thread| thread.added > 0).collect();
+        c.execute(&COUNT_MESSAGES, params().json("rows", Some(&counts))?)
+            .await?;
         c.commit().await?;
         Ok(added.len() as u64)
     }
@@ -219,7 +256,9 @@ fn independent(threads: &[&ImportedThread]) -> usize {
     for (place, thread) in threads.iter().enumerate() {
         let has_id = thread.id.is_some();
         let is_repeated = thread.id.is_some_and(|id| !ids.insert(id));
-        let is_looked_up = keys.insert(&thread.key, has_id).is_some_and(|have_ids| !(have_ids && has_id));
+        let is_looked_up = keys
+            .insert(&thread.key, has_id)
+            .is_some_and(|have_ids| !(have_ids && has_id));
         if is_repeated || is_looked_up {
             return place;
         }
@@ -229,24 +268,36 @@ fn independent(threads: &[&ImportedThread]) -> usize {
 
 /// Adds threads of which none depends on another. The insertion is the one step: what is looked up before and after it says
 /// only what was there.
-async fn add_threads(c: &mut Connection, threads: &[&ImportedThread]) -> Result<Vec<Imported>, StoreError> {
+async fn add_threads(
+    c: &mut Connection,
+    threads: &[&ImportedThread],
+) -> Result<Vec<Imported>, StoreError> {
     let mut results: Vec<Option<Imported>> = vec![None; threads.len()];
     find_known(c, threads, &mut results).await?;
     let (At(now),): (At,) = c.one(&READ_CLOCK, params()).await?;
     let sequence = ContextV7::new();
     let mut rows: Vec<(usize, ThreadToAdd<'_>)> = Vec::new();
-    for (place, thread) in threads.iter().enumerate().filter(|(place, _)| results[*place].is_none()) {
+    for (place, thread) in threads
+        .iter()
+        .enumerate()
+        .filter(|(place, _)| results[*place].is_none())
+    {
         rows.push((place, ThreadToAdd::new(thread, now, &sequence)));
     }
     // In the order of keys, so that no two imports wait for each other. Those of one key stay in theirs.
     rows.sort_by_key(|(_, row)| row.key());
     let values: Vec<_> = rows.iter().map(|(_, row)| row).collect();
-    let added: Vec<(Uuid,)> = c.all(&ADD_THREADS, params().json("rows", Some(&values))?).await?;
+    let added: Vec<(Uuid,)> = c
+        .all(&ADD_THREADS, params().json("rows", Some(&values))?)
+        .await?;
     let added: HashSet<Uuid> = added.into_iter().map(|(id,)| id).collect();
-    let (added, rows): (Vec<_>, Vec<_>) =
-        rows.into_iter().partition(|(_, row)| added.contains(row.id.as_uuid()));
-    let added: HashMap<Uuid, usize> =
-        added.into_iter().map(|(place, row)| (row.id.into_uuid(), place)).collect();
+    let (added, rows): (Vec<_>, Vec<_>) = rows
+        .into_iter()
+        .partition(|(_, row)| added.contains(row.id.as_uuid()));
+    let added: HashMap<Uuid, usize> = added
+        .into_iter()
+        .map(|(place, row)| (row.id.into_uuid(), place))
+        .collect();
     for (id, place) in &added {
         results[*place] = Some(Imported::Added(ThreadId::from_uuid(*id)));
     }
@@ -254,10 +305,13 @@ async fn add_threads(c: &mut Connection, threads: &[&ImportedThread]) -> Result<
         // Somebody else added those meanwhile that have no id.
         find_known(c, threads, &mut results).await?;
         let values: Vec<_> = rows.iter().map(|(_, row)| row).collect();
-        let others: Vec<(Uuid, Option<bool>, Option<Uuid>)> =
-            c.all(&FIND_OTHERS, params().json("rows", Some(&values))?).await?;
-        let others: HashMap<Uuid, _> =
-            others.into_iter().map(|(id, is_same, current)| (id, (is_same, current))).collect();
+        let others: Vec<(Uuid, Option<bool>, Option<Uuid>)> = c
+            .all(&FIND_OTHERS, params().json("rows", Some(&values))?)
+            .await?;
+        let others: HashMap<Uuid, _> = others
+            .into_iter()
+            .map(|(id, is_same, current)| (id, (is_same, current)))
+            .collect();
         for (place, row) in rows {
             let (is_same, current) = others.get(row.id.as_uuid()).copied().unwrap_or_default();
             // Not one that comes after it.
@@ -282,17 +336,24 @@ async fn find_known(
     threads: &[&ImportedThread],
     results: &mut [Option<Imported>],
 ) -> Result<(), StoreError> {
-    let unknown =
-        threads.iter().enumerate().filter(|(place, it)| it.id.is_none() && results[*place].is_none());
-    let rows: Vec<ThreadToFind<'_>> =
-        unknown.map(|(place, thread)| ThreadToFind::new(place, thread)).collect();
+    let unknown = threads
+        .iter()
+        .enumerate()
+        .filter(|(place, it)| it.id.is_none() && results[*place].is_none());
+    let rows: Vec<ThreadToFind<'_>> = unknown
+        .map(|(place, thread)| ThreadToFind::new(place, thread))
+        .collect();
     if rows.is_empty() {
         return Ok(());
     }
-    let found: Vec<(i64, Option<Uuid>)> =
-        c.all(&FIND_KNOWN_THREADS, params().json("rows", Some(&rows))?).await?;
+    let found: Vec<(i64, Option<Uuid>)> = c
+        .all(&FIND_KNOWN_THREADS, params().json("rows", Some(&rows))?)
+        .await?;
     for (place, id) in found {
-        if let Some(result) = usize::try_from(place).ok().and_then(|place| results.get_mut(place)) {
+        if let Some(result) = usize::try_from(place)
+            .ok()
+            .and_then(|place| results.get_mut(place))
+        {
             *result = id.map(|id| Imported::Known(ThreadId::from_uuid(id)));
         }
     }
@@ -339,7 +400,10 @@ impl<'a> ThreadToFind<'a> {
             place,
             key: KeyToFind::new(&thread.key),
             upstream: &thread.upstream,
-            upstream_thread_id: thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str),
+            upstream_thread_id: thread
+                .upstream_thread_id
+                .as_ref()
+                .map(UpstreamThreadId::as_str),
             lifecycle: thread.lifecycle.as_str(),
             created_at: thread.created_at.map(|at| at.timestamp_micros()),
         }
@@ -369,9 +433,18 @@ impl<'a> ThreadToAdd<'a> {
     /// Fills in what is not said. `sequence` keeps those in order that were made now.
     fn new(thread: &'a ImportedThread, now: Timestamp, sequence: &ContextV7) -> Self {
         let created_at = thread.created_at.unwrap_or(now);
-        let archived_at = (thread.lifecycle != Lifecycle::Current).then(|| thread.archived_at.unwrap_or(now));
-        let last_active_at = thread.last_active_at.or(archived_at).unwrap_or(now).max(created_at);
-        let limits = if thread.limits == Limits::NONE { thread.configured } else { thread.limits };
+        let archived_at =
+            (thread.lifecycle != Lifecycle::Current).then(|| thread.archived_at.unwrap_or(now));
+        let last_active_at = thread
+            .last_active_at
+            .or(archived_at)
+            .unwrap_or(now)
+            .max(created_at);
+        let limits = if thread.limits == Limits::NONE {
+            thread.configured
+        } else {
+            thread.limits
+        };
         let (lifecycle, due_at) = match archived_at {
             Some(_) => (Lifecycle::Archived, Some(now)),
             None => (Lifecycle::Current, limits.end(created_at, last_active_at)),
@@ -385,7 +458,10 @@ impl<'a> ThreadToAdd<'a> {
             id: id.uuid().simple(),
             key: KeyToFind::new(&thread.key),
             upstream: &thread.upstream,
-            upstream_thread_id: thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str),
+            upstream_thread_id: thread
+                .upstream_thread_id
+                .as_ref()
+                .map(UpstreamThreadId::as_str),
             lifecycle: lifecycle.as_str(),
             previous_thread: thread.previous_thread.map(|id| id.uuid().simple()),
             metadata: &thread.metadata,
@@ -399,7 +475,12 @@ impl<'a> ThreadToAdd<'a> {
     }
 
     fn key(&self) -> (&'a str, &'a str, &'static str, &'a str) {
-        (self.key.tenant, self.key.user, self.key.scope_kind, self.key.scope_name)
+        (
+            self.key.tenant,
+            self.key.user,
+            self.key.scope_kind,
+            self.key.scope_name,
+        )
     }
 }
 
@@ -431,13 +512,23 @@ struct ThreadToCount {
 
 impl ThreadToCount {
     fn new(id: Uuid, has_upstream: bool, position: i64) -> Self {
-        Self { id: id.simple(), has_upstream, position, added: 0, missing: 0 }
+        Self {
+            id: id.simple(),
+            has_upstream,
+            position,
+            added: 0,
+            missing: 0,
+        }
     }
 
     /// Its next message.
     fn next<'a>(&mut self, message: &'a ImportedMessage, redaction: Redaction) -> MessageToAdd<'a> {
         self.position += 1;
-        let by_default = if self.has_upstream { UpstreamSync::Present } else { UpstreamSync::Missing };
+        let by_default = if self.has_upstream {
+            UpstreamSync::Present
+        } else {
+            UpstreamSync::Missing
+        };
         // What is not known of it can be looked up for a run's messages only.
         let sync = message.sync.filter(|sync| *sync != UpstreamSync::Unknown);
         MessageToAdd {

@@ -82,7 +82,9 @@ pub enum NotWritten {
 impl From<NotWritten> for StoreError {
     fn from(not_written: NotWritten) -> Self {
         match not_written {
-            NotWritten::Unsent(error) | NotWritten::Refused(error) | NotWritten::Lost(error) => error,
+            NotWritten::Unsent(error) | NotWritten::Refused(error) | NotWritten::Lost(error) => {
+                error
+            }
         }
     }
 }
@@ -170,7 +172,10 @@ impl<W: Write> Lane<W> {
         let tenant = item.tenant().cloned();
         let (number, starts) = {
             let mut line = self.parts.line();
-            if limits.max_wait.is_some_and(|most| line.wait(limits.batches) > most) {
+            if limits
+                .max_wait
+                .is_some_and(|most| line.wait(limits.batches) > most)
+            {
                 return Err(NotWritten::Unsent(StoreError::Overloaded));
             }
             let starts = line.carriers < limits.batches;
@@ -178,10 +183,17 @@ impl<W: Write> Lane<W> {
             (line.push(tenant.clone(), item, sender), starts)
         };
         if starts {
-            let carrier = Carrier { parts: Arc::clone(&self.parts), is_done: false };
+            let carrier = Carrier {
+                parts: Arc::clone(&self.parts),
+                is_done: false,
+            };
             self.parts.tasks.spawn(carrier.carry());
         }
-        let stopped = |_| Err(NotWritten::Lost(StoreError::Unavailable("the store stopped".into())));
+        let stopped = |_| {
+            Err(NotWritten::Lost(StoreError::Unavailable(
+                "the store stopped".into(),
+            )))
+        };
         if let Some(most) = limits.max_wait {
             match timeout(most, &mut answered).await {
                 Ok(answer) => return answer.unwrap_or_else(stopped),
@@ -232,7 +244,12 @@ impl<W: Write> Carrier<W> {
             self.is_done = true;
             return None;
         }
-        Some(batch.into_iter().map(|waiting| (waiting.item, waiting.sender)).unzip())
+        Some(
+            batch
+                .into_iter()
+                .map(|waiting| (waiting.item, waiting.sender))
+                .unzip(),
+        )
     }
 }
 
@@ -244,7 +261,10 @@ impl<W: Write> Drop for Carrier<W> {
         }
         let has_more = self.parts.line().length > 0;
         if has_more && Handle::try_current().is_ok() {
-            let next = Self { parts: Arc::clone(&self.parts), is_done: false };
+            let next = Self {
+                parts: Arc::clone(&self.parts),
+                is_done: false,
+            };
             self.parts.tasks.spawn(next.carry());
         } else {
             self.parts.line().carriers -= 1;
@@ -304,7 +324,12 @@ impl<W: Write> Parts<W> {
     }
 
     /// `lost`: why nobody knows whether it was written.
-    fn send_alone(self: &Arc<Self>, item: W::Item, sender: Sender<W::Item>, lost: Option<StoreError>) {
+    fn send_alone(
+        self: &Arc<Self>,
+        item: W::Item,
+        sender: Sender<W::Item>,
+        lost: Option<StoreError>,
+    ) {
         let this = Arc::clone(self);
         self.tasks.spawn(async move {
             drop(sender.send(this.alone(item, lost).await));
@@ -314,20 +339,20 @@ impl<W: Write> Parts<W> {
     async fn alone(&self, item: W::Item, mut lost: Option<StoreError>) -> Answer<W::Item> {
         let until = Instant::now() + self.limits.patience;
         loop {
-            let error =
-                match self.try_alone(&item).await {
-                    Err(NotWritten::Lost(error)) => error,
-                    // A first try that is still on its way may find it otherwise.
-                    Ok(answer) if lost.is_some() && W::Item::may_change(&answer) => {
-                        let still = || StoreError::Unavailable("the first try may still arrive".into());
-                        return Err(NotWritten::Lost(lost.unwrap_or_else(still)));
-                    }
-                    // This time it was not; of the first time nobody knows.
-                    Err(
-                        NotWritten::Unsent(error) | NotWritten::Refused(error @ StoreError::Unavailable(_)),
-                    ) if lost.is_some() => error,
-                    answer => return answer,
-                };
+            let error = match self.try_alone(&item).await {
+                Err(NotWritten::Lost(error)) => error,
+                // A first try that is still on its way may find it otherwise.
+                Ok(answer) if lost.is_some() && W::Item::may_change(&answer) => {
+                    let still = || StoreError::Unavailable("the first try may still arrive".into());
+                    return Err(NotWritten::Lost(lost.unwrap_or_else(still)));
+                }
+                // This time it was not; of the first time nobody knows.
+                Err(
+                    NotWritten::Unsent(error)
+                    | NotWritten::Refused(error @ StoreError::Unavailable(_)),
+                ) if lost.is_some() => error,
+                answer => return answer,
+            };
             if Instant::now() >= until {
                 return Err(NotWritten::Lost(error));
             }
@@ -337,8 +362,11 @@ impl<W: Write> Parts<W> {
     }
 
     async fn try_alone(&self, item: &W::Item) -> Answer<W::Item> {
-        let none =
-            || NotWritten::Unsent(StoreError::Unavailable("too many wait for rows that others hold".into()));
+        let none = || {
+            NotWritten::Unsent(StoreError::Unavailable(
+                "too many wait for rows that others hold".into(),
+            ))
+        };
         let place = timeout(self.limits.patience, self.alone.acquire()).await;
         let _place = place.map_err(|_| none())?.map_err(|_| none())?;
         self.write.alone(item).await
@@ -348,7 +376,11 @@ impl<W: Write> Parts<W> {
 impl<I: Item> Line<I> {
     fn push(&mut self, tenant: Option<TenantKey>, item: I, sender: Sender<I>) -> u64 {
         self.last_number += 1;
-        let waiting = Waiting { number: self.last_number, item, sender };
+        let waiting = Waiting {
+            number: self.last_number,
+            item,
+            sender,
+        };
         match self.waiting.entry(tenant) {
             Entry::Occupied(mut entry) => entry.get_mut().push_back(waiting),
             Entry::Vacant(entry) => {
@@ -363,8 +395,12 @@ impl<I: Item> Line<I> {
     /// Takes an item out that was not sent yet. Whether it was there.
     fn remove(&mut self, tenant: Option<&TenantKey>, number: u64) -> bool {
         // A tenant of whom nothing waits any more leaves at its turn.
-        let Some(of_tenant) = self.waiting.get_mut(&tenant.cloned()) else { return false };
-        let Ok(at) = of_tenant.binary_search_by_key(&number, |waiting| waiting.number) else { return false };
+        let Some(of_tenant) = self.waiting.get_mut(&tenant.cloned()) else {
+            return false;
+        };
+        let Ok(at) = of_tenant.binary_search_by_key(&number, |waiting| waiting.number) else {
+            return false;
+        };
         of_tenant.remove(at);
         self.length -= 1;
         true
@@ -375,14 +411,23 @@ impl<I: Item> Line<I> {
         let (mut batch, mut bytes) = (Vec::<Waiting<I>>::new(), 0);
         let mut passed_over = 0;
         while batch.len() < MAX_ITEMS && passed_over < self.turns.len() {
-            let Some(tenant) = self.turns.pop_front() else { break };
-            let Some(of_tenant) = self.waiting.get_mut(&tenant) else { continue };
-            while of_tenant.pop_front_if(|waiting| waiting.sender.is_closed()).is_some() {
+            let Some(tenant) = self.turns.pop_front() else {
+                break;
+            };
+            let Some(of_tenant) = self.waiting.get_mut(&tenant) else {
+                continue;
+            };
+            while of_tenant
+                .pop_front_if(|waiting| waiting.sender.is_closed())
+                .is_some()
+            {
                 self.length -= 1;
             }
             let may_go = |it: &Waiting<I>| batch.iter().all(|other| !it.item.meets(&other.item));
             let at = of_tenant.iter().take(MAX_ITEMS).position(may_go);
-            let size = at.and_then(|at| of_tenant.get(at)).map_or(0, |it| it.item.bytes());
+            let size = at
+                .and_then(|at| of_tenant.get(at))
+                .map_or(0, |it| it.item.bytes());
             let fits = batch.is_empty() || bytes + size <= MAX_BYTES;
             if let Some(waiting) = at.filter(|_| fits).and_then(|at| of_tenant.remove(at)) {
                 self.length -= 1;
@@ -479,14 +524,18 @@ mod tests {
                 sent.push(numbers.clone());
                 sent.len() == 1
             };
-            sleep(if is_first { self.hangs } else { Duration::ZERO } + Duration::from_millis(1)).await;
+            sleep(if is_first { self.hangs } else { Duration::ZERO } + Duration::from_millis(1))
+                .await;
             if is_first && self.loses_first {
                 return Err(NotWritten::Lost(StoreError::Unavailable("cut".into())));
             }
             if numbers.iter().any(|number| self.poison.contains(number)) {
                 return Err(NotWritten::Refused(StoreError::Statement("poison".into())));
             }
-            Ok(numbers.iter().map(|number| (!self.held.contains(number)).then_some(*number)).collect())
+            Ok(numbers
+                .iter()
+                .map(|number| (!self.held.contains(number)).then_some(*number))
+                .collect())
         }
 
         async fn alone(&self, item: &Thing) -> Answer<Thing> {
@@ -506,11 +555,18 @@ mod tests {
     };
 
     fn thing(tenant: &str, number: u32) -> Thing {
-        Thing { tenant: TenantKey::try_from(tenant.to_owned()).unwrap(), number, bytes: 10 }
+        Thing {
+            tenant: TenantKey::try_from(tenant.to_owned()).unwrap(),
+            number,
+            bytes: 10,
+        }
     }
 
     /// Writes all of them at once.
-    async fn write(paper: &Arc<Paper>, things: impl IntoIterator<Item = Thing>) -> Vec<Answer<Thing>> {
+    async fn write(
+        paper: &Arc<Paper>,
+        things: impl IntoIterator<Item = Thing>,
+    ) -> Vec<Answer<Thing>> {
         let lane = Arc::new(Lane::new(Arc::clone(paper), LIMITS));
         let mut tasks = JoinSet::new();
         for thing in things {
@@ -539,8 +595,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn tenants_take_turns() {
         let paper = Arc::new(Paper::default());
-        write(&paper, (0..40).map(|n| thing("large", n)).chain([thing("small", 100), thing("other", 200)]))
-            .await;
+        write(
+            &paper,
+            (0..40)
+                .map(|n| thing("large", n))
+                .chain([thing("small", 100), thing("other", 200)]),
+        )
+        .await;
         assert_eq!(sent(&paper)[1][..4], [1, 100, 200, 2]);
     }
 
@@ -554,14 +615,24 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn large_items_go_by_themselves() {
         let paper = Arc::new(Paper::default());
-        let large = |n| Thing { bytes: MAX_BYTES, ..thing("a", n) };
-        write(&paper, [thing("a", 1), thing("a", 2), large(3), thing("a", 4)]).await;
+        let large = |n| Thing {
+            bytes: MAX_BYTES,
+            ..thing("a", n)
+        };
+        write(
+            &paper,
+            [thing("a", 1), thing("a", 2), large(3), thing("a", 4)],
+        )
+        .await;
         assert_eq!(sent(&paper), [vec![1], vec![2], vec![3], vec![4]]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_others_hold_goes_alone() {
-        let paper = Arc::new(Paper { held: [2].into(), ..Paper::default() });
+        let paper = Arc::new(Paper {
+            held: [2].into(),
+            ..Paper::default()
+        });
         let answers = write(&paper, (0..5).map(|n| thing("a", n))).await;
         assert!(answers.iter().all(Result::is_ok));
         assert_eq!(*paper.alone.lock().unwrap(), [2]);
@@ -569,15 +640,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_is_refused_fails_alone() {
-        let paper = Arc::new(Paper { poison: [7].into(), ..Paper::default() });
+        let paper = Arc::new(Paper {
+            poison: [7].into(),
+            ..Paper::default()
+        });
         let answers = write(&paper, (0..20).map(|n| thing("a", n))).await;
         let failed: Vec<_> = answers.iter().filter(|answer| answer.is_err()).collect();
-        assert!(matches!(failed[..], [Err(NotWritten::Refused(_))]), "{failed:?}");
+        assert!(
+            matches!(failed[..], [Err(NotWritten::Refused(_))]),
+            "{failed:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn lost_answers_are_asked_for_again() {
-        let paper = Arc::new(Paper { loses_first: true, ..Paper::default() });
+        let paper = Arc::new(Paper {
+            loses_first: true,
+            ..Paper::default()
+        });
         let answers = write(&paper, (0..20).map(|n| thing("a", n))).await;
         assert!(answers.iter().all(Result::is_ok), "{answers:?}");
         assert_eq!(*paper.alone.lock().unwrap(), [0]);
@@ -585,10 +665,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_waits_for_too_long_is_refused_unsent() {
-        let paper = Arc::new(Paper { hangs: Duration::from_secs(10), ..Paper::default() });
+        let paper = Arc::new(Paper {
+            hangs: Duration::from_secs(10),
+            ..Paper::default()
+        });
         let begun = Instant::now();
         let answers = write(&paper, (0..3).map(|n| thing("a", n))).await;
-        assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1, "what was sent is waited for");
+        assert_eq!(
+            answers.iter().filter(|answer| answer.is_ok()).count(),
+            1,
+            "what was sent is waited for"
+        );
         let is_overloaded =
             |it: &&Answer<Thing>| matches!(it, Err(NotWritten::Unsent(StoreError::Overloaded)));
         assert_eq!(answers.iter().filter(is_overloaded).count(), 2);
@@ -598,7 +685,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tenants_who_gave_up_stop_nobody() {
-        let paper = Arc::new(Paper { hangs: Duration::from_millis(2500), ..Paper::default() });
+        let paper = Arc::new(Paper {
+            hangs: Duration::from_millis(2500),
+            ..Paper::default()
+        });
         let lane = Arc::new(Lane::new(Arc::clone(&paper), LIMITS));
         let write = |tenant: &str, number, after| {
             let (lane, thing) = (Arc::clone(&lane), thing(tenant, number));
@@ -609,8 +699,11 @@ mod tests {
         };
         let gave_up = (1..4).map(|n| write(&format!("gave up {n}"), n, 1));
         let later = write("later", 9, 2400);
-        let (first, gave_up, later) =
-            tokio::join!(write("a", 0, 0), futures_util::future::join_all(gave_up), later);
+        let (first, gave_up, later) = tokio::join!(
+            write("a", 0, 0),
+            futures_util::future::join_all(gave_up),
+            later
+        );
         assert!(first.is_ok() && gave_up.iter().all(Result::is_err));
         assert!(later.is_ok(), "{later:?}");
         assert_eq!(sent(&paper), [[0], [9]]);
@@ -627,17 +720,27 @@ mod tests {
             full.pace = Duration::from_millis(210);
             full.carriers = 1;
             for n in 0..320 {
-                full.push(Some(thing("a", n).tenant), thing("a", n), oneshot::channel().0);
+                full.push(
+                    Some(thing("a", n).tenant),
+                    thing("a", n),
+                    oneshot::channel().0,
+                );
             }
         }
         let begun = Instant::now();
-        assert!(matches!(lane.write(thing("a", 300)).await, Err(NotWritten::Unsent(StoreError::Overloaded))));
+        assert!(matches!(
+            lane.write(thing("a", 300)).await,
+            Err(NotWritten::Unsent(StoreError::Overloaded))
+        ));
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 
     #[tokio::test(start_paused = true)]
     async fn whoever_leaves_before_it_was_sent_leaves_nothing() {
-        let paper = Arc::new(Paper { hangs: Duration::from_secs(1), ..Paper::default() });
+        let paper = Arc::new(Paper {
+            hangs: Duration::from_secs(1),
+            ..Paper::default()
+        });
         let lane = Lane::new(Arc::clone(&paper), LIMITS);
         let first = lane.write(thing("a", 0));
         let others = async {

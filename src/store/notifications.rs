@@ -45,7 +45,13 @@ impl Store {
         // A file serves one process alone.
         if matches!(*self.backend, Backend::Postgres { .. }) && !payloads.is_empty() {
             let mut c = self.backend.vital_writer().await?;
-            c.execute(&TELL, params().set("channel", CHANNEL).json("payloads", Some(&payloads))?).await?;
+            c.execute(
+                &TELL,
+                params()
+                    .set("channel", CHANNEL)
+                    .json("payloads", Some(&payloads))?,
+            )
+            .await?;
         }
         Ok(())
     }
@@ -70,7 +76,9 @@ impl Store {
             }
             Backend::Sqlite { .. } => stream::pending().right_stream(),
         };
-        notifications.take_until(self.closed.clone().cancelled_owned()).boxed()
+        notifications
+            .take_until(self.closed.clone().cancelled_owned())
+            .boxed()
     }
 }
 
@@ -94,7 +102,9 @@ impl Listener {
             match &mut self.listener {
                 None => self.open().await,
                 Some(listener) => match receive(listener).await {
-                    Ok(text) => self.heard = text.split_ascii_whitespace().filter_map(read).collect(),
+                    Ok(text) => {
+                        self.heard = text.split_ascii_whitespace().filter_map(read).collect()
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "notifications of other replicas do not arrive for the moment");
                         self.listener = None;
@@ -110,7 +120,10 @@ impl Listener {
     async fn open(&mut self) {
         sleep(self.pause).await;
         let late = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
-        match timeout(ANSWER_TIMEOUT, listen(&self.options)).await.unwrap_or_else(|_| Err(late())) {
+        match timeout(ANSWER_TIMEOUT, listen(&self.options))
+            .await
+            .unwrap_or_else(|_| Err(late()))
+        {
             Ok(listener) => {
                 self.listener = Some(listener);
                 self.heard.push(Notification::Missed);
@@ -146,7 +159,9 @@ async fn receive(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into());
     loop {
         if let Ok(heard) = timeout(PING_AFTER_SILENCE, listener.try_recv()).await {
-            return heard?.map(|notification| notification.payload().to_owned()).ok_or_else(lost);
+            return heard?
+                .map(|notification| notification.payload().to_owned())
+                .ok_or_else(lost);
         }
         let pong = timeout(ANSWER_TIMEOUT, listener.execute("SELECT 1")).await;
         pong.unwrap_or_else(|_| Err(lost()))?;
@@ -230,8 +245,11 @@ mod tests {
         let payloads = payloads(&notifications);
         assert_eq!(payloads.len(), 3, "as few as will do");
         assert!(payloads.iter().all(|text| text.len() < 8000));
-        let heard: Vec<_> =
-            payloads.iter().flat_map(|text| text.split_ascii_whitespace()).filter_map(read).collect();
+        let heard: Vec<_> = payloads
+            .iter()
+            .flat_map(|text| text.split_ascii_whitespace())
+            .filter_map(read)
+            .collect();
         assert_eq!(heard, notifications);
     }
 

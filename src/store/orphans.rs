@@ -57,8 +57,10 @@ static IS_MADE: Statement = Statement::new(
     )",
 );
 
-static RESOLVE_NOTHING: Statement =
-    Statement::new("orphans.resolve_nothing", "DELETE FROM upstream_orphans WHERE id = :intent");
+static RESOLVE_NOTHING: Statement = Statement::new(
+    "orphans.resolve_nothing",
+    "DELETE FROM upstream_orphans WHERE id = :intent",
+);
 
 static RESOLVE_UNUSED: Statement = Statement::new(
     "orphans.resolve_unused",
@@ -79,7 +81,8 @@ const DUE_ORPHANS: &str = "SELECT {upstream_orphan o}
 
 static LIST_DUE: Statement = Statement::variant("orphans.list_due", DUE_ORPHANS, &[""]);
 
-static LOCK_DUE: Statement = Statement::variant("orphans.lock_due", DUE_ORPHANS, &["{lock_if_free o}"]);
+static LOCK_DUE: Statement =
+    Statement::variant("orphans.lock_due", DUE_ORPHANS, &["{lock_if_free o}"]);
 
 static LEASE_DUE: Statement = Statement::new(
     "orphans.lease_due",
@@ -104,8 +107,20 @@ static KEEP: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &LIST_OF_THREAD, &LIST_OF_RUNS, &COUNT_UNACKNOWLEDGED, &INTEND, &IS_MADE, &RESOLVE_NOTHING,
-    &RESOLVE_UNUSED, &RESOLVE_UNKNOWN, &LIST_DUE, &LOCK_DUE, &LEASE_DUE, &FORGET, &PUT_OFF, &KEEP,
+    &LIST_OF_THREAD,
+    &LIST_OF_RUNS,
+    &COUNT_UNACKNOWLEDGED,
+    &INTEND,
+    &IS_MADE,
+    &RESOLVE_NOTHING,
+    &RESOLVE_UNUSED,
+    &RESOLVE_UNKNOWN,
+    &LIST_DUE,
+    &LOCK_DUE,
+    &LEASE_DUE,
+    &FORGET,
+    &PUT_OFF,
+    &KEEP,
 ];
 
 impl Store {
@@ -123,7 +138,10 @@ impl Store {
         let mut c = self.backend.reader().await?;
         let values = params().set("thread", thread.uuid()).set("limit", limit);
         let rows: Vec<UpstreamOrphanRow> = c.all(&LIST_OF_THREAD, values).await?;
-        let mut found = rows.into_iter().map(UpstreamOrphan::try_from).collect::<Result<Vec<_>, _>>()?;
+        let mut found = rows
+            .into_iter()
+            .map(UpstreamOrphan::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         if !with_runs || found.len() >= limit {
             return Ok(found);
@@ -131,7 +149,13 @@ impl Store {
         let room = i64::try_from(limit - found.len()).unwrap_or(i64::MAX);
         let values = params().set("thread", thread.uuid()).set("limit", room);
         let runs: Vec<IdsOfRunRow> = c.all(&LIST_OF_RUNS, values).await?;
-        for IdsOfRunRow { id: run, upstream, upstream_run_id, earlier_upstream_run_ids } in runs {
+        for IdsOfRunRow {
+            id: run,
+            upstream,
+            upstream_run_id,
+            earlier_upstream_run_ids,
+        } in runs
+        {
             let of_run: Vec<_> = upstream_ids(upstream_run_id, earlier_upstream_run_ids)
                 .map(|id| UpstreamOrphan {
                     name: OrphanName::Run(RunId::from_uuid(run)),
@@ -166,7 +190,9 @@ impl Store {
     /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`ORPHAN_AFTER`] at most.
     pub async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
         let mut c = self.backend.reader().await?;
-        let (makes,): (bool,) = c.one(&IS_MADE, params().set("thread", thread.uuid())).await?;
+        let (makes,): (bool,) = c
+            .one(&IS_MADE, params().set("thread", thread.uuid()))
+            .await?;
         Ok(makes)
     }
 
@@ -180,7 +206,11 @@ impl Store {
             Made::Unknown => (&RESOLVE_UNKNOWN, None),
         };
         let id = id.map(UpstreamThreadId::as_str);
-        c.execute(statement, params().set("intent", intent.uuid()).set("upstream_id", id)).await?;
+        c.execute(
+            statement,
+            params().set("intent", intent.uuid()).set("upstream_id", id),
+        )
+        .await?;
         Ok(())
     }
 
@@ -195,13 +225,20 @@ impl Store {
         c.begin().await?;
         let rows: Vec<UpstreamOrphanRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
         let orphans: Vec<Uuid> = rows.iter().map(|row| row.o_id).collect();
-        c.execute(&LEASE_DUE, params().set("orphans", orphans).set("lease", millis(lease))).await?;
+        c.execute(
+            &LEASE_DUE,
+            params().set("orphans", orphans).set("lease", millis(lease)),
+        )
+        .await?;
         c.commit().await?;
         rows.into_iter().map(UpstreamOrphan::try_from).collect()
     }
 
     /// The same without changing anything.
-    pub async fn due_upstream_orphans(&self, limit: u32) -> Result<Vec<UpstreamOrphan>, StoreError> {
+    pub async fn due_upstream_orphans(
+        &self,
+        limit: u32,
+    ) -> Result<Vec<UpstreamOrphan>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<UpstreamOrphanRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
         rows.into_iter().map(UpstreamOrphan::try_from).collect()
@@ -218,7 +255,10 @@ impl Store {
     ) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
         let statement = if after.is_some() { &PUT_OFF } else { &FORGET };
-        let values = params().set("orphan", id.uuid()).set("knew", knew).set("after", after.map(millis));
+        let values = params()
+            .set("orphan", id.uuid())
+            .set("knew", knew)
+            .set("after", after.map(millis));
         c.execute(statement, values).await?;
         Ok(())
     }
@@ -227,9 +267,14 @@ impl Store {
     /// it, or that failed for too long. It goes with its thread, whose receipt tells of it.
     ///
     /// Nothing changes if its [`upstream_id`](UpstreamOrphan::upstream_id) is another one than the look `knew`.
-    pub async fn keep_upstream_orphan(&self, id: OrphanId, knew: Option<&str>) -> Result<(), StoreError> {
+    pub async fn keep_upstream_orphan(
+        &self,
+        id: OrphanId,
+        knew: Option<&str>,
+    ) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
-        c.execute(&KEEP, params().set("orphan", id.uuid()).set("knew", knew)).await?;
+        c.execute(&KEEP, params().set("orphan", id.uuid()).set("knew", knew))
+            .await?;
         Ok(())
     }
 
@@ -238,7 +283,9 @@ impl Store {
     /// then, or was [sent again](Store::sends_again).
     pub async fn unacknowledged_requests(&self, thread: ThreadId) -> Result<u64, StoreError> {
         let mut c = self.backend.reader().await?;
-        let (count,): (i64,) = c.one(&COUNT_UNACKNOWLEDGED, params().set("thread", thread.uuid())).await?;
+        let (count,): (i64,) = c
+            .one(&COUNT_UNACKNOWLEDGED, params().set("thread", thread.uuid()))
+            .await?;
         Ok(count.try_into().unwrap_or(0))
     }
 }
@@ -286,7 +333,11 @@ pub(super) fn upstream_ids(
     newest: Option<String>,
     earlier: Option<Json<Vec<String>>>,
 ) -> impl Iterator<Item = String> {
-    earlier.map(|json| json.0).unwrap_or_default().into_iter().chain(newest)
+    earlier
+        .map(|json| json.0)
+        .unwrap_or_default()
+        .into_iter()
+        .chain(newest)
 }
 
 /// Something that is, or may be, at an upstream.

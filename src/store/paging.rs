@@ -36,12 +36,28 @@ impl Span {
     /// All above a number, from the high end or from before another number.
     pub(super) fn down(above: i64, before: Option<i64>, limit: u32) -> Self {
         let below = before.unwrap_or(i64::MAX);
-        Self { above, below, upwards: false, reverse: false, fetch: i64::from(limit) + 1 }
+        Self {
+            above,
+            below,
+            upwards: false,
+            reverse: false,
+            fetch: i64::from(limit) + 1,
+        }
     }
 
     /// What stands behind this number, in the direction of travel.
     pub(super) fn behind(self, number: i64) -> Self {
-        if self.upwards { Self { above: number, ..self } } else { Self { below: number, ..self } }
+        if self.upwards {
+            Self {
+                above: number,
+                ..self
+            }
+        } else {
+            Self {
+                below: number,
+                ..self
+            }
+        }
     }
 
     /// Makes a page of the rows that were fetched.
@@ -51,7 +67,11 @@ impl Span {
     {
         let limit = usize::try_from(self.fetch - 1).unwrap_or(0);
         let has_more = rows.len() > limit;
-        let mut data = rows.into_iter().take(limit).map(T::try_from).collect::<Result<Vec<_>, _>>()?;
+        let mut data = rows
+            .into_iter()
+            .take(limit)
+            .map(T::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
         if self.reverse {
             data.reverse();
         }
@@ -89,7 +109,12 @@ pub(super) struct Filling {
 
 impl Filling {
     pub(super) fn new(limit: u32) -> Self {
-        Self { limit: limit as usize, messages: Vec::new(), bytes: 0, has_more: true }
+        Self {
+            limit: limit as usize,
+            messages: Vec::new(),
+            bytes: 0,
+            has_more: true,
+        }
     }
 
     /// How many the next step may read, if there is to be one.
@@ -122,12 +147,19 @@ impl Filling {
 
     /// The page of what was read from the low end.
     pub(super) fn upwards(self) -> Page<Message> {
-        Page { data: self.messages, has_more: self.has_more }
+        Page {
+            data: self.messages,
+            has_more: self.has_more,
+        }
     }
 
     /// The page that a request with that span wants.
     pub(super) fn page(self, span: Span) -> Page<Message> {
-        let Self { messages: mut data, has_more, .. } = self;
+        let Self {
+            messages: mut data,
+            has_more,
+            ..
+        } = self;
         if span.reverse {
             data.reverse();
         }
@@ -140,7 +172,12 @@ mod tests {
     use super::*;
 
     fn request(ascending: bool, after: Option<u8>, before: Option<u8>) -> PageRequest<u8> {
-        PageRequest { limit: 2, ascending, after, before }
+        PageRequest {
+            limit: 2,
+            ascending,
+            after,
+            before,
+        }
     }
 
     struct Number(i64);
@@ -164,13 +201,19 @@ mod tests {
         ] {
             let page = request(ascending, after, before);
             let span = Span::new(&page, after.or(before).map(i64::from));
-            let mut rows: Vec<i64> = (1..=5).filter(|n| span.above < *n && *n < span.below).collect();
+            let mut rows: Vec<i64> = (1..=5)
+                .filter(|n| span.above < *n && *n < span.below)
+                .collect();
             if !span.upwards {
                 rows.reverse();
             }
             rows.truncate(usize::try_from(span.fetch).unwrap());
             let got: Page<Number> = span.page(rows).unwrap();
-            assert_eq!(got.data.iter().map(|n| n.0).collect::<Vec<_>>(), data, "{page:?}");
+            assert_eq!(
+                got.data.iter().map(|n| n.0).collect::<Vec<_>>(),
+                data,
+                "{page:?}"
+            );
             assert_eq!(got.has_more, has_more, "{page:?}");
         }
     }

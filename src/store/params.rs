@@ -36,7 +36,10 @@ impl<'a> Params<'a> {
         name: &'static str,
         value: Option<&T>,
     ) -> Result<Self, StoreError> {
-        self.0.push((name, Value::Json(value.map(json).transpose()?.map(Cow::Owned))));
+        self.0.push((
+            name,
+            Value::Json(value.map(json).transpose()?.map(Cow::Owned)),
+        ));
         Ok(self)
     }
 
@@ -56,7 +59,9 @@ impl<'a> Params<'a> {
 
     fn value(&self, name: &str) -> Result<&Value<'a>, BoxDynError> {
         let found = self.0.iter().find(|(known, _)| *known == name);
-        found.map(|(_, value)| value).ok_or_else(|| format!("no value for the parameter `{name}`").into())
+        found
+            .map(|(_, value)| value)
+            .ok_or_else(|| format!("no value for the parameter `{name}`").into())
     }
 
     /// In the order in which the statement wants them.
@@ -92,7 +97,8 @@ impl<'a> Params<'a> {
                 Value::Bytes(value) => arguments.add(value.map(<[u8]>::to_vec)),
                 Value::Time(value) => arguments.add(value.map(At)),
                 Value::Ids(values) => {
-                    let values: Vec<String> = values.iter().map(|id| id.simple().to_string()).collect();
+                    let values: Vec<String> =
+                        values.iter().map(|id| id.simple().to_string()).collect();
                     arguments.add(serde_json::to_string(&values)?)
                 }
                 Value::Ints(values) => arguments.add(serde_json::to_string(values)?),

@@ -50,11 +50,17 @@ impl ServerHealth {
     /// A connection to the server has turned out to be broken.
     pub(super) fn lose(&self) {
         let now = std::time::Instant::now();
-        *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        *self
+            .broken_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(now);
     }
 
     fn is_good_for(&self, metrics: &Metrics) -> bool {
-        let broken_at = *self.broken_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let broken_at = *self
+            .broken_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         broken_at.is_none_or(|broken_at| metrics.recycled.unwrap_or(metrics.created) > broken_at)
     }
 }
@@ -97,18 +103,38 @@ pub(super) struct Pool {
 
 impl Pool {
     pub(super) fn new(settings: PoolSettings) -> Result<Self, StoreError> {
-        let PoolSettings { options, health, size, acquire_timeout, call_timeout, dropped } = settings;
+        let PoolSettings {
+            options,
+            health,
+            size,
+            acquire_timeout,
+            call_timeout,
+            dropped,
+        } = settings;
         let (tasks, closed) = (TaskTracker::new(), CancellationToken::new());
         let size = size.max(1) as usize;
-        let opener = Opener { options, health, call_timeout, dropped, tasks, closed };
+        let opener = Opener {
+            options,
+            health,
+            call_timeout,
+            dropped,
+            tasks,
+            closed,
+        };
         let connections = managed::Pool::builder(opener)
             .max_size(size)
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(acquire_timeout))
             .create_timeout(Some(acquire_timeout))
             .build()
-            .map_err(|error| StoreError::Open(format!("the connection pool cannot be made: {error}")))?;
-        Ok(Self { connections, places: Arc::new(Semaphore::new(size)), acquire_timeout })
+            .map_err(|error| {
+                StoreError::Open(format!("the connection pool cannot be made: {error}"))
+            })?;
+        Ok(Self {
+            connections,
+            places: Arc::new(Semaphore::new(size)),
+            acquire_timeout,
+        })
     }
 
     /// A free connection, soon.
@@ -118,17 +144,28 @@ impl Pool {
     }
 
     async fn next(&self) -> Result<Connection, StoreError> {
-        let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| closed())?;
+        let place = Arc::clone(&self.places)
+            .acquire_owned()
+            .await
+            .map_err(|_| closed())?;
         let connections = self.connections.clone();
         let Opener { tasks, dropped, .. } = self.connections.manager();
         let mut ready = Box::pin(async move {
             let opener = connections.manager();
-            let connection = opener.closed.run_until_cancelled(Box::pin(connections.get())).await;
+            let connection = opener
+                .closed
+                .run_until_cancelled(Box::pin(connections.get()))
+                .await;
             match connection.ok_or_else(closed)? {
                 Ok(connection) => {
                     let deadline = Instant::now() + opener.call_timeout;
                     let held = Some(Held { connection, place });
-                    Ok(Connection { held, state: State::InStep, depth: 0, deadline })
+                    Ok(Connection {
+                        held,
+                        state: State::InStep,
+                        depth: 0,
+                        deadline,
+                    })
                 }
                 // Whatever the server says to a new connection, it may say otherwise soon.
                 Err(PoolError::Backend(error)) => Err(StoreError::Unavailable(error.into())),
@@ -203,12 +240,18 @@ impl Connection {
     /// Says that a call begins. The connection, and when the call has to be done.
     pub(super) fn begin_call(&mut self) -> (&mut Raw, Instant) {
         self.state = State::AtWork;
-        (&mut self.held.as_mut().expect(HELD).connection, self.deadline)
+        (
+            &mut self.held.as_mut().expect(HELD).connection,
+            self.deadline,
+        )
     }
 
     /// Lets the other connections to the server know if an error says that it is gone.
     pub(super) fn tell_health(&self, error: &sqlx::Error) {
-        let pool = self.held.as_ref().and_then(|held| managed::Object::pool(&held.connection));
+        let pool = self
+            .held
+            .as_ref()
+            .and_then(|held| managed::Object::pool(&held.connection));
         if let Some(pool) = pool.filter(|_| is_broken(error)) {
             pool.manager().health.lose();
         }
@@ -223,12 +266,22 @@ impl Connection {
 
     /// Lends the connection again once the server is done with what was dropped.
     fn settle(&mut self) {
-        let pool = self.held.as_ref().and_then(|held| managed::Object::pool(&held.connection));
-        let (Some(pool), Ok(_)) = (pool, Handle::try_current()) else { return self.close() };
+        let pool = self
+            .held
+            .as_ref()
+            .and_then(|held| managed::Object::pool(&held.connection));
+        let (Some(pool), Ok(_)) = (pool, Handle::try_current()) else {
+            return self.close();
+        };
         if pool.manager().dropped == Dropped::Closed {
             return self.close();
         }
-        let lent = Self { held: self.held.take(), state: State::Settling, depth: 0, deadline: self.deadline };
+        let lent = Self {
+            held: self.held.take(),
+            state: State::Settling,
+            depth: 0,
+            deadline: self.deadline,
+        };
         let tasks = pool.manager().tasks.clone();
         tasks.spawn(lent.settled(pool));
     }
@@ -312,8 +365,11 @@ impl Manager for Opener {
         }
         if metrics.last_used() > PING_AFTER_IDLE {
             let silent = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
-            let pong = timeout(PING_TIMEOUT, connection.ping()).await.unwrap_or_else(|_| Err(silent()));
-            pong.inspect_err(|_| self.health.lose()).map_err(RecycleError::Backend)?;
+            let pong = timeout(PING_TIMEOUT, connection.ping())
+                .await
+                .unwrap_or_else(|_| Err(silent()));
+            pong.inspect_err(|_| self.health.lose())
+                .map_err(RecycleError::Backend)?;
         }
         Ok(())
     }
@@ -321,6 +377,8 @@ impl Manager for Opener {
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("acquire_timeout", &self.acquire_timeout).finish_non_exhaustive()
+        f.debug_struct("Pool")
+            .field("acquire_timeout", &self.acquire_timeout)
+            .finish_non_exhaustive()
     }
 }

@@ -84,9 +84,14 @@ impl fmt::Debug for Way {
 
 /// Reads the URLs: the one for all that is done, and the one for what a pooler would not let through, if it is another.
 fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
-    let url = config.url.as_ref().ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
+    let url = config
+        .url
+        .as_ref()
+        .ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
     let way = way(url, "store.url")?;
-    let Some(direct) = &config.direct_url else { return Ok((way.with_session_settings(), None)) };
+    let Some(direct) = &config.direct_url else {
+        return Ok((way.with_session_settings(), None));
+    };
     let direct = self::way(direct, "store.direct_url")?.with_session_settings();
     Ok((way, Some(direct)))
 }
@@ -94,7 +99,9 @@ fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
 fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
     // The cause is left out: it might quote the URL, which may hold a password.
     let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
-        StoreError::Open(format!("{setting} is not of the form `postgres://user@host:port/database`"))
+        StoreError::Open(format!(
+            "{setting} is not of the form `postgres://user@host:port/database`"
+        ))
     })?;
     tell_unknown_parameters(url, setting);
     let options = options
@@ -121,13 +128,31 @@ fn tell_unknown_parameters(url: &SecretString, setting: &'static str) {
 
 /// Names that are none, and may be anything, are not repeated.
 fn unknown_parameters(url: &SecretString) -> Vec<String> {
-    let Ok(url) = Url::parse(url.expose_secret()) else { return Vec::new() };
-    let is_known =
-        |name: &str| KNOWN_PARAMETERS.split(' ').any(|known| known == name) || name.starts_with("options[");
-    let is_word =
-        |name: &str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_lowercase() || b"_-".contains(&b));
-    let unknown = url.query_pairs().map(|(name, _)| name).filter(|name| !is_known(name));
-    unknown.map(|name| if is_word(&name) { name.into_owned() } else { "(not a name)".to_owned() }).collect()
+    let Ok(url) = Url::parse(url.expose_secret()) else {
+        return Vec::new();
+    };
+    let is_known = |name: &str| {
+        KNOWN_PARAMETERS.split(' ').any(|known| known == name) || name.starts_with("options[")
+    };
+    let is_word = |name: &str| {
+        name.len() <= 32
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b"_-".contains(&b))
+    };
+    let unknown = url
+        .query_pairs()
+        .map(|(name, _)| name)
+        .filter(|name| !is_known(name));
+    unknown
+        .map(|name| {
+            if is_word(&name) {
+                name.into_owned()
+            } else {
+                "(not a name)".to_owned()
+            }
+        })
+        .collect()
 }
 
 impl Way {
@@ -203,18 +228,19 @@ fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option
                      server itself",
                     cause.message()
                 )),
-                "42501" => {
-                    Some(format!("{place} does not let the user `{user}` connect: {}", cause.message()))
-                }
+                "42501" => Some(format!(
+                    "{place} does not let the user `{user}` connect: {}",
+                    cause.message()
+                )),
                 _ => None,
             }
         }
-        sqlx::Error::Tls(cause) => {
-            Some(format!("no TLS connection to {place}: {cause}; see sslmode and sslrootcert of {setting}"))
-        }
-        sqlx::Error::Configuration(_) => {
-            Some(format!("{setting} has a parameter that Postgres connections do not know"))
-        }
+        sqlx::Error::Tls(cause) => Some(format!(
+            "no TLS connection to {place}: {cause}; see sslmode and sslrootcert of {setting}"
+        )),
+        sqlx::Error::Configuration(_) => Some(format!(
+            "{setting} has a parameter that Postgres connections do not know"
+        )),
         _ => None,
     }
 }
@@ -231,7 +257,11 @@ fn in_its_words(error: sqlx::Error) -> String {
 fn place(options: &PgConnectOptions) -> String {
     match options.get_socket() {
         Some(folder) => format!("the database at the socket in {}", folder.display()),
-        None => format!("the database at {}:{}", options.get_host(), options.get_port()),
+        None => format!(
+            "the database at {}:{}",
+            options.get_host(),
+            options.get_port()
+        ),
     }
 }
 
@@ -240,12 +270,18 @@ mod tests {
     use super::*;
 
     fn config(url: &str) -> StoreConfig {
-        StoreConfig { url: Some(url.to_owned().into()), ..StoreConfig::default() }
+        StoreConfig {
+            url: Some(url.to_owned().into()),
+            ..StoreConfig::default()
+        }
     }
 
     #[test]
     fn a_bad_url_is_refused_without_showing_it() {
-        for url in ["postgres://u:secret@host:port/db", "postgres://u:secret@host/db?sslmode=secret"] {
+        for url in [
+            "postgres://u:secret@host:port/db",
+            "postgres://u:secret@host/db?sslmode=secret",
+        ] {
             let error = options(&config(url)).unwrap_err();
             assert!(matches!(error, StoreError::Open(_)), "{error:?}");
             assert!(!format!("{error:?}").contains("secret"), "{error:?}");
@@ -254,16 +290,23 @@ mod tests {
 
     #[test]
     fn parameters_that_are_passed_over_are_named_without_their_values() {
-        let unknown = |query: &str| unknown_parameters(&format!("postgres://u:secret@h/d?{query}").into());
+        let unknown =
+            |query: &str| unknown_parameters(&format!("postgres://u:secret@h/d?{query}").into());
         assert!(unknown("sslmode=require&host=%2Frun&options[a]=b").is_empty());
-        assert_eq!(unknown("pasword=secret&sslmod=secret&Secret9=1"), ["pasword", "sslmod", "(not a name)"]);
+        assert_eq!(
+            unknown("pasword=secret&sslmod=secret&Secret9=1"),
+            ["pasword", "sslmod", "(not a name)"]
+        );
     }
 
     #[test]
     fn a_password_is_in_no_text() {
         let ways = options(&config("postgres://u:secret@h/d")).unwrap();
         let text = format!("{ways:?}");
-        assert!(text.contains("h:5432") && !text.contains("secret"), "{text}");
+        assert!(
+            text.contains("h:5432") && !text.contains("secret"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -272,9 +315,22 @@ mod tests {
             direct_url: Some(direct.to_owned().into()),
             ..config("postgres://u@h/d")
         };
-        let error = options(&both("postgres://u:secret@host:port/db")).unwrap_err().to_string();
-        assert!(error.contains("store.direct_url") && !error.contains("secret"), "{error}");
-        assert_eq!(options(&both("postgres://u@i/d")).unwrap().1.unwrap().options.get_host(), "i");
+        let error = options(&both("postgres://u:secret@host:port/db"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("store.direct_url") && !error.contains("secret"),
+            "{error}"
+        );
+        assert_eq!(
+            options(&both("postgres://u@i/d"))
+                .unwrap()
+                .1
+                .unwrap()
+                .options
+                .get_host(),
+            "i"
+        );
         assert!(options(&config("postgres://u@h/d")).unwrap().1.is_none());
     }
 
@@ -286,19 +342,41 @@ mod tests {
         };
         let (pooled, direct) = options(&behind).unwrap();
         assert_eq!(pooled.options.get_options(), None);
-        assert!(direct.unwrap().options.get_options().unwrap().contains("statement_timeout"));
+        assert!(
+            direct
+                .unwrap()
+                .options
+                .get_options()
+                .unwrap()
+                .contains("statement_timeout")
+        );
         let (way, _) = options(&config("postgres://u@h/d")).unwrap();
-        assert!(way.options.get_options().unwrap().contains("statement_timeout"));
+        assert!(
+            way.options
+                .get_options()
+                .unwrap()
+                .contains("statement_timeout")
+        );
     }
 
     #[tokio::test]
     async fn a_server_that_stays_away_is_given_up_and_named() {
         // A port that was free a moment ago.
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (options, _) = options(&config(&format!("postgres://u:secret@127.0.0.1:{port}/db"))).unwrap();
-        let error = wait_until_up(&options, Duration::from_millis(200)).await.unwrap_err();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let (options, _) =
+            options(&config(&format!("postgres://u:secret@127.0.0.1:{port}/db"))).unwrap();
+        let error = wait_until_up(&options, Duration::from_millis(200))
+            .await
+            .unwrap_err();
         let text = format!("{error:?}");
         assert!(matches!(error, StoreError::Unavailable(_)), "{text}");
-        assert!(text.contains(&format!("127.0.0.1:{port}")) && !text.contains("secret"), "{text}");
+        assert!(
+            text.contains(&format!("127.0.0.1:{port}")) && !text.contains("secret"),
+            "{text}"
+        );
     }
 }

@@ -13,8 +13,10 @@ use super::statement::Statement;
 use super::{InputMessage, Store, StoreError};
 use crate::domain::{ConversationKey, OrphanId, ReplicaId, Run, RunId, RunStatus, Thread};
 
-static START_QUEUED: Statement =
-    Statement::on_postgres("queue.start_queued", include_str!("sql/start_queued.postgres.sql"));
+static START_QUEUED: Statement = Statement::on_postgres(
+    "queue.start_queued",
+    include_str!("sql/start_queued.postgres.sql"),
+);
 
 /// The run, if it waits, and whether it may start. What waits on a thread that is being deleted is only to be ended.
 static FIND_WAITING: Statement = Statement::on_sqlite(
@@ -82,8 +84,15 @@ static TAKE_QUEUED: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &START_QUEUED, &FIND_WAITING, &START, &COUNT_SAID, &SAY, &FIND_ACTIVE_BEFORE, &MARK_CANCELLING,
-    &LOCK_RUN_OF_KEY, &TAKE_QUEUED,
+    &START_QUEUED,
+    &FIND_WAITING,
+    &START,
+    &COUNT_SAID,
+    &SAY,
+    &FIND_ACTIVE_BEFORE,
+    &MARK_CANCELLING,
+    &LOCK_RUN_OF_KEY,
+    &TAKE_QUEUED,
 ];
 
 /// Times that a run may change under its claim before that comes to nothing.
@@ -108,12 +117,20 @@ impl Store {
     /// `discard` also to be removed from the transcript when it ends. The run that is marked now or was already; `None` if
     /// none is active, or only one that was admitted later. Harmless to repeat: if there is nothing to change, nothing is
     /// written and no run is locked.
-    pub async fn cancel_active(&self, lease: &RunLease, discard: bool) -> Result<Option<RunId>, StoreError> {
+    pub async fn cancel_active(
+        &self,
+        lease: &RunLease,
+        discard: bool,
+    ) -> Result<Option<RunId>, StoreError> {
         let mut c = self.backend.vital_writer().await?;
-        let values =
-            params().set("run", lease.run_id.uuid()).set("fence", lease.fence).set("discard", discard);
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence)
+            .set("discard", discard);
         let found: Option<(Uuid, bool)> = c.optional(&FIND_ACTIVE_BEFORE, values).await?;
-        let Some((run, is_marked)) = found else { return Ok(None) };
+        let Some((run, is_marked)) = found else {
+            return Ok(None);
+        };
         let run = RunId::from_uuid(run);
         if is_marked {
             return Ok(Some(run));
@@ -123,7 +140,11 @@ impl Store {
     }
 
     /// Marks a run to be cancelled, if it is active. The run as it is afterwards; `None` if there is none.
-    pub async fn request_cancel(&self, key: &ConversationKey, id: RunId) -> Result<Option<Run>, StoreError> {
+    pub async fn request_cancel(
+        &self,
+        key: &ConversationKey,
+        id: RunId,
+    ) -> Result<Option<Run>, StoreError> {
         let mut c = self.backend.writer().await?;
         // A run that moves to a fresh thread meanwhile is not found the first time.
         let found = match try_request_cancel(&mut c, key, id).await? {
@@ -134,9 +155,15 @@ impl Store {
     }
 
     /// Takes a run that still waits over from its owner, to end it. `None` if it does not wait (any more).
-    pub async fn take_queued(&self, replica: ReplicaId, id: RunId) -> Result<Option<RunLease>, StoreError> {
+    pub async fn take_queued(
+        &self,
+        replica: ReplicaId,
+        id: RunId,
+    ) -> Result<Option<RunLease>, StoreError> {
         let mut c = self.backend.writer().await?;
-        let values = params().set("replica", replica.uuid()).set("run", id.uuid());
+        let values = params()
+            .set("replica", replica.uuid())
+            .set("run", id.uuid());
         let taken: Option<(i64,)> = c.optional(&TAKE_QUEUED, values).await?;
         Ok(taken.map(|(fence,)| RunLease { run_id: id, fence }))
     }
@@ -151,9 +178,14 @@ struct StartedRow {
     queued_input: Option<Json<Vec<InputMessage>>>,
 }
 
-async fn start_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
+async fn start_on_postgres(
+    c: &mut Connection,
+    lease: &RunLease,
+) -> Result<QueuedStart, StoreError> {
     for _ in 0..MAX_ATTEMPTS {
-        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence);
         let row = match c.optional::<StartedRow>(&START_QUEUED, values).await {
             Ok(Some(row)) => row,
             Ok(None) => return started_before(c, lease).await,
@@ -162,7 +194,11 @@ async fn start_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<Queue
             Err(failed) => return Err(failed.into()),
         };
         match row {
-            StartedRow { both: Found(Some(both)), queued_input, .. } => {
+            StartedRow {
+                both: Found(Some(both)),
+                queued_input,
+                ..
+            } => {
                 let input = queued_input.map(|json| json.0).unwrap_or_default();
                 let (thread, run) = (both.thread.try_into()?, both.run.try_into()?);
                 return Ok(QueuedStart::Started(Box::new(StartedRun {
@@ -173,9 +209,13 @@ async fn start_on_postgres(c: &mut Connection, lease: &RunLease) -> Result<Queue
                     intent: None,
                 })));
             }
-            StartedRow { may_start: false, .. } => return Ok(QueuedStart::NotYet),
+            StartedRow {
+                may_start: false, ..
+            } => return Ok(QueuedStart::NotYet),
             // The run changed while its row was waited for.
-            StartedRow { may_start: true, .. } => {}
+            StartedRow {
+                may_start: true, ..
+            } => {}
         }
     }
     Ok(QueuedStart::NotYet)
@@ -188,20 +228,40 @@ async fn start_on_sqlite(c: &mut Connection, lease: &RunLease) -> Result<QueuedS
     Ok(claim)
 }
 
-async fn start_in_transaction(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
-    let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
-    let waiting: Option<(Json<Vec<InputMessage>>, bool)> = c.optional(&FIND_WAITING, values).await?;
-    let Some((Json(input), may_start)) = waiting else { return started_before(c, lease).await };
+async fn start_in_transaction(
+    c: &mut Connection,
+    lease: &RunLease,
+) -> Result<QueuedStart, StoreError> {
+    let values = params()
+        .set("run", lease.run_id.uuid())
+        .set("fence", lease.fence);
+    let waiting: Option<(Json<Vec<InputMessage>>, bool)> =
+        c.optional(&FIND_WAITING, values).await?;
+    let Some((Json(input), may_start)) = waiting else {
+        return started_before(c, lease).await;
+    };
     if !may_start {
         return Ok(QueuedStart::NotYet);
     }
-    let run: RunRow = c.one(&START, params().set("run", lease.run_id.uuid())).await?;
+    let run: RunRow = c
+        .one(&START, params().set("run", lease.run_id.uuid()))
+        .await?;
     let run = Run::try_from(run)?;
-    let values = || params().set("thread", run.thread_id.uuid()).json("input", Some(&input));
+    let values = || {
+        params()
+            .set("thread", run.thread_id.uuid())
+            .json("input", Some(&input))
+    };
     let thread: ThreadRow = c.one(&COUNT_SAID, values()?).await?;
     c.execute(&SAY, values()?.set("run", run.id.uuid())).await?;
     let thread = Thread::try_from(thread)?;
-    Ok(QueuedStart::Started(Box::new(StartedRun { lease: *lease, thread, run, input, intent: None })))
+    Ok(QueuedStart::Started(Box::new(StartedRun {
+        lease: *lease,
+        thread,
+        run,
+        input,
+        intent: None,
+    })))
 }
 
 /// The run is locked even if there is nothing to change, so that the answer is not out of date.
@@ -211,10 +271,14 @@ async fn try_request_cancel(
     id: RunId,
 ) -> Result<Option<RunRow>, StoreError> {
     c.begin().await?;
-    let mut found: Option<RunRow> =
-        c.optional(&LOCK_RUN_OF_KEY, params().key(key).set("run", id.uuid())).await?;
+    let mut found: Option<RunRow> = c
+        .optional(&LOCK_RUN_OF_KEY, params().key(key).set("run", id.uuid()))
+        .await?;
     let status = found.as_ref().map(RunRow::status).transpose()?;
-    if matches!(status, Some(RunStatus::InProgress | RunStatus::RequiresAction)) {
+    if matches!(
+        status,
+        Some(RunStatus::InProgress | RunStatus::RequiresAction)
+    ) {
         found = mark_cancelling(c, id, false).await?;
     }
     c.commit().await?;

@@ -6,7 +6,8 @@
 use std::borrow::Cow;
 
 use crate::domain::{
-    ContentPart, EventBatch, LoggedEvent, RequiredAction, ToolCall, ToolOutput, UnsettledRun, UpstreamSync,
+    ContentPart, EventBatch, LoggedEvent, RequiredAction, ToolCall, ToolOutput, UnsettledRun,
+    UpstreamSync,
 };
 
 /// Whether content is stored.
@@ -33,7 +34,10 @@ impl Redaction {
         if self.keeps_content() {
             return Cow::Borrowed(outputs);
         }
-        let redacted = |ToolOutput { tool_call_id, output: _ }: &ToolOutput| ToolOutput {
+        let redacted = |ToolOutput {
+                            tool_call_id,
+                            output: _,
+                        }: &ToolOutput| ToolOutput {
             tool_call_id: tool_call_id.clone(),
             output: String::new(),
         };
@@ -44,14 +48,21 @@ impl Redaction {
     pub(super) fn events(self, batch: &EventBatch) -> Cow<'_, EventBatch> {
         self.encode(batch, |EventBatch { first, events }| {
             let redacted = |event: &LoggedEvent| match event {
-                LoggedEvent::Queued { position } => LoggedEvent::Queued { position: *position },
+                LoggedEvent::Queued { position } => LoggedEvent::Queued {
+                    position: *position,
+                },
                 LoggedEvent::Started => LoggedEvent::Started,
-                LoggedEvent::RequiresAction(action) => LoggedEvent::RequiresAction(redacted_action(action)),
-                LoggedEvent::Omitted { .. } | LoggedEvent::Delta(_) => {
-                    LoggedEvent::Omitted { units: event.units() }
+                LoggedEvent::RequiresAction(action) => {
+                    LoggedEvent::RequiresAction(redacted_action(action))
                 }
+                LoggedEvent::Omitted { .. } | LoggedEvent::Delta(_) => LoggedEvent::Omitted {
+                    units: event.units(),
+                },
             };
-            EventBatch { first: *first, events: events.iter().map(redacted).collect() }
+            EventBatch {
+                first: *first,
+                events: events.iter().map(redacted).collect(),
+            }
         })
     }
 
@@ -80,11 +91,17 @@ impl Redaction {
 
 /// A required action as it is stored where content is not.
 pub fn redacted_action(RequiredAction { tool_calls }: &RequiredAction) -> RequiredAction {
-    RequiredAction { tool_calls: redacted_calls(tool_calls) }
+    RequiredAction {
+        tool_calls: redacted_calls(tool_calls),
+    }
 }
 
 fn redacted_calls(calls: &[ToolCall]) -> Vec<ToolCall> {
-    let redacted = |ToolCall { id, name, arguments: _ }: &ToolCall| ToolCall {
+    let redacted = |ToolCall {
+                        id,
+                        name,
+                        arguments: _,
+                    }: &ToolCall| ToolCall {
         id: id.clone(),
         name: name.clone(),
         arguments: String::new(),

@@ -13,7 +13,9 @@ use super::pool::Connection;
 use super::rows::{At, MessageRow, OrphanedRunRow, millis};
 use super::statement::Statement;
 use super::{InputMessage, RunLease, Store, StoreError};
-use crate::domain::{ContentPart, Message, ReplicaId, Run, RunId, RunStatus, Thread, Timestamp, ToolOutput};
+use crate::domain::{
+    ContentPart, Message, ReplicaId, Run, RunId, RunStatus, Thread, Timestamp, ToolOutput,
+};
 
 static RENEW: Statement = Statement::new(
     "replicas.renew",
@@ -23,7 +25,10 @@ static RENEW: Statement = Statement::new(
         {clock} AS now",
 );
 
-static RETIRE: Statement = Statement::new("replicas.retire", "DELETE FROM replicas WHERE id = :replica");
+static RETIRE: Statement = Statement::new(
+    "replicas.retire",
+    "DELETE FROM replicas WHERE id = :replica",
+);
 
 static FORGET: Statement = Statement::on_sqlite("replicas.forget", "DELETE FROM replicas");
 
@@ -141,8 +146,16 @@ static READ_INPUT: Statement = Statement::new(
     "SELECT {message m} FROM messages m WHERE m.run_id {in :runs} AND m.role = 'user' ORDER BY m.position",
 );
 
-pub(super) static STATEMENTS: &[&Statement] =
-    &[&RENEW, &RETIRE, &FORGET, &RELEASE, &FIND_LOST, &FIND_ORPHANS, &TAKE_ORPHANS, &READ_INPUT];
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &RENEW,
+    &RETIRE,
+    &FORGET,
+    &RELEASE,
+    &FIND_LOST,
+    &FIND_ORPHANS,
+    &TAKE_ORPHANS,
+    &READ_INPUT,
+];
 
 impl Store {
     /// Says that this replica is alive for another `ttl`. The first call registers it.
@@ -153,14 +166,18 @@ impl Store {
         ttl: Duration,
     ) -> Result<Renewed, StoreError> {
         let mut c = self.backend.session_writer().await?;
-        let session = params().set("replica", id.uuid()).set("address", address).set("ttl", millis(ttl));
+        let session = params()
+            .set("replica", id.uuid())
+            .set("address", address)
+            .set("ttl", millis(ttl));
         Ok(c.one(&RENEW, session).await?)
     }
 
     /// Says that this replica is gone: what it still owns can be adopted at once.
     pub async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
         let mut c = self.backend.session_writer().await?;
-        c.execute(&RETIRE, params().set("replica", id.uuid())).await?;
+        c.execute(&RETIRE, params().set("replica", id.uuid()))
+            .await?;
         Ok(())
     }
 
@@ -171,7 +188,8 @@ impl Store {
             .iter()
             .map(|lease| value!({ "id": lease.run_id.uuid().simple().to_string(), "fence": lease.fence }))
             .collect();
-        c.execute(&RELEASE, params().json("leases", Some(&leases))?).await?;
+        c.execute(&RELEASE, params().json("leases", Some(&leases))?)
+            .await?;
         Ok(())
     }
 
@@ -183,9 +201,14 @@ impl Store {
     ) -> Result<Vec<RunId>, StoreError> {
         let mut c = self.backend.vital_reader().await?;
         let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
-        let values = params().set("replica", replica.uuid()).set("working", working);
+        let values = params()
+            .set("replica", replica.uuid())
+            .set("working", working);
         let lost: Vec<(Uuid,)> = c.all(&FIND_LOST, values).await?;
-        Ok(lost.into_iter().map(|(run,)| RunId::from_uuid(run)).collect())
+        Ok(lost
+            .into_iter()
+            .map(|(run,)| RunId::from_uuid(run))
+            .collect())
     }
 
     /// Takes over up to `limit` unfinished runs that nobody works on, oldest first, each with a higher fence.
@@ -204,7 +227,10 @@ impl Store {
     ) -> Result<Vec<OrphanedRun>, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let working: Vec<Uuid> = working.iter().map(|run| run.uuid()).collect();
-        let search = params().set("replica", id.uuid()).set("working", working).set("limit", limit);
+        let search = params()
+            .set("replica", id.uuid())
+            .set("working", working)
+            .set("limit", limit);
         let found: Vec<(Uuid, i64, Option<Uuid>)> = c.all(&FIND_ORPHANS, search).await?;
         if found.is_empty() {
             return Ok(Vec::new());
@@ -216,9 +242,15 @@ impl Store {
                 value!({ "id": run.simple().to_string(), "fence": fence, "owner": owner })
             })
             .collect();
-        let take = params().set("replica", id.uuid()).json("found", Some(&found))?.set("limit", limit);
+        let take = params()
+            .set("replica", id.uuid())
+            .json("found", Some(&found))?
+            .set("limit", limit);
         let rows: Vec<OrphanedRunRow> = c.all(&TAKE_ORPHANS, take).await?;
-        let mut orphans = rows.into_iter().map(OrphanedRun::try_from).collect::<Result<Vec<_>, _>>()?;
+        let mut orphans = rows
+            .into_iter()
+            .map(OrphanedRun::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
         give_input(&mut c, &mut orphans).await?;
         if !self.keeps_content() {
             // One that waits for outputs needs nothing of before. One that is to be sent does, and so does
@@ -234,7 +266,9 @@ impl Store {
 
 /// Gives orphans that had started their messages. Nobody changes these any more: the runs have new fences.
 async fn give_input(c: &mut Connection, orphans: &mut [OrphanedRun]) -> Result<(), StoreError> {
-    let started = orphans.iter().filter(|orphan| orphan.run.status != RunStatus::Queued);
+    let started = orphans
+        .iter()
+        .filter(|orphan| orphan.run.status != RunStatus::Queued);
     let started: Vec<Uuid> = started.map(|orphan| orphan.run.id.uuid()).collect();
     if started.is_empty() {
         return Ok(());
@@ -242,8 +276,14 @@ async fn give_input(c: &mut Connection, orphans: &mut [OrphanedRun]) -> Result<(
     let said: Vec<MessageRow> = c.all(&READ_INPUT, params().set("runs", started)).await?;
     for row in said {
         let message = Message::try_from(row)?;
-        if let Some(orphan) = orphans.iter_mut().find(|orphan| Some(orphan.run.id) == message.run_id) {
-            orphan.input.push(InputMessage { id: message.id, content: message.content });
+        if let Some(orphan) = orphans
+            .iter_mut()
+            .find(|orphan| Some(orphan.run.id) == message.run_id)
+        {
+            orphan.input.push(InputMessage {
+                id: message.id,
+                content: message.content,
+            });
         }
     }
     Ok(())

@@ -26,7 +26,8 @@ const DUE_THREADS: &str = "SELECT {thread t}, {now} AS now, t.attempts
 
 static LIST_DUE: Statement = Statement::variant("retention.list_due", DUE_THREADS, &[""]);
 
-static LOCK_DUE: Statement = Statement::variant("retention.lock_due", DUE_THREADS, &["{lock_if_free t}"]);
+static LOCK_DUE: Statement =
+    Statement::variant("retention.lock_due", DUE_THREADS, &["{lock_if_free t}"]);
 
 static LEASE_DUE: Statement = Statement::new(
     "retention.lease_due",
@@ -61,8 +62,10 @@ static BRING_FORWARD: Statement = Statement::variant(
             AND (t.due_at > {0} OR (t.due_at IS NULL AND {0} IS NOT NULL))
         ORDER BY t.id {lock t}
     }",
-    &["{expiry CASE t.scope_kind WHEN 'session' THEN :session_age ELSE :other_age END, \
-       CASE t.scope_kind WHEN 'session' THEN :session_idle ELSE :other_idle END}"],
+    &[
+        "{expiry CASE t.scope_kind WHEN 'session' THEN :session_age ELSE :other_age END, \
+       CASE t.scope_kind WHEN 'session' THEN :session_idle ELSE :other_idle END}",
+    ],
 );
 
 static ARCHIVE_EXPIRED: Statement = Statement::new(
@@ -97,11 +100,18 @@ impl Store {
 
     /// The same, and they are due again only after `lease`. Until then nobody else gets them; if whoever got
     /// them dies, somebody else does then. Those that another call is just taking are passed over.
-    pub async fn lease_due_threads(&self, limit: u32, lease: Duration) -> Result<Vec<DueThread>, StoreError> {
+    pub async fn lease_due_threads(
+        &self,
+        limit: u32,
+        lease: Duration,
+    ) -> Result<Vec<DueThread>, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
         let rows: Vec<DueRow> = c.all(&LOCK_DUE, params().set("limit", limit)).await?;
-        let mut due = rows.into_iter().map(DueThread::try_from).collect::<Result<Vec<_>, _>>()?;
+        let mut due = rows
+            .into_iter()
+            .map(DueThread::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
         let threads: Vec<Uuid> = due.iter().map(|due| due.thread.id.uuid()).collect();
         let values = params().set("threads", threads).set("lease", millis(lease));
         let mut claimed: Vec<(At,)> = c.all(&LEASE_DUE, values).await?;
@@ -150,10 +160,14 @@ impl Store {
         lifetimes: &Lifetimes,
     ) -> Result<Option<ThreadId>, StoreError> {
         let mut c = self.backend.writer().await?;
-        let values = params().set("after", after.map_or(Uuid::nil(), ThreadId::uuid)).set("limit", limit);
+        let values = params()
+            .set("after", after.map_or(Uuid::nil(), ThreadId::uuid))
+            .set("limit", limit);
         let page: Vec<(Uuid,)> = c.all(&LIST_FOR_REVIEW, values).await?;
         let page: Vec<Uuid> = page.into_iter().map(|(id,)| id).collect();
-        let Some(last) = page.last().copied() else { return Ok(None) };
+        let Some(last) = page.last().copied() else {
+            return Ok(None);
+        };
         let values = params()
             .set("page", page)
             .set("session_age", lifetimes.sessions.max_age.map(millis))
@@ -188,7 +202,9 @@ impl Store {
         c.begin().await?;
         // No message goes to an archived thread, so the runs that are unfinished now are all that can be.
         lock_unfinished(&mut c, vec![thread.uuid()]).await?;
-        let values = params().set("thread", thread.uuid()).set("keep", millis(keep));
+        let values = params()
+            .set("thread", thread.uuid())
+            .set("keep", millis(keep));
         let is_begun = c.execute(&DISCARD, values).await? == 1;
         if is_begun {
             cancel_active(&mut c, vec![thread.uuid()]).await?;
@@ -210,7 +226,12 @@ impl TryFrom<DueRow> for DueThread {
     type Error = StoreError;
 
     fn try_from(row: DueRow) -> Result<Self, StoreError> {
-        Ok(Self { thread: row.thread.try_into()?, now: row.now.0, attempts: row.attempts, claimed: None })
+        Ok(Self {
+            thread: row.thread.try_into()?,
+            now: row.now.0,
+            attempts: row.attempts,
+            claimed: None,
+        })
     }
 }
 
@@ -284,29 +305,56 @@ static ADD_ORPHANS: Statement = Statement::new(
     FROM {each :orphans}",
 );
 
-static DELETE_EVENTS_OF_RUNS: Statement =
-    Statement::new("retention.delete_events_of_runs", "DELETE FROM run_events WHERE run_id {in :runs}");
+static DELETE_EVENTS_OF_RUNS: Statement = Statement::new(
+    "retention.delete_events_of_runs",
+    "DELETE FROM run_events WHERE run_id {in :runs}",
+);
 
-static DELETE_KEYS_OF_RUNS: Statement =
-    Statement::new("retention.delete_keys_of_runs", "DELETE FROM idempotency_keys WHERE run_id {in :runs}");
+static DELETE_KEYS_OF_RUNS: Statement = Statement::new(
+    "retention.delete_keys_of_runs",
+    "DELETE FROM idempotency_keys WHERE run_id {in :runs}",
+);
 
-static DELETE_RUNS: Statement =
-    Statement::new("retention.delete_runs", "DELETE FROM runs WHERE id {in :runs}");
+static DELETE_RUNS: Statement = Statement::new(
+    "retention.delete_runs",
+    "DELETE FROM runs WHERE id {in :runs}",
+);
 
-static COUNT_OLD_KEYS: Statement = Statement::variant("retention.count_old_keys", COUNT, &[OLD_KEYS]);
+static COUNT_OLD_KEYS: Statement =
+    Statement::variant("retention.count_old_keys", COUNT, &[OLD_KEYS]);
 
-static COUNT_OLD_EVENTS: Statement = Statement::variant("retention.count_old_events", COUNT, &[OLD_EVENTS]);
+static COUNT_OLD_EVENTS: Statement =
+    Statement::variant("retention.count_old_events", COUNT, &[OLD_EVENTS]);
 
-static COUNT_OLD_RUNS: Statement = Statement::variant("retention.count_old_runs", COUNT, &[OLD_RUNS]);
+static COUNT_OLD_RUNS: Statement =
+    Statement::variant("retention.count_old_runs", COUNT, &[OLD_RUNS]);
 
 static COUNT_OLD_RECEIPTS: Statement =
     Statement::variant("retention.count_old_receipts", COUNT, &[OLD_RECEIPTS]);
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &LIST_DUE, &LOCK_DUE, &LEASE_DUE, &SCHEDULE, &LIST_FOR_REVIEW, &BRING_FORWARD, &ARCHIVE_EXPIRED,
-    &SCHEDULE_EXPIRY, &DISCARD, &DELETE_SESSIONS, &DELETE_OLD_KEYS, &DELETE_OLD_EVENTS, &DELETE_OLD_RECEIPTS,
-    &LOCK_OLD_RUNS, &ADD_ORPHANS, &DELETE_EVENTS_OF_RUNS, &DELETE_KEYS_OF_RUNS, &DELETE_RUNS,
-    &COUNT_OLD_KEYS, &COUNT_OLD_EVENTS, &COUNT_OLD_RUNS, &COUNT_OLD_RECEIPTS,
+    &LIST_DUE,
+    &LOCK_DUE,
+    &LEASE_DUE,
+    &SCHEDULE,
+    &LIST_FOR_REVIEW,
+    &BRING_FORWARD,
+    &ARCHIVE_EXPIRED,
+    &SCHEDULE_EXPIRY,
+    &DISCARD,
+    &DELETE_SESSIONS,
+    &DELETE_OLD_KEYS,
+    &DELETE_OLD_EVENTS,
+    &DELETE_OLD_RECEIPTS,
+    &LOCK_OLD_RUNS,
+    &ADD_ORPHANS,
+    &DELETE_EVENTS_OF_RUNS,
+    &DELETE_KEYS_OF_RUNS,
+    &DELETE_RUNS,
+    &COUNT_OLD_KEYS,
+    &COUNT_OLD_EVENTS,
+    &COUNT_OLD_RUNS,
+    &COUNT_OLD_RECEIPTS,
 ];
 
 impl Store {
@@ -317,7 +365,8 @@ impl Store {
         c.execute(&DELETE_SESSIONS, params()).await?;
         // What goes along with runs comes before them, so that it is counted.
         let pruned = Pruned {
-            idempotency_keys: remove(&mut c, &DELETE_OLD_KEYS, pruning.idempotency_keys, limit).await?,
+            idempotency_keys: remove(&mut c, &DELETE_OLD_KEYS, pruning.idempotency_keys, limit)
+                .await?,
             events: remove(&mut c, &DELETE_OLD_EVENTS, pruning.events, limit).await?,
             runs: remove_runs(&mut c, pruning, limit).await?,
             receipts: remove(&mut c, &DELETE_OLD_RECEIPTS, pruning.receipts, limit).await?,
@@ -330,7 +379,8 @@ impl Store {
     pub async fn prunable(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError> {
         let mut c = self.backend.reader().await?;
         Ok(Pruned {
-            idempotency_keys: count(&mut c, &COUNT_OLD_KEYS, pruning.idempotency_keys, limit).await?,
+            idempotency_keys: count(&mut c, &COUNT_OLD_KEYS, pruning.idempotency_keys, limit)
+                .await?,
             events: count(&mut c, &COUNT_OLD_EVENTS, pruning.events, limit).await?,
             runs: count(&mut c, &COUNT_OLD_RUNS, pruning.runs, limit).await?,
             receipts: count(&mut c, &COUNT_OLD_RECEIPTS, pruning.receipts, limit).await?,
@@ -364,24 +414,36 @@ fn older_than<'a>(keep: Duration, limit: u32) -> Params<'a> {
 }
 
 async fn remove_runs(c: &mut Connection, pruning: &Pruning, limit: u32) -> Result<u64, StoreError> {
-    let Some(keep) = pruning.runs else { return Ok(0) };
+    let Some(keep) = pruning.runs else {
+        return Ok(0);
+    };
     let old: Vec<OldRunRow> = c.all(&LOCK_OLD_RUNS, older_than(keep, limit)).await?;
     let runs = old.iter().map(|run| run.id).collect();
     let mut orphans = vec![];
-    for OldRunRow { thread_id, upstream, upstream_run_id, earlier_upstream_run_ids, .. } in old {
+    for OldRunRow {
+        thread_id,
+        upstream,
+        upstream_run_id,
+        earlier_upstream_run_ids,
+        ..
+    } in old
+    {
         if pruning.storing.contains(&upstream) {
-            orphans.extend(upstream_ids(upstream_run_id, earlier_upstream_run_ids).map(|id| {
-                json!({
-                    "id": OrphanId::new().uuid().simple().to_string(),
-                    "thread": thread_id.simple().to_string(),
-                    "upstream": upstream,
-                    "upstream_id": id,
-                })
-            }));
+            orphans.extend(
+                upstream_ids(upstream_run_id, earlier_upstream_run_ids).map(|id| {
+                    json!({
+                        "id": OrphanId::new().uuid().simple().to_string(),
+                        "thread": thread_id.simple().to_string(),
+                        "upstream": upstream,
+                        "upstream_id": id,
+                    })
+                }),
+            );
         }
     }
     if !orphans.is_empty() {
-        c.execute(&ADD_ORPHANS, params().json("orphans", Some(&orphans))?).await?;
+        c.execute(&ADD_ORPHANS, params().json("orphans", Some(&orphans))?)
+            .await?;
     }
     delete_runs(c, runs).await
 }
@@ -401,8 +463,10 @@ pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u6
     if ids.is_empty() {
         return Ok(0);
     }
-    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone())).await?;
-    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone())).await?;
+    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
+    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
     Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
 }
 
@@ -442,7 +506,10 @@ pub struct Pruned {
 impl Pruned {
     /// The largest of the numbers.
     pub fn most(&self) -> u64 {
-        self.runs.max(self.events).max(self.idempotency_keys).max(self.receipts)
+        self.runs
+            .max(self.events)
+            .max(self.idempotency_keys)
+            .max(self.receipts)
     }
 }
 

@@ -16,7 +16,8 @@ use super::statement::Statement;
 use super::transcript::{DOWNWARDS_KNOWN, listed};
 use super::{QueuedStart, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{
-    ContentPart, Lifecycle, Limits, Message, MessageId, Page, Role, RunStatus, Thread, ThreadId, Timestamp,
+    ContentPart, Lifecycle, Limits, Message, MessageId, Page, Role, RunStatus, Thread, ThreadId,
+    Timestamp,
 };
 
 /// Times that new runs may come while a thread is taken, before that is given up.
@@ -43,8 +44,10 @@ static FIND_OTHER_RUNS: Statement = Statement::new(
     "SELECT EXISTS (SELECT 1 FROM ({unfinished = :thread}) r WHERE r.id {not_in :runs})",
 );
 
-static POSTPONE: Statement =
-    Statement::new("rollover.postpone", "UPDATE threads SET rollover_pending = true WHERE id = :thread");
+static POSTPONE: Statement = Statement::new(
+    "rollover.postpone",
+    "UPDATE threads SET rollover_pending = true WHERE id = :thread",
+);
 
 /// The fresh thread is there, and the run that did it, if one did, is on it under the same lease.
 static IS_DONE: Statement = Statement::new(
@@ -59,8 +62,10 @@ static IS_DONE: Statement = Statement::new(
     )",
 );
 
-static READ_THREAD: Statement =
-    Statement::new("rollover.read_thread", "SELECT {thread t} FROM threads t WHERE t.id = :thread");
+static READ_THREAD: Statement = Statement::new(
+    "rollover.read_thread",
+    "SELECT {thread t} FROM threads t WHERE t.id = :thread",
+);
 
 static ARCHIVE: Statement = Statement::new(
     "rollover.archive",
@@ -164,8 +169,10 @@ static FIND_KNOWN: Statement = Statement::new(
     WHERE m.thread_id = :thread AND m.upstream_message_id IN (SELECT e.value FROM {each_text :names})",
 );
 
-static FIND_TAKEN: Statement =
-    Statement::new("rollover.find_taken", "SELECT m.id FROM messages m WHERE m.id {in :ids}");
+static FIND_TAKEN: Statement = Statement::new(
+    "rollover.find_taken",
+    "SELECT m.id FROM messages m WHERE m.id {in :ids}",
+);
 
 static MOVE_AWAY: Statement = Statement::new(
     "rollover.move_away",
@@ -198,9 +205,27 @@ static COUNT_MESSAGES: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &LOCK_RUNS, &LOCK_THREAD, &FIND_OTHER_RUNS, &POSTPONE, &IS_DONE, &READ_THREAD, &ARCHIVE, &ADD_THREAD,
-    &SET_DUE, &TAKE_OFF, &MOVE_RUNS, &MOVE_MESSAGES, &FIND_PREVIOUS, &FIND_FIRST_CARRIED, &FIND_ACTIVE,
-    &FIND_KNOWN, &FIND_TAKEN, &MOVE_AWAY, &MOVE_BACK, &ADD_MESSAGES, &COUNT_MESSAGES,
+    &LOCK_RUNS,
+    &LOCK_THREAD,
+    &FIND_OTHER_RUNS,
+    &POSTPONE,
+    &IS_DONE,
+    &READ_THREAD,
+    &ARCHIVE,
+    &ADD_THREAD,
+    &SET_DUE,
+    &TAKE_OFF,
+    &MOVE_RUNS,
+    &MOVE_MESSAGES,
+    &FIND_PREVIOUS,
+    &FIND_FIRST_CARRIED,
+    &FIND_ACTIVE,
+    &FIND_KNOWN,
+    &FIND_TAKEN,
+    &MOVE_AWAY,
+    &MOVE_BACK,
+    &ADD_MESSAGES,
+    &COUNT_MESSAGES,
 ];
 
 impl Store {
@@ -209,8 +234,15 @@ impl Store {
     /// Harmless to repeat, as long as the run is in progress.
     pub async fn roll_over(&self, rollover: &Rollover) -> Result<Rolled, StoreError> {
         // What is not stored cannot be carried over.
-        let carry_over = if self.keeps_content() { rollover.carry_over } else { 0 };
-        let rollover = Rollover { carry_over, ..*rollover };
+        let carry_over = if self.keeps_content() {
+            rollover.carry_over
+        } else {
+            0
+        };
+        let rollover = Rollover {
+            carry_over,
+            ..*rollover
+        };
         // Callers hang up in the middle of it, and runs are cut off.
         let mut c = self.backend.writer().await?;
         for _ in 0..MAX_ATTEMPTS {
@@ -235,18 +267,26 @@ impl Store {
         before: Option<i64>,
         limit: u32,
     ) -> Result<Page<Message>, StoreError> {
-        let nothing = Page { data: Vec::new(), has_more: false };
+        let nothing = Page {
+            data: Vec::new(),
+            has_more: false,
+        };
         if !self.keeps_content() {
             return Ok(nothing);
         }
         let mut c = self.backend.reader().await?;
-        let previous: Option<(Uuid, i64)> =
-            c.optional(&FIND_PREVIOUS, params().set("thread", thread.uuid())).await?;
-        let Some((previous, carried)) = previous else { return Ok(nothing) };
+        let previous: Option<(Uuid, i64)> = c
+            .optional(&FIND_PREVIOUS, params().set("thread", thread.uuid()))
+            .await?;
+        let Some((previous, carried)) = previous else {
+            return Ok(nothing);
+        };
         let last_ones = params().set("thread", previous).set("skip", carried - 1);
         let first: Option<(i64,)> = c.optional(&FIND_FIRST_CARRIED, last_ones).await?;
         let span = Span::down(first.map_or(0, |(first,)| first - 1), before, limit);
-        Ok(listed(&mut c, &DOWNWARDS_KNOWN, previous, span, limit).await?.page(span))
+        Ok(listed(&mut c, &DOWNWARDS_KNOWN, previous, span, limit)
+            .await?
+            .page(span))
     }
 
     /// Puts messages that others wrote to the upstream thread into the transcript. Each goes behind the one
@@ -289,23 +329,37 @@ impl Unfinished {
 
 /// Runs are locked before the thread. `None` if there are others than these once the thread is locked, so
 /// that no more can come: nothing must be kept then.
-async fn try_roll_over(c: &mut Connection, rollover: &Rollover) -> Result<Option<Rolled>, StoreError> {
+async fn try_roll_over(
+    c: &mut Connection,
+    rollover: &Rollover,
+) -> Result<Option<Rolled>, StoreError> {
     let old = rollover.thread.uuid();
     let runs: Vec<Unfinished> = c.all(&LOCK_RUNS, params().set("thread", old)).await?;
-    let locked: Option<(String, i64)> = c.optional(&LOCK_THREAD, params().set("thread", old)).await?;
+    let locked: Option<(String, i64)> = c
+        .optional(&LOCK_THREAD, params().set("thread", old))
+        .await?;
     if locked.is_none_or(|(lifecycle, _)| lifecycle != Lifecycle::Current.as_str()) {
         return rolled_before(c, rollover).await.map(Some);
     }
     let these: Vec<Uuid> = runs.iter().map(|run| run.id).collect();
-    let (others,): (bool,) = c.one(&FIND_OTHER_RUNS, params().set("thread", old).set("runs", these)).await?;
+    let (others,): (bool,) = c
+        .one(
+            &FIND_OTHER_RUNS,
+            params().set("thread", old).set("runs", these),
+        )
+        .await?;
     if others {
         return Ok(None);
     }
     match &rollover.by {
-        Some(lease) if !runs.iter().any(|run| run.works_under(lease)) => return Ok(Some(Rolled::Lost)),
+        Some(lease) if !runs.iter().any(|run| run.works_under(lease)) => {
+            return Ok(Some(Rolled::Lost));
+        }
         None if runs.iter().any(Unfinished::is_active) => {
             c.execute(&POSTPONE, params().set("thread", old)).await?;
-            return Ok(Some(Rolled::Later(Box::new(read_thread(c, rollover.thread).await?))));
+            return Ok(Some(Rolled::Later(Box::new(
+                read_thread(c, rollover.thread).await?,
+            ))));
         }
         _ => {}
     }
@@ -322,7 +376,11 @@ async fn rolled_before(c: &mut Connection, rollover: &Rollover) -> Result<Rolled
         .set("run", rollover.by.map(|lease| lease.run_id.uuid()))
         .set("fence", rollover.by.map(|lease| lease.fence));
     let (is_done,): (bool,) = c.one(&IS_DONE, both).await?;
-    if is_done { done(c, rollover).await } else { Ok(Rolled::Lost) }
+    if is_done {
+        done(c, rollover).await
+    } else {
+        Ok(Rolled::Lost)
+    }
 }
 
 async fn done(c: &mut Connection, rollover: &Rollover) -> Result<Rolled, StoreError> {
@@ -334,11 +392,16 @@ async fn done(c: &mut Connection, rollover: &Rollover) -> Result<Rolled, StoreEr
         },
     };
     let thread = read_thread(c, rollover.new_thread).await?;
-    Ok(Rolled::Done { thread: Box::new(thread), turn })
+    Ok(Rolled::Done {
+        thread: Box::new(thread),
+        turn,
+    })
 }
 
 async fn read_thread(c: &mut Connection, id: ThreadId) -> Result<Thread, StoreError> {
-    let row: ThreadRow = c.one(&READ_THREAD, params().set("thread", id.uuid())).await?;
+    let row: ThreadRow = c
+        .one(&READ_THREAD, params().set("thread", id.uuid()))
+        .await?;
     row.try_into()
 }
 
@@ -346,9 +409,17 @@ async fn read_thread(c: &mut Connection, id: ThreadId) -> Result<Thread, StoreEr
 ///
 /// Limits are what is left of the old one's. If it has none of its own, the configured ones hold for the
 /// fresh one as for any, but for the age, of which there is less.
-async fn put_in_place(c: &mut Connection, rollover: &Rollover, runs: usize) -> Result<(), StoreError> {
-    let (max_age, max_idle) = (rollover.limits.max_age.map(millis), rollover.limits.max_idle.map(millis));
-    c.execute(&ARCHIVE, params().set("thread", rollover.thread.uuid())).await?;
+async fn put_in_place(
+    c: &mut Connection,
+    rollover: &Rollover,
+    runs: usize,
+) -> Result<(), StoreError> {
+    let (max_age, max_idle) = (
+        rollover.limits.max_age.map(millis),
+        rollover.limits.max_idle.map(millis),
+    );
+    c.execute(&ARCHIVE, params().set("thread", rollover.thread.uuid()))
+        .await?;
     let fresh = params()
         .set("thread", rollover.thread.uuid())
         .set("new_thread", rollover.new_thread.uuid())
@@ -368,12 +439,17 @@ async fn put_in_place(c: &mut Connection, rollover: &Rollover, runs: usize) -> R
 
 /// Moves what is unfinished, and the messages of the run at work.
 async fn move_runs(c: &mut Connection, rollover: &Rollover) -> Result<(), StoreError> {
-    let both =
-        || params().set("thread", rollover.thread.uuid()).set("new_thread", rollover.new_thread.uuid());
+    let both = || {
+        params()
+            .set("thread", rollover.thread.uuid())
+            .set("new_thread", rollover.new_thread.uuid())
+    };
     c.execute(&TAKE_OFF, both()).await?;
     c.execute(&MOVE_RUNS, both()).await?;
     if let Some(lease) = &rollover.by {
-        let messages = params().set("run", lease.run_id.uuid()).set("new_thread", rollover.new_thread.uuid());
+        let messages = params()
+            .set("run", lease.run_id.uuid())
+            .set("new_thread", rollover.new_thread.uuid());
         c.execute(&MOVE_MESSAGES, messages).await?;
     }
     Ok(())
@@ -391,20 +467,32 @@ async fn insert(
 ) -> Result<u64, StoreError> {
     let of_thread = || params().set("thread", thread.uuid());
     let locked: Option<(String, i64)> = c.optional(&LOCK_THREAD, of_thread()).await?;
-    let Some((_, last)) = locked else { return Ok(0) };
+    let Some((_, last)) = locked else {
+        return Ok(0);
+    };
     let active: Vec<(Uuid, i64)> = c.all(&FIND_ACTIVE, of_thread()).await?;
     let expected = by.map(|lease| (lease.run_id.uuid(), lease.fence));
     if active != Vec::from_iter(expected) {
         return Ok(0);
     }
     let unknown = unknown(c, thread, messages).await?;
-    let Some(first) = unknown.first() else { return Ok(0) };
+    let Some(first) = unknown.first() else {
+        return Ok(0);
+    };
     let place = |message: &ExternalMessage| message.after.clamp(0, last);
     let places: Vec<i64> = unknown.iter().map(|message| place(message)).collect();
     // Positions are checked row by row: what comes later goes out of the way first, and each to its place
     // then.
-    c.execute(&MOVE_AWAY, of_thread().set("first", place(first)).set("far", FAR)).await?;
-    c.execute(&MOVE_BACK, of_thread().set("far", FAR).json("places", Some(&places))?).await?;
+    c.execute(
+        &MOVE_AWAY,
+        of_thread().set("first", place(first)).set("far", FAR),
+    )
+    .await?;
+    c.execute(
+        &MOVE_BACK,
+        of_thread().set("far", FAR).json("places", Some(&places))?,
+    )
+    .await?;
     let rows: Vec<_> = (1..)
         .zip(&unknown)
         .map(|(n, message)| {
@@ -419,9 +507,11 @@ async fn insert(
             })
         })
         .collect();
-    c.execute(&ADD_MESSAGES, of_thread().json("rows", Some(&rows))?).await?;
+    c.execute(&ADD_MESSAGES, of_thread().json("rows", Some(&rows))?)
+        .await?;
     let added = i64::try_from(rows.len()).unwrap_or(i64::MAX);
-    c.execute(&COUNT_MESSAGES, of_thread().set("added", added)).await?;
+    c.execute(&COUNT_MESSAGES, of_thread().set("added", added))
+        .await?;
     Ok(rows.len().try_into().unwrap_or(u64::MAX))
 }
 
@@ -431,8 +521,13 @@ async fn unknown<'a>(
     thread: ThreadId,
     messages: &'a [ExternalMessage],
 ) -> Result<Vec<&'a ExternalMessage>, StoreError> {
-    let names: Vec<&str> = messages.iter().filter_map(|it| it.upstream_message_id.as_deref()).collect();
-    let which = params().set("thread", thread.uuid()).json("names", Some(&names))?;
+    let names: Vec<&str> = messages
+        .iter()
+        .filter_map(|it| it.upstream_message_id.as_deref())
+        .collect();
+    let which = params()
+        .set("thread", thread.uuid())
+        .json("names", Some(&names))?;
     let known: Vec<(String,)> = c.all(&FIND_KNOWN, which).await?;
     let ids: Vec<Uuid> = messages.iter().map(|message| message.id.uuid()).collect();
     let taken: Vec<(Uuid,)> = c.all(&FIND_TAKEN, params().set("ids", ids)).await?;
@@ -442,7 +537,10 @@ async fn unknown<'a>(
         .iter()
         .filter(|message| {
             taken.insert(message.id.uuid())
-                && message.upstream_message_id.as_ref().is_none_or(|name| known.insert(name.clone()))
+                && message
+                    .upstream_message_id
+                    .as_ref()
+                    .is_none_or(|name| known.insert(name.clone()))
         })
         .collect();
     unknown.sort_by_key(|message| message.after);
@@ -466,7 +564,10 @@ pub struct Rollover {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rolled {
     /// The fresh thread, and the turn of the run that did it.
-    Done { thread: Box<Thread>, turn: Option<Box<StartedRun>> },
+    Done {
+        thread: Box<Thread>,
+        turn: Option<Box<StartedRun>>,
+    },
     /// A run is active: it happens before the next turn.
     Later(Box<Thread>),
     /// The thread is not current any more, or the lease was lost.

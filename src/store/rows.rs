@@ -16,11 +16,14 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{Finished, InputMessage, OrphanedRun, Repeated, RunLease, StoreError, ThreadReport, Waiting};
+use super::{
+    Finished, InputMessage, OrphanedRun, Repeated, RunLease, StoreError, ThreadReport, Waiting,
+};
 use crate::domain::{
-    ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed, ReplicaId,
-    RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity, ThreadId,
-    ThreadState, Timestamp, ToolOutput, Ttl, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage, UserKey,
+    ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
+    ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
+    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UnsettledRun, UpstreamRunId,
+    UpstreamThreadId, Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -53,7 +56,9 @@ impl Type<Sqlite> for At {
 impl Decode<'_, Sqlite> for At {
     fn decode(value: SqliteValueRef<'_>) -> Result<Self, BoxDynError> {
         let millis = <i64 as Decode<'_, Sqlite>>::decode(value)?;
-        DateTime::from_timestamp_millis(millis).map(Self).ok_or_else(|| format!("time {millis}").into())
+        DateTime::from_timestamp_millis(millis)
+            .map(Self)
+            .ok_or_else(|| format!("time {millis}").into())
     }
 }
 
@@ -120,7 +125,10 @@ impl TryFrom<ThreadRow> for Thread {
             deletion: row.t_deletion.as_deref().map(word).transpose()?,
             rolls: row.t_rollover_pending,
             carried: row.t_carried_messages,
-            removed: row.t_upstream_cleanup.map(|json| json.0).unwrap_or_default(),
+            removed: row
+                .t_upstream_cleanup
+                .map(|json| json.0)
+                .unwrap_or_default(),
             backlog: row.t_unsynced_messages,
             unsettled_run: row.t_unsettled_run.map(|json| json.0),
         })
@@ -218,7 +226,10 @@ impl TryFrom<MessageRow> for InputMessage {
     type Error = StoreError;
 
     fn try_from(row: MessageRow) -> Result<Self, StoreError> {
-        Ok(Self { id: MessageId::from_uuid(row.m_id), content: row.m_content.0 })
+        Ok(Self {
+            id: MessageId::from_uuid(row.m_id),
+            content: row.m_content.0,
+        })
     }
 }
 
@@ -234,7 +245,10 @@ impl TryFrom<ActivityRow> for ThreadActivity {
 
     fn try_from(row: ActivityRow) -> Result<Self, StoreError> {
         let active = row.active_status.as_deref().map(word).transpose()?;
-        Ok(Self { state: ThreadState::of(active), queue_depth: row.queue_depth })
+        Ok(Self {
+            state: ThreadState::of(active),
+            queue_depth: row.queue_depth,
+        })
     }
 }
 
@@ -336,7 +350,10 @@ pub(super) struct RunWithReply {
 
 impl RunWithReply {
     pub(super) fn into_parts(self) -> Result<(Run, Option<Message>), StoreError> {
-        Ok((self.run.try_into()?, self.reply.0.map(Message::try_from).transpose()?))
+        Ok((
+            self.run.try_into()?,
+            self.reply.0.map(Message::try_from).transpose()?,
+        ))
     }
 }
 
@@ -354,7 +371,12 @@ impl TryFrom<FinishedRow> for Finished {
     fn try_from(row: FinishedRow) -> Result<Self, StoreError> {
         let (thread, activity) = row.thread.into_parts()?;
         let (run, message) = row.run.into_parts()?;
-        Ok(Self { thread, activity, run, message })
+        Ok(Self {
+            thread,
+            activity,
+            run,
+            message,
+        })
     }
 }
 
@@ -381,7 +403,11 @@ impl TryFrom<WaitingRow> for Waiting {
 
     fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
         let (thread, activity) = row.thread.into_parts()?;
-        Ok(Self { thread, activity, run: row.run.try_into()? })
+        Ok(Self {
+            thread,
+            activity,
+            run: row.run.try_into()?,
+        })
     }
 }
 
@@ -397,8 +423,15 @@ impl TryFrom<RepeatedRow> for Repeated {
     type Error = StoreError;
 
     fn try_from(row: RepeatedRow) -> Result<Self, StoreError> {
-        let request_hash = row.request_hash.try_into().map_err(|_| corrupt("the hash of a request"))?;
-        Ok(Self { request_hash, thread: row.both.thread.try_into()?, run: row.both.run.try_into()? })
+        let request_hash = row
+            .request_hash
+            .try_into()
+            .map_err(|_| corrupt("the hash of a request"))?;
+        Ok(Self {
+            request_hash,
+            thread: row.both.thread.try_into()?,
+            run: row.both.run.try_into()?,
+        })
     }
 }
 
@@ -426,9 +459,15 @@ impl TryFrom<OrphanedRunRow> for OrphanedRun {
 
     fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
         let fence = row.both.run.r_fence;
-        let (thread, run) = (Thread::try_from(row.both.thread)?, Run::try_from(row.both.run)?);
+        let (thread, run) = (
+            Thread::try_from(row.both.thread)?,
+            Run::try_from(row.both.run)?,
+        );
         Ok(Self {
-            lease: RunLease { run_id: run.id, fence },
+            lease: RunLease {
+                run_id: run.id,
+                fence,
+            },
             previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
             thread,
             run,
@@ -460,13 +499,18 @@ pub(super) fn log_json(events: &[LoggedEvent]) -> Result<String, StoreError> {
 
 fn nulless_json<T: Serialize>(value: &T, substitute: &str) -> Result<String, StoreError> {
     let text = serde_json::to_string(value).map_err(|error| StoreError::Statement(error.into()))?;
-    Ok(if text.contains("\\u0000") { without_nul(&text, substitute) } else { text })
+    Ok(if text.contains("\\u0000") {
+        without_nul(&text, substitute)
+    } else {
+        text
+    })
 }
 
 /// An upstream's id of a run as a parameter of a statement that is about other runs too: without one that no Postgres can
 /// hold, which would fail all of them.
 pub(super) fn storable(id: Option<&UpstreamRunId>) -> Option<&str> {
-    id.map(UpstreamRunId::as_str).filter(|id| !id.contains('\0'))
+    id.map(UpstreamRunId::as_str)
+        .filter(|id| !id.contains('\0'))
 }
 
 /// Milliseconds for a statement that adds them to a time, at most a thousand years.
@@ -492,10 +536,12 @@ fn duration(millis: i64) -> Duration {
 
 /// In hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 pub(super) fn corrupt(what: &str) -> StoreError {
@@ -503,7 +549,8 @@ pub(super) fn corrupt(what: &str) -> StoreError {
 }
 
 pub(super) fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
-    text.parse().map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
+    text.parse()
+        .map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
 }
 
 /// Replaces the escape `\u0000` in a JSON text, but not what only looks like it behind a `\\`.
@@ -512,8 +559,11 @@ fn without_nul(json: &str, substitute: &str) -> String {
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
         // An escape is two characters long at least, all ASCII.
-        let (escape, next) =
-            if rest[at..].starts_with("\\u0000") { (substitute, 6) } else { (&rest[at..at + 2], 2) };
+        let (escape, next) = if rest[at..].starts_with("\\u0000") {
+            (substitute, 6)
+        } else {
+            (&rest[at..at + 2], 2)
+        };
         out.push_str(&rest[..at]);
         out.push_str(escape);
         rest = &rest[at + next..];

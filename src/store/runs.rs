@@ -69,8 +69,14 @@ static LIST_SAID: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &FIND_CURSOR, &LIST_UPWARDS, &LIST_DOWNWARDS, &LIST_OF_THREADS, &LIST_UNFINISHED, &READ_WITH_REPLY,
-    &READ_LEASED, &LIST_SAID,
+    &FIND_CURSOR,
+    &LIST_UPWARDS,
+    &LIST_DOWNWARDS,
+    &LIST_OF_THREADS,
+    &LIST_UNFINISHED,
+    &READ_WITH_REPLY,
+    &READ_LEASED,
+    &LIST_SAID,
 ];
 
 impl Store {
@@ -95,7 +101,9 @@ impl Store {
     /// thread.
     pub async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let Some((thread, _)) = newest(&mut c, key, None).await? else { return Ok(None) };
+        let Some((thread, _)) = newest(&mut c, key, None).await? else {
+            return Ok(None);
+        };
         unfinished_of(&mut c, thread).await.map(Some)
     }
 
@@ -106,8 +114,9 @@ impl Store {
         id: RunId,
     ) -> Result<Option<(Run, Option<Message>)>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let row: Option<RunWithReply> =
-            c.optional(&READ_WITH_REPLY, params().key(key).set("run", id.uuid())).await?;
+        let row: Option<RunWithReply> = c
+            .optional(&READ_WITH_REPLY, params().key(key).set("run", id.uuid()))
+            .await?;
         row.map(RunWithReply::into_parts).transpose()
     }
 
@@ -121,7 +130,10 @@ impl Store {
     ) -> Result<Vec<Run>, StoreError> {
         let mut c = self.backend.reader().await?;
         let values = params()
-            .set("threads", threads.iter().map(|id| id.uuid()).collect::<Vec<_>>())
+            .set(
+                "threads",
+                threads.iter().map(|id| id.uuid()).collect::<Vec<_>>(),
+            )
             .set("thread", behind.0.uuid())
             .set("seq", behind.1)
             .set("limit", limit);
@@ -148,7 +160,11 @@ async fn newest(
 
 /// The runs of a thread that a span wants.
 async fn list(c: &mut Connection, thread: ThreadId, span: Span) -> Result<Vec<RunRow>, StoreError> {
-    let statement = if span.upwards { &LIST_UPWARDS } else { &LIST_DOWNWARDS };
+    let statement = if span.upwards {
+        &LIST_UPWARDS
+    } else {
+        &LIST_DOWNWARDS
+    };
     let values = params()
         .set("thread", thread.uuid())
         .set("above", span.above)
@@ -158,15 +174,25 @@ async fn list(c: &mut Connection, thread: ThreadId, span: Span) -> Result<Vec<Ru
 }
 
 /// The unfinished runs of a thread, in order of admission.
-pub(super) async fn unfinished_of(c: &mut Connection, thread: ThreadId) -> Result<Vec<Run>, StoreError> {
-    let rows: Vec<RunRow> = c.all(&LIST_UNFINISHED, params().set("thread", thread.uuid())).await?;
+pub(super) async fn unfinished_of(
+    c: &mut Connection,
+    thread: ThreadId,
+) -> Result<Vec<Run>, StoreError> {
+    let rows: Vec<RunRow> = c
+        .all(&LIST_UNFINISHED, params().set("thread", thread.uuid()))
+        .await?;
     rows.into_iter().map(Run::try_from).collect()
 }
 
 /// The answer to a repeated [`Store::start_queued`]: the run is in progress under the same lease. Otherwise it is
 /// not for the caller.
-pub(super) async fn started_before(c: &mut Connection, lease: &RunLease) -> Result<QueuedStart, StoreError> {
-    let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+pub(super) async fn started_before(
+    c: &mut Connection,
+    lease: &RunLease,
+) -> Result<QueuedStart, StoreError> {
+    let values = params()
+        .set("run", lease.run_id.uuid())
+        .set("fence", lease.fence);
     let Some(both) = c.optional::<ThreadAndRun>(&READ_LEASED, values).await? else {
         return Ok(QueuedStart::Lost);
     };

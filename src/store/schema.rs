@@ -34,8 +34,10 @@ static READ_VERSIONS: Statement = Statement::for_each_engine(
 );
 
 /// Works with any schema that the migrator has touched.
-static COUNT_MIGRATIONS: Statement =
-    Statement::new("schema.count_migrations", "SELECT count(*) AS migrations FROM _sqlx_migrations");
+static COUNT_MIGRATIONS: Statement = Statement::new(
+    "schema.count_migrations",
+    "SELECT count(*) AS migrations FROM _sqlx_migrations",
+);
 
 /// The names of the role and of the schema that this connection works with, as statements write them.
 static READ_ROLE: Statement = Statement::on_postgres(
@@ -76,13 +78,19 @@ impl Store {
             Schema::Former => return Err(former_schema()),
             Schema::Versions(_) | Schema::Missing => {}
         }
-        let Backend::Postgres { direct, .. } = &*self.backend else { return Ok(c.migrate(migrator).await?) };
+        let Backend::Postgres { direct, .. } = &*self.backend else {
+            return Ok(c.migrate(migrator).await?);
+        };
         match migrate_postgres(direct, migrator).await {
             Err(MigrateFailed::Migrating(error)) => match denial(&error) {
                 Some(what) => Err(StoreError::Open(may_not_migrate(&mut c, &what).await)),
                 None => Err(error.into()),
             },
-            Err(MigrateFailed::Connecting(cause)) => Err(Failed { statement: "migrate", cause }.into()),
+            Err(MigrateFailed::Connecting(cause)) => Err(Failed {
+                statement: "migrate",
+                cause,
+            }
+            .into()),
             Ok(()) => Ok(()),
         }
     }
@@ -101,10 +109,19 @@ enum MigrateFailed {
 }
 
 /// On a connection of its own: a migration may take longer than our statements are allowed to.
-async fn migrate_postgres(direct: &PgConnectOptions, migrator: &Migrator) -> Result<(), MigrateFailed> {
+async fn migrate_postgres(
+    direct: &PgConnectOptions,
+    migrator: &Migrator,
+) -> Result<(), MigrateFailed> {
     let mut connection = direct.connect().await.map_err(MigrateFailed::Connecting)?;
-    connection.execute("SET statement_timeout = 0").await.map_err(MigrateFailed::Connecting)?;
-    migrator.run(&mut connection).await.map_err(MigrateFailed::Migrating)?;
+    connection
+        .execute("SET statement_timeout = 0")
+        .await
+        .map_err(MigrateFailed::Connecting)?;
+    migrator
+        .run(&mut connection)
+        .await
+        .map_err(MigrateFailed::Migrating)?;
     add_functions(&mut connection)
         .await
         .map_err(|error| MigrateFailed::Migrating(MigrateError::Execute(error)))?;
@@ -118,15 +135,18 @@ async fn add_functions(connection: &mut PgConnection) -> sqlx::Result<()> {
     transaction
         .execute("SELECT pg_advisory_xact_lock(hashtextextended('threadkeeper functions', 0))")
         .await?;
-    let (schema,): (String,) =
-        sqlx::query_as("SELECT quote_ident(current_schema())").fetch_one(&mut *transaction).await?;
+    let (schema,): (String,) = sqlx::query_as("SELECT quote_ident(current_schema())")
+        .fetch_one(&mut *transaction)
+        .await?;
     for function in FUNCTIONS {
         let (is_there,): (bool,) = sqlx::query_as("SELECT to_regproc($1) IS NOT NULL")
             .bind(format!("{schema}.{}", function.name_in_database()))
             .fetch_one(&mut *transaction)
             .await?;
         if !is_there {
-            transaction.execute(sqlx::AssertSqlSafe(function.definition(&schema))).await?;
+            transaction
+                .execute(sqlx::AssertSqlSafe(function.definition(&schema)))
+                .await?;
         }
     }
     transaction.commit().await
@@ -164,16 +184,24 @@ struct Version {
 }
 
 async fn read_versions(c: &mut Connection) -> Result<Schema, StoreError> {
-    let functions: Vec<_> = FUNCTIONS.iter().map(|it| Some(it.name_in_database().to_owned())).collect();
-    match c.all(&READ_VERSIONS, params().set("functions", functions)).await {
+    let functions: Vec<_> = FUNCTIONS
+        .iter()
+        .map(|it| Some(it.name_in_database().to_owned()))
+        .collect();
+    match c
+        .all(&READ_VERSIONS, params().set("functions", functions))
+        .await
+    {
         Ok(versions) if versions.is_empty() => Ok(Schema::Missing),
         Ok(versions) => Ok(Schema::Versions(versions)),
-        Err(failed) if failed.lacks_table() => match c.one::<(i64,)>(&COUNT_MIGRATIONS, params()).await {
-            Ok((0,)) => Ok(Schema::Missing),
-            Ok(_) => Ok(Schema::Former),
-            Err(failed) if failed.lacks_table() => Ok(Schema::Missing),
-            Err(failed) => Err(failed.into()),
-        },
+        Err(failed) if failed.lacks_table() => {
+            match c.one::<(i64,)>(&COUNT_MIGRATIONS, params()).await {
+                Ok((0,)) => Ok(Schema::Missing),
+                Ok(_) => Ok(Schema::Former),
+                Err(failed) if failed.lacks_table() => Ok(Schema::Missing),
+                Err(failed) => Err(failed.into()),
+            }
+        }
         Err(failed) => Err(failed.into()),
     }
 }
@@ -198,16 +226,33 @@ fn former_schema() -> StoreError {
 
 /// Whether a database with these versions has all that this binary works with.
 fn is_complete(versions: &[Version], engine: Engine) -> Result<bool, StoreError> {
-    let has_functions = versions.iter().all(|it| usize::try_from(it.functions) == Ok(FUNCTIONS.len()));
+    let has_functions = versions
+        .iter()
+        .all(|it| usize::try_from(it.functions) == Ok(FUNCTIONS.len()));
     Ok(is_up_to_date(versions, migrator(engine))? && (has_functions || engine == Engine::Sqlite))
 }
 
 /// Whether a database with these versions needs none of the migrations. A newer one that serves this binary needs none.
 fn is_up_to_date(versions: &[Version], migrator: &Migrator) -> Result<bool, StoreError> {
-    let known = |version| migrator.iter().find(move |migration| migration.version == version);
-    let newest = migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
+    let known = |version| {
+        migrator
+            .iter()
+            .find(move |migration| migration.version == version)
+    };
+    let newest = migrator
+        .iter()
+        .map(|migration| migration.version)
+        .max()
+        .unwrap_or(0);
     let mut applied = 0;
-    for Version { number: version, checksum, success, compatible_since, .. } in versions {
+    for Version {
+        number: version,
+        checksum,
+        success,
+        compatible_since,
+        ..
+    } in versions
+    {
         match known(*version) {
             _ if !success => return Err(MigrateError::Dirty(*version).into()),
             Some(known) if *known.checksum != **checksum => {
@@ -241,7 +286,11 @@ mod tests {
     }
 
     fn newest() -> i64 {
-        SQLITE.iter().map(|migration| migration.version).max().unwrap()
+        SQLITE
+            .iter()
+            .map(|migration| migration.version)
+            .max()
+            .unwrap()
     }
 
     #[test]
@@ -268,8 +317,13 @@ mod tests {
 
     #[test]
     fn migration_in_another_form_is_refused() {
-        let other =
-            Version { number: 1, checksum: vec![1], success: true, compatible_since: Some(1), functions: 0 };
+        let other = Version {
+            number: 1,
+            checksum: vec![1],
+            success: true,
+            compatible_since: Some(1),
+            functions: 0,
+        };
         let text = is_up_to_date(&[other], &SQLITE).unwrap_err().to_string();
         assert!(text.contains("another form"), "{text}");
     }

@@ -30,17 +30,25 @@ const SLOW_STATEMENT: Duration = Duration::from_secs(1);
 pub(super) fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
     let path = path(config)?;
     let lock = lock(&path)?;
-    Ok(Backend::Sqlite { writer: writer(&path, config)?, readers: readers(&path, config)?, lock })
+    Ok(Backend::Sqlite {
+        writer: writer(&path, config)?,
+        readers: readers(&path, config)?,
+        lock,
+    })
 }
 
 /// Reads the URL, makes the folder, and gives the file's one absolute name.
 fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
-    let url = config.url.as_ref().ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
+    let url = config
+        .url
+        .as_ref()
+        .ok_or_else(|| StoreError::Open("store.url is not set".to_owned()))?;
     let url = url.expose_secret();
     let rest = url.split_once(':').map_or("", |(_, rest)| rest);
     if rest.contains(":memory:") || rest.contains("mode=memory") {
         return Err(StoreError::Open(
-            "store.url names a database in memory; give it a file: `sqlite:path/to/file.db`".to_owned(),
+            "store.url names a database in memory; give it a file: `sqlite:path/to/file.db`"
+                .to_owned(),
         ));
     }
     if rest.contains('?') || rest.trim_start_matches('/').is_empty() {
@@ -48,18 +56,31 @@ fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
             "store.url must be `sqlite:` and the path of a file, without parameters".to_owned(),
         ));
     }
-    let options = SqliteConnectOptions::from_str(url)
-        .map_err(|error| StoreError::Open(format!("store.url is not of the form `sqlite:path`: {error}")))?;
+    let options = SqliteConnectOptions::from_str(url).map_err(|error| {
+        StoreError::Open(format!(
+            "store.url is not of the form `sqlite:path`: {error}"
+        ))
+    })?;
     let path = options.get_filename();
     let (Some(name), parent) = (path.file_name(), path.parent().unwrap_or(Path::new(""))) else {
-        return Err(StoreError::Open(format!("`{}` is a folder, not a database file", path.display())));
+        return Err(StoreError::Open(format!(
+            "`{}` is a folder, not a database file",
+            path.display()
+        )));
     };
-    let folder = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let folder = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
     std::fs::create_dir_all(folder)
         .and_then(|()| folder.canonicalize())
         .map(|folder| folder.join(name))
         .map_err(|error| {
-            StoreError::Open(format!("the folder `{}` cannot be made: {error}", folder.display()))
+            StoreError::Open(format!(
+                "the folder `{}` cannot be made: {error}",
+                folder.display()
+            ))
         })
 }
 
@@ -67,10 +88,19 @@ fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
 fn lock(database: &Path) -> Result<File, StoreError> {
     let mut name = database.as_os_str().to_owned();
     name.push(".lock");
-    let cannot =
-        |error| StoreError::Open(format!("`{}` cannot be locked: {error}", Path::new(&name).display()));
-    let file =
-        File::options().create(true).truncate(false).read(true).write(true).open(&name).map_err(cannot)?;
+    let cannot = |error| {
+        StoreError::Open(format!(
+            "`{}` cannot be locked: {error}",
+            Path::new(&name).display()
+        ))
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&name)
+        .map_err(cannot)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError::Open(format!(
@@ -99,10 +129,18 @@ fn writer(path: &Path, config: &StoreConfig) -> Result<Pool, StoreError> {
 
 /// The connections that only read; opened when they are needed.
 fn readers(path: &Path, config: &StoreConfig) -> Result<Pool, StoreError> {
-    pool(options(path).read_only(true), config.max_connections, config)
+    pool(
+        options(path).read_only(true),
+        config.max_connections,
+        config,
+    )
 }
 
-fn pool(options: SqliteConnectOptions, size: u32, config: &StoreConfig) -> Result<Pool, StoreError> {
+fn pool(
+    options: SqliteConnectOptions,
+    size: u32,
+    config: &StoreConfig,
+) -> Result<Pool, StoreError> {
     Pool::new(PoolSettings {
         options: Options::Sqlite(options),
         health: Arc::default(),
@@ -119,7 +157,8 @@ pub(super) fn failed(config: &StoreConfig, error: &StoreError) -> StoreError {
         Ok(path) => path,
         Err(error) => return error,
     };
-    let cause = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    let cause =
+        std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     StoreError::Open(format!("`{}` cannot be opened: {cause}", path.display()))
 }
 
@@ -138,10 +177,17 @@ mod tests {
 
     #[test]
     fn only_files_are_accepted() {
-        for url in
-            ["sqlite::memory:", "sqlite://x?mode=memory", "sqlite:", "sqlite://", "sqlite:a.db?mode=ro"]
-        {
-            let config = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+        for url in [
+            "sqlite::memory:",
+            "sqlite://x?mode=memory",
+            "sqlite:",
+            "sqlite://",
+            "sqlite:a.db?mode=ro",
+        ] {
+            let config = StoreConfig {
+                url: Some(url.into()),
+                ..StoreConfig::default()
+            };
             assert!(matches!(path(&config), Err(StoreError::Open(_))), "{url}");
         }
     }
@@ -152,7 +198,11 @@ mod tests {
         let root = root.path().canonicalize().unwrap();
         let named = |text: &str| {
             let url = format!("sqlite:{}/{text}", root.display());
-            path(&StoreConfig { url: Some(url.into()), ..StoreConfig::default() }).unwrap()
+            path(&StoreConfig {
+                url: Some(url.into()),
+                ..StoreConfig::default()
+            })
+            .unwrap()
         };
         assert_eq!(named("a/b/../c.db"), root.join("a/c.db"));
         assert_eq!(named("a/c.db"), root.join("a/c.db"));

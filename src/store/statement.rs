@@ -83,7 +83,14 @@ impl Statement {
         variant: &'static [&'static str],
         is_prepared: bool,
     ) -> Self {
-        Self { name, postgres, sqlite, variant, is_prepared, sent: [OnceLock::new(), OnceLock::new()] }
+        Self {
+            name,
+            postgres,
+            sqlite,
+            variant,
+            is_prepared,
+            sent: [OnceLock::new(), OnceLock::new()],
+        }
     }
 
     /// It has a text for this engine.
@@ -127,7 +134,9 @@ fn number_parameters(name: &'static str, text: &str) -> Sent {
             2
         } else {
             let is_of_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            let end = from[1..].find(|c| !is_of_name(c)).map_or(from.len(), |end| end + 1);
+            let end = from[1..]
+                .find(|c| !is_of_name(c))
+                .map_or(from.len(), |end| end + 1);
             let parameter = &from[1..end];
             let known = parameters.iter().position(|it| it == parameter);
             let number = known.unwrap_or_else(|| {
@@ -141,7 +150,11 @@ fn number_parameters(name: &'static str, text: &str) -> Sent {
         rest = &from[taken..];
     }
     sql.push_str(rest);
-    Sent { name, sql, parameters }
+    Sent {
+        name,
+        sql,
+        parameters,
+    }
 }
 
 #[cfg(test)]
@@ -157,7 +170,10 @@ mod tests {
         );
         for engine in [Engine::Postgres, Engine::Sqlite] {
             let sent = FIND.sent(engine);
-            assert_eq!(sent.sql, "/* runs.find */ SELECT ':x'::text, $1 < $2\nFROM runs WHERE a = $1");
+            assert_eq!(
+                sent.sql,
+                "/* runs.find */ SELECT ':x'::text, $1 < $2\nFROM runs WHERE a = $1"
+            );
             assert_eq!(sent.parameters, ["b", "a"]);
         }
     }

@@ -101,15 +101,30 @@ static COUNT_BEHIND_ANCHOR: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &HOLD, &WITHHOLD_MISSING, &WITHHOLD_OTHERS, &COUNT_WITHHELD, &TAKE_ALONG, &COUNT_TAKEN_ALONG,
-    &SETTLE_OWN, &COUNT_SETTLED, &SEND_AGAIN, &EARLIER, &UNSYNCED, &FIND_PLACE, &FIND_ANCHOR,
+    &HOLD,
+    &WITHHOLD_MISSING,
+    &WITHHOLD_OTHERS,
+    &COUNT_WITHHELD,
+    &TAKE_ALONG,
+    &COUNT_TAKEN_ALONG,
+    &SETTLE_OWN,
+    &COUNT_SETTLED,
+    &SEND_AGAIN,
+    &EARLIER,
+    &UNSYNCED,
+    &FIND_PLACE,
+    &FIND_ANCHOR,
     &COUNT_BEHIND_ANCHOR,
 ];
 
 impl Store {
     /// Withholds messages before those of a run, for good: its upstream thread is to go on without them.
     /// `false` if the lease was lost. Harmless to repeat.
-    pub async fn withhold_earlier(&self, lease: &RunLease, what: &Withholding) -> Result<bool, StoreError> {
+    pub async fn withhold_earlier(
+        &self,
+        lease: &RunLease,
+        what: &Withholding,
+    ) -> Result<bool, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
         let Some((thread, first)) = hold(&mut c, lease).await? else {
@@ -123,8 +138,10 @@ impl Store {
         if !what.missing_only {
             c.execute(&WITHHOLD_OTHERS, these()).await?;
         }
-        let counts =
-            params().set("thread", thread).set("withheld", number(withheld)).set("carried", what.carried);
+        let counts = params()
+            .set("thread", thread)
+            .set("withheld", number(withheld))
+            .set("carried", what.carried);
         c.execute(&COUNT_WITHHELD, counts).await?;
         c.commit().await?;
         Ok(true)
@@ -162,10 +179,19 @@ impl Store {
             c.roll_back().await?;
             return Ok(false);
         };
-        let own = params().set("thread", thread).set("of", run.uuid()).set("found", found.as_str());
+        let own = params()
+            .set("thread", thread)
+            .set("of", run.uuid())
+            .set("found", found.as_str());
         let looked_at = c.execute(&SETTLE_OWN, own).await?;
-        let missing = if found == UpstreamSync::Missing { looked_at } else { 0 };
-        let counts = params().set("thread", thread).set("missing", number(missing));
+        let missing = if found == UpstreamSync::Missing {
+            looked_at
+        } else {
+            0
+        };
+        let counts = params()
+            .set("thread", thread)
+            .set("missing", number(missing));
         c.execute(&COUNT_SETTLED, counts).await?;
         c.commit().await?;
         Ok(true)
@@ -176,7 +202,9 @@ impl Store {
     /// lease was lost.
     pub async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
-        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence);
         Ok(c.execute(&SEND_AGAIN, values).await? == 1)
     }
 
@@ -191,7 +219,9 @@ impl Store {
     ) -> Result<Page<Message>, StoreError> {
         let mut c = self.backend.reader().await?;
         let span = Span::down(0, before, limit);
-        Ok(listed(&mut c, &EARLIER, run.uuid(), span, limit).await?.page(span))
+        Ok(listed(&mut c, &EARLIER, run.uuid(), span, limit)
+            .await?
+            .page(span))
     }
 
     /// The same of those alone that the upstream thread of the run lacks. None where content is not stored.
@@ -202,11 +232,16 @@ impl Store {
         limit: u32,
     ) -> Result<Page<Message>, StoreError> {
         if !self.keeps_content() {
-            return Ok(Page { data: Vec::new(), has_more: false });
+            return Ok(Page {
+                data: Vec::new(),
+                has_more: false,
+            });
         }
         let mut c = self.backend.reader().await?;
         let span = Span::down(0, before, limit);
-        Ok(listed(&mut c, &UNSYNCED, run.uuid(), span, limit).await?.page(span))
+        Ok(listed(&mut c, &UNSYNCED, run.uuid(), span, limit)
+            .await?
+            .page(span))
     }
 
     /// Where a run's messages begin in the upstream thread, as far as the transcript knows.
@@ -214,24 +249,36 @@ impl Store {
         // What stands before a run's messages is changed by that run alone, so the statements need no common
         // snapshot.
         let mut c = self.backend.vital_reader().await?;
-        let place: Option<(Uuid, i64, i64)> =
-            c.optional(&FIND_PLACE, params().set("run", run.uuid())).await?;
-        let Some((thread, first, carried)) = place else { return Ok(Baseline::default()) };
+        let place: Option<(Uuid, i64, i64)> = c
+            .optional(&FIND_PLACE, params().set("run", run.uuid()))
+            .await?;
+        let Some((thread, first, carried)) = place else {
+            return Ok(Baseline::default());
+        };
         let before = || params().set("thread", thread).set("below", first);
         let anchor: Option<(i64, String)> = c.optional(&FIND_ANCHOR, before()).await?;
         let (position, anchor) = anchor.unzip();
         let behind = before().set("above", position.unwrap_or(0));
         let (skip,): (i64,) = c.one(&COUNT_BEHIND_ANCHOR, behind).await?;
         // Without an anchor, what was carried over comes first.
-        let skip = if anchor.is_none() { skip + carried } else { skip };
-        Ok(Baseline { anchor, skip: u32::try_from(skip).unwrap_or(u32::MAX) })
+        let skip = if anchor.is_none() {
+            skip + carried
+        } else {
+            skip
+        };
+        Ok(Baseline {
+            anchor,
+            skip: u32::try_from(skip).unwrap_or(u32::MAX),
+        })
     }
 }
 
 /// Lets nobody take a run at work over before the transaction ends. Its thread, and where its messages begin;
 /// `None` if the lease was lost.
 async fn hold(c: &mut Connection, lease: &RunLease) -> Result<Option<(Uuid, i64)>, StoreError> {
-    let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+    let values = params()
+        .set("run", lease.run_id.uuid())
+        .set("fence", lease.fence);
     Ok(c.optional(&HOLD, values).await?)
 }
 

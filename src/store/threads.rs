@@ -9,8 +9,8 @@ use super::rows::{ReportRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{
-    ConversationKey, Lifecycle, Limits, Metadata, NewLife, Page, PageRequest, Run, TenantKey, Thread,
-    ThreadActivity, ThreadId, ThreadState, Timestamp, UserKey,
+    ConversationKey, Lifecycle, Limits, Metadata, NewLife, Page, PageRequest, Run, TenantKey,
+    Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UserKey,
 };
 
 /// By how much the time in a thread's id may be ahead of the database's: ids come from the replicas' clocks.
@@ -35,8 +35,10 @@ const REPORT: &str = "
 static REPORT_BY_KEY: Statement = Statement::variant("threads.report_by_key", REPORT, BY_KEY);
 static REPORT_BY_ID: Statement = Statement::variant("threads.report_by_id", REPORT, BY_ID);
 
-static READ: Statement =
-    Statement::new("threads.read", "SELECT {thread t} FROM threads t WHERE t.id = :thread");
+static READ: Statement = Statement::new(
+    "threads.read",
+    "SELECT {thread t} FROM threads t WHERE t.id = :thread",
+);
 
 static READ_OF_TENANT: Statement = Statement::new(
     "threads.read_of_tenant",
@@ -80,8 +82,14 @@ static LIST_ALL: [Statement; 2] = [
 const UPSTREAM: &str =
     "threads t {by_index threads_by_upstream} WHERE t.tenant = :tenant AND t.upstream = :upstream";
 static LIST_OF_UPSTREAM: [Statement; 2] = [
-    list("threads.list_of_upstream_upwards", &[UPSTREAM, IN_ORDER, "ASC"]),
-    list("threads.list_of_upstream_downwards", &[UPSTREAM, IN_ORDER, "DESC"]),
+    list(
+        "threads.list_of_upstream_upwards",
+        &[UPSTREAM, IN_ORDER, "ASC"],
+    ),
+    list(
+        "threads.list_of_upstream_downwards",
+        &[UPSTREAM, IN_ORDER, "DESC"],
+    ),
 ];
 
 /// The word is written out, so that Postgres may read the index of current threads where these are few.
@@ -89,7 +97,10 @@ const CURRENT: &str =
     "threads t {by_index threads_by_tenant} WHERE t.tenant = :tenant AND t.lifecycle = 'current'";
 static LIST_CURRENT: [Statement; 2] = [
     list("threads.list_current_upwards", &[CURRENT, IN_ORDER, "ASC"]),
-    list("threads.list_current_downwards", &[CURRENT, IN_ORDER, "DESC"]),
+    list(
+        "threads.list_current_downwards",
+        &[CURRENT, IN_ORDER, "DESC"],
+    ),
 ];
 
 /// Archived ones, or those that are being deleted. The last condition is the one of the index.
@@ -100,7 +111,8 @@ static LIST_PAST: [Statement; 2] = [
     list("threads.list_past_downwards", &[PAST, IN_ORDER, "DESC"]),
 ];
 
-const USER: &str = "threads t {by_index threads_by_key} WHERE t.tenant = :tenant AND t.user_key = :user";
+const USER: &str =
+    "threads t {by_index threads_by_key} WHERE t.tenant = :tenant AND t.user_key = :user";
 static LIST_OF_USER: [Statement; 2] = [
     list("threads.list_of_user_upwards", &[USER, SORTED, "ASC"]),
     list("threads.list_of_user_downwards", &[USER, SORTED, "DESC"]),
@@ -141,9 +153,24 @@ static UPDATE: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &REPORT_BY_KEY, &REPORT_BY_ID, &READ, &READ_OF_TENANT, &FIND_CURSOR, &LIST_ALL[0], &LIST_ALL[1],
-    &LIST_OF_UPSTREAM[0], &LIST_OF_UPSTREAM[1], &LIST_CURRENT[0], &LIST_CURRENT[1], &LIST_PAST[0],
-    &LIST_PAST[1], &LIST_OF_USER[0], &LIST_OF_USER[1], &LIST_AT_WORK[0], &LIST_AT_WORK[1], &UPDATE,
+    &REPORT_BY_KEY,
+    &REPORT_BY_ID,
+    &READ,
+    &READ_OF_TENANT,
+    &FIND_CURSOR,
+    &LIST_ALL[0],
+    &LIST_ALL[1],
+    &LIST_OF_UPSTREAM[0],
+    &LIST_OF_UPSTREAM[1],
+    &LIST_CURRENT[0],
+    &LIST_CURRENT[1],
+    &LIST_PAST[0],
+    &LIST_PAST[1],
+    &LIST_OF_USER[0],
+    &LIST_OF_USER[1],
+    &LIST_AT_WORK[0],
+    &LIST_AT_WORK[1],
+    &UPDATE,
 ];
 
 impl Store {
@@ -185,14 +212,24 @@ impl Store {
             }
         }
         let span = Span::new(page, None);
-        let below = cursor.filter(|_| !span.upwards).into_iter().chain(made_before(filter)).min();
+        let below = cursor
+            .filter(|_| !span.upwards)
+            .into_iter()
+            .chain(made_before(filter))
+            .min();
         let values = tenant()
-            .set("above", cursor.filter(|_| span.upwards).unwrap_or(Uuid::nil()))
+            .set(
+                "above",
+                cursor.filter(|_| span.upwards).unwrap_or(Uuid::nil()),
+            )
             .set("below", below.unwrap_or(Uuid::max()))
             .set("upstream", filter.upstream.as_ref())
             .set("lifecycle", filter.lifecycle.map(Lifecycle::as_str))
             .set("idle", filter.state == Some(ThreadState::Idle))
-            .set("requires_action", filter.state == Some(ThreadState::RequiresAction))
+            .set(
+                "requires_action",
+                filter.state == Some(ThreadState::RequiresAction),
+            )
             .set("created_before", filter.created_before)
             .set("inactive_since", filter.inactive_since)
             .set("limit", span.fetch);
@@ -231,9 +268,12 @@ pub(super) fn by_name<'a>(
 ) -> (&'static Statement, Params<'a>) {
     match name {
         ThreadName::Newest(key) => (by_key, params().key(key)),
-        ThreadName::Id(tenant, id) => {
-            (by_id, params().set("tenant", tenant.as_str()).set("thread", id.uuid()))
-        }
+        ThreadName::Id(tenant, id) => (
+            by_id,
+            params()
+                .set("tenant", tenant.as_str())
+                .set("thread", id.uuid()),
+        ),
     }
 }
 
@@ -243,7 +283,9 @@ pub(super) async fn of_tenant(
     tenant: &TenantKey,
     id: ThreadId,
 ) -> Result<Option<Thread>, StoreError> {
-    let values = params().set("tenant", tenant.as_str()).set("thread", id.uuid());
+    let values = params()
+        .set("tenant", tenant.as_str())
+        .set("thread", id.uuid());
     let row: Option<ThreadRow> = c.optional(&READ_OF_TENANT, values).await?;
     row.map(Thread::try_from).transpose()
 }
@@ -265,7 +307,10 @@ fn listing(filter: &ThreadFilter, upwards: bool) -> &'static Statement {
 /// A bound above the ids of all threads that a filter by time means.
 fn made_before(filter: &ThreadFilter) -> Option<Uuid> {
     // What was not used since was not made since either.
-    let before = [filter.created_before, filter.inactive_since].into_iter().flatten().min()?;
+    let before = [filter.created_before, filter.inactive_since]
+        .into_iter()
+        .flatten()
+        .min()?;
     let millis = u128::try_from(before.checked_add_signed(SKEW)?.timestamp_millis()).unwrap_or(0);
     Some(Uuid::from_u128(millis << 80))
 }
@@ -340,19 +385,31 @@ mod tests {
     #[test]
     fn the_bound_of_a_time_is_above_the_ids_of_it_and_below_later_ones() {
         let time: Timestamp = "2026-11-22T09:00:00.123Z".parse().unwrap();
-        let filter = ThreadFilter { created_before: Some(time), ..ThreadFilter::all(TenantKey::default()) };
+        let filter = ThreadFilter {
+            created_before: Some(time),
+            ..ThreadFilter::all(TenantKey::default())
+        };
         let bound = made_before(&filter).unwrap();
         assert!(id_of(time).uuid() < bound);
         assert!(id_of(time + SKEW - chrono::TimeDelta::milliseconds(1)).uuid() < bound);
         assert!(id_of(time + SKEW + chrono::TimeDelta::milliseconds(1)).uuid() > bound);
-        assert_eq!(made_before(&ThreadFilter { created_before: None, ..filter }), None);
+        assert_eq!(
+            made_before(&ThreadFilter {
+                created_before: None,
+                ..filter
+            }),
+            None
+        );
     }
 
     /// What an index holds of the tenant alone is read in the order of ids. What one user has is sorted.
     #[tokio::test]
     async fn a_list_reads_no_thread_of_another_tenant() {
         let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();
-        sqlx::migrate!("migrations/sqlite").run(&mut connection).await.unwrap();
+        sqlx::migrate!("migrations/sqlite")
+            .run(&mut connection)
+            .await
+            .unwrap();
         for (lists, is_sorted) in [
             (&LIST_ALL, false),
             (&LIST_OF_UPSTREAM, false),
@@ -362,10 +419,18 @@ mod tests {
         ] {
             for list in lists {
                 let explain = format!("EXPLAIN QUERY PLAN {}", list.sent(Engine::Sqlite).sql);
-                let plan: Vec<(i64, i64, i64, String)> =
-                    sqlx::query_as(AssertSqlSafe(explain)).fetch_all(&mut connection).await.unwrap();
-                let sorts = plan.iter().any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
-                assert!(plan[0].3.contains("(tenant=?") && sorts == is_sorted, "{}\n{plan:#?}", list.name);
+                let plan: Vec<(i64, i64, i64, String)> = sqlx::query_as(AssertSqlSafe(explain))
+                    .fetch_all(&mut connection)
+                    .await
+                    .unwrap();
+                let sorts = plan
+                    .iter()
+                    .any(|step| step.3 == "USE TEMP B-TREE FOR ORDER BY");
+                assert!(
+                    plan[0].3.contains("(tenant=?") && sorts == is_sorted,
+                    "{}\n{plan:#?}",
+                    list.name
+                );
             }
         }
     }

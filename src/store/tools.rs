@@ -11,8 +11,8 @@ use super::rows::{WaitingRow, corrupt, json, log_json, word};
 use super::statement::Statement;
 use super::{Idempotency, RunLease, Store, StoreError};
 use crate::domain::{
-    ContentPart, ConversationKey, EventBatch, ReplicaId, RequiredAction, Run, RunId, RunStatus, Thread,
-    ThreadActivity, ToolOutput, UpstreamRunId, Usage,
+    ContentPart, ConversationKey, EventBatch, ReplicaId, RequiredAction, Run, RunId, RunStatus,
+    Thread, ThreadActivity, ToolOutput, UpstreamRunId, Usage,
 };
 
 /// Gives the run as it is now, whether it was paused just now or not.
@@ -129,8 +129,14 @@ static LIST_REQUESTS: Statement = Statement::new(
         AND (r.status = 'cancelling' OR (r.tool_outputs IS NOT NULL AND NOT r.tool_outputs_sent))",
 );
 
-pub(super) static STATEMENTS: &[&Statement] =
-    &[&PAUSE, &ANSWER, &IS_KEY_USED, &RECORD_KEY, &SEND_OUTPUTS, &LIST_REQUESTS];
+pub(super) static STATEMENTS: &[&Statement] = &[
+    &PAUSE,
+    &ANSWER,
+    &IS_KEY_USED,
+    &RECORD_KEY,
+    &SEND_OUTPUTS,
+    &LIST_REQUESTS,
+];
 
 impl Store {
     /// Lets a run in progress wait for tool outputs, and records what it said and showed so far.
@@ -138,12 +144,21 @@ impl Store {
     /// Harmless to repeat with the same pause, even if the outputs have come meanwhile: the run that is
     /// answered is in progress then.
     pub async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
-        let Pause { required_action, upstream_run_id, content, usage, events } = pause;
+        let Pause {
+            required_action,
+            upstream_run_id,
+            content,
+            usage,
+            events,
+        } = pause;
         let values = params()
             .set("run", lease.run_id.uuid())
             .set("fence", lease.fence)
             .json_text("action", json(&self.redaction.action(required_action))?)
-            .set("upstream_run", upstream_run_id.as_ref().map(UpstreamRunId::as_str))
+            .set(
+                "upstream_run",
+                upstream_run_id.as_ref().map(UpstreamRunId::as_str),
+            )
             .json_text("content", json(&self.redaction.parts(content))?)
             .json("usage", usage.as_ref())?
             .set("first", events.first)
@@ -153,7 +168,9 @@ impl Store {
         c.begin_script().await?;
         let row: Option<PausedRow> = c.optional(&PAUSE, values).await?;
         c.commit_script().await?;
-        let Some(PausedRow { waiting, is_same }) = row else { return Ok(Paused::Lost) };
+        let Some(PausedRow { waiting, is_same }) = row else {
+            return Ok(Paused::Lost);
+        };
         let waiting = Waiting::try_from(waiting)?;
         Ok(match waiting.run.status {
             RunStatus::Cancelling => Paused::Cancelling,
@@ -177,7 +194,10 @@ impl Store {
             .json_text("expected", json(&self.redaction.action(&answer.expected))?)
             .json_text("outputs", json(&self.redaction.outputs(&answer.outputs))?)
             .set("idempotency_key", idempotency.map(|used| &used.key))
-            .set("request_hash", idempotency.map(|used| &used.request_hash[..]));
+            .set(
+                "request_hash",
+                idempotency.map(|used| &used.request_hash[..]),
+            );
         let mut c = self.backend.writer().await?;
         c.begin_script().await?;
         let answered: Option<WaitingRow> = match c.optional(&ANSWER, values).await {
@@ -190,7 +210,9 @@ impl Store {
         c.commit_script().await?;
         match answered {
             Some(row) => Ok(Answered::Resumed(Box::new(row.try_into()?))),
-            None if is_idempotency_key_used(&mut c, key, idempotency).await? => Ok(Answered::Repeated),
+            None if is_idempotency_key_used(&mut c, key, idempotency).await? => {
+                Ok(Answered::Repeated)
+            }
             None => Ok(Answered::NotWaiting),
         }
     }
@@ -199,7 +221,9 @@ impl Store {
     /// from here on cannot know whether they were. `false` if the lease was lost.
     pub async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
-        let values = params().set("run", lease.run_id.uuid()).set("fence", lease.fence);
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence);
         Ok(c.execute(&SEND_OUTPUTS, values).await? == 1)
     }
 
@@ -208,9 +232,15 @@ impl Store {
     /// latter are left out: what is stored of outputs says nothing.
     pub async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
         let mut c = self.backend.vital_reader().await?;
-        let rows: Vec<RequestRow> = c.all(&LIST_REQUESTS, params().set("replica", replica.uuid())).await?;
-        let mut requests = rows.into_iter().map(Request::try_from).collect::<Result<Vec<_>, _>>()?;
-        requests.retain(|request| self.keeps_content() || !matches!(request, Request::Resume { .. }));
+        let rows: Vec<RequestRow> = c
+            .all(&LIST_REQUESTS, params().set("replica", replica.uuid()))
+            .await?;
+        let mut requests = rows
+            .into_iter()
+            .map(Request::try_from)
+            .collect::<Result<Vec<_>, _>>()?;
+        requests
+            .retain(|request| self.keeps_content() || !matches!(request, Request::Resume { .. }));
         Ok(requests)
     }
 }
@@ -221,7 +251,9 @@ async fn is_idempotency_key_used(
     key: &ConversationKey,
     idempotency: Option<&Idempotency>,
 ) -> Result<bool, StoreError> {
-    let Some(idempotency) = idempotency else { return Ok(false) };
+    let Some(idempotency) = idempotency else {
+        return Ok(false);
+    };
     let values = params().key(key).set("idempotency_key", &idempotency.key);
     let (used,): (bool,) = c.one(&IS_KEY_USED, values).await?;
     Ok(used)
@@ -234,7 +266,9 @@ async fn record_idempotency_key(
     idempotency: Option<&Idempotency>,
     run: RunId,
 ) -> Result<(), StoreError> {
-    let Some(idempotency) = idempotency else { return Ok(()) };
+    let Some(idempotency) = idempotency else {
+        return Ok(());
+    };
     let values = params()
         .key(key)
         .set("idempotency_key", &idempotency.key)
@@ -266,7 +300,10 @@ impl TryFrom<RequestRow> for Request {
     fn try_from(row: RequestRow) -> Result<Self, StoreError> {
         let run = RunId::from_uuid(row.id);
         match (word(&row.status)?, row.tool_outputs) {
-            (RunStatus::Cancelling, _) => Ok(Self::Cancel { run, discard: row.rollback_pending }),
+            (RunStatus::Cancelling, _) => Ok(Self::Cancel {
+                run,
+                discard: row.rollback_pending,
+            }),
             (RunStatus::InProgress, Some(Json(outputs))) => Ok(Self::Resume { run, outputs }),
             _ => Err(corrupt("a request")),
         }
@@ -326,6 +363,12 @@ pub enum Answered {
 /// What somebody asked of an active run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
-    Cancel { run: RunId, discard: bool },
-    Resume { run: RunId, outputs: Vec<ToolOutput> },
+    Cancel {
+        run: RunId,
+        discard: bool,
+    },
+    Resume {
+        run: RunId,
+        outputs: Vec<ToolOutput>,
+    },
 }

@@ -21,7 +21,8 @@ const FIND_CURSOR: &str = "
 
 static FIND_CURSOR_BY_KEY: Statement =
     Statement::variant("transcript.find_cursor_by_key", FIND_CURSOR, BY_KEY);
-static FIND_CURSOR_BY_ID: Statement = Statement::variant("transcript.find_cursor_by_id", FIND_CURSOR, BY_ID);
+static FIND_CURSOR_BY_ID: Statement =
+    Statement::variant("transcript.find_cursor_by_id", FIND_CURSOR, BY_ID);
 
 /// If the key has a thread: in which of its threads, and where, the message stands that a cursor names.
 static FIND_CURSOR_ACROSS: Statement = Statement::new(
@@ -63,8 +64,11 @@ const LIST_ACROSS: &str = "
         WHERE {lasting_of_key} AND t.id {1}= :thread
         ORDER BY t.id {0}, m.position {0}}";
 
-static LIST_ACROSS_UPWARDS: Statement =
-    Statement::variant("transcript.list_across_upwards", LIST_ACROSS, &["ASC", ">", "0"]);
+static LIST_ACROSS_UPWARDS: Statement = Statement::variant(
+    "transcript.list_across_upwards",
+    LIST_ACROSS,
+    &["ASC", ">", "0"],
+);
 static LIST_ACROSS_DOWNWARDS: Statement = Statement::variant(
     "transcript.list_across_downwards",
     LIST_ACROSS,
@@ -84,8 +88,15 @@ static LIST_OF_THREADS: Statement = Statement::new(
 );
 
 pub(super) static STATEMENTS: &[&Statement] = &[
-    &FIND_CURSOR_BY_KEY, &FIND_CURSOR_BY_ID, &FIND_CURSOR_ACROSS, &LIST_UPWARDS, &LIST_DOWNWARDS,
-    &DOWNWARDS_KNOWN, &LIST_ACROSS_UPWARDS, &LIST_ACROSS_DOWNWARDS, &LIST_OF_THREADS,
+    &FIND_CURSOR_BY_KEY,
+    &FIND_CURSOR_BY_ID,
+    &FIND_CURSOR_ACROSS,
+    &LIST_UPWARDS,
+    &LIST_DOWNWARDS,
+    &DOWNWARDS_KNOWN,
+    &LIST_ACROSS_UPWARDS,
+    &LIST_ACROSS_DOWNWARDS,
+    &LIST_OF_THREADS,
 ];
 
 impl Store {
@@ -112,12 +123,23 @@ impl Store {
             };
         }
         let (statement, values) = by_name(name, &FIND_CURSOR_BY_KEY, &FIND_CURSOR_BY_ID);
-        let found: Option<(Uuid, Option<i64>)> =
-            c.optional(statement, values.set("cursor", named(page))).await?;
-        let Some((thread, position)) = found else { return Ok(None) };
+        let found: Option<(Uuid, Option<i64>)> = c
+            .optional(statement, values.set("cursor", named(page)))
+            .await?;
+        let Some((thread, position)) = found else {
+            return Ok(None);
+        };
         let span = Span::new(page, cursor(page, position)?);
-        let statement = if span.upwards { &LIST_UPWARDS } else { &LIST_DOWNWARDS };
-        Ok(Some(listed(&mut c, statement, thread, span, page.limit).await?.page(span)))
+        let statement = if span.upwards {
+            &LIST_UPWARDS
+        } else {
+            &LIST_DOWNWARDS
+        };
+        Ok(Some(
+            listed(&mut c, statement, thread, span, page.limit)
+                .await?
+                .page(span),
+        ))
     }
 
     /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first.
@@ -129,9 +151,16 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<Message>, StoreError> {
         let mut c = self.backend.reader().await?;
-        let all = PageRequest::<MessageId> { limit, ascending: true, after: None, before: None };
+        let all = PageRequest::<MessageId> {
+            limit,
+            ascending: true,
+            after: None,
+            before: None,
+        };
         let span = Span::new(&all, None).behind(after);
-        Ok(listed(&mut c, &LIST_UPWARDS, thread.uuid(), span, limit).await?.messages())
+        Ok(listed(&mut c, &LIST_UPWARDS, thread.uuid(), span, limit)
+            .await?
+            .messages())
     }
 
     /// A page of what is said in some threads: by thread, in the order of ids, each oldest first. `behind`: a thread, and
@@ -147,7 +176,10 @@ impl Store {
         let mut filling = Filling::new(limit);
         while let Some(room) = filling.room() {
             let values = params()
-                .set("threads", threads.iter().map(|id| id.uuid()).collect::<Vec<_>>())
+                .set(
+                    "threads",
+                    threads.iter().map(|id| id.uuid()).collect::<Vec<_>>(),
+                )
                 .set("thread", thread)
                 .set("position", position)
                 .set("limit", room)
@@ -193,8 +225,11 @@ async fn messages_across(
     page: &PageRequest<MessageId>,
 ) -> Result<Option<Page<Message>>, StoreError> {
     let values = params().key(key).set("cursor", named(page));
-    let found: Option<(Option<Uuid>, Option<i64>)> = c.optional(&FIND_CURSOR_ACROSS, values).await?;
-    let Some((thread, position)) = found else { return Ok(None) };
+    let found: Option<(Option<Uuid>, Option<i64>)> =
+        c.optional(&FIND_CURSOR_ACROSS, values).await?;
+    let Some((thread, position)) = found else {
+        return Ok(None);
+    };
     let span = Span::new(page, cursor(page, position)?);
     let (statement, first, bound) = if span.upwards {
         (&LIST_ACROSS_UPWARDS, Uuid::nil(), span.above)

@@ -19,8 +19,9 @@ pub(super) fn expand(engine: Engine, text: &str) -> String {
         out.push_str(&rest[..open]);
         let inside = &rest[open + 1..];
         let close = closing(inside).unwrap_or_else(|| panic!("an open brace in {text}"));
-        let (word, arguments) =
-            inside[..close].split_once(char::is_whitespace).unwrap_or((&inside[..close], ""));
+        let (word, arguments) = inside[..close]
+            .split_once(char::is_whitespace)
+            .unwrap_or((&inside[..close], ""));
         let arguments = expand(engine, arguments.trim());
         out.push_str(&expand(engine, &meaning(engine, word, &arguments)));
         rest = &inside[close + 1..];
@@ -47,17 +48,21 @@ fn closing(text: &str) -> Option<usize> {
 
 /// Without `-- …`, and without the lines that hold nothing else. No quoted text of ours holds two hyphens.
 fn without_comments(text: &str) -> String {
-    let lines = text.split('\n').filter_map(|line| match line.split_once("--") {
-        Some((code, _)) if code.trim().is_empty() => None,
-        Some((code, _)) => Some(code.trim_end()),
-        None => Some(line),
-    });
+    let lines = text
+        .split('\n')
+        .filter_map(|line| match line.split_once("--") {
+            Some((code, _)) if code.trim().is_empty() => None,
+            Some((code, _)) => Some(code.trim_end()),
+            None => Some(line),
+        });
     lines.collect::<Vec<_>>().join("\n")
 }
 
 /// The two arguments of a word. The first one has no comma.
 fn pair(arguments: &str) -> (&str, &str) {
-    let (one, other) = arguments.split_once(',').unwrap_or_else(|| panic!("one argument: {arguments}"));
+    let (one, other) = arguments
+        .split_once(',')
+        .unwrap_or_else(|| panic!("one argument: {arguments}"));
     (one.trim(), other.trim())
 }
 
@@ -79,7 +84,9 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
         "clock" => "clock_timestamp()".to_owned(),
         "ms" => format!("({x})::bigint * interval '1 millisecond'"),
         "ms_since" => format!("(EXTRACT(epoch FROM now() - {x}) * 1000)::bigint"),
-        "ms_since_up" => format!("ceil(EXTRACT(epoch FROM clock_timestamp() - {x}) * 1000)::bigint"),
+        "ms_since_up" => {
+            format!("ceil(EXTRACT(epoch FROM clock_timestamp() - {x}) * 1000)::bigint")
+        }
         "ms_until" => format!("(EXTRACT(epoch FROM {x} - clock_timestamp()) * 1000)::bigint"),
         "at_ms" => format!("to_timestamp(({x})::bigint / 1000.0)"),
         "id_after" => format!(
@@ -104,7 +111,9 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
         "lock_shared" => format!("FOR SHARE OF {x}"),
         "rows" => {
             let (table, query) = pair(x);
-            format!("ctid = ANY (ARRAY (SELECT {table}.ctid {query} FOR UPDATE OF {table} SKIP LOCKED))")
+            format!(
+                "ctid = ANY (ARRAY (SELECT {table}.ctid {query} FOR UPDATE OF {table} SKIP LOCKED))"
+            )
         }
         "least" => format!("LEAST({x})"),
         "greatest" => format!("GREATEST({x})"),
@@ -135,11 +144,15 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
         ),
         "lateral" => {
             let (table, query) = pair(x);
-            let (_, alias) = table.split_once(' ').unwrap_or_else(|| panic!("no alias: {table}"));
+            let (_, alias) = table
+                .split_once(' ')
+                .unwrap_or_else(|| panic!("no alias: {table}"));
             format!("CROSS JOIN LATERAL (SELECT f.* {query}) {alias}")
         }
         "by_index" => String::new(),
-        "function" => name_in_database(x).unwrap_or_else(|| panic!("no function is `{x}`")).to_owned(),
+        "function" => name_in_database(x)
+            .unwrap_or_else(|| panic!("no function is `{x}`"))
+            .to_owned(),
         _ => return None,
     })
 }
@@ -158,7 +171,9 @@ fn of_sqlite(word: &str, x: &str) -> Option<String> {
         // The time that so many milliseconds since 1970 are, as a text.
         "at_ms" => format!("CAST({x} AS INTEGER)"),
         // An id (UUIDv7) that is higher than all that were made so many milliseconds ago or earlier.
-        "id_after" => format!("unhex(printf('%012x', max(0, {NOW} - ({x}) + 1)) || '00000000000000000000')"),
+        "id_after" => {
+            format!("unhex(printf('%012x', max(0, {NOW} - ({x}) + 1)) || '00000000000000000000')")
+        }
         // An id in hexadecimal, and back.
         "hex" => format!("lower(hex({x}))"),
         "uuid" => format!("unhex({x})"),
@@ -222,7 +237,9 @@ fn of_sqlite(word: &str, x: &str) -> Option<String> {
         // before.
         "lateral" => {
             let (table, query) = pair(x);
-            let (_, alias) = table.split_once(' ').unwrap_or_else(|| panic!("no alias: {table}"));
+            let (_, alias) = table
+                .split_once(' ')
+                .unwrap_or_else(|| panic!("no alias: {table}"));
             format!("CROSS JOIN {table} ON {alias}.rowid IN (SELECT f.rowid {query})")
         }
         // `FROM threads t {by_index name}`: SQLite, which keeps no statistics, takes this index or refuses the statement.
@@ -373,7 +390,10 @@ fn of_item(word: &str, x: &str) -> Option<String> {
 
 /// `table.column AS prefix_column`, for each column; a column in brackets is an enumerated one.
 fn columns(table: &str, prefix: &str, names: &str) -> String {
-    let column = |name: &str| match name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
+    let column = |name: &str| match name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'))
+    {
         Some(name) => format!("{{text {table}.{name}}} AS {prefix}_{name}"),
         None => format!("{table}.{name} AS {prefix}_{name}"),
     };
@@ -393,11 +413,16 @@ fn types(prefix: &str, names: &str) -> String {
             "id" | "run_id" => "uuid",
             _ if name.ends_with("thread_id") && name != "upstream_thread_id" => "uuid",
             _ if name.ends_with("_at") => "timestamptz",
-            _ if name.ends_with("_ms") || name.ends_with("_count") || name.ends_with("messages") => "bigint",
+            _ if name.ends_with("_ms")
+                || name.ends_with("_count")
+                || name.ends_with("messages") =>
+            {
+                "bigint"
+            }
             _ if name.ends_with("_pending") => "boolean",
             "seq" | "fence" | "position" => "bigint",
-            "metadata" | "upstream_cleanup" | "unsettled_run" | "required_action" | "error" | "usage"
-            | "content" => "jsonb",
+            "metadata" | "upstream_cleanup" | "unsettled_run" | "required_action" | "error"
+            | "usage" | "content" => "jsonb",
             _ => "text",
         };
         format!("{prefix}_{} {kind}", name.trim_matches(['[', ']']))

@@ -18,8 +18,8 @@ use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThre
 use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
-    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered, Settled,
-    StartRun, Upstream,
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered,
+    Settled, StartRun, Upstream,
 };
 use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::relay::{public, relay};
@@ -36,8 +36,7 @@ use stream::StreamDecoder;
 use wire::{MessageObject, RunObject};
 
 /// What helps where the server has no threads.
-pub(super) const NO_THREADS: &str =
-    "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
+pub(super) const NO_THREADS: &str = "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
 
 #[async_trait]
 impl Upstream for AssistantsUpstream {
@@ -62,22 +61,28 @@ impl Upstream for AssistantsUpstream {
             body["messages"] = messages.into();
         }
         let made = self.client.make::<Created>(&["threads"], &body).await;
-        made.map_err(|error| self.client.needs("/threads", NO_THREADS, error))?.into_thread().map(Some)
+        made.map_err(|error| self.client.needs("/threads", NO_THREADS, error))?
+            .into_thread()
+            .map(Some)
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
         let thread = request.thread.ok_or_else(no_thread)?;
         let path = ["threads", thread.as_str(), "runs"];
-        let started = match self.client.events(Method::POST, &path, &[], Some(&run_body(&request))).await {
+        let started = match self
+            .client
+            .events(Method::POST, &path, &[], Some(&run_body(&request)))
+            .await
+        {
             Ok(events) => relay(events, StreamDecoder::default(), self.client.max_bytes()).await,
             Err(refusal) => Err(refusal),
         };
         match started.map_err(UpstreamError::from) {
             Ok(events) => Ok(public(events)),
             // Sent before, by whoever had the run, and taken after all: it is there, and to be found as what is lost.
-            Err(UpstreamError::Busy { blocking_run: Some(blocking) })
-                if self.is_run_of(thread, &blocking, request.run).await =>
-            {
+            Err(UpstreamError::Busy {
+                blocking_run: Some(blocking),
+            }) if self.is_run_of(thread, &blocking, request.run).await => {
                 Err(UpstreamError::Broken { timeout: false })
             }
             Err(error) => Err(error),
@@ -87,11 +92,23 @@ impl Upstream for AssistantsUpstream {
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         let thread = request.thread.ok_or_else(no_thread)?;
         let run = request.upstream_run.ok_or_else(no_run)?;
-        let path = ["threads", thread.as_str(), "runs", run.as_str(), "submit_tool_outputs"];
+        let path = [
+            "threads",
+            thread.as_str(),
+            "runs",
+            run.as_str(),
+            "submit_tool_outputs",
+        ];
         let body = outputs_body(request.outputs);
-        let refused = match self.client.events(Method::POST, &path, &[], Some(&body)).await {
+        let refused = match self
+            .client
+            .events(Method::POST, &path, &[], Some(&body))
+            .await
+        {
             Ok(events) => {
-                return Ok(public(relay(events, StreamDecoder::default(), self.client.max_bytes()).await?));
+                return Ok(public(
+                    relay(events, StreamDecoder::default(), self.client.max_bytes()).await?,
+                ));
             }
             Err(refusal) => refusal.error,
         };
@@ -111,8 +128,14 @@ impl Upstream for AssistantsUpstream {
     }
 
     /// A run can always be asked for, so it does not matter how the request failed.
-    async fn recover(&self, sent: &UnsettledRun, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
-        let Some(thread) = &sent.thread else { return Ok(Recovered::Absent) };
+    async fn recover(
+        &self,
+        sent: &UnsettledRun,
+        _: &UpstreamError,
+    ) -> Result<Recovered, UpstreamError> {
+        let Some(thread) = &sent.thread else {
+            return Ok(Recovered::Absent);
+        };
         match self.trace(thread, sent).await {
             // With the thread all that was sent to it is gone. What was at work there has been seen all the same.
             Err(UpstreamError::ThreadGone) if sent.upstream_run.is_none() => Ok(Recovered::Absent),
@@ -131,7 +154,9 @@ impl Upstream for AssistantsUpstream {
             jittered_delay().await;
             return Ok(());
         };
-        let Some(run) = self.run(thread, blocking).await? else { return Ok(()) };
+        let Some(run) = self.run(thread, blocking).await? else {
+            return Ok(());
+        };
         if run.value.has_ended() {
             return Ok(());
         }
@@ -142,18 +167,26 @@ impl Upstream for AssistantsUpstream {
         if ours || cancel {
             self.end(thread, blocking, None).await?;
         } else {
-            self.wait_for(thread, run.value, RunObject::has_ended).await?;
+            self.wait_for(thread, run.value, RunObject::has_ended)
+                .await?;
         }
         Ok(())
     }
 
     async fn settle(&self, unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
-        let Some(thread) = &unsettled_run.thread else { return Ok(Settled::default()) };
-        unless_gone(self.settle_on(thread, unsettled_run).await, Settled::default())
+        let Some(thread) = &unsettled_run.thread else {
+            return Ok(Settled::default());
+        };
+        unless_gone(
+            self.settle_on(thread, unsettled_run).await,
+            Settled::default(),
+        )
     }
 
     async fn remove(&self, unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
-        let Some(thread) = &unsettled_run.thread else { return Ok(()) };
+        let Some(thread) = &unsettled_run.thread else {
+            return Ok(());
+        };
         unless_gone(self.remove_from(thread, unsettled_run).await, ())
     }
 
@@ -173,7 +206,14 @@ impl Upstream for AssistantsUpstream {
         limiter: &RateLimiter,
     ) -> Result<Option<HistoryPage>, UpstreamError> {
         let path = ["threads", thread.as_str(), "messages"];
-        history_page(self.retrying(Some(limiter)), &path, after, |it: &MessageObject| &it.id, entry).await
+        history_page(
+            self.retrying(Some(limiter)),
+            &path,
+            after,
+            |it: &MessageObject| &it.id,
+            entry,
+        )
+        .await
     }
 
     async fn find_threads(
@@ -201,12 +241,18 @@ impl AssistantsUpstream {
         let Some(mut run) = found else {
             // Messages without a run are a request that was taken in part: sending them again would double them.
             let said = self.was_said(thread, sent).await?;
-            return Ok(if said { Recovered::Unknown } else { Recovered::Absent });
+            return Ok(if said {
+                Recovered::Unknown
+            } else {
+                Recovered::Absent
+            });
         };
         if run.waits_for(&sent.open_calls) {
             sleep(SECOND_LOOK).await;
             match self.run(thread, &UpstreamRunId(run.id)).await? {
-                Some(again) if again.value.waits_for(&sent.open_calls) => return Ok(Recovered::Absent),
+                Some(again) if again.value.waits_for(&sent.open_calls) => {
+                    return Ok(Recovered::Absent);
+                }
                 Some(again) => run = again.value,
                 None => return Ok(Recovered::Unknown),
             }
@@ -221,15 +267,23 @@ impl AssistantsUpstream {
     ) -> Result<Settled, UpstreamError> {
         let run = match &unsettled_run.upstream_run {
             Some(run) => Some(run.clone()),
-            None => self.find(thread, unsettled_run.run).await?.map(|run| UpstreamRunId(run.id)),
+            None => self
+                .find(thread, unsettled_run.run)
+                .await?
+                .map(|run| UpstreamRunId(run.id)),
         };
         let Some(run) = run else {
-            return Ok(Settled { said: self.was_said(thread, unsettled_run).await?, ..Settled::default() });
+            return Ok(Settled {
+                said: self.was_said(thread, unsettled_run).await?,
+                ..Settled::default()
+            });
         };
         let ended = match self.end(thread, &run, None).await {
             Ok(ended) => ended,
             // A name that the upstream does not know stands for nothing, and must not keep the thread for ever.
-            Err(UpstreamError::Refused { status: 404, .. }) if self.run(thread, &run).await?.is_none() => {
+            Err(UpstreamError::Refused { status: 404, .. })
+                if self.run(thread, &run).await?.is_none() =>
+            {
                 return Ok(Settled {
                     said: self.was_said(thread, unsettled_run).await?,
                     ..Settled::default()

@@ -20,13 +20,25 @@ const QUOTA_CODES: [&str; 5] = [
 
 /// Words of an error for which waiting helps, in lower case and without anything between their parts.
 const PASSING_WORDS: [&str; 12] = [
-    "ratelimit", "toomanyrequests", "throttl", "resourceexhausted", "429", "overloaded", "slowdown",
-    "serverbusy", "serviceunavailable", "nocapacity", "503", "529",
+    "ratelimit",
+    "toomanyrequests",
+    "throttl",
+    "resourceexhausted",
+    "429",
+    "overloaded",
+    "slowdown",
+    "serverbusy",
+    "serviceunavailable",
+    "nocapacity",
+    "503",
+    "529",
 ];
 /// What can be asked for by an id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
 /// Fields of an error that stands alone, without a wrapper.
-const ERROR_FIELDS: [&str; 8] = ["message", "detail", "code", "type", "param", "status", "object", "title"];
+const ERROR_FIELDS: [&str; 8] = [
+    "message", "detail", "code", "type", "param", "status", "object", "title",
+];
 
 /// An error, with what only the adapters make use of.
 #[derive(Clone, Debug)]
@@ -47,7 +59,10 @@ pub(super) enum Damage {
 
 impl From<UpstreamError> for Rejection {
     fn from(error: UpstreamError) -> Self {
-        Self { error, damage: None }
+        Self {
+            error,
+            damage: None,
+        }
     }
 }
 
@@ -58,7 +73,12 @@ impl From<Rejection> for UpstreamError {
 }
 
 /// The meaning of an answer whose status is not a success. `asked`: the end of the path, an id if one was asked for.
-pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], asked: &str) -> Rejection {
+pub(super) fn classify(
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+    asked: &str,
+) -> Rejection {
     let detail = ErrorDetail::from_body(body);
     let missing = match &detail {
         Some(detail) => detail.says_missing(status, asked),
@@ -66,26 +86,45 @@ pub(super) fn classify(status: StatusCode, headers: &HeaderMap, body: &[u8], ask
     };
     let detail = detail.unwrap_or_default();
     let damage = detail.damage().filter(|_| status.is_client_error());
-    Rejection { error: meaning(status, headers, detail, missing), damage }
+    Rejection {
+        error: meaning(status, headers, detail, missing),
+        damage,
+    }
 }
 
-fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail, missing: bool) -> UpstreamError {
+fn meaning(
+    status: StatusCode,
+    headers: &HeaderMap,
+    detail: ErrorDetail,
+    missing: bool,
+) -> UpstreamError {
     let client_error = status.is_client_error();
     // The server's own word goes before everything that could be concluded.
-    let should_retry = match headers.get("x-should-retry").map(http::HeaderValue::as_bytes) {
+    let should_retry = match headers
+        .get("x-should-retry")
+        .map(http::HeaderValue::as_bytes)
+    {
         Some(b"true") => Some(true),
         Some(b"false") => Some(false),
         _ => None,
     };
     if status == StatusCode::TOO_MANY_REQUESTS {
         let quota = should_retry.map_or_else(|| detail.is_quota(), |retry| !retry);
-        return UpstreamError::RateLimited { retry_after: retry_after(headers), quota, code: detail.code };
+        return UpstreamError::RateLimited {
+            retry_after: retry_after(headers),
+            quota,
+            code: detail.code,
+        };
     }
     if client_error && detail.names_missing_thread(status) {
         return UpstreamError::ThreadGone;
     }
-    if matches!(status, StatusCode::CONFLICT | StatusCode::LOCKED) || (client_error && detail.is_conflict()) {
-        return UpstreamError::Busy { blocking_run: detail.blocking_run() };
+    if matches!(status, StatusCode::CONFLICT | StatusCode::LOCKED)
+        || (client_error && detail.is_conflict())
+    {
+        return UpstreamError::Busy {
+            blocking_run: detail.blocking_run(),
+        };
     }
     // A server that gave up waiting for the request (408) is as uncertain as one that broke.
     let is_broken = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
@@ -97,15 +136,27 @@ fn meaning(status: StatusCode, headers: &HeaderMap, detail: ErrorDetail, missing
             code: detail.code,
         };
     }
-    UpstreamError::Refused { status: status.as_u16(), code: detail.code, missing }
+    UpstreamError::Refused {
+        status: status.as_u16(),
+        code: detail.code,
+        missing,
+    }
 }
 
 /// The text says, in whatever words, that what was asked for is not there. One that speaks of the endpoint does not, nor one
 /// that says no more than "not found": that is how frameworks answer for a path that they do not know.
 fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
     const MISSING: [&str; 10] = [
-        "not found", "found with id", "not exist", "not be found", "no such", "no longer exist", "unknown",
-        "was deleted", "been deleted", "expired",
+        "not found",
+        "found with id",
+        "not exist",
+        "not be found",
+        "no such",
+        "no longer exist",
+        "unknown",
+        "was deleted",
+        "been deleted",
+        "expired",
     ];
     if status == StatusCode::GONE {
         return true;
@@ -120,7 +171,10 @@ fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
     }
     let names_it = is_id(asked) && names(&text, &asked.to_ascii_lowercase());
     let is_missing = |noun: &str| {
-        let (before, after) = (["no such", "unknown"], ["not found", "was not found", "does not exist"]);
+        let (before, after) = (
+            ["no such", "unknown"],
+            ["not found", "was not found", "does not exist"],
+        );
         before.iter().any(|words| has(&format!("{words} {noun}")))
             || after.iter().any(|words| has(&format!("{noun} {words}")))
     };
@@ -153,7 +207,9 @@ pub(super) struct ErrorDetail {
 impl ErrorDetail {
     /// Reads a body in any of the known forms; `None` if it is not a JSON object.
     fn from_body(body: &[u8]) -> Option<Self> {
-        serde_json::from_slice::<Map<String, Value>>(body).ok().map(|object| Self::from_object(&object))
+        serde_json::from_slice::<Map<String, Value>>(body)
+            .ok()
+            .map(|object| Self::from_object(&object))
     }
 
     /// Reads an event of a stream that does not say that it is one of the protocol's; `None` if it tells no error. A server
@@ -164,7 +220,11 @@ impl ErrorDetail {
         let is_named = name.is_some_and(|name| {
             !name.is_empty() && name != "message" && !name.to_ascii_lowercase().contains("error")
         });
-        let is_all = || object.keys().all(|key| key == "error" || ERROR_FIELDS.contains(&key.as_str()));
+        let is_all = || {
+            object
+                .keys()
+                .all(|key| key == "error" || ERROR_FIELDS.contains(&key.as_str()))
+        };
         let is_error = match object.get("error") {
             Some(Value::Object(_)) => !is_named || is_all(),
             Some(Value::String(text)) => !text.is_empty() && (!is_named || is_all()),
@@ -177,18 +237,25 @@ impl ErrorDetail {
     /// `{"detail": …}` with either inside.
     pub(super) fn from_object(object: &Map<String, Value>) -> Self {
         if let (None, Some(Value::Object(detail))) = (object.get("error"), object.get("detail")) {
-            return Self { shaped: false, ..Self::from_object(detail) };
+            return Self {
+                shaped: false,
+                ..Self::from_object(detail)
+            };
         }
         let inner = object.get("error").and_then(Value::as_object);
         let error = inner.unwrap_or(object);
         let text = |key: &str| error.get(key).and_then(Value::as_str);
-        let message = text("message").or_else(|| text("error")).or_else(|| text("detail"));
+        let message = text("message")
+            .or_else(|| text("error"))
+            .or_else(|| text("detail"));
         let code = match error.get("code") {
             Some(Value::String(code)) => token(code),
             Some(Value::Number(code)) => token(&code.to_string()),
             _ => None,
         };
-        let marked = ["type", "code", "param"].iter().any(|key| error.contains_key(*key));
+        let marked = ["type", "code", "param"]
+            .iter()
+            .any(|key| error.contains_key(*key));
         Self {
             code,
             kind: text("type").map(str::to_owned),
@@ -203,7 +270,10 @@ impl ErrorDetail {
     /// The word for it, if the error says no more than that the run failed: that is how the run ended.
     pub(super) fn of_refused_stream(self) -> Result<Rejection, Option<String>> {
         let damage = self.damage();
-        Ok(Rejection { error: self.meaning_without_status()?, damage })
+        Ok(Rejection {
+            error: self.meaning_without_status()?,
+            damage,
+        })
     }
 
     fn meaning_without_status(self) -> Result<UpstreamError, Option<String>> {
@@ -211,29 +281,53 @@ impl ErrorDetail {
             return Ok(UpstreamError::ThreadGone);
         }
         if self.is_conflict() {
-            return Ok(UpstreamError::Busy { blocking_run: self.blocking_run() });
+            return Ok(UpstreamError::Busy {
+                blocking_run: self.blocking_run(),
+            });
         }
-        let is = |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
+        let is =
+            |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
         if self.is_quota() {
             let code = self.word();
-            return Ok(UpstreamError::RateLimited { retry_after: None, quota: true, code });
+            return Ok(UpstreamError::RateLimited {
+                retry_after: None,
+                quota: true,
+                code,
+            });
         }
         // Said after a 200, so it is not sure that nothing was taken.
         if let Some(status) = self.passes() {
             let code = self.word();
-            return Ok(UpstreamError::Unavailable { status, retry_after: None, no_retry: false, code });
+            return Ok(UpstreamError::Unavailable {
+                status,
+                retry_after: None,
+                no_retry: false,
+                code,
+            });
         }
         // Some put the status that they would have answered with into the code.
         match self.code.as_deref().and_then(|code| code.parse().ok()) {
-            Some(409 | 423) => return Ok(UpstreamError::Busy { blocking_run: self.blocking_run() }),
+            Some(409 | 423) => {
+                return Ok(UpstreamError::Busy {
+                    blocking_run: self.blocking_run(),
+                });
+            }
             Some(status @ 400..500) if status != 408 => {
                 let code = self.kind.as_deref().and_then(token);
-                return Ok(UpstreamError::Refused { status, code, missing: false });
+                return Ok(UpstreamError::Refused {
+                    status,
+                    code,
+                    missing: false,
+                });
             }
             _ => {}
         }
         if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
-            return Ok(UpstreamError::Refused { status: 400, code: self.code, missing: false });
+            return Ok(UpstreamError::Refused {
+                status: 400,
+                code: self.code,
+                missing: false,
+            });
         }
         Err(self.word())
     }
@@ -242,18 +336,24 @@ impl ErrorDetail {
     fn passes(&self) -> Option<u16> {
         let words = [&self.code, &self.kind].into_iter().flatten();
         let plain = words.map(|word| word.to_ascii_lowercase().replace(['_', '-', '.', ' '], ""));
-        let at =
-            plain.filter_map(|word| PASSING_WORDS.iter().position(|known| word.contains(known))).min()?;
+        let at = plain
+            .filter_map(|word| PASSING_WORDS.iter().position(|known| word.contains(known)))
+            .min()?;
         Some(if at <= 4 { 429 } else { 503 })
     }
 
     /// The code, or else the kind of error, if either can be shown.
     pub(super) fn word(&self) -> Option<String> {
-        self.code.clone().or_else(|| self.kind.as_deref().and_then(token))
+        self.code
+            .clone()
+            .or_else(|| self.kind.as_deref().and_then(token))
     }
 
     fn is_quota(&self) -> bool {
-        [&self.code, &self.kind].into_iter().flatten().any(|word| QUOTA_CODES.contains(&word.as_str()))
+        [&self.code, &self.kind]
+            .into_iter()
+            .flatten()
+            .any(|word| QUOTA_CODES.contains(&word.as_str()))
     }
 
     /// Another run or response holds the thread. Servers say so with a code, or in prose alone.
@@ -297,7 +397,11 @@ impl ErrorDetail {
 
     /// What was asked for is not there, by the text or by a code such as `response_not_found`.
     fn says_missing(&self, status: StatusCode, asked: &str) -> bool {
-        let of = |code: &str| NOUNS.into_iter().any(|noun| code.strip_suffix("_not_found") == Some(noun));
+        let of = |code: &str| {
+            NOUNS
+                .into_iter()
+                .any(|noun| code.strip_suffix("_not_found") == Some(noun))
+        };
         let by_code = status.is_client_error() && self.code.as_deref().is_some_and(of);
         by_code || says_missing(status, &self.message, asked)
     }
@@ -324,7 +428,9 @@ impl ErrorDetail {
             ["previous", "response", ..] => (false, &words[1..]),
             rest => (false, rest),
         };
-        let [noun, rest @ ..] = words else { return false };
+        let [noun, rest @ ..] = words else {
+            return false;
+        };
         if !matches!(*noun, "thread" | "conversation" | "response") {
             return false;
         }
@@ -345,14 +451,23 @@ impl ErrorDetail {
 fn stands_alone(object: &Map<String, Value>) -> bool {
     let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
     (has("message") || has("detail"))
-        && object.keys().all(|key| ERROR_FIELDS.contains(&key.as_str()))
+        && object
+            .keys()
+            .all(|key| ERROR_FIELDS.contains(&key.as_str()))
         && (is_called_error(object) || has("code") || (!has("type") && !has("object")))
 }
 
 /// It says of itself that it is an error.
 fn is_called_error(object: &Map<String, Value>) -> bool {
-    let kind = |key: &str| object.get(key).and_then(Value::as_str).map(str::to_ascii_lowercase);
-    ["type", "object"].iter().any(|key| kind(key).is_some_and(|it| it.contains("error")))
+    let kind = |key: &str| {
+        object
+            .get(key)
+            .and_then(Value::as_str)
+            .map(str::to_ascii_lowercase)
+    };
+    ["type", "object"]
+        .iter()
+        .any(|key| kind(key).is_some_and(|it| it.contains("error")))
 }
 
 /// The text, if it can be shown to anyone: at most 64 characters, words and short numbers with `_`, `.` or `-` between them.
@@ -366,12 +481,18 @@ pub(super) fn token(text: &str) -> Option<String> {
             && part.len() - letters.len() <= LONGEST_NUMBER
             && letters.bytes().all(|byte| byte.is_ascii_alphabetic())
     };
-    ((1..=64).contains(&text.len()) && text.split(['_', '.', '-']).all(is_word)).then(|| text.to_owned())
+    ((1..=64).contains(&text.len()) && text.split(['_', '.', '-']).all(is_word))
+        .then(|| text.to_owned())
 }
 
 /// How long the server asks to wait; `None` if it does not say, or says nonsense.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::trim)
+    };
     if let Some(wait) = text("retry-after-ms").and_then(|ms| seconds(ms, 1000.0)) {
         return Some(wait);
     }
@@ -387,12 +508,15 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 /// A number of `1/per_second` seconds; `None` for what is not a number, negative or absurd.
 fn seconds(text: &str, per_second: f64) -> Option<Duration> {
-    text.parse::<f64>().ok().and_then(|number| Duration::try_from_secs_f64(number / per_second).ok())
+    text.parse::<f64>()
+        .ok()
+        .and_then(|number| Duration::try_from_secs_f64(number / per_second).ok())
 }
 
 /// A word that can be an id, in contrast to one of prose.
 fn is_id(word: &str) -> bool {
-    word.bytes().any(|byte| byte.is_ascii_digit() || byte == b'_')
+    word.bytes()
+        .any(|byte| byte.is_ascii_digit() || byte == b'_')
 }
 
 #[cfg(test)]
@@ -405,7 +529,10 @@ mod tests {
         pairs
             .iter()
             .map(|(name, value)| {
-                (http::HeaderName::try_from(*name).unwrap(), http::HeaderValue::try_from(*value).unwrap())
+                (
+                    http::HeaderName::try_from(*name).unwrap(),
+                    http::HeaderValue::try_from(*value).unwrap(),
+                )
             })
             .collect()
     }
@@ -419,24 +546,47 @@ mod tests {
         }
         match refusal.error {
             UpstreamError::Busy { blocking_run } => {
-                format!("busy {}", blocking_run.map_or_else(|| "-".to_owned(), |run| run.0))
+                format!(
+                    "busy {}",
+                    blocking_run.map_or_else(|| "-".to_owned(), |run| run.0)
+                )
             }
             UpstreamError::ThreadGone => "gone".to_owned(),
             UpstreamError::Refused { status, code, .. } => {
-                format!("refused {status} {}", code.unwrap_or_else(|| "-".to_owned()))
+                format!(
+                    "refused {status} {}",
+                    code.unwrap_or_else(|| "-".to_owned())
+                )
             }
-            UpstreamError::RateLimited { retry_after, quota, .. } => {
-                format!("limited {retry_after:?} {}", if quota { "quota" } else { "wait" })
+            UpstreamError::RateLimited {
+                retry_after, quota, ..
+            } => {
+                format!(
+                    "limited {retry_after:?} {}",
+                    if quota { "quota" } else { "wait" }
+                )
             }
-            UpstreamError::Unavailable { status, retry_after, no_retry, .. } => {
-                format!("unavailable {status} {retry_after:?}{}", if no_retry { " for good" } else { "" })
+            UpstreamError::Unavailable {
+                status,
+                retry_after,
+                no_retry,
+                ..
+            } => {
+                format!(
+                    "unavailable {status} {retry_after:?}{}",
+                    if no_retry { " for good" } else { "" }
+                )
             }
             other => format!("unexpected {other:?}"),
         }
     }
 
     fn wrapped(message: &str, code: &str) -> String {
-        let code = if code.is_empty() { Value::Null } else { Value::from(code) };
+        let code = if code.is_empty() {
+            Value::Null
+        } else {
+            Value::from(code)
+        };
         serde_json::json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
             .to_string()
     }
@@ -472,8 +622,7 @@ mod tests {
     fn bodies_are_told_apart() {
         let busy_add = "Can't add messages to thread_a1 while a run run_b2 is active.";
         let busy_run = "Thread thread_a1 already has an active run run_b2.";
-        let locked =
-            "Another process is currently operating on this conversation. Please retry in a few seconds.";
+        let locked = "Another process is currently operating on this conversation. Please retry in a few seconds.";
         let cases: Vec<(u16, String, &str)> = vec![
             (400, wrapped(busy_add, ""), "busy run_b2"),
             (400, wrapped(&busy_add.replace('\'', "’"), ""), "busy run_b2"),
@@ -558,7 +707,10 @@ mod tests {
         let missing = |status: u16, body: &str| {
             let status = StatusCode::from_u16(status).unwrap();
             let refusal = classify(status, &HeaderMap::new(), body.as_bytes(), "resp_1a");
-            matches!(refusal.error, UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. })
+            matches!(
+                refusal.error,
+                UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. }
+            )
         };
         let relayed = r#"litellm.BadRequestError: Hosted_vllmException - {"error":{"message":"Response with id 'resp_1a' not found.","code":404}}. Received Model Group=m"#;
         for (status, body) in [
@@ -566,8 +718,14 @@ mod tests {
             (404, wrapped(relayed, "404")),
             (400, wrapped(relayed, "")),
             (404, r#"{"detail":"Response resp_1a not found"}"#.to_owned()),
-            (404, r#"{"detail":{"error":"resp_1a does not exist in the store"}}"#.to_owned()),
-            (404, r#"{"code":"not-found","error":"No such object: resp_1a"}"#.to_owned()),
+            (
+                404,
+                r#"{"detail":{"error":"resp_1a does not exist in the store"}}"#.to_owned(),
+            ),
+            (
+                404,
+                r#"{"code":"not-found","error":"No such object: resp_1a"}"#.to_owned(),
+            ),
             (404, r#"{"message":"Response not found"}"#.to_owned()),
             (404, wrapped("No message found with id 'resp_1a'.", "")),
             (404, wrapped("It is not here.", "response_not_found")),
@@ -579,13 +737,31 @@ mod tests {
         for (status, body) in [
             (404, String::new()),
             (404, r#"{"detail":"Not Found"}"#.to_owned()),
-            (404, r#"{"message":"no Route matched with those values"}"#.to_owned()),
-            (404, r#"{"message":"Route DELETE:/v1/responses/resp_1a not found"}"#.to_owned()),
-            (404, r#"{"detail":"Not Found: /v1/responses/resp_1a"}"#.to_owned()),
+            (
+                404,
+                r#"{"message":"no Route matched with those values"}"#.to_owned(),
+            ),
+            (
+                404,
+                r#"{"message":"Route DELETE:/v1/responses/resp_1a not found"}"#.to_owned(),
+            ),
+            (
+                404,
+                r#"{"detail":"Not Found: /v1/responses/resp_1a"}"#.to_owned(),
+            ),
             (404, r#"{"detail":"resp_1ab not found"}"#.to_owned()),
-            (404, wrapped("Invalid URL (DELETE /v1/responses/resp_1a)", "")),
+            (
+                404,
+                wrapped("Invalid URL (DELETE /v1/responses/resp_1a)", ""),
+            ),
             (404, wrapped("Resource not found", "404")),
-            (404, wrapped("litellm.NotFoundError: Error response: {\"detail\":\"Not Found\"}", "404")),
+            (
+                404,
+                wrapped(
+                    "litellm.NotFoundError: Error response: {\"detail\":\"Not Found\"}",
+                    "404",
+                ),
+            ),
             (404, "<html><h1>Response not found</h1></html>".to_owned()),
             (405, r#"{"detail":"Method Not Allowed"}"#.to_owned()),
             (401, wrapped("Response with id 'resp_1a' not found.", "")),
@@ -603,31 +779,63 @@ mod tests {
         let cases: &[(&[(&str, &str)], &str)] = &[
             (&[("retry-after", "3")], "Some(3s)"),
             (&[("retry-after", " 0.25 ")], "Some(250ms)"),
-            (&[("retry-after-ms", "20.5"), ("retry-after", "3")], "Some(20.5ms)"),
-            (&[("retry-after-ms", "-1"), ("retry-after", "3")], "Some(3s)"),
+            (
+                &[("retry-after-ms", "20.5"), ("retry-after", "3")],
+                "Some(20.5ms)",
+            ),
+            (
+                &[("retry-after-ms", "-1"), ("retry-after", "3")],
+                "Some(3s)",
+            ),
             (&[("retry-after", "-1")], "None"),
             (&[("retry-after", "NaN")], "None"),
             (&[("retry-after", "inf")], "None"),
             (&[("retry-after", "1e300")], "None"),
             (&[("retry-after", "soon")], "None"),
-            (&[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT"), date], "Some(60s)"),
-            (&[("retry-after", "Sun, 06 Nov 1994 08:40:37 GMT"), date], "None"),
+            (
+                &[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT"), date],
+                "Some(60s)",
+            ),
+            (
+                &[("retry-after", "Sun, 06 Nov 1994 08:40:37 GMT"), date],
+                "None",
+            ),
             (&[("retry-after", "Sun, 06 Nov 1994 08:50:37 GMT")], "None"),
         ];
         for (pairs, expected) in cases {
-            assert_eq!(meaning(429, pairs, ""), format!("limited {expected} wait"), "{pairs:?}");
-            assert_eq!(meaning(503, pairs, ""), format!("unavailable 503 {expected}"), "{pairs:?}");
+            assert_eq!(
+                meaning(429, pairs, ""),
+                format!("limited {expected} wait"),
+                "{pairs:?}"
+            );
+            assert_eq!(
+                meaning(503, pairs, ""),
+                format!("unavailable 503 {expected}"),
+                "{pairs:?}"
+            );
         }
     }
 
     #[test]
     fn the_server_may_say_whether_to_retry() {
-        assert_eq!(meaning(429, &[("x-should-retry", "false")], ""), "limited None quota");
-        assert_eq!(meaning(503, &[("x-should-retry", "false")], ""), "unavailable 503 None for good");
-        assert_eq!(meaning(503, &[("x-should-retry", "true")], ""), "unavailable 503 None");
+        assert_eq!(
+            meaning(429, &[("x-should-retry", "false")], ""),
+            "limited None quota"
+        );
+        assert_eq!(
+            meaning(503, &[("x-should-retry", "false")], ""),
+            "unavailable 503 None for good"
+        );
+        assert_eq!(
+            meaning(503, &[("x-should-retry", "true")], ""),
+            "unavailable 503 None"
+        );
         assert_eq!(meaning(409, &[("x-should-retry", "false")], ""), "busy -");
         let quota = wrapped("pay", "insufficient_quota");
-        assert_eq!(meaning(429, &[("x-should-retry", "true")], &quota), "limited None wait");
+        assert_eq!(
+            meaning(429, &[("x-should-retry", "true")], &quota),
+            "limited None wait"
+        );
     }
 
     /// What an event means that does not say what it is: `None` if it is no error.
@@ -636,10 +844,12 @@ mod tests {
     }
 
     fn named(name: Option<&str>, data: &str) -> Option<String> {
-        Some(match ErrorDetail::of_event(name, data)?.of_refused_stream() {
-            Ok(refusal) => refusal.error.to_string(),
-            Err(code) => format!("failed {}", code.unwrap_or_else(|| "-".to_owned())),
-        })
+        Some(
+            match ErrorDetail::of_event(name, data)?.of_refused_stream() {
+                Ok(refusal) => refusal.error.to_string(),
+                Err(code) => format!("failed {}", code.unwrap_or_else(|| "-".to_owned())),
+            },
+        )
     }
 
     #[test]
@@ -658,7 +868,10 @@ mod tests {
                 r#"{"error":{"code":"rate_limit_exceeded","message":"m"}}"#,
                 format!("{failed} 429 (rate_limit_exceeded)"),
             ),
-            (r#"{"error":{"code":429,"message":"m"}}"#, format!("{failed} 429 (429)")),
+            (
+                r#"{"error":{"code":429,"message":"m"}}"#,
+                format!("{failed} 429 (429)"),
+            ),
             (
                 r#"{"error":{"code":429,"message":"m","status":"RESOURCE_EXHAUSTED"}}"#,
                 format!("{failed} 429 (429)"),
@@ -688,23 +901,47 @@ mod tests {
                 "the upstream refused the request with status 401".to_owned(),
             ),
             // What is said after a 200 and names nothing known is how the run ended.
-            (r#"{"error":{"type":"server_error","message":"m"}}"#, "failed server_error".to_owned()),
-            (r#"{"error":{"code":"content_filter","message":"m"}}"#, "failed content_filter".to_owned()),
-            (r#"{"error":{"code":500,"message":"m"}}"#, "failed 500".to_owned()),
-            (r#"{"error":{"code":"a whole sentence","message":"m"}}"#, "failed -".to_owned()),
+            (
+                r#"{"error":{"type":"server_error","message":"m"}}"#,
+                "failed server_error".to_owned(),
+            ),
+            (
+                r#"{"error":{"code":"content_filter","message":"m"}}"#,
+                "failed content_filter".to_owned(),
+            ),
+            (
+                r#"{"error":{"code":500,"message":"m"}}"#,
+                "failed 500".to_owned(),
+            ),
+            (
+                r#"{"error":{"code":"a whole sentence","message":"m"}}"#,
+                "failed -".to_owned(),
+            ),
             (r#"{"error":"it failed"}"#, "failed -".to_owned()),
-            (r#"{"error":"it failed","code":"not-found"}"#, "failed not-found".to_owned()),
+            (
+                r#"{"error":"it failed","code":"not-found"}"#,
+                "failed not-found".to_owned(),
+            ),
             (
                 r#"{"error":"Thread t already has an active run run_9."}"#,
                 "the upstream thread is held by another run".to_owned(),
             ),
-            (r#"{"detail":"Internal Server Error"}"#, "failed -".to_owned()),
-            (r#"{"detail":[{"loc":["body"],"msg":"m"}]}"#, "failed -".to_owned()),
+            (
+                r#"{"detail":"Internal Server Error"}"#,
+                "failed -".to_owned(),
+            ),
+            (
+                r#"{"detail":[{"loc":["body"],"msg":"m"}]}"#,
+                "failed -".to_owned(),
+            ),
             (
                 r#"{"detail":{"error":{"code":"model_crashed","message":"m"}}}"#,
                 "failed model_crashed".to_owned(),
             ),
-            (r#"{"message":"Endpoint request timed out"}"#, "failed -".to_owned()),
+            (
+                r#"{"message":"Endpoint request timed out"}"#,
+                "failed -".to_owned(),
+            ),
             (
                 r#"{"type":"about:blank","title":"t","status":500,"detail":"m","code":"x"}"#,
                 "failed x".to_owned(),

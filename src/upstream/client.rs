@@ -43,7 +43,13 @@ const KEEP_ALIVE_PROBES: u32 = 3;
 /// How much of an error's body is read.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
 /// Headers that belong to the connection and cannot be configured.
-const CONNECTION_HEADERS: [&str; 5] = ["connection", "content-length", "host", "te", "transfer-encoding"];
+const CONNECTION_HEADERS: [&str; 5] = [
+    "connection",
+    "content-length",
+    "host",
+    "te",
+    "transfer-encoding",
+];
 
 /// The way to one upstream server. Cheap to clone; clones share their connections.
 #[derive(Clone)]
@@ -64,7 +70,9 @@ pub(super) type SseStream = BoxStream<'static, Result<SseEvent, UpstreamError>>;
 impl fmt::Debug for UpstreamClient {
     /// The name alone: URL and headers may hold secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UpstreamClient").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("UpstreamClient")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }
 
@@ -72,9 +80,16 @@ impl fmt::Debug for UpstreamClient {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum InvalidUpstream {
     #[error("upstream `{upstream}`: the base URL {reason}")]
-    BaseUrl { upstream: String, reason: &'static str },
+    BaseUrl {
+        upstream: String,
+        reason: &'static str,
+    },
     #[error("upstream `{upstream}`: the header `{header}` {reason}")]
-    Header { upstream: String, header: String, reason: &'static str },
+    Header {
+        upstream: String,
+        header: String,
+        reason: &'static str,
+    },
     #[error(
         "upstream `{upstream}`: the API key has characters that a header cannot carry, such as a line break"
     )]
@@ -156,7 +171,13 @@ impl UpstreamClient {
         remedy: &'static str,
         error: UpstreamError,
     ) -> UpstreamError {
-        if !matches!(error, UpstreamError::Refused { status: 404 | 405 | 501, .. }) {
+        if !matches!(
+            error,
+            UpstreamError::Refused {
+                status: 404 | 405 | 501,
+                ..
+            }
+        ) {
             return error;
         }
         tracing::warn!(
@@ -169,14 +190,20 @@ impl UpstreamClient {
 
     /// Why no connection can be made, for the operator alone: it names hosts. `None` if one can.
     pub(super) async fn obstacle(&self) -> Option<String> {
-        let answer = timeout(self.call_timeout, self.http.get(self.base_url.clone()).send()).await;
+        let answer = timeout(
+            self.call_timeout,
+            self.http.get(self.base_url.clone()).send(),
+        )
+        .await;
         let error = answer.ok()?.err()?;
         Some(chain(&error).skip(1).collect::<Vec<_>>().join(": "))
     }
 
     /// Adds a header to every request, unless the configuration has set it.
     pub(super) fn with_header(mut self, name: &'static str, value: &'static str) -> Self {
-        self.headers.entry(HeaderName::from_static(name)).or_insert(HeaderValue::from_static(value));
+        self.headers
+            .entry(HeaderName::from_static(name))
+            .or_insert(HeaderValue::from_static(value));
         self
     }
 
@@ -199,7 +226,10 @@ impl UpstreamClient {
         segments: &[&str],
         body: &Value,
     ) -> Result<T, UpstreamError> {
-        Ok(self.ask(Method::POST, segments, &[], Some(body)).await?.value)
+        Ok(self
+            .ask(Method::POST, segments, &[], Some(body))
+            .await?
+            .value)
     }
 
     async fn ask<T: DeserializeOwned>(
@@ -209,7 +239,9 @@ impl UpstreamClient {
         query: &[(&str, &str)],
         body: Option<&Value>,
     ) -> Result<Answer<T>, UpstreamError> {
-        let response = self.send(method, segments, query, body, "application/json").await?;
+        let response = self
+            .send(method, segments, query, body, "application/json")
+            .await?;
         let poll_after = response
             .headers()
             .get("openai-poll-after-ms")
@@ -219,18 +251,31 @@ impl UpstreamClient {
             UpstreamError::Protocol(format!("an answer is longer than {} bytes", self.max_bytes))
         })?;
         if is_dense(&body) {
-            return Err(UpstreamError::Protocol("an answer has too many values".to_owned()));
+            return Err(UpstreamError::Protocol(
+                "an answer has too many values".to_owned(),
+            ));
         }
         refuse_told_error(&body)?;
-        let value = serde_json::from_slice(&body)
-            .map_err(|_| UpstreamError::Protocol("an answer is not the expected JSON".to_owned()))?;
-        Ok(Answer { value, poll_after, size: Size::of(&body) })
+        let value = serde_json::from_slice(&body).map_err(|_| {
+            UpstreamError::Protocol("an answer is not the expected JSON".to_owned())
+        })?;
+        Ok(Answer {
+            value,
+            poll_after,
+            size: Size::of(&body),
+        })
     }
 
     /// Makes one request whose answer says no more than that it was done.
-    pub(super) async fn done(&self, method: Method, segments: &[&str]) -> Result<(), UpstreamError> {
+    pub(super) async fn done(
+        &self,
+        method: Method,
+        segments: &[&str],
+    ) -> Result<(), UpstreamError> {
         let call = async {
-            let response = self.send(method, segments, &[], None, "application/json").await?;
+            let response = self
+                .send(method, segments, &[], None, "application/json")
+                .await?;
             // Read to its end, so that the connection can serve the next call.
             let body = self.read(response, self.max_bytes).await?;
             body.map_or(Ok(()), |body| refuse_told_error(&body))
@@ -248,12 +293,18 @@ impl UpstreamClient {
         query: &[(&str, &str)],
         body: Option<&Value>,
     ) -> Result<SseStream, Rejection> {
-        let response = self.send(method, segments, query, body, "text/event-stream").await?;
+        let response = self
+            .send(method, segments, query, body, "text/event-stream")
+            .await?;
         if has_type(response.headers(), "text/event-stream") {
-            return Ok(sse::events(chunks(response, Arc::clone(&self.report)), self.max_bytes));
+            return Ok(sse::events(
+                chunks(response, Arc::clone(&self.report)),
+                self.max_bytes,
+            ));
         }
         if has_type(response.headers(), "application/json")
-            && let Ok(Some(body)) = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await
+            && let Ok(Some(body)) =
+                in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await
             && let Ok(data) = String::from_utf8(body)
             && ErrorDetail::of_event(None, &data).is_some()
         {
@@ -281,7 +332,10 @@ impl UpstreamClient {
             let json = HeaderValue::from_static("application/json");
             request = request.header(CONTENT_TYPE, json).body(body.to_string());
         }
-        let response = request.send().await.map_err(|error| self.report.failure(&error))?;
+        let response = request
+            .send()
+            .await
+            .map_err(|error| self.report.failure(&error))?;
         let status = response.status();
         tracing::debug!(
             upstream.name = self.name,
@@ -302,12 +356,18 @@ impl UpstreamClient {
         mut response: reqwest::Response,
         limit: usize,
     ) -> Result<Option<Vec<u8>>, UpstreamError> {
-        let announced = response.content_length().and_then(|length| usize::try_from(length).ok());
+        let announced = response
+            .content_length()
+            .and_then(|length| usize::try_from(length).ok());
         if announced.is_some_and(|length| length > limit) {
             return Ok(None);
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.report.failure(&error))? {
+        while let Some(chunk) = response
+            .chunk()
+            .await
+            .map_err(|error| self.report.failure(&error))?
+        {
             if body.len() + chunk.len() > limit {
                 return Ok(None);
             }
@@ -332,12 +392,20 @@ impl UpstreamClient {
         // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
         let body = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await;
         let body = body.ok().flatten().unwrap_or_default();
-        let refusal = classify(status, &headers, &body, segments.last().copied().unwrap_or_default());
+        let refusal = classify(
+            status,
+            &headers,
+            &body,
+            segments.last().copied().unwrap_or_default(),
+        );
         let code = match &refusal.error {
             // What a turn may meet, and goes on from.
             UpstreamError::Busy { .. } | UpstreamError::ThreadGone => return refusal,
             UpstreamError::Refused { .. } if refusal.damage.is_some() => return refusal,
-            UpstreamError::Refused { status: 404 | 405 | 501, .. } if is_question => return refusal,
+            UpstreamError::Refused {
+                status: 404 | 405 | 501,
+                ..
+            } if is_question => return refusal,
             UpstreamError::Refused { code, .. }
             | UpstreamError::RateLimited { code, .. }
             | UpstreamError::Unavailable { code, .. } => code.as_deref(),
@@ -361,18 +429,33 @@ impl UpstreamClient {
     fn repeats_secret(&self, text: &str) -> bool {
         /// Fewer characters in common are by chance.
         const PIECE: usize = 8;
-        let headers = self.headers.values().filter(|value| value.is_sensitive()).map(HeaderValue::as_bytes);
-        let query: Vec<_> = self.base_url.query_pairs().map(|(_, value)| value.into_owned()).collect();
+        let headers = self
+            .headers
+            .values()
+            .filter(|value| value.is_sensitive())
+            .map(HeaderValue::as_bytes);
+        let query: Vec<_> = self
+            .base_url
+            .query_pairs()
+            .map(|(_, value)| value.into_owned())
+            .collect();
         let mut secrets = headers.chain(query.iter().map(String::as_bytes));
         secrets.any(|secret| {
-            secret.windows(PIECE).any(|piece| text.as_bytes().windows(PIECE).any(|other| other == piece))
+            secret
+                .windows(PIECE)
+                .any(|piece| text.as_bytes().windows(PIECE).any(|other| other == piece))
         })
     }
 
     fn url(&self, segments: &[&str], query: &[(&str, &str)]) -> Result<Url, UpstreamError> {
         // A URL drops such segments, and the call would go to another resource.
-        if segments.iter().any(|segment| matches!(*segment, "" | "." | "..")) {
-            return Err(UpstreamError::Protocol("an id cannot stand in a path".to_owned()));
+        if segments
+            .iter()
+            .any(|segment| matches!(*segment, "" | "." | ".."))
+        {
+            return Err(UpstreamError::Protocol(
+                "an id cannot stand in a path".to_owned(),
+            ));
         }
         let mut url = self.base_url.clone();
         if let Ok(mut path) = url.path_segments_mut() {
@@ -386,19 +469,29 @@ impl UpstreamClient {
 }
 
 fn base_url(upstream: &str, config: &UpstreamConfig) -> Result<Url, InvalidUpstream> {
-    let invalid = |reason| InvalidUpstream::BaseUrl { upstream: upstream.to_owned(), reason };
+    let invalid = |reason| InvalidUpstream::BaseUrl {
+        upstream: upstream.to_owned(),
+        reason,
+    };
     let mut url = config.base_url.clone();
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
-        return Err(invalid("must begin with http:// or https:// and name a host"));
+        return Err(invalid(
+            "must begin with http:// or https:// and name a host",
+        ));
     }
     if !url.username().is_empty() || url.password().is_some() {
-        return Err(invalid("must not hold credentials: use `api_key` or `headers`"));
+        return Err(invalid(
+            "must not hold credentials: use `api_key` or `headers`",
+        ));
     }
     if url.query().is_some() || url.fragment().is_some() {
         return Err(invalid("must not have a query or fragment: use `query`"));
     }
     if !config.query.is_empty() {
-        let query = config.query.iter().map(|(name, value)| (name, value.expose_secret()));
+        let query = config
+            .query
+            .iter()
+            .map(|(name, value)| (name, value.expose_secret()));
         url.query_pairs_mut().extend_pairs(query);
     }
     Ok(url)
@@ -412,8 +505,9 @@ fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, I
             AuthScheme::Bearer => (AUTHORIZATION, "Bearer "),
             AuthScheme::ApiKey => (HeaderName::from_static("api-key"), ""),
         };
-        let value = secret_header(prefix, key)
-            .ok_or_else(|| InvalidUpstream::ApiKey { upstream: upstream.to_owned() })?;
+        let value = secret_header(prefix, key).ok_or_else(|| InvalidUpstream::ApiKey {
+            upstream: upstream.to_owned(),
+        })?;
         headers.insert(name, value);
     }
     for (header, value) in &config.headers {
@@ -422,12 +516,13 @@ fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, I
             header: header.clone(),
             reason,
         };
-        let name = HeaderName::try_from(header.as_str()).map_err(|_| invalid("is not a header's name"))?;
+        let name =
+            HeaderName::try_from(header.as_str()).map_err(|_| invalid("is not a header's name"))?;
         if CONNECTION_HEADERS.contains(&name.as_str()) {
             return Err(invalid("belongs to the connection and cannot be set"));
         }
-        let value =
-            secret_header("", value).ok_or_else(|| invalid("has a value that a header cannot carry"))?;
+        let value = secret_header("", value)
+            .ok_or_else(|| invalid("has a value that a header cannot carry"))?;
         headers.insert(name, value);
     }
     Ok(headers)
@@ -444,7 +539,9 @@ async fn in_time<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, UpstreamError>>,
 ) -> Result<T, UpstreamError> {
-    timeout(limit, call).await.unwrap_or(Err(UpstreamError::Broken { timeout: true }))
+    timeout(limit, call)
+        .await
+        .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
 }
 
 /// The body as it arrives.
@@ -453,7 +550,10 @@ fn chunks(
     report: Arc<Report>,
 ) -> impl Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static {
     stream::try_unfold((response, report), |(mut response, report)| async move {
-        let chunk = response.chunk().await.map_err(|error| report.failure(&error))?;
+        let chunk = response
+            .chunk()
+            .await
+            .map_err(|error| report.failure(&error))?;
         Ok(chunk.map(|chunk| (chunk, (response, report))))
     })
 }
@@ -470,7 +570,9 @@ fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
         && serde_json::from_str::<Object>(text).is_ok_and(|object| object.id.is_none())
         && ErrorDetail::of_event(None, text).is_some()
     {
-        return Err(UpstreamError::Protocol("an answer with a good status tells an error".to_owned()));
+        return Err(UpstreamError::Protocol(
+            "an answer with a good status tells an error".to_owned(),
+        ));
     }
     Ok(())
 }
@@ -500,18 +602,32 @@ mod tests {
     fn paths_are_joined_below_the_base() {
         for base in ["http://h/api/v1", "http://h/api/v1/"] {
             let client = UpstreamClient::new("u", &config(base)).unwrap();
-            let url = client.url(&["threads", "a/b?c#d%2F", "runs"], &[("limit", "1")]).unwrap();
-            assert_eq!(url.as_str(), "http://h/api/v1/threads/a%2Fb%3Fc%23d%252F/runs?limit=1");
+            let url = client
+                .url(&["threads", "a/b?c#d%2F", "runs"], &[("limit", "1")])
+                .unwrap();
+            assert_eq!(
+                url.as_str(),
+                "http://h/api/v1/threads/a%2Fb%3Fc%23d%252F/runs?limit=1"
+            );
         }
         let client = UpstreamClient::new("u", &config("http://h")).unwrap();
-        assert_eq!(client.url(&["threads"], &[]).unwrap().as_str(), "http://h/threads");
+        assert_eq!(
+            client.url(&["threads"], &[]).unwrap().as_str(),
+            "http://h/threads"
+        );
     }
 
     #[test]
     fn an_id_cannot_move_the_path() {
         let client = UpstreamClient::new("u", &config("http://h/v1")).unwrap();
         for id in ["", ".", ".."] {
-            assert!(matches!(client.url(&["threads", id], &[]), Err(UpstreamError::Protocol(_))), "{id:?}");
+            assert!(
+                matches!(
+                    client.url(&["threads", id], &[]),
+                    Err(UpstreamError::Protocol(_))
+                ),
+                "{id:?}"
+            );
         }
     }
 
@@ -520,7 +636,10 @@ mod tests {
         let mut config = config("http://h/v1");
         config.query = BTreeMap::from([("api-version".to_owned(), "2025 05".to_owned().into())]);
         let client = UpstreamClient::new("u", &config).unwrap();
-        assert_eq!(client.url(&["x"], &[]).unwrap().as_str(), "http://h/v1/x?api-version=2025+05");
+        assert_eq!(
+            client.url(&["x"], &[]).unwrap().as_str(),
+            "http://h/v1/x?api-version=2025+05"
+        );
         assert_eq!(
             client.url(&["x"], &[("a", "b")]).unwrap().as_str(),
             "http://h/v1/x?api-version=2025+05&a=b"
@@ -531,10 +650,18 @@ mod tests {
     fn what_cannot_work_is_refused_without_repeating_secrets() {
         let refused = |config: &UpstreamConfig| {
             let text = UpstreamClient::new("mine", config).unwrap_err().to_string();
-            assert!(text.starts_with("upstream `mine`: ") && !text.contains("hidden"), "{text}");
+            assert!(
+                text.starts_with("upstream `mine`: ") && !text.contains("hidden"),
+                "{text}"
+            );
             text
         };
-        for base in ["ftp://h/", "http://me:hidden@h/", "http://h/?key=hidden", "http://h/#hidden"] {
+        for base in [
+            "ftp://h/",
+            "http://me:hidden@h/",
+            "http://h/?key=hidden",
+            "http://h/#hidden",
+        ] {
             assert!(refused(&config(base)).contains("base URL"), "{base}");
         }
         let mut bad = config("http://h");
@@ -569,8 +696,18 @@ mod tests {
             )]);
             client.request_id(&headers).map(str::to_owned)
         };
-        assert_eq!(id("req_0123456789abcdef").as_deref(), Some("req_0123456789abcdef"));
-        for repeated in ["sk-hidden", "id:sk-hidden:1", "k-hidden", "planted-", "anted-header", "two words"] {
+        assert_eq!(
+            id("req_0123456789abcdef").as_deref(),
+            Some("req_0123456789abcdef")
+        );
+        for repeated in [
+            "sk-hidden",
+            "id:sk-hidden:1",
+            "k-hidden",
+            "planted-",
+            "anted-header",
+            "two words",
+        ] {
             assert_eq!(id(repeated), None, "{repeated}");
         }
     }
@@ -578,10 +715,14 @@ mod tests {
     #[test]
     fn a_configured_header_wins_over_ours() {
         let mut config = config("http://h");
-        let ours = UpstreamClient::new("u", &config).unwrap().with_header("openai-beta", "assistants=v2");
+        let ours = UpstreamClient::new("u", &config)
+            .unwrap()
+            .with_header("openai-beta", "assistants=v2");
         assert_eq!(ours.headers["openai-beta"], "assistants=v2");
         config.headers = BTreeMap::from([("OpenAI-Beta".to_owned(), "other".to_owned().into())]);
-        let theirs = UpstreamClient::new("u", &config).unwrap().with_header("openai-beta", "assistants=v2");
+        let theirs = UpstreamClient::new("u", &config)
+            .unwrap()
+            .with_header("openai-beta", "assistants=v2");
         assert_eq!(theirs.headers["openai-beta"], "other");
     }
 }

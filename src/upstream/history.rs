@@ -20,5 +20,8 @@ pub(super) async fn history_page<T: DeserializeOwned>(
         Err(error) => return Err(error),
     };
     let next = page.next(id);
-    Ok(Some(HistoryPage { entries: page.data.into_iter().filter_map(entry).collect(), next }))
+    Ok(Some(HistoryPage {
+        entries: page.data.into_iter().filter_map(entry).collect(),
+        next,
+    }))
 }

@@ -38,7 +38,10 @@ pub(super) struct Size {
 
 impl Size {
     pub(super) fn of(json: &[u8]) -> Self {
-        Self { bytes: json.len(), values: values(json) }
+        Self {
+            bytes: json.len(),
+            values: values(json),
+        }
     }
 }
 
@@ -52,7 +55,10 @@ pub(super) struct SizeBudget {
 impl SizeBudget {
     /// `max_bytes`: as many as one answer may have.
     pub(super) fn new(max_bytes: usize) -> Self {
-        Self { so_far: Size::default(), max_bytes }
+        Self {
+            so_far: Size::default(),
+            max_bytes,
+        }
     }
 
     /// One more is to be kept.
@@ -82,7 +88,9 @@ mod tests {
     fn long_texts_pass_and_long_lists_of_nothing_do_not() {
         assert!(!is_dense("0,".repeat(MAX_VALUES).as_bytes()));
         assert!(is_dense("[]".repeat(MAX_VALUES + 1).as_bytes()));
-        assert!(is_dense("{\"\":0}".repeat(MAX_VALUES / PER_OBJECT + 1).as_bytes()));
+        assert!(is_dense(
+            "{\"\":0}".repeat(MAX_VALUES / PER_OBJECT + 1).as_bytes()
+        ));
         assert!(is_dense("0,".repeat(MAX_VALUES + 1).as_bytes()));
         let numbers = "0,".repeat(2 * MAX_VALUES);
         assert!(!is_dense(format!("{{\"text\": \"{numbers}\"}}").as_bytes()));
@@ -97,11 +105,17 @@ mod tests {
         kept.add(size("[1,2,3]")).unwrap();
         kept.add(size("[1,2,3,4,5]")).unwrap();
         assert!(matches!(kept.add(size("[]")), Ok(())));
-        assert!(matches!(kept.add(size("1")), Err(UpstreamError::Protocol(_))));
+        assert!(matches!(
+            kept.add(size("1")),
+            Err(UpstreamError::Protocol(_))
+        ));
         let half = "0,".repeat(MAX_VALUES / 2);
         let mut kept = SizeBudget::new(usize::MAX);
         kept.add(size(&half)).unwrap();
         kept.add(size(&half)).unwrap();
-        assert!(matches!(kept.add(size("0,")), Err(UpstreamError::Protocol(_))));
+        assert!(matches!(
+            kept.add(size("0,")),
+            Err(UpstreamError::Protocol(_))
+        ));
     }
 }

@@ -35,8 +35,9 @@ const WORDS: Words = Words {
         "id_1",
     ],
     keys: &[
-        "id", "type", "status", "role", "content", "text", "value", "delta", "index", "response", "output",
-        "error", "code", "message", "usage", "data", "call_id", "has_more", "object", "refusal",
+        "id", "type", "status", "role", "content", "text", "value", "delta", "index", "response",
+        "output", "error", "code", "message", "usage", "data", "call_id", "has_more", "object",
+        "refusal",
     ],
 };
 
@@ -52,7 +53,11 @@ pub(super) fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<Vec<u8>>> {
 }
 
 /// All that a stream of these bytes means in `decoder`: as text, the error at its end included.
-pub(super) fn read_to_the_end(pieces: Vec<Vec<u8>>, decoder: impl Decoder, limit: usize) -> Vec<String> {
+pub(super) fn read_to_the_end(
+    pieces: Vec<Vec<u8>>,
+    decoder: impl Decoder,
+    limit: usize,
+) -> Vec<String> {
     let bytes = stream::iter(pieces.into_iter().map(|piece| Ok(Bytes::from(piece))));
     let read = async {
         match relay(events(bytes, limit), decoder, limit).await {
@@ -60,7 +65,10 @@ pub(super) fn read_to_the_end(pieces: Vec<Vec<u8>>, decoder: impl Decoder, limit
             Err(refusal) => vec![format!("{refusal:?}")],
         }
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
     runtime.block_on(read)
 }
 
@@ -76,9 +84,17 @@ pub(super) fn told<'a>(events: impl IntoIterator<Item = &'a UpstreamEvent>) -> u
 
 /// What [`read_to_the_end`] gives has one end, and nothing behind it is told of the run.
 pub(super) fn ends_once(read: &[String]) -> Result<(), TestCaseError> {
-    let is_end = |event: &&String| ["Ok(Ended", "Err(", "Rejection"].iter().any(|end| event.starts_with(end));
+    let is_end = |event: &&String| {
+        ["Ok(Ended", "Err(", "Rejection"]
+            .iter()
+            .any(|end| event.starts_with(end))
+    };
     prop_assert_eq!(read.iter().filter(is_end).count(), 1, "{:?}", read);
     let last = read.last().map(String::as_str).unwrap_or_default();
-    prop_assert!(!last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"), "{}", last);
+    prop_assert!(
+        !last.starts_with("Ok(Text") && !last.starts_with("Ok(Accepted"),
+        "{}",
+        last
+    );
     Ok(())
 }

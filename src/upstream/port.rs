@@ -8,8 +8,8 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, KeyNames, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId, Timestamp,
-    ToolCall, ToolOutput, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, KeyNames, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
+    Timestamp, ToolCall, ToolOutput, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
 };
 use crate::store::InputMessage;
 use crate::upstream::error::UpstreamError;
@@ -47,7 +47,9 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         _owner: &Ownership,
         _history: &[Message],
     ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
-        self.capabilities().no_threads("create_thread").map(|()| None)
+        self.capabilities()
+            .no_threads("create_thread")
+            .map(|()| None)
     }
 
     /// Appends history and input, starts a run, in one request, and streams its events. An adapter repairs what an earlier
@@ -106,7 +108,9 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     ///
     /// Harmless to repeat. The caller bounds the time, and may drop the future.
     async fn settle(&self, _unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
-        self.capabilities().no_threads("settle").map(|()| Settled::default())
+        self.capabilities()
+            .no_threads("settle")
+            .map(|()| Settled::default())
     }
 
     /// Removes all that a settled run left in its thread: the user's messages, the reply, and the items between them. A chain
@@ -133,7 +137,9 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         _limiter: &RateLimiter,
         _items: &mut Items,
     ) -> Result<Disposal, UpstreamError> {
-        self.capabilities().no_threads("delete_thread").map(|()| Disposal::AlreadyGone)
+        self.capabilities()
+            .no_threads("delete_thread")
+            .map(|()| Disposal::AlreadyGone)
     }
 
     /// Deletes a run that the server stores by itself ([`Capabilities::stores_runs`]); ends it first if it is at work. By
@@ -148,7 +154,11 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         _run: &UpstreamRunId,
         _limiter: &RateLimiter,
     ) -> Result<Disposal, UpstreamError> {
-        if self.capabilities().stores_runs { Err(unwritten("delete_run")) } else { Ok(Disposal::AlreadyGone) }
+        if self.capabilities().stores_runs {
+            Err(unwritten("delete_run"))
+        } else {
+            Ok(Disposal::AlreadyGone)
+        }
     }
 
     /// A page of a thread's messages, oldest first, from its beginning or after the message `after`. `None`, the default,
@@ -172,7 +182,11 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         _of: ThreadId,
         _limiter: &RateLimiter,
     ) -> Result<Option<Vec<UpstreamThreadId>>, UpstreamError> {
-        Ok(if self.capabilities().has_threads { None } else { Some(Vec::new()) })
+        Ok(if self.capabilities().has_threads {
+            None
+        } else {
+            Some(Vec::new())
+        })
     }
 }
 
@@ -192,7 +206,11 @@ pub struct Capabilities {
 impl Capabilities {
     /// The default bodies of [`Upstream`] serve an upstream without threads, and no other.
     fn no_threads(self, method: &str) -> Result<(), UpstreamError> {
-        if self.has_threads { Err(unwritten(method)) } else { Ok(()) }
+        if self.has_threads {
+            Err(unwritten(method))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -376,27 +394,63 @@ mod tests {
     }
 
     fn least(has_threads: bool, stores_runs: bool) -> Least {
-        Least(Capabilities { lock_window: Duration::ZERO, has_threads, stores_runs, goes_on_unread: false })
+        Least(Capabilities {
+            lock_window: Duration::ZERO,
+            has_threads,
+            stores_runs,
+            goes_on_unread: false,
+        })
     }
 
     #[tokio::test]
     async fn adapter_of_three_methods_keeps_nothing_upstream() {
         let (upstream, limiter) = (least(false, false), RateLimiter::UNBOUND);
-        let (thread, run) = (UpstreamThreadId("t_1".to_owned()), UpstreamRunId("r_1".to_owned()));
-        let deleted = upstream.delete_thread(&thread, &limiter, &mut Items::default()).await;
+        let (thread, run) = (
+            UpstreamThreadId("t_1".to_owned()),
+            UpstreamRunId("r_1".to_owned()),
+        );
+        let deleted = upstream
+            .delete_thread(&thread, &limiter, &mut Items::default())
+            .await;
         assert_eq!(deleted.unwrap(), Disposal::AlreadyGone);
-        assert_eq!(upstream.delete_run(&run, &limiter).await.unwrap(), Disposal::AlreadyGone);
-        assert_eq!(upstream.history(&thread, None, &limiter).await.unwrap(), None);
-        assert_eq!(upstream.find_threads(ThreadId::new(), &limiter).await.unwrap(), Some(Vec::new()));
+        assert_eq!(
+            upstream.delete_run(&run, &limiter).await.unwrap(),
+            Disposal::AlreadyGone
+        );
+        assert_eq!(
+            upstream.history(&thread, None, &limiter).await.unwrap(),
+            None
+        );
+        assert_eq!(
+            upstream
+                .find_threads(ThreadId::new(), &limiter)
+                .await
+                .unwrap(),
+            Some(Vec::new())
+        );
     }
 
     #[tokio::test]
     async fn claimed_capability_without_its_method_fails() {
         let (upstream, limiter) = (least(true, true), RateLimiter::UNBOUND);
-        let (thread, run) = (UpstreamThreadId("t_1".to_owned()), UpstreamRunId("r_1".to_owned()));
-        let deleted = upstream.delete_thread(&thread, &limiter, &mut Items::default()).await;
+        let (thread, run) = (
+            UpstreamThreadId("t_1".to_owned()),
+            UpstreamRunId("r_1".to_owned()),
+        );
+        let deleted = upstream
+            .delete_thread(&thread, &limiter, &mut Items::default())
+            .await;
         assert!(matches!(deleted, Err(UpstreamError::Protocol(_))));
-        assert!(matches!(upstream.delete_run(&run, &limiter).await, Err(UpstreamError::Protocol(_))));
-        assert_eq!(upstream.find_threads(ThreadId::new(), &limiter).await.unwrap(), None);
+        assert!(matches!(
+            upstream.delete_run(&run, &limiter).await,
+            Err(UpstreamError::Protocol(_))
+        ));
+        assert_eq!(
+            upstream
+                .find_threads(ThreadId::new(), &limiter)
+                .await
+                .unwrap(),
+            None
+        );
     }
 }

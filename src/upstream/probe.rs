@@ -54,7 +54,12 @@ pub enum Verdict {
 /// No client can be made of the configuration.
 pub async fn probe(name: &str, config: &UpstreamConfig) -> Result<Probe, InvalidUpstream> {
     let client = UpstreamClient::new(name, config)?;
-    let mut prober = Prober { name, client, limit: config.call_timeout, findings: Vec::new() };
+    let mut prober = Prober {
+        name,
+        client,
+        limit: config.call_timeout,
+        findings: Vec::new(),
+    };
     let is_usable = match config.kind {
         UpstreamKind::Assistants => {
             let upstream = AssistantsUpstream::new(prober.client.clone(), config);
@@ -66,7 +71,9 @@ pub async fn probe(name: &str, config: &UpstreamConfig) -> Result<Probe, Invalid
             if !prober.models().await {
                 false
             } else if config.conversations {
-                let is_usable = prober.threads(&upstream, "conversations", NO_CONVERSATIONS).await;
+                let is_usable = prober
+                    .threads(&upstream, "conversations", NO_CONVERSATIONS)
+                    .await;
                 prober.responses().await;
                 is_usable
             } else {
@@ -74,7 +81,10 @@ pub async fn probe(name: &str, config: &UpstreamConfig) -> Result<Probe, Invalid
             }
         }
     };
-    Ok(Probe { findings: prober.findings, is_usable })
+    Ok(Probe {
+        findings: prober.findings,
+        is_usable,
+    })
 }
 
 struct Prober<'a> {
@@ -86,7 +96,11 @@ struct Prober<'a> {
 
 impl Prober<'_> {
     fn found(&mut self, capability: &'static str, verdict: Verdict, advice: Option<String>) {
-        self.findings.push(Finding { capability, verdict, advice });
+        self.findings.push(Finding {
+            capability,
+            verdict,
+            advice,
+        });
     }
 
     fn works(&mut self, capability: &'static str) {
@@ -99,16 +113,21 @@ impl Prober<'_> {
         let (reason, advice) = match error {
             UpstreamError::Connect | UpstreamError::Broken { .. } => {
                 let obstacle = self.client.obstacle().await;
-                let reason = obstacle.map_or_else(|| error.to_string(), |it| format!("unreachable: {it}"));
+                let reason =
+                    obstacle.map_or_else(|| error.to_string(), |it| format!("unreachable: {it}"));
                 (reason, Some(format!("look at {}", of("base_url"))))
             }
-            UpstreamError::Refused { status: 401, .. } => {
-                (format!("wrong key: {error}"), Some(format!("look at {} and {}", of("api_key"), of("auth"))))
-            }
-            UpstreamError::Refused { status: 403, .. } => {
-                (format!("the key may not do this: {error}"), Some(format!("look at {}", of("api_key"))))
-            }
-            UpstreamError::Refused { status: 300..=399, .. } => (
+            UpstreamError::Refused { status: 401, .. } => (
+                format!("wrong key: {error}"),
+                Some(format!("look at {} and {}", of("api_key"), of("auth"))),
+            ),
+            UpstreamError::Refused { status: 403, .. } => (
+                format!("the key may not do this: {error}"),
+                Some(format!("look at {}", of("api_key"))),
+            ),
+            UpstreamError::Refused {
+                status: 300..=399, ..
+            } => (
                 format!("a redirect, which is not followed: {error}"),
                 Some(format!("set {} to where it leads", of("base_url"))),
             ),
@@ -118,7 +137,10 @@ impl Prober<'_> {
     }
 
     async fn call(&self, method: Method, path: &[&str]) -> Result<Value, UpstreamError> {
-        self.client.json::<Value>(method, path, &[]).await.map(|answer| answer.value)
+        self.client
+            .json::<Value>(method, path, &[])
+            .await
+            .map(|answer| answer.value)
     }
 
     /// Whether the server answers at all, and takes the key.
@@ -146,12 +168,18 @@ impl Prober<'_> {
 
     /// Something of the server was found where it is looked for.
     fn has_found(&self) -> bool {
-        self.findings.iter().any(|finding| finding.verdict == Verdict::Works)
+        self.findings
+            .iter()
+            .any(|finding| finding.verdict == Verdict::Works)
     }
 
     /// Makes a thread and deletes it. Whether it could be made.
     async fn threads(&mut self, upstream: &dyn Upstream, path: &'static str, remedy: &str) -> bool {
-        let deletion = if path == "threads" { "deletion of threads" } else { "deletion of conversations" };
+        let deletion = if path == "threads" {
+            "deletion of threads"
+        } else {
+            "deletion of conversations"
+        };
         let mut body = json!({});
         body["metadata"][PROBE_TAG] = "true".into();
         let made = timeout(self.limit, self.client.make::<Created>(&[path], &body)).await;
@@ -159,9 +187,15 @@ impl Prober<'_> {
         let id = match made.and_then(Created::into_thread) {
             Ok(id) => id,
             Err(error) if is_not_offered(&error) => {
-                let elsewhere = format!("; or look at `upstreams.{}.base_url`: nothing is there", self.name);
-                let advice =
-                    if self.has_found() { remedy.to_owned() } else { format!("{remedy}{elsewhere}") };
+                let elsewhere = format!(
+                    "; or look at `upstreams.{}.base_url`: nothing is there",
+                    self.name
+                );
+                let advice = if self.has_found() {
+                    remedy.to_owned()
+                } else {
+                    format!("{remedy}{elsewhere}")
+                };
                 self.found(path, Verdict::NotSupported, Some(advice));
                 return false;
             }
@@ -175,9 +209,15 @@ impl Prober<'_> {
             self.items(&id).await;
         }
         let mut items = Items::default();
-        let deleted = timeout(self.limit, upstream.delete_thread(&id, &RateLimiter::UNBOUND, &mut items));
+        let deleted = timeout(
+            self.limit,
+            upstream.delete_thread(&id, &RateLimiter::UNBOUND, &mut items),
+        );
         let stays = format!("what was made for this probe may stay there: {id}");
-        match deleted.await.unwrap_or(Err(UpstreamError::Broken { timeout: true })) {
+        match deleted
+            .await
+            .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
+        {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => self.works(deletion),
             Ok(Disposal::NotSupported) => {
                 let advice = format!("receipts of deletions will say `not_supported`; {stays}");
@@ -190,11 +230,16 @@ impl Prober<'_> {
 
     async fn items(&mut self, conversation: &UpstreamThreadId) {
         const ITEMS: &str = "items of conversations";
-        match self.call(Method::GET, &["conversations", conversation.as_str(), "items"]).await {
+        match self
+            .call(
+                Method::GET,
+                &["conversations", conversation.as_str(), "items"],
+            )
+            .await
+        {
             Ok(_) => self.works(ITEMS),
             Err(error) if is_not_offered(&error) => {
-                let advice =
-                    "a reply whose connection broke cannot be looked up, and deletions leave the items";
+                let advice = "a reply whose connection broke cannot be looked up, and deletions leave the items";
                 self.found(ITEMS, Verdict::NotSupported, Some(advice.to_owned()));
             }
             Err(error) => self.refused(ITEMS, &error).await,
@@ -210,7 +255,11 @@ impl Prober<'_> {
                 Method::GET,
                 "a reply whose connection broke cannot be looked up, if the server stores them at all",
             ),
-            ("deletion of responses", Method::DELETE, "receipts of deletions will say what may remain"),
+            (
+                "deletion of responses",
+                Method::DELETE,
+                "receipts of deletions will say what may remain",
+            ),
         ] {
             match self.call(method, &["responses", NO_RESPONSE]).await {
                 Err(error) if is_gone(&error) => self.works(capability),
@@ -218,15 +267,25 @@ impl Prober<'_> {
                     self.found(capability, Verdict::NotSupported, Some(lack.to_owned()));
                 }
                 // The server looks at the id, so it has the call.
-                Ok(_) | Err(UpstreamError::Refused { status: 400 | 422, .. }) => self.works(capability),
+                Ok(_)
+                | Err(UpstreamError::Refused {
+                    status: 400 | 422, ..
+                }) => self.works(capability),
                 Err(error) => {
                     is_key_good &= !matches!(error, UpstreamError::Refused { status: 401, .. });
                     self.refused(capability, &error).await;
                 }
             }
         }
-        if self.findings.iter().all(|finding| finding.verdict == Verdict::NotSupported) {
-            let advice = format!("nothing is there: look at `upstreams.{}.base_url`", self.name);
+        if self
+            .findings
+            .iter()
+            .all(|finding| finding.verdict == Verdict::NotSupported)
+        {
+            let advice = format!(
+                "nothing is there: look at `upstreams.{}.base_url`",
+                self.name
+            );
             self.found("responses", Verdict::NotSupported, Some(advice));
         }
         is_key_good && self.has_found()

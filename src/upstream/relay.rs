@@ -23,7 +23,8 @@ pub(super) const PLACE_COST: usize = 1024;
 /// Reads one protocol.
 pub(super) trait Decoder: Send + 'static {
     /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection>;
+    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>)
+    -> Result<(), Rejection>;
 
     /// Bytes of the reply that are kept until the end.
     fn held(&self) -> usize;
@@ -34,21 +35,28 @@ pub(super) type RunEvents = BoxStream<'static, Result<UpstreamEvent, Rejection>>
 
 /// The events without it.
 pub(super) fn public(events: RunEvents) -> EventStream {
-    events.map(|event| event.map_err(UpstreamError::from)).boxed()
+    events
+        .map(|event| event.map_err(UpstreamError::from))
+        .boxed()
 }
 
 /// What an error means that was met while asking after a run which the upstream has accepted: not that the run was
 /// refused, but that nothing is known of it for the moment.
 pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
-    if error.is_ambiguous() { error } else { UpstreamError::Broken { timeout: false } }
+    if error.is_ambiguous() {
+        error
+    } else {
+        UpstreamError::Broken { timeout: false }
+    }
 }
 
 /// What an error means that was met before anything was sent.
 pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
     match error {
-        UpstreamError::Broken { .. } | UpstreamError::Unavailable { no_retry: false, .. } => {
-            UpstreamError::Connect
-        }
+        UpstreamError::Broken { .. }
+        | UpstreamError::Unavailable {
+            no_retry: false, ..
+        } => UpstreamError::Connect,
         error => error,
     }
 }
@@ -63,11 +71,18 @@ pub(super) async fn relay(
     decoder: impl Decoder,
     limit: usize,
 ) -> Result<RunEvents, Rejection> {
-    let mut relay = Relay { events, decoder, limit, out: VecDeque::new(), state: State::Reading };
+    let mut relay = Relay {
+        events,
+        decoder,
+        limit,
+        out: VecDeque::new(),
+        state: State::Reading,
+    };
     let broken = || Err(UpstreamError::Broken { timeout: false }.into());
     let first = relay.next().await.unwrap_or_else(broken)?;
-    let rest =
-        stream::unfold(relay, |mut relay| async move { relay.next().await.map(|event| (event, relay)) });
+    let rest = stream::unfold(relay, |mut relay| async move {
+        relay.next().await.map(|event| (event, relay))
+    });
     Ok(stream::iter([Ok(first)]).chain(rest).boxed())
 }
 
@@ -113,8 +128,13 @@ impl<D: Decoder> Relay<D> {
                 Some(Err(error)) => Err(error.into()),
                 None => Err(UpstreamError::Broken { timeout: false }.into()),
             };
-            let read =
-                read.and_then(|()| if self.decoder.held() > self.limit { Err(too_long()) } else { Ok(()) });
+            let read = read.and_then(|()| {
+                if self.decoder.held() > self.limit {
+                    Err(too_long())
+                } else {
+                    Ok(())
+                }
+            });
             if let Err(error) = read {
                 self.state = State::Done;
                 self.out.clear();
@@ -153,7 +173,11 @@ mod tests {
     struct Toy(usize);
 
     impl Decoder for Toy {
-        fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+        fn read(
+            &mut self,
+            event: SseEvent,
+            out: &mut VecDeque<UpstreamEvent>,
+        ) -> Result<(), Rejection> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
                 ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
@@ -179,8 +203,15 @@ mod tests {
     }
 
     fn events(data: &[&str]) -> stream::Iter<std::vec::IntoIter<Result<SseEvent, UpstreamError>>> {
-        let events: Vec<_> =
-            data.iter().map(|data| Ok(SseEvent { name: None, data: (*data).to_owned() })).collect();
+        let events: Vec<_> = data
+            .iter()
+            .map(|data| {
+                Ok(SseEvent {
+                    name: None,
+                    data: (*data).to_owned(),
+                })
+            })
+            .collect();
         stream::iter(events)
     }
 
@@ -199,23 +230,41 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_follows_the_end() {
-        let stream =
-            relay(events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(), Toy::default(), LIMIT).await.unwrap();
+        let stream = relay(
+            events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(),
+            Toy::default(),
+            LIMIT,
+        )
+        .await
+        .unwrap();
         assert_eq!(shapes(stream).await, ["#1", "+a", "!"]);
     }
 
     #[tokio::test]
     async fn an_error_before_anything_else_is_the_error_of_the_call() {
-        let error = relay(events(&["?", "-"]).boxed(), Toy::default(), LIMIT).await.err().unwrap().error;
+        let error = relay(events(&["?", "-"]).boxed(), Toy::default(), LIMIT)
+            .await
+            .err()
+            .unwrap()
+            .error;
         assert!(matches!(error, UpstreamError::Busy { .. }));
-        let error = relay(events(&["?"]).boxed(), Toy::default(), LIMIT).await.err().unwrap().error;
+        let error = relay(events(&["?"]).boxed(), Toy::default(), LIMIT)
+            .await
+            .err()
+            .unwrap()
+            .error;
         assert!(matches!(error, UpstreamError::Broken { timeout: false }));
     }
 
     #[tokio::test]
     async fn a_stream_without_an_end_is_broken() {
-        let stream = relay(events(&["#1", "+a"]).boxed(), Toy::default(), LIMIT).await.unwrap();
-        assert_eq!(shapes(stream).await, ["#1", "+a", "the connection to the upstream broke"]);
+        let stream = relay(events(&["#1", "+a"]).boxed(), Toy::default(), LIMIT)
+            .await
+            .unwrap();
+        assert_eq!(
+            shapes(stream).await,
+            ["#1", "+a", "the connection to the upstream broke"]
+        );
     }
 
     #[tokio::test]
@@ -224,12 +273,20 @@ mod tests {
         let count = Arc::clone(&pulled);
         let more = stream::repeat_with(move || {
             count.fetch_add(1, Ordering::Relaxed);
-            Ok(SseEvent { name: None, data: "*".to_owned() })
+            Ok(SseEvent {
+                name: None,
+                data: "*".to_owned(),
+            })
         });
-        let stream = relay(events(&["#1"]).chain(more).boxed(), Toy::default(), LIMIT).await.unwrap();
+        let stream = relay(events(&["#1"]).chain(more).boxed(), Toy::default(), LIMIT)
+            .await
+            .unwrap();
         assert_eq!(
             shapes(stream).await,
-            ["#1", "the upstream answered something unreadable: a reply has no end"]
+            [
+                "#1",
+                "the upstream answered something unreadable: a reply has no end"
+            ]
         );
         assert_eq!(pulled.load(Ordering::Relaxed), 11);
     }
@@ -248,8 +305,19 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_that_goes_on_and_on_is_given_up() {
-        let more = stream::repeat_with(|| Ok(SseEvent { name: None, data: "?".to_owned() }));
-        let stream = relay(events(&["#1", "!"]).chain(more).boxed(), Toy::default(), LIMIT).await.unwrap();
+        let more = stream::repeat_with(|| {
+            Ok(SseEvent {
+                name: None,
+                data: "?".to_owned(),
+            })
+        });
+        let stream = relay(
+            events(&["#1", "!"]).chain(more).boxed(),
+            Toy::default(),
+            LIMIT,
+        )
+        .await
+        .unwrap();
         assert_eq!(shapes(stream).await, ["#1", "!"]);
     }
 }

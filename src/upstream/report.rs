@@ -29,7 +29,10 @@ struct Recent {
 
 impl Report {
     pub(super) fn new(upstream: &str) -> Self {
-        Self { upstream: upstream.to_owned(), recent: Mutex::default() }
+        Self {
+            upstream: upstream.to_owned(),
+            recent: Mutex::default(),
+        }
     }
 
     /// The meaning of a call that got no answer, or half of one, which is logged with its cause. What TCP gave up is a connection
@@ -43,7 +46,13 @@ impl Report {
             UpstreamError::Broken { timeout: false }
         };
         if let Some(repeats) = self.is_due(&cause) {
-            tracing::warn!(upstream.name = self.upstream, cause, hint = hint(&cause), repeats, "{meaning}");
+            tracing::warn!(
+                upstream.name = self.upstream,
+                cause,
+                hint = hint(&cause),
+                repeats,
+                "{meaning}"
+            );
         }
         meaning
     }
@@ -65,7 +74,10 @@ impl Report {
 
     /// Whether this is to be logged now: how often it has happened unlogged since the last time.
     fn is_due(&self, what: &str) -> Option<u64> {
-        let (mut recent, now) = (self.recent.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        let (mut recent, now) = (
+            self.recent.lock().unwrap_or_else(PoisonError::into_inner),
+            Instant::now(),
+        );
         if let Some(known) = recent.iter_mut().find(|known| known.what == what) {
             if now.duration_since(known.logged) < REPEAT_AFTER {
                 known.repeats += 1;
@@ -78,7 +90,11 @@ impl Report {
         if recent.len() >= MOST {
             return None;
         }
-        recent.push(Recent { what: what.to_owned(), logged: now, repeats: 0 });
+        recent.push(Recent {
+            what: what.to_owned(),
+            logged: now,
+            repeats: 0,
+        });
         Some(0)
     }
 }
@@ -102,15 +118,29 @@ fn hint(cause: &str) -> Option<&'static str> {
             "UnknownIssuer",
             "the server's certificate comes from a CA that is not known here: SSL_CERT_FILE may name a bundle of certificates",
         ),
-        ("NotValidForName", "the server's certificate is for another host than that of `base_url`"),
-        ("failed to lookup address", "the host of `base_url` cannot be resolved"),
-        ("Connection refused", "nothing listens at the host and port of `base_url`"),
+        (
+            "NotValidForName",
+            "the server's certificate is for another host than that of `base_url`",
+        ),
+        (
+            "failed to lookup address",
+            "the host of `base_url` cannot be resolved",
+        ),
+        (
+            "Connection refused",
+            "nothing listens at the host and port of `base_url`",
+        ),
     ];
-    HINTS.iter().find(|(word, _)| cause.contains(word)).map(|(_, hint)| *hint)
+    HINTS
+        .iter()
+        .find(|(word, _)| cause.contains(word))
+        .map(|(_, hint)| *hint)
 }
 
 /// The texts of an error and its causes.
-pub(super) fn chain<'a>(error: &'a (dyn std::error::Error + 'static)) -> impl Iterator<Item = String> + 'a {
+pub(super) fn chain<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = String> + 'a {
     std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string)
 }
 
@@ -123,7 +153,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_same_failure_is_logged_once_in_a_while_and_counted() {
         let report = Report::new("u");
-        assert_eq!([report.is_due("a"), report.is_due("a"), report.is_due("b")], [Some(0), None, Some(0)]);
+        assert_eq!(
+            [report.is_due("a"), report.is_due("a"), report.is_due("b")],
+            [Some(0), None, Some(0)]
+        );
         advance(REPEAT_AFTER).await;
         assert_eq!([report.is_due("a"), report.is_due("a")], [Some(1), None]);
     }

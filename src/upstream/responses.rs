@@ -21,8 +21,8 @@ use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThre
 use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
-    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered, Settled,
-    StartRun, Upstream,
+    AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered,
+    Settled, StartRun, Upstream,
 };
 use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::relay::unsent;
@@ -73,35 +73,64 @@ impl Upstream for ResponsesUpstream {
             made.map_err(|error| self.client.needs("/conversations", NO_CONVERSATIONS, error))?;
         drop(body);
         let conversation = conversation.into_thread()?;
-        let Err(error) = self.add_history(&conversation, rest).await else { return Ok(Some(conversation)) };
+        let Err(error) = self.add_history(&conversation, rest).await else {
+            return Ok(Some(conversation));
+        };
         // One that holds but a part of the history is of no use.
-        match self.delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default()).await {
+        match self
+            .delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default())
+            .await
+        {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
-            Ok(Disposal::NotSupported) | Err(_) => {
-                Err(UpstreamError::Protocol("a conversation could not be filled".to_owned()))
-            }
+            Ok(Disposal::NotSupported) | Err(_) => Err(UpstreamError::Protocol(
+                "a conversation could not be filled".to_owned(),
+            )),
         }
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
         if self.conversations && request.thread.is_none() {
-            return Err(UpstreamError::Protocol("a run was to start without a conversation".to_owned()));
+            return Err(UpstreamError::Protocol(
+                "a run was to start without a conversation".to_owned(),
+            ));
         }
         let (input, terms) = (request::input(&request), Terms::of_start(&request));
-        RepairingRequest::new(self, request.thread, input, self.body(request.thread, &terms)).events().await
+        RepairingRequest::new(
+            self,
+            request.thread,
+            input,
+            self.body(request.thread, &terms),
+        )
+        .events()
+        .await
     }
 
     /// The outputs of custom tools have a form of their own, and nothing that the caller knows tells these calls apart:
     /// where the assistant has such tools, the response that made the calls is asked, or the conversation.
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
-        let asked = request.upstream_run.map(|id| UpstreamThreadId(id.0.clone()));
-        let thread = if self.conversations { request.thread } else { asked.as_ref() };
+        let asked = request
+            .upstream_run
+            .map(|id| UpstreamThreadId(id.0.clone()));
+        let thread = if self.conversations {
+            request.thread
+        } else {
+            asked.as_ref()
+        };
         if thread.is_none() {
-            return Err(UpstreamError::Protocol("outputs were to be sent to no response".to_owned()));
+            return Err(UpstreamError::Protocol(
+                "outputs were to be sent to no response".to_owned(),
+            ));
         }
-        let has_custom_tools = request.assistant.tools.iter().any(|tool| tool["type"] == "custom");
-        let custom =
-            if has_custom_tools { self.custom_calls(&request).await.map_err(unsent)? } else { Vec::new() };
+        let has_custom_tools = request
+            .assistant
+            .tools
+            .iter()
+            .any(|tool| tool["type"] == "custom");
+        let custom = if has_custom_tools {
+            self.custom_calls(&request).await.map_err(unsent)?
+        } else {
+            Vec::new()
+        };
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = output_items(request.outputs, &custom).into();
         self.read(self.open(&body).await?).await
@@ -116,11 +145,15 @@ impl Upstream for ResponsesUpstream {
     }
 
     async fn settle(&self, unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
-        unless_gone(self.settle_what_is_there(unsettled_run).await, Settled::default())
+        unless_gone(
+            self.settle_what_is_there(unsettled_run).await,
+            Settled::default(),
+        )
     }
 
     async fn remove(&self, unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
-        let Some(conversation) = unsettled_run.thread.as_ref().filter(|_| self.conversations) else {
+        let Some(conversation) = unsettled_run.thread.as_ref().filter(|_| self.conversations)
+        else {
             return Ok(());
         };
         unless_gone(self.remove_from(conversation, unsettled_run).await, ())
@@ -199,9 +232,16 @@ impl ResponsesUpstream {
             None => None,
         };
         if let Some(asking) = asking {
-            return Ok(custom_calls(asking["output"].as_array().map(Vec::as_slice).unwrap_or_default()));
+            return Ok(custom_calls(
+                asking["output"]
+                    .as_array()
+                    .map(Vec::as_slice)
+                    .unwrap_or_default(),
+            ));
         }
-        let Some(conversation) = request.thread.filter(|_| self.conversations) else { return Ok(Vec::new()) };
+        let Some(conversation) = request.thread.filter(|_| self.conversations) else {
+            return Ok(Vec::new());
+        };
         match self.newest(conversation, None, 1).await {
             Ok(newest) => Ok(custom_calls(&newest.items)),
             Err(error) if is_not_offered(&error) => Ok(Vec::new()),

@@ -79,9 +79,8 @@ pub(super) const fn may_pass(error: &UpstreamError) -> bool {
 /// How long the server, or what stands before it, asks to wait.
 pub(super) const fn asked_wait(error: &UpstreamError) -> Option<Duration> {
     match error {
-        UpstreamError::RateLimited { retry_after, .. } | UpstreamError::Unavailable { retry_after, .. } => {
-            *retry_after
-        }
+        UpstreamError::RateLimited { retry_after, .. }
+        | UpstreamError::Unavailable { retry_after, .. } => *retry_after,
         _ => None,
     }
 }
@@ -107,8 +106,22 @@ mod tests {
             (UpstreamError::Connect, 5),
             (unavailable(false), 5),
             (unavailable(true), 1),
-            (UpstreamError::RateLimited { retry_after: None, quota: true, code: None }, 1),
-            (UpstreamError::Refused { status: 401, code: None, missing: false }, 1),
+            (
+                UpstreamError::RateLimited {
+                    retry_after: None,
+                    quota: true,
+                    code: None,
+                },
+                1,
+            ),
+            (
+                UpstreamError::Refused {
+                    status: 401,
+                    code: None,
+                    missing: false,
+                },
+                1,
+            ),
             (UpstreamError::ThreadGone, 1),
         ] {
             let calls = Cell::new(0);

@@ -44,7 +44,9 @@ impl RetryingClient<'_> {
     }
 
     pub(super) async fn get(self, path: &[&str]) -> Result<Value, UpstreamError> {
-        self.make(Method::GET, path, &[]).await.map(|answer| answer.value)
+        self.make(Method::GET, path, &[])
+            .await
+            .map(|answer| answer.value)
     }
 
     /// A page of a list, as long as can be read.
@@ -74,8 +76,13 @@ impl RetryingClient<'_> {
         after: Option<&str>,
     ) -> Result<List<T>, UpstreamError> {
         let cursor = after.map(|id| ("after", id));
-        let query: Vec<_> = [("limit", limit), ("order", order)].into_iter().chain(cursor).collect();
-        self.make(Method::GET, path, &query).await.map(|answer| answer.value)
+        let query: Vec<_> = [("limit", limit), ("order", order)]
+            .into_iter()
+            .chain(cursor)
+            .collect();
+        self.make(Method::GET, path, &query)
+            .await
+            .map(|answer| answer.value)
     }
 
     /// A page of a list, charged to a budget: all pages of a list together may be no longer than one answer.
@@ -88,8 +95,11 @@ impl RetryingClient<'_> {
     ) -> Result<List<T>, UpstreamError> {
         let [longest, ..] = PAGES;
         let cursor = after.map(|id| ("after", id));
-        let query: Vec<_> =
-            [("limit", longest)].into_iter().chain(query.iter().copied()).chain(cursor).collect();
+        let query: Vec<_> = [("limit", longest)]
+            .into_iter()
+            .chain(query.iter().copied())
+            .chain(cursor)
+            .collect();
         let answer = self.make::<List<T>>(Method::GET, path, &query).await?;
         budget.add(answer.size)?;
         Ok(answer.value)
@@ -152,7 +162,9 @@ impl RetryingClient<'_> {
         }
         match deleted {
             Err(refusal) if !is_gone(&refusal) => Ok(Disposal::NotSupported),
-            _ => Err(UpstreamError::Protocol("what was deleted is still there".to_owned())),
+            _ => Err(UpstreamError::Protocol(
+                "what was deleted is still there".to_owned(),
+            )),
         }
     }
 
@@ -172,7 +184,9 @@ impl RetryingClient<'_> {
         match self.get(path).await {
             // What cannot be read is there.
             Ok(_) | Err(UpstreamError::Protocol(_)) => Ok(Disposal::NotSupported),
-            Err(error) if is_missing(&error) || is_not_offered(&error) => Ok(unseen(&refusal, &error)),
+            Err(error) if is_missing(&error) || is_not_offered(&error) => {
+                Ok(unseen(&refusal, &error))
+            }
             Err(error) => Err(error),
         }
     }
@@ -192,7 +206,11 @@ struct Deletion {
 }
 
 impl Deletion {
-    async fn attempt(&self, client: RetryingClient<'_>, path: &[&str]) -> Result<(), UpstreamError> {
+    async fn attempt(
+        &self,
+        client: RetryingClient<'_>,
+        path: &[&str],
+    ) -> Result<(), UpstreamError> {
         client.acquire().await;
         let done = client.client.done(Method::DELETE, path).await;
         if done.as_ref().is_err_and(UpstreamError::is_ambiguous) {
@@ -213,13 +231,20 @@ impl Deletion {
 /// What was to be deleted, of which neither the deletion nor the look after it says for sure that the server has the call: it
 /// is gone only if one of them says so.
 const fn unseen(deletion: &UpstreamError, look: &UpstreamError) -> Disposal {
-    if is_gone(deletion) || is_gone(look) { Disposal::AlreadyGone } else { Disposal::NotSupported }
+    if is_gone(deletion) || is_gone(look) {
+        Disposal::AlreadyGone
+    } else {
+        Disposal::NotSupported
+    }
 }
 
 /// The server says that there is nothing of that id, in whatever words. The text for a response is that for the end of a
 /// chain, too.
 pub(super) const fn is_gone(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. })
+    matches!(
+        error,
+        UpstreamError::ThreadGone | UpstreamError::Refused { missing: true, .. }
+    )
 }
 
 /// There is nothing of that id, if the server has the call.
@@ -229,5 +254,11 @@ pub(super) const fn is_missing(error: &UpstreamError) -> bool {
 
 /// The server does not have the call at all.
 pub(super) const fn is_not_offered(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::Refused { status: 404 | 405 | 501, .. })
+    matches!(
+        error,
+        UpstreamError::Refused {
+            status: 404 | 405 | 501,
+            ..
+        }
+    )
 }

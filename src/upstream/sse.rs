@@ -30,7 +30,10 @@ pub(super) struct SseEvent {
 ///
 /// What `bytes` yields; [`UpstreamError::Protocol`] for invalid UTF-8, for JSON with too many values, or when more than
 /// `limit` bytes have come since the last event, comments included.
-pub(super) fn events<S>(bytes: S, limit: usize) -> BoxStream<'static, Result<SseEvent, UpstreamError>>
+pub(super) fn events<S>(
+    bytes: S,
+    limit: usize,
+) -> BoxStream<'static, Result<SseEvent, UpstreamError>>
 where
     S: Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static,
 {
@@ -51,9 +54,17 @@ where
             }
             if let Some(data) = block.data {
                 if is_dense(data.as_bytes()) {
-                    return Err(UpstreamError::Protocol("an event has too many values".to_owned()));
+                    return Err(UpstreamError::Protocol(
+                        "an event has too many values".to_owned(),
+                    ));
                 }
-                return Ok(Some((SseEvent { name: block.event, data }, (decoder, since_event))));
+                return Ok(Some((
+                    SseEvent {
+                        name: block.event,
+                        data,
+                    },
+                    (decoder, since_event),
+                )));
             }
         }
         Ok(None)
@@ -90,7 +101,8 @@ struct Bare {
 
 impl Bare {
     fn named(&mut self, chunk: Bytes) -> Bytes {
-        let begins_line = |before: Option<u8>| before.is_none_or(|byte| matches!(byte, b'\n' | b'\r'));
+        let begins_line =
+            |before: Option<u8>| before.is_none_or(|byte| matches!(byte, b'\n' | b'\r'));
         let before = |at: usize| at.checked_sub(1).map_or(self.last, |at| Some(chunk[at]));
         let begins = memchr::memchr_iter(b'{', &chunk).any(|at| begins_line(before(at)));
         if !begins && !self.inside {
@@ -185,7 +197,11 @@ mod tests {
         at.sort_unstable();
         let mut chunks = Vec::new();
         let mut start = 0;
-        for end in at.into_iter().map(|end| end.min(bytes.len())).chain([bytes.len()]) {
+        for end in at
+            .into_iter()
+            .map(|end| end.min(bytes.len()))
+            .chain([bytes.len()])
+        {
             chunks.push(bytes[start..end].to_vec());
             start = end;
         }
@@ -197,9 +213,19 @@ mod tests {
                               data: cut off";
 
     fn expected() -> Vec<Result<SseEvent, String>> {
-        [(Some("a"), "{\"x\":\"é\"}"), (None, "1\n2"), (Some("b"), ""), (None, "[DONE]")]
-            .map(|(name, data)| Ok(SseEvent { name: name.map(str::to_owned), data: data.to_owned() }))
-            .to_vec()
+        [
+            (Some("a"), "{\"x\":\"é\"}"),
+            (None, "1\n2"),
+            (Some("b"), ""),
+            (None, "[DONE]"),
+        ]
+        .map(|(name, data)| {
+            Ok(SseEvent {
+                name: name.map(str::to_owned),
+                data: data.to_owned(),
+            })
+        })
+        .to_vec()
     }
 
     #[test]
@@ -210,12 +236,15 @@ mod tests {
     #[test]
     fn every_single_cut_gives_the_same_events() {
         for at in 0..TRANSCRIPT.len() {
-            assert_eq!(decode(cut(TRANSCRIPT.as_bytes(), vec![at]), 1024), expected(), "cut at {at}");
+            assert_eq!(
+                decode(cut(TRANSCRIPT.as_bytes(), vec![at]), 1024),
+                expected(),
+                "cut at {at}"
+            );
         }
     }
 
-    const BARE: &str =
-        "event: a\ndata: 1\n\n{\"error\": {\n  \"x\": [\n{\n}\n]\n}}\n\n{\"y\":1}\ndata: [DONE]\n\n{\"z\":2}";
+    const BARE: &str = "event: a\ndata: 1\n\n{\"error\": {\n  \"x\": [\n{\n}\n]\n}}\n\n{\"y\":1}\ndata: [DONE]\n\n{\"z\":2}";
 
     fn bare() -> Vec<Result<SseEvent, String>> {
         [
@@ -225,32 +254,62 @@ mod tests {
             (None, "[DONE]"),
             (None, "{\"z\":2}"),
         ]
-        .map(|(name, data)| Ok(SseEvent { name: name.map(str::to_owned), data: data.to_owned() }))
+        .map(|(name, data)| {
+            Ok(SseEvent {
+                name: name.map(str::to_owned),
+                data: data.to_owned(),
+            })
+        })
         .to_vec()
     }
 
     #[test]
     fn json_without_a_name_is_data() {
         for at in 0..BARE.len() {
-            assert_eq!(decode(cut(BARE.as_bytes(), vec![at]), 1024), bare(), "cut at {at}");
+            assert_eq!(
+                decode(cut(BARE.as_bytes(), vec![at]), 1024),
+                bare(),
+                "cut at {at}"
+            );
         }
-        assert_eq!(whole("{"), [Ok(SseEvent { name: None, data: "{".to_owned() })]);
+        assert_eq!(
+            whole("{"),
+            [Ok(SseEvent {
+                name: None,
+                data: "{".to_owned()
+            })]
+        );
         // A connection that breaks cuts it off.
-        let bytes =
-            stream::iter([Ok(Bytes::from_static(b"{")), Err(UpstreamError::Broken { timeout: false })]);
-        let all = events(bytes, 100).collect::<Vec<_>>().now_or_never().unwrap();
-        assert!(matches!(all[..], [Err(UpstreamError::Broken { timeout: false })]));
+        let bytes = stream::iter([
+            Ok(Bytes::from_static(b"{")),
+            Err(UpstreamError::Broken { timeout: false }),
+        ]);
+        let all = events(bytes, 100)
+            .collect::<Vec<_>>()
+            .now_or_never()
+            .unwrap();
+        assert!(matches!(
+            all[..],
+            [Err(UpstreamError::Broken { timeout: false })]
+        ));
     }
 
     #[test]
     fn an_event_at_the_limit_passes_and_one_byte_more_fails() {
         let text = "data: 12345\n\ndata: 12345\n\n";
         assert_eq!(decode(vec![text.as_bytes().to_vec()], 13).len(), 2);
-        assert!(decode(vec![text.as_bytes().to_vec()], 13).iter().all(Result::is_ok));
+        assert!(
+            decode(vec![text.as_bytes().to_vec()], 13)
+                .iter()
+                .all(Result::is_ok)
+        );
         let over = decode(vec![text.as_bytes().to_vec()], 12);
         assert_eq!(
             over[0],
-            Err("the upstream answered something unreadable: an event is longer than 12 bytes".into())
+            Err(
+                "the upstream answered something unreadable: an event is longer than 12 bytes"
+                    .into()
+            )
         );
     }
 
@@ -262,7 +321,11 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
             Ok(Bytes::from_static(b"data: 0123456789"))
         });
-        let first = events(endless, 1000).into_future().now_or_never().unwrap().0;
+        let first = events(endless, 1000)
+            .into_future()
+            .now_or_never()
+            .unwrap()
+            .0;
         assert!(matches!(first, Some(Err(UpstreamError::Protocol(_)))));
         assert!(pulled.load(Ordering::Relaxed) <= 65);
     }
@@ -274,15 +337,26 @@ mod tests {
             Err(UpstreamError::Broken { timeout: true }),
             Ok(Bytes::from_static(b"\n\n")),
         ]);
-        let all = events(bytes, 100).collect::<Vec<_>>().now_or_never().unwrap();
+        let all = events(bytes, 100)
+            .collect::<Vec<_>>()
+            .now_or_never()
+            .unwrap();
         assert_eq!(all.len(), 2);
-        assert!(matches!(all[1], Err(UpstreamError::Broken { timeout: true })));
+        assert!(matches!(
+            all[1],
+            Err(UpstreamError::Broken { timeout: true })
+        ));
     }
 
     #[test]
     fn invalid_utf8_is_an_error() {
         let all = decode(vec![b"data: \xff\n\ndata: 1\n\n".to_vec()], 100);
-        assert_eq!(all, [Err("the upstream answered something unreadable: an event is not UTF-8".into())]);
+        assert_eq!(
+            all,
+            [Err(
+                "the upstream answered something unreadable: an event is not UTF-8".into()
+            )]
+        );
     }
 
     proptest! {

@@ -18,12 +18,20 @@ impl<P> Default for StreamedParts<P> {
 impl<P: Ord> StreamedParts<P> {
     /// Adds text, or text of a refusal, to the part at `place`. By how many bytes the parts grew is the result.
     pub(super) fn grow(&mut self, place: P, more: &str, is_refusal: bool) -> usize {
-        let cost = if self.0.contains_key(&place) { 0 } else { PLACE_COST };
+        let cost = if self.0.contains_key(&place) {
+            0
+        } else {
+            PLACE_COST
+        };
         let part = self.0.entry(place).or_insert_with(|| {
             if is_refusal {
-                ContentPart::Refusal { refusal: String::new() }
+                ContentPart::Refusal {
+                    refusal: String::new(),
+                }
             } else {
-                ContentPart::Text { text: String::new() }
+                ContentPart::Text {
+                    text: String::new(),
+                }
             }
         });
         if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = part {

@@ -18,23 +18,29 @@ pub(super) const THREAD_TAG: &str = "threadkeeper_thread";
 pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     let mut tags = Map::new();
     tags.insert(THREAD_TAG.to_owned(), owner.thread.to_string().into());
-    let mut tag =
-        |name: &str, value: String| tags.insert(format!("threadkeeper_{name}"), Value::String(value));
+    let mut tag = |name: &str, value: String| {
+        tags.insert(format!("threadkeeper_{name}"), Value::String(value))
+    };
     tag("tenant", owner.names.tenant.clone());
     tag("user", owner.names.user.clone());
     if let Some((kind, name)) = &owner.names.scope {
         tag(kind, name.clone());
     }
     if let Some(expires_at) = owner.expires_at {
-        tag("expires_at", expires_at.to_rfc3339_opts(SecondsFormat::Secs, true));
+        tag(
+            "expires_at",
+            expires_at.to_rfc3339_opts(SecondsFormat::Secs, true),
+        );
     }
     tags
 }
 
 /// The caller's pairs and our tag, which no pair of the caller can replace.
 pub(super) fn run_tags(run: RunId, metadata: &Metadata) -> Map<String, Value> {
-    let mut tags: Map<String, Value> =
-        metadata.iter().map(|(key, value)| (key.to_owned(), value.into())).collect();
+    let mut tags: Map<String, Value> = metadata
+        .iter()
+        .map(|(key, value)| (key.to_owned(), value.into()))
+        .collect();
     tags.insert(RUN_TAG.to_owned(), run.to_string().into());
     tags
 }
@@ -97,7 +103,9 @@ pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain:
         thread_id: ThreadId::new(),
         position: 1,
         role,
-        content: vec![ContentPart::Text { text: text.to_owned() }],
+        content: vec![ContentPart::Text {
+            text: text.to_owned(),
+        }],
         run_id: None,
         upstream_message_id: None,
         sync: UpstreamSync::Missing,
@@ -124,7 +132,14 @@ mod tests {
         owner.names.scope = None;
         owner.expires_at = None;
         let keys: Vec<String> = thread_tags(&owner).keys().cloned().collect();
-        assert_eq!(keys, ["threadkeeper_tenant", "threadkeeper_thread", "threadkeeper_user"]);
+        assert_eq!(
+            keys,
+            [
+                "threadkeeper_tenant",
+                "threadkeeper_thread",
+                "threadkeeper_user"
+            ]
+        );
     }
 
     #[test]
@@ -132,10 +147,18 @@ mod tests {
         let configured = json!({"stream": false, "store": false, "temperature": 1, "top_p": null});
         let parameters_for = |kind| {
             let mut assistant = AssistantConfig::default();
-            assistant.parameters.clone_from(configured.as_object().unwrap());
+            assistant
+                .parameters
+                .clone_from(configured.as_object().unwrap());
             Value::Object(body_of(&assistant, kind))
         };
-        assert_eq!(parameters_for(UpstreamKind::Responses), json!({"temperature": 1}));
-        assert_eq!(parameters_for(UpstreamKind::Assistants), json!({"store": false, "temperature": 1}));
+        assert_eq!(
+            parameters_for(UpstreamKind::Responses),
+            json!({"temperature": 1})
+        );
+        assert_eq!(
+            parameters_for(UpstreamKind::Assistants),
+            json!({"store": false, "temperature": 1})
+        );
     }
 }

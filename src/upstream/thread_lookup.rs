@@ -34,7 +34,10 @@ pub(super) async fn find(
     let mut found = Vec::new();
     let mut after: Option<String> = None;
     for _ in 0..MAX_PAGES {
-        let page = match calls.page::<Listed>(&[path], "desc", after.as_deref()).await {
+        let page = match calls
+            .page::<Listed>(&[path], "desc", after.as_deref())
+            .await
+        {
             Ok(page) => page,
             Err(error) if is_not_for_us(&error) => return Ok(None),
             Err(error) => return Err(error),
@@ -45,26 +48,41 @@ pub(super) async fn find(
             return Ok(Some(found));
         }
         let is_of = |listed: &Listed| {
-            listed.metadata.as_ref().and_then(|tags| tags.get(THREAD_TAG)?.as_str()) == Some(&of)
+            listed
+                .metadata
+                .as_ref()
+                .and_then(|tags| tags.get(THREAD_TAG)?.as_str())
+                == Some(&of)
         };
         let of_it = page.data.into_iter().filter(is_of).map(|listed| listed.id);
-        found.extend(of_it.filter(|id| id.len() <= MAX_ID_BYTES).take(MAX_FOUND).map(UpstreamThreadId));
+        found.extend(
+            of_it
+                .filter(|id| id.len() <= MAX_ID_BYTES)
+                .take(MAX_FOUND)
+                .map(UpstreamThreadId),
+        );
         if found.len() > MAX_FOUND {
-            return Err(UpstreamError::Protocol("too many threads have the same tag".to_owned()));
+            return Err(UpstreamError::Protocol(
+                "too many threads have the same tag".to_owned(),
+            ));
         }
         if last.is_none() {
             return Ok(Some(found));
         }
         after = last;
     }
-    tracing::warn!("the upstream lists too many threads to look for one by its tags in all of them");
+    tracing::warn!(
+        "the upstream lists too many threads to look for one by its tags in all of them"
+    );
     Ok(Some(found).filter(|found| !found.is_empty()))
 }
 
 /// The list does not exist, or the key has no right to it.
 fn is_not_for_us(error: &UpstreamError) -> bool {
     match error {
-        UpstreamError::Refused { code: Some(code), .. } if code == "missing_scope" => true,
+        UpstreamError::Refused {
+            code: Some(code), ..
+        } if code == "missing_scope" => true,
         UpstreamError::Refused { status: 403, .. } => true,
         error => is_not_offered(error),
     }

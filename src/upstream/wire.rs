@@ -49,7 +49,10 @@ pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunErro
         _ => return None,
     };
     let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
-    Some(RunError { code: RunErrorCode::UpstreamFailed, message })
+    Some(RunError {
+        code: RunErrorCode::UpstreamFailed,
+        message,
+    })
 }
 
 /// The word that says why a run failed or is incomplete.
@@ -66,8 +69,13 @@ pub(super) fn failure_code(
 pub(super) fn usage(counts: &Map<String, Value>, input: &str, output: &str) -> Option<Usage> {
     let count = |name: &str| counts.get(name).and_then(Value::as_u64);
     let (input_tokens, output_tokens) = (count(input)?, count(output)?);
-    let total_tokens = count("total_tokens").unwrap_or_else(|| input_tokens.saturating_add(output_tokens));
-    Some(Usage { input_tokens, output_tokens, total_tokens })
+    let total_tokens =
+        count("total_tokens").unwrap_or_else(|| input_tokens.saturating_add(output_tokens));
+    Some(Usage {
+        input_tokens,
+        output_tokens,
+        total_tokens,
+    })
 }
 
 /// Reads any value; what does not have the form of `T` counts as absent.

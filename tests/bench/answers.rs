@@ -38,7 +38,11 @@ pub(crate) struct Answers {
 impl Answers {
     /// Latencies are those of messages sent within the time, whenever they were answered.
     /// The [rate](Self::rate) counts all replies that came within the time.
-    pub(crate) fn within(from: Instant, time: Duration, asked: impl Iterator<Item = Asked>) -> Self {
+    pub(crate) fn within(
+        from: Instant,
+        time: Duration,
+        asked: impl Iterator<Item = Asked>,
+    ) -> Self {
         let (mut taken, mut first, mut refused, mut failed) = (vec![], vec![], vec![], vec![]);
         let (mut turns, mut odd) = (0, 0);
         let within = from..=from + time;
@@ -60,7 +64,15 @@ impl Answers {
         }
         let [taken, first, refused, failed] =
             [taken, first, refused, failed].map(|durations| durations.into_iter().collect());
-        Self { taken, first, refused, failed, turns, time, odd }
+        Self {
+            taken,
+            first,
+            refused,
+            failed,
+            turns,
+            time,
+            odd,
+        }
     }
 
     /// Messages that were sent.

@@ -39,7 +39,10 @@ pub(crate) async fn report(args: &Args, database: Kind) {
         sleep(CALM).await;
     }
     for (load, rounds) in loads {
-        println!("{database:?}, {:.0} % of the rate of {AT_ONCE} callers in a closed loop:", load * 100.0);
+        println!(
+            "{database:?}, {:.0} % of the rate of {AT_ONCE} callers in a closed loop:",
+            load * 100.0
+        );
         print(&rounds);
     }
 }
@@ -66,6 +69,9 @@ fn print(rounds: &[Round]) {
         of(|it| count(it.failed.len() + it.odd))
     );
     if rounds.iter().any(|round| round.answers.refused.len() > 0) {
-        println!("  time from arrival to the refusal: p99 {:.0} µs", of(|it| micros(it.refused.p99())));
+        println!(
+            "  time from arrival to the refusal: p99 {:.0} µs",
+            of(|it| micros(it.refused.p99()))
+        );
     }
 }

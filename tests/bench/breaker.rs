@@ -28,11 +28,19 @@ struct Weather {
 }
 
 const fn steady(name: &'static str, percent: u8) -> Weather {
-    Weather { name, percent, bursts: None }
+    Weather {
+        name,
+        percent,
+        bursts: None,
+    }
 }
 
 const fn bursts(name: &'static str, percent: u8, down: u64, up: u64) -> Weather {
-    Weather { name, percent, bursts: Some((Duration::from_secs(down), Duration::from_secs(up))) }
+    Weather {
+        name,
+        percent,
+        bursts: Some((Duration::from_secs(down), Duration::from_secs(up))),
+    }
 }
 
 const WEATHERS: [Weather; 9] = [
@@ -52,7 +60,10 @@ pub(crate) async fn report(args: &Args, database: Kind) {
         // At the same time, so that both meet the same machine.
         let (mut with, mut without) = (vec![], vec![]);
         for _ in 0..args.rounds {
-            let runs = (run(args, database, &weather, true), run(args, database, &weather, false));
+            let runs = (
+                run(args, database, &weather, true),
+                run(args, database, &weather, false),
+            );
             let (one, other) = tokio::join!(runs.0, runs.1);
             with.push(one);
             without.push(other);
@@ -80,13 +91,19 @@ fn told(rounds: &[Answers]) -> String {
 }
 
 async fn run(args: &Args, database: Kind, weather: &Weather, breaker: bool) -> Answers {
-    let upstream = if breaker { "" } else { "breaker_min_requests = 0" };
+    let upstream = if breaker {
+        ""
+    } else {
+        "breaker_min_requests = 0"
+    };
     let simulator = ["--latency", LATENCY];
     let setting = Setting::with_upstream(database, !args.share, &simulator, "", upstream).await;
     let callers = Callers::new(setting.gateway.address, USERS).who_pause(PAUSE);
     callers.each_once().await;
     let mut control = Connection::open(setting.simulator.address).await;
-    let time = weather.bursts.map_or(args.time, |(down, up)| args.time.max(down + up));
+    let time = weather
+        .bursts
+        .map_or(args.time, |(down, up)| args.time.max(down + up));
     let fails = async {
         let Some((down, up)) = weather.bursts else {
             set_fault(&mut control, Some(weather.percent)).await;
@@ -112,7 +129,10 @@ async fn set_fault(control: &mut Connection, percent: Option<u8>) {
     let (method, body) = match percent {
         Some(percent) => (
             "POST",
-            format!("{{\"on\":\"any\",\"fault\":\"status=503 chance={percent}\",\"times\":{}}}", u32::MAX),
+            format!(
+                "{{\"on\":\"any\",\"fault\":\"status=503 chance={percent}\",\"times\":{}}}",
+                u32::MAX
+            ),
         ),
         None => ("DELETE", String::new()),
     };

@@ -74,7 +74,10 @@ impl Callers {
     }
 
     pub(crate) fn with_head(self, head: &str) -> Self {
-        Self { head: head.to_owned(), ..self }
+        Self {
+            head: head.to_owned(),
+            ..self
+        }
     }
 
     pub(crate) fn who_say(self, content: String) -> Self {
@@ -82,17 +85,26 @@ impl Callers {
     }
 
     pub(crate) fn who_ask_for(&self, form: Form) -> Self {
-        Self { form, ..self.clone() }
+        Self {
+            form,
+            ..self.clone()
+        }
     }
 
     /// To the same gateway by way of a proxy.
     pub(crate) fn who_go_by(&self, proxy: SocketAddr) -> Self {
-        Self { address: proxy, ..self.clone() }
+        Self {
+            address: proxy,
+            ..self.clone()
+        }
     }
 
     /// Requests of another kind than messages to the gateway.
     pub(crate) fn who_send(self, requests: Requests) -> Self {
-        Self { requests: Some(requests), ..self }
+        Self {
+            requests: Some(requests),
+            ..self
+        }
     }
 
     pub(crate) fn who_pause(self, pause: Duration) -> Self {
@@ -108,7 +120,11 @@ impl Callers {
             tasks.spawn(async move {
                 let mut connection = callers.connect().await;
                 for _ in 0..share {
-                    assert_eq!(connection.ask(&callers.message()).await, Some(200), "a first message");
+                    assert_eq!(
+                        connection.ask(&callers.message()).await,
+                        Some(200),
+                        "a first message"
+                    );
                 }
             });
         }
@@ -158,7 +174,9 @@ impl Callers {
                 let (mut connection, mut asked) = (this.connect().await, Vec::new());
                 ready.wait().await;
                 loop {
-                    let Some(due) = arrivals.lock().await.recv().await else { return asked };
+                    let Some(due) = arrivals.lock().await.recv().await else {
+                        return asked;
+                    };
                     asked.push(connection.timed(&this.message(), due).await);
                 }
             });
@@ -187,7 +205,11 @@ impl Callers {
             Form::Stream => "accept: text/event-stream\r\n".to_owned(),
         };
         let body = format!("{{\"content\":\"{}\"}}", self.content);
-        post(&format!("/v1/users/{user}/messages"), &format!("{}{more}", self.head), &body)
+        post(
+            &format!("/v1/users/{user}/messages"),
+            &format!("{}{more}", self.head),
+            &body,
+        )
     }
 }
 

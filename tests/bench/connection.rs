@@ -30,13 +30,23 @@ impl Connection {
     pub(crate) async fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.unwrap();
         stream.set_nodelay(true).unwrap();
-        Self { address, stream, buffer: Vec::with_capacity(4096), first: None }
+        Self {
+            address,
+            stream,
+            buffer: Vec::with_capacity(4096),
+            first: None,
+        }
     }
 
     /// The same as `ask`, and when. `since`: when the message was to be sent.
     pub(crate) async fn timed(&mut self, message: &str, since: Instant) -> Asked {
         let status = self.ask(message).await;
-        let asked = Asked { status, since, first: self.first, until: Instant::now() };
+        let asked = Asked {
+            status,
+            since,
+            first: self.first,
+            until: Instant::now(),
+        };
         if status.is_none() {
             *self = Self::open(self.address).await;
         }
@@ -109,7 +119,11 @@ fn whole_answer_in(bytes: &[u8]) -> Option<u16> {
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(": ")?;
         // A proxy writes it in capitals.
-        if name.eq_ignore_ascii_case("content-length") { value.parse::<usize>().ok() } else { None }
+        if name.eq_ignore_ascii_case("content-length") {
+            value.parse::<usize>().ok()
+        } else {
+            None
+        }
     });
     let is_whole = match length {
         Some(length) => bytes.len() >= begin + length,

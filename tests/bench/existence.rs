@@ -13,8 +13,11 @@ const OWNER: &str = "the-key-of-one-tenant-of-two";
 const OTHER: &str = "the-key-of-the-other-tenant";
 
 /// What somebody of another tenant asks for: `{}` is an id.
-const QUESTIONS: [&str; 3] =
-    ["/v1/users/alice/runs/{}", "/v1/users/alice/runs/{}/events", "/v1/threads/{}/messages"];
+const QUESTIONS: [&str; 3] = [
+    "/v1/users/alice/runs/{}",
+    "/v1/users/alice/runs/{}/events",
+    "/v1/threads/{}/messages",
+];
 
 pub(crate) async fn report(args: &Args, database: Kind) {
     let settings = format!(
@@ -28,11 +31,19 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     assert_eq!(connection.ask(&message).await, Some(200));
     let answer: serde_json::Value = serde_json::from_slice(connection.body()).unwrap();
     for question in QUESTIONS {
-        let kind = if question.contains("threads") { "thread" } else { "run" };
+        let kind = if question.contains("threads") {
+            "thread"
+        } else {
+            "run"
+        };
         let id = answer[kind]["id"].as_str().unwrap();
         let [there, absent, control] = compare(args, &mut connection, question, id).await;
         let longer = |times: &[Duration]| {
-            let longer = times.iter().zip(&absent).filter(|(one, other)| one > other).count();
+            let longer = times
+                .iter()
+                .zip(&absent)
+                .filter(|(one, other)| one > other)
+                .count();
             100.0 * count(longer) / count(times.len())
         };
         let half = |times: &[Duration]| micros(times.iter().copied().collect::<Durations>().p50());
@@ -68,7 +79,12 @@ async fn compare(
         }
         for at in (0..3).map(|at| (first + at) % 3) {
             let since = Instant::now();
-            assert_eq!(connection.ask(&requests[at]).await, Some(404), "{}", requests[at]);
+            assert_eq!(
+                connection.ask(&requests[at]).await,
+                Some(404),
+                "{}",
+                requests[at]
+            );
             times[at].push(since.elapsed());
         }
     }

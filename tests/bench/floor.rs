@@ -31,10 +31,14 @@ pub(crate) async fn report(args: &Args) {
     };
     let database = Kind::Postgres.database().await;
     database.execute(include_str!("floor.sql")).await;
-    println!("Postgres: a commit takes {:.0} µs", micros(commit_latency(&database).await));
+    println!(
+        "Postgres: a commit takes {:.0} µs",
+        micros(commit_latency(&database).await)
+    );
     for clients in CLIENTS {
-        let rounds: Vec<Floor> =
-            (0..args.rounds).map(|_| measure(args, &pgbench, &database, clients)).collect();
+        let rounds: Vec<Floor> = (0..args.rounds)
+            .map(|_| measure(args, &pgbench, &database, clients))
+            .collect();
         println!("Postgres, two calls a turn by pgbench, {clients} at once:");
         println!(
             "  {:.0} turns/s; time of a turn: mean {:.0} µs",
@@ -53,15 +57,32 @@ fn pgbench() -> Option<PathBuf> {
 
 fn measure(args: &Args, pgbench: &Path, database: &TestDatabase, clients: usize) -> Floor {
     let mut command = Command::new(pgbench);
-    command.args(["-n", "-M", "prepared", "-j", "1", "-c", &clients.to_string()]);
-    command.args(["-T", &args.time.as_secs().max(1).to_string(), "-f"]).arg(SCRIPT).arg(database.url());
+    command.args([
+        "-n",
+        "-M",
+        "prepared",
+        "-j",
+        "1",
+        "-c",
+        &clients.to_string(),
+    ]);
+    command
+        .args(["-T", &args.time.as_secs().max(1).to_string(), "-f"])
+        .arg(SCRIPT)
+        .arg(database.url());
     let output = command.output().unwrap();
-    let (told, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (told, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
     assert!(output.status.success(), "pgbench failed: {errors}");
     let number = |label: &str| {
         let rest = told.lines().find_map(|line| line.strip_prefix(label))?;
         rest.split(' ').next()?.parse().ok()
     };
     let (rate, latency) = (number("tps = "), number("latency average = "));
-    Floor { rate: rate.unwrap(), latency: latency.unwrap() }
+    Floor {
+        rate: rate.unwrap(),
+        latency: latency.unwrap(),
+    }
 }

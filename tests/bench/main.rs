@@ -3,7 +3,11 @@
 //! A gateway and a simulator as processes of their own, a database of its own, callers in this process. Nothing here
 //! passes or fails. What it prints holds for this machine at this moment: compare figures of one run only.
 
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a report; what goes wrong ends it")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a report; what goes wrong ends it"
+)]
 
 mod answers;
 mod arrivals;
@@ -99,8 +103,14 @@ fn main() {
     if cfg!(debug_assertions) {
         println!("This is a build for debugging: the figures mean nothing.");
     }
-    let what = if args.what.is_empty() { What::value_variants() } else { &args.what };
-    let databases = args.database.map_or(vec![Kind::Sqlite, Kind::Postgres], |one| vec![one]);
+    let what = if args.what.is_empty() {
+        What::value_variants()
+    } else {
+        &args.what
+    };
+    let databases = args
+        .database
+        .map_or(vec![Kind::Sqlite, Kind::Postgres], |one| vec![one]);
     process::raise_open_files();
     if !args.share {
         process::stay_on("0");
@@ -112,7 +122,10 @@ fn main() {
         process::leave_the_first_processor();
     }
     // Made after the processors were chosen, so that its threads keep to them.
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     for database in databases {
         for what in what {
             match what {

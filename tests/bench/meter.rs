@@ -36,16 +36,24 @@ impl Work {
         if setting.kind == Kind::Postgres {
             let database = &setting.database;
             let wal = "SELECT CAST(pg_current_wal_insert_lsn() - '0/0' AS bigint)";
-            let commits = "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)";
+            let commits =
+                "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)";
             if is_server_ours() {
-                let pids = database.texts("SELECT CAST(pid AS text) FROM pg_stat_activity").await;
+                let pids = database
+                    .texts("SELECT CAST(pid AS text) FROM pg_stat_activity")
+                    .await;
                 work.postgres = pids.iter().map(|pid| cpu_of(pid)).sum();
             }
             work.wal = database.number(wal).await;
             work.commits = database.number(commits).await;
         }
         let (gateway, simulator) = (setting.gateway.cpu(), setting.simulator.cpu());
-        Self { gateway, simulator, callers: cpu_of("self"), ..work }
+        Self {
+            gateway,
+            simulator,
+            callers: cpu_of("self"),
+            ..work
+        }
     }
 
     pub(crate) fn since(self, before: Self) -> Self {
@@ -64,7 +72,9 @@ impl Work {
 pub(crate) async fn size(setting: &Setting) -> i64 {
     let size = match setting.kind {
         Kind::Postgres => "SELECT pg_database_size(current_database())",
-        Kind::Sqlite => "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()",
+        Kind::Sqlite => {
+            "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
+        }
     };
     setting.database.number(size).await
 }
@@ -77,15 +87,22 @@ pub(crate) async fn commit_latency(database: &TestDatabase) -> Duration {
         let mut file = tempfile::tempfile().unwrap();
         for _ in 0..COMMITS {
             let begun = Instant::now();
-            file.write_all(&[0; 4096]).and_then(|()| file.sync_data()).unwrap();
+            file.write_all(&[0; 4096])
+                .and_then(|()| file.sync_data())
+                .unwrap();
             took.push(begun.elapsed());
         }
     } else {
-        database.execute("CREATE TABLE bench_commits (n integer)").await;
+        database
+            .execute("CREATE TABLE bench_commits (n integer)")
+            .await;
         let mut connection = PgConnection::connect(&database.url()).await.unwrap();
         for _ in 0..COMMITS {
             let begun = Instant::now();
-            sqlx::query("INSERT INTO bench_commits VALUES (1)").execute(&mut connection).await.unwrap();
+            sqlx::query("INSERT INTO bench_commits VALUES (1)")
+                .execute(&mut connection)
+                .await
+                .unwrap();
             took.push(begun.elapsed());
         }
         database.execute("DROP TABLE bench_commits").await;

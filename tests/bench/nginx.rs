@@ -55,26 +55,43 @@ pub(crate) fn binary() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Not everybody's PATH names the folder where Debian puts it.
     let folders = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
-    folders.map(|folder| folder.join("nginx")).find(|file| file.is_file())
+    folders
+        .map(|folder| folder.join("nginx"))
+        .find(|file| file.is_file())
 }
 
 impl Nginx {
     /// Starts it and waits until it takes connections.
     pub(crate) fn start(binary: &Path, gateway: SocketAddr) -> Self {
         // It cannot say which port it was given, so it gets one that was free a moment ago.
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap();
+        let address = TcpListener::bind("127.0.0.1:0")
+            .and_then(|free| free.local_addr())
+            .unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let config = CONFIG.replace("GATEWAY", &gateway.to_string()).replace("LISTEN", &address.to_string());
+        let config = CONFIG
+            .replace("GATEWAY", &gateway.to_string())
+            .replace("LISTEN", &address.to_string());
         let file = folder.path().join("nginx.conf");
         std::fs::write(&file, config).unwrap();
         let mut command = Command::new(binary);
-        command.arg("-p").arg(folder.path()).arg("-c").arg(&file).args(["-e", "stderr"]);
-        let mut nginx =
-            Self { child: command.stdin(Stdio::null()).spawn().unwrap(), address, _folder: folder };
+        command
+            .arg("-p")
+            .arg(folder.path())
+            .arg("-c")
+            .arg(&file)
+            .args(["-e", "stderr"]);
+        let mut nginx = Self {
+            child: command.stdin(Stdio::null()).spawn().unwrap(),
+            address,
+            _folder: folder,
+        };
         let begun = Instant::now();
         while TcpStream::connect(address).is_err() {
             let ended = nginx.child.try_wait().unwrap();
-            assert!(ended.is_none() && begun.elapsed() < STARTUP, "nginx did not start");
+            assert!(
+                ended.is_none() && begun.elapsed() < STARTUP,
+                "nginx did not start"
+            );
             sleep(Duration::from_millis(10));
         }
         nginx

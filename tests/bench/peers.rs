@@ -25,11 +25,17 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     if proxy.is_none() {
         println!("nginx is not installed: there is no proxy to compare with");
     }
-    let mut peers = vec![("the simulator alone".to_owned(), callers_of_the_upstream(&setting).await)];
+    let mut peers = vec![(
+        "the simulator alone".to_owned(),
+        callers_of_the_upstream(&setting).await,
+    )];
     for form in &args.form {
         let callers = callers.who_ask_for(*form);
         if let Some(proxy) = &proxy {
-            peers.push((format!("{form:?}, nginx and the gateway"), callers.who_go_by(proxy.address)));
+            peers.push((
+                format!("{form:?}, nginx and the gateway"),
+                callers.who_go_by(proxy.address),
+            ));
         }
         peers.push((format!("{form:?}, the gateway"), callers));
     }
@@ -75,7 +81,10 @@ async fn callers_of_the_upstream(setting: &Setting) -> Callers {
     let mut connection = Connection::open(address).await;
     let mut conversations = Vec::with_capacity(USERS);
     for _ in 0..USERS {
-        assert_eq!(connection.ask(&post("/v1/conversations", KEY, "{}")).await, Some(200));
+        assert_eq!(
+            connection.ask(&post("/v1/conversations", KEY, "{}")).await,
+            Some(200)
+        );
         let conversation: Value = serde_json::from_slice(connection.body()).unwrap();
         conversations.push(conversation["id"].as_str().unwrap().to_owned());
     }

@@ -15,20 +15,35 @@ impl Process {
     /// Starts the gateway's binary and waits until it says where it listens. `alone`: on the first processor.
     pub(crate) fn start(args: &[&str], environment: &[(&str, String)], alone: bool) -> Self {
         let binary = env!("CARGO_BIN_EXE_threadkeeper");
-        let mut command = if alone { Command::new("taskset") } else { Command::new(binary) };
+        let mut command = if alone {
+            Command::new("taskset")
+        } else {
+            Command::new(binary)
+        };
         if alone {
             command.args(["-c", "0", binary]);
         }
-        command.args(args).envs(environment.iter().map(|(name, value)| (name, value)));
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        command
+            .args(args)
+            .envs(environment.iter().map(|(name, value)| (name, value)));
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut seen = Vec::new();
         let address = lines.by_ref().map_while(Result::ok).find_map(|line| {
-            let address = line.contains("listening").then(|| address_in(&line)).flatten();
+            let address = line
+                .contains("listening")
+                .then(|| address_in(&line))
+                .flatten();
             seen.push(line);
             address
         });
-        let Some(address) = address else { panic!("it did not start:\n{}", seen.join("\n")) };
+        let Some(address) = address else {
+            panic!("it did not start:\n{}", seen.join("\n"))
+        };
         // It must not block on a pipe that nobody empties.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Self { child, address }
@@ -41,8 +56,11 @@ impl Process {
 
     /// Its resident memory in KiB. What it shares with other processes counts in part.
     pub(crate) fn memory(&self) -> f64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).unwrap();
-        let pss = text.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+        let text =
+            std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).unwrap();
+        let pss = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
         pss.unwrap().parse().unwrap()
     }
 }
@@ -50,7 +68,9 @@ impl Process {
 /// The processor time that a process has used; none if it is gone.
 pub(crate) fn cpu_of(pid: &str) -> Duration {
     // The kernel's own count of the time on a processor, in nanoseconds, for each thread.
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
     let nanos = threads.filter_map(|thread| {
         let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
         text.split(' ').next()?.parse::<u64>().ok()
@@ -67,7 +87,11 @@ impl Drop for Process {
 
 fn address_in(line: &str) -> Option<SocketAddr> {
     let from = line.find("127.0.0.1:")?;
-    line[from..].split(|c: char| !c.is_ascii_digit() && c != '.' && c != ':').next()?.parse().ok()
+    line[from..]
+        .split(|c: char| !c.is_ascii_digit() && c != '.' && c != ':')
+        .next()?
+        .parse()
+        .ok()
 }
 
 /// Keeps this process, and what it starts, to all processors but the first.
@@ -80,8 +104,14 @@ pub(crate) fn leave_the_first_processor() {
 /// Keeps this process, and what it starts from now on, to these processors.
 pub(crate) fn stay_on(processors: &str) {
     let own = std::process::id().to_string();
-    let moved = Command::new("taskset").args(["-acp", processors, &own]).stdout(Stdio::null()).status();
-    assert!(moved.is_ok_and(|status| status.success()), "processors cannot be chosen here: try --share");
+    let moved = Command::new("taskset")
+        .args(["-acp", processors, &own])
+        .stdout(Stdio::null())
+        .status();
+    assert!(
+        moved.is_ok_and(|status| status.success()),
+        "processors cannot be chosen here: try --share"
+    );
 }
 
 /// Lets this process, and what it starts from now on, open as many files as the system lets them.
@@ -89,7 +119,11 @@ pub(crate) fn raise_open_files() {
     let [_, most] = limits_of_open_files();
     let own = std::process::id().to_string();
     // Where that is not installed, fewer files have to do.
-    drop(Command::new("prlimit").args(["--pid", &own, &format!("--nofile={most}:{most}")]).output());
+    drop(
+        Command::new("prlimit")
+            .args(["--pid", &own, &format!("--nofile={most}:{most}")])
+            .output(),
+    );
 }
 
 /// How many files this process, and what it has started, may open.
@@ -101,7 +135,12 @@ pub(crate) fn open_files() -> usize {
 /// The limit that holds, and the highest one that can be set.
 fn limits_of_open_files() -> [usize; 2] {
     let text = std::fs::read_to_string("/proc/self/limits").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
-    let mut limits = line.split_whitespace().map_while(|limit| limit.parse().ok());
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .unwrap();
+    let mut limits = line
+        .split_whitespace()
+        .map_while(|limit| limit.parse().ok());
     [limits.next().unwrap(), limits.next().unwrap()]
 }

@@ -17,9 +17,24 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     let known = format!("authorization: Bearer {KEY}\r\n");
     let kinds: [(&str, &str, &str, usize); 4] = [
         ("no key", &keys, "", 0),
-        ("too many requests of a user", "[limits]\nuser_messages = \"1/d\"\n", "", 0),
-        ("too large a body", "[server]\nmax_body_bytes = 16384\n", "", 100_000),
-        ("no free seat", &format!("{keys}[runs]\nmax_runs = 1\n"), &known, 0),
+        (
+            "too many requests of a user",
+            "[limits]\nuser_messages = \"1/d\"\n",
+            "",
+            0,
+        ),
+        (
+            "too large a body",
+            "[server]\nmax_body_bytes = 16384\n",
+            "",
+            100_000,
+        ),
+        (
+            "no free seat",
+            &format!("{keys}[runs]\nmax_runs = 1\n"),
+            &known,
+            0,
+        ),
     ];
     for (name, settings, head, length) in kinds {
         let setting = Setting::new(database, !args.share, &["--latency", "1m"], settings).await;
@@ -38,6 +53,9 @@ pub(crate) async fn report(args: &Args, database: Kind) {
             let cpu = setting.gateway.cpu().saturating_sub(before);
             costs.push(micros(cpu) / count(answers.refused.len()));
         }
-        println!("{database:?}, {name}: {:.0} µs of processor time", median(costs));
+        println!(
+            "{database:?}, {name}: {:.0} µs of processor time",
+            median(costs)
+        );
     }
 }

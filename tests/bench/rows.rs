@@ -30,7 +30,9 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     let mut rounds = vec![];
     for _ in 0..args.rounds {
         let free = others.keep_asking(AT_ONCE, args.time).await;
-        let mut holder = PgConnection::connect(&setting.database.url()).await.unwrap();
+        let mut holder = PgConnection::connect(&setting.database.url())
+            .await
+            .unwrap();
         holder.execute(LOCK).await.unwrap();
         let (mut waits, locked, begun) = (JoinSet::new(), locked.clone(), Instant::now());
         waits.spawn(async move { (locked.ask().await, begun.elapsed()) });
@@ -44,7 +46,10 @@ pub(crate) async fn report(args: &Args, database: Kind) {
         rounds.push((free, beside));
     }
     let of = |figure: fn(&Answers) -> f64| {
-        (median_of(&rounds, |(free, _)| figure(free)), median_of(&rounds, |(_, beside)| figure(beside)))
+        (
+            median_of(&rounds, |(free, _)| figure(free)),
+            median_of(&rounds, |(_, beside)| figure(beside)),
+        )
     };
     let (free, beside) = of(Answers::rate);
     let ratio = median_of(&rounds, |(free, beside)| beside.rate() / free.rate());

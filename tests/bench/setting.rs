@@ -10,8 +10,13 @@ use super::database::TestDatabase;
 use super::process::Process;
 
 /// As safe as a server is where nobody has set anything, and on a disk.
-const DURABLE: [&str; 5] =
-    ["fsync=on", "full_page_writes=on", "autovacuum=on", "synchronous_commit=on", "max_connections=100"];
+const DURABLE: [&str; 5] = [
+    "fsync=on",
+    "full_page_writes=on",
+    "autovacuum=on",
+    "synchronous_commit=on",
+    "max_connections=100",
+];
 
 /// Where the gateway keeps its record.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
@@ -67,7 +72,11 @@ impl Setting {
         upstream: &str,
     ) -> Self {
         let database = kind.database().await;
-        let args = [&["simulate", "--listen", "127.0.0.1:0", "--recorded", "0"], simulator].concat();
+        let args = [
+            &["simulate", "--listen", "127.0.0.1:0", "--recorded", "0"],
+            simulator,
+        ]
+        .concat();
         let simulator = Process::start(&args, &[], false);
         let config = format!(
             "{more}\n[upstreams.simulator]\nkind = \"responses\"\nbase_url = \"http://{}/v1\"\napi_key = \"sk-bench\"\n\
@@ -77,9 +86,21 @@ impl Setting {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("gateway.toml");
         std::fs::write(&file, config).unwrap();
-        let args = ["serve", "--listen", "127.0.0.1:0", "--config", file.to_str().unwrap()];
+        let args = [
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--config",
+            file.to_str().unwrap(),
+        ];
         let gateway = Process::start(&args, &[("THREADKEEPER_STORE__URL", database.url())], alone);
-        Self { kind, gateway, simulator, database, _folder: folder }
+        Self {
+            kind,
+            gateway,
+            simulator,
+            database,
+            _folder: folder,
+        }
     }
 
     /// Callers who have talked with the assistant before.

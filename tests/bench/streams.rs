@@ -19,7 +19,11 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     let most = open_files().saturating_sub(OTHER_FILES) / 2;
     let streams = args.streams.min(most);
     if streams < args.streams {
-        println!("a process may open {} files: {streams} streams in place of {}", open_files(), args.streams);
+        println!(
+            "a process may open {} files: {streams} streams in place of {}",
+            open_files(),
+            args.streams
+        );
     }
     let connections = streams + OTHER_FILES;
     let limits = format!(
@@ -36,7 +40,10 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     let opened = open.len();
     while open.try_join_next().is_some() {}
     println!("{database:?}, streams that get a word a second:");
-    println!("  {opened} opened, {refused} refused, {} open at the end", open.len());
+    println!(
+        "  {opened} opened, {refused} refused, {} open at the end",
+        open.len()
+    );
     println!(
         "  resident memory of the gateway: {:.0} KiB before and {:.0} KiB with them, {:.1} KiB a stream",
         before,

@@ -12,11 +12,20 @@ pub(crate) const USERS: usize = 4000;
 pub(crate) async fn report(args: &Args, database: Kind) {
     let setting = Setting::new(database, !args.share, &[], "").await;
     let callers = setting.known_callers(USERS).await;
-    println!("{database:?}: a commit takes {:.0} µs", micros(commit_latency(&setting.database).await));
+    println!(
+        "{database:?}: a commit takes {:.0} µs",
+        micros(commit_latency(&setting.database).await)
+    );
     for form in &args.form {
         let (before, mut turns) = (size(&setting).await, 0);
         for at_once in &args.callers {
-            turns += measure(args, &setting, &callers.who_ask_for(*form), (*form, *at_once)).await;
+            turns += measure(
+                args,
+                &setting,
+                &callers.who_ask_for(*form),
+                (*form, *at_once),
+            )
+            .await;
         }
         let grown = number(size(&setting).await - before) / count(turns);
         println!("{database:?}, {form:?}: the database grows by {grown:.0} bytes a turn");
@@ -24,7 +33,12 @@ pub(crate) async fn report(args: &Args, database: Kind) {
 }
 
 /// Gives the number of turns that were made.
-async fn measure(args: &Args, setting: &Setting, callers: &Callers, (form, at_once): (Form, usize)) -> usize {
+async fn measure(
+    args: &Args,
+    setting: &Setting,
+    callers: &Callers,
+    (form, at_once): (Form, usize),
+) -> usize {
     let mut rounds = vec![];
     for _ in 0..args.rounds {
         let before = Work::of(setting).await;
@@ -42,9 +56,15 @@ async fn measure(args: &Args, setting: &Setting, callers: &Callers, (form, at_on
 fn print(rounds: &[(Answers, Work)], database: Kind) {
     let of = |figure: fn(&Answers) -> f64| median_of(rounds, |(answers, _)| figure(answers));
     let a_turn = |figure: fn(&Work) -> f64| {
-        median_of(rounds, |(answers, work)| figure(work) / count(answers.taken.len()))
+        median_of(rounds, |(answers, work)| {
+            figure(work) / count(answers.taken.len())
+        })
     };
-    println!("  {:.0} turns/s, {:.0} messages refused", of(Answers::rate), of(|it| count(it.refused.len())));
+    println!(
+        "  {:.0} turns/s, {:.0} messages refused",
+        of(Answers::rate),
+        of(|it| count(it.refused.len()))
+    );
     println!(
         "  time to the answer: p50 {:.0} µs, p99 {:.0} µs, p99.9 {:.0} µs",
         of(|it| micros(it.taken.p50())),

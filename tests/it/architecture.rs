@@ -26,7 +26,12 @@ fn code() -> Vec<(String, String)> {
     sources(&root)
         .into_iter()
         .map(|path| {
-            let name = path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
+            let name = path
+                .strip_prefix(&root)
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .replace('\\', "/");
             let text = fs::read_to_string(&path).unwrap();
             let code = text
                 .lines()
@@ -48,7 +53,10 @@ fn libraries_are_used_only_in_allowed_modules() {
     let allowed: &[(&str, &[&str])] = &[
         // What it logs goes by its name.
         ("sqlx::", &["store", "telemetry.rs"]),
-        ("reqwest::", &["upstream/client", "upstream/report", "auth/jwks"]),
+        (
+            "reqwest::",
+            &["upstream/client", "upstream/report", "auth/jwks"],
+        ),
         ("jsonwebtoken::", &["auth/"]),
         ("axum::", &["api", "server.rs", "simulator", "app.rs"]),
         ("utoipa::", &["api", "domain", "export_import.rs"]),
@@ -57,7 +65,8 @@ fn libraries_are_used_only_in_allowed_modules() {
     ];
     for (file, code) in code() {
         for (library, places) in allowed {
-            let fits = places.iter().any(|place| file.starts_with(place)) || !code.contains(library);
+            let fits =
+                places.iter().any(|place| file.starts_with(place)) || !code.contains(library);
             assert!(fits, "{file} names {library}: only {places:?} may");
         }
     }
@@ -67,8 +76,26 @@ fn libraries_are_used_only_in_allowed_modules() {
 fn module_dependencies_point_one_way() {
     /// Top to bottom: a module uses only what stands to its right.
     const ORDER: &[&str] = &[
-        "main", "cli", "app", "dev", "health", "api", "server", "telemetry", "lifecycle", "runs", "auth",
-        "error", "locks", "upstream", "export_import", "store", "simulator", "config", "wording", "domain",
+        "main",
+        "cli",
+        "app",
+        "dev",
+        "health",
+        "api",
+        "server",
+        "telemetry",
+        "lifecycle",
+        "runs",
+        "auth",
+        "error",
+        "locks",
+        "upstream",
+        "export_import",
+        "store",
+        "simulator",
+        "config",
+        "wording",
+        "domain",
         "testing",
     ];
     let tree = Tree::read();
@@ -79,13 +106,22 @@ fn module_dependencies_point_one_way() {
         );
         let from = module(&file);
         if !["main", "cli", "dev", "lib", "simulator"].contains(&from) {
-            let uses = ["crate::simulator", "threadkeeper::simulator"].iter().any(|path| code.contains(path));
-            assert!(!uses, "{file}: the gateway does not know the simulator; only the commands do");
+            let uses = ["crate::simulator", "threadkeeper::simulator"]
+                .iter()
+                .any(|path| code.contains(path));
+            assert!(
+                !uses,
+                "{file}: the gateway does not know the simulator; only the commands do"
+            );
         }
         if from == "simulator" {
-            let uses_gateway =
-                code.match_indices("crate::").any(|(at, _)| !code[at..].starts_with("crate::simulator"));
-            assert!(!uses_gateway, "{file}: the simulator knows nothing of the gateway");
+            let uses_gateway = code
+                .match_indices("crate::")
+                .any(|(at, _)| !code[at..].starts_with("crate::simulator"));
+            assert!(
+                !uses_gateway,
+                "{file}: the simulator knows nothing of the gateway"
+            );
         }
     }
     tree.assert_top_order(ORDER);
@@ -95,8 +131,17 @@ fn module_dependencies_point_one_way() {
 #[test]
 fn rooms_of_runs_point_one_way() {
     const ORDER: &[&str] = &[
-        "service", "replica", "execution", "reconcile", "redaction", "context", "registry", "log",
-        "notifications", "breaker", "backoff",
+        "service",
+        "replica",
+        "execution",
+        "reconcile",
+        "redaction",
+        "context",
+        "registry",
+        "log",
+        "notifications",
+        "breaker",
+        "backoff",
     ];
     let tree = Tree::read();
     tree.assert_order("runs", ORDER);
@@ -107,10 +152,18 @@ fn rooms_of_runs_point_one_way() {
 fn files_of_module_use_only_those_listed_below() {
     let tree = Tree::read();
     for module in ["simulator", "upstream"] {
-        let list = code().into_iter().find(|(file, _)| *file == format!("{module}.rs")).unwrap().1;
+        let list = code()
+            .into_iter()
+            .find(|(file, _)| *file == format!("{module}.rs"))
+            .unwrap()
+            .1;
         let order: Vec<&str> = list
             .lines()
-            .filter_map(|line| line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';'))
+            .filter_map(|line| {
+                line.trim_start_matches("pub ")
+                    .strip_prefix("mod ")?
+                    .strip_suffix(';')
+            })
             .collect();
         tree.assert_order(module, &order);
     }
@@ -125,29 +178,57 @@ fn files_form_no_import_circles() {
             &["store.rs", "store/"],
             "store.rs holds `Store` and lists the statements of the topics, which use it",
         ),
-        (&["api.rs", "api/"], "api.rs holds the routes and the state that their handlers reach"),
-        (&["config.rs", "config/"], "the loader, its checks, and the problems that name the usual file"),
-        (&["domain/life.rs", "domain/records.rs"], "`Deletion` and `Lifecycle`"),
+        (
+            &["api.rs", "api/"],
+            "api.rs holds the routes and the state that their handlers reach",
+        ),
+        (
+            &["config.rs", "config/"],
+            "the loader, its checks, and the problems that name the usual file",
+        ),
+        (
+            &["domain/life.rs", "domain/records.rs"],
+            "`Deletion` and `Lifecycle`",
+        ),
     ];
     let tree = Tree::read();
     for circle in tree.circles() {
-        let is_left = LEFT
-            .iter()
-            .any(|(places, _)| circle.iter().all(|file| places.iter().any(|place| file.starts_with(place))));
-        assert!(is_left, "these files import each other: {}", tree.way_around(&circle).join(" -> "));
+        let is_left = LEFT.iter().any(|(places, _)| {
+            circle
+                .iter()
+                .all(|file| places.iter().any(|place| file.starts_with(place)))
+        });
+        assert!(
+            is_left,
+            "these files import each other: {}",
+            tree.way_around(&circle).join(" -> ")
+        );
     }
 }
 
 /// Statements are whole: nothing is glued together where they stand, and each that is defined is in its file's list.
 #[test]
 fn sql_statements_are_whole_and_listed() {
-    for (file, code) in code().into_iter().filter(|(file, _)| file.starts_with("store")) {
-        for word in ["macro_rules!", "concat!", "format!(\"SELECT", "QueryBuilder"] {
+    for (file, code) in code()
+        .into_iter()
+        .filter(|(file, _)| file.starts_with("store"))
+    {
+        for word in [
+            "macro_rules!",
+            "concat!",
+            "format!(\"SELECT",
+            "QueryBuilder",
+        ] {
             assert!(!code.contains(word), "{file}: {word}");
         }
-        let defined = code.split("\nstatic ").skip(1).filter_map(|rest| rest.split_once(": Statement ="));
+        let defined = code
+            .split("\nstatic ")
+            .skip(1)
+            .filter_map(|rest| rest.split_once(": Statement ="));
         for (name, _) in defined {
-            let listed = code.split_once("STATEMENTS: &[&Statement]").map_or("", |(_, list)| list);
+            let listed = code
+                .split_once("STATEMENTS: &[&Statement]")
+                .map_or("", |(_, list)| list);
             let listed = listed.split_once("];").map_or("", |(list, _)| list);
             assert!(
                 listed.contains(&format!("&{name},"))
@@ -166,10 +247,18 @@ fn migrations_declare_compatible_binaries() {
     for engine in ["postgres", "sqlite"] {
         for entry in fs::read_dir(root.join(engine)).unwrap() {
             let path = entry.unwrap().path();
-            let number: u32 = path.file_name().unwrap().to_str().unwrap()[..4].parse().unwrap();
+            let number: u32 = path.file_name().unwrap().to_str().unwrap()[..4]
+                .parse()
+                .unwrap();
             let text = fs::read_to_string(&path).unwrap();
-            let says = format!("INSERT INTO schema_versions (version, compatible_since) VALUES ({number}, ");
-            assert!(text.contains(&says), "{}: `{says}…)` is missing", path.display());
+            let says = format!(
+                "INSERT INTO schema_versions (version, compatible_since) VALUES ({number}, "
+            );
+            assert!(
+                text.contains(&says),
+                "{}: `{says}…)` is missing",
+                path.display()
+            );
         }
     }
 }
@@ -178,8 +267,10 @@ fn migrations_declare_compatible_binaries() {
 fn migrations_match_for_both_stores() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
     let names = |backend: &str| {
-        let mut names: Vec<_> =
-            fs::read_dir(root.join(backend)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> = fs::read_dir(root.join(backend))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         names.sort();
         names
     };

@@ -65,8 +65,9 @@ struct Scale {
 impl Scale {
     fn of_environment() -> Self {
         let time = std::env::var("THREADKEEPER_CHAOS_FOR");
-        let time =
-            time.map_or(DEFAULT, |text| humantime_serde::re::humantime::parse_duration(&text).unwrap());
+        let time = time.map_or(DEFAULT, |text| {
+            humantime_serde::re::humantime::parse_duration(&text).unwrap()
+        });
         let is_long = time >= LONG;
         Self {
             time,
@@ -86,7 +87,10 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
     let seed = seed();
     let scale = Scale::of_environment();
     // What was made and never heard of again can be found only where threads can be listed.
-    let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let config = SimulatorConfig {
+        list_threads: true,
+        ..SimulatorConfig::default()
+    };
     let server = spawn_blocking(Cluster::start).await.unwrap();
     let database = TestDatabase::on(&server).await;
     let scene = Scene::on(database, Protocol::Responses, Backend::Postgres, config).await;
@@ -102,10 +106,15 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
 
     check::unsettled_runs(&world, world.fleet.len()).await;
     let gateway = world.fleet.lock(0).await;
-    stream::iter(&users).for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user)).await;
+    stream::iter(&users)
+        .for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user))
+        .await;
     drop(gateway);
     if world.counted("runs: completed") * 2 < world.counted("messages: acknowledged") {
-        world.fault(Teller::Nobody, "less than half of the runs completed: this shows little");
+        world.fault(
+            Teller::Nobody,
+            "less than half of the runs completed: this shows little",
+        );
     }
     if scale.time >= LONG {
         // Then nothing at all may be left.
@@ -124,8 +133,11 @@ async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
     let at_once = Arc::new(Semaphore::new(scale.at_once));
     let mut talking = JoinSet::new();
     for number in 0..scale.users {
-        let (mut user, at_once, pause) =
-            (User::new(Arc::clone(world), number), Arc::clone(&at_once), scale.pause);
+        let (mut user, at_once, pause) = (
+            User::new(Arc::clone(world), number),
+            Arc::clone(&at_once),
+            scale.pause,
+        );
         talking.spawn(async move {
             user.talk(&at_once, pause).await;
             user
@@ -141,7 +153,9 @@ async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
         fault_injector.join_all().await;
         talking.join_all().await
     };
-    let mut users = timeout(LAST_ONES, ended).await.expect("everybody comes to an end");
+    let mut users = timeout(LAST_ONES, ended)
+        .await
+        .expect("everybody comes to an end");
     users.sort_by_key(|user| user.number);
     users
 }
@@ -154,7 +168,10 @@ async fn all_ready(world: &World) {
         }
     };
     if timeout(PATIENCE, ready).await.is_err() {
-        world.fault(Teller::Nobody, format!("only {} replicas are ready", world.fleet.balancer.ready()));
+        world.fault(
+            Teller::Nobody,
+            format!("only {} replicas are ready", world.fleet.balancer.ready()),
+        );
     }
 }
 
@@ -179,11 +196,18 @@ async fn stop_all(world: &World) {
         fault_injector::check_stop(world, &process, &stopped);
         let (left, may_be_left) = left_over(&stopped.log);
         if left.runs > may_be_left || left.lines > 0 {
-            world.fault(Teller::Nobody, format!("{process} has tasks or places in line left: {left:?}"));
+            world.fault(
+                Teller::Nobody,
+                format!("{process} has tasks or places in line left: {left:?}"),
+            );
         }
     }))
     .await;
-    let left = world.scene.database.number("SELECT count(*) FROM replicas WHERE expires_at > now()").await;
+    let left = world
+        .scene
+        .database
+        .number("SELECT count(*) FROM replicas WHERE expires_at > now()")
+        .await;
     if left != 0 {
         world.fault(Teller::Nobody, format!("{left} replicas seem to live"));
     }
@@ -200,15 +224,35 @@ struct Left {
 /// What was left by its log, and how many tasks may be: one looks for each message that was not taken because of the
 /// database, whether it appears all the same.
 fn left_over(log: &[String]) -> (Left, usize) {
-    let lines: Vec<Value> = log.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let time = |line: &Value| line["timestamp"].as_str().unwrap().parse::<Timestamp>().unwrap();
-    let stopping = lines.iter().find(|line| line["message"] == "stopping").expect("it says so");
-    let lately =
-        lines.iter().filter(|line| (time(stopping) - time(line)).to_std().is_ok_and(|ago| ago < LOOKS_FOR));
+    let lines: Vec<Value> = log
+        .iter()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    let time = |line: &Value| {
+        line["timestamp"]
+            .as_str()
+            .unwrap()
+            .parse::<Timestamp>()
+            .unwrap()
+    };
+    let stopping = lines
+        .iter()
+        .find(|line| line["message"] == "stopping")
+        .expect("it says so");
+    let lately = lines.iter().filter(|line| {
+        (time(stopping) - time(line))
+            .to_std()
+            .is_ok_and(|ago| ago < LOOKS_FOR)
+    });
     let refused = lately.filter(|line| {
         let request = &line["spans"][0];
         let route = request["route"].as_str().unwrap_or_default();
-        line["message"] == "the request failed" && request["method"] == "POST" && route.ends_with("/messages")
+        line["message"] == "the request failed"
+            && request["method"] == "POST"
+            && route.ends_with("/messages")
     });
-    (serde_json::from_value(stopping.clone()).unwrap(), refused.count())
+    (
+        serde_json::from_value(stopping.clone()).unwrap(),
+        refused.count(),
+    )
 }

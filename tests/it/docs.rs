@@ -51,8 +51,12 @@ fn prose(text: &str) -> Vec<String> {
 /// The targets of the links in a page.
 fn links(text: &str) -> Vec<String> {
     let lines = prose(text);
-    let targets = lines.iter().flat_map(|line| line.match_indices("](").map(|(at, _)| &line[at + 2..]));
-    targets.map(|rest| rest.split(')').next().unwrap_or_default().to_owned()).collect()
+    let targets = lines
+        .iter()
+        .flat_map(|line| line.match_indices("](").map(|(at, _)| &line[at + 2..]));
+    targets
+        .map(|rest| rest.split(')').next().unwrap_or_default().to_owned())
+        .collect()
 }
 
 /// The anchors of a page's headings, as forges and mdBook make them.
@@ -67,7 +71,10 @@ fn anchors(text: &str) -> HashSet<String> {
         if in_code || title.len() == line.len() || !title.starts_with(' ') {
             continue;
         }
-        let kept = title.trim().chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+        let kept = title
+            .trim()
+            .chars()
+            .filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
         found.insert(kept.collect::<String>().to_lowercase().replace(' ', "-"));
     }
     found
@@ -83,7 +90,11 @@ fn links_between_documents_lead_to_files_and_headings() {
                 continue;
             }
             let (file, anchor) = link.split_once('#').unwrap_or((&link, ""));
-            let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            let target = if file.is_empty() {
+                page.clone()
+            } else {
+                page.parent().unwrap().join(file)
+            };
             let told = format!("{} -> {link}", page.strip_prefix(root()).unwrap().display());
             let Ok(target) = target.canonicalize() else {
                 broken.push(told);
@@ -91,7 +102,9 @@ fn links_between_documents_lead_to_files_and_headings() {
             };
             let docs = root().join("docs").canonicalize().unwrap();
             if page.canonicalize().unwrap().starts_with(&docs) && !target.starts_with(&docs) {
-                broken.push(format!("{told} (the site of docs/ has no such page: name the file instead)"));
+                broken.push(format!(
+                    "{told} (the site of docs/ has no such page: name the file instead)"
+                ));
             }
             let is_missing = || !anchors(&fs::read_to_string(&target).unwrap()).contains(anchor);
             if !anchor.is_empty() && is_missing() {
@@ -99,18 +112,26 @@ fn links_between_documents_lead_to_files_and_headings() {
             }
         }
     }
-    assert!(broken.is_empty(), "links that lead nowhere:\n{}", broken.join("\n"));
+    assert!(
+        broken.is_empty(),
+        "links that lead nowhere:\n{}",
+        broken.join("\n")
+    );
 }
 
 #[test]
 fn every_page_is_in_the_table_of_contents() {
     let docs = root().join("docs");
-    let listed: HashSet<_> =
-        links(&fs::read_to_string(docs.join("SUMMARY.md")).unwrap()).into_iter().collect();
+    let listed: HashSet<_> = links(&fs::read_to_string(docs.join("SUMMARY.md")).unwrap())
+        .into_iter()
+        .collect();
     for page in pages() {
         if let Ok(name) = page.strip_prefix(&docs) {
             let name = name.to_str().unwrap().replace('\\', "/");
-            assert!(name == "SUMMARY.md" || listed.contains(&name), "docs/SUMMARY.md does not list {name}");
+            assert!(
+                name == "SUMMARY.md" || listed.contains(&name),
+                "docs/SUMMARY.md does not list {name}"
+            );
         }
     }
 }
@@ -118,7 +139,12 @@ fn every_page_is_in_the_table_of_contents() {
 #[test]
 fn documents_stay_short() {
     for page in pages() {
-        let name = page.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+        let name = page
+            .strip_prefix(root())
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned();
         let most = match name.as_str() {
             "README.md" => 150,
             "ARCHITECTURE.md" => 200,
@@ -140,7 +166,10 @@ fn every_setting_is_in_the_reference() {
     let mut section = String::new();
     for line in settings.lines() {
         let line = line.strip_prefix('#').unwrap_or(line);
-        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        if let Some(name) = line
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'))
+        {
             section = match name.split('.').collect::<Vec<_>>()[..] {
                 ["upstreams", _] => "upstreams.<name>".to_owned(),
                 ["assistants", _] => "assistants.<name>".to_owned(),
@@ -151,8 +180,11 @@ fn every_setting_is_in_the_reference() {
             && key.chars().all(|c| c.is_ascii_lowercase() || c == '_')
         {
             let full = format!("`{section}.{key}`");
-            let mut rows = reference.lines().filter(|row| row.starts_with(&format!("| `{section}.")));
-            let is_named = rows.any(|row| row.contains(&full) || row.contains(&format!(", `{key}`")));
+            let mut rows = reference
+                .lines()
+                .filter(|row| row.starts_with(&format!("| `{section}.")));
+            let is_named =
+                rows.any(|row| row.contains(&full) || row.contains(&format!(", `{key}`")));
             assert!(is_named, "docs/configuration.md does not name {full}");
         }
     }

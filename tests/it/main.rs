@@ -1,6 +1,9 @@
 //! The integration tests: one binary, so that there is one link and one cluster.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, its helpers too"
+)]
 
 mod api;
 mod architecture;

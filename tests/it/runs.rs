@@ -60,7 +60,10 @@ impl Process {
     /// A process with this store and upstream. It takes nothing before its session is renewed.
     fn new(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
         let config = Config::default();
-        let assistant = AssistantConfig { upstream: "main".to_owned(), ..AssistantConfig::default() };
+        let assistant = AssistantConfig {
+            upstream: "main".to_owned(),
+            ..AssistantConfig::default()
+        };
         let (tasks, replica) = (TaskTracker::new(), ReplicaId::new());
         let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
         let upstream = ConfiguredUpstream {
@@ -84,9 +87,19 @@ impl Process {
                 attend_every: Duration::from_secs(3),
             },
             replica,
-            tasks: Tasks { tracker: tasks.clone(), draining: draining.clone(), stop: stop.clone() },
+            tasks: Tasks {
+                tracker: tasks.clone(),
+                draining: draining.clone(),
+                stop: stop.clone(),
+            },
         });
-        Self { runs, replica, tasks, draining, stop }
+        Self {
+            runs,
+            replica,
+            tasks,
+            draining,
+            stop,
+        }
     }
 
     async fn alive(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
@@ -116,13 +129,26 @@ async fn adapter_panic_fails_run_and_frees_thread() {
         // The next run panics too, since it looks first at what this one left. It would be refused if this one still
         // held its place or its thread.
         for code in [code, RunErrorCode::Internal] {
-            let new = NewMessage { strategy: MultitaskStrategy::Reject, ..message(words) };
+            let new = NewMessage {
+                strategy: MultitaskStrategy::Reject,
+                ..message(words)
+            };
             let submitted = runs.submit(user(words), new).await.unwrap();
-            let events: Vec<_> = submitted.follow.events(0).map(|(_, event)| event).collect().await;
-            let Some(RunEvent::Ended(outcome)) = events.last() else { panic!("{words}: {events:?}") };
+            let events: Vec<_> = submitted
+                .follow
+                .events(0)
+                .map(|(_, event)| event)
+                .collect()
+                .await;
+            let Some(RunEvent::Ended(outcome)) = events.last() else {
+                panic!("{words}: {events:?}")
+            };
             assert_eq!(outcome.run.status, RunStatus::Failed, "{words}");
             assert_eq!(outcome.run.error.as_ref().unwrap().code, code, "{words}");
-            assert!(matches!(submitted.follow.answer(0).await, Some(Answer::Ended(_))));
+            assert!(matches!(
+                submitted.follow.answer(0).await,
+                Some(Answer::Ended(_))
+            ));
         }
     }
 }

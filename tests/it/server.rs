@@ -36,7 +36,10 @@ struct TestServer {
 
 impl TestServer {
     async fn start(change: impl FnOnce(&mut ServerConfig)) -> Self {
-        let mut settings = ServerConfig { header_read_timeout: HEADER_TIME, ..ServerConfig::default() };
+        let mut settings = ServerConfig {
+            header_read_timeout: HEADER_TIME,
+            ..ServerConfig::default()
+        };
         change(&mut settings);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -45,7 +48,12 @@ impl TestServer {
         let mut running = JoinSet::new();
         let (router, watched) = (routes(Arc::clone(&gate)), stop.clone());
         running.spawn(async move { serve(listener, router, &settings, watched).await });
-        Self { address, stop, gate, running }
+        Self {
+            address,
+            stop,
+            gate,
+            running,
+        }
     }
 
     async fn connect(&self) -> TcpStream {
@@ -60,7 +68,11 @@ impl TestServer {
 
     /// Waits for `serve` to return.
     async fn ended(&mut self) {
-        within(self.running.join_next()).await.unwrap().unwrap().unwrap();
+        within(self.running.join_next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
     }
 }
 
@@ -74,11 +86,16 @@ fn routes(gate: Arc<Semaphore>) -> Router {
         Body::from_stream(first.chain(stream::once(last)))
     };
     let endless = || async {
-        Body::from_stream(stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 16 * 1024]))))
+        Body::from_stream(stream::repeat_with(|| {
+            Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 16 * 1024]))
+        }))
     };
     Router::new()
         .route("/", get(|| async { "hello" }))
-        .route("/peer", get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }))
+        .route(
+            "/peer",
+            get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }),
+        )
         .route("/stream", get(streamed))
         .route("/endless", get(endless))
 }
@@ -119,7 +136,10 @@ async fn assert_closed_on_time(client: &mut TcpStream, since: Instant) {
     read_to_close(client).await;
     let elapsed = since.elapsed();
     assert!(elapsed >= HEADER_TIME * 9 / 10, "closed after {elapsed:?}");
-    assert!(elapsed < HEADER_TIME + PATIENCE / 2, "closed after {elapsed:?}");
+    assert!(
+        elapsed < HEADER_TIME + PATIENCE / 2,
+        "closed after {elapsed:?}"
+    );
 }
 
 #[tokio::test]
@@ -129,7 +149,10 @@ async fn handlers_see_peer_address() {
     let own = client.local_addr().unwrap().to_string();
     let text = read_until(&mut client, &own).await;
     assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
-    assert!(text.contains(&format!("content-length: {}", own.len())), "{text}");
+    assert!(
+        text.contains(&format!("content-length: {}", own.len())),
+        "{text}"
+    );
 }
 
 #[tokio::test]
@@ -147,7 +170,10 @@ async fn unfinished_head_times_out() {
 async fn http2_preface_is_refused() {
     let server = TestServer::start(|settings| settings.header_read_timeout = PATIENCE * 2).await;
     let mut client = server.connect().await;
-    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    client
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await
+        .unwrap();
     assert!(!read_to_close(&mut client).await.contains("hello"));
 }
 
@@ -176,7 +202,10 @@ async fn dripping_head_has_one_total_time_limit() {
     })
     .await;
     assert!(elapsed >= HEADER_TIME * 9 / 10, "closed after {elapsed:?}");
-    assert!(elapsed < HEADER_TIME + PATIENCE / 2, "closed after {elapsed:?}");
+    assert!(
+        elapsed < HEADER_TIME + PATIENCE / 2,
+        "closed after {elapsed:?}"
+    );
 }
 
 #[tokio::test]
@@ -207,12 +236,24 @@ async fn oversized_and_malformed_heads_are_refused() {
         settings.max_header_bytes = 8 * 1024;
     };
     let server = TestServer::start(patient).await;
-    let long = format!("GET / HTTP/1.1\r\nhost: test\r\nx: {}\r\n\r\n", "a".repeat(9 * 1024));
-    let endless = format!("GET / HTTP/1.1\r\nhost: test\r\nx: {}", "a".repeat(64 * 1024));
-    let fields = (0..101).map(|n| format!("x{n}: 1\r\n")).collect::<Vec<_>>().concat();
+    let long = format!(
+        "GET / HTTP/1.1\r\nhost: test\r\nx: {}\r\n\r\n",
+        "a".repeat(9 * 1024)
+    );
+    let endless = format!(
+        "GET / HTTP/1.1\r\nhost: test\r\nx: {}",
+        "a".repeat(64 * 1024)
+    );
+    let fields = (0..101)
+        .map(|n| format!("x{n}: 1\r\n"))
+        .collect::<Vec<_>>()
+        .concat();
     let many = format!("GET / HTTP/1.1\r\n{fields}\r\n");
     let hosts = |hosts: &str| format!("GET / HTTP/1.1\r\n{hosts}\r\n");
-    let fits = format!("GET / HTTP/1.1\r\nhost: test\r\nx: {}\r\n\r\n", "a".repeat(7 * 1024));
+    let fits = format!(
+        "GET / HTTP/1.1\r\nhost: test\r\nx: {}\r\n\r\n",
+        "a".repeat(7 * 1024)
+    );
     for (head, status) in [
         (long, "431"),
         (endless, "431"),
@@ -222,7 +263,10 @@ async fn oversized_and_malformed_heads_are_refused() {
         (hosts("host: a\r\nhost: a\r\n"), "400"),
         (hosts("host: a, b\r\n"), "400"),
         (hosts("host: user@a\r\n"), "400"),
-        ("GET / HTTP/1.0\r\nhost: a\r\nhost: b\r\n\r\n".to_owned(), "400"),
+        (
+            "GET / HTTP/1.0\r\nhost: a\r\nhost: b\r\n\r\n".to_owned(),
+            "400",
+        ),
     ] {
         let mut client = server.connect().await;
         // The server may close before it has read everything.
@@ -231,8 +275,13 @@ async fn oversized_and_malformed_heads_are_refused() {
         assert_eq!(text.split(' ').nth(1), Some(status), "{head}: {text}");
     }
     let old = "GET / HTTP/1.0\r\n\r\n".to_owned();
-    for served in [fits, old, hosts("host:\r\n"), hosts("host: gateway_1:8080\r\n"), hosts("host: [::1]\r\n")]
-    {
+    for served in [
+        fits,
+        old,
+        hosts("host:\r\n"),
+        hosts("host: gateway_1:8080\r\n"),
+        hosts("host: [::1]\r\n"),
+    ] {
         let mut client = server.connect().await;
         client.write_all(served.as_bytes()).await.unwrap();
         read_until(&mut client, "hello").await;
@@ -274,7 +323,8 @@ async fn connections_beyond_limit_wait() {
 
 #[tokio::test]
 async fn soft_stop_finishes_responses_and_closes_idle_connections() {
-    let mut server = TestServer::start(|settings| settings.header_read_timeout = PATIENCE * 2).await;
+    let mut server =
+        TestServer::start(|settings| settings.header_read_timeout = PATIENCE * 2).await;
     let mut streaming = server.get("/stream").await;
     read_until(&mut streaming, "first").await;
     let mut idle = server.get("/").await;
@@ -294,11 +344,17 @@ async fn soft_stop_finishes_responses_and_closes_idle_connections() {
         }
     });
     refused.await;
-    assert!(server.running.try_join_next().is_none(), "an answer is still on its way");
+    assert!(
+        server.running.try_join_next().is_none(),
+        "an answer is still on its way"
+    );
     server.gate.add_permits(1);
     // The end of a chunked body: nothing is missing.
     let rest = read_to_close(&mut streaming).await;
-    assert!(rest.contains("last") && rest.ends_with("0\r\n\r\n"), "{rest}");
+    assert!(
+        rest.contains("last") && rest.ends_with("0\r\n\r\n"),
+        "{rest}"
+    );
     server.ended().await;
 }
 

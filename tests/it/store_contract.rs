@@ -30,10 +30,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use threadkeeper::domain::{
-    ContentPart, ConversationKey, EventBatch, Lifecycle, Limits, LoggedEvent, Message, MessageId, Metadata,
-    MultitaskStrategy, OrphanId, PageRequest, ReplicaId, RequiredAction, Run, RunId, RunStatus, Scope,
-    SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall, ToolOutput, TopicKey, UpstreamRunId,
-    UpstreamSync, UpstreamThreadId, Usage, UserKey,
+    ContentPart, ConversationKey, EventBatch, Lifecycle, Limits, LoggedEvent, Message, MessageId,
+    Metadata, MultitaskStrategy, OrphanId, PageRequest, ReplicaId, RequiredAction, Run, RunId,
+    RunStatus, Scope, SessionKey, TenantKey, Thread, ThreadActivity, ThreadId, ToolCall,
+    ToolOutput, TopicKey, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage, UserKey,
 };
 use threadkeeper::store::{
     Admission, Admitted, Binding, Bound, Closing, Finished, Idempotency, Imported, ImportedMessage,
@@ -99,24 +99,42 @@ pub(crate) async fn import_thread(store: &Store, thread: &ImportedThread) -> Imp
 }
 
 /// How many were added.
-pub(crate) async fn import_messages(store: &Store, thread: ThreadId, messages: &[ImportedMessage]) -> u64 {
-    store.import_messages(&[(thread, messages.to_vec())]).await.unwrap()
+pub(crate) async fn import_messages(
+    store: &Store,
+    thread: ThreadId,
+    messages: &[ImportedMessage],
+) -> u64 {
+    store
+        .import_messages(&[(thread, messages.to_vec())])
+        .await
+        .unwrap()
 }
 
 fn session(name: &str, session: &str) -> ConversationKey {
-    ConversationKey { scope: Scope::Session(SessionKey::try_from(session.to_owned()).unwrap()), ..user(name) }
+    ConversationKey {
+        scope: Scope::Session(SessionKey::try_from(session.to_owned()).unwrap()),
+        ..user(name)
+    }
 }
 
 fn topic(name: &str, topic: &str) -> ConversationKey {
-    ConversationKey { scope: Scope::Topic(TopicKey::try_from(topic.to_owned()).unwrap()), ..user(name) }
+    ConversationKey {
+        scope: Scope::Topic(TopicKey::try_from(topic.to_owned()).unwrap()),
+        ..user(name)
+    }
 }
 
 pub(crate) fn text(text: &str) -> Vec<ContentPart> {
-    vec![ContentPart::Text { text: text.to_owned() }]
+    vec![ContentPart::Text {
+        text: text.to_owned(),
+    }]
 }
 
 fn metadata(pairs: &[(&str, &str)]) -> Metadata {
-    let pairs: BTreeMap<_, _> = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    let pairs: BTreeMap<_, _> = pairs
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect();
     Metadata::try_from(pairs).unwrap()
 }
 
@@ -132,7 +150,10 @@ pub(crate) fn admission(key: &ConversationKey) -> Admission {
         assistant: "default".to_owned(),
         strategy: MultitaskStrategy::Enqueue,
         metadata: Metadata::default(),
-        message: InputMessage { id: MessageId::new(), content: text("hello") },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: text("hello"),
+        },
         timeout: Duration::from_mins(1),
         replica: ReplicaId::new(),
         intent: None,
@@ -159,7 +180,10 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         synced: false,
         unsettled_run: None,
         discard: false,
-        events: EventBatch { first: 0, events: vec![] },
+        events: EventBatch {
+            first: 0,
+            events: vec![],
+        },
         drops_log: false,
     }
 }
@@ -171,14 +195,20 @@ fn pause(calls: &[&str], first: i64) -> Pause {
         name: "look_up".to_owned(),
         arguments: format!("{{\"b\": \"{id}\",  \"a\": 1.0}}"),
     };
-    let required_action = RequiredAction { tool_calls: calls.iter().map(call).collect() };
+    let required_action = RequiredAction {
+        tool_calls: calls.iter().map(call).collect(),
+    };
     let asked = LoggedEvent::RequiresAction(required_action.clone());
     let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
     Pause {
         required_action,
         upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
         content: text("let me see"),
-        usage: Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: 3 }),
+        usage: Some(Usage {
+            input_tokens: 1,
+            output_tokens: 2,
+            total_tokens: 3,
+        }),
         events: EventBatch {
             first,
             events: vec![LoggedEvent::Started, delta("let me"), delta(" see"), asked],
@@ -188,7 +218,10 @@ fn pause(calls: &[&str], first: i64) -> Pause {
 
 /// Outputs for the calls of a [`pause`].
 fn answer(calls: &[&str]) -> ToolAnswer {
-    let output = |id: &&str| ToolOutput { tool_call_id: (*id).to_owned(), output: format!("found {id}") };
+    let output = |id: &&str| ToolOutput {
+        tool_call_id: (*id).to_owned(),
+        output: format!("found {id}"),
+    };
     ToolAnswer {
         expected: pause(calls, 0).required_action,
         outputs: calls.iter().map(output).collect(),
@@ -197,11 +230,19 @@ fn answer(calls: &[&str]) -> ToolAnswer {
 }
 
 fn idempotency(key: &str) -> Idempotency {
-    Idempotency { key: key.to_owned(), request_hash: [7; 32] }
+    Idempotency {
+        key: key.to_owned(),
+        request_hash: [7; 32],
+    }
 }
 
 fn first_page<Id>() -> PageRequest<Id> {
-    PageRequest { limit: 100, ascending: true, after: None, before: None }
+    PageRequest {
+        limit: 100,
+        ascending: true,
+        after: None,
+        before: None,
+    }
 }
 
 fn started(admitted: Admitted) -> StartedRun {
@@ -213,7 +254,12 @@ fn started(admitted: Admitted) -> StartedRun {
 
 fn queued(admitted: Admitted) -> (RunLease, Thread, Run, i64) {
     match admitted {
-        Admitted::Queued { lease, thread, run, position } => (lease, *thread, *run, position),
+        Admitted::Queued {
+            lease,
+            thread,
+            run,
+            position,
+        } => (lease, *thread, *run, position),
         other => panic!("queued was expected, not {other:?}"),
     }
 }
@@ -252,30 +298,62 @@ fn every_thread() -> ThreadFilter {
 
 /// A thread may be used for so long from its making.
 fn limits(max_age: Duration) -> Limits {
-    Limits { max_age: Some(max_age), max_idle: None }
+    Limits {
+        max_age: Some(max_age),
+        max_idle: None,
+    }
 }
 
 /// Binds the upstream thread of a run's thread, as the outcome of some intent.
 async fn bind(store: &Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
-    let binding = Binding { id: id.clone(), intent: OrphanId::new(), seeded, carried_users: 0 };
-    store.bind_upstream_thread(lease, binding.clone()).await.unwrap() == Bound::Done
+    let binding = Binding {
+        id: id.clone(),
+        intent: OrphanId::new(),
+        seeded,
+        carried_users: 0,
+    };
+    store
+        .bind_upstream_thread(lease, binding.clone())
+        .await
+        .unwrap()
+        == Bound::Done
 }
 
 /// Admits a message of the key and ends its run.
 async fn exchange(store: &Store, key: &ConversationKey) -> Finished {
     let turn = started(store.admit(admission(key)).await.unwrap());
-    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap())
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    )
 }
 
 /// The roles and texts of a key's transcript, after checking that it ascends and is counted right.
 async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
     let (thread, _) = seen(store, key).await.unwrap();
-    let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
+    let page = store
+        .messages(ThreadName::Newest(key), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
     assert!(!page.has_more, "more than a page");
-    assert_eq!(thread.message_count, i64::try_from(page.data.len()).unwrap(), "message_count is off");
-    assert!(page.data.is_sorted_by(|one, next| one.position < next.position), "{:#?}", page.data);
+    assert_eq!(
+        thread.message_count,
+        i64::try_from(page.data.len()).unwrap(),
+        "message_count is off"
+    );
+    assert!(
+        page.data
+            .is_sorted_by(|one, next| one.position < next.position),
+        "{:#?}",
+        page.data
+    );
     let line = |message: &Message| {
-        let [ContentPart::Text { text }] = &message.content[..] else { panic!("one text was expected") };
+        let [ContentPart::Text { text }] = &message.content[..] else {
+            panic!("one text was expected")
+        };
         format!("{}: {text}", message.role)
     };
     page.data.iter().map(line).collect()

@@ -25,8 +25,8 @@ use threadkeeper::domain::{
 };
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{
-    AssistantsUpstream, Ownership, ResponsesUpstream, StartRun, Upstream, UpstreamClient, UpstreamError,
-    UpstreamEvent,
+    AssistantsUpstream, Ownership, ResponsesUpstream, StartRun, Upstream, UpstreamClient,
+    UpstreamError, UpstreamEvent,
 };
 
 use scripted::{Play, Scripted, Step, json_answer, late, sse};
@@ -86,7 +86,9 @@ async fn turn(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
-    let content = vec![ContentPart::Text { text: "hello".to_owned() }];
+    let content = vec![ContentPart::Text {
+        text: "hello".to_owned(),
+    }];
     turn_with(upstream, thread, &profile(), content).await
 }
 
@@ -96,7 +98,10 @@ async fn turn_with(
     assistant: &AssistantConfig,
     content: Vec<ContentPart>,
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
-    let input = [InputMessage { id: MessageId::new(), content }];
+    let input = [InputMessage {
+        id: MessageId::new(),
+        content,
+    }];
     let metadata = Metadata::default();
     let request = StartRun {
         run: RunId::new(),
@@ -148,25 +153,42 @@ fn lines(events: &[Result<UpstreamEvent, UpstreamError>]) -> Vec<String> {
 
 const ASSISTANTS_TURN: &str = include_str!("upstream/assistants.sse");
 const RESPONSES_TURN: &str = include_str!("upstream/responses.sse");
-const EXPECTED: [&str; 4] = ["accepted r_1", "text Hel", "text lö", "ended completed Hello!"];
+const EXPECTED: [&str; 4] = [
+    "accepted r_1",
+    "text Hel",
+    "text lö",
+    "ended completed Hello!",
+];
 
 #[tokio::test]
 async fn turn_is_one_request_in_any_sse_encoding() {
-    for (upstream_of, transcript) in
-        [(assistants as fn(&Scripted) -> Box<dyn Upstream>, ASSISTANTS_TURN), (responses, RESPONSES_TURN)]
-    {
+    for (upstream_of, transcript) in [
+        (
+            assistants as fn(&Scripted) -> Box<dyn Upstream>,
+            ASSISTANTS_TURN,
+        ),
+        (responses, RESPONSES_TURN),
+    ] {
         let crlf = transcript.replace('\n', "\r\n");
-        let no_names: String =
-            transcript.split_inclusive('\n').filter(|line| !line.starts_with("event:")).collect();
+        let no_names: String = transcript
+            .split_inclusive('\n')
+            .filter(|line| !line.starts_with("event:"))
+            .collect();
         let noisy = format!(
             "\u{feff}: hi\n\nevent: ping\ndata: now\n\n{}",
-            transcript
-                .replace("\n\n", "\n\n: keep-alive\n\nevent: thread.future\ndata: {\"type\":\"x\"}\n\n")
+            transcript.replace(
+                "\n\n",
+                "\n\n: keep-alive\n\nevent: thread.future\ndata: {\"type\":\"x\"}\n\n"
+            )
         );
         let done = format!("{transcript}data: [DONE]\n\n");
         for text in [transcript, &crlf, &no_names, &noisy, &done] {
             for size in [1, 7, 4096] {
-                let chunks = text.as_bytes().chunks(size).map(|chunk| Step::Bytes(chunk.to_vec())).collect();
+                let chunks = text
+                    .as_bytes()
+                    .chunks(size)
+                    .map(|chunk| Step::Bytes(chunk.to_vec()))
+                    .collect();
                 let server = Scripted::start(vec![sse(chunks)]).await;
                 let events = turn(&*upstream_of(&server), Some(&thread())).await.unwrap();
                 assert_eq!(lines(&events), EXPECTED, "in pieces of {size}: {text}");
@@ -184,17 +206,28 @@ async fn connections_are_reused_after_turn() {
     for _ in 0..5 {
         turn(&*upstream, Some(&thread())).await.unwrap();
     }
-    let peers: std::collections::BTreeSet<_> = server.requests().iter().map(|request| request.peer).collect();
+    let peers: std::collections::BTreeSet<_> = server
+        .requests()
+        .iter()
+        .map(|request| request.peer)
+        .collect();
     assert_eq!(peers.len(), 1);
 }
 
 #[tokio::test]
 async fn terminal_event_ends_turn_before_body_ends() {
-    let server = Scripted::start(vec![sse(vec![Step::Bytes(ASSISTANTS_TURN.into()), Step::Stall])]).await;
+    let server = Scripted::start(vec![sse(vec![
+        Step::Bytes(ASSISTANTS_TURN.into()),
+        Step::Stall,
+    ])])
+    .await;
     let started = Instant::now();
     let events = turn(&*assistants(&server), Some(&thread())).await.unwrap();
     assert_eq!(lines(&events), EXPECTED);
-    assert!(started.elapsed() < Duration::from_secs(4), "the drain is bounded");
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "the drain is bounded"
+    );
 }
 
 #[tokio::test]
@@ -219,10 +252,20 @@ async fn headers_query_and_key_are_sent_as_configured() {
     turn(&*adapter(&settings), Some(&odd)).await.unwrap();
 
     let requests = server.requests();
-    assert_eq!(requests[0].target, "POST /api/v1/threads/a%2Fb%3Fc/runs?api-version=2025-05-01");
-    assert_eq!(requests[1].target, "POST /api/v1/responses?api-version=2025-05-01");
+    assert_eq!(
+        requests[0].target,
+        "POST /api/v1/threads/a%2Fb%3Fc/runs?api-version=2025-05-01"
+    );
+    assert_eq!(
+        requests[1].target,
+        "POST /api/v1/responses?api-version=2025-05-01"
+    );
     let header = |at: usize, name: &str| {
-        requests[at].headers.get(name).map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()
+        requests[at]
+            .headers
+            .get(name)
+            .map(|value| value.to_str().unwrap().to_owned())
+            .unwrap_or_default()
     };
     assert_eq!(header(0, "authorization"), "Bearer sk-hidden");
     assert_eq!(header(0, "openai-beta"), "assistants=v2");
@@ -230,9 +273,15 @@ async fn headers_query_and_key_are_sent_as_configured() {
     assert_eq!(header(0, "accept"), "text/event-stream");
     assert_eq!(header(0, "content-type"), "application/json");
     assert!(header(0, "user-agent").starts_with("threadkeeper/"));
-    assert_eq!((header(1, "authorization"), header(1, "api-key")), (String::new(), "sk-hidden".to_owned()));
+    assert_eq!(
+        (header(1, "authorization"), header(1, "api-key")),
+        (String::new(), "sk-hidden".to_owned())
+    );
     assert_eq!(header(1, "openai-beta"), "");
-    assert_eq!((header(2, "authorization"), header(2, "api-key")), (String::new(), String::new()));
+    assert_eq!(
+        (header(2, "authorization"), header(2, "api-key")),
+        (String::new(), String::new())
+    );
     assert_eq!(requests[1].body["conversation"], "a/b?c");
 }
 
@@ -243,8 +292,21 @@ async fn redirect_is_not_followed() {
         json_answer(200, &[], r#"{"id":"t_2"}"#),
     ])
     .await;
-    let error = assistants(&server).create_thread(&owner(), &[]).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::Refused { status: 307, code: None, .. }), "{error:?}");
+    let error = assistants(&server)
+        .create_thread(&owner(), &[])
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            UpstreamError::Refused {
+                status: 307,
+                code: None,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
     assert_eq!(server.requests().len(), 1);
 }
 
@@ -261,11 +323,21 @@ async fn refusals_become_errors_without_upstream_text() {
     let gone = wrapped("No thread found with id 't_1'.", Value::Null);
     let locked = wrapped("Another process", "conversation_locked".into());
     let cases: Vec<Refusal<'_>> = vec![
-        (400, vec![], busy, r#"Busy { blocking_run: Some(UpstreamRunId("run_7")) }"#),
+        (
+            400,
+            vec![],
+            busy,
+            r#"Busy { blocking_run: Some(UpstreamRunId("run_7")) }"#,
+        ),
         (400, vec![], locked, "Busy { blocking_run: None }"),
         (409, vec![], "{}".into(), "Busy { blocking_run: None }"),
         (404, vec![], gone, "ThreadGone"),
-        (404, vec![], "Not Found".into(), "Refused { status: 404, code: None, missing: false }"),
+        (
+            404,
+            vec![],
+            "Not Found".into(),
+            "Refused { status: 404, code: None, missing: false }",
+        ),
         (
             401,
             vec![],
@@ -287,7 +359,9 @@ async fn refusals_become_errors_without_upstream_text() {
     ];
     for (status, headers, body, expected) in cases {
         let server = Scripted::start(vec![json_answer(status, &headers, &body)]).await;
-        let error = turn(&*assistants(&server), Some(&thread())).await.unwrap_err();
+        let error = turn(&*assistants(&server), Some(&thread()))
+            .await
+            .unwrap_err();
         assert_eq!(format!("{error:?}"), expected);
         assert!(!format!("{error} {error:?}").contains("hidden"));
     }
@@ -296,10 +370,19 @@ async fn refusals_become_errors_without_upstream_text() {
 #[tokio::test]
 async fn response_without_event_stream_is_protocol_error() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
-        let server =
-            Scripted::start(vec![json_answer(200, &[], r#"{"id":"run_1","status":"queued"}"#)]).await;
-        let error = turn(&*adapter(&config(kind, &server.url)), Some(&thread())).await.unwrap_err();
-        assert!(matches!(error, UpstreamError::Protocol(_)) && error.is_ambiguous(), "{error:?}");
+        let server = Scripted::start(vec![json_answer(
+            200,
+            &[],
+            r#"{"id":"run_1","status":"queued"}"#,
+        )])
+        .await;
+        let error = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, UpstreamError::Protocol(_)) && error.is_ambiguous(),
+            "{error:?}"
+        );
     }
 }
 
@@ -315,7 +398,11 @@ async fn silent_run_request_outlasts_call_timeout() {
         vec![
             late(LONG, sse(vec![Step::Bytes(RESPONSES_TURN.into())])),
             sse(vec![SILENCE, Step::Bytes(RESPONSES_TURN.into())]),
-            sse(vec![Step::Bytes(head.into()), SILENCE, Step::Bytes(rest.into())]),
+            sse(vec![
+                Step::Bytes(head.into()),
+                SILENCE,
+                Step::Bytes(rest.into()),
+            ]),
         ]
     };
     for background in [false, true] {
@@ -324,7 +411,10 @@ async fn silent_run_request_outlasts_call_timeout() {
         (settings.call_timeout, settings.background) = (SHORT, background);
         let upstream = adapter(&settings);
         for _ in turns() {
-            assert_eq!(lines(&turn(&*upstream, Some(&thread())).await.unwrap()), EXPECTED);
+            assert_eq!(
+                lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+                EXPECTED
+            );
         }
         assert_eq!(server.targets(), ["POST /responses"; 3]);
     }
@@ -332,14 +422,21 @@ async fn silent_run_request_outlasts_call_timeout() {
 
 #[tokio::test]
 async fn slow_thread_creation_is_sent_once() {
-    for (kind, path) in
-        [(UpstreamKind::Assistants, "POST /threads"), (UpstreamKind::Responses, "POST /conversations")]
-    {
+    for (kind, path) in [
+        (UpstreamKind::Assistants, "POST /threads"),
+        (UpstreamKind::Responses, "POST /conversations"),
+    ] {
         let made = json_answer(200, &[], r#"{"id":"t_1"}"#);
         let server = Scripted::start(vec![late(LONG, made)]).await;
         let mut settings = config(kind, &server.url);
         settings.call_timeout = SHORT;
-        assert_eq!(adapter(&settings).create_thread(&owner(), &[]).await.unwrap(), Some(thread()));
+        assert_eq!(
+            adapter(&settings)
+                .create_thread(&owner(), &[])
+                .await
+                .unwrap(),
+            Some(thread())
+        );
         assert_eq!(server.targets(), [path]);
     }
 }
@@ -350,11 +447,24 @@ async fn silent_recovery_lookup_times_out_without_outage() {
     let mut settings = config(UpstreamKind::Assistants, &server.url);
     settings.call_timeout = SHORT;
     let upstream = adapter(&settings);
-    let error =
-        upstream.recover(&unsettled_run(RunId::new(), Some("run_1")), &recovery::BROKEN).await.err().unwrap();
-    assert!(matches!(error, UpstreamError::Broken { timeout: true }), "{error:?}");
+    let error = upstream
+        .recover(
+            &unsettled_run(RunId::new(), Some("run_1")),
+            &recovery::BROKEN,
+        )
+        .await
+        .err()
+        .unwrap();
+    assert!(
+        matches!(error, UpstreamError::Broken { timeout: true }),
+        "{error:?}"
+    );
     // A busy machine may give one up before it is seen.
-    assert!((1..=5).contains(&server.requests().len()), "{:?}", server.targets());
+    assert!(
+        (1..=5).contains(&server.requests().len()),
+        "{:?}",
+        server.targets()
+    );
     assert!(!error.tells_outage(), "a server that thinks is not broken");
 }
 
@@ -372,15 +482,27 @@ fn bare(error: &Value) -> Vec<Play> {
         stream(&format!("{}\ndata: [DONE]\n\n", json!({"error": error}))),
         stream(&format!("data: {error}\n\n")),
         stream(&format!("data: {}\n\n", json!({"detail": error}))),
-        stream(&format!("data: {}\n\n", json!({"error": "it failed", "code": error["code"]}))),
+        stream(&format!(
+            "data: {}\n\n",
+            json!({"error": "it failed", "code": error["code"]})
+        )),
         json_answer(200, &[], &json!({"error": error}).to_string()),
     ]
 }
 
 /// Accepts a run and begins its reply.
 fn begun(kind: UpstreamKind) -> String {
-    let transcript = if kind == UpstreamKind::Assistants { ASSISTANTS_TURN } else { RESPONSES_TURN };
-    transcript[..transcript.find("lö").unwrap()].rsplit_once("\n\n").unwrap().0.to_owned() + "\n\n"
+    let transcript = if kind == UpstreamKind::Assistants {
+        ASSISTANTS_TURN
+    } else {
+        RESPONSES_TURN
+    };
+    transcript[..transcript.find("lö").unwrap()]
+        .rsplit_once("\n\n")
+        .unwrap()
+        .0
+        .to_owned()
+        + "\n\n"
 }
 
 #[tokio::test]
@@ -389,9 +511,15 @@ async fn stream_error_in_any_form_is_recognized() {
         for (code, expected) in [
             (json!("content_filter"), "failed (content_filter)"),
             (json!(500), "failed (500)"),
-            (json!("insufficient_quota"), "the upstream limits the rate (insufficient_quota)"),
+            (
+                json!("insufficient_quota"),
+                "the upstream limits the rate (insufficient_quota)",
+            ),
             (json!(429), "the upstream failed with status 429 (429)"),
-            (json!("conversation_locked"), "the upstream thread is held by another run"),
+            (
+                json!("conversation_locked"),
+                "the upstream thread is held by another run",
+            ),
         ] {
             let error = json!({"message": "No.", "type": null, "param": null, "code": code});
             for form in 0..bare(&error).len() {
@@ -401,9 +529,12 @@ async fn stream_error_in_any_form_is_recognized() {
                     settings.conversations = conversations;
                     let told = match turn(&*adapter(&settings), Some(&thread())).await {
                         Ok(events) => match &events[..] {
-                            [Ok(UpstreamEvent::Ended(ended))] if ended.status == RunStatus::Failed => {
+                            [Ok(UpstreamEvent::Ended(ended))]
+                                if ended.status == RunStatus::Failed =>
+                            {
                                 let message = &ended.error.as_ref().unwrap().message;
-                                message.replace("the upstream reported that the run failed", "failed")
+                                message
+                                    .replace("the upstream reported that the run failed", "failed")
                             }
                             other => panic!("{kind:?} {code} {form}: {other:?}"),
                         },
@@ -434,8 +565,14 @@ async fn error_amid_reply_fails_run_in_any_form() {
                 let mut settings = config(kind, &server.url);
                 settings.background = background;
                 let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
-                assert_eq!(lines(&events), ["accepted r_1", "text Hel", "ended failed Hel"], "{form}");
-                let Some(Ok(UpstreamEvent::Ended(ended))) = events.last() else { unreachable!() };
+                assert_eq!(
+                    lines(&events),
+                    ["accepted r_1", "text Hel", "ended failed Hel"],
+                    "{form}"
+                );
+                let Some(Ok(UpstreamEvent::Ended(ended))) = events.last() else {
+                    unreachable!()
+                };
                 assert_eq!(
                     ended.error.as_ref().unwrap().message,
                     "the upstream reported that the run failed (content_filter)"
@@ -449,7 +586,13 @@ async fn error_amid_reply_fails_run_in_any_form() {
 #[tokio::test]
 async fn slow_reader_causes_no_timeout() {
     let server = Scripted::start(vec![sse(vec![
-        Step::Bytes(RESPONSES_TURN.split_inclusive("\n\n").next().unwrap().into()),
+        Step::Bytes(
+            RESPONSES_TURN
+                .split_inclusive("\n\n")
+                .next()
+                .unwrap()
+                .into(),
+        ),
         Step::Pause(Duration::from_millis(20)),
         Step::Bytes(RESPONSES_TURN.split_once("\n\n").unwrap().1.into()),
     ])])
@@ -458,8 +601,12 @@ async fn slow_reader_causes_no_timeout() {
     settings.call_timeout = Duration::from_millis(200);
     let upstream = adapter(&settings);
     let (assistant, metadata, thread) = (profile(), Metadata::default(), thread());
-    let input =
-        [InputMessage { id: MessageId::new(), content: vec![ContentPart::Text { text: "x".to_owned() }] }];
+    let input = [InputMessage {
+        id: MessageId::new(),
+        content: vec![ContentPart::Text {
+            text: "x".to_owned(),
+        }],
+    }];
     let request = StartRun {
         run: RunId::new(),
         thread: Some(&thread),
@@ -479,12 +626,17 @@ async fn slow_reader_causes_no_timeout() {
 #[tokio::test]
 async fn stream_without_terminal_event_is_broken() {
     for transcript in [ASSISTANTS_TURN, RESPONSES_TURN] {
-        let kind =
-            if transcript == ASSISTANTS_TURN { UpstreamKind::Assistants } else { UpstreamKind::Responses };
+        let kind = if transcript == ASSISTANTS_TURN {
+            UpstreamKind::Assistants
+        } else {
+            UpstreamKind::Responses
+        };
         let half = &transcript[..transcript.rfind("event:").unwrap() + 20];
         for end in [Step::Cut, Step::Bytes(Vec::new())] {
             let server = Scripted::start(vec![sse(vec![Step::Bytes(half.into()), end])]).await;
-            let events = turn(&*adapter(&config(kind, &server.url)), Some(&thread())).await.unwrap();
+            let events = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+                .await
+                .unwrap();
             let lines = lines(&events);
             assert_eq!(lines[..3], EXPECTED[..3]);
             assert_eq!(lines[3..], ["error Broken { timeout: false }"]);
@@ -497,14 +649,24 @@ async fn oversized_event_or_response_is_refused() {
     let huge = format!("data: {}\n\n", "x".repeat(100_000));
     let server = Scripted::start(vec![
         sse(vec![Step::Bytes(huge.into_bytes())]),
-        json_answer(200, &[], &json!({"id": "t", "x": "x".repeat(100_000)}).to_string()),
+        json_answer(
+            200,
+            &[],
+            &json!({"id": "t", "x": "x".repeat(100_000)}).to_string(),
+        ),
     ])
     .await;
     let upstream = responses(&server);
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
-    assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
+    assert!(
+        error.to_string().contains("longer than 65536 bytes"),
+        "{error}"
+    );
     let error = upstream.create_thread(&owner(), &[]).await.unwrap_err();
-    assert!(error.to_string().contains("longer than 65536 bytes"), "{error}");
+    assert!(
+        error.to_string().contains("longer than 65536 bytes"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -512,17 +674,34 @@ async fn refused_connection_differs_from_broken_call() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     drop(listener);
-    let error = turn(&*adapter(&config(UpstreamKind::Responses, &url)), Some(&thread())).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::Connect) && !error.is_ambiguous(), "{error:?}");
+    let error = turn(
+        &*adapter(&config(UpstreamKind::Responses, &url)),
+        Some(&thread()),
+    )
+    .await
+    .unwrap_err();
+    assert!(
+        matches!(error, UpstreamError::Connect) && !error.is_ambiguous(),
+        "{error:?}"
+    );
 
     let server = Scripted::start(vec![Play::HangUp]).await;
-    let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::Broken { timeout: false }), "{error:?}");
+    let error = turn(&*responses(&server), Some(&thread()))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, UpstreamError::Broken { timeout: false }),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
 async fn error_event_before_acceptance_fails_the_call() {
-    let event = |data: &Value| sse(vec![Step::Bytes(format!("event: error\ndata: {data}\n\n").into_bytes())]);
+    let event = |data: &Value| {
+        sse(vec![Step::Bytes(
+            format!("event: error\ndata: {data}\n\n").into_bytes(),
+        )])
+    };
     let flat = json!({"type": "error", "code": "conversation_locked", "message": "m"});
     let nested = json!({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}});
     let server = Scripted::start(vec![event(&flat), event(&nested)]).await;
@@ -530,27 +709,41 @@ async fn error_event_before_acceptance_fails_the_call() {
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
     let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
+    assert!(
+        matches!(error, UpstreamError::Unavailable { status: 429, .. }),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
 async fn chain_continues_from_last_completed_response() {
     let server = Scripted::start(vec![
         sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
-        sse(vec![Step::Bytes(RESPONSES_TURN.replace("\"completed\"", "\"failed\"").into())]),
+        sse(vec![Step::Bytes(
+            RESPONSES_TURN.replace("\"completed\"", "\"failed\"").into(),
+        )]),
     ])
     .await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.conversations = false;
     let upstream = adapter(&settings);
-    assert!(upstream.create_thread(&owner(), &[]).await.unwrap().is_none());
+    assert!(
+        upstream
+            .create_thread(&owner(), &[])
+            .await
+            .unwrap()
+            .is_none()
+    );
     let thread_of = |events: &[Result<UpstreamEvent, UpstreamError>]| match events.last() {
         Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
         other => panic!("not ended: {other:?}"),
     };
     let first = thread_of(&turn(&*upstream, None).await.unwrap()).unwrap();
     assert_eq!(first.as_str(), "r_1");
-    assert_eq!(thread_of(&turn(&*upstream, Some(&first)).await.unwrap()), None);
+    assert_eq!(
+        thread_of(&turn(&*upstream, Some(&first)).await.unwrap()),
+        None
+    );
     let requests = server.requests();
     assert_eq!(requests[0].body.get("previous_response_id"), None);
     assert_eq!(requests[0].body.get("conversation"), None);
@@ -563,9 +756,16 @@ async fn chain_continues_from_last_completed_response() {
 fn missing_ca_certificates_are_reported_for_https_only() {
     const MARK: &str = "THREADKEEPER_TEST_WITHOUT_CERTIFICATES";
     if std::env::var_os(MARK).is_some() {
-        UpstreamClient::new("plain", &config(UpstreamKind::Responses, "http://localhost/")).unwrap();
-        let error =
-            UpstreamClient::new("tls", &config(UpstreamKind::Responses, "https://localhost/")).unwrap_err();
+        UpstreamClient::new(
+            "plain",
+            &config(UpstreamKind::Responses, "http://localhost/"),
+        )
+        .unwrap();
+        let error = UpstreamClient::new(
+            "tls",
+            &config(UpstreamKind::Responses, "https://localhost/"),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("ca-certificates"), "{error}");
         return;
     }
@@ -573,12 +773,18 @@ fn missing_ca_certificates_are_reported_for_https_only() {
     let file = empty.path().join("none.pem");
     std::fs::write(&file, "").unwrap();
     let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "upstream::missing_ca_certificates_are_reported_for_https_only"])
+        .args([
+            "--exact",
+            "upstream::missing_ca_certificates_are_reported_for_https_only",
+        ])
         .env(MARK, "1")
         .env("SSL_CERT_FILE", &file)
         .env("SSL_CERT_DIR", empty.path())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}"
+    );
 }

@@ -7,13 +7,15 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use super::{ListView, RunView};
 use crate::domain::{
-    Deletion, DeletionId, Lifecycle, LifecycleTask, MessageId, Metadata, Page, Removed, Role, Run, RunError,
-    RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UpstreamOutcome,
-    UpstreamThreadId,
+    Deletion, DeletionId, Lifecycle, LifecycleTask, MessageId, Metadata, Page, Removed, Role, Run,
+    RunError, RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
+    UpstreamOutcome, UpstreamThreadId,
 };
 use crate::lifecycle::{DryRun, PassSummary, Plan};
 use crate::runs::{Runs, Verified};
-use crate::store::{Deletable, DeletedThread, DeletionReport, Pruned, ThreadReport, UpstreamOrphan};
+use crate::store::{
+    Deletable, DeletedThread, DeletionReport, Pruned, ThreadReport, UpstreamOrphan,
+};
 
 /// The body of `PATCH …/thread`.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -138,7 +140,11 @@ struct LastRunView {
 }
 
 impl ReportView {
-    pub(in crate::api) fn new(runs: &Runs, report: ThreadReport, verified: Option<Verified>) -> Self {
+    pub(in crate::api) fn new(
+        runs: &Runs,
+        report: ThreadReport,
+        verified: Option<Verified>,
+    ) -> Self {
         let rollover_pending = report.thread.rolls;
         Self {
             thread: ThreadView::new(runs, report.thread, report.activity),
@@ -262,13 +268,27 @@ pub(in crate::api) struct DeletableView {
 }
 
 fn always_true() -> ObjectBuilder {
-    ObjectBuilder::new().schema_type(Type::Boolean).enum_values(Some([true]))
+    ObjectBuilder::new()
+        .schema_type(Type::Boolean)
+        .enum_values(Some([true]))
 }
 
 impl DeletableView {
     pub(in crate::api) fn new(found: Deletable, archive: bool) -> Self {
-        let Deletable { threads, messages, runs, unfinished_runs } = found;
-        Self { dry_run: true, archive, threads, messages, runs, unfinished_runs }
+        let Deletable {
+            threads,
+            messages,
+            runs,
+            unfinished_runs,
+        } = found;
+        Self {
+            dry_run: true,
+            archive,
+            threads,
+            messages,
+            runs,
+            unfinished_runs,
+        }
     }
 }
 
@@ -334,7 +354,11 @@ impl From<DeletionReport> for DeletionView {
             threads_done: report.done,
             threads_pending: report.pending,
             threads_incomplete: report.incomplete,
-            threads: ListView::new(report.threads, |thread| thread.id.to_string(), DeletedThreadView::from),
+            threads: ListView::new(
+                report.threads,
+                |thread| thread.id.to_string(),
+                DeletedThreadView::from,
+            ),
         }
     }
 }
@@ -349,7 +373,9 @@ impl From<DeletedThread> for DeletedThreadView {
             runs: thread.runs,
             upstream: thread.upstream,
             attempts: thread.attempts,
-            last_failure: thread.last_failure.or_else(|| thread.removed.failure.clone()),
+            last_failure: thread
+                .last_failure
+                .or_else(|| thread.removed.failure.clone()),
             removed: thread.removed.into(),
         }
     }
@@ -381,7 +407,11 @@ enum DeletionStatus {
 }
 
 const fn status(finished_at: Option<Timestamp>) -> DeletionStatus {
-    if finished_at.is_some() { DeletionStatus::Completed } else { DeletionStatus::InProgress }
+    if finished_at.is_some() {
+        DeletionStatus::Completed
+    } else {
+        DeletionStatus::InProgress
+    }
 }
 
 /// What the janitor did.
@@ -410,8 +440,18 @@ struct PrunedView {
 
 impl From<Pruned> for PrunedView {
     fn from(pruned: Pruned) -> Self {
-        let Pruned { runs, events, idempotency_keys, receipts } = pruned;
-        Self { runs, events, idempotency_keys, receipts }
+        let Pruned {
+            runs,
+            events,
+            idempotency_keys,
+            receipts,
+        } = pruned;
+        Self {
+            runs,
+            events,
+            idempotency_keys,
+            receipts,
+        }
     }
 }
 
@@ -487,7 +527,11 @@ impl From<DryRun> for OutlookView {
         Self {
             dry_run: true,
             threads: dry_run_of.plans.into_iter().map(PlanView::from).collect(),
-            upstream_orphans: dry_run_of.upstream_orphans.into_iter().map(UpstreamOrphanView::from).collect(),
+            upstream_orphans: dry_run_of
+                .upstream_orphans
+                .into_iter()
+                .map(UpstreamOrphanView::from)
+                .collect(),
             would_prune: dry_run_of.prunable.into(),
             has_more: dry_run_of.has_more,
         }
@@ -497,25 +541,34 @@ impl From<DryRun> for OutlookView {
 impl From<Plan> for PlanView {
     fn from(Plan { thread, task }: Plan) -> Self {
         let (action, reason) = match task {
-            LifecycleTask::Expire { since } => {
-                (ThreadAction::Archive, format!("it expired at {}", since.to_rfc3339()))
-            }
+            LifecycleTask::Expire { since } => (
+                ThreadAction::Archive,
+                format!("it expired at {}", since.to_rfc3339()),
+            ),
             LifecycleTask::ClearUpstream => (
                 ThreadAction::DeleteUpstream,
                 "it is archived, and its upstream copy is not needed any more".to_owned(),
             ),
-            LifecycleTask::Discard { since } => {
-                (ThreadAction::Erase, format!("its archive was to be kept until {}", since.to_rfc3339()))
-            }
-            LifecycleTask::Delete(Deletion::Archive) => {
-                (ThreadAction::Archive, "somebody asked to delete it and to keep the transcript".to_owned())
-            }
+            LifecycleTask::Discard { since } => (
+                ThreadAction::Erase,
+                format!("its archive was to be kept until {}", since.to_rfc3339()),
+            ),
+            LifecycleTask::Delete(Deletion::Archive) => (
+                ThreadAction::Archive,
+                "somebody asked to delete it and to keep the transcript".to_owned(),
+            ),
             LifecycleTask::Delete(Deletion::Erase) => {
                 (ThreadAction::Erase, "its deletion is under way".to_owned())
             }
             LifecycleTask::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
         };
-        Self { thread_id: thread.id, key: KeyView::of(&thread), lifecycle: thread.lifecycle, action, reason }
+        Self {
+            thread_id: thread.id,
+            key: KeyView::of(&thread),
+            lifecycle: thread.lifecycle,
+            action,
+            reason,
+        }
     }
 }
 
@@ -523,7 +576,10 @@ impl From<UpstreamOrphan> for UpstreamOrphanView {
     fn from(orphan: UpstreamOrphan) -> Self {
         let (action, reason) = match orphan.upstream_id {
             Some(_) => (OrphanAction::Delete, "no thread uses it any more"),
-            None => (OrphanAction::FindAndDelete, "it was to be made, and nobody heard whether it was"),
+            None => (
+                OrphanAction::FindAndDelete,
+                "it was to be made, and nobody heard whether it was",
+            ),
         };
         Self {
             thread_id: orphan.thread,
@@ -536,7 +592,10 @@ impl From<UpstreamOrphan> for UpstreamOrphanView {
 }
 
 /// A page of threads.
-pub(in crate::api) fn list(runs: &Runs, page: Page<(Thread, ThreadActivity)>) -> ListView<ThreadView> {
+pub(in crate::api) fn list(
+    runs: &Runs,
+    page: Page<(Thread, ThreadActivity)>,
+) -> ListView<ThreadView> {
     ListView::new(
         page,
         |(thread, _)| thread.id.to_string(),
@@ -546,5 +605,12 @@ pub(in crate::api) fn list(runs: &Runs, page: Page<(Thread, ThreadActivity)>) ->
 
 /// Runs that were cancelled, which is all of them that there are.
 pub(in crate::api) fn cancelled(runs: Vec<Run>) -> ListView<RunView> {
-    ListView::new(Page { data: runs, has_more: false }, |run| run.id.to_string(), RunView::from)
+    ListView::new(
+        Page {
+            data: runs,
+            has_more: false,
+        },
+        |run| run.id.to_string(),
+        RunView::from,
+    )
 }

@@ -39,14 +39,29 @@ fn only_a() -> Answer {
 
 #[tokio::test]
 async fn keys_of_all_kinds_are_fetched_once() {
-    let (ec, ed) = (Signer::new(JwtAlgorithm::Es256), Signer::new(JwtAlgorithm::EdDsa));
+    let (ec, ed) = (
+        Signer::new(JwtAlgorithm::Es256),
+        Signer::new(JwtAlgorithm::EdDsa),
+    );
     let issuer = Issuer::start(Answer::Keys(vec![RSA.jwk("r"), ec.jwk("e"), ed.jwk("d")])).await;
-    let all = [JwtAlgorithm::Rs256, JwtAlgorithm::Es256, JwtAlgorithm::EdDsa];
+    let all = [
+        JwtAlgorithm::Rs256,
+        JwtAlgorithm::Es256,
+        JwtAlgorithm::EdDsa,
+    ];
     let verifier = verifier(&issuer, &all);
     assert_eq!(issuer.asked(), 0, "not before there is a token");
-    let tokens = [RSA.token(Some("r")), ec.token(Some("e")), ed.token(Some("d")), ed.token(None)];
+    let tokens = [
+        RSA.token(Some("r")),
+        ec.token(Some("e")),
+        ed.token(Some("d")),
+        ed.token(None),
+    ];
     assert!(
-        join_all(tokens.iter().map(|token| is_good(&verifier, token))).await.into_iter().all(|good| good)
+        join_all(tokens.iter().map(|token| is_good(&verifier, token)))
+            .await
+            .into_iter()
+            .all(|good| good)
     );
     assert!(!is_good(&verifier, &OTHER_RSA.token(Some("r"))).await);
     assert_eq!(issuer.asked(), 1);
@@ -55,7 +70,12 @@ async fn keys_of_all_kinds_are_fetched_once() {
 #[tokio::test]
 async fn a_token_that_names_no_key_needs_one_that_is_the_only_one() {
     let ec = Signer::new(JwtAlgorithm::Es256);
-    let issuer = Issuer::start(Answer::Keys(vec![RSA.jwk("a"), OTHER_RSA.jwk("b"), ec.jwk("c")])).await;
+    let issuer = Issuer::start(Answer::Keys(vec![
+        RSA.jwk("a"),
+        OTHER_RSA.jwk("b"),
+        ec.jwk("c"),
+    ]))
+    .await;
     let both = verifier(&issuer, &[JwtAlgorithm::Rs256, JwtAlgorithm::Es256]);
     assert!(is_good(&both, &ec.token(None)).await);
     assert!(!is_good(&both, &RSA.token(None)).await);
@@ -73,7 +93,10 @@ async fn a_new_key_is_found_at_once_and_one_that_is_gone_opens_nothing() {
     issuer.set(Answer::Keys(vec![OTHER_RSA.jwk("b")]));
     let token = OTHER_RSA.token(Some("b"));
     let all = join_all((0..20).map(|_| is_good(&verifier, &token))).await;
-    assert!(all.into_iter().all(|good| good), "also those who came while it was fetched");
+    assert!(
+        all.into_iter().all(|good| good),
+        "also those who came while it was fetched"
+    );
     assert_eq!(issuer.asked(), 2);
     assert!(!is_good(&verifier, &RSA.token(Some("a"))).await);
 }
@@ -85,10 +108,15 @@ async fn invented_keys_make_one_fetch_at_most() {
     assert!(is_good(&verifier, &RSA.token(Some("a"))).await);
     for round in 1..=3 {
         pass(PAUSE).await;
-        let tokens: Vec<String> = (0..100).map(|n| RSA.token(Some(&format!("{round}-{n}")))).collect();
+        let tokens: Vec<String> = (0..100)
+            .map(|n| RSA.token(Some(&format!("{round}-{n}"))))
+            .collect();
         let (together, after) = tokens.split_at(50);
         assert!(
-            join_all(together.iter().map(|token| is_good(&verifier, token))).await.iter().all(|good| !good)
+            join_all(together.iter().map(|token| is_good(&verifier, token)))
+                .await
+                .iter()
+                .all(|good| !good)
         );
         for token in after {
             assert!(!is_good(&verifier, token).await);
@@ -130,7 +158,10 @@ async fn others_do_not_wait_for_a_set_that_is_fetched_again() {
     assert!((&mut first).now_or_never().is_none(), "it fetches");
     for _ in 0..10 {
         let other = verifier.verify(&token).now_or_never();
-        assert!(other.is_some_and(|answer| answer.is_ok()), "it goes on with the old keys");
+        assert!(
+            other.is_some_and(|answer| answer.is_ok()),
+            "it goes on with the old keys"
+        );
     }
 }
 
@@ -141,7 +172,12 @@ async fn an_outage_is_bridged_for_a_day() {
     let token = RSA.token(Some("a"));
     assert!(is_good(&verifier, &token).await);
     let mut asked = 1;
-    for answer in [Answer::Status(500), Answer::Broken, Answer::Text("no"), Answer::Status(404)] {
+    for answer in [
+        Answer::Status(500),
+        Answer::Broken,
+        Answer::Text("no"),
+        Answer::Status(404),
+    ] {
         issuer.set(answer);
         pass(Duration::from_mins(11)).await;
         for _ in 0..5 {
@@ -180,7 +216,11 @@ async fn bad_answers_are_no_keys() {
         let asked = issuer.asked();
         assert!(is_unavailable(&verifier).await);
         assert!(is_unavailable(&verifier).await);
-        assert_eq!(issuer.asked(), asked + 1, "one look, and no redirect followed");
+        assert_eq!(
+            issuer.asked(),
+            asked + 1,
+            "one look, and no redirect followed"
+        );
         pass(SHORT_PAUSE).await;
     }
     issuer.set(only_a());
@@ -201,8 +241,15 @@ async fn a_silent_server_is_left_in_time() {
         tokio::time::pause();
     };
     let (all, ()) = tokio::join!(join_all((0..50).map(|_| verifier.verify(&token))), asked);
-    assert!(all.into_iter().all(|answer| answer == Err(JwtRefusal::Unavailable)));
-    assert!(begin.elapsed() <= TOTAL_TIMEOUT + SHORT_PAUSE, "{:?}", begin.elapsed());
+    assert!(
+        all.into_iter()
+            .all(|answer| answer == Err(JwtRefusal::Unavailable))
+    );
+    assert!(
+        begin.elapsed() <= TOTAL_TIMEOUT + SHORT_PAUSE,
+        "{:?}",
+        begin.elapsed()
+    );
     assert_eq!(issuer.asked(), 1, "not once for each that waited");
 }
 
@@ -235,7 +282,12 @@ async fn a_fetch_that_is_left_goes_on_with_the_next() {
     // With keys that are invented, too.
     pass(PAUSE).await;
     for n in 0..20 {
-        assert!(verifier.verify(&RSA.token(Some(&n.to_string()))).now_or_never().is_none());
+        assert!(
+            verifier
+                .verify(&RSA.token(Some(&n.to_string())))
+                .now_or_never()
+                .is_none()
+        );
     }
     assert!(!is_good(&verifier, &RSA.token(Some("c"))).await);
     assert_eq!(issuer.asked(), 2);
@@ -244,7 +296,12 @@ async fn a_fetch_that_is_left_goes_on_with_the_next() {
 #[tokio::test]
 async fn who_hangs_up_keeps_no_key_from_the_others() {
     let issuer = Issuer::start(only_a()).await;
-    let jwks = Jwks::new(issuer.url.clone(), Duration::from_mins(10), &[JwtAlgorithm::Rs256]).unwrap();
+    let jwks = Jwks::new(
+        issuer.url.clone(),
+        Duration::from_mins(10),
+        &[JwtAlgorithm::Rs256],
+    )
+    .unwrap();
     let find = |id: &'static str| jwks.find(Some(id), JwtAlgorithm::Rs256);
     assert!(find("a").await.is_ok());
     pass(PAUSE).await;
@@ -292,7 +349,10 @@ fn ids(keys: &[Value], algorithms: &[JwtAlgorithm]) -> Vec<String> {
 
 #[test]
 fn only_keys_that_fit_are_used() {
-    let (ec, ed) = (Signer::new(JwtAlgorithm::Es256), Signer::new(JwtAlgorithm::EdDsa));
+    let (ec, ed) = (
+        Signer::new(JwtAlgorithm::Es256),
+        Signer::new(JwtAlgorithm::EdDsa),
+    );
     let changed = |signer: &Signer, id: &str, changes: Value| {
         let mut jwk = signer.jwk(id);
         for (name, value) in changes.as_object().unwrap() {
@@ -333,12 +393,18 @@ fn only_keys_that_fit_are_used() {
     assert_eq!(ids(&keys, &[JwtAlgorithm::Rs256]), rsa_keys);
     assert_eq!(ids(&keys, &[JwtAlgorithm::Es256]), ["ec"]);
     assert_eq!(ids(&keys, &[JwtAlgorithm::EdDsa]), ["ed"]);
-    assert!(ids(&keys, &[JwtAlgorithm::Hs256]).is_empty(), "a secret is never taken from a key set");
+    assert!(
+        ids(&keys, &[JwtAlgorithm::Hs256]).is_empty(),
+        "a secret is never taken from a key set"
+    );
 }
 
 #[test]
 fn a_set_has_a_hundred_keys_at_most() {
     let keys: Vec<Value> = (0..150).map(|n| RSA.jwk(&n.to_string())).collect();
     let ids = ids(&keys, &[JwtAlgorithm::Rs256]);
-    assert_eq!((ids.len(), ids.last().map(String::as_str)), (100, Some("99")));
+    assert_eq!(
+        (ids.len(), ids.last().map(String::as_str)),
+        (100, Some("99"))
+    );
 }

@@ -35,19 +35,35 @@ impl Rules {
     }
 
     /// Whom the claims speak for at the time `now`.
-    pub(super) fn principal(&self, claims: &Claims, now: Timestamp) -> Result<Principal, JwtRefusal> {
+    pub(super) fn principal(
+        &self,
+        claims: &Claims,
+        now: Timestamp,
+    ) -> Result<Principal, JwtRefusal> {
         self.check_parties(claims)?;
         self.check_times(claims, now)?;
         let user = text(claims.get("sub"))
             .and_then(|user| UserKey::try_from(user.to_owned()).ok())
-            .ok_or(JwtRefusal::Invalid("its `sub` is missing or no key of a user"))?;
+            .ok_or(JwtRefusal::Invalid(
+                "its `sub` is missing or no key of a user",
+            ))?;
         let tenant = self.tenant(claims)?;
         // The same for all tokens of a user.
         let name = format!("jwt:{}", self.fingerprints.user(&tenant, &user));
         Ok(if self.is_admin(claims) {
-            Principal { tenant, access: Access::Admin, user: None, name }
+            Principal {
+                tenant,
+                access: Access::Admin,
+                user: None,
+                name,
+            }
         } else {
-            Principal { tenant, access: Access::Chat, user: Some(user), name }
+            Principal {
+                tenant,
+                access: Access::Chat,
+                user: Some(user),
+                name,
+            }
         })
     }
 
@@ -55,10 +71,18 @@ impl Rules {
         if text(claims.get("iss")) != Some(&self.issuer) {
             return Err(JwtRefusal::Invalid("its issuer is missing or another one"));
         }
-        let is_ours =
-            |value: &Value| value.as_str().is_some_and(|name| self.audience.iter().any(|own| own == name));
-        if !claims.get("aud").is_some_and(|claim| is_or_has(claim, is_ours)) {
-            return Err(JwtRefusal::Invalid("its audience is missing or another one"));
+        let is_ours = |value: &Value| {
+            value
+                .as_str()
+                .is_some_and(|name| self.audience.iter().any(|own| own == name))
+        };
+        if !claims
+            .get("aud")
+            .is_some_and(|claim| is_or_has(claim, is_ours))
+        {
+            return Err(JwtRefusal::Invalid(
+                "its audience is missing or another one",
+            ));
         }
         Ok(())
     }
@@ -82,14 +106,24 @@ impl Rules {
     }
 
     fn tenant(&self, claims: &Claims) -> Result<TenantKey, JwtRefusal> {
-        let Some(path) = &self.tenant_claim else { return Ok(TenantKey::default()) };
+        let Some(path) = &self.tenant_claim else {
+            return Ok(TenantKey::default());
+        };
         text(find(claims, path))
             .and_then(|tenant| TenantKey::try_from(tenant.to_owned()).ok())
-            .ok_or(JwtRefusal::Invalid("its claim of a tenant is missing or no key of one"))
+            .ok_or(JwtRefusal::Invalid(
+                "its claim of a tenant is missing or no key of one",
+            ))
     }
 
     fn is_admin(&self, claims: &Claims) -> bool {
-        let Some(claim) = self.admin_claim.as_ref().and_then(|path| find(claims, path)) else { return false };
+        let Some(claim) = self
+            .admin_claim
+            .as_ref()
+            .and_then(|path| find(claims, path))
+        else {
+            return false;
+        };
         match &self.admin_value {
             Some(wanted) => is_or_has(claim, |value| value.as_str() == Some(wanted)),
             None => claim.as_bool() == Some(true),
@@ -121,10 +155,13 @@ fn is_or_has(claim: &Value, is_wanted: impl Fn(&Value) -> bool) -> bool {
 
 /// The time that a claim gives in seconds since 1970, with or without a fraction; `None` if there is no such claim.
 fn time(claims: &Claims, name: &str) -> Result<Option<Duration>, JwtRefusal> {
-    let Some(claim) = claims.get(name) else { return Ok(None) };
+    let Some(claim) = claims.get(name) else {
+        return Ok(None);
+    };
     let whole = claim.as_u64().map(Duration::from_secs);
     let time = whole.or_else(|| Duration::try_from_secs_f64(claim.as_f64()?).ok());
-    time.map(Some).ok_or(JwtRefusal::Invalid("one of its times is no time"))
+    time.map(Some)
+        .ok_or(JwtRefusal::Invalid("one of its times is no time"))
 }
 
 #[cfg(test)]
@@ -146,8 +183,11 @@ mod tests {
 
     /// Sound claims, changed by these. `null` takes one out.
     fn claims(changes: &Value) -> Claims {
-        let sound = json!({ "iss": "https://issuer", "aud": "chat", "exp": NOW + 60, "sub": "alice" });
-        let Value::Object(mut claims) = sound else { panic!("an object") };
+        let sound =
+            json!({ "iss": "https://issuer", "aud": "chat", "exp": NOW + 60, "sub": "alice" });
+        let Value::Object(mut claims) = sound else {
+            panic!("an object")
+        };
         for (name, value) in changes.as_object().unwrap() {
             if value.is_null() {
                 claims.remove(name)
@@ -165,7 +205,9 @@ mod tests {
 
     #[track_caller]
     fn assert_refused(config: &JwtConfig, changes: &Value, part: &str) {
-        let Err(JwtRefusal::Invalid(why)) = judge(config, changes) else { panic!("{changes} is taken") };
+        let Err(JwtRefusal::Invalid(why)) = judge(config, changes) else {
+            panic!("{changes} is taken")
+        };
         assert!(why.contains(part), "{changes}: {why}");
     }
 
@@ -173,21 +215,36 @@ mod tests {
     fn a_user_is_their_subject() {
         let principal = judge(&config(), &json!({})).unwrap();
         assert_eq!(principal.user.unwrap().as_str(), "alice");
-        assert_eq!((principal.tenant, principal.access), (TenantKey::default(), Access::Chat));
+        assert_eq!(
+            (principal.tenant, principal.access),
+            (TenantKey::default(), Access::Chat)
+        );
         let alice = UserKey::try_from("alice".to_owned()).unwrap();
         let fingerprint = Fingerprints::new(&[7; 32]).user(&TenantKey::default(), &alice);
         assert_eq!(principal.name, format!("jwt:{fingerprint}"));
-        for sub in [json!(null), json!(""), json!(7), json!("a\nb"), json!("x".repeat(257)), json!(["alice"])]
-        {
+        for sub in [
+            json!(null),
+            json!(""),
+            json!(7),
+            json!("a\nb"),
+            json!("x".repeat(257)),
+            json!(["alice"]),
+        ] {
             assert_refused(&config(), &json!({ "sub": sub }), "`sub`");
         }
     }
 
     #[test]
     fn names_tell_users_apart_and_tenants() {
-        let config = JwtConfig { tenant_claim: Some("t".to_owned()), ..config() };
-        let name =
-            |tenant: &str, sub: &str| judge(&config, &json!({ "t": tenant, "sub": sub })).unwrap().name;
+        let config = JwtConfig {
+            tenant_claim: Some("t".to_owned()),
+            ..config()
+        };
+        let name = |tenant: &str, sub: &str| {
+            judge(&config, &json!({ "t": tenant, "sub": sub }))
+                .unwrap()
+                .name
+        };
         assert_eq!(name("a", "bc"), name("a", "bc"));
         assert_ne!(name("a", "bc"), name("ab", "c"));
         assert_ne!(name("a", "b"), name("b", "a"));
@@ -195,12 +252,22 @@ mod tests {
 
     #[test]
     fn the_issuer_and_the_audience_are_ours() {
-        for iss in [json!(null), json!("https://issuer/"), json!(["https://issuer"]), json!(1)] {
+        for iss in [
+            json!(null),
+            json!("https://issuer/"),
+            json!(["https://issuer"]),
+            json!(1),
+        ] {
             assert_refused(&config(), &json!({ "iss": iss }), "issuer");
         }
-        for aud in
-            [json!(null), json!("cha"), json!([]), json!(["x", ["chat"]]), json!({ "chat": 1 }), json!(1)]
-        {
+        for aud in [
+            json!(null),
+            json!("cha"),
+            json!([]),
+            json!(["x", ["chat"]]),
+            json!({ "chat": 1 }),
+            json!(1),
+        ] {
             assert_refused(&config(), &json!({ "aud": aud }), "audience");
         }
         for aud in [json!("other"), json!(["x", "chat"]), json!([1, "chat"])] {
@@ -210,7 +277,10 @@ mod tests {
 
     #[test]
     fn times_hold_to_the_second_of_the_leeway() {
-        let with = |seconds: u64| JwtConfig { leeway: Duration::from_secs(seconds), ..config() };
+        let with = |seconds: u64| JwtConfig {
+            leeway: Duration::from_secs(seconds),
+            ..config()
+        };
         for leeway in [0, 30, 300] {
             let end = NOW - i64::try_from(leeway).unwrap();
             let start = NOW + i64::try_from(leeway).unwrap();
@@ -229,7 +299,11 @@ mod tests {
 
     #[test]
     fn times_are_numbers_and_the_end_is_there() {
-        assert_refused(&config(), &json!({ "exp": null }), "does not say when it expires");
+        assert_refused(
+            &config(),
+            &json!({ "exp": null }),
+            "does not say when it expires",
+        );
         for (name, value) in [
             ("exp", json!("1900000000")),
             ("exp", json!(-1)),
@@ -244,16 +318,31 @@ mod tests {
 
     #[test]
     fn the_tenant_is_claimed() {
-        let config = |path: &str| JwtConfig { tenant_claim: Some(path.to_owned()), ..config() };
-        let tenant =
-            |path: &str, changes: &Value| judge(&config(path), changes).map(|p| p.tenant.as_str().to_owned());
-        assert_eq!(tenant("org", &json!({ "org": "acme" })), Ok("acme".to_owned()));
-        assert_eq!(tenant("org.id", &json!({ "org": { "id": "acme" } })), Ok("acme".to_owned()));
+        let config = |path: &str| JwtConfig {
+            tenant_claim: Some(path.to_owned()),
+            ..config()
+        };
+        let tenant = |path: &str, changes: &Value| {
+            judge(&config(path), changes).map(|p| p.tenant.as_str().to_owned())
+        };
+        assert_eq!(
+            tenant("org", &json!({ "org": "acme" })),
+            Ok("acme".to_owned())
+        );
+        assert_eq!(
+            tenant("org.id", &json!({ "org": { "id": "acme" } })),
+            Ok("acme".to_owned())
+        );
         let url = "https://example.com/tenant";
         assert_eq!(tenant(url, &json!({ url: "acme" })), Ok("acme".to_owned()));
-        for org in
-            [json!(null), json!(""), json!(1), json!(["acme"]), json!("a\u{7}"), json!("x".repeat(257))]
-        {
+        for org in [
+            json!(null),
+            json!(""),
+            json!(1),
+            json!(["acme"]),
+            json!("a\u{7}"),
+            json!("x".repeat(257)),
+        ] {
             assert_refused(&config("org"), &json!({ "org": org }), "tenant");
         }
         assert_refused(&config("org.id"), &json!({ "org": "id" }), "tenant");
@@ -263,7 +352,15 @@ mod tests {
     fn an_admin_is_claimed_as_configured_and_in_no_other_way() {
         let access = |path: &str, value: Option<&str>, changes: &Value| {
             let (admin_claim, admin_value) = (Some(path.to_owned()), value.map(str::to_owned));
-            let principal = judge(&JwtConfig { admin_claim, admin_value, ..config() }, changes).unwrap();
+            let principal = judge(
+                &JwtConfig {
+                    admin_claim,
+                    admin_value,
+                    ..config()
+                },
+                changes,
+            )
+            .unwrap();
             assert_eq!(principal.user.is_none(), principal.access == Access::Admin);
             principal.access
         };
@@ -271,7 +368,11 @@ mod tests {
             ("admin", None, json!({ "admin": true })),
             ("role", Some("boss"), json!({ "role": "boss" })),
             ("roles", Some("boss"), json!({ "roles": ["x", "boss"] })),
-            ("realm.roles", Some("boss"), json!({ "realm": { "roles": ["boss"] } })),
+            (
+                "realm.roles",
+                Some("boss"),
+                json!({ "realm": { "roles": ["boss"] } }),
+            ),
             ("a.b/roles", Some("boss"), json!({ "a.b/roles": "boss" })),
             ("a.b.c", None, json!({ "a": { "b": { "c": true } } })),
         ] {
@@ -287,13 +388,23 @@ mod tests {
             ("role", Some("boss"), json!({ "role": true })),
             ("role", Some("boss"), json!({ "role": { "boss": true } })),
             ("roles", Some("boss"), json!({ "roles": [["boss"]] })),
-            ("a.b", Some("boss"), json!({ "a": ["b", "boss"], "b": "boss" })),
+            (
+                "a.b",
+                Some("boss"),
+                json!({ "a": ["b", "boss"], "b": "boss" }),
+            ),
         ] {
             assert_eq!(access(path, value, &changes), Access::Chat, "{changes}");
         }
         // Nobody is an admin where that is not configured, and even one needs a subject.
-        assert_eq!(judge(&config(), &json!({ "admin": true })).unwrap().access, Access::Chat);
-        let config = JwtConfig { admin_claim: Some("admin".to_owned()), ..config() };
+        assert_eq!(
+            judge(&config(), &json!({ "admin": true })).unwrap().access,
+            Access::Chat
+        );
+        let config = JwtConfig {
+            admin_claim: Some("admin".to_owned()),
+            ..config()
+        };
         assert_refused(&config, &json!({ "admin": true, "sub": null }), "`sub`");
     }
 

@@ -9,8 +9,12 @@ use super::super::testing::{ISSUER, OTHER_RSA, RSA, SECRET, Signer, claims, conf
 use super::*;
 use crate::domain::Access;
 
-const ALL: [JwtAlgorithm; 4] =
-    [JwtAlgorithm::Hs256, JwtAlgorithm::Rs256, JwtAlgorithm::Es256, JwtAlgorithm::EdDsa];
+const ALL: [JwtAlgorithm; 4] = [
+    JwtAlgorithm::Hs256,
+    JwtAlgorithm::Rs256,
+    JwtAlgorithm::Es256,
+    JwtAlgorithm::EdDsa,
+];
 
 fn shared() -> JwtVerifier {
     let mut config = config(&[JwtAlgorithm::Hs256]);
@@ -31,12 +35,17 @@ fn with_pem(algorithm: JwtAlgorithm, pem: &str) -> JwtVerifier {
 
 /// Verifies with a key that is there, which waits for nothing.
 fn verify(verifier: &JwtVerifier, token: &str) -> Result<Principal, JwtRefusal> {
-    verifier.verify(token).now_or_never().expect("nothing is waited for")
+    verifier
+        .verify(token)
+        .now_or_never()
+        .expect("nothing is waited for")
 }
 
 #[track_caller]
 fn assert_refused(verifier: &JwtVerifier, token: &str, part: &str) {
-    let Err(JwtRefusal::Invalid(why)) = verify(verifier, token) else { panic!("{token} is taken") };
+    let Err(JwtRefusal::Invalid(why)) = verify(verifier, token) else {
+        panic!("{token} is taken")
+    };
     assert!(why.contains(part), "{why}");
 }
 
@@ -62,7 +71,11 @@ fn shared_token(header: &Value, claims: &Value) -> String {
 fn good_tokens_of_each_algorithm_are_taken() {
     for algorithm in ALL {
         let signer = Signer::new(algorithm);
-        let verifier = if algorithm == JwtAlgorithm::Hs256 { shared() } else { public(&signer) };
+        let verifier = if algorithm == JwtAlgorithm::Hs256 {
+            shared()
+        } else {
+            public(&signer)
+        };
         for id in [None, Some("any")] {
             let principal = verify(&verifier, &signer.token(id)).unwrap();
             assert_eq!(principal.user.unwrap().as_str(), "alice");
@@ -75,11 +88,22 @@ fn good_tokens_of_each_algorithm_are_taken() {
 fn public_keys_come_in_several_spellings() {
     let token = RSA.token(None);
     let lines = RSA.public_pem.replace('\n', "\r\n");
-    let body: String = RSA.public_pem.lines().filter(|line| !line.starts_with('-')).collect();
+    let body: String = RSA
+        .public_pem
+        .lines()
+        .filter(|line| !line.starts_with('-'))
+        .collect();
     // What is within the 24 bytes that say that it is an RSA key.
     let plain = pem("RSA PUBLIC KEY", &STANDARD.decode(body).unwrap()[24..]);
-    for text in [&lines, &plain, &format!("The issuer's key:\n\n{}", RSA.public_pem)] {
-        assert!(verify(&with_pem(JwtAlgorithm::Rs256, text), &token).is_ok(), "{text}");
+    for text in [
+        &lines,
+        &plain,
+        &format!("The issuer's key:\n\n{}", RSA.public_pem),
+    ] {
+        assert!(
+            verify(&with_pem(JwtAlgorithm::Rs256, text), &token).is_ok(),
+            "{text}"
+        );
     }
 }
 
@@ -99,8 +123,15 @@ fn tokens_of_others_are_refused() {
 fn a_token_does_not_choose_its_algorithm() {
     let signers = ALL.map(Signer::new);
     for own in &signers {
-        let verifier = if own.algorithm == JwtAlgorithm::Hs256 { shared() } else { public(own) };
-        for other in signers.iter().filter(|other| other.algorithm != own.algorithm) {
+        let verifier = if own.algorithm == JwtAlgorithm::Hs256 {
+            shared()
+        } else {
+            public(own)
+        };
+        for other in signers
+            .iter()
+            .filter(|other| other.algorithm != own.algorithm)
+        {
             assert_refused(&verifier, &other.token(None), "not allowed");
         }
     }
@@ -127,7 +158,11 @@ fn unsigned_tokens_are_refused() {
                 let token = format!("{}.{}.{signature}", part(&header), part(&claims()));
                 assert_refused(verifier, &token, "known algorithm");
             }
-            assert_refused(verifier, &shared_token(&header, &claims()), "known algorithm");
+            assert_refused(
+                verifier,
+                &shared_token(&header, &claims()),
+                "known algorithm",
+            );
         }
     }
     let good = Signer::new(JwtAlgorithm::Hs256).token(None);
@@ -139,17 +174,28 @@ fn unsigned_tokens_are_refused() {
 #[test]
 fn whatever_is_changed_is_noticed() {
     for signer in ALL.map(Signer::new) {
-        let verifier = if signer.algorithm == JwtAlgorithm::Hs256 { shared() } else { public(&signer) };
+        let verifier = if signer.algorithm == JwtAlgorithm::Hs256 {
+            shared()
+        } else {
+            public(&signer)
+        };
         let token = signer.token(None);
         let parts: Vec<&str> = token.split('.').collect();
         let bob = part(&with_claim("sub", json!("bob")));
-        assert_refused(&verifier, &format!("{}.{bob}.{}", parts[0], parts[2]), "signature");
+        assert_refused(
+            &verifier,
+            &format!("{}.{bob}.{}", parts[0], parts[2]),
+            "signature",
+        );
         // The last digit of a part may hold bits that mean nothing: those may be refused in another way.
         for at in (0..token.len()).step_by(7) {
             let mut changed = token.clone().into_bytes();
             changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
             let changed = String::from_utf8(changed).unwrap();
-            assert!(matches!(verify(&verifier, &changed), Err(JwtRefusal::Invalid(_))), "{at}");
+            assert!(
+                matches!(verify(&verifier, &changed), Err(JwtRefusal::Invalid(_))),
+                "{at}"
+            );
         }
     }
 }
@@ -165,14 +211,21 @@ fn headers_ask_for_nothing_that_is_not_understood() {
         let token = shared_token(&json!({ "alg": "HS256", "typ": kind }), &claims());
         assert_refused(&verifier, &token, "another type");
     }
-    let token = shared_token(&json!({ "alg": "HS256", "crit": ["b64"], "b64": false }), &claims());
+    let token = shared_token(
+        &json!({ "alg": "HS256", "crit": ["b64"], "b64": false }),
+        &claims(),
+    );
     assert_refused(&verifier, &token, "crit");
     // A key that the token brings along is not looked at.
     let jwk = Signer::new(JwtAlgorithm::Es256);
     let mut header = Header::new(Algorithm::ES256);
     header.jwk = Some(serde_json::from_value(jwk.jwk("a")).unwrap());
     let token = encode(&header, &claims(), &jwk.private).unwrap();
-    assert_refused(&public(&Signer::new(JwtAlgorithm::Es256)), &token, "signature");
+    assert_refused(
+        &public(&Signer::new(JwtAlgorithm::Es256)),
+        &token,
+        "signature",
+    );
 }
 
 #[test]
@@ -187,25 +240,52 @@ fn the_claims_are_looked_at() {
         ("aud", json!("other"), "audience"),
         ("sub", json!(""), "`sub`"),
     ] {
-        assert_refused(&shared(), &signer.sign(None, &with_claim(name, value)), part);
+        assert_refused(
+            &shared(),
+            &signer.sign(None, &with_claim(name, value)),
+            part,
+        );
     }
     for missing in ["iss", "aud", "exp", "sub"] {
         let mut claims = claims();
         claims.as_object_mut().unwrap().remove(missing);
         assert!(
-            matches!(verify(&shared(), &signer.sign(None, &claims)), Err(JwtRefusal::Invalid(_))),
+            matches!(
+                verify(&shared(), &signer.sign(None, &claims)),
+                Err(JwtRefusal::Invalid(_))
+            ),
             "{missing}"
         );
     }
     // Within the leeway.
-    assert!(verify(&shared(), &signer.sign(None, &with_claim("exp", json!(now - 20)))).is_ok());
-    assert!(verify(&shared(), &signer.sign(None, &with_claim("nbf", json!(now + 20)))).is_ok());
+    assert!(
+        verify(
+            &shared(),
+            &signer.sign(None, &with_claim("exp", json!(now - 20)))
+        )
+        .is_ok()
+    );
+    assert!(
+        verify(
+            &shared(),
+            &signer.sign(None, &with_claim("nbf", json!(now + 20)))
+        )
+        .is_ok()
+    );
     // One claim said twice.
     let twice = format!("{{\"sub\":\"bob\",{}", &claims().to_string()[1..]);
-    let message = format!("{}.{}", part(&json!({ "alg": "HS256" })), URL_SAFE_NO_PAD.encode(twice));
+    let message = format!(
+        "{}.{}",
+        part(&json!({ "alg": "HS256" })),
+        URL_SAFE_NO_PAD.encode(twice)
+    );
     let key = EncodingKey::from_secret(SECRET.as_bytes());
     let signature = jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
-    assert_refused(&shared(), &format!("{message}.{signature}"), "cannot be read");
+    assert_refused(
+        &shared(),
+        &format!("{message}.{signature}"),
+        "cannot be read",
+    );
 }
 
 #[test]
@@ -228,20 +308,53 @@ fn keys_that_do_not_fit_are_found_at_once() {
         config.public_key = pem.map(Into::into);
         JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).map(drop)
     };
-    let (ec, ed) = (Signer::new(JwtAlgorithm::Es256), Signer::new(JwtAlgorithm::EdDsa));
+    let (ec, ed) = (
+        Signer::new(JwtAlgorithm::Es256),
+        Signer::new(JwtAlgorithm::EdDsa),
+    );
     assert_eq!(setup(&[Rs256], None, Some(&RSA.public_pem)), Ok(()));
-    assert_eq!(setup(&[Rs256, Es256], None, Some(&RSA.public_pem)), Err(JwtSetupError::PublicKey("ES256")));
-    assert_eq!(setup(&[Rs256], None, Some(&ec.public_pem)), Err(JwtSetupError::PublicKey("RS256")));
-    assert_eq!(setup(&[Es256], None, Some(&ed.public_pem)), Err(JwtSetupError::PublicKey("ES256")));
-    assert_eq!(setup(&[EdDsa], None, Some(&RSA.public_pem)), Err(JwtSetupError::PublicKey("EdDSA")));
-    assert_eq!(setup(&[Hs256], None, Some(&RSA.public_pem)), Err(JwtSetupError::PublicKey("HS256")));
-    assert_eq!(setup(&[Rs256], None, Some("text")), Err(JwtSetupError::PublicKey("RS256")));
+    assert_eq!(
+        setup(&[Rs256, Es256], None, Some(&RSA.public_pem)),
+        Err(JwtSetupError::PublicKey("ES256"))
+    );
+    assert_eq!(
+        setup(&[Rs256], None, Some(&ec.public_pem)),
+        Err(JwtSetupError::PublicKey("RS256"))
+    );
+    assert_eq!(
+        setup(&[Es256], None, Some(&ed.public_pem)),
+        Err(JwtSetupError::PublicKey("ES256"))
+    );
+    assert_eq!(
+        setup(&[EdDsa], None, Some(&RSA.public_pem)),
+        Err(JwtSetupError::PublicKey("EdDSA"))
+    );
+    assert_eq!(
+        setup(&[Hs256], None, Some(&RSA.public_pem)),
+        Err(JwtSetupError::PublicKey("HS256"))
+    );
+    assert_eq!(
+        setup(&[Rs256], None, Some("text")),
+        Err(JwtSetupError::PublicKey("RS256"))
+    );
     let private = RSA.public_pem.replace("PUBLIC", "PRIVATE");
-    assert_eq!(setup(&[Rs256], None, Some(&private)), Err(JwtSetupError::PublicKey("RS256")));
+    assert_eq!(
+        setup(&[Rs256], None, Some(&private)),
+        Err(JwtSetupError::PublicKey("RS256"))
+    );
     let short = pem("PUBLIC KEY", &short_rsa());
-    assert_eq!(setup(&[Rs256], None, Some(&short)), Err(JwtSetupError::PublicKey("RS256")));
-    assert_eq!(setup(&[Rs256], Some(SECRET), None), Err(JwtSetupError::Secret("RS256")));
-    assert_eq!(setup(&[Hs256], Some(SECRET), Some(&RSA.public_pem)), Err(JwtSetupError::Source));
+    assert_eq!(
+        setup(&[Rs256], None, Some(&short)),
+        Err(JwtSetupError::PublicKey("RS256"))
+    );
+    assert_eq!(
+        setup(&[Rs256], Some(SECRET), None),
+        Err(JwtSetupError::Secret("RS256"))
+    );
+    assert_eq!(
+        setup(&[Hs256], Some(SECRET), Some(&RSA.public_pem)),
+        Err(JwtSetupError::Source)
+    );
     assert_eq!(setup(&[Hs256], None, None), Err(JwtSetupError::Source));
 }
 
@@ -251,7 +364,9 @@ fn short_rsa() -> Vec<u8> {
     key.extend([0xc1; 128]);
     key.extend([0x02, 0x03, 0x01, 0x00, 0x01]);
     let mut der = vec![0x30, 0x81, 0x9f, 0x30, 0x0d, 0x06, 0x09];
-    der.extend([0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00, 0x03, 0x81, 0x8d, 0x00]);
+    der.extend([
+        0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00, 0x03, 0x81, 0x8d, 0x00,
+    ]);
     der.extend(key);
     der
 }

@@ -40,8 +40,13 @@ impl ThreadCreation {
     /// Makes it and records it. Dropping this future does not stop that.
     ///
     /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
-    pub(in crate::runs) async fn run(self, tasks: &TaskTracker) -> Result<UpstreamThreadId, Failure> {
-        let made = tasks.spawn(async move { self.make().await }.in_current_span()).await;
+    pub(in crate::runs) async fn run(
+        self,
+        tasks: &TaskTracker,
+    ) -> Result<UpstreamThreadId, Failure> {
+        let made = tasks
+            .spawn(async move { self.make().await }.in_current_span())
+            .await;
         made.unwrap_or(Err(Failure::Panic))
     }
 
@@ -50,10 +55,19 @@ impl ThreadCreation {
             Some(intent) => intent,
             None => self.intend().await?,
         };
-        let (messages, carried_users) =
-            self.seed.as_ref().map_or((&[][..], 0), |(all, users)| (&all[..], *users));
-        let made = match timeout(LONGEST_MAKING, self.upstream.create_thread(&self.owner, messages)).await {
-            Ok(Ok(made)) => made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned())),
+        let (messages, carried_users) = self
+            .seed
+            .as_ref()
+            .map_or((&[][..], 0), |(all, users)| (&all[..], *users));
+        let made = match timeout(
+            LONGEST_MAKING,
+            self.upstream.create_thread(&self.owner, messages),
+        )
+        .await
+        {
+            Ok(Ok(made)) => {
+                made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned()))
+            }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(UpstreamError::Broken { timeout: true }),
         };
@@ -61,14 +75,27 @@ impl ThreadCreation {
             Ok(made) => made,
             Err(error) => {
                 // The janitor looks after an intent that is not known to have come to nothing.
-                let came_to = if error.is_ambiguous() { Made::Unknown } else { Made::Nothing };
+                let came_to = if error.is_ambiguous() {
+                    Made::Unknown
+                } else {
+                    Made::Nothing
+                };
                 self.resolve(intent, came_to).await;
                 return Err(Failure::Upstream(error));
             }
         };
-        let binding = Binding { id: made.clone(), intent, seeded: self.seed.is_some(), carried_users };
+        let binding = Binding {
+            id: made.clone(),
+            intent,
+            seeded: self.seed.is_some(),
+            carried_users,
+        };
         loop {
-            match self.store.bind_upstream_thread(&self.lease, binding.clone()).await {
+            match self
+                .store
+                .bind_upstream_thread(&self.lease, binding.clone())
+                .await
+            {
                 Ok(Bound::Done) => return Ok(made),
                 Ok(Bound::Lost) => return Err(Failure::LeaseLost),
                 Ok(Bound::Unrecorded) => {
@@ -109,8 +136,10 @@ impl ThreadCreation {
     async fn delete(&self, made: &UpstreamThreadId) {
         let mut pause = FIRST_DELETE_PAUSE;
         for tries_left in (0..DELETE_TRIES).rev() {
-            let deleted =
-                self.upstream.delete_thread(made, &RateLimiter::UNBOUND, &mut Items::default()).await;
+            let deleted = self
+                .upstream
+                .delete_thread(made, &RateLimiter::UNBOUND, &mut Items::default())
+                .await;
             let Err(error) = deleted else { return };
             tracing::error!(
                 error = %Chain(&error),
@@ -127,7 +156,9 @@ impl ThreadCreation {
 /// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
 pub(in crate::runs) async fn resolve(store: &Store, intent: OrphanId, made: Made<'_>) {
     for _ in 0..RESOLVE_TRIES {
-        let Err(error) = store.resolve(intent, made).await else { return };
+        let Err(error) = store.resolve(intent, made).await else {
+            return;
+        };
         if back_off(error).await.is_err() {
             break;
         }

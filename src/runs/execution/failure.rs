@@ -74,7 +74,11 @@ impl Failure {
     pub(in crate::runs) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Upstream(
-                UpstreamError::RateLimited { retry_after, quota: false, .. }
+                UpstreamError::RateLimited {
+                    retry_after,
+                    quota: false,
+                    ..
+                }
                 | UpstreamError::Unavailable { retry_after, .. },
             ) => *retry_after,
             Self::BreakerOpen { retry_after } => Some(*retry_after),
@@ -88,7 +92,13 @@ impl Failure {
             return self.end();
         }
         let message = "the upstream thread was held by another run until the deadline".to_owned();
-        (RunStatus::Failed, Some(RunError { code: RunErrorCode::UpstreamBusy, message }))
+        (
+            RunStatus::Failed,
+            Some(RunError {
+                code: RunErrorCode::UpstreamBusy,
+                message,
+            }),
+        )
     }
 
     /// How a run ends by it.
@@ -105,31 +115,41 @@ impl Failure {
                 };
                 failed(code, error.to_string())
             }
-            Self::BreakerOpen { .. } => failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned()),
+            Self::BreakerOpen { .. } => {
+                failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned())
+            }
             Self::Conflict { blocking_run } => {
                 let by = blocking_run.map_or_else(String::new, |id| format!(" `{id}`"));
-                let message =
-                    format!("the upstream thread is held by another run{by} that is not the gateway's");
+                let message = format!(
+                    "the upstream thread is held by another run{by} that is not the gateway's"
+                );
                 failed(RunErrorCode::UpstreamBusy, message)
             }
             Self::Deadline => {
                 let message = "the run did not end before its deadline".to_owned();
-                (RunStatus::Expired, Some(RunError { code: RunErrorCode::DeadlineExceeded, message }))
+                (
+                    RunStatus::Expired,
+                    Some(RunError {
+                        code: RunErrorCode::DeadlineExceeded,
+                        message,
+                    }),
+                )
             }
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
-                let message =
-                    "the gateway process that worked on the run died; the reply, if there was one, is lost";
+                let message = "the gateway process that worked on the run died; the reply, if there was one, is lost";
                 failed(RunErrorCode::ReplicaLost, message.to_owned())
             }
             Self::NotRecorded => {
-                let message = "the database failed while the message was recorded; its sender was told so";
+                let message =
+                    "the database failed while the message was recorded; its sender was told so";
                 failed(RunErrorCode::NotRecorded, message.to_owned())
             }
-            Self::ReplyTooLarge => {
-                failed(RunErrorCode::ReplyTooLarge, "the reply grew past the configured limit".to_owned())
-            }
+            Self::ReplyTooLarge => failed(
+                RunErrorCode::ReplyTooLarge,
+                "the reply grew past the configured limit".to_owned(),
+            ),
             Self::NotConfigured => failed(
                 RunErrorCode::NotConfigured,
                 "the run's assistant or the thread's upstream is no longer configured".to_owned(),
@@ -155,5 +175,9 @@ pub(in crate::runs) fn stopped() -> RunError {
 
 /// This process still has its threads to itself. A process that was stopped for a while may not know yet that it has not.
 pub(in crate::runs) fn may_send(registry: &RunRegistry) -> Result<(), Failure> {
-    if registry.has_lapsed() { Err(Failure::LeaseLost) } else { Ok(()) }
+    if registry.has_lapsed() {
+        Err(Failure::LeaseLost)
+    } else {
+        Ok(())
+    }
 }

@@ -16,7 +16,8 @@ use super::recover::unsettled_run;
 use super::round_context::RoundEnd;
 use super::settle::{Removal, take_away};
 use crate::domain::{
-    EventBatch, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState, UnsettledRun,
+    EventBatch, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState,
+    UnsettledRun,
 };
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
@@ -55,7 +56,9 @@ pub(in crate::runs) async fn finish_run(
     let (result, rest) = match result {
         Ok(RoundEnd { ended, rest }) => (Ok(ended), Some(rest)),
         // A caller who did not want to wait is not told of the deadline, and nothing of the run is kept.
-        Err(Failure::Deadline) if progress.busy && started.run.strategy == MultitaskStrategy::Reject => {
+        Err(Failure::Deadline)
+            if progress.busy && started.run.strategy == MultitaskStrategy::Reject =>
+        {
             (Err(Failure::Conflict { blocking_run: None }), None)
         }
         Err(failure) => (Err(failure), None),
@@ -77,13 +80,21 @@ pub(in crate::runs) async fn finish_run(
             };
             upstream = settled;
         }
-        let no_events = EventBatch { first: FIRST_EVENT, events: Vec::new() };
+        let no_events = EventBatch {
+            first: FIRST_EVENT,
+            events: Vec::new(),
+        };
         let mut end = decide_outcome(&local, &upstream, &progress, no_events);
-        if let Some(rest) = shown.take().and_then(|shown| text_not_yet_streamed(&shown, end.reply.as_ref()?))
+        if let Some(rest) = shown
+            .take()
+            .and_then(|shown| text_not_yet_streamed(&shown, end.reply.as_ref()?))
         {
             active.log.push(RunEvent::Delta(rest.into()));
         }
-        match told_by(&end).filter(|_| ctx.store.keeps_content()).and_then(|text| active.log.retold(&text)) {
+        match told_by(&end)
+            .filter(|_| ctx.store.keeps_content())
+            .and_then(|text| active.log.retold(&text))
+        {
             Some(none) => (end.events, end.drops_log) = (none, true),
             None => end.events = active.log.rest(),
         }
@@ -117,7 +128,11 @@ pub(in crate::runs) async fn finish_queued_run(
     run: &Run,
     end: RunEnd,
 ) -> RunResult {
-    let mut end = RunEnd { events: active.log.rest(), discard: active.cancel.discards(), ..end };
+    let mut end = RunEnd {
+        events: active.log.rest(),
+        discard: active.cancel.discards(),
+        ..end
+    };
     loop {
         return match finish_in_store(ctx, lease, end.clone()).await {
             Closed::Finished(finished) => ended(*finished, None),
@@ -133,8 +148,19 @@ pub(in crate::runs) async fn finish_queued_run(
 }
 
 fn ended(finished: Finished, retry_after: Option<Duration>) -> RunResult {
-    let Finished { thread, activity, run, message } = finished;
-    RunResult::Ended(Box::new(Outcome { thread, activity, run, message, retry_after }))
+    let Finished {
+        thread,
+        activity,
+        run,
+        message,
+    } = finished;
+    RunResult::Ended(Box::new(Outcome {
+        thread,
+        activity,
+        run,
+        message,
+        retry_after,
+    }))
 }
 
 /// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded. `None` if the run was let
@@ -165,7 +191,9 @@ async fn look(
     if progress.delivery == Delivery::NotSent {
         return UpstreamState::None;
     }
-    let Some(upstream) = ctx.upstream(&started.thread.upstream) else { return UpstreamState::None };
+    let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
+        return UpstreamState::None;
+    };
     // Without this the run cannot be ended, so it waits as long as the store takes.
     let stopped = async {
         ctx.tasks.stop.cancelled().await;
@@ -175,10 +203,21 @@ async fn look(
         left = unsettled_run(ctx, started, progress) => left.ok(),
         () = stopped => None,
     };
-    let Some(left) = left else { return UpstreamState::None };
-    let left = UnsettledRun { remove: local.discard, ..left };
+    let Some(left) = left else {
+        return UpstreamState::None;
+    };
+    let left = UnsettledRun {
+        remove: local.discard,
+        ..left
+    };
     // A panic in here must not keep the run from ending.
-    let look = take_away(ctx, &started.lease, &**upstream, &left, Removal::IfDiscarded);
+    let look = take_away(
+        ctx,
+        &started.lease,
+        &**upstream,
+        &left,
+        Removal::IfDiscarded,
+    );
     let seen = tokio::select! {
         seen = AssertUnwindSafe(look).catch_unwind() => seen,
         () = settling_time_is_over(ctx) => {
@@ -189,9 +228,15 @@ async fn look(
     match seen {
         // To be looked at once more before the thread is used again.
         Ok(Ok(settled)) if settled.unsure => UpstreamState::Unknown(left),
-        Ok(Ok(settled)) => UpstreamState::Seen { settled, removed: left.remove },
+        Ok(Ok(settled)) => UpstreamState::Seen {
+            settled,
+            removed: left.remove,
+        },
         Ok(Err(failure)) => {
-            tracing::warn!(error = failure.name(), "what the run left upstream could not be ended");
+            tracing::warn!(
+                error = failure.name(),
+                "what the run left upstream could not be ended"
+            );
             UpstreamState::Unknown(left)
         }
         Err(_) => {
@@ -243,12 +288,23 @@ async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
             // One that is to be removed has to stay so, or the store asks for that again.
-            let (unacknowledged_requests, discard, unsettled_run) =
-                (end.unacknowledged_requests, end.discard, end.unsettled_run.clone());
+            let (unacknowledged_requests, discard, unsettled_run) = (
+                end.unacknowledged_requests,
+                end.discard,
+                end.unsettled_run.clone(),
+            );
             let bare = end_without_output(RunStatus::Failed, Some(internal()));
-            end = Arc::new(RunEnd { unacknowledged_requests, unsettled_run, discard, ..bare });
+            end = Arc::new(RunEnd {
+                unacknowledged_requests,
+                unsettled_run,
+                discard,
+                ..bare
+            });
         } else if refusals == 2 * MAX_REFUSALS {
-            end = Arc::new(RunEnd { unsettled_run: None, ..(*end).clone() });
+            end = Arc::new(RunEnd {
+                unsettled_run: None,
+                ..(*end).clone()
+            });
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -262,8 +318,15 @@ fn outcome_without_content(ctx: &Context, thread: &Thread, run: &Run) -> RunResu
     }
     RunResult::Ended(Box::new(Outcome {
         thread: thread.clone(),
-        activity: ThreadActivity { state: ThreadState::Active, queue_depth: 0 },
-        run: Run { status: RunStatus::Failed, error: Some(stopped()), ..run.clone() },
+        activity: ThreadActivity {
+            state: ThreadState::Active,
+            queue_depth: 0,
+        },
+        run: Run {
+            status: RunStatus::Failed,
+            error: Some(stopped()),
+            ..run.clone()
+        },
         message: None,
         retry_after: None,
     }))
@@ -273,11 +336,15 @@ fn outcome_without_content(ctx: &Context, thread: &Thread, run: &Run) -> RunResu
 /// up, for others to go on with.
 pub(in crate::runs) fn announce(ctx: &Context, active: &ActiveRun, result: RunResult) {
     let notifier = &ctx.notifier;
-    let RunResult::Ended(outcome) = result else { return notifier.release(active.lease) };
+    let RunResult::Ended(outcome) = result else {
+        return notifier.release(active.lease);
+    };
     let (thread, run) = (outcome.thread.id, outcome.run.id);
     let others_wait = outcome.activity.queue_depth > 0;
     if let Some(message) = &outcome.message {
-        active.log.push(RunEvent::MessageCompleted(Arc::new(message.clone())));
+        active
+            .log
+            .push(RunEvent::MessageCompleted(Arc::new(message.clone())));
     }
     active.log.push(RunEvent::Ended(Arc::new(*outcome)));
     if active.log.is_public() {

@@ -30,7 +30,11 @@ pub(in crate::runs) struct Room {
 
 impl Default for Room {
     fn default() -> Self {
-        Self { messages: MAX_MESSAGES, bytes: MAX_BYTES, is_full: false }
+        Self {
+            messages: MAX_MESSAGES,
+            bytes: MAX_BYTES,
+            is_full: false,
+        }
     }
 }
 
@@ -38,7 +42,9 @@ impl Room {
     fn take(&mut self, message: &Message) -> bool {
         let bytes = message.content.iter().map(ContentPart::size).sum();
         match (self.messages.checked_sub(1), self.bytes.checked_sub(bytes)) {
-            (Some(messages), Some(bytes)) if !self.is_full => (self.messages, self.bytes) = (messages, bytes),
+            (Some(messages), Some(bytes)) if !self.is_full => {
+                (self.messages, self.bytes) = (messages, bytes)
+            }
             _ => self.is_full = true,
         }
         !self.is_full
@@ -59,15 +65,25 @@ where
     while has_more && !room.is_full {
         let page = read(messages.last().map(|message| message.position)).await?;
         has_more = page.has_more && !page.data.is_empty();
-        messages.extend(page.data.into_iter().take_while(|message| room.take(message)));
+        messages.extend(
+            page.data
+                .into_iter()
+                .take_while(|message| room.take(message)),
+        );
     }
     messages.reverse();
     Ok(messages)
 }
 
 /// What the upstream thread of a run lacked, as far as it was sent with the run.
-pub(in crate::runs) async fn sent_with(store: &Store, run: RunId) -> Result<Vec<Message>, StoreError> {
-    let backlog = newest(&mut Room::default(), |before| store.unsynced_messages(run, before, PAGE)).await?;
+pub(in crate::runs) async fn sent_with(
+    store: &Store,
+    run: RunId,
+) -> Result<Vec<Message>, StoreError> {
+    let backlog = newest(&mut Room::default(), |before| {
+        store.unsynced_messages(run, before, PAGE)
+    })
+    .await?;
     Ok(with_content(backlog))
 }
 
@@ -79,6 +95,9 @@ pub(in crate::runs) fn with_content(mut messages: Vec<Message>) -> Vec<Message> 
 
 /// How many of them are the user's.
 pub(in crate::runs) fn count_users(messages: &[Message]) -> u32 {
-    let users = messages.iter().filter(|message| message.role == Role::User).count();
+    let users = messages
+        .iter()
+        .filter(|message| message.role == Role::User)
+        .count();
     u32::try_from(users).unwrap_or(u32::MAX)
 }

@@ -3,8 +3,8 @@
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
-    ContentPart, EventBatch, MessageId, RunError, RunErrorCode, RunStatus, Step, UnsettledRun, UpstreamSync,
-    UpstreamThreadId,
+    ContentPart, EventBatch, MessageId, RunError, RunErrorCode, RunStatus, Step, UnsettledRun,
+    UpstreamSync, UpstreamThreadId,
 };
 use crate::store::{Reply, RunEnd};
 use crate::upstream::{Ended, Settled};
@@ -30,23 +30,42 @@ impl LocalOutcome {
             Err(failure) => {
                 let cut_off = failure.cuts_off();
                 let discard = matches!(failure, Failure::Conflict { .. });
-                let (status, error) =
-                    if progress.busy { failure.end_while_thread_busy() } else { failure.end() };
+                let (status, error) = if progress.busy {
+                    failure.end_while_thread_busy()
+                } else {
+                    failure.end()
+                };
                 let text = std::mem::take(&mut progress.text);
                 if text.is_empty() {
                     progress.rounds_before = progress.content.len();
                 } else {
                     progress.said(vec![ContentPart::Text { text }], None);
                 }
-                return Self { status, error, cut_off, thread: None, upstream_message_id: None, discard };
+                return Self {
+                    status,
+                    error,
+                    cut_off,
+                    thread: None,
+                    upstream_message_id: None,
+                    discard,
+                };
             }
         };
-        let (status, error) = if let Ok(status) = RunStatus::InProgress.on(Step::End(ended.status)) {
+        let (status, error) = if let Ok(status) = RunStatus::InProgress.on(Step::End(ended.status))
+        {
             (status, ended.error)
         } else {
-            let message =
-                format!("the upstream ended the run with the status {}, which is none", ended.status);
-            (RunStatus::Failed, Some(RunError { code: RunErrorCode::UpstreamFailed, message }))
+            let message = format!(
+                "the upstream ended the run with the status {}, which is none",
+                ended.status
+            );
+            (
+                RunStatus::Failed,
+                Some(RunError {
+                    code: RunErrorCode::UpstreamFailed,
+                    message,
+                }),
+            )
         };
         if status != RunStatus::Completed {
             progress.open_calls = ended.tool_calls;
@@ -112,17 +131,20 @@ pub(in crate::runs) fn decide_outcome(
     match upstream {
         UpstreamState::Clean => {}
         UpstreamState::None => {
-            (end.said, reply_sync, end.synced) = (UpstreamSync::Withheld, UpstreamSync::Withheld, false);
+            (end.said, reply_sync, end.synced) =
+                (UpstreamSync::Withheld, UpstreamSync::Withheld, false);
             (end.upstream_thread_id, upstream_message_id) = (None, None);
         }
         UpstreamState::Unknown(left) => {
-            (end.said, reply_sync, end.synced) = (UpstreamSync::Unknown, UpstreamSync::Unknown, false);
+            (end.said, reply_sync, end.synced) =
+                (UpstreamSync::Unknown, UpstreamSync::Unknown, false);
             (end.unsettled_run, end.upstream_thread_id) = (Some(left.clone()), None);
             // What is not known to be there is no mark to go by.
             upstream_message_id = None;
         }
         UpstreamState::Seen { settled, removed } => {
-            let late = local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
+            let late =
+                local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
             if late {
                 // It was done before the cancel, or whatever cut it off, came: then it is done here too.
                 (end.status, end.error) = (RunStatus::Completed, None);
@@ -143,7 +165,11 @@ pub(in crate::runs) fn decide_outcome(
             };
             if settled.said && !settled.content.is_empty() {
                 // On a chain it is that of the last round alone.
-                content = if settled.thread.is_none() { Vec::new() } else { content_before(progress) };
+                content = if settled.thread.is_none() {
+                    Vec::new()
+                } else {
+                    content_before(progress)
+                };
                 content.extend(settled.content.iter().cloned());
                 upstream_message_id.clone_from(&settled.upstream_message_id);
             } else {
@@ -161,7 +187,12 @@ pub(in crate::runs) fn decide_outcome(
         }
     }
     if !local.discard && !content.is_empty() {
-        end.reply = Some(Reply { id: MessageId::new(), content, upstream_message_id, sync: reply_sync });
+        end.reply = Some(Reply {
+            id: MessageId::new(),
+            content,
+            upstream_message_id,
+            sync: reply_sync,
+        });
     }
     end
 }
@@ -169,14 +200,29 @@ pub(in crate::runs) fn decide_outcome(
 /// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. A reader of the deltas
 /// alone gets the whole text too.
 pub(in crate::runs) fn text_not_yet_streamed(shown: &str, reply: &Reply) -> Option<String> {
-    let text: String = reply.content.iter().filter_map(ContentPart::as_text).collect();
-    text.strip_prefix(shown).filter(|rest| !rest.is_empty()).map(str::to_owned)
+    let text: String = reply
+        .content
+        .iter()
+        .filter_map(ContentPart::as_text)
+        .collect();
+    text.strip_prefix(shown)
+        .filter(|rest| !rest.is_empty())
+        .map(str::to_owned)
 }
 
 /// The text that the record tells of a run which ends well.
 pub(in crate::runs) fn told_by(end: &RunEnd) -> Option<String> {
-    let reply = end.reply.as_ref().filter(|_| end.status == RunStatus::Completed && !end.discard)?;
-    Some(reply.content.iter().filter_map(ContentPart::as_text).collect())
+    let reply = end
+        .reply
+        .as_ref()
+        .filter(|_| end.status == RunStatus::Completed && !end.discard)?;
+    Some(
+        reply
+            .content
+            .iter()
+            .filter_map(ContentPart::as_text)
+            .collect(),
+    )
 }
 
 /// What the rounds before the last one said.
@@ -198,7 +244,10 @@ pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunEr
         synced: false,
         unsettled_run: None,
         discard: false,
-        events: EventBatch { first: 0, events: Vec::new() },
+        events: EventBatch {
+            first: 0,
+            events: Vec::new(),
+        },
         drops_log: false,
     }
 }

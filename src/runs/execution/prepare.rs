@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::create_thread::ThreadCreation;
 use super::failure::{Failure, may_send};
-use super::history::{History, MAX_BYTES, MAX_MESSAGES, PAGE, Room, count_users, newest, with_content};
+use super::history::{
+    History, MAX_BYTES, MAX_MESSAGES, PAGE, Room, count_users, newest, with_content,
+};
 use super::progress::Progress;
 use super::round_context::RoundContext;
 use super::settle::{Removal, take_away};
@@ -36,11 +38,23 @@ pub(in crate::runs) async fn prepare(
     let thread = &round.started.thread;
     if needs_thread && thread.carried > 0 {
         let history = history_before(round).await?;
-        return Ok(Prepared { history, needs_thread, is_rebuilt: true });
+        return Ok(Prepared {
+            history,
+            needs_thread,
+            is_rebuilt: true,
+        });
     }
     let lacks_some = thread.backlog > 0 || thread.unsettled_run.is_some();
-    let history = if lacks_some { unsynced_messages(round).await? } else { History::default() };
-    Ok(Prepared { history, needs_thread, is_rebuilt: false })
+    let history = if lacks_some {
+        unsynced_messages(round).await?
+    } else {
+        History::default()
+    };
+    Ok(Prepared {
+        history,
+        needs_thread,
+        is_rebuilt: false,
+    })
 }
 
 /// Settles once more what an earlier run left, of a thread that something held: that may have come in since the last look,
@@ -51,7 +65,10 @@ pub(in crate::runs) async fn prepare_again(
     prepared: Prepared,
 ) -> Result<Prepared, Failure> {
     if settle_earlier(round).await? {
-        Ok(Prepared { history: unsynced_messages(round).await?, ..prepared })
+        Ok(Prepared {
+            history: unsynced_messages(round).await?,
+            ..prepared
+        })
     } else {
         rebuild(round, progress).await
     }
@@ -68,7 +85,11 @@ pub(in crate::runs) async fn rebuild(
         "the upstream thread is gone or broken; making it again from the transcript"
     );
     progress.thread = None;
-    Ok(Prepared { history, needs_thread: true, is_rebuilt: true })
+    Ok(Prepared {
+        history,
+        needs_thread: true,
+        is_rebuilt: true,
+    })
 }
 
 /// Makes the upstream thread, if it has to be made, and records it before it is used.
@@ -100,13 +121,20 @@ pub(in crate::runs) async fn ensure_thread(
 /// holds of it is sent with this run. `false` if the thread is in no state to tell.
 async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
     let RoundContext { ctx, started, .. } = round;
-    let Some(left) = &started.thread.unsettled_run else { return Ok(true) };
-    let was_there = match take_away(ctx, &started.lease, round.upstream, left, Removal::IfSaid).await {
-        Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
-        was_there => was_there?,
+    let Some(left) = &started.thread.unsettled_run else {
+        return Ok(true);
     };
+    let was_there =
+        match take_away(ctx, &started.lease, round.upstream, left, Removal::IfSaid).await {
+            Err(Failure::Upstream(UpstreamError::Protocol(_))) => return Ok(false),
+            was_there => was_there?,
+        };
     let reached_the_model = left.upstream_run.is_some() || was_there.said;
-    let found = if reached_the_model { UpstreamSync::Missing } else { UpstreamSync::Withheld };
+    let found = if reached_the_model {
+        UpstreamSync::Missing
+    } else {
+        UpstreamSync::Withheld
+    };
     write_until_ok(|| ctx.store.record_settlement(&started.lease, left.run, found)).await?;
     Ok(true)
 }
@@ -115,14 +143,26 @@ async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
 async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let mut room = Room::default();
-    let backlog =
-        newest(&mut room, |before| retry_until_ok(move || store.unsynced_messages(run, before, PAGE)))
-            .await?;
+    let backlog = newest(&mut room, |before| {
+        retry_until_ok(move || store.unsynced_messages(run, before, PAGE))
+    })
+    .await?;
     if room.is_full {
         let before = backlog.first().map(|message| message.position);
-        withhold(round, &Withholding { before, missing_only: true, carried: None }).await?;
+        withhold(
+            round,
+            &Withholding {
+                before,
+                missing_only: true,
+                carried: None,
+            },
+        )
+        .await?;
     }
-    Ok(History { messages: Arc::new(with_content(backlog)), carried_users: 0 })
+    Ok(History {
+        messages: Arc::new(with_content(backlog)),
+        carried_users: 0,
+    })
 }
 
 /// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to this run,
@@ -131,30 +171,48 @@ async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let Thread { id, carried, .. } = round.started.thread;
     let mut room = Room::default();
-    let mut own =
-        newest(&mut room, |before| retry_until_ok(move || store.earlier(run, before, PAGE))).await?;
+    let mut own = newest(&mut room, |before| {
+        retry_until_ok(move || store.earlier(run, before, PAGE))
+    })
+    .await?;
     if own.iter().any(|message| message.content.is_empty()) {
         return nothing_before(round).await;
     }
     let before = own.first().map(|message| message.position);
     let mut messages = Vec::new();
     if carried > 0 {
-        messages =
-            newest(&mut room, |before| retry_until_ok(move || store.carried(id, before, PAGE))).await?;
+        messages = newest(&mut room, |before| {
+            retry_until_ok(move || store.carried(id, before, PAGE))
+        })
+        .await?;
     }
     if room.is_full {
         let carried = Some(u32::try_from(messages.len()).unwrap_or(u32::MAX));
-        withhold(round, &Withholding { before, missing_only: false, carried }).await?;
+        withhold(
+            round,
+            &Withholding {
+                before,
+                missing_only: false,
+                carried,
+            },
+        )
+        .await?;
     }
     messages = with_content(messages);
     let carried_users = count_users(&messages);
     messages.append(&mut own);
-    Ok(History { messages: Arc::new(messages), carried_users })
+    Ok(History {
+        messages: Arc::new(messages),
+        carried_users,
+    })
 }
 
 /// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
 async fn nothing_before(round: &RoundContext<'_>) -> Result<History, Failure> {
-    let all = Withholding { carried: Some(0), ..Withholding::default() };
+    let all = Withholding {
+        carried: Some(0),
+        ..Withholding::default()
+    };
     write_until_ok(|| round.ctx.store.withhold_earlier(&round.started.lease, &all)).await?;
     Ok(History::default())
 }
@@ -178,7 +236,9 @@ async fn create_thread(
     seed: Option<&History>,
 ) -> Result<(), Failure> {
     let RoundContext { ctx, started, .. } = round;
-    let Some(upstream) = ctx.upstream(&started.thread.upstream) else { return Err(Failure::NotConfigured) };
+    let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
+        return Err(Failure::NotConfigured);
+    };
     may_send(&ctx.registry)?;
     let creation = ThreadCreation {
         store: Arc::clone(&ctx.store),

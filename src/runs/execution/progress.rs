@@ -2,7 +2,8 @@
 
 use super::history::count_users;
 use crate::domain::{
-    ContentPart, Message, OrphanId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Message, OrphanId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId,
+    Usage,
 };
 use crate::runs::log::stored::StoredLog;
 use crate::store::StartedRun;
@@ -137,7 +138,11 @@ impl Progress {
 
     /// The text that readers have seen of all rounds.
     pub(in crate::runs) fn shown(&self) -> String {
-        let before: String = self.content.iter().filter_map(ContentPart::as_text).collect();
+        let before: String = self
+            .content
+            .iter()
+            .filter_map(ContentPart::as_text)
+            .collect();
         before + &self.text
     }
 

@@ -7,7 +7,9 @@ use tokio::time::sleep;
 use super::failure::stopped;
 use super::finish::{RunResult, finish_queued_run};
 use super::outcome::end_without_output;
-use crate::domain::{ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId};
+use crate::domain::{
+    ConversationKey, MultitaskStrategy, Run, RunStatus, Step, TenantKey, Thread, ThreadId,
+};
 use crate::error::Chain;
 use crate::locks::{Permit, Share, Ticket};
 use crate::runs::backoff::jittered;
@@ -91,7 +93,9 @@ pub(in crate::runs) async fn wait_for_start(
     let end = match why {
         CalledOff::LetGo => return Waited::Over(RunResult::LetGo),
         CalledOff::Cancelled => {
-            let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
+            let status = RunStatus::Queued
+                .on(Step::Cancel)
+                .unwrap_or(RunStatus::Cancelled);
             end_without_output(status, None)
         }
         CalledOff::Stopped => {

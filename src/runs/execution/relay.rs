@@ -36,7 +36,12 @@ pub(in crate::runs) async fn relay(
     let mut breaks = 0;
     loop {
         let error = match relay_once(round, progress, &mut events, telling).await {
-            Ok(ended) => return Ok(RoundEnd { ended, rest: events }),
+            Ok(ended) => {
+                return Ok(RoundEnd {
+                    ended,
+                    rest: events,
+                });
+            }
             Err(Failure::Upstream(error)) if error.is_ambiguous() => error,
             Err(failure) => return Err(failure),
         };
@@ -62,8 +67,15 @@ async fn relay_once(
 ) -> Result<Ended, Failure> {
     let limit = round.ctx.config.runs.max_reply_bytes;
     let is_again = telling == Telling::Again;
-    let shown = if is_again { progress.text.clone() } else { String::new() };
-    let mut retelling = Retelling { shown, differs: false };
+    let shown = if is_again {
+        progress.text.clone()
+    } else {
+        String::new()
+    };
+    let mut retelling = Retelling {
+        shown,
+        differs: false,
+    };
     let mut is_named = is_again;
     while let Some(event) = events.next().await {
         match event.map_err(Failure::Upstream)? {
@@ -74,7 +86,9 @@ async fn relay_once(
                 progress.accepted(id);
             }
             UpstreamEvent::Text(text) => {
-                let Some(text) = retelling.notifications_in(text) else { continue };
+                let Some(text) = retelling.notifications_in(text) else {
+                    continue;
+                };
                 progress.cost += text.len().max(MIN_PIECE_COST);
                 if progress.cost > limit {
                     return Err(Failure::ReplyTooLarge);
@@ -88,9 +102,17 @@ async fn relay_once(
                     round.awaits_id.send_replace(false);
                     progress.heard();
                 }
-                let calls = ended.tool_calls.iter().map(|it| it.arguments.len() + MIN_PIECE_COST);
+                let calls = ended
+                    .tool_calls
+                    .iter()
+                    .map(|it| it.arguments.len() + MIN_PIECE_COST);
                 progress.cost += calls.sum::<usize>();
-                let size: usize = ended.content.iter().chain(&progress.content).map(ContentPart::size).sum();
+                let size: usize = ended
+                    .content
+                    .iter()
+                    .chain(&progress.content)
+                    .map(ContentPart::size)
+                    .sum();
                 if size.max(progress.cost) > limit {
                     return Err(Failure::ReplyTooLarge);
                 }
@@ -98,8 +120,15 @@ async fn relay_once(
                     ended.content.drain(..progress.content.len());
                 }
                 // A reader of the deltas alone gets the whole text too.
-                let text: String = ended.content.iter().filter_map(ContentPart::as_text).collect();
-                if let Some(rest) = text.strip_prefix(&progress.text).filter(|rest| !rest.is_empty()) {
+                let text: String = ended
+                    .content
+                    .iter()
+                    .filter_map(ContentPart::as_text)
+                    .collect();
+                if let Some(rest) = text
+                    .strip_prefix(&progress.text)
+                    .filter(|rest| !rest.is_empty())
+                {
                     round.log.push(RunEvent::Delta(rest.into()));
                 }
                 return Ok(*ended);
@@ -141,8 +170,14 @@ mod tests {
 
     /// What a reader sees of a retelling in these pieces.
     fn seen(shown: &str, pieces: &[&str]) -> String {
-        let mut retelling = Retelling { shown: shown.to_owned(), differs: false };
-        pieces.iter().filter_map(|piece| retelling.notifications_in((*piece).to_owned())).collect()
+        let mut retelling = Retelling {
+            shown: shown.to_owned(),
+            differs: false,
+        };
+        pieces
+            .iter()
+            .filter_map(|piece| retelling.notifications_in((*piece).to_owned()))
+            .collect()
     }
 
     #[test]

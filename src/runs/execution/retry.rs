@@ -26,15 +26,24 @@ pub(in crate::runs) struct Retries {
 
 impl Retries {
     pub(in crate::runs) fn new(max_retries: u32) -> Self {
-        Self { left: max_retries, made: 0, busy_since: None }
+        Self {
+            left: max_retries,
+            made: 0,
+            busy_since: None,
+        }
     }
 
     /// Waits as long as the upstream asks, else a while that grows.
     ///
     /// # Errors
     /// The error itself, if the request shall not be sent again.
-    pub(in crate::runs) async fn wait_after(&mut self, error: UpstreamError) -> Result<(), Failure> {
-        let Some(wait) = self.pause(&error) else { return Err(Failure::Upstream(error)) };
+    pub(in crate::runs) async fn wait_after(
+        &mut self,
+        error: UpstreamError,
+    ) -> Result<(), Failure> {
+        let Some(wait) = self.pause(&error) else {
+            return Err(Failure::Upstream(error));
+        };
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; trying again");
         sleep(wait).await;
@@ -45,12 +54,22 @@ impl Retries {
     fn pause(&mut self, error: &UpstreamError) -> Option<Duration> {
         let asked = match error {
             UpstreamError::Connect | UpstreamError::Broken { timeout: false } => None,
-            UpstreamError::RateLimited { retry_after, quota: false, .. }
-            | UpstreamError::Unavailable { retry_after, no_retry: false, .. } => *retry_after,
+            UpstreamError::RateLimited {
+                retry_after,
+                quota: false,
+                ..
+            }
+            | UpstreamError::Unavailable {
+                retry_after,
+                no_retry: false,
+                ..
+            } => *retry_after,
             _ => return None,
         };
         self.left = self.left.checked_sub(1)?;
-        let back_off = FIRST_BACK_OFF.saturating_mul(2_u32.saturating_pow(self.made)).min(LONGEST_BACK_OFF);
+        let back_off = FIRST_BACK_OFF
+            .saturating_mul(2_u32.saturating_pow(self.made))
+            .min(LONGEST_BACK_OFF);
         self.made += 1;
         match asked {
             Some(wait) => (wait <= LONGEST_RETRY_AFTER).then_some(wait),
@@ -66,7 +85,11 @@ mod tests {
     use super::*;
 
     fn retries(left: u32) -> Retries {
-        Retries { left, made: 0, busy_since: None }
+        Retries {
+            left,
+            made: 0,
+            busy_since: None,
+        }
     }
 
     proptest! {
@@ -92,11 +115,24 @@ mod tests {
     #[test]
     fn what_no_repeat_will_mend_is_not_sent_again() {
         for error in [
-            UpstreamError::RateLimited { retry_after: None, quota: true, code: None },
+            UpstreamError::RateLimited {
+                retry_after: None,
+                quota: true,
+                code: None,
+            },
             UpstreamError::Broken { timeout: true },
-            UpstreamError::Unavailable { status: 503, retry_after: None, no_retry: true, code: None },
+            UpstreamError::Unavailable {
+                status: 503,
+                retry_after: None,
+                no_retry: true,
+                code: None,
+            },
             UpstreamError::Protocol(String::new()),
-            UpstreamError::Refused { status: 400, code: None, missing: false },
+            UpstreamError::Refused {
+                status: 400,
+                code: None,
+                missing: false,
+            },
             UpstreamError::ThreadGone,
         ] {
             assert_eq!(retries(9).pause(&error), None, "{error:?}");

@@ -22,32 +22,51 @@ pub(in crate::runs) async fn roll_over_if_full(ctx: &Context, started: StartedRu
     let started = rolled(ctx, started).await;
     // Those who wait have moved along.
     if started.thread.id != before {
-        ctx.queue.moved(&started.thread.key, before, started.thread.id);
+        ctx.queue
+            .moved(&started.thread.key, before, started.thread.id);
     }
     started
 }
 
 async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
     let threads = &ctx.config.threads;
-    let before = started.thread.message_count - i64::try_from(started.input.len()).unwrap_or(i64::MAX);
-    let is_full = threads.max_messages.is_some_and(|most| before >= i64::from(most.get()));
+    let before =
+        started.thread.message_count - i64::try_from(started.input.len()).unwrap_or(i64::MAX);
+    let is_full = threads
+        .max_messages
+        .is_some_and(|most| before >= i64::from(most.get()));
     if before <= 0 || !(is_full || started.thread.rolls) {
         return started;
     }
     let limit = ctx.config.runs.settle_timeout;
-    match timeout(limit, reconcile(ctx, &started.thread, Some(started.lease), &RateLimiter::UNBOUND)).await {
+    match timeout(
+        limit,
+        reconcile(
+            ctx,
+            &started.thread,
+            Some(started.lease),
+            &RateLimiter::UNBOUND,
+        ),
+    )
+    .await
+    {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => {
             tracing::warn!(error = %Chain(&error), "cannot roll the thread over now");
             return started;
         }
         Err(_) => {
-            tracing::warn!("cannot roll the thread over now: the upstream did not tell its history in time");
+            tracing::warn!(
+                "cannot roll the thread over now: the upstream did not tell its history in time"
+            );
             return started;
         }
     }
     match redaction::roll_over(ctx, &rollover_of(ctx, &started.thread, Some(started.lease))).await {
-        Ok(Rolled::Done { thread, turn: Some(started) }) => {
+        Ok(Rolled::Done {
+            thread,
+            turn: Some(started),
+        }) => {
             tracing::info!(thread.id = %thread.id, "rolled the thread over");
             *started
         }
@@ -60,7 +79,11 @@ async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
 }
 
 /// What the store is asked to do to put a fresh thread in the place of this one.
-pub(in crate::runs) fn rollover_of(ctx: &Context, thread: &Thread, by: Option<RunLease>) -> Rollover {
+pub(in crate::runs) fn rollover_of(
+    ctx: &Context,
+    thread: &Thread,
+    by: Option<RunLease>,
+) -> Rollover {
     Rollover {
         thread: thread.id,
         by,

@@ -34,7 +34,11 @@ pub(in crate::runs) async fn run_round(
 ) -> Result<RoundEnd, Failure> {
     let usage_before = progress.usage;
     let id_before = progress.upstream_run.clone();
-    let mut attempt = Round { context: round, progress, permit: None };
+    let mut attempt = Round {
+        context: round,
+        progress,
+        permit: None,
+    };
     let result = match request {
         RoundRequest::Message => attempt.send_message(None).await,
         RoundRequest::Outputs(outputs) => attempt.send_outputs(outputs).await,
@@ -74,7 +78,13 @@ impl Round<'_> {
         mut ambiguous_error: Option<UpstreamError>,
     ) -> Result<RoundEnd, Failure> {
         self.ask_breaker()?;
-        let RoundContext { ctx, started, assistant, upstream, .. } = *self.context;
+        let RoundContext {
+            ctx,
+            started,
+            assistant,
+            upstream,
+            ..
+        } = *self.context;
         let owner = self.context.owner();
         let mut prepared = prepare(self.context, self.progress).await?;
         let mut retries = Retries::new(ctx.config.runs.max_retries);
@@ -170,7 +180,13 @@ impl Round<'_> {
     }
 
     async fn send_outputs(&mut self, outputs: &[ToolOutput]) -> Result<RoundEnd, Failure> {
-        let RoundContext { ctx, started, assistant, upstream, .. } = *self.context;
+        let RoundContext {
+            ctx,
+            started,
+            assistant,
+            upstream,
+            ..
+        } = *self.context;
         let owner = self.context.owner();
         let mut retries = Retries::new(ctx.config.runs.max_retries);
         let upstream_run = self.progress.upstream_run.clone();
@@ -223,8 +239,14 @@ impl Round<'_> {
 
     /// Asks the breaker whether a request may be made. What one tries meanwhile is its own.
     fn ask_breaker(&mut self) -> Result<(), Failure> {
-        if let Some(breaker) = self.context.ctx.breaker(&self.context.started.thread.upstream) {
-            let permit = breaker.enter().map_err(|retry_after| Failure::BreakerOpen { retry_after })?;
+        if let Some(breaker) = self
+            .context
+            .ctx
+            .breaker(&self.context.started.thread.upstream)
+        {
+            let permit = breaker
+                .enter()
+                .map_err(|retry_after| Failure::BreakerOpen { retry_after })?;
             self.permit = Some(permit);
         }
         Ok(())
@@ -232,7 +254,9 @@ impl Round<'_> {
 
     /// The verdict on the request as a whole. There is none if the run was cut off, or if we ourselves gave a call up.
     fn tell_breaker<T>(&mut self, result: &Result<T, Failure>) {
-        let Some(permit) = &mut self.permit else { return };
+        let Some(permit) = &mut self.permit else {
+            return;
+        };
         match result {
             Err(Failure::Upstream(error)) if error.tells_outage() => permit.failed(),
             Err(Failure::Upstream(error)) if !matches!(error, UpstreamError::Broken { .. }) => {
@@ -252,7 +276,10 @@ impl Round<'_> {
     /// An upstream that says how a request failed has not left anything of it.
     fn hears_of_failure(&mut self, error: &UpstreamError) {
         self.context.awaits_id.send_replace(false);
-        if !matches!(error, UpstreamError::Broken { .. } | UpstreamError::Protocol(_)) {
+        if !matches!(
+            error,
+            UpstreamError::Broken { .. } | UpstreamError::Protocol(_)
+        ) {
             self.progress.heard();
         }
     }
@@ -268,7 +295,12 @@ impl Round<'_> {
     /// Records that the message is sent a second time. A request whose answer broke off may have left something under an id
     /// that nobody heard, although the thread shows nothing of it.
     async fn note_second_request(&mut self) -> Result<(), Failure> {
-        let RoundContext { ctx, started, upstream, .. } = *self.context;
+        let RoundContext {
+            ctx,
+            started,
+            upstream,
+            ..
+        } = *self.context;
         if self.progress.unacknowledged_requests == 0 || !upstream.capabilities().stores_runs {
             return Ok(());
         }
@@ -280,21 +312,28 @@ impl Round<'_> {
 
     /// Decides what to do after a request was refused or broke off. What the upstream answered for may be sent again as
     /// often as is configured; what it did not answer for, once in a run, and never if we ourselves gave it up.
-    async fn after(&mut self, error: UpstreamError, retries: &mut Retries) -> Result<Next, Failure> {
+    async fn after(
+        &mut self,
+        error: UpstreamError,
+        retries: &mut Retries,
+    ) -> Result<Next, Failure> {
         match error {
             UpstreamError::Busy { blocking_run } => {
                 self.was_refused();
                 self.wait_for_thread(blocking_run, retries).await?;
                 Ok(Next::SendAgain)
             }
-            error if error.is_ambiguous() => match recover(self.context, self.progress, &error).await? {
+            error if error.is_ambiguous() => match recover(self.context, self.progress, &error)
+                .await?
+            {
                 Recovered::Running(events) => {
                     tracing::warn!(error = %Chain(&error), "the upstream has the run all the same; following it");
                     Ok(Next::Follow(events))
                 }
                 Recovered::Absent => {
                     self.was_refused();
-                    if error.breaks_off() && std::mem::replace(&mut self.progress.sent_again, true) {
+                    if error.breaks_off() && std::mem::replace(&mut self.progress.sent_again, true)
+                    {
                         return Err(Failure::Upstream(error));
                     }
                     retries.wait_after(error).await?;
@@ -312,7 +351,10 @@ impl Round<'_> {
     }
 
     /// Looks once more for a request that the upstream did not show, before it is sent again to a thread that is held.
-    async fn came_in_late(&mut self, failure: &UpstreamError) -> Result<Option<EventStream>, Failure> {
+    async fn came_in_late(
+        &mut self,
+        failure: &UpstreamError,
+    ) -> Result<Option<EventStream>, Failure> {
         self.progress.delivery = self.progress.delivery.max(Delivery::Sent);
         match recover(self.context, self.progress, failure).await? {
             Recovered::Running(events) => Ok(Some(events)),
@@ -341,7 +383,8 @@ impl Round<'_> {
         let since = *retries.busy_since.get_or_insert_with(Instant::now);
         let strategy = self.context.started.run.strategy;
         // A lock without a name may be what is left of our own last run, for a while.
-        let lingers = blocking_run.is_none() && since.elapsed() < upstream.capabilities().lock_window;
+        let lingers =
+            blocking_run.is_none() && since.elapsed() < upstream.capabilities().lock_window;
         if strategy == MultitaskStrategy::Reject && !lingers {
             return Err(Failure::Conflict { blocking_run });
         }
@@ -349,7 +392,10 @@ impl Round<'_> {
             sleep(jittered(FIRST_BACK_OFF)).await;
             return Ok(());
         };
-        let cancel = matches!(strategy, MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback);
+        let cancel = matches!(
+            strategy,
+            MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback
+        );
         if let Err(error) = upstream.clear(&thread, blocking_run.as_ref(), cancel).await {
             tracing::warn!(error = %Chain(&error), "cannot see what holds the upstream thread");
             sleep(jittered(FIRST_BACK_OFF)).await;

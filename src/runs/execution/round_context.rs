@@ -31,12 +31,19 @@ impl RoundContext<'_> {
     /// Whose thread it is, as far as the upstream may know.
     pub(in crate::runs) fn owner(&self) -> Ownership {
         let (ctx, thread) = (self.ctx, &self.started.thread);
-        let gets_keys = ctx.upstreams.get(&thread.upstream).is_some_and(|upstream| upstream.gets_keys);
+        let gets_keys = ctx
+            .upstreams
+            .get(&thread.upstream)
+            .is_some_and(|upstream| upstream.gets_keys);
         let names = if gets_keys {
             KeyNames::in_clear(&thread.key)
         } else {
             KeyNames::hidden(&thread.key, &ctx.config.fingerprints)
         };
-        Ownership { names, thread: thread.id, expires_at: ctx.config.lifetimes.expiry(thread) }
+        Ownership {
+            names,
+            thread: thread.id,
+            expires_at: ctx.config.lifetimes.expiry(thread),
+        }
     }
 }

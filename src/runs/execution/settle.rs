@@ -41,9 +41,10 @@ pub(in crate::runs) async fn take_away(
     may_send(&ctx.registry)?;
     let removed = upstream.remove(left).await.map_err(|error| match error {
         // It stays there, so what comes next goes to another thread.
-        UpstreamError::Refused { status: 404 | 405 | 501, .. } => {
-            UpstreamError::Protocol("the upstream does not delete messages".to_owned())
-        }
+        UpstreamError::Refused {
+            status: 404 | 405 | 501,
+            ..
+        } => UpstreamError::Protocol("the upstream does not delete messages".to_owned()),
         error => error,
     });
     removed.map_err(Failure::Upstream)?;

@@ -20,7 +20,11 @@ pub(in crate::runs) async fn write_until_ok<F>(write: impl Fn() -> F) -> Result<
 where
     F: Future<Output = Result<bool, StoreError>>,
 {
-    if retry_until_ok(write).await? { Ok(()) } else { Err(Failure::LeaseLost) }
+    if retry_until_ok(write).await? {
+        Ok(())
+    } else {
+        Err(Failure::LeaseLost)
+    }
 }
 
 /// Asks the store until it answers.

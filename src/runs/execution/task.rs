@@ -73,7 +73,12 @@ pub(in crate::runs) async fn run_admitted(
             wait_for_start(ctx, &active, Some(&mut reservation), lease, &thread, &run).await
         }
     };
-    let Reservation { mut ticket, tenant_run, queued_bytes, memory } = reservation;
+    let Reservation {
+        mut ticket,
+        tenant_run,
+        queued_bytes,
+        memory,
+    } = reservation;
     drop(queued_bytes);
     let result = match waited {
         Waited::Started(started) => {
@@ -111,15 +116,31 @@ pub(in crate::runs) async fn continue_for_others(
     lease: RunLease,
     withdrawn: Withdrawn,
 ) {
-    let Withdrawn::Shared { thread, run, position } = withdrawn else { return };
+    let Withdrawn::Shared {
+        thread,
+        run,
+        position,
+    } = withdrawn
+    else {
+        return;
+    };
     tracing::warn!("the run's own message was refused; it goes on with those that joined it");
     active.log.push(RunEvent::Queued { position });
     resume_queued(ctx, active, lease, &thread, &run).await;
 }
 
 /// Ends queued runs that were taken over and can never start, in their order.
-pub(in crate::runs) async fn close_queued_orphans(ctx: &Context, queued: Vec<(ActiveRun, OrphanedRun)>) {
-    for (active, OrphanedRun { lease, thread, run, .. }) in queued {
+pub(in crate::runs) async fn close_queued_orphans(
+    ctx: &Context,
+    queued: Vec<(ActiveRun, OrphanedRun)>,
+) {
+    for (
+        active,
+        OrphanedRun {
+            lease, thread, run, ..
+        },
+    ) in queued
+    {
         let (status, error) = Failure::ReplicaLost.end();
         let end = end_without_output(status, error);
         let result = finish_queued_run(ctx, &active, &lease, &thread, &run, end).await;
@@ -134,12 +155,29 @@ pub(in crate::runs) async fn resume_waiting(
     orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let OrphanedRun { lease, thread, run, time_left, content, outputs, outputs_sent, .. } = orphan;
+    let OrphanedRun {
+        lease,
+        thread,
+        run,
+        time_left,
+        content,
+        outputs,
+        outputs_sent,
+        ..
+    } = orphan;
     let begin = match (outputs, run.required_action.clone()) {
         (Some(outputs), _) => Begin::Outputs(outputs),
-        (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction { tool_calls: Vec::new() })),
+        (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction {
+            tool_calls: Vec::new(),
+        })),
     };
-    let started = StartedRun { lease, thread, run, input: Vec::new(), intent: None };
+    let started = StartedRun {
+        lease,
+        thread,
+        run,
+        input: Vec::new(),
+        intent: None,
+    };
     let mut progress = Progress::new(&started);
     progress.taken_over(&started.thread, content, stored);
     match &begin {
@@ -160,12 +198,34 @@ pub(in crate::runs) async fn resume_running(
     orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let OrphanedRun { lease, thread, run, time_left, input, content, .. } = orphan;
-    let started = StartedRun { lease, thread, run, input, intent: None };
+    let OrphanedRun {
+        lease,
+        thread,
+        run,
+        time_left,
+        input,
+        content,
+        ..
+    } = orphan;
+    let started = StartedRun {
+        lease,
+        thread,
+        run,
+        input,
+        intent: None,
+    };
     let mut progress = Progress::new(&started);
     progress.taken_over(&started.thread, content, stored);
     let deadline = Instant::now() + time_left;
-    let result = execute(ctx, &mut active, &started, Begin::Unknown, progress, deadline).await;
+    let result = execute(
+        ctx,
+        &mut active,
+        &started,
+        Begin::Unknown,
+        progress,
+        deadline,
+    )
+    .await;
     announce(ctx, &active, result);
 }
 
@@ -177,9 +237,25 @@ pub(in crate::runs) async fn close_orphan(
     orphan: OrphanedRun,
     stored: StoredProgress,
 ) {
-    let OrphanedRun { lease, thread, run, content, .. } = orphan;
-    let failure = if run.status == RunStatus::Cancelling { Failure::Cancelled } else { Failure::ReplicaLost };
-    let started = StartedRun { lease, thread, run, input: Vec::new(), intent: None };
+    let OrphanedRun {
+        lease,
+        thread,
+        run,
+        content,
+        ..
+    } = orphan;
+    let failure = if run.status == RunStatus::Cancelling {
+        Failure::Cancelled
+    } else {
+        Failure::ReplicaLost
+    };
+    let started = StartedRun {
+        lease,
+        thread,
+        run,
+        input: Vec::new(),
+        intent: None,
+    };
     let mut progress = Progress::new(&started);
     progress.taken_over(&started.thread, content, stored);
     let result = finish_run(ctx, &active, &started, Err(failure), progress).await;
@@ -229,13 +305,30 @@ async fn execute(
     let since = Instant::now();
     let StartedRun { thread, run, .. } = started;
     // The configuration may have changed since the run was admitted.
-    let assistant = ctx.config.assistants.get(&run.assistant).filter(|it| it.upstream == thread.upstream);
+    let assistant = ctx
+        .config
+        .assistants
+        .get(&run.assistant)
+        .filter(|it| it.upstream == thread.upstream);
     let result = match (ctx.upstream(&thread.upstream), assistant) {
         // What it was to say was known to another process alone.
-        _ if started.input.iter().any(|message| message.content.is_empty()) => Err(Failure::ReplicaLost),
+        _ if started
+            .input
+            .iter()
+            .any(|message| message.content.is_empty()) =>
+        {
+            Err(Failure::ReplicaLost)
+        }
         (Some(upstream), Some(assistant)) => {
             let upstream = &**upstream;
-            let mut rounds = Rounds { ctx, upstream, assistant, started, deadline, progress: &mut progress };
+            let mut rounds = Rounds {
+                ctx,
+                upstream,
+                assistant,
+                started,
+                deadline,
+                progress: &mut progress,
+            };
             match rounds.run_rounds(active, begin).await {
                 RoundsEnd::Over(result) => result,
                 RoundsEnd::LetGo => return RunResult::LetGo,
@@ -329,7 +422,9 @@ impl Rounds<'_> {
                 }
                 end => return RoundsEnd::Over(end),
             };
-            let action = RequiredAction { tool_calls: ended.tool_calls.clone() };
+            let action = RequiredAction {
+                tool_calls: ended.tool_calls.clone(),
+            };
             self.progress.asked(ended);
             match self.pause(active, &action).await {
                 Ok(()) => waiting = Some(action),
@@ -339,11 +434,28 @@ impl Rounds<'_> {
     }
 
     /// One round, unless it is cut off or panics.
-    async fn round(&mut self, active: &ActiveRun, request: RoundRequest<'_>) -> Result<RoundEnd, Failure> {
-        let Self { ctx, upstream, assistant, started, deadline, .. } = *self;
+    async fn round(
+        &mut self,
+        active: &ActiveRun,
+        request: RoundRequest<'_>,
+    ) -> Result<RoundEnd, Failure> {
+        let Self {
+            ctx,
+            upstream,
+            assistant,
+            started,
+            deadline,
+            ..
+        } = *self;
         let (awaits_id, mut awaited_id) = watch::channel(false);
-        let context =
-            RoundContext { ctx, upstream, assistant, started, log: &active.log, awaits_id: &awaits_id };
+        let context = RoundContext {
+            ctx,
+            upstream,
+            assistant,
+            started,
+            log: &active.log,
+            awaits_id: &awaits_id,
+        };
         let round = run_round(&context, self.progress, request);
         let mut round = pin!(AssertUnwindSafe(round).catch_unwind());
         let cut = tokio::select! {
@@ -370,13 +482,20 @@ impl Rounds<'_> {
 
     /// Lets the run wait. From here on the outputs may come, and a process that takes the run over knows what it said.
     async fn pause(&mut self, active: &ActiveRun, action: &RequiredAction) -> Result<(), Failure> {
-        let Self { ctx, started, deadline, .. } = *self;
+        let Self {
+            ctx,
+            started,
+            deadline,
+            ..
+        } = *self;
         let pause = Pause {
             required_action: action.clone(),
             upstream_run_id: self.progress.upstream_run.clone(),
             content: self.progress.content.clone(),
             usage: self.progress.usage,
-            events: active.log.unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
+            events: active
+                .log
+                .unstored(Some(RunEvent::RequiresAction(action.clone().into()))),
         };
         let paused = tokio::select! {
             biased;
@@ -387,7 +506,9 @@ impl Rounds<'_> {
         };
         match paused {
             Ok(Paused::Waiting(_)) => {
-                active.log.push(RunEvent::RequiresAction(action.clone().into()));
+                active
+                    .log
+                    .push(RunEvent::RequiresAction(action.clone().into()));
                 active.log.all_stored();
                 ctx.notifier.notify(Notification::Run(started.run.id));
                 Ok(())
@@ -402,7 +523,11 @@ impl Rounds<'_> {
     }
 
     /// Waits for outputs of exactly these calls.
-    async fn wait_for_outputs(&mut self, active: &mut ActiveRun, action: &RequiredAction) -> OutputsWait {
+    async fn wait_for_outputs(
+        &mut self,
+        active: &mut ActiveRun,
+        action: &RequiredAction,
+    ) -> OutputsWait {
         let outputs = &mut active.outputs;
         let answered = async {
             loop {
@@ -438,7 +563,11 @@ async fn cut_off(ctx: &Context, active: &ActiveRun, deadline: Instant) -> Failur
 }
 
 /// Asks the store until it answers; an answer that is lost on its way does no harm.
-async fn record_pause(ctx: &Context, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
+async fn record_pause(
+    ctx: &Context,
+    lease: &RunLease,
+    pause: &Pause,
+) -> Result<Paused, StoreError> {
     loop {
         match redaction::pause(ctx, lease, pause).await {
             Err(StoreError::Unavailable(_)) => sleep(jittered(PAUSE_RETRY)).await,

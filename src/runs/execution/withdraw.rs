@@ -20,12 +20,21 @@ const MAX_REFUSALS: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// When to look again for an admission whose answer was lost; the last time is past any statement's time limit.
-const TAKE_BACK_AFTER: [Duration; 4] =
-    [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(20)];
+const TAKE_BACK_AFTER: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+    Duration::from_secs(20),
+];
 
 /// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
 /// not. What appears later than this looks is found as a stray.
-pub(in crate::runs) async fn take_back(ctx: &Context, active: ActiveRun, lease: RunLease, refused: &Refused) {
+pub(in crate::runs) async fn take_back(
+    ctx: &Context,
+    active: ActiveRun,
+    lease: RunLease,
+    refused: &Refused,
+) {
     for pause in TAKE_BACK_AFTER {
         tokio::select! {
             biased;
@@ -46,12 +55,19 @@ pub(in crate::runs) async fn take_back(ctx: &Context, active: ActiveRun, lease: 
 
 /// Takes the message of a run back of which it is not known whether it was recorded: its sender heard that it was not, and
 /// may say the same again. Asks for as long as the database is away; what it refuses stays as it is.
-pub(in crate::runs) async fn withdraw(ctx: &Context, lease: &RunLease, refused: &Refused) -> Withdrawn {
+pub(in crate::runs) async fn withdraw(
+    ctx: &Context,
+    lease: &RunLease,
+    refused: &Refused,
+) -> Withdrawn {
     let (status, error) = Failure::NotRecorded.end();
     let taken = Withdrawal {
         message: refused.message,
         idempotency_key: refused.idempotency_key.clone(),
-        end: RunEnd { discard: true, ..end_without_output(status, error) },
+        end: RunEnd {
+            discard: true,
+            ..end_without_output(status, error)
+        },
     };
     let (mut pause, mut refusals) = (FIRST_PAUSE, 0);
     loop {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::offset::{STARTED, length};
-use crate::domain::{EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity};
+use crate::domain::{
+    EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity,
+};
 
 /// One event of a run.
 #[derive(Clone, Debug)]
@@ -37,15 +39,21 @@ pub struct Outcome {
 impl RunEvent {
     /// The log that the record tells of a run whose reply has this text: see [`RunLogWriter::retold`](super::writer::RunLogWriter::retold).
     pub(in crate::runs) fn retell(text: &str) -> EventBatch {
-        let delta =
-            Some(text).filter(|text| !text.is_empty()).map(|text| LoggedEvent::Delta(text.to_owned()));
-        EventBatch { first: STARTED, events: [LoggedEvent::Started].into_iter().chain(delta).collect() }
+        let delta = Some(text)
+            .filter(|text| !text.is_empty())
+            .map(|text| LoggedEvent::Delta(text.to_owned()));
+        EventBatch {
+            first: STARTED,
+            events: [LoggedEvent::Started].into_iter().chain(delta).collect(),
+        }
     }
 
     /// As it is stored; `None` for what the record tells anyway.
     pub(in crate::runs) fn logged(&self) -> Option<LoggedEvent> {
         match self {
-            Self::Queued { position } => Some(LoggedEvent::Queued { position: *position }),
+            Self::Queued { position } => Some(LoggedEvent::Queued {
+                position: *position,
+            }),
             Self::Started => Some(LoggedEvent::Started),
             Self::Delta(text) => Some(LoggedEvent::Delta((**text).to_owned())),
             Self::RequiresAction(action) => Some(LoggedEvent::RequiresAction((**action).clone())),
@@ -66,7 +74,9 @@ impl RunEvent {
 
     /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
     pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
-        let Self::Delta(text) = &self else { return self };
+        let Self::Delta(text) = &self else {
+            return self;
+        };
         let begins = number + 1 - length(text);
         match usize::try_from(from - begins) {
             Ok(seen @ 1..) => {

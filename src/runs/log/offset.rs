@@ -34,12 +34,14 @@ pub(in crate::runs) fn length(text: &str) -> i64 {
 pub(in crate::runs) fn numbered(
     batches: Vec<EventBatch>,
 ) -> impl Iterator<Item = (EventOffset, LoggedEvent)> {
-    batches.into_iter().flat_map(|EventBatch { first, events }| {
-        events.into_iter().scan(first, |next, event| {
-            *next += event.units();
-            Some((*next - 1, event))
+    batches
+        .into_iter()
+        .flat_map(|EventBatch { first, events }| {
+            events.into_iter().scan(first, |next, event| {
+                *next += event.units();
+                Some((*next - 1, event))
+            })
         })
-    })
 }
 
 #[cfg(test)]
@@ -53,7 +55,8 @@ mod tests {
             first,
             events: events.iter().map(|text| delta(text)).collect(),
         };
-        let all: Vec<_> = numbered(vec![batch(0, &["a", "b"]), batch(2, &[]), batch(7, &["c"])]).collect();
+        let all: Vec<_> =
+            numbered(vec![batch(0, &["a", "b"]), batch(2, &[]), batch(7, &["c"])]).collect();
         assert_eq!(all, [(0, delta("a")), (1, delta("b")), (7, delta("c"))]);
     }
 }

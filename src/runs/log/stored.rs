@@ -20,7 +20,11 @@ impl StoredLog {
     /// Reads it.
     pub(in crate::runs) async fn read(store: &Store, run: RunId) -> Result<Self, StoreError> {
         let batches = store.events(run, FIRST_EVENT).await?;
-        let end = batches.iter().map(EventBatch::end).max().unwrap_or(FIRST_EVENT);
+        let end = batches
+            .iter()
+            .map(EventBatch::end)
+            .max()
+            .unwrap_or(FIRST_EVENT);
         let mut text = String::new();
         let mut next = FIRST_EVENT;
         for (offset, event) in numbered(batches) {

@@ -93,18 +93,24 @@ impl Log {
             if first.is_none() {
                 first = Some(begins);
             } else if begins > next {
-                events.push(LoggedEvent::Omitted { units: begins - next });
+                events.push(LoggedEvent::Omitted {
+                    units: begins - next,
+                });
             }
             events.push(logged);
             next = number + 1;
         }
-        EventBatch { first: first.unwrap_or(self.stored), events }
+        EventBatch {
+            first: first.unwrap_or(self.stored),
+            events,
+        }
     }
 
     fn stored_to(&mut self, end: i64) {
         self.stored = self.stored.max(end);
-        let is_whole =
-            self.events[self.place(self.stored)..].iter().all(|(_, event)| event.logged().is_none());
+        let is_whole = self.events[self.place(self.stored)..]
+            .iter()
+            .all(|(_, event)| event.logged().is_none());
         let is_waiting = !is_whole || self.upstream_run.is_some();
         self.waiting_since = is_waiting.then(Instant::now);
     }
@@ -131,7 +137,10 @@ impl RunLogWriter {
             upstream_run: None,
             is_public: others_from > 0,
         };
-        Self { log: Arc::new(Mutex::new(log)), length: watch::Sender::new(0) }
+        Self {
+            log: Arc::new(Mutex::new(log)),
+            length: watch::Sender::new(0),
+        }
     }
 
     /// Appends an event and wakes the readers.
@@ -160,7 +169,9 @@ impl RunLogWriter {
         let mut rest = log.unstored(None);
         let end = rest.end();
         if end < log.others_from {
-            rest.events.push(LoggedEvent::Omitted { units: log.others_from - end });
+            rest.events.push(LoggedEvent::Omitted {
+                units: log.others_from - end,
+            });
         }
         rest
     }
@@ -170,14 +181,18 @@ impl RunLogWriter {
     pub(in crate::runs) fn retold(&self, text: &str) -> Option<EventBatch> {
         let log = lock(&self.log);
         let mut events = log.events.iter().map(|(_, event)| event);
-        if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started)) {
+        if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started))
+        {
             return None;
         }
         let left = events.try_fold(text, |left, event| match event {
             RunEvent::Delta(delta) => left.strip_prefix(&**delta),
             _ => None,
         });
-        left.filter(|left| left.is_empty()).map(|_| EventBatch { first: log.stored, events: Vec::new() })
+        left.filter(|left| left.is_empty()).map(|_| EventBatch {
+            first: log.stored,
+            events: Vec::new(),
+        })
     }
 
     /// All events up to now are stored.
@@ -194,7 +209,10 @@ impl RunLogWriter {
 
     /// A reading end.
     pub(in crate::runs) fn reader(&self) -> RunLog {
-        RunLog { log: Arc::clone(&self.log), length: self.length.subscribe() }
+        RunLog {
+            log: Arc::clone(&self.log),
+            length: self.length.subscribe(),
+        }
     }
 }
 
@@ -213,33 +231,40 @@ impl RunLog {
 
     /// The events from number `from` on, each with its number, up to and including the last one of the run. Ends
     /// without that one if the log breaks off. May be dropped at any point.
-    pub(in crate::runs) fn follow(&self, from: i64) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
+    pub(in crate::runs) fn follow(
+        &self,
+        from: i64,
+    ) -> impl Stream<Item = (i64, RunEvent)> + Send + use<> {
         let start = lock(&self.log).place(from);
-        stream::unfold((self.clone(), start), move |(mut reader, mut next)| async move {
-            if next > 0 && matches!(reader.get(next - 1), Some((_, RunEvent::Ended(_)))) {
-                return None;
-            }
-            loop {
-                reader.length.wait_for(|length| *length > next).await.ok()?;
-                let (number, event) = reader.get(next)?;
-                next += 1;
-                // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
-                // where the reader is.
-                if number >= from {
-                    return Some(((number, event.cut(number, from)), (reader, next)));
-                }
-                if matches!(event, RunEvent::Ended(_)) {
+        stream::unfold(
+            (self.clone(), start),
+            move |(mut reader, mut next)| async move {
+                if next > 0 && matches!(reader.get(next - 1), Some((_, RunEvent::Ended(_)))) {
                     return None;
                 }
-            }
-        })
+                loop {
+                    reader.length.wait_for(|length| *length > next).await.ok()?;
+                    let (number, event) = reader.get(next)?;
+                    next += 1;
+                    // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
+                    // where the reader is.
+                    if number >= from {
+                        return Some(((number, event.cut(number, from)), (reader, next)));
+                    }
+                    if matches!(event, RunEvent::Ended(_)) {
+                        return None;
+                    }
+                }
+            },
+        )
     }
 
     /// Waits for the end of the run. `None` if the log breaks off: the run's task is gone without having told it.
     pub(in crate::runs) async fn ended(mut self) -> Option<Arc<Outcome>> {
         loop {
             let known = *self.length.borrow_and_update();
-            if let Some((_, RunEvent::Ended(outcome))) = known.checked_sub(1).and_then(|last| self.get(last))
+            if let Some((_, RunEvent::Ended(outcome))) =
+                known.checked_sub(1).and_then(|last| self.get(last))
             {
                 return Some(outcome);
             }
@@ -267,7 +292,12 @@ impl RunLog {
     /// The number of the event by which the run asked last for calls of which this is true.
     pub(in crate::runs) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
         let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if is_meant(it));
-        lock(&self.log).events.iter().rev().find(|(_, event)| asks(event)).map(|(number, _)| *number)
+        lock(&self.log)
+            .events
+            .iter()
+            .rev()
+            .find(|(_, event)| asks(event))
+            .map(|(number, _)| *number)
     }
 
     /// What is not stored, if there is anything.
@@ -283,7 +313,8 @@ impl RunLog {
         {
             let log = lock(&self.log);
             let now = Instant::now();
-            let is_urgent = log.upstream_run.is_some() || log.followed_until.is_some_and(|until| now < until);
+            let is_urgent =
+                log.upstream_run.is_some() || log.followed_until.is_some_and(|until| now < until);
             let pause = if is_urgent { OFTEN } else { log.pause };
             log.waiting_since.filter(|since| now - *since >= pause)?;
         }
@@ -296,7 +327,11 @@ impl RunLog {
     }
 
     /// It is stored.
-    pub(in crate::runs) fn recorded(&self, upstream_run: Option<&UpstreamRunId>, events: &EventBatch) {
+    pub(in crate::runs) fn recorded(
+        &self,
+        upstream_run: Option<&UpstreamRunId>,
+        events: &EventBatch,
+    ) {
         let mut log = lock(&self.log);
         if log.upstream_run.as_ref() == upstream_run {
             log.upstream_run = None;
@@ -324,8 +359,9 @@ mod tests {
 
     use super::*;
     use crate::domain::{
-        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, Run, RunId, RunStatus,
-        Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, ToolCall, UserKey,
+        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, Run, RunId,
+        RunStatus, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, ToolCall,
+        UserKey,
     };
 
     /// Where a run that changed hands once is numbered on from.
@@ -336,8 +372,14 @@ mod tests {
     }
 
     fn asks(id: &str) -> LoggedEvent {
-        let call = ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-        LoggedEvent::RequiresAction(RequiredAction { tool_calls: vec![call] })
+        let call = ToolCall {
+            id: id.to_owned(),
+            name: "f".to_owned(),
+            arguments: "{}".to_owned(),
+        };
+        LoggedEvent::RequiresAction(RequiredAction {
+            tool_calls: vec![call],
+        })
     }
 
     fn action(id: &str) -> RequiredAction {
@@ -363,7 +405,11 @@ mod tests {
         let user = UserKey::try_from("alice".to_owned()).unwrap();
         let thread = Thread {
             id,
-            key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
+            key: ConversationKey {
+                tenant: TenantKey::default(),
+                user,
+                scope: Scope::User,
+            },
             upstream: String::new(),
             upstream_thread_id: None,
             lifecycle: Lifecycle::Current,
@@ -400,8 +446,17 @@ mod tests {
             deadline_at: Some(now),
             discarded: false,
         };
-        let activity = ThreadActivity { state: ThreadState::Idle, queue_depth: 0 };
-        RunEvent::Ended(Arc::new(Outcome { thread, activity, run, message: None, retry_after: None }))
+        let activity = ThreadActivity {
+            state: ThreadState::Idle,
+            queue_depth: 0,
+        };
+        RunEvent::Ended(Arc::new(Outcome {
+            thread,
+            activity,
+            run,
+            message: None,
+            retry_after: None,
+        }))
     }
 
     /// What can be read at once, the end as `None`, and whether the stream has ended.
@@ -504,9 +559,16 @@ mod tests {
         assert!(end.await.is_some());
         assert_eq!(
             read(&writer.reader(), FIRST),
-            (vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, None)], true)
+            (
+                vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, None)],
+                true
+            )
         );
-        assert_eq!(read(&writer.reader(), FIRST + 2), (vec![], true), "it has seen the end");
+        assert_eq!(
+            read(&writer.reader(), FIRST + 2),
+            (vec![], true),
+            "it has seen the end"
+        );
     }
 
     #[tokio::test]
@@ -515,7 +577,10 @@ mod tests {
         push(&writer, &[LoggedEvent::Started, delta("a")]);
         let reader = writer.reader();
         drop(writer);
-        let seen = vec![(FIRST, Some(LoggedEvent::Started)), (FIRST + 1, Some(delta("a")))];
+        let seen = vec![
+            (FIRST, Some(LoggedEvent::Started)),
+            (FIRST + 1, Some(delta("a"))),
+        ];
         assert_eq!(read(&reader, FIRST), (seen, true));
         assert!(reader.clone().ended().await.is_none());
         assert!(reader.clone().answer(FIRST).await.is_none());
@@ -530,19 +595,32 @@ mod tests {
     #[test]
     fn what_is_not_stored_goes_on_where_the_last_batch_ended() {
         let writer = RunLogWriter::resumed(FIRST, FIRST);
-        let batch = |first, events: &[LoggedEvent]| EventBatch { first, events: events.to_vec() };
+        let batch = |first, events: &[LoggedEvent]| EventBatch {
+            first,
+            events: events.to_vec(),
+        };
         assert_eq!(writer.unstored(None), batch(FIRST, &[]));
         push(&writer, &[LoggedEvent::Started, delta("a")]);
-        assert_eq!(writer.unstored(None), batch(FIRST, &[LoggedEvent::Started, delta("a")]));
+        assert_eq!(
+            writer.unstored(None),
+            batch(FIRST, &[LoggedEvent::Started, delta("a")])
+        );
         let whole = batch(FIRST, &[LoggedEvent::Started, delta("a"), asks("1")]);
         for _ in 0..2 {
-            assert_eq!(writer.unstored(Some(told(asks("1")))), whole, "to ask stores nothing");
+            assert_eq!(
+                writer.unstored(Some(told(asks("1")))),
+                whole,
+                "to ask stores nothing"
+            );
         }
         push(&writer, &[asks("1")]);
         writer.all_stored();
         assert_eq!(writer.unstored(None), batch(FIRST + 3, &[]));
         push(&writer, &[delta("b")]);
-        assert_eq!(writer.unstored(Some(told(asks("2")))), batch(FIRST + 3, &[delta("b"), asks("2")]));
+        assert_eq!(
+            writer.unstored(Some(told(asks("2")))),
+            batch(FIRST + 3, &[delta("b"), asks("2")])
+        );
         push(&writer, &[asks("2")]);
         writer.all_stored();
         // The end has a number and no place in the batch: nothing comes after it.
@@ -555,12 +633,27 @@ mod tests {
     async fn the_beginning_of_a_run_has_fixed_numbers() {
         let writer = RunLogWriter::new();
         push(&writer, &[LoggedEvent::Started, delta("ab")]);
-        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
+        let numbers: Vec<_> = read(&writer.reader(), 0)
+            .0
+            .into_iter()
+            .map(|(n, _)| n)
+            .collect();
         assert_eq!(numbers, [1, 3]);
         assert_eq!(writer.unstored(None).first, 1);
         let writer = RunLogWriter::new();
-        push(&writer, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("ab")]);
-        let numbers: Vec<_> = read(&writer.reader(), 0).0.into_iter().map(|(n, _)| n).collect();
+        push(
+            &writer,
+            &[
+                LoggedEvent::Queued { position: 1 },
+                LoggedEvent::Started,
+                delta("ab"),
+            ],
+        );
+        let numbers: Vec<_> = read(&writer.reader(), 0)
+            .0
+            .into_iter()
+            .map(|(n, _)| n)
+            .collect();
         assert_eq!(numbers, [0, 1, 3]);
     }
 
@@ -569,7 +662,10 @@ mod tests {
         let writer = RunLogWriter::resumed(5, FIRST);
         push(&writer, &[delta("ab"), asks("1"), delta("c")]);
         let gap = LoggedEvent::Omitted { units: FIRST - 7 };
-        let stored = EventBatch { first: 5, events: vec![delta("ab"), gap, asks("1"), delta("c")] };
+        let stored = EventBatch {
+            first: 5,
+            events: vec![delta("ab"), gap, asks("1"), delta("c")],
+        };
         assert_eq!(writer.rest(), stored);
         let cut_off = RunLogWriter::resumed(5, FIRST);
         assert_eq!(
@@ -577,7 +673,10 @@ mod tests {
             (5, FIRST),
             "where its end is numbered"
         );
-        assert_eq!((writer.unstored(None), stored.end()), (stored.clone(), FIRST + 2));
+        assert_eq!(
+            (writer.unstored(None), stored.end()),
+            (stored.clone(), FIRST + 2)
+        );
     }
 
     #[tokio::test]
@@ -593,7 +692,10 @@ mod tests {
         reader.recorded(upstream_run.as_ref(), &first);
         assert!(writer.is_public());
         let (upstream_run, rest) = reader.unrecorded().unwrap();
-        assert_eq!((upstream_run, rest.first, &*rest.events), (None, 4, &[delta("cd")][..]));
+        assert_eq!(
+            (upstream_run, rest.first, &*rest.events),
+            (None, 4, &[delta("cd")][..])
+        );
         reader.recorded(None, &rest);
         assert!(reader.unrecorded().is_none());
     }
@@ -617,7 +719,10 @@ mod tests {
         let reader = writer.reader();
         push(&writer, &[LoggedEvent::Started]);
         for wait in [100, 200, 400, 800, 1000, 1000] {
-            assert_eq!(recorded_after(&writer, &reader).await, Duration::from_millis(wait));
+            assert_eq!(
+                recorded_after(&writer, &reader).await,
+                Duration::from_millis(wait)
+            );
         }
         // An id is not waited for as long, whatever else there is.
         push(&writer, &[delta("b")]);
@@ -638,7 +743,10 @@ mod tests {
         assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
         assert!(reader.unrecorded().is_none());
         push(&writer, &[delta("d")]);
-        assert!(reader.unrecorded().is_some(), "the last word of a process does not wait");
+        assert!(
+            reader.unrecorded().is_some(),
+            "the last word of a process does not wait"
+        );
     }
 
     #[tokio::test]
@@ -646,19 +754,43 @@ mod tests {
         let writer = RunLogWriter::new();
         assert_eq!(writer.retold(""), None);
         push(&writer, &[LoggedEvent::Started, delta("ab"), delta("c")]);
-        let nothing = EventBatch { first: 0, events: Vec::new() };
+        let nothing = EventBatch {
+            first: 0,
+            events: Vec::new(),
+        };
         assert_eq!(writer.retold("abc"), Some(nothing));
         assert_eq!(RunEvent::retell("abc").end(), writer.unstored(None).end());
-        assert_eq!((writer.retold("ab"), writer.retold("abcd"), writer.retold("xbc")), (None, None, None));
+        assert_eq!(
+            (
+                writer.retold("ab"),
+                writer.retold("abcd"),
+                writer.retold("xbc")
+            ),
+            (None, None, None)
+        );
         writer.all_stored();
-        assert_eq!(writer.retold("abc").map(|rest| rest.first), Some(5), "what is to be removed");
+        assert_eq!(
+            writer.retold("abc").map(|rest| rest.first),
+            Some(5),
+            "what is to be removed"
+        );
         push(&writer, &[asks("1")]);
         assert_eq!(writer.retold("abc"), None);
         let queued = RunLogWriter::new();
-        push(&queued, &[LoggedEvent::Queued { position: 1 }, LoggedEvent::Started, delta("abc")]);
+        push(
+            &queued,
+            &[
+                LoggedEvent::Queued { position: 1 },
+                LoggedEvent::Started,
+                delta("abc"),
+            ],
+        );
         assert_eq!(queued.retold("abc"), None);
         // Another process had the run before, and may have shown something.
-        for taken_over in [RunLogWriter::resumed(0, FIRST), RunLogWriter::resumed(2, FIRST)] {
+        for taken_over in [
+            RunLogWriter::resumed(0, FIRST),
+            RunLogWriter::resumed(2, FIRST),
+        ] {
             push(&taken_over, &[LoggedEvent::Started, delta("abc")]);
             assert_eq!(taken_over.retold("abc"), None);
         }
@@ -688,7 +820,10 @@ mod tests {
         assert!(waits(FIRST + 3));
         writer.push(ended());
         assert!(matches!(late.await.unwrap(), (_, RunEvent::Ended(_))));
-        assert!(matches!(writer.reader().answer(0).await.unwrap(), (_, RunEvent::Ended(_))));
+        assert!(matches!(
+            writer.reader().answer(0).await.unwrap(),
+            (_, RunEvent::Ended(_))
+        ));
     }
 
     /// The owner before may have shown its caller more than it had recorded.
@@ -706,7 +841,16 @@ mod tests {
     #[test]
     fn the_last_time_that_calls_were_asked_for_counts() {
         let writer = RunLogWriter::resumed(FIRST, FIRST);
-        push(&writer, &[LoggedEvent::Started, asks("1"), delta("a"), asks("1"), asks("2")]);
+        push(
+            &writer,
+            &[
+                LoggedEvent::Started,
+                asks("1"),
+                delta("a"),
+                asks("1"),
+                asks("2"),
+            ],
+        );
         let reader = writer.reader();
         assert_eq!(reader.asked(|it| *it == action("1")), Some(FIRST + 3));
         assert_eq!(reader.asked(|it| *it == action("2")), Some(FIRST + 4));

@@ -53,7 +53,12 @@ mod tests {
     use crate::domain::ContentPart;
 
     fn message(text: &str) -> InputMessage {
-        InputMessage { id: MessageId::new(), content: vec![ContentPart::Text { text: text.to_owned() }] }
+        InputMessage {
+            id: MessageId::new(),
+            content: vec![ContentPart::Text {
+                text: text.to_owned(),
+            }],
+        }
     }
 
     #[test]

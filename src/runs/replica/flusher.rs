@@ -36,7 +36,11 @@ async fn flush(ctx: &Context, find: fn(&RunLog) -> Option<Unrecorded>) {
     let handles = ctx.registry.handles().into_iter();
     let found = handles.filter_map(|handle| {
         let (upstream_run_id, events) = find(&handle.log)?;
-        Some(RunProgress { lease: handle.lease, upstream_run_id, events })
+        Some(RunProgress {
+            lease: handle.lease,
+            upstream_run_id,
+            events,
+        })
     });
     for batch in found.collect::<Vec<_>>().chunks(BATCH) {
         flush_batch(ctx, batch).await;
@@ -51,7 +55,12 @@ async fn flush_batch(ctx: &Context, batch: &[RunProgress]) {
         }
         Err(_) => return tracing::warn!("cannot record in time what runs have shown"),
     };
-    for RunProgress { lease, upstream_run_id, events } in batch {
+    for RunProgress {
+        lease,
+        upstream_run_id,
+        events,
+    } in batch
+    {
         if !recorded.contains(&lease.run_id) {
             continue;
         }

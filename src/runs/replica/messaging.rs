@@ -54,10 +54,15 @@ pub(in crate::runs) async fn deliver(ctx: &Context) {
 pub(in crate::runs) async fn deliver_once(ctx: &Context) -> Result<(), ()> {
     let has_peers = ctx.notifier.knows_peers();
     let mut delivery = ctx.notifier.take();
-    let sent = timeout(DELIVERY_TIMEOUT, send(&ctx.store, &mut delivery.outbox, has_peers)).await;
-    sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))).map_err(|error| {
-        tracing::warn!(error = %Chain(&error), "cannot notify the other replicas yet");
-    })
+    let sent = timeout(
+        DELIVERY_TIMEOUT,
+        send(&ctx.store, &mut delivery.outbox, has_peers),
+    )
+    .await;
+    sent.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))
+        .map_err(|error| {
+            tracing::warn!(error = %Chain(&error), "cannot notify the other replicas yet");
+        })
 }
 
 /// Empties it as far as it comes.
@@ -68,7 +73,9 @@ async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(),
         outbox.notifications.insert(Notification::Orphans);
     }
     if has_peers && !outbox.notifications.is_empty() {
-        store.notify_replicas(&outbox.notifications.iter().copied().collect::<Vec<_>>()).await?;
+        store
+            .notify_replicas(&outbox.notifications.iter().copied().collect::<Vec<_>>())
+            .await?;
     }
     outbox.notifications.clear();
     Ok(())

@@ -26,10 +26,15 @@ const LET_GO_EVERY: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// The store failed, or did not answer within a third of `ttl`.
-pub(in crate::runs) async fn renew(ctx: &Context, address: &str, ttl: Duration) -> Result<(), StoreError> {
+pub(in crate::runs) async fn renew(
+    ctx: &Context,
+    address: &str,
+    ttl: Duration,
+) -> Result<(), StoreError> {
     let begun = Instant::now();
     let renewed = timeout(ttl / 3, ctx.store.renew_replica(ctx.replica, address, ttl)).await;
-    let renewed = renewed.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
+    let renewed =
+        renewed.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
     ctx.notifier.set_peers(renewed.has_peers);
     set_clock(renewed.now);
     ctx.registry.renewed(begun + ttl * 9 / 10);
@@ -76,7 +81,9 @@ async fn keep_renewing(ctx: &Context, address: &str, ttl: Duration) {
         }
         match renew(ctx, address, ttl).await {
             Ok(()) if lapsed => {
-                tracing::warn!("this replica has a session again; others may have taken over its runs");
+                tracing::warn!(
+                    "this replica has a session again; others may have taken over its runs"
+                );
             }
             Ok(()) => {}
             Err(error) => {

@@ -49,9 +49,15 @@ fn may_adopt(ctx: &Context) -> bool {
 async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
     let _taking = ctx.registry.taking.lock().await;
     let active = ctx.registry.runs();
-    let adopted = timeout(limit, ctx.store.adopt_orphans(ctx.replica, &active, ADOPT_BATCH)).await;
+    let adopted = timeout(
+        limit,
+        ctx.store.adopt_orphans(ctx.replica, &active, ADOPT_BATCH),
+    )
+    .await;
     // What an answer that is given up had taken over, the next look finds as strays.
-    let orphans = match adopted.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into()))) {
+    let orphans = match adopted
+        .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))
+    {
         Ok(orphans) => orphans,
         Err(error) => {
             tracing::error!(error = %Chain(&error), "cannot look for orphaned runs");
@@ -64,7 +70,9 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
         let run = orphan.run.id;
         let span = ctx.span_of(run, &orphan.thread.key);
         // One that cannot be read is found again as a stray.
-        let Ok(Ok(stored)) = timeout(limit, stored_progress(&ctx.store, &orphan)).await else { continue };
+        let Ok(Ok(stored)) = timeout(limit, stored_progress(&ctx.store, &orphan)).await else {
+            continue;
+        };
         let active = ctx.registry.goes_on(orphan.lease, stored.log.end);
         span.in_scope(
             || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
@@ -86,14 +94,30 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
 }
 
 /// What is stored of a run that is taken over, besides the run itself.
-async fn stored_progress(store: &Store, orphan: &OrphanedRun) -> Result<StoredProgress, StoreError> {
+async fn stored_progress(
+    store: &Store,
+    orphan: &OrphanedRun,
+) -> Result<StoredProgress, StoreError> {
     if orphan.run.status == RunStatus::Queued {
-        let log = StoredLog { end: STARTED, ..StoredLog::default() };
-        return Ok(StoredProgress { log, ..StoredProgress::default() });
+        let log = StoredLog {
+            end: STARTED,
+            ..StoredLog::default()
+        };
+        return Ok(StoredProgress {
+            log,
+            ..StoredProgress::default()
+        });
     }
     let run = orphan.run.id;
-    let backlog = if orphan.thread.backlog > 0 { sent_with(store, run).await? } else { Vec::new() };
-    Ok(StoredProgress { log: StoredLog::read(store, run).await?, backlog })
+    let backlog = if orphan.thread.backlog > 0 {
+        sent_with(store, run).await?
+    } else {
+        Vec::new()
+    };
+    Ok(StoredProgress {
+        log: StoredLog::read(store, run).await?,
+        backlog,
+    })
 }
 
 /// Goes on with a run where the process before left it, or ends it.
@@ -115,7 +139,9 @@ async fn resume(
     }
     match orphan.run.status {
         RunStatus::Queued => {
-            let OrphanedRun { lease, thread, run, .. } = orphan;
+            let OrphanedRun {
+                lease, thread, run, ..
+            } = orphan;
             task::resume_queued(&ctx, active, lease, &thread, &run).await;
         }
         RunStatus::RequiresAction => task::resume_waiting(&ctx, active, orphan, stored).await,

@@ -77,7 +77,8 @@ pub(in crate::runs) async fn end_all(
     key: &ConversationKey,
     runs: &[Run],
 ) -> Result<(), Error> {
-    let (active, waiting): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.status.is_active());
+    let (active, waiting): (Vec<&Run>, Vec<&Run>) =
+        runs.iter().partition(|run| run.status.is_active());
     let mut ends = Vec::with_capacity(runs.len());
     for run in waiting.into_iter().rev().chain(active) {
         ask_to_end(ctx, key, run).await?;
@@ -116,13 +117,32 @@ async fn ask_to_end(ctx: &Arc<Context>, key: &ConversationKey, run: &Run) -> Res
 /// Takes a run that waits in the line of another process and ends it. `false` if it does not wait any more.
 async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<bool, StoreError> {
     let _taking = ctx.registry.taking.lock().await;
-    let Some(lease) = ctx.store.take_queued(ctx.replica, run).await? else { return Ok(false) };
-    let status = RunStatus::Queued.on(Step::Cancel).unwrap_or(RunStatus::Cancelled);
+    let Some(lease) = ctx.store.take_queued(ctx.replica, run).await? else {
+        return Ok(false);
+    };
+    let status = RunStatus::Queued
+        .on(Step::Cancel)
+        .unwrap_or(RunStatus::Cancelled);
     // Beyond all that its owner can have shown.
-    let events = EventBatch { first: others_from(&lease), events: Vec::new() };
-    ctx.store.finish(&lease, RunEnd { events, ..end_without_output(status, None) }).await?;
+    let events = EventBatch {
+        first: others_from(&lease),
+        events: Vec::new(),
+    };
+    ctx.store
+        .finish(
+            &lease,
+            RunEnd {
+                events,
+                ..end_without_output(status, None)
+            },
+        )
+        .await?;
     // Its owner has lost it, and its readers go on by the store.
-    for notification in [Notification::Asked(run), Notification::Run(run), Notification::Thread(thread)] {
+    for notification in [
+        Notification::Asked(run),
+        Notification::Run(run),
+        Notification::Thread(thread),
+    ] {
         ctx.notifier.notify(notification);
     }
     Ok(true)

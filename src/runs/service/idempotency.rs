@@ -16,12 +16,20 @@ pub(in crate::runs) async fn repeated(
 ) -> Result<Option<Submitted>, Error> {
     let earlier = earlier(ctx, key, idempotency).await?;
     // Its sender heard that it was not taken, and it is still being taken back.
-    if earlier.as_ref().is_some_and(|earlier| ctx.registry.is_refused(earlier.run.id)) {
+    if earlier
+        .as_ref()
+        .is_some_and(|earlier| ctx.registry.is_refused(earlier.run.id))
+    {
         return Err(Error::StoreUnavailable(None));
     }
     Ok(earlier.map(|Repeated { thread, run, .. }| {
         let follow = RunSubscription::of(ctx, &thread, run.id);
-        Submitted { thread, run, follow, replayed: true }
+        Submitted {
+            thread,
+            run,
+            follow,
+            replayed: true,
+        }
     }))
 }
 
@@ -34,7 +42,9 @@ pub(in crate::runs) async fn earlier(
     key: &ConversationKey,
     idempotency: Option<&Idempotency>,
 ) -> Result<Option<Repeated>, Error> {
-    let Some(used) = idempotency else { return Ok(None) };
+    let Some(used) = idempotency else {
+        return Ok(None);
+    };
     let remember = ctx.config.runs.idempotency_ttl;
     let mut earlier = ctx.store.repeated(key, &used.key, remember).await?;
     match &mut earlier {

@@ -7,8 +7,8 @@ use futures_util::Stream;
 use tokio::time::Instant;
 
 use crate::domain::{
-    ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, TenantKey, Thread, ThreadActivity,
-    ThreadId, UserKey,
+    ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, TenantKey, Thread,
+    ThreadActivity, ThreadId, UserKey,
 };
 use crate::error::Error;
 use crate::export_import;
@@ -28,7 +28,10 @@ pub struct Load {
 }
 
 /// A thread and what it is doing.
-pub(in crate::runs) async fn thread(ctx: &Context, name: ThreadName<'_>) -> Result<ThreadReport, Error> {
+pub(in crate::runs) async fn thread(
+    ctx: &Context,
+    name: ThreadName<'_>,
+) -> Result<ThreadReport, Error> {
     let mut report = ctx.store.report(name).await?.ok_or(NO_THREAD)?;
     if let Some(run) = &mut report.last_run {
         ctx.registry.give_arguments(run);
@@ -51,7 +54,10 @@ pub(in crate::runs) fn export(
     tenant: TenantKey,
     user: UserKey,
 ) -> impl Stream<Item = Result<String, StoreError>> + Send + use<> {
-    export_import::export(Arc::clone(&ctx.store), export_import::What::User(tenant, user))
+    export_import::export(
+        Arc::clone(&ctx.store),
+        export_import::What::User(tenant, user),
+    )
 }
 
 /// A page of a thread's transcript, or of those of all threads that its key has and had.
@@ -61,7 +67,10 @@ pub(in crate::runs) async fn messages(
     across: bool,
     page: &PageRequest<MessageId>,
 ) -> Result<Page<Message>, Error> {
-    ctx.store.messages(name, across, page).await?.ok_or(NO_THREAD)
+    ctx.store
+        .messages(name, across, page)
+        .await?
+        .ok_or(NO_THREAD)
 }
 
 /// A page of the current thread's runs.
@@ -91,7 +100,10 @@ pub(in crate::runs) async fn run(
 
 /// How much this process works on.
 pub(in crate::runs) fn load(ctx: &Context) -> Load {
-    Load { runs: ctx.tasks.tracker.len(), queues: ctx.queue.len() }
+    Load {
+        runs: ctx.tasks.tracker.len(),
+        queues: ctx.queue.len(),
+    }
 }
 
 /// This replica takes new work.

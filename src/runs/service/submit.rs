@@ -68,27 +68,42 @@ pub(in crate::runs) async fn submit(
     let _token = ctx.tasks.tracker.token();
     takes_work(ctx)?;
     let (name, assistant) = assistant(ctx, new.assistant.as_deref(), new.by_user)?;
-    let run_timeout = new.timeout.or(assistant.timeout).unwrap_or(ctx.config.runs.timeout);
+    let run_timeout = new
+        .timeout
+        .or(assistant.timeout)
+        .unwrap_or(ctx.config.runs.timeout);
     if run_timeout.is_zero() || run_timeout > ctx.config.runs.max_timeout {
         let max = ctx.config.runs.max_timeout.as_millis();
-        return Err(Error::Invalid(format!("`timeout_ms` must be between 1 and {max}")));
+        return Err(Error::Invalid(format!(
+            "`timeout_ms` must be between 1 and {max}"
+        )));
     }
     let reservation = match reserve(ctx, &key, &mut new, &assistant.upstream) {
         Ok(reservation) => reservation,
         // What was taken before is told again, however busy this replica is.
-        Err(refused) => return repeated(ctx, &key, new.idempotency.as_ref()).await?.ok_or(refused),
+        Err(refused) => {
+            return repeated(ctx, &key, new.idempotency.as_ref())
+                .await?
+                .ok_or(refused);
+        }
     };
     let admission = Admission {
         new_thread: ThreadId::new(),
         limits: ctx.config.lifetimes.of(&key.scope),
-        ttl: new.ttl.map(|ttl| threads::ttl(ctx, &key, ttl)).transpose()?,
+        ttl: new
+            .ttl
+            .map(|ttl| threads::ttl(ctx, &key, ttl))
+            .transpose()?,
         key: key.clone(),
         upstream: assistant.upstream.clone(),
         run_id: RunId::new(),
         assistant: name.to_owned(),
         strategy: new.strategy,
         metadata: new.metadata,
-        message: InputMessage { id: MessageId::new(), content: new.content.into_parts() },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: new.content.into_parts(),
+        },
         timeout: run_timeout,
         replica: ctx.replica,
         intent: needs_thread(ctx, &assistant.upstream).then(OrphanId::new),
@@ -98,12 +113,20 @@ pub(in crate::runs) async fn submit(
     // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
     let (answer, answered) = oneshot::channel();
     let active = ctx.registry.begins(admission.run_id, new.cancel);
-    let task = run_task(Arc::clone(ctx), active, reservation, Arc::new(admission), answer);
+    let task = run_task(
+        Arc::clone(ctx),
+        active,
+        reservation,
+        Arc::new(admission),
+        answer,
+    );
     ctx.tasks.tracker.spawn(task.in_current_span());
     match answered.await.unwrap_or(Err(Error::Internal(None))) {
         // Nothing of it was recorded, so its key stands for an earlier one or for nothing.
         Err(refused @ (Error::Overloaded | Error::StoreUnavailable(None))) => {
-            repeated(ctx, &key, new.idempotency.as_ref()).await?.ok_or(refused)
+            repeated(ctx, &key, new.idempotency.as_ref())
+                .await?
+                .ok_or(refused)
         }
         answered => answered,
     }
@@ -124,14 +147,21 @@ fn assistant<'a>(
     if let Some((name, assistant)) = assistants.get_key_value(name).filter(may_choose) {
         return Ok((name, assistant));
     }
-    let known: Vec<_> = assistants.iter().filter(may_choose).map(|(name, _)| name.as_str()).collect();
+    let known: Vec<_> = assistants
+        .iter()
+        .filter(may_choose)
+        .map(|(name, _)| name.as_str())
+        .collect();
     let known = known.join(", ");
-    Err(Error::Invalid(format!("there is no assistant of this name; there are: {known}")))
+    Err(Error::Invalid(format!(
+        "there is no assistant of this name; there are: {known}"
+    )))
 }
 
 /// Conversations have a thread of their own at this upstream.
 fn needs_thread(ctx: &Context, upstream: &str) -> bool {
-    ctx.upstream(upstream).is_some_and(|upstream| upstream.capabilities().has_threads)
+    ctx.upstream(upstream)
+        .is_some_and(|upstream| upstream.capabilities().has_threads)
 }
 
 /// Reserves what a message needs on its way to its run.
@@ -148,18 +178,30 @@ fn reserve(
         return Err(too_often.into());
     }
     is_reachable(ctx, upstream)?;
-    let tenant_run = ctx.tenant_runs.take(&key.tenant).map_err(|none| match none {
-        NoPermit::Full => Error::Overloaded,
-        NoPermit::KeyFull(limit) => Error::TooManyRuns { limit },
-    })?;
+    let tenant_run = ctx
+        .tenant_runs
+        .take(&key.tenant)
+        .map_err(|none| match none {
+            NoPermit::Full => Error::Overloaded,
+            NoPermit::KeyFull(limit) => Error::TooManyRuns { limit },
+        })?;
     let bytes = new.content.size();
-    let queued_bytes = ctx.queued_bytes.take_many(key, bytes).map_err(|_| match new.strategy {
-        MultitaskStrategy::Reject => Error::ThreadBusy,
-        _ => Error::QueueBytesFull { limit: ctx.config.runs.max_queue_bytes },
-    })?;
-    let full = |full: QueueFull| Error::QueueFull { limit: full.max_waiting };
+    let queued_bytes = ctx
+        .queued_bytes
+        .take_many(key, bytes)
+        .map_err(|_| match new.strategy {
+            MultitaskStrategy::Reject => Error::ThreadBusy,
+            _ => Error::QueueBytesFull {
+                limit: ctx.config.runs.max_queue_bytes,
+            },
+        })?;
+    let full = |full: QueueFull| Error::QueueFull {
+        limit: full.max_waiting,
+    };
     let ticket = match new.strategy {
-        MultitaskStrategy::Enqueue | MultitaskStrategy::Merge => ctx.queue.join(key.clone()).map_err(full)?,
+        MultitaskStrategy::Enqueue | MultitaskStrategy::Merge => {
+            ctx.queue.join(key.clone()).map_err(full)?
+        }
         MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
             ctx.queue.join_next(key.clone()).map_err(full)?
         }
@@ -167,7 +209,12 @@ fn reserve(
         // makes it busy may be an earlier copy of this request.
         MultitaskStrategy::Reject => ctx.queue.join(key.clone()).map_err(|_| Error::ThreadBusy)?,
     };
-    Ok(Reservation { ticket, tenant_run, queued_bytes, memory: mem::take(&mut new.share) })
+    Ok(Reservation {
+        ticket,
+        tenant_run,
+        queued_bytes,
+        memory: mem::take(&mut new.share),
+    })
 }
 
 /// The task of a message: has it recorded, answers its caller, and leads its run to its end.
@@ -190,7 +237,12 @@ async fn run_task(
                 let (thread, run) = (admitted.thread.clone(), admitted.run.clone());
                 let follow = RunSubscription::live(&ctx, &thread, run.id, active.log.reader());
                 // A caller that has left hears nothing; the run goes on.
-                drop(answer.send(Ok(Submitted { thread, run, follow, replayed: false })));
+                drop(answer.send(Ok(Submitted {
+                    thread,
+                    run,
+                    follow,
+                    replayed: false,
+                })));
                 drop(admission);
                 run_admitted(&ctx, active, reservation, *admitted).await;
             }
@@ -203,7 +255,10 @@ async fn run_task(
                 let refused = Refused::of(&admission);
                 ctx.registry.refuse(admission.run_id, refused.clone());
                 drop((answer.send(Err(error)), reservation.ticket));
-                let lease = RunLease { run_id: admission.run_id, fence: 1 };
+                let lease = RunLease {
+                    run_id: admission.run_id,
+                    fence: 1,
+                };
                 take_back(&ctx, active, lease, &refused).await;
             }
         }
@@ -230,12 +285,17 @@ async fn record(
     ticket: &mut Ticket<ConversationKey, ThreadId>,
     admission: &Arc<Admission>,
 ) -> Recorded {
-    if timeout(ctx.config.admission_timeout, ticket.to_record()).await.is_err() {
+    if timeout(ctx.config.admission_timeout, ticket.to_record())
+        .await
+        .is_err()
+    {
         return Recorded::Refused(Error::StoreUnavailable(None));
     }
     let mut admitted = redaction::admit(ctx, admission).await;
     for _ in 0..MAX_REPEATS {
-        let Ok(Admitted::Repeated) = admitted else { break };
+        let Ok(Admitted::Repeated) = admitted else {
+            break;
+        };
         match repeated(ctx, &admission.key, admission.idempotency.as_ref()).await {
             Ok(Some(earlier)) => return Recorded::Elsewhere(Box::new(earlier)),
             // What its key stood for has been deleted since.
@@ -249,13 +309,27 @@ async fn record(
             run: started.run.clone(),
             next: Next::Start(started),
         })),
-        Ok(Admitted::Queued { lease, thread, run, position }) => {
+        Ok(Admitted::Queued {
+            lease,
+            thread,
+            run,
+            position,
+        }) => {
             let next = Next::Wait { lease, position };
-            Recorded::New(Box::new(AdmittedRun { thread: *thread, run: *run, next }))
+            Recorded::New(Box::new(AdmittedRun {
+                thread: *thread,
+                run: *run,
+                next,
+            }))
         }
         Ok(Admitted::Merged { thread, run }) => {
             let follow = RunSubscription::of(ctx, &thread, run.id);
-            let submitted = Submitted { thread: *thread, run: *run, follow, replayed: false };
+            let submitted = Submitted {
+                thread: *thread,
+                run: *run,
+                follow,
+                replayed: false,
+            };
             Recorded::Elsewhere(Box::new(submitted))
         }
         Ok(Admitted::Repeated) => Recorded::Refused(Error::StoreUnavailable(None)),
@@ -268,6 +342,8 @@ async fn record(
             Recorded::Unknown(Error::MaybeMerged(error))
         }
         Err(NotWritten::Lost(error)) => Recorded::Unknown(error.into()),
-        Err(NotWritten::Unsent(error) | NotWritten::Refused(error)) => Recorded::Refused(error.into()),
+        Err(NotWritten::Unsent(error) | NotWritten::Refused(error)) => {
+            Recorded::Refused(error.into())
+        }
     }
 }

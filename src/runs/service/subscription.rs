@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep};
 
 use super::read;
 use crate::domain::{
-    ContentPart, ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId, RunStatus,
-    Thread, ToolOutput,
+    ContentPart, ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId,
+    RunStatus, Thread, ToolOutput,
 };
 use crate::error::{Chain, Error};
 use crate::runs::backoff::jittered;
@@ -64,22 +64,39 @@ pub enum Answer {
 
 impl RunSubscription {
     /// A run that a task of this process works on.
-    pub(in crate::runs) fn live(ctx: &Arc<Context>, thread: &Thread, run: RunId, log: RunLog) -> Self {
-        Self { ctx: Arc::clone(ctx), thread: thread.clone(), run, live: Some(log) }
+    pub(in crate::runs) fn live(
+        ctx: &Arc<Context>,
+        thread: &Thread,
+        run: RunId,
+        log: RunLog,
+    ) -> Self {
+        Self {
+            ctx: Arc::clone(ctx),
+            thread: thread.clone(),
+            run,
+            live: Some(log),
+        }
     }
 
     /// Any run.
     pub(in crate::runs) fn of(ctx: &Arc<Context>, thread: &Thread, run: RunId) -> Self {
         let live = ctx.registry.handle(run).map(|handle| handle.log);
-        Self { ctx: Arc::clone(ctx), thread: thread.clone(), run, live }
+        Self {
+            ctx: Arc::clone(ctx),
+            thread: thread.clone(),
+            run,
+            live,
+        }
     }
 
     /// The events from number `from` on, each with its number, up to the last one of the run. It ends without that one
     /// only if this process stops, or the run was deleted. May be dropped at any point; it does nothing to the run.
     pub fn events(&self, from: EventOffset) -> BoxStream<'static, (EventOffset, RunEvent)> {
         let reader = Reader::new(self.clone(), from);
-        stream::unfold(reader, |mut reader| async move { reader.next().await.map(|event| (event, reader)) })
-            .boxed()
+        stream::unfold(reader, |mut reader| async move {
+            reader.next().await.map(|event| (event, reader))
+        })
+        .boxed()
     }
 
     /// The same of a run that has ended, read at once. `None`: nothing comes from number `from` on.
@@ -103,13 +120,23 @@ impl RunSubscription {
         loop {
             let live = match &self.live {
                 // Without looking at each piece of text.
-                Some(log) if reader.is_none() && from >= log.first() => log.clone().answer(from).await,
+                Some(log) if reader.is_none() && from >= log.first() => {
+                    log.clone().answer(from).await
+                }
                 _ => None,
             };
             let (number, event) = if let Some(event) = live {
                 event
             } else {
-                let by_record = || Reader::new(Self { live: None, ..self.clone() }, from);
+                let by_record = || {
+                    Reader::new(
+                        Self {
+                            live: None,
+                            ..self.clone()
+                        },
+                        from,
+                    )
+                };
                 reader.get_or_insert_with(by_record).next().await?
             };
             match event {
@@ -131,17 +158,30 @@ impl RunSubscription {
     }
 
     async fn run_that_waits_for(&self, asked: &RequiredAction) -> Option<Run> {
-        let (mut run, _) = self.insist(|| self.ctx.store.run(&self.thread.key, self.run)).await?;
+        let (mut run, _) = self
+            .insist(|| self.ctx.store.run(&self.thread.key, self.run))
+            .await?;
         self.ctx.registry.give_arguments(&mut run);
-        let waits_for = run.required_action.as_ref().filter(|_| run.status == RunStatus::RequiresAction);
-        waits_for.is_some_and(|action| action.has_same_calls(asked)).then_some(run)
+        let waits_for = run
+            .required_action
+            .as_ref()
+            .filter(|_| run.status == RunStatus::RequiresAction);
+        waits_for
+            .is_some_and(|action| action.has_same_calls(asked))
+            .then_some(run)
     }
 
     async fn waiting(&self, asked: &RequiredAction) -> Option<Waiting> {
         let run = self.run_that_waits_for(asked).await?;
         let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
-        let ThreadReport { thread, activity, .. } = self.insist(|| self.ctx.store.report(name)).await?;
-        Some(Waiting { thread, activity, run })
+        let ThreadReport {
+            thread, activity, ..
+        } = self.insist(|| self.ctx.store.report(name)).await?;
+        Some(Waiting {
+            thread,
+            activity,
+            run,
+        })
     }
 
     /// What the store tells, however long that takes. `None` also if this process stops.
@@ -176,7 +216,10 @@ impl RunSubscription {
         }
         let batches = self.ctx.store.events(self.run, FIRST_EVENT).await?;
         let asks = |(_, event): &(EventOffset, LoggedEvent)| matches!(event, LoggedEvent::RequiresAction(it) if is_meant(it));
-        Ok(numbered(batches).filter(asks).last().map(|(number, _)| number + 1))
+        Ok(numbered(batches)
+            .filter(asks)
+            .last()
+            .map(|(number, _)| number + 1))
     }
 
     async fn read(&self, from: EventOffset) -> Result<Recorded, Error> {
@@ -202,10 +245,19 @@ impl RunSubscription {
             next += 1;
         }
         let name = ThreadName::Id(&self.thread.key.tenant, run.thread_id);
-        let Some(ThreadReport { thread, activity, .. }) = store.report(name).await? else {
+        let Some(ThreadReport {
+            thread, activity, ..
+        }) = store.report(name).await?
+        else {
             return Ok(Recorded::Gone);
         };
-        let outcome = Outcome { thread, activity, run, message, retry_after: None };
+        let outcome = Outcome {
+            thread,
+            activity,
+            run,
+            message,
+            retry_after: None,
+        };
         events.push_back((next, RunEvent::Ended(Arc::new(outcome))));
         events.retain(|(n, _)| *n >= from);
         Ok(Recorded::Whole(events))
@@ -252,7 +304,11 @@ impl RunSubscription {
 
 /// The text of a reply, as its readers see it.
 fn text_of(reply: &Message) -> String {
-    reply.content.iter().filter_map(ContentPart::as_text).collect()
+    reply
+        .content
+        .iter()
+        .filter_map(ContentPart::as_text)
+        .collect()
 }
 
 /// What the store knows of a run from some number on.
@@ -314,26 +370,40 @@ impl Reader {
     /// Finds where the run goes on, or waits until it is worth looking again.
     async fn find(&mut self) {
         let registry = &self.follow.ctx.registry;
-        let log = self.follow.live.take().or_else(|| registry.handle(self.follow.run).map(|it| it.log));
+        let log = self
+            .follow
+            .live
+            .take()
+            .or_else(|| registry.handle(self.follow.run).map(|it| it.log));
         if let Some(log) = log.as_ref().filter(|log| self.next >= log.first()) {
             self.live = Some(log.follow(self.next).boxed());
             return;
         }
         let notification = Notification::Run(self.follow.run);
         // Before the look, so that nothing falls in between.
-        let subscription =
-            self.notifications.get_or_insert_with(|| self.follow.ctx.notifier.subscribe(notification));
+        let subscription = self
+            .notifications
+            .get_or_insert_with(|| self.follow.ctx.notifier.subscribe(notification));
         match (self.follow.read(self.next).await, &log) {
             // The run was taken over by this process: what it showed before is in the store.
             (Ok(Recorded::SoFar(events)), Some(log)) => {
-                self.read = events.into_iter().filter(|(n, _)| *n < log.first()).collect();
+                self.read = events
+                    .into_iter()
+                    .filter(|(n, _)| *n < log.first())
+                    .collect();
                 self.live = Some(log.follow(log.first()).boxed());
                 return;
             }
             (Ok(Recorded::SoFar(events)), None) => {
-                if self.told_owner.is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY) {
+                if self
+                    .told_owner
+                    .is_none_or(|told| told.elapsed() >= TELL_OWNER_EVERY)
+                {
                     self.told_owner = Some(Instant::now());
-                    self.follow.ctx.notifier.notify(Notification::Followed(self.follow.run));
+                    self.follow
+                        .ctx
+                        .notifier
+                        .notify(Notification::Followed(self.follow.run));
                 }
                 if !events.is_empty() {
                     (self.read, self.pause) = (events, FIRST_POLL);
@@ -396,14 +466,14 @@ mod tests {
     use super::*;
     use crate::config::{Config, StoreConfig};
     use crate::domain::{
-        Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId, RunStatus, Scope,
-        TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+        Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId,
+        RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
     };
     use crate::runs::context::{RunSettings, RunsParts, Tasks};
     use crate::runs::execution::outcome::end_without_output;
     use crate::store::{
-        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, StartedRun, Store,
-        ToolAnswer,
+        Admission, Admitted, InputMessage, Pause, Paused, Reply, RunEnd, RunLease, StartedRun,
+        Store, ToolAnswer,
     };
 
     /// A process of its own on a database of its own, with a run that asked for outputs once.
@@ -416,7 +486,11 @@ mod tests {
 
     /// The run's log so far: numbers 0 to 2.
     fn begun() -> Vec<LoggedEvent> {
-        vec![LoggedEvent::Started, delta("a"), LoggedEvent::RequiresAction(action("1"))]
+        vec![
+            LoggedEvent::Started,
+            delta("a"),
+            LoggedEvent::RequiresAction(action("1")),
+        ]
     }
 
     fn delta(text: &str) -> LoggedEvent {
@@ -424,12 +498,21 @@ mod tests {
     }
 
     fn action(id: &str) -> RequiredAction {
-        let call = ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-        RequiredAction { tool_calls: vec![call] }
+        let call = ToolCall {
+            id: id.to_owned(),
+            name: "f".to_owned(),
+            arguments: "{}".to_owned(),
+        };
+        RequiredAction {
+            tool_calls: vec![call],
+        }
     }
 
     fn outputs(id: &str) -> Vec<ToolOutput> {
-        vec![ToolOutput { tool_call_id: id.to_owned(), output: String::new() }]
+        vec![ToolOutput {
+            tool_call_id: id.to_owned(),
+            output: String::new(),
+        }]
     }
 
     /// The number after the event by which the run asked last for call 1.
@@ -438,7 +521,9 @@ mod tests {
     }
 
     fn text(text: &str) -> Vec<ContentPart> {
-        vec![ContentPart::Text { text: text.to_owned() }]
+        vec![ContentPart::Text {
+            text: text.to_owned(),
+        }]
     }
 
     impl World {
@@ -449,7 +534,10 @@ mod tests {
         async fn that_logged(events: Vec<LoggedEvent>) -> Self {
             let folder = TempDir::new().unwrap();
             let url = format!("sqlite:{}", folder.path().join("t.db").display());
-            let settings = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+            let settings = StoreConfig {
+                url: Some(url.into()),
+                ..StoreConfig::default()
+            };
             let store = Store::open(&settings).await.unwrap();
             store.migrate().await.unwrap();
             let store: Arc<Store> = Arc::new(store);
@@ -477,7 +565,11 @@ mod tests {
             }));
             let user = UserKey::try_from("alice".to_owned()).unwrap();
             let admission = Admission {
-                key: ConversationKey { tenant: TenantKey::default(), user, scope: Scope::User },
+                key: ConversationKey {
+                    tenant: TenantKey::default(),
+                    user,
+                    scope: Scope::User,
+                },
                 new_thread: ThreadId::new(),
                 limits: Limits::NONE,
                 ttl: None,
@@ -486,7 +578,10 @@ mod tests {
                 assistant: "default".to_owned(),
                 strategy: MultitaskStrategy::Enqueue,
                 metadata: Metadata::default(),
-                message: InputMessage { id: MessageId::new(), content: text("hello") },
+                message: InputMessage {
+                    id: MessageId::new(),
+                    content: text("hello"),
+                },
                 timeout: Duration::from_mins(1),
                 replica: ReplicaId::new(),
                 intent: None,
@@ -496,8 +591,15 @@ mod tests {
             let Admitted::Started(turn) = store.admit(admission.clone()).await.unwrap() else {
                 panic!("the thread is free")
             };
-            let world = Self { ctx, store, turn: *turn, _folder: folder };
-            world.pause(&world.turn.lease, EventBatch { first: 0, events }).await;
+            let world = Self {
+                ctx,
+                store,
+                turn: *turn,
+                _folder: folder,
+            };
+            world
+                .pause(&world.turn.lease, EventBatch { first: 0, events })
+                .await;
             world
         }
 
@@ -527,7 +629,17 @@ mod tests {
             };
             let events = EventBatch { first, events };
             let end = end_without_output(RunStatus::Completed, None);
-            self.store.finish(lease, RunEnd { reply: Some(reply), events, ..end }).await.unwrap();
+            self.store
+                .finish(
+                    lease,
+                    RunEnd {
+                        reply: Some(reply),
+                        events,
+                        ..end
+                    },
+                )
+                .await
+                .unwrap();
         }
     }
 
@@ -544,25 +656,44 @@ mod tests {
     }
 
     async fn read(follow: &RunSubscription, from: i64) -> Vec<(i64, String)> {
-        follow.events(from).map(|(n, event)| (n, word(&event))).collect().await
+        follow
+            .events(from)
+            .map(|(n, event)| (n, word(&event)))
+            .collect()
+            .await
     }
 
     fn numbered_from(first: i64, words: &[&str]) -> Vec<(i64, String)> {
-        (first..).zip(words.iter().map(|word| (*word).to_owned())).collect()
+        (first..)
+            .zip(words.iter().map(|word| (*word).to_owned()))
+            .collect()
     }
 
     #[tokio::test]
     async fn a_run_that_has_ended_is_read_from_the_record() {
         let world = World::new().await;
         world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
-        let whole = numbered_from(0, &["started", "a", "asks 1", "b", "message assistant", "completed"]);
+        let whole = numbered_from(
+            0,
+            &[
+                "started",
+                "a",
+                "asks 1",
+                "b",
+                "message assistant",
+                "completed",
+            ],
+        );
         let follow = world.follow();
         for from in 0..8 {
             let rest: Vec<_> = whole.iter().filter(|(n, _)| *n >= from).cloned().collect();
             assert_eq!(read(&follow, from).await, rest, "{from}");
         }
         for from in [0, 3] {
-            assert!(matches!(follow.answer(from).await, Some(Answer::Ended(_))), "{from}");
+            assert!(
+                matches!(follow.answer(from).await, Some(Answer::Ended(_))),
+                "{from}"
+            );
         }
         assert!(follow.answer(6).await.is_none(), "the end was seen already");
     }
@@ -572,23 +703,42 @@ mod tests {
         let world = World::new().await;
         world.finish(&world.turn.lease, 3, vec![delta("b")]).await;
         let follow = world.follow();
-        let rest: Vec<_> =
-            follow.rest(4).await.unwrap().unwrap().map(|(n, event)| (n, word(&event))).collect().await;
+        let rest: Vec<_> = follow
+            .rest(4)
+            .await
+            .unwrap()
+            .unwrap()
+            .map(|(n, event)| (n, word(&event)))
+            .collect()
+            .await;
         assert_eq!(rest, numbered_from(4, &["message assistant", "completed"]));
-        assert!(follow.rest(6).await.unwrap().is_none(), "the end was seen already");
+        assert!(
+            follow.rest(6).await.unwrap().is_none(),
+            "the end was seen already"
+        );
         let gone = RunSubscription::of(&world.ctx, &world.turn.thread, RunId::new());
         assert!(matches!(gone.rest(6).await, Err(Error::NotFound(_))));
         world.store.close().await;
-        assert!(matches!(follow.rest(6).await, Err(Error::StoreUnavailable(_))));
+        assert!(matches!(
+            follow.rest(6).await,
+            Err(Error::StoreUnavailable(_))
+        ));
     }
 
     #[tokio::test]
     async fn a_caller_is_not_asked_for_what_was_given() {
         let world = World::new().await;
         let (follow, key, run) = (world.follow(), &world.turn.thread.key, world.turn.run.id);
-        assert!(matches!(follow.answer(0).await, Some(Answer::RequiresAction(_))));
+        assert!(matches!(
+            follow.answer(0).await,
+            Some(Answer::RequiresAction(_))
+        ));
         assert!(follow.waits_for(&action("1")).await && !follow.waits_for(&action("2")).await);
-        let answer = ToolAnswer { expected: action("1"), outputs: outputs("1"), idempotency: None };
+        let answer = ToolAnswer {
+            expected: action("1"),
+            outputs: outputs("1"),
+            idempotency: None,
+        };
         world.store.answer_tools(key, run, &answer).await.unwrap();
         assert!(!follow.waits_for(&action("1")).await);
         let answered = follow.answer(0);
@@ -620,25 +770,44 @@ mod tests {
         // What is text goes on where it was, what else it tells comes beyond all that can have been shown.
         let (key, run, others) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
         let follow = {
-            let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
+            let lease = world
+                .store
+                .adopt_orphans(ReplicaId::new(), &[], 1)
+                .await
+                .unwrap()
+                .remove(0)
+                .lease;
             let active = world.ctx.registry.goes_on(lease, 3);
             let follow = world.follow();
             assert_eq!(after(&follow).await, 3, "as the store tells it");
             assert!(follow.answer(3).now_or_never().is_none());
 
             // It asks for the same again; that it did is told live and by the record, and is to be seen once.
-            let answer = ToolAnswer { expected: action("1"), outputs: outputs("1"), idempotency: None };
+            let answer = ToolAnswer {
+                expected: action("1"),
+                outputs: outputs("1"),
+                idempotency: None,
+            };
             world.store.answer_tools(key, run, &answer).await.unwrap();
             active.log.push(RunEvent::Delta("b".into()));
             let asks = RunEvent::RequiresAction(action("1").into());
-            world.pause(&lease, active.log.unstored(Some(asks.clone()))).await;
-            let by_record = RunSubscription { live: None, ..follow.clone() };
+            world
+                .pause(&lease, active.log.unstored(Some(asks.clone())))
+                .await;
+            let by_record = RunSubscription {
+                live: None,
+                ..follow.clone()
+            };
             assert_eq!(after(&by_record).await, others + 1, "as it has asked last");
             active.log.push(asks);
             active.log.all_stored();
             active.log.push(RunEvent::Delta("c".into()));
             assert_eq!(after(&follow).await, others + 1);
-            let live = [numbered_from(3, &["b"]), numbered_from(others, &["asks 1", "c"])].concat();
+            let live = [
+                numbered_from(3, &["b"]),
+                numbered_from(others, &["asks 1", "c"]),
+            ]
+            .concat();
             let mut events = follow.events(1);
             for wanted in [numbered_from(1, &["a", "asks 1"]), live.clone()].concat() {
                 let (n, event) = events.next().await.unwrap();
@@ -647,19 +816,38 @@ mod tests {
             assert!(events.next().now_or_never().is_none());
             let (n, event) = follow.events(3).next().await.unwrap();
             assert_eq!((n, word(&event)), live[0]);
-            assert!(matches!(follow.answer(1).await, Some(Answer::RequiresAction(_))));
+            assert!(matches!(
+                follow.answer(1).await,
+                Some(Answer::RequiresAction(_))
+            ));
             follow
         };
         // Its task is gone. The process that goes on with the run tells what that had not stored.
         let mut rest = follow.events(others + 1);
-        assert_eq!(rest.next().await.map(|(n, event)| (n, word(&event))), Some((others + 1, "c".to_owned())));
+        assert_eq!(
+            rest.next().await.map(|(n, event)| (n, word(&event))),
+            Some((others + 1, "c".to_owned()))
+        );
         assert!(rest.next().now_or_never().is_none());
-        let lease = world.store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap().remove(0).lease;
+        let lease = world
+            .store
+            .adopt_orphans(ReplicaId::new(), &[], 1)
+            .await
+            .unwrap()
+            .remove(0)
+            .lease;
         world.finish(&lease, others + 1, vec![delta("cd")]).await;
         let rest: Vec<_> = rest.map(|(n, event)| (n, word(&event))).collect().await;
-        assert_eq!(rest[0], (others + 2, "d".to_owned()), "what it had shown is not shown again");
+        assert_eq!(
+            rest[0],
+            (others + 2, "d".to_owned()),
+            "what it had shown is not shown again"
+        );
         assert_eq!(rest.last().unwrap().1, "completed");
-        assert!(matches!(follow.answer(others + 1).await, Some(Answer::Ended(_))));
+        assert!(matches!(
+            follow.answer(others + 1).await,
+            Some(Answer::Ended(_))
+        ));
     }
 
     #[tokio::test]
@@ -669,13 +857,22 @@ mod tests {
         for _ in begun() {
             events.next().await.unwrap();
         }
-        let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
+        let lease = RunLease {
+            run_id: world.turn.run.id,
+            fence: 2,
+        };
         let active = world.ctx.registry.goes_on(lease, 3);
         active.log.push(RunEvent::Delta("b".into()));
-        let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next()).await.unwrap().unwrap();
+        let (n, event) = tokio::time::timeout(Duration::from_secs(10), events.next())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!((n, word(&event)), (3, "b".to_owned()));
         drop(active);
-        assert!(events.next().now_or_never().is_none(), "it waits for whoever goes on");
+        assert!(
+            events.next().now_or_never().is_none(),
+            "it waits for whoever goes on"
+        );
         world.ctx.tasks.stop.cancel();
         assert!(events.next().await.is_none(), "the process stops");
     }
@@ -683,13 +880,19 @@ mod tests {
     #[tokio::test]
     async fn a_record_that_cannot_be_read_is_not_passed_over() {
         let world = World::new().await;
-        let lease = RunLease { run_id: world.turn.run.id, fence: 2 };
+        let lease = RunLease {
+            run_id: world.turn.run.id,
+            fence: 2,
+        };
         let active = world.ctx.registry.goes_on(lease, 3);
         active.log.push(RunEvent::Delta("b".into()));
         let follow = world.follow();
         world.store.close().await;
         let mut whole = follow.events(0);
-        assert!(whole.next().now_or_never().is_none(), "what comes before is missing");
+        assert!(
+            whole.next().now_or_never().is_none(),
+            "what comes before is missing"
+        );
         assert!(follow.events(3).next().await.is_some());
     }
 
@@ -711,7 +914,11 @@ mod tests {
     async fn calls_are_known_by_their_ids() {
         let mut asked = action("1");
         asked.tool_calls[0].arguments.clear();
-        let world = World::that_logged(vec![LoggedEvent::Started, LoggedEvent::RequiresAction(asked)]).await;
+        let world = World::that_logged(vec![
+            LoggedEvent::Started,
+            LoggedEvent::RequiresAction(asked),
+        ])
+        .await;
         assert_eq!(after(&world.follow()).await, 2);
     }
 }

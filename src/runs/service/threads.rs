@@ -29,8 +29,16 @@ pub(in crate::runs) async fn update_thread(
     metadata: Option<Metadata>,
     life: Option<NewLife>,
 ) -> Result<ThreadReport, Error> {
-    let update = ThreadUpdate { metadata, life, limits: ctx.config.lifetimes.of(&key.scope) };
-    let thread = ctx.store.update_thread(key, &update).await?.ok_or(NO_THREAD)?;
+    let update = ThreadUpdate {
+        metadata,
+        life,
+        limits: ctx.config.lifetimes.of(&key.scope),
+    };
+    let thread = ctx
+        .store
+        .update_thread(key, &update)
+        .await?
+        .ok_or(NO_THREAD)?;
     read::thread(ctx, ThreadName::Id(&key.tenant, thread.id)).await
 }
 
@@ -38,10 +46,17 @@ pub(in crate::runs) async fn update_thread(
 ///
 /// # Errors
 /// It is longer than a caller may ask for, or none.
-pub(in crate::runs) fn ttl(ctx: &Context, key: &ConversationKey, ttl: Duration) -> Result<Ttl, Error> {
+pub(in crate::runs) fn ttl(
+    ctx: &Context,
+    key: &ConversationKey,
+    ttl: Duration,
+) -> Result<Ttl, Error> {
     let (sessions, max) = (&ctx.config.sessions, ctx.config.threads.max_ttl);
     if ttl.is_zero() || ttl > max {
-        return Err(Error::Invalid(format!("`ttl_ms` must be between 1 and {}", max.as_millis())));
+        return Err(Error::Invalid(format!(
+            "`ttl_ms` must be between 1 and {}",
+            max.as_millis()
+        )));
     }
     Ok(match (&key.scope, sessions.ttl_from) {
         (Scope::Session(_), TtlFrom::LastActivity) => Ttl::FromLastActivity(ttl),
@@ -50,7 +65,10 @@ pub(in crate::runs) fn ttl(ctx: &Context, key: &ConversationKey, ttl: Duration) 
 }
 
 /// Archives the key's thread and starts a fresh one, at once or before the next turn.
-pub(in crate::runs) async fn roll_over(ctx: &Context, key: &ConversationKey) -> Result<Renewed, Error> {
+pub(in crate::runs) async fn roll_over(
+    ctx: &Context,
+    key: &ConversationKey,
+) -> Result<Renewed, Error> {
     let thread = read::thread(ctx, ThreadName::Newest(key)).await?.thread;
     if thread.message_count == 0 && thread.run_count == 0 {
         return Ok(Renewed::Now(thread));

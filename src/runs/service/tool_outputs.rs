@@ -9,7 +9,9 @@ use tracing::Instrument;
 use super::idempotency::{earlier, repeated};
 use super::read::{self, is_reachable, takes_work};
 use super::subscription::{RunSubscription, Submitted, follow};
-use crate::domain::{ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput};
+use crate::domain::{
+    ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput,
+};
 use crate::error::{Chain, Error, TooOften};
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -83,12 +85,17 @@ pub(in crate::runs) async fn answer_tools(
     if !ctx.store.keeps_content() && ctx.registry.handle(id).is_none() {
         return Err(Error::OtherReplica);
     }
-    let thread = read::thread(ctx, ThreadName::Id(&key.tenant, run.thread_id)).await?.thread;
+    let thread = read::thread(ctx, ThreadName::Id(&key.tenant, run.thread_id))
+        .await?
+        .thread;
     is_reachable(ctx, &thread.upstream)?;
     // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
     let from = follow.after(&new.outputs).await?.unwrap_or(FIRST_EVENT);
-    let mut answer =
-        ToolAnswer { expected, outputs: new.outputs.clone(), idempotency: new.idempotency.clone() };
+    let mut answer = ToolAnswer {
+        expected,
+        outputs: new.outputs.clone(),
+        idempotency: new.idempotency.clone(),
+    };
     if !ctx.store.keeps_content() {
         answer.idempotency.get_or_insert_with(own_key);
     }
@@ -98,10 +105,16 @@ pub(in crate::runs) async fn answer_tools(
     } else {
         // The store could not give them again: a caller that leaves must not take them along half-way.
         let task = ctx.tasks.tracker.spawn(handing.in_current_span());
-        task.await.map_err(|error| Error::Internal(Some(error.into())))??
+        task.await
+            .map_err(|error| Error::Internal(Some(error.into())))??
     };
     if let Handover::Taken(thread, run) = answered {
-        let submitted = Submitted { thread: *thread, run: *run, follow, replayed: false };
+        let submitted = Submitted {
+            thread: *thread,
+            run: *run,
+            follow,
+            replayed: false,
+        };
         return Ok(Resumed { submitted, from });
     }
     let (run, _) = read::run(ctx, key, id).await?;
@@ -121,13 +134,19 @@ async fn not_waiting(
         return after_outputs(earlier, &new.outputs).await;
     }
     let were_asked_for = follow.after(&new.outputs).await?.is_some();
-    Err(Error::RunNotWaiting(why_not_waiting(run.status, were_asked_for)))
+    Err(Error::RunNotWaiting(why_not_waiting(
+        run.status,
+        were_asked_for,
+    )))
 }
 
 /// An earlier request with the same outputs, from where these let the run go on. If the log is gone by now, that is the end.
 async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<Resumed, Error> {
     let from = earlier.follow.after(outputs).await?.unwrap_or(FIRST_EVENT);
-    Ok(Resumed { submitted: earlier, from })
+    Ok(Resumed {
+        submitted: earlier,
+        from,
+    })
 }
 
 /// Why a run with this status does not wait for the outputs of calls.
@@ -179,7 +198,9 @@ async fn hand_over(
         Err(error) => error,
     };
     let is_lost = matches!(error, StoreError::Unavailable(_)) && !ctx.store.keeps_content();
-    let (true, Some(used)) = (is_lost, answer.idempotency.clone()) else { return Err(error) };
+    let (true, Some(used)) = (is_lost, answer.idempotency.clone()) else {
+        return Err(error);
+    };
     // The outputs may have to wait for the store longer than their sender does.
     let patience = ctx.config.admission_timeout;
     let tasks = ctx.tasks.tracker.clone();
@@ -244,7 +265,11 @@ async fn find_out(
 }
 
 /// Whether the outputs that came with this key were taken.
-async fn taken_before(ctx: &Context, key: &ConversationKey, used: &Idempotency) -> Result<Handover, Error> {
+async fn taken_before(
+    ctx: &Context,
+    key: &ConversationKey,
+    used: &Idempotency,
+) -> Result<Handover, Error> {
     let earlier = earlier(ctx, key, Some(used)).await?;
     Ok(earlier.map_or(Handover::NotTaken, |it| Handover::taken(it.thread, it.run)))
 }
@@ -254,11 +279,31 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     if expected.is_answered_by(outputs) {
         return None;
     }
-    let expected: Vec<&str> = expected.tool_calls.iter().map(|call| call.id.as_str()).collect();
-    let given: Vec<&str> = outputs.iter().map(|output| output.tool_call_id.as_str()).collect();
-    let list = |ids: Vec<&str>| ids.iter().map(|id| format!("`{id}`")).collect::<Vec<_>>().join(", ");
-    let missing: Vec<&str> = expected.iter().copied().filter(|id| !given.contains(id)).collect();
-    let unknown: Vec<&str> = given.iter().copied().filter(|id| !expected.contains(id)).collect();
+    let expected: Vec<&str> = expected
+        .tool_calls
+        .iter()
+        .map(|call| call.id.as_str())
+        .collect();
+    let given: Vec<&str> = outputs
+        .iter()
+        .map(|output| output.tool_call_id.as_str())
+        .collect();
+    let list = |ids: Vec<&str>| {
+        ids.iter()
+            .map(|id| format!("`{id}`"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let missing: Vec<&str> = expected
+        .iter()
+        .copied()
+        .filter(|id| !given.contains(id))
+        .collect();
+    let unknown: Vec<&str> = given
+        .iter()
+        .copied()
+        .filter(|id| !expected.contains(id))
+        .collect();
     Some(if !unknown.is_empty() {
         format!(
             "`tool_outputs` names calls that the run does not wait for: {}; it waits for {}",
@@ -266,7 +311,10 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
             list(expected)
         )
     } else if !missing.is_empty() {
-        format!("`tool_outputs` must answer all calls at once; missing: {}", list(missing))
+        format!(
+            "`tool_outputs` must answer all calls at once; missing: {}",
+            list(missing)
+        )
     } else {
         "`tool_outputs` answers a call more than once".to_owned()
     })
@@ -275,7 +323,10 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
 /// A key for outputs that have none of their caller's, by which it can be told what became of them if the answer is lost. No
 /// caller's key has a blank.
 fn own_key() -> Idempotency {
-    Idempotency { key: format!("own {}", MessageId::new()), request_hash: [0; 32] }
+    Idempotency {
+        key: format!("own {}", MessageId::new()),
+        request_hash: [0; 32],
+    }
 }
 
 #[cfg(test)]
@@ -285,11 +336,20 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told() {
-        let call = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: String::new() };
-        let action = RequiredAction { tool_calls: vec![call("a"), call("b")] };
+        let call = |id: &str| ToolCall {
+            id: id.to_owned(),
+            name: "f".to_owned(),
+            arguments: String::new(),
+        };
+        let action = RequiredAction {
+            tool_calls: vec![call("a"), call("b")],
+        };
         let outputs = |ids: &[&str]| -> Vec<ToolOutput> {
             ids.iter()
-                .map(|id| ToolOutput { tool_call_id: (*id).to_owned(), output: String::new() })
+                .map(|id| ToolOutput {
+                    tool_call_id: (*id).to_owned(),
+                    output: String::new(),
+                })
                 .collect()
         };
         assert_eq!(wrong(&outputs(&["b", "a"]), &action), None);
@@ -299,7 +359,10 @@ mod tests {
             (&["a", "b", "c"], "does not wait for: `c`"),
             (&["a", "b", "b"], "more than once"),
         ] {
-            assert!(wrong(&outputs(ids), &action).unwrap().contains(told), "{ids:?}");
+            assert!(
+                wrong(&outputs(ids), &action).unwrap().contains(told),
+                "{ids:?}"
+            );
         }
     }
 }

@@ -89,7 +89,8 @@ impl Generation {
             self.out.flush();
             self.unless_stopped(self.server.released()).await?;
         }
-        self.pause(self.plan.latency.unwrap_or(self.server.config.latency)).await?;
+        self.pause(self.plan.latency.unwrap_or(self.server.config.latency))
+            .await?;
         if !self.plan.tools.is_empty() {
             return self.ask_for_outputs();
         }
@@ -116,7 +117,10 @@ impl Generation {
 
     /// Asks for the outputs of functions: the step stays open and the stream ends.
     fn ask_for_outputs(&mut self) -> Result<(), Stop> {
-        let mut step = self.new_step("tool_calls", json!({"type": "tool_calls", "tool_calls": []}));
+        let mut step = self.new_step(
+            "tool_calls",
+            json!({"type": "tool_calls", "tool_calls": []}),
+        );
         self.announce_step(&step)?;
         let input = {
             let world = self.server.world();
@@ -124,7 +128,9 @@ impl Generation {
                 .threads
                 .get(&self.thread)
                 .map(crate::simulator::state::assistants::Thread::last_user_text);
-            Plan::of_text(&text.unwrap_or_default()).map(|(_, plain)| plain).unwrap_or_default()
+            Plan::of_text(&text.unwrap_or_default())
+                .map(|(_, plain)| plain)
+                .unwrap_or_default()
         };
         let arguments = json!({"input": input}).to_string();
         let mut calls = Vec::new();
@@ -142,7 +148,8 @@ impl Generation {
                     }}),
                 );
                 let Some(next) = fragments.next() else { break };
-                fragment = json!({"index": index, "type": "function", "function": {"arguments": next}});
+                fragment =
+                    json!({"index": index, "type": "function", "function": {"arguments": next}});
             }
             calls.push(
                 json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}),
@@ -161,13 +168,17 @@ impl Generation {
             return Err(Stop::Cancelled);
         }
         run.status = RunStatus::RequiresAction;
-        run.work.calls = calls.iter().filter_map(|call| call["id"].as_str().map(str::to_owned)).collect();
+        run.work.calls = calls
+            .iter()
+            .filter_map(|call| call["id"].as_str().map(str::to_owned))
+            .collect();
         run.work.generating = false;
         if let Some(stored) = run.work.steps.last_mut() {
             stored.step_details = step.step_details;
         }
-        run.required_action =
-            Some(json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": calls}}));
+        run.required_action = Some(
+            json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": calls}}),
+        );
         if !self.plan.no_terminal {
             self.out.emit("thread.run.requires_action", run);
         }
@@ -189,13 +200,24 @@ impl Generation {
         self.open = Some((step, Some(message.clone()), String::new()));
         {
             let mut world = self.server.world();
-            world.threads.get_mut(&self.thread).ok_or(Stop::Gone)?.push(message.clone());
+            world
+                .threads
+                .get_mut(&self.thread)
+                .ok_or(Stop::Gone)?
+                .push(message.clone());
         }
         self.out.emit("thread.message.created", &message);
         self.out.emit("thread.message.in_progress", &message);
-        let interval = self.plan.interval.unwrap_or(self.server.config.token_interval);
+        let interval = self
+            .plan
+            .interval
+            .unwrap_or(self.server.config.token_interval);
         let all = words::tokens(&text).count();
-        let keep = if self.plan.outcome == Outcome::Complete { all } else { all.div_ceil(2) };
+        let keep = if self.plan.outcome == Outcome::Complete {
+            all
+        } else {
+            all.div_ceil(2)
+        };
         for (n, token) in words::tokens(&text).take(keep).enumerate() {
             if n > 0 {
                 self.pause(interval).await?;
@@ -236,7 +258,11 @@ impl Generation {
         if self.plan.mid_error.is_some() && self.deltas == 2 {
             return Err(Stop::Failed);
         }
-        if self.cancel.is_cancelled() { Err(Stop::Cancelled) } else { Ok(()) }
+        if self.cancel.is_cancelled() {
+            Err(Stop::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Finishes the open message and its step as the plan wants.
@@ -265,7 +291,12 @@ impl Generation {
                 let error = self.plan.error();
                 self.plan.no_terminal = false;
                 let _ = self.close_silently("failed", Some("run_failed"));
-                let _ = commit(&self.server, &mut self.server.world(), &self.run, RunStatus::Failed);
+                let _ = commit(
+                    &self.server,
+                    &mut self.server.world(),
+                    &self.run,
+                    RunStatus::Failed,
+                );
                 match self.plan.mid_error {
                     Some(ErrorShape::Bare) => self.out.emit_bare(&json!({"error": error})),
                     Some(ErrorShape::Nested) => self.out.emit("error", &json!({"error": error})),
@@ -290,7 +321,12 @@ impl Generation {
                         () = self.end.cancelled() => return,
                     }
                     let _ = self.close("expired", Some("run_expired"));
-                    end_run(&self.server, &mut self.server.world(), &self.run, RunStatus::Expired);
+                    end_run(
+                        &self.server,
+                        &mut self.server.world(),
+                        &self.run,
+                        RunStatus::Expired,
+                    );
                     return;
                 }
                 let delay = self.server.config.cancel_delay;
@@ -322,12 +358,16 @@ impl Generation {
     fn close(&mut self, step_status: &'static str, reason: Option<&str>) -> Result<(), Stop> {
         let (step, message) = self.close_silently(step_status, reason)?;
         if let Some(message) = message {
-            let event =
-                if reason.is_none() { "thread.message.completed" } else { "thread.message.incomplete" };
+            let event = if reason.is_none() {
+                "thread.message.completed"
+            } else {
+                "thread.message.incomplete"
+            };
             self.out.emit(event, &message);
         }
         if let Some(step) = step {
-            self.out.emit(&format!("thread.run.step.{step_status}"), &step);
+            self.out
+                .emit(&format!("thread.run.step.{step_status}"), &step);
         }
         Ok(())
     }
@@ -342,8 +382,9 @@ impl Generation {
         let mut guard = self.server.world();
         let world = &mut *guard;
         let run = world.runs.get_mut(&self.run).ok_or(Stop::Gone)?;
-        let message =
-            open.and_then(|(_, message, text)| Some((message?, text))).and_then(|(message, text)| {
+        let message = open
+            .and_then(|(_, message, text)| Some((message?, text)))
+            .and_then(|(message, text)| {
                 let tokens = words::count(&text);
                 run.work.tokens += tokens;
                 world.counters.stats.tokens += tokens;
@@ -367,28 +408,43 @@ impl Generation {
                 }
                 Some(stored.clone())
             });
-        let usage = usage(run.work.tokens, world.threads.get(&self.thread).map_or(0, |thread| thread.words));
-        let step = run.work.steps.last_mut().filter(|step| step.status == "in_progress").map(|step| {
-            step.status = step_status;
-            let time = Some(now);
-            match step_status {
-                "completed" => step.completed_at = time,
-                "failed" => {
-                    step.failed_at = time;
-                    step.last_error = Some(server_error());
+        let usage = usage(
+            run.work.tokens,
+            world
+                .threads
+                .get(&self.thread)
+                .map_or(0, |thread| thread.words),
+        );
+        let step = run
+            .work
+            .steps
+            .last_mut()
+            .filter(|step| step.status == "in_progress")
+            .map(|step| {
+                step.status = step_status;
+                let time = Some(now);
+                match step_status {
+                    "completed" => step.completed_at = time,
+                    "failed" => {
+                        step.failed_at = time;
+                        step.last_error = Some(server_error());
+                    }
+                    "expired" => step.expired_at = time,
+                    _ => step.cancelled_at = time,
                 }
-                "expired" => step.expired_at = time,
-                _ => step.cancelled_at = time,
-            }
-            step.usage = Some(usage);
-            step.clone()
-        });
+                step.usage = Some(usage);
+                step.clone()
+            });
         Ok((step, message))
     }
 
     /// What the assistant says in a message.
     fn text(&self, part: usize) -> Result<String, Stop> {
-        let words = self.plan.words.unwrap_or(0).max(self.server.config.reply_words);
+        let words = self
+            .plan
+            .words
+            .unwrap_or(0)
+            .max(self.server.config.reply_words);
         if part > 0 {
             return Ok(words::further_part(part + 1, words));
         }
@@ -402,12 +458,20 @@ impl Generation {
     fn announce_step(&mut self, step: &Step) -> Result<(), Stop> {
         {
             let mut world = self.server.world();
-            world.runs.get_mut(&self.run).ok_or(Stop::Gone)?.work.steps.push(step.clone());
+            world
+                .runs
+                .get_mut(&self.run)
+                .ok_or(Stop::Gone)?
+                .work
+                .steps
+                .push(step.clone());
         }
         self.out.emit("thread.run.step.created", step);
         if self.out.wants_unknown_events() {
-            self.out
-                .emit("thread.run.step.future", &json!({"id": step.id, "object": "thread.run.step.future"}));
+            self.out.emit(
+                "thread.run.step.future",
+                &json!({"id": step.id, "object": "thread.run.step.future"}),
+            );
         }
         self.out.emit("thread.run.step.in_progress", step);
         Ok(())
@@ -456,7 +520,11 @@ impl Generation {
     /// Waits; no time at all if there is none to wait.
     async fn pause(&mut self, time: Duration) -> Result<(), Stop> {
         if time.is_zero() {
-            return if self.cancel.is_cancelled() { Err(Stop::Cancelled) } else { Ok(()) };
+            return if self.cancel.is_cancelled() {
+                Err(Stop::Cancelled)
+            } else {
+                Ok(())
+            };
         }
         self.out.flush();
         self.unless_stopped(tokio::time::sleep(time)).await

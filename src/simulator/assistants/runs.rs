@@ -22,15 +22,31 @@ use crate::simulator::wire::page::Paging;
 use crate::simulator::wire::sse::{EventFormat, EventOut};
 
 const SETTINGS: [&str; 13] = [
-    "model", "instructions", "tools", "metadata", "temperature", "top_p", "stream", "max_prompt_tokens",
-    "max_completion_tokens", "truncation_strategy", "tool_choice", "parallel_tool_calls", "response_format",
+    "model",
+    "instructions",
+    "tools",
+    "metadata",
+    "temperature",
+    "top_p",
+    "stream",
+    "max_prompt_tokens",
+    "max_completion_tokens",
+    "truncation_strategy",
+    "tool_choice",
+    "parallel_tool_calls",
+    "response_format",
 ];
 
 pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
     let id = call.segment(1).to_owned();
     let known = [
         &SETTINGS[..],
-        &["assistant_id", "additional_instructions", "additional_messages", "reasoning_effort"],
+        &[
+            "assistant_id",
+            "additional_instructions",
+            "additional_messages",
+            "reasoning_effort",
+        ],
     ];
     let mut fields = Fields::of_body(call.body, &known.concat())?;
     let started = {
@@ -43,8 +59,15 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         })?;
         let messages = threads::new_messages(server, &mut fields, "additional_messages", &id)?;
         let thread = threads::thread_mut(&mut world, &id)?;
-        let text = messages.iter().rev().find(|message| message.role == "user").map(Message::text);
-        let plan = plan(&text.unwrap_or_else(|| thread.last_user_text()), call.fault.as_deref())?;
+        let text = messages
+            .iter()
+            .rev()
+            .find(|message| message.role == "user")
+            .map(Message::text);
+        let plan = plan(
+            &text.unwrap_or_else(|| thread.last_user_text()),
+            call.fault.as_deref(),
+        )?;
         plan.refused()?;
         let texts = user_texts(&messages);
         for message in messages {
@@ -63,7 +86,9 @@ pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Res
         None => serde_json::Map::new(),
         Some(Value::Object(map)) => map,
         Some(other) => {
-            return Err(crate::simulator::wire::fields::wrong_type("thread", "an object", &other).into());
+            return Err(
+                crate::simulator::wire::fields::wrong_type("thread", "an object", &other).into(),
+            );
         }
     };
     let thread = threads::new_thread(server, body, "thread")?;
@@ -75,15 +100,25 @@ pub(super) fn create_with_thread(server: &Arc<Server>, call: Call) -> Result<Res
     started.answer(server)
 }
 
-pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Result<Response, Refused> {
+pub(super) fn submit_tool_outputs(
+    server: &Arc<Server>,
+    mut call: Call,
+) -> Result<Response, Refused> {
     let mut fields = Fields::of_body(std::mem::take(&mut call.body), &["tool_outputs", "stream"])?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let list = fields.array("tool_outputs", usize::MAX)?;
     let list = list.ok_or_else(|| fields.missing("tool_outputs"))?;
     let mut outputs: Vec<(String, String)> = Vec::new();
     for (n, value) in list.into_iter().enumerate() {
-        let mut output = Fields::of_value(value, format!("tool_outputs[{n}]"), &["tool_call_id", "output"])?;
-        outputs.push((output.needed_text("tool_call_id")?, output.text("output")?.unwrap_or_default()));
+        let mut output = Fields::of_value(
+            value,
+            format!("tool_outputs[{n}]"),
+            &["tool_call_id", "output"],
+        )?;
+        outputs.push((
+            output.needed_text("tool_call_id")?,
+            output.text("output")?.unwrap_or_default(),
+        ));
     }
     let started = {
         let mut world = server.world();
@@ -98,7 +133,10 @@ pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Resul
         }
         complete(&run.work.calls, &outputs)?;
         // The first plan's functions have been asked for; the rest of it holds on, unless an output says otherwise.
-        let mut plan = Plan { tools: Vec::new(), ..run.work.plan.clone() };
+        let mut plan = Plan {
+            tools: Vec::new(),
+            ..run.work.plan.clone()
+        };
         let mut answers = Vec::new();
         for (_, output) in &outputs {
             let (asked, text) = Plan::of_text(output)?;
@@ -127,8 +165,14 @@ pub(super) fn submit_tool_outputs(server: &Arc<Server>, mut call: Call) -> Resul
         let answer = response.unwrap_or_else(|| json_body(run));
         let generation = Generation::new(server, run, out);
         world.counters.resume(call.segment(1));
-        world.counters.answered(call.segment(3), outputs.into_iter().map(|(call, _)| call));
-        Started { generation, answer, drop }
+        world
+            .counters
+            .answered(call.segment(3), outputs.into_iter().map(|(call, _)| call));
+        Started {
+            generation,
+            answer,
+            drop,
+        }
     };
     server.changed();
     started.answer(server)
@@ -163,7 +207,10 @@ pub(super) fn cancel(server: &Arc<Server>, call: &Call) -> Result<Response, ApiE
     expire_stale(server, &mut world, call.segment(1));
     let run = run_mut(&mut world, call)?;
     if run.status.is_final() || run.status == RunStatus::Cancelling {
-        return Err(ApiError::invalid(format!("Cannot cancel run with status '{}'.", run.status.name())));
+        return Err(ApiError::invalid(format!(
+            "Cannot cancel run with status '{}'.",
+            run.status.name()
+        )));
     }
     run.status = RunStatus::Cancelling;
     run.required_action = None;
@@ -183,23 +230,39 @@ pub(super) fn list_steps(server: &Server, call: &Call) -> Result<Response, ApiEr
     let paging = Paging::of_query(&call.query, true)?;
     let mut world = server.world();
     expire_stale(server, &mut world, call.segment(1));
-    paging.answer(run_mut(&mut world, call)?.work.steps.iter(), |step| &step.id)
+    paging.answer(run_mut(&mut world, call)?.work.steps.iter(), |step| {
+        &step.id
+    })
 }
 
 pub(super) fn get_step(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let mut world = server.world();
     expire_stale(server, &mut world, call.segment(1));
     let id = call.segment(5);
-    let step = run_mut(&mut world, call)?.work.steps.iter().find(|step| step.id == id);
-    step.map(json_body).ok_or_else(|| ApiError::not_found(format!("No run step found with id '{id}'.")))
+    let step = run_mut(&mut world, call)?
+        .work
+        .steps
+        .iter()
+        .find(|step| step.id == id);
+    step.map(json_body)
+        .ok_or_else(|| ApiError::not_found(format!("No run step found with id '{id}'.")))
 }
 
 /// Locks a thread with a run that nobody works on. `None` if there is no such thread or it is busy.
 pub(in crate::simulator) fn start_foreign_run(server: &Server, thread: &str) -> Option<String> {
     let mut world = server.world();
     expire_stale(server, &mut world, thread);
-    world.threads.get(thread).filter(|thread| thread.active.is_empty())?;
-    let mut run = new_run(server, &world.end, thread, NewRun::foreign(), Plan::default());
+    world
+        .threads
+        .get(thread)
+        .filter(|thread| thread.active.is_empty())?;
+    let mut run = new_run(
+        server,
+        &world.end,
+        thread,
+        NewRun::foreign(),
+        Plan::default(),
+    );
     run.status = RunStatus::InProgress;
     run.started_at = Some(server.now());
     run.work.foreign = true;
@@ -213,9 +276,13 @@ pub(in crate::simulator) fn start_foreign_run(server: &Server, thread: &str) -> 
 /// Completes the foreign run of a thread.
 pub(in crate::simulator) fn stop_foreign_run(server: &Server, thread: &str) -> bool {
     let mut world = server.world();
-    let Some(row) = world.threads.get(thread) else { return false };
+    let Some(row) = world.threads.get(thread) else {
+        return false;
+    };
     let is_foreign = |id: &&String| world.runs.get(id).is_some_and(|run| run.work.foreign);
-    let Some(run) = row.active.iter().find(is_foreign).cloned() else { return false };
+    let Some(run) = row.active.iter().find(is_foreign).cloned() else {
+        return false;
+    };
     end_run(server, &mut world, &run, RunStatus::Completed);
     true
 }
@@ -232,11 +299,17 @@ impl NewRun {
     fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let assistant = fields.needed_text("assistant_id")?;
         if !assistant.starts_with("asst_") || assistant.starts_with("asst_missing") {
-            return Err(ApiError::not_found(format!("No assistant found with id '{assistant}'.")));
+            return Err(ApiError::not_found(format!(
+                "No assistant found with id '{assistant}'."
+            )));
         }
         let mut instructions = fields.text("instructions")?.unwrap_or_default();
         if let Some(more) = fields.text("additional_instructions")? {
-            instructions = if instructions.is_empty() { more } else { format!("{instructions}\n{more}") };
+            instructions = if instructions.is_empty() {
+                more
+            } else {
+                format!("{instructions}\n{more}")
+            };
         }
         fields.text("reasoning_effort")?;
         fields.any("tool_resources");
@@ -257,7 +330,9 @@ impl NewRun {
                     .unwrap_or_else(|| json!({"type": "auto", "last_messages": null})),
                 tool_choice: fields.any("tool_choice").unwrap_or_else(|| "auto".into()),
                 parallel_tool_calls: fields.flag("parallel_tool_calls")?.unwrap_or(true),
-                response_format: fields.any("response_format").unwrap_or_else(|| "auto".into()),
+                response_format: fields
+                    .any("response_format")
+                    .unwrap_or_else(|| "auto".into()),
             },
         })
     }
@@ -265,7 +340,9 @@ impl NewRun {
     fn foreign() -> Self {
         let body = json!({"assistant_id": "asst_foreign", "metadata": {"foreign": "true"}});
         let fields = Fields::of_value(body, String::new(), &["assistant_id", "metadata"]);
-        fields.and_then(|mut fields| Self::read(&mut fields)).expect("the body above is a valid request")
+        fields
+            .and_then(|mut fields| Self::read(&mut fields))
+            .expect("the body above is a valid request")
     }
 }
 
@@ -280,7 +357,11 @@ impl Started {
     fn answer(self, server: &Server) -> Result<Response, Refused> {
         let closes = self.drop.is_some();
         server.tasks.spawn(self.generation.work());
-        if closes { Err(Refused::Dropped) } else { Ok(self.answer) }
+        if closes {
+            Err(Refused::Dropped)
+        } else {
+            Ok(self.answer)
+        }
     }
 }
 
@@ -294,7 +375,11 @@ fn plan(text: &str, fault: Option<&str>) -> Result<Plan, ApiError> {
 }
 
 fn user_texts(messages: &[Message]) -> Vec<String> {
-    messages.iter().filter(|message| message.role == "user").map(Message::text).collect()
+    messages
+        .iter()
+        .filter(|message| message.role == "user")
+        .map(Message::text)
+        .collect()
 }
 
 fn start(
@@ -309,7 +394,10 @@ fn start(
     let (mut out, response) = open(request.stream, &plan);
     let drop = plan.drop;
     let run = new_run(server, &world.end, thread, request, plan);
-    let row = world.threads.get_mut(thread).expect("the caller has found or made it under this lock");
+    let row = world
+        .threads
+        .get_mut(thread)
+        .expect("the caller has found or made it under this lock");
     if with_thread {
         out.emit("thread.created", &*row as &Thread);
     }
@@ -319,10 +407,22 @@ fn start(
     let answer = response.unwrap_or_else(|| json_body(&run));
     let generation = Generation::new(server, &run, out);
     let (id, metadata, answered_calls) = (&run.id, &run.metadata, Vec::new());
-    world.counters.begin(thread, Accepted { id, metadata, user_texts, answered_calls });
+    world.counters.begin(
+        thread,
+        Accepted {
+            id,
+            metadata,
+            user_texts,
+            answered_calls,
+        },
+    );
     world.runs.insert(run.id.clone(), run);
     server.changed();
-    Started { generation, answer, drop }
+    Started {
+        generation,
+        answer,
+        drop,
+    }
 }
 
 /// Where the events of a run go, and the answer that carries them, if it is to be a stream.
@@ -341,7 +441,13 @@ fn open(stream: bool, plan: &Plan) -> (EventOut, Option<Response>) {
     }
 }
 
-fn new_run(server: &Server, end: &CancellationToken, thread: &str, request: NewRun, plan: Plan) -> Run {
+fn new_run(
+    server: &Server,
+    end: &CancellationToken,
+    thread: &str,
+    request: NewRun,
+    plan: Plan,
+) -> Run {
     let deadline = Instant::now() + server.config.run_expiry;
     Run {
         id: server.id("run"),
@@ -383,7 +489,12 @@ fn complete(calls: &[String], outputs: &[(String, String)]) -> Result<(), ApiErr
     if all {
         return Ok(());
     }
-    let quoted = |ids: Vec<&String>| ids.iter().map(|id| format!("'{id}'")).collect::<Vec<_>>().join(", ");
+    let quoted = |ids: Vec<&String>| {
+        ids.iter()
+            .map(|id| format!("'{id}'"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     Err(ApiError::invalid(format!(
         "Expected tool outputs for call_ids [{}], got [{}]",
         quoted(calls.iter().collect()),
@@ -397,9 +508,17 @@ fn answered_step(
     run: &mut Run,
     outputs: &[(String, String)],
 ) -> Option<crate::simulator::state::assistants::Step> {
-    let step = run.work.steps.iter_mut().rev().find(|step| step.status == "in_progress")?;
+    let step = run
+        .work
+        .steps
+        .iter_mut()
+        .rev()
+        .find(|step| step.status == "in_progress")?;
     for call in step.step_details["tool_calls"].as_array_mut()? {
-        let output = outputs.iter().find(|(id, _)| call["id"] == **id).map(|(_, output)| output.as_str());
+        let output = outputs
+            .iter()
+            .find(|(id, _)| call["id"] == **id)
+            .map(|(_, output)| output.as_str());
         call["function"]["output"] = output.into();
     }
     step.status = "completed";
@@ -410,6 +529,9 @@ fn answered_step(
 fn run_mut<'a>(world: &'a mut World, call: &Call) -> Result<&'a mut Run, ApiError> {
     threads::thread(world, call.segment(1))?;
     let id = call.segment(3);
-    let run = world.runs.get_mut(id).filter(|run| run.thread_id == call.segment(1));
+    let run = world
+        .runs
+        .get_mut(id)
+        .filter(|run| run.thread_id == call.segment(1));
     run.ok_or_else(|| ApiError::not_found(format!("No run found with id '{id}'.")))
 }

@@ -10,7 +10,9 @@ use crate::simulator::wire::error::ApiError;
 /// Ends a run: its state, its thread's lock, the figures. Harmless to repeat.
 pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunStatus) {
     let now = server.now();
-    let Some(run) = world.runs.get_mut(id).filter(|run| !run.status.is_final()) else { return };
+    let Some(run) = world.runs.get_mut(id).filter(|run| !run.status.is_final()) else {
+        return;
+    };
     let thread = world.threads.get_mut(&run.thread_id);
     run.status = status;
     run.required_action = None;
@@ -28,31 +30,55 @@ pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunS
         RunStatus::Cancelled => run.cancelled_at = Some(now),
         _ => {}
     }
-    run.usage = Some(usage(run.work.tokens, thread.as_ref().map_or(0, |thread| thread.words)));
+    run.usage = Some(usage(
+        run.work.tokens,
+        thread.as_ref().map_or(0, |thread| thread.words),
+    ));
     let generating = std::mem::take(&mut run.work.generating);
     if matches!(status, RunStatus::Expired | RunStatus::Cancelled) {
         // A step that waits for outputs ends with its run.
-        for step in run.work.steps.iter_mut().filter(|step| step.status == "in_progress") {
+        for step in run
+            .work
+            .steps
+            .iter_mut()
+            .filter(|step| step.status == "in_progress")
+        {
             let expired = status == RunStatus::Expired;
             step.status = if expired { "expired" } else { "cancelled" };
-            *(if expired { &mut step.expired_at } else { &mut step.cancelled_at }) = Some(now);
+            *(if expired {
+                &mut step.expired_at
+            } else {
+                &mut step.cancelled_at
+            }) = Some(now);
         }
     }
     if let Some(thread) = thread {
         thread.active.retain(|active| active != id);
     }
     if !run.work.foreign {
-        world.counters.end(&run.thread_id, id, generating, status.name());
+        world
+            .counters
+            .end(&run.thread_id, id, generating, status.name());
     }
     server.changed();
 }
 
 /// Expires what is overdue on a thread and has no generation to notice it.
 pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
-    let Some(row) = world.threads.get(thread).filter(|row| !row.active.is_empty()) else { return };
+    let Some(row) = world
+        .threads
+        .get(thread)
+        .filter(|row| !row.active.is_empty())
+    else {
+        return;
+    };
     let now = Instant::now();
-    let overdue =
-        |id: &&String| world.runs.get(id).is_some_and(|run| !run.work.generating && run.work.deadline <= now);
+    let overdue = |id: &&String| {
+        world
+            .runs
+            .get(id)
+            .is_some_and(|run| !run.work.generating && run.work.deadline <= now)
+    };
     let overdue: Vec<String> = row.active.iter().filter(overdue).cloned().collect();
     for run in overdue {
         end_run(server, world, &run, RunStatus::Expired);
@@ -69,7 +95,13 @@ pub(super) fn refuse_if_active(
     if !server.config.enforce_locks {
         return Ok(());
     }
-    let Some(run) = world.threads.get(thread).and_then(|thread| thread.active.first()) else { return Ok(()) };
+    let Some(run) = world
+        .threads
+        .get(thread)
+        .and_then(|thread| thread.active.first())
+    else {
+        return Ok(());
+    };
     let error = ApiError::invalid(text(run));
     world.counters.stats.lock_refusals += 1;
     server.changed();

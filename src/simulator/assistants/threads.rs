@@ -21,11 +21,23 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
 }
 
 /// The thread that a create-thread body at `at` asks for; not stored yet.
-pub(super) fn new_thread(server: &Server, body: Map<String, Value>, at: &str) -> Result<Thread, ApiError> {
-    let mut fields =
-        Fields::of_value(Value::Object(body), at.to_owned(), &["messages", "metadata", "tool_resources"])?;
+pub(super) fn new_thread(
+    server: &Server,
+    body: Map<String, Value>,
+    at: &str,
+) -> Result<Thread, ApiError> {
+    let mut fields = Fields::of_value(
+        Value::Object(body),
+        at.to_owned(),
+        &["messages", "metadata", "tool_resources"],
+    )?;
     let metadata = fields.metadata()?.unwrap_or_default();
-    let mut thread = Thread::new(server.id("thread"), server.now(), metadata, fields.any("tool_resources"));
+    let mut thread = Thread::new(
+        server.id("thread"),
+        server.now(),
+        metadata,
+        fields.any("tool_resources"),
+    );
     for message in new_messages(server, &mut fields, "messages", &thread.id)? {
         thread.push(message);
     }
@@ -72,11 +84,15 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     expire_stale(server, &mut world, id);
     let thread = world.threads.remove(id).ok_or_else(|| no_thread(id))?;
     for run in &thread.active {
-        world.counters.violation(format!("{id} was deleted while run {run} was active"));
+        world
+            .counters
+            .violation(format!("{id} was deleted while run {run} was active"));
         if let Some(run) = world.runs.remove(run) {
             run.work.cancel.cancel();
             if !run.work.foreign {
-                world.counters.end(id, &run.id, run.work.generating, "deleted");
+                world
+                    .counters
+                    .end(id, &run.id, run.work.generating, "deleted");
             }
         }
     }
@@ -86,7 +102,9 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     world.counters.stats.threads_deleted += 1;
     drop(world);
     server.changed();
-    Ok(json_body(&json!({"id": id, "object": "thread.deleted", "deleted": true})))
+    Ok(json_body(
+        &json!({"id": id, "object": "thread.deleted", "deleted": true}),
+    ))
 }
 
 pub(super) fn create_message(server: &Server, mut call: Call) -> Result<Response, ApiError> {
@@ -105,7 +123,9 @@ pub(super) fn create_message(server: &Server, mut call: Call) -> Result<Response
     thread.push(message);
     if let Some(run) = blocking {
         world.counters.stats.messages_added_while_active += 1;
-        world.counters.violation(format!("a message was added to {id} while run {run} was active"));
+        world.counters.violation(format!(
+            "a message was added to {id} while run {run} was active"
+        ));
     }
     drop(world);
     server.changed();
@@ -139,7 +159,9 @@ pub(super) fn delete_message(server: &Server, call: &Call) -> Result<Response, A
     let mut world = server.world();
     let id = message_mut(&mut world, call)?.id.clone();
     thread_mut(&mut world, call.segment(1))?.remove(&id);
-    Ok(json_body(&json!({"id": id, "object": "thread.message.deleted", "deleted": true})))
+    Ok(json_body(
+        &json!({"id": id, "object": "thread.message.deleted", "deleted": true}),
+    ))
 }
 
 /// The messages in the array `name` of a body, for the thread `thread`.
@@ -152,21 +174,34 @@ pub(super) fn new_messages(
     let path = fields.path(name);
     let list = fields.array(name, usize::MAX)?.unwrap_or_default();
     let numbered = list.into_iter().enumerate();
-    numbered.map(|(n, value)| new_message(server, value, format!("{path}[{n}]"), thread)).collect()
+    numbered
+        .map(|(n, value)| new_message(server, value, format!("{path}[{n}]"), thread))
+        .collect()
 }
 
-fn new_message(server: &Server, value: Value, at: String, thread: &str) -> Result<Message, ApiError> {
+fn new_message(
+    server: &Server,
+    value: Value,
+    at: String,
+    thread: &str,
+) -> Result<Message, ApiError> {
     let mut fields = Fields::of_value(value, at, &["role", "content", "attachments", "metadata"])?;
     let role = fields.needed_text("role")?;
     if role != "user" && role != "assistant" {
-        return Err(wrong_value(&fields.path("role"), &role, "'user' and 'assistant'"));
+        return Err(wrong_value(
+            &fields.path("role"),
+            &role,
+            "'user' and 'assistant'",
+        ));
     }
     let path = fields.path("content");
     let content = match fields.needed("content")? {
         Value::String(text) => vec![text_part(&path, &text)?],
         Value::Array(parts) if !parts.is_empty() => {
             let numbered = parts.into_iter().enumerate();
-            numbered.map(|(n, part)| content_part(part, format!("{path}[{n}]"))).collect::<Result<_, _>>()?
+            numbered
+                .map(|(n, part)| content_part(part, format!("{path}[{n}]")))
+                .collect::<Result<_, _>>()?
         }
         other => return Err(wrong_type(&path, "a string or a non-empty array", &other)),
     };
@@ -198,8 +233,11 @@ fn content_part(part: Value, at: String) -> Result<Value, ApiError> {
             text_part(&fields.path("text"), &text)
         }
         "image_file" | "image_url" => {
-            let known: &[&str] =
-                if kind == "image_file" { &["file_id", "detail"] } else { &["url", "detail"] };
+            let known: &[&str] = if kind == "image_file" {
+                &["file_id", "detail"]
+            } else {
+                &["url", "detail"]
+            };
             let mut image = Fields::of_value(fields.needed(&kind)?, fields.path(&kind), known)?;
             let place = image.needed_text(known[0])?;
             let detail = image.text("detail")?.unwrap_or_else(|| "auto".to_owned());
@@ -208,7 +246,11 @@ fn content_part(part: Value, at: String) -> Result<Value, ApiError> {
             part.insert("type".to_owned(), kind.into());
             Ok(Value::Object(part))
         }
-        other => Err(wrong_value(&fields.path("type"), other, "'text', 'image_file' and 'image_url'")),
+        other => Err(wrong_value(
+            &fields.path("type"),
+            other,
+            "'text', 'image_file' and 'image_url'",
+        )),
     }
 }
 

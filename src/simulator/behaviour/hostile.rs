@@ -119,12 +119,18 @@ impl Hostility {
             Hostile::Redirect => {
                 let location = self.location.as_deref().unwrap_or(NOWHERE);
                 let location = HeaderValue::from_str(location);
-                headers.insert(header::LOCATION, location.unwrap_or(HeaderValue::from_static(NOWHERE)));
+                headers.insert(
+                    header::LOCATION,
+                    location.unwrap_or(HeaderValue::from_static(NOWHERE)),
+                );
             }
             _ => {}
         }
-        let usual =
-            if self.kind == Hostile::Redirect { StatusCode::TEMPORARY_REDIRECT } else { StatusCode::OK };
+        let usual = if self.kind == Hostile::Redirect {
+            StatusCode::TEMPORARY_REDIRECT
+        } else {
+            StatusCode::OK
+        };
         *response.status_mut() = self.status.unwrap_or(usual);
         response
     }
@@ -132,7 +138,9 @@ impl Hostility {
     fn pieces(&self, form: Form) -> Pieces {
         let filler = || Bytes::from(filled(WORD));
         match self.kind {
-            Hostile::EndlessLine => begun(form.begun_text()).chain(stream::repeat(filler())).boxed(),
+            Hostile::EndlessLine => begun(form.begun_text())
+                .chain(stream::repeat(filler()))
+                .boxed(),
             Hostile::EndlessEvents | Hostile::EndlessReply if form == Form::Json => {
                 let element = format!("{{\"id\":\"{WORD}\"}},");
                 begun("{\"object\":\"list\",\"data\":[")
@@ -158,22 +166,37 @@ impl Hostility {
             Hostile::HugeEvent => {
                 let lines = filled(&format!("data: {}\n", WORD.repeat(10)));
                 let count = HUGE / lines.len() + 1;
-                stream::repeat(Bytes::from(lines)).take(count).chain(begun("\n")).boxed()
+                stream::repeat(Bytes::from(lines))
+                    .take(count)
+                    .chain(begun("\n"))
+                    .boxed()
             }
             Hostile::InvalidUtf8 => {
                 let (before, after) = form.around_value();
-                stream::iter([before.into(), Bytes::from_static(b"\"\xff\xfe\""), after.into()]).boxed()
+                stream::iter([
+                    before.into(),
+                    Bytes::from_static(b"\"\xff\xfe\""),
+                    after.into(),
+                ])
+                .boxed()
             }
             Hostile::DeepJson => {
                 let (before, after) = form.around_value();
                 let levels = |text: &str| stream::repeat(text.repeat(500).into()).take(DEPTH);
                 let (opened, closed) = (levels("[{\"a\":"), levels("}]"));
-                begun(before).chain(opened).chain(begun("0")).chain(closed).chain(begun(after)).boxed()
+                begun(before)
+                    .chain(opened)
+                    .chain(begun("0"))
+                    .chain(closed)
+                    .chain(begun(after))
+                    .boxed()
             }
             Hostile::DenseJson => form.dense("0,"),
-            Hostile::NestedJson => {
-                form.dense(&format!("{}0{},", "{\"\":".repeat(NESTED), "}".repeat(NESTED)))
-            }
+            Hostile::NestedJson => form.dense(&format!(
+                "{}0{},",
+                "{\"\":".repeat(NESTED),
+                "}".repeat(NESTED)
+            )),
             Hostile::FullPage => {
                 let number = PAGES.fetch_add(1, Ordering::Relaxed);
                 let half = || stream::repeat(filler()).take(FULL / 2 / PIECE);
@@ -184,13 +207,22 @@ impl Hostility {
                 );
                 let between = "\"},{\"type\":\"text\",\"text\":{\"annotations\":[],\"value\":\"";
                 let zeros = format!("\"}}}}],\"zeros\":[{}0]}}]}}", "0,".repeat(FULL_VALUES));
-                begun(before).chain(half()).chain(begun(between)).chain(half()).chain(begun(zeros)).boxed()
+                begun(before)
+                    .chain(half())
+                    .chain(begun(between))
+                    .chain(half())
+                    .chain(begun(zeros))
+                    .boxed()
             }
-            Hostile::Html => begun(format!("<!doctype html><title>{WORD}</title><p>Sign in.")).boxed(),
+            Hostile::Html => {
+                begun(format!("<!doctype html><title>{WORD}</title><p>Sign in.")).boxed()
+            }
             Hostile::Redirect => begun(WORD).boxed(),
             Hostile::Gzip => {
                 let (begin, more) = bomb();
-                begun(begin).chain(stream::repeat(filled_with(&more).into())).boxed()
+                begun(begin)
+                    .chain(stream::repeat(filled_with(&more).into()))
+                    .boxed()
             }
             Hostile::Drip => {
                 let pause = self.pause.unwrap_or(DRIP);
@@ -225,7 +257,12 @@ impl Form {
     fn dense(self, element: &str) -> Pieces {
         let (before, after) = self.around_value();
         let elements = stream::repeat(Bytes::from(filled(element))).take(DENSE / PIECE);
-        begun(before).chain(begun("[")).chain(elements).chain(begun("0]")).chain(begun(after)).boxed()
+        begun(before)
+            .chain(begun("["))
+            .chain(elements)
+            .chain(begun("0]"))
+            .chain(begun(after))
+            .boxed()
     }
 
     /// The event that says that a run was accepted, which nobody else knows of. `status` is JSON.
@@ -293,7 +330,11 @@ fn bomb() -> (Vec<u8>, Vec<u8>) {
 
 /// Bits, the lowest of each byte first.
 fn packed(bits: &str) -> Vec<u8> {
-    let byte = |bits: &[u8]| bits.iter().rev().fold(0, |byte, bit| (byte << 1) | (bit - b'0'));
+    let byte = |bits: &[u8]| {
+        bits.iter()
+            .rev()
+            .fold(0, |byte, bit| (byte << 1) | (bit - b'0'))
+    };
     bits.as_bytes().chunks(8).map(byte).collect()
 }
 

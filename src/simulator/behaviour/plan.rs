@@ -168,24 +168,32 @@ impl Wording {
         let reason = status.canonical_reason().unwrap_or("Error");
         let (kind, body) = match self {
             Self::Html => {
-                let page = format!("<html><body><h1>{} {reason}</h1></body></html>", status.as_u16());
+                let page = format!(
+                    "<html><body><h1>{} {reason}</h1></body></html>",
+                    status.as_u16()
+                );
                 ("text/html", page)
             }
             Self::Detail => ("application/json", json!({"detail": reason}).to_string()),
-            Self::Named => {
-                ("application/json", json!({"detail": format!("{asked} was not found.")}).to_string())
-            }
+            Self::Named => (
+                "application/json",
+                json!({"detail": format!("{asked} was not found.")}).to_string(),
+            ),
             Self::Relayed => {
-                let told = json!({"error": {"message": format!("Response with id '{asked}' not found.")}});
-                let message =
-                    format!("relay.NotFoundError: HostedException - {told}. Received Model Group=m");
+                let told =
+                    json!({"error": {"message": format!("Response with id '{asked}' not found.")}});
+                let message = format!(
+                    "relay.NotFoundError: HostedException - {told}. Received Model Group=m"
+                );
                 let error = json!({"message": message, "type": null, "param": null, "code": status.as_str()});
                 ("application/json", json!({"error": error}).to_string())
             }
         };
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = status;
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
         response
     }
 }
@@ -197,9 +205,12 @@ impl Plan {
         let mut stripped = String::with_capacity(text.len());
         let mut rest = text;
         while let Some((before, after)) = rest.split_once(OPEN) {
-            let Some((words, after)) = after.split_once(CLOSE) else { break };
+            let Some((words, after)) = after.split_once(CLOSE) else {
+                break;
+            };
             stripped.push_str(before);
-            plan.apply(words).map_err(|error| ApiError::invalid(error).code("invalid_directive"))?;
+            plan.apply(words)
+                .map_err(|error| ApiError::invalid(error).code("invalid_directive"))?;
             rest = after;
         }
         stripped.push_str(rest);
@@ -212,9 +223,11 @@ impl Plan {
     /// Adds the behaviour that `words` ask for: `tool=get_weather rate=20ms`.
     pub(in crate::simulator) fn apply(&mut self, words: &str) -> Result<(), String> {
         for word in words.split_whitespace() {
-            let (name, value) =
-                word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)));
-            self.apply_word(name, value).map_err(|why| format!("Simulator directive '{word}': {why}."))?;
+            let (name, value) = word
+                .split_once('=')
+                .map_or((word, None), |(name, value)| (name, Some(value)));
+            self.apply_word(name, value)
+                .map_err(|why| format!("Simulator directive '{word}': {why}."))?;
         }
         Ok(())
     }
@@ -222,38 +235,57 @@ impl Plan {
     /// What happens instead of accepting, if it is an error in the words of something else. `asked`: the end of the path.
     pub(in crate::simulator) fn worded(&self, asked: &str) -> Result<(), Refused> {
         match (self.wording, self.status) {
-            (Some(wording), Some(status)) => Err(Refused::Told(Box::new(wording.answer(status, asked)))),
+            (Some(wording), Some(status)) => {
+                Err(Refused::Told(Box::new(wording.answer(status, asked))))
+            }
             _ => Ok(()),
         }
     }
 
     /// Whether this request is one of those that are steered.
     pub(in crate::simulator) fn is_hit(&self) -> bool {
-        self.chance.is_none_or(|chance| rand::rng().random_range(0..100) < chance)
+        self.chance
+            .is_none_or(|chance| rand::rng().random_range(0..100) < chance)
     }
 
     /// What happens instead of accepting, if anything does.
     pub(in crate::simulator) fn refused(&self) -> Result<(), Refused> {
         if let Some(kind) = self.hostile {
             let (status, location, pause) = (self.status, self.location.clone(), self.interval);
-            return Err(Refused::Hostile(Hostility { kind, status, location, pause }));
+            return Err(Refused::Hostile(Hostility {
+                kind,
+                status,
+                location,
+                pause,
+            }));
         }
         if let Some(shape) = self.bare_error {
             return Err(Refused::Told(Box::new(self.told(shape))));
         }
         if let Some(status) = self.status {
-            let error = ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref());
+            let error =
+                ApiError::of_status(status, self.code.as_deref(), self.retry_after.as_deref());
             return Err(error.into());
         }
-        if self.drop == Some(Drop::Before) { Err(Refused::Dropped) } else { Ok(()) }
+        if self.drop == Some(Drop::Before) {
+            Err(Refused::Dropped)
+        } else {
+            Ok(())
+        }
     }
 
     /// The error that a stream tells which has no status to tell it.
     pub(in crate::simulator) fn error(&self) -> Value {
-        let usual = if self.code.is_none() { Some("server_error") } else { None };
+        let usual = if self.code.is_none() {
+            Some("server_error")
+        } else {
+            None
+        };
         let code = self.code.as_deref().unwrap_or("server_error");
         // Some write it as a number.
-        let code = code.parse::<u16>().map_or_else(|_| code.into(), Value::from);
+        let code = code
+            .parse::<u16>()
+            .map_or_else(|_| code.into(), Value::from);
         json!({
             "message": "The server had an error while processing your request.",
             "type": self.error_type.as_deref().or(usual), "param": null, "code": code,
@@ -266,11 +298,17 @@ impl Plan {
             BareError::Object => format!("data: {}\n\n", json!({"error": error})),
             BareError::Done => format!("data: {}\n\ndata: [DONE]\n\n", json!({"error": error})),
             BareError::String => {
-                format!("data: {}\n\n", json!({"error": error["message"], "code": error["code"]}))
+                format!(
+                    "data: {}\n\n",
+                    json!({"error": error["message"], "code": error["code"]})
+                )
             }
             BareError::Flat => format!("data: {error}\n\n"),
             BareError::Detail => {
-                format!("data: {}\n\n", json!({"detail": error["message"], "code": error["code"]}))
+                format!(
+                    "data: {}\n\n",
+                    json!({"detail": error["message"], "code": error["code"]})
+                )
             }
             BareError::Line => format!("{:#}\n", json!({"error": error})),
             BareError::Json => return json_body(&json!({"error": error})),
@@ -284,21 +322,34 @@ impl Plan {
     }
 
     fn apply_word(&mut self, name: &str, value: Option<&str>) -> Result<(), &'static str> {
-        let count = || value.and_then(|text| text.parse::<usize>().ok()).ok_or("a number is wanted");
-        let time = || value.and_then(|text| parse_duration(text).ok()).ok_or("a time such as 20ms is wanted");
+        let count = || {
+            value
+                .and_then(|text| text.parse::<usize>().ok())
+                .ok_or("a number is wanted")
+        };
+        let time = || {
+            value
+                .and_then(|text| parse_duration(text).ok())
+                .ok_or("a time such as 20ms is wanted")
+        };
         let text = || value.map(str::to_owned).ok_or("a value is wanted");
         match name {
             "tool" => self.tools.push(text()?),
-            "tools" => self.tools.extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
+            "tools" => self
+                .tools
+                .extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
             "fail" => self.outcome = Outcome::Fail,
             "incomplete" => self.outcome = Outcome::Incomplete,
             "latency" => self.latency = Some(time()?),
             "rate" => self.interval = Some(time()?),
             "tokens" => self.words = Some(count()?.min(MAX_WORDS)),
             "status" => {
-                let status = value
-                    .and_then(|text| text.parse().ok())
-                    .filter(|status: &StatusCode| status.is_client_error() || status.is_server_error());
+                let status =
+                    value
+                        .and_then(|text| text.parse().ok())
+                        .filter(|status: &StatusCode| {
+                            status.is_client_error() || status.is_server_error()
+                        });
                 self.status = Some(status.ok_or("an error status is wanted")?);
             }
             "chance" => {
@@ -372,7 +423,8 @@ mod tests {
     #[test]
     fn directives_are_taken_out_of_the_text() {
         let (plan, text) =
-            Plan::of_text("Weather [[sim: tool=get_weather rate=20ms]] in Paris [[sim: fail]]").unwrap();
+            Plan::of_text("Weather [[sim: tool=get_weather rate=20ms]] in Paris [[sim: fail]]")
+                .unwrap();
         assert_eq!(text, "Weather  in Paris");
         assert_eq!(plan.tools, ["get_weather"]);
         assert_eq!(plan.interval, Some(Duration::from_millis(20)));
@@ -382,23 +434,45 @@ mod tests {
     #[test]
     fn text_without_directives_stays_as_it_is() {
         for text in ["plain [[text]]", "an unclosed [[sim: fail"] {
-            assert_eq!(Plan::of_text(text).unwrap(), (Plan::default(), text.to_owned()));
+            assert_eq!(
+                Plan::of_text(text).unwrap(),
+                (Plan::default(), text.to_owned())
+            );
         }
     }
 
     #[test]
     fn chance_steers_a_share_of_the_requests() {
-        let hit = |text: &str| (0..200).filter(|_| Plan::of_text(text).unwrap().0.status.is_some()).count();
-        assert_eq!((hit("[[sim: status=503 chance=0]]"), hit("[[sim: status=503 chance=100]]")), (0, 200));
+        let hit = |text: &str| {
+            (0..200)
+                .filter(|_| Plan::of_text(text).unwrap().0.status.is_some())
+                .count()
+        };
+        assert_eq!(
+            (
+                hit("[[sim: status=503 chance=0]]"),
+                hit("[[sim: status=503 chance=100]]")
+            ),
+            (0, 200)
+        );
         assert!((1..200).contains(&hit("[[sim: status=503 chance=50]]")));
     }
 
     #[test]
     fn a_misspelt_directive_is_refused() {
         for text in [
-            "[[sim: fial]]", "[[sim: cut]]", "[[sim: status=200]]", "[[sim: rate=fast]]",
-            "[[sim: fail_text=x]]", "[[sim: hostile]]", "[[sim: hostile=x]]", "[[sim: bare_error]]",
-            "[[sim: wording=x]]", "[[sim: bare_error=x]]", "[[sim: late_head]]", "[[sim: chance=101]]",
+            "[[sim: fial]]",
+            "[[sim: cut]]",
+            "[[sim: status=200]]",
+            "[[sim: rate=fast]]",
+            "[[sim: fail_text=x]]",
+            "[[sim: hostile]]",
+            "[[sim: hostile=x]]",
+            "[[sim: bare_error]]",
+            "[[sim: wording=x]]",
+            "[[sim: bare_error=x]]",
+            "[[sim: late_head]]",
+            "[[sim: chance=101]]",
         ] {
             assert!(Plan::of_text(text).is_err(), "{text}");
         }

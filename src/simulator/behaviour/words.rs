@@ -2,14 +2,22 @@
 
 /// What the assistant says. It repeats the user's text, tells the outputs of functions, and counts the user's
 /// messages, so that a reader can check what the simulator knew. Padded to at least `words` words.
-pub(in crate::simulator) fn reply(user: &str, turn: usize, outputs: &[String], words: usize) -> String {
+pub(in crate::simulator) fn reply(
+    user: &str,
+    turn: usize,
+    outputs: &[String],
+    words: usize,
+) -> String {
     let mut text = format!("You said: {user}.");
     if !outputs.is_empty() {
         text.push_str(" The tools answered: ");
         text.push_str(&outputs.join("; "));
         text.push('.');
     }
-    pad(text + &format!(" (This is turn {turn} of this conversation.)"), words)
+    pad(
+        text + &format!(" (This is turn {turn} of this conversation.)"),
+        words,
+    )
 }
 
 /// The text of a further message of the same reply.
@@ -24,13 +32,24 @@ pub(in crate::simulator) fn tokens(text: &str) -> impl Iterator<Item = &str> {
 
 /// Words of a text, as a measure of usage.
 pub(in crate::simulator) fn count(text: &str) -> u64 {
-    text.split_whitespace().count().try_into().unwrap_or(u64::MAX)
+    text.split_whitespace()
+        .count()
+        .try_into()
+        .unwrap_or(u64::MAX)
 }
 
 fn pad(mut text: String, words: usize) -> String {
-    const FILLER: [&str; 8] = [" and", " so", " the", " story", " went", " on", " for", " long"];
+    const FILLER: [&str; 8] = [
+        " and", " so", " the", " story", " went", " on", " for", " long",
+    ];
     let have = text.split(' ').count();
-    text.extend(FILLER.iter().copied().cycle().take(words.saturating_sub(have)));
+    text.extend(
+        FILLER
+            .iter()
+            .copied()
+            .cycle()
+            .take(words.saturating_sub(have)),
+    );
     text
 }
 

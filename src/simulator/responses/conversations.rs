@@ -34,7 +34,9 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
     let answer = json_body(&conversation);
     let mut world = server.world();
     world.counters.stats.conversations_created += 1;
-    world.conversations.insert(conversation.id.clone(), conversation);
+    world
+        .conversations
+        .insert(conversation.id.clone(), conversation);
     drop(world);
     server.changed();
     Ok(answer)
@@ -44,7 +46,10 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
 pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, true)?;
     let world = server.world();
-    let all = world.conversations.iter().map(|(_, conversation)| conversation);
+    let all = world
+        .conversations
+        .iter()
+        .map(|(_, conversation)| conversation);
     let live: Vec<&Conversation> = all.filter(|conversation| !conversation.deleted).collect();
     paging.answer(live.into_iter(), |conversation| &conversation.id)
 }
@@ -57,7 +62,9 @@ pub(super) fn update(server: &Server, call: Call) -> Result<Response, ApiError> 
     let mut world = server.world();
     let conversation = live(&mut world, call.segment(1))?;
     let mut fields = Fields::of_body(call.body, &["metadata"])?;
-    conversation.metadata = fields.metadata()?.ok_or_else(|| fields.missing("metadata"))?;
+    conversation.metadata = fields
+        .metadata()?
+        .ok_or_else(|| fields.missing("metadata"))?;
     Ok(json_body(conversation))
 }
 
@@ -68,12 +75,16 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     let active = conversation.active.join(", ");
     let id = conversation.id.clone();
     if !active.is_empty() {
-        world.counters.violation(format!("{id} was deleted while response {active} was active"));
+        world.counters.violation(format!(
+            "{id} was deleted while response {active} was active"
+        ));
     }
     world.counters.stats.conversations_deleted += 1;
     drop(world);
     server.changed();
-    Ok(json_body(&json!({"id": id, "object": "conversation.deleted", "deleted": true})))
+    Ok(json_body(
+        &json!({"id": id, "object": "conversation.deleted", "deleted": true}),
+    ))
 }
 
 pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiError> {
@@ -82,7 +93,9 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
     live(&mut world, &id)?;
     refuse_if_locked(server, &mut world, &id)?;
     let mut fields = Fields::of_body(call.body, &["items"])?;
-    let list = fields.array("items", MAX_NEW_ITEMS)?.ok_or_else(|| fields.missing("items"))?;
+    let list = fields
+        .array("items", MAX_NEW_ITEMS)?
+        .ok_or_else(|| fields.missing("items"))?;
     let list = Value::Array(list);
     let given = given_ids(&list);
     let new = read_input(server, list, "items")?;
@@ -93,7 +106,9 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
     let answer = paging.answer(new.iter(), |item| items::id(item));
     if let Some(response) = conversation.active.first().cloned() {
         world.counters.stats.messages_added_while_active += 1;
-        world.counters.violation(format!("items were added to {id} while response {response} was active"));
+        world.counters.violation(format!(
+            "items were added to {id} while response {response} was active"
+        ));
     }
     drop(world);
     server.changed();
@@ -103,7 +118,9 @@ pub(super) fn create_items(server: &Server, call: Call) -> Result<Response, ApiE
 pub(super) fn list_items(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, false)?;
     let mut world = server.world();
-    paging.answer(live(&mut world, call.segment(1))?.items.iter(), |item| items::id(item))
+    paging.answer(live(&mut world, call.segment(1))?.items.iter(), |item| {
+        items::id(item)
+    })
 }
 
 pub(super) fn get_item(server: &Server, call: &Call) -> Result<Response, ApiError> {
@@ -126,9 +143,15 @@ pub(super) fn delete_item(server: &Server, call: &Call) -> Result<Response, ApiE
 }
 
 /// Locks a conversation as somebody else's response would. `None` if there is none or it is locked.
-pub(in crate::simulator) fn start_foreign_run(server: &Server, conversation: &str) -> Option<String> {
+pub(in crate::simulator) fn start_foreign_run(
+    server: &Server,
+    conversation: &str,
+) -> Option<String> {
     let mut world = server.world();
-    let conversation = world.conversations.get_mut(conversation).filter(|row| !row.is_locked())?;
+    let conversation = world
+        .conversations
+        .get_mut(conversation)
+        .filter(|row| !row.is_locked())?;
     conversation.foreign = Some(server.id("resp"));
     conversation.foreign.clone()
 }
@@ -136,12 +159,24 @@ pub(in crate::simulator) fn start_foreign_run(server: &Server, conversation: &st
 /// Ends the foreign response of a conversation.
 pub(in crate::simulator) fn stop_foreign_run(server: &Server, conversation: &str) -> bool {
     let mut world = server.world();
-    world.conversations.get_mut(conversation).is_some_and(|row| row.foreign.take().is_some())
+    world
+        .conversations
+        .get_mut(conversation)
+        .is_some_and(|row| row.foreign.take().is_some())
 }
 
 /// The lock's answer, which names nobody.
-pub(super) fn refuse_if_locked(server: &Server, world: &mut World, id: &str) -> Result<(), ApiError> {
-    if !server.config.enforce_locks || !world.conversations.get(id).is_some_and(Conversation::is_locked) {
+pub(super) fn refuse_if_locked(
+    server: &Server,
+    world: &mut World,
+    id: &str,
+) -> Result<(), ApiError> {
+    if !server.config.enforce_locks
+        || !world
+            .conversations
+            .get(id)
+            .is_some_and(Conversation::is_locked)
+    {
         return Ok(());
     }
     world.counters.stats.lock_refusals += 1;
@@ -155,7 +190,11 @@ pub(super) fn refuse_if_locked(server: &Server, world: &mut World, id: &str) -> 
 
 /// A conversation that was not deleted.
 pub(super) fn live<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Conversation, ApiError> {
-    world.conversations.get_mut(id).filter(|conversation| !conversation.deleted).ok_or_else(|| not_found(id))
+    world
+        .conversations
+        .get_mut(id)
+        .filter(|conversation| !conversation.deleted)
+        .ok_or_else(|| not_found(id))
 }
 
 /// A conversation, deleted or not.
@@ -168,7 +207,9 @@ fn position(conversation: &Conversation, id: &str) -> Result<usize, ApiError> {
         .items
         .iter()
         .position(|item| items::id(item) == id)
-        .ok_or_else(|| ApiError::not_found(format!("Item with id '{id}' not found in conversation.")))
+        .ok_or_else(|| {
+            ApiError::not_found(format!("Item with id '{id}' not found in conversation."))
+        })
 }
 
 fn not_found(id: &str) -> ApiError {

@@ -25,11 +25,36 @@ use crate::simulator::wire::sse::{EventLog, EventOut};
 const MAX_REPLAYABLE: usize = 1000;
 
 const KNOWN: [&str; 30] = [
-    "background", "context_management", "conversation", "include", "input", "instructions",
-    "max_output_tokens", "max_tool_calls", "metadata", "model", "moderation", "parallel_tool_calls",
-    "previous_response_id", "prompt", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "reasoning", "safety_identifier", "service_tier", "store", "stream", "stream_options", "temperature",
-    "text", "tool_choice", "tools", "top_logprobs", "top_p", "user",
+    "background",
+    "context_management",
+    "conversation",
+    "include",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "metadata",
+    "model",
+    "moderation",
+    "parallel_tool_calls",
+    "previous_response_id",
+    "prompt",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "reasoning",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream",
+    "stream_options",
+    "temperature",
+    "text",
+    "tool_choice",
+    "tools",
+    "top_logprobs",
+    "top_p",
+    "user",
 ];
 
 /// Creates a response. Dropping the future, or the body of its answer, ends a response that is not in the
@@ -37,7 +62,10 @@ const KNOWN: [&str; 30] = [
 pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
     let request = NewResponse::read(call.body)?;
     let (generation, answer) = start(server, request, call.fault.as_deref())?;
-    let (drops, late_head) = (generation.plan().drop.is_some(), generation.plan().late_head);
+    let (drops, late_head) = (
+        generation.plan().drop.is_some(),
+        generation.plan().late_head,
+    );
     server.tasks.spawn(generation.work());
     server.changed();
     if drops {
@@ -59,7 +87,10 @@ enum Answer {
 }
 
 /// What a request asks for.
-#[expect(clippy::struct_excessive_bools, reason = "each is a field of the request")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a field of the request"
+)]
 struct NewResponse {
     input: Value,
     conversation: Option<String>,
@@ -82,9 +113,11 @@ impl NewResponse {
             None => fields.needed_text("model")?,
         };
         if model.starts_with("missing") {
-            return Err(ApiError::invalid(format!("The requested model '{model}' does not exist."))
-                .param("model")
-                .code("model_not_found"));
+            return Err(ApiError::invalid(format!(
+                "The requested model '{model}' does not exist."
+            ))
+            .param("model")
+            .code("model_not_found"));
         }
         let conversation = conversation_id(fields.any("conversation"))?;
         let previous = fields.text("previous_response_id")?;
@@ -97,14 +130,19 @@ impl NewResponse {
         let store = fields.flag("store")?.unwrap_or(true);
         let background = fields.flag("background")?.unwrap_or(false);
         if background && !store {
-            return Err(ApiError::invalid("Background responses need 'store' to be true.")
-                .param("background")
-                .code("unsupported_parameter"));
+            return Err(
+                ApiError::invalid("Background responses need 'store' to be true.")
+                    .param("background")
+                    .code("unsupported_parameter"),
+            );
         }
         let options = fields.any("stream_options").unwrap_or_default();
         let mut reasoning = json!({"effort": null, "summary": null});
         if let Some(Value::Object(asked)) = fields.any("reasoning") {
-            reasoning.as_object_mut().into_iter().for_each(|map| map.extend(asked.clone()));
+            reasoning
+                .as_object_mut()
+                .into_iter()
+                .for_each(|map| map.extend(asked.clone()));
         }
         Ok(Self {
             input: fields.needed("input")?,
@@ -125,10 +163,16 @@ impl NewResponse {
                 top_p: fields.number("top_p", 1.0)?.unwrap_or(1.0),
                 max_output_tokens: fields.integer("max_output_tokens", 16)?,
                 max_tool_calls: fields.integer("max_tool_calls", 0)?,
-                truncation: fields.text("truncation")?.unwrap_or_else(|| "disabled".to_owned()),
-                service_tier: fields.text("service_tier")?.unwrap_or_else(|| "default".to_owned()),
+                truncation: fields
+                    .text("truncation")?
+                    .unwrap_or_else(|| "disabled".to_owned()),
+                service_tier: fields
+                    .text("service_tier")?
+                    .unwrap_or_else(|| "default".to_owned()),
                 reasoning,
-                text: fields.any("text").unwrap_or_else(|| json!({"format": {"type": "text"}})),
+                text: fields
+                    .any("text")
+                    .unwrap_or_else(|| json!({"format": {"type": "text"}})),
             },
         })
     }
@@ -145,8 +189,13 @@ fn start(
     let mut guard = server.world();
     let world = &mut *guard;
     let id = server.id("resp");
-    let (base, lane) =
-        base(server, world, request.conversation.as_deref(), request.previous.as_deref(), &given)?;
+    let (base, lane) = base(
+        server,
+        world,
+        request.conversation.as_deref(),
+        request.previous.as_deref(),
+        &given,
+    )?;
     let context = with_input(base, &input, fault)?;
     let plan = plan(&input, fault)?;
     plan.refused()?;
@@ -155,7 +204,11 @@ fn start(
         id,
         object: "response",
         created_at: server.now(),
-        status: if request.background { ResponseStatus::Queued } else { ResponseStatus::InProgress },
+        status: if request.background {
+            ResponseStatus::Queued
+        } else {
+            ResponseStatus::InProgress
+        },
         completed_at: None,
         error: None,
         incomplete_details: None,
@@ -233,21 +286,32 @@ fn start(
 }
 
 fn accepted<'a>(response: &'a Response, input: &[Value]) -> Accepted<'a> {
-    let users = input.iter().filter(|item| item["type"] == "message" && item["role"] == "user");
-    let outputs = input.iter().filter(|item| item["type"] == "function_call_output");
+    let users = input
+        .iter()
+        .filter(|item| item["type"] == "message" && item["role"] == "user");
+    let outputs = input
+        .iter()
+        .filter(|item| item["type"] == "function_call_output");
     Accepted {
         id: &response.id,
         metadata: &response.metadata,
         user_texts: users.map(items::text).collect(),
-        answered_calls: outputs.filter_map(|item| item["call_id"].as_str().map(str::to_owned)).collect(),
+        answered_calls: outputs
+            .filter_map(|item| item["call_id"].as_str().map(str::to_owned))
+            .collect(),
     }
 }
 
 /// The context with the input, or why the turn cannot be. A fault that lets the turn end with that refusal lets it
 /// begin.
-fn with_input(mut context: Context, input: &[Value], fault: Option<&str>) -> Result<Context, ApiError> {
+fn with_input(
+    mut context: Context,
+    input: &[Value],
+    fault: Option<&str>,
+) -> Result<Context, ApiError> {
     let mut plan = Plan::default();
-    plan.apply(fault.unwrap_or_default()).map_err(ApiError::invalid)?;
+    plan.apply(fault.unwrap_or_default())
+        .map_err(ApiError::invalid)?;
     if plan.complaint.is_none() {
         context.accept(input)?;
         return Ok(context);
@@ -273,8 +337,13 @@ fn base(
         refuse_duplicates(given, conversation.items())?;
         return Ok((conversation.context().clone(), Some(id.to_owned())));
     }
-    let Some(id) = previous else { return Ok((Context::default(), None)) };
-    let stored = world.responses.get(id).filter(|stored| stored.response.status.is_final());
+    let Some(id) = previous else {
+        return Ok((Context::default(), None));
+    };
+    let stored = world
+        .responses
+        .get(id)
+        .filter(|stored| stored.response.status.is_final());
     let stored = stored.ok_or_else(|| {
         ApiError::invalid(format!("Previous response with id '{id}' not found."))
             .param("previous_response_id")
@@ -292,7 +361,10 @@ fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
         None => input,
     };
     let mut plan = Plan::default();
-    for item in said.iter().filter(|item| item["role"] == "user" || item["type"] == "function_call_output") {
+    for item in said
+        .iter()
+        .filter(|item| item["role"] == "user" || item["type"] == "function_call_output")
+    {
         let (asked, _) = Plan::of_text(&items::text(item))?;
         if asked != Plan::default() {
             plan = asked;
@@ -322,7 +394,9 @@ fn conversation_id(value: Option<Value>) -> Result<Option<String>, ApiError> {
     if id.starts_with("conv_") {
         return Ok(Some(id));
     }
-    Err(ApiError::invalid(format!("Invalid 'conversation': '{id}'. Expected an ID that begins with 'conv'."))
-        .param("conversation")
-        .code("invalid_value"))
+    Err(ApiError::invalid(format!(
+        "Invalid 'conversation': '{id}'. Expected an ID that begins with 'conv'."
+    ))
+    .param("conversation")
+    .code("invalid_value"))
 }

@@ -121,7 +121,8 @@ impl Generation {
             let server = Arc::clone(&self.server);
             self.unless_stopped(server.released()).await?;
         }
-        self.pause(self.plan.latency.unwrap_or(self.server.config.latency)).await?;
+        self.pause(self.plan.latency.unwrap_or(self.server.config.latency))
+            .await?;
         if self.plan.complaint.is_some() {
             self.plan.outcome = Outcome::Fail;
             return self.finish();
@@ -145,7 +146,10 @@ impl Generation {
     fn announce(&mut self) {
         self.emit_response("response.created");
         if self.plan.format.unknown_events {
-            self.emit("response.future_event", json!({"response_id": self.response.id}));
+            self.emit(
+                "response.future_event",
+                json!({"response_id": self.response.id}),
+            );
         }
         if self.response.background {
             self.emit_response("response.queued");
@@ -165,8 +169,14 @@ impl Generation {
     fn reason(&mut self) {
         let item = json!({"type": "reasoning", "id": self.server.id("rs"), "summary": []});
         let index = self.response.output.len();
-        self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
-        self.emit("response.output_item.done", json!({"output_index": index, "item": item}));
+        self.emit(
+            "response.output_item.added",
+            json!({"output_index": index, "item": item}),
+        );
+        self.emit(
+            "response.output_item.done",
+            json!({"output_index": index, "item": item}),
+        );
         self.response.output.push(item);
     }
 
@@ -180,7 +190,10 @@ impl Generation {
                 "name": name, "arguments": "", "status": "in_progress",
             });
             let id = item["id"].clone();
-            self.emit("response.output_item.added", json!({"output_index": index, "item": item}));
+            self.emit(
+                "response.output_item.added",
+                json!({"output_index": index, "item": item}),
+            );
             for fragment in words::tokens(&arguments) {
                 self.emit(
                     "response.function_call_arguments.delta",
@@ -193,7 +206,10 @@ impl Generation {
             );
             item["arguments"] = arguments.clone().into();
             item["status"] = "completed".into();
-            self.emit("response.output_item.done", json!({"output_index": index, "item": item}));
+            self.emit(
+                "response.output_item.done",
+                json!({"output_index": index, "item": item}),
+            );
             self.response.output.push(item);
         }
     }
@@ -218,8 +234,14 @@ impl Generation {
             }
         };
         let refusal = self.plan.refusal;
-        self.emit("response.content_part.added", place(json!({"part": part_of("", refusal)})));
-        let interval = self.plan.interval.unwrap_or(self.server.config.token_interval);
+        self.emit(
+            "response.content_part.added",
+            place(json!({"part": part_of("", refusal)})),
+        );
+        let interval = self
+            .plan
+            .interval
+            .unwrap_or(self.server.config.token_interval);
         let all = words::tokens(&text).count();
         let keep = self.budget(all);
         let mut made = String::new();
@@ -236,12 +258,25 @@ impl Generation {
         if refusal {
             self.emit("response.refusal.done", place(json!({"refusal": made})));
         } else {
-            self.emit("response.output_text.done", place(json!({"text": made, "logprobs": []})));
+            self.emit(
+                "response.output_text.done",
+                place(json!({"text": made, "logprobs": []})),
+            );
         }
-        self.emit("response.content_part.done", place(json!({"part": part_of(&made, refusal)})));
-        let status = if keep < all { "incomplete" } else { "completed" };
+        self.emit(
+            "response.content_part.done",
+            place(json!({"part": part_of(&made, refusal)})),
+        );
+        let status = if keep < all {
+            "incomplete"
+        } else {
+            "completed"
+        };
         let item = item(status, json!([part_of(&made, refusal)]));
-        self.emit("response.output_item.done", json!({"output_index": index, "item": item}));
+        self.emit(
+            "response.output_item.done",
+            json!({"output_index": index, "item": item}),
+        );
         self.response.output.push(item);
         if keep < all {
             self.plan.outcome = Outcome::Incomplete;
@@ -252,8 +287,16 @@ impl Generation {
 
     /// How many of so many tokens are sent.
     fn budget(&self, all: usize) -> usize {
-        let asked = if self.plan.outcome == Outcome::Complete { all } else { all / 2 };
-        let limit = self.response.settings.max_output_tokens.and_then(|limit| usize::try_from(limit).ok());
+        let asked = if self.plan.outcome == Outcome::Complete {
+            all
+        } else {
+            all / 2
+        };
+        let limit = self
+            .response
+            .settings
+            .max_output_tokens
+            .and_then(|limit| usize::try_from(limit).ok());
         asked.min(limit.unwrap_or(usize::MAX))
     }
 
@@ -264,7 +307,10 @@ impl Generation {
             let (event, mut more) = if self.plan.refusal {
                 ("response.refusal.delta", json!({"delta": token}))
             } else {
-                ("response.output_text.delta", json!({"delta": token, "logprobs": []}))
+                (
+                    "response.output_text.delta",
+                    json!({"delta": token, "logprobs": []}),
+                )
             };
             if self.obfuscation {
                 more["obfuscation"] = "x".repeat(16_usize.saturating_sub(token.len())).into();
@@ -320,10 +366,21 @@ impl Generation {
                 let mut world = self.server.world();
                 if !self.end.is_cancelled() {
                     let kept = self.response.store && self.server.config.append_unfinished;
-                    let (input, output) =
-                        if kept { (&self.input[..], &self.response.output[..]) } else { (&[][..], &[][..]) };
+                    let (input, output) = if kept {
+                        (&self.input[..], &self.response.output[..])
+                    } else {
+                        (&[][..], &[][..])
+                    };
                     let (lane, id) = (&self.lane, &self.response.id);
-                    end_response(&self.server, &mut world, lane, id, "abandoned", input, output);
+                    end_response(
+                        &self.server,
+                        &mut world,
+                        lane,
+                        id,
+                        "abandoned",
+                        input,
+                        output,
+                    );
                 }
             }
             Stop::Cancelled => {
@@ -358,7 +415,11 @@ impl Generation {
             return Err(Stop::Gone);
         }
         let id = &self.response.id;
-        if world.responses.get(id).is_some_and(|stored| stored.response.status == ResponseStatus::Cancelled) {
+        if world
+            .responses
+            .get(id)
+            .is_some_and(|stored| stored.response.status == ResponseStatus::Cancelled)
+        {
             return Err(Stop::Cancelled);
         }
         let now = self.server.now();
@@ -379,12 +440,27 @@ impl Generation {
         }
         world.counters.stats.tokens += self.tokens;
         self.response.usage = Some(usage(self.context.words, self.tokens, 0));
-        let input: &[Value] = if self.response.store { &self.input } else { &[] };
+        let input: &[Value] = if self.response.store {
+            &self.input
+        } else {
+            &[]
+        };
         let output: &[Value] = if self.response.store { &made } else { &[] };
-        end_response(&self.server, world, &self.lane, id, status.name(), input, output);
+        end_response(
+            &self.server,
+            world,
+            &self.lane,
+            id,
+            status.name(),
+            input,
+            output,
+        );
         if status != ResponseStatus::Failed {
             self.response.output = made;
-            self.response.output.iter().for_each(|item| self.context.absorb(item));
+            self.response
+                .output
+                .iter()
+                .for_each(|item| self.context.absorb(item));
         }
         if let Some(stored) = world.responses.get_mut(id) {
             stored.response = self.response.clone();
@@ -405,17 +481,39 @@ impl Generation {
     }
 
     fn text(&self, part: usize) -> String {
-        let words = self.plan.words.unwrap_or(0).max(self.server.config.reply_words);
+        let words = self
+            .plan
+            .words
+            .unwrap_or(0)
+            .max(self.server.config.reply_words);
         if part > 0 {
             return words::further_part(part + 1, words);
         }
-        let plain = |text: &str| Plan::of_text(text).map(|(_, plain)| plain).unwrap_or_default();
-        let outputs: Vec<String> = self.context.outputs.iter().map(|text| plain(text)).collect();
-        words::reply(&plain(&self.context.user_text), self.context.turns, &outputs, words)
+        let plain = |text: &str| {
+            Plan::of_text(text)
+                .map(|(_, plain)| plain)
+                .unwrap_or_default()
+        };
+        let outputs: Vec<String> = self
+            .context
+            .outputs
+            .iter()
+            .map(|text| plain(text))
+            .collect();
+        words::reply(
+            &plain(&self.context.user_text),
+            self.context.turns,
+            &outputs,
+            words,
+        )
     }
 
     fn emit_response(&mut self, event: &str) {
-        let data = ResponseEvent { r#type: event, response: &self.response, sequence_number: self.sequence };
+        let data = ResponseEvent {
+            r#type: event,
+            response: &self.response,
+            sequence_number: self.sequence,
+        };
         self.out.emit(event, &data);
         self.sequence += 1;
     }
@@ -434,7 +532,11 @@ impl Generation {
     /// Waits; no time at all if there is none to wait.
     async fn pause(&mut self, time: Duration) -> Result<(), Stop> {
         if time.is_zero() {
-            return if self.cancel.is_cancelled() { Err(Stop::Cancelled) } else { Ok(()) };
+            return if self.cancel.is_cancelled() {
+                Err(Stop::Cancelled)
+            } else {
+                Ok(())
+            };
         }
         self.out.flush();
         self.unless_stopped(tokio::time::sleep(time)).await

@@ -10,11 +10,19 @@ use crate::simulator::wire::fields::{Fields, within, wrong_type, wrong_value};
 const MAX_TEXT: usize = 10_485_760;
 
 /// The input of a response: a text, or items at `path`.
-pub(super) fn read_input(server: &Server, input: Value, path: &str) -> Result<Vec<Value>, ApiError> {
+pub(super) fn read_input(
+    server: &Server,
+    input: Value,
+    path: &str,
+) -> Result<Vec<Value>, ApiError> {
     match input {
         Value::String(text) => {
             within(path, &text, MAX_TEXT)?;
-            Ok(vec![message(&server.id("msg"), "user", &[json!({"type": "input_text", "text": text})])])
+            Ok(vec![message(
+                &server.id("msg"),
+                "user",
+                &[json!({"type": "input_text", "text": text})],
+            )])
         }
         Value::Array(list) => read_items(server, list, path),
         other => Err(wrong_type(path, "a string or an array", &other)),
@@ -22,7 +30,11 @@ pub(super) fn read_input(server: &Server, input: Value, path: &str) -> Result<Ve
 }
 
 /// The items of an array at `path`, in the shape in which they are stored.
-pub(super) fn read_items(server: &Server, list: Vec<Value>, path: &str) -> Result<Vec<Value>, ApiError> {
+pub(super) fn read_items(
+    server: &Server,
+    list: Vec<Value>,
+    path: &str,
+) -> Result<Vec<Value>, ApiError> {
     let numbered = list.into_iter().enumerate();
     let items = numbered.map(|(n, item)| read_item(server, item, format!("{path}[{n}]")));
     let items: Vec<Value> = items.collect::<Result<_, _>>()?;
@@ -37,7 +49,11 @@ pub(super) fn read_items(server: &Server, list: Vec<Value>, path: &str) -> Resul
 /// The ids that a client gave to the items of an input. Others are new, and need not be searched for.
 pub(super) fn given_ids(input: &Value) -> Vec<String> {
     let items = input.as_array().map(Vec::as_slice).unwrap_or_default();
-    items.iter().map(|item| id(item).to_owned()).filter(|id| !id.is_empty()).collect()
+    items
+        .iter()
+        .map(|item| id(item).to_owned())
+        .filter(|id| !id.is_empty())
+        .collect()
 }
 
 /// Refuses ids that are there already.
@@ -57,13 +73,28 @@ fn duplicate(id: &str) -> ApiError {
 }
 
 fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError> {
-    let Some(map) = item.as_object() else { return Err(wrong_type(&at, "an object", &item)) };
-    let kind = map.get("type").and_then(Value::as_str).unwrap_or("message").to_owned();
+    let Some(map) = item.as_object() else {
+        return Err(wrong_type(&at, "an object", &item));
+    };
+    let kind = map
+        .get("type")
+        .and_then(Value::as_str)
+        .unwrap_or("message")
+        .to_owned();
     match kind.as_str() {
         "message" => read_message(server, item, at),
         "function_call" => {
-            let known =
-                ["type", "id", "call_id", "name", "namespace", "arguments", "status", "created_by", "caller"];
+            let known = [
+                "type",
+                "id",
+                "call_id",
+                "name",
+                "namespace",
+                "arguments",
+                "status",
+                "created_by",
+                "caller",
+            ];
             let mut fields = Fields::of_value(item, at, &known)?;
             Ok(json!({
                 "type": kind,
@@ -75,8 +106,17 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
             }))
         }
         "function_call_output" => {
-            let known =
-                ["type", "id", "call_id", "name", "namespace", "output", "status", "created_by", "caller"];
+            let known = [
+                "type",
+                "id",
+                "call_id",
+                "name",
+                "namespace",
+                "output",
+                "status",
+                "created_by",
+                "caller",
+            ];
             let mut fields = Fields::of_value(item, at, &known)?;
             let call = fields.needed_text("call_id")?;
             within(&fields.path("call_id"), &call, 64)?;
@@ -98,7 +138,9 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
         "item_reference" => {
             let mut fields = Fields::of_value(item, at, &["type", "id"])?;
             let id = fields.needed_text("id")?;
-            Err(ApiError::not_found(format!("Item with id '{id}' not found.")))
+            Err(ApiError::not_found(format!(
+                "Item with id '{id}' not found."
+            )))
         }
         // Kinds that only the model or its tools make: passed through as they are.
         _ => {
@@ -112,7 +154,11 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
 }
 
 fn read_message(server: &Server, item: Value, at: String) -> Result<Value, ApiError> {
-    let mut fields = Fields::of_value(item, at, &["type", "id", "role", "content", "status", "phase"])?;
+    let mut fields = Fields::of_value(
+        item,
+        at,
+        &["type", "id", "role", "content", "status", "phase"],
+    )?;
     let role = fields.needed_text("role")?;
     if !["user", "assistant", "system", "developer"].contains(&role.as_str()) {
         return Err(wrong_value(
@@ -135,11 +181,24 @@ fn read_message(server: &Server, item: Value, at: String) -> Result<Value, ApiEr
         Value::Array(parts) => {
             for (n, part) in parts.iter().enumerate() {
                 let kind = part["type"].as_str().unwrap_or_default();
-                if !["input_text", "input_image", "input_file", "output_text", "refusal"].contains(&kind) {
-                    let known = "'input_text', 'input_image', 'input_file', 'output_text' and 'refusal'";
+                if ![
+                    "input_text",
+                    "input_image",
+                    "input_file",
+                    "output_text",
+                    "refusal",
+                ]
+                .contains(&kind)
+                {
+                    let known =
+                        "'input_text', 'input_image', 'input_file', 'output_text' and 'refusal'";
                     return Err(wrong_value(&format!("{path}[{n}].type"), kind, known));
                 }
-                within(&format!("{path}[{n}].text"), part["text"].as_str().unwrap_or_default(), MAX_TEXT)?;
+                within(
+                    &format!("{path}[{n}].text"),
+                    part["text"].as_str().unwrap_or_default(),
+                    MAX_TEXT,
+                )?;
             }
             parts
         }

@@ -18,7 +18,11 @@ pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     if !call.query_flag("stream") {
         return Ok(json_body(&stored.response));
     }
-    let refused = |text: &str| ApiError::invalid(text).param("stream").code("invalid_request_error");
+    let refused = |text: &str| {
+        ApiError::invalid(text)
+            .param("stream")
+            .code("invalid_request_error")
+    };
     if !stored.response.background {
         return Err(refused(
             "This response cannot be streamed because it was not created with background=true.",
@@ -31,11 +35,16 @@ pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     })?;
     let from = match call.query.get("starting_after") {
         None => 0,
-        Some(text) => text.parse::<usize>().map(|n| n.saturating_add(1)).map_err(|_| {
-            ApiError::invalid(format!("Invalid type for 'starting_after': '{text}' is not an integer."))
+        Some(text) => text
+            .parse::<usize>()
+            .map(|n| n.saturating_add(1))
+            .map_err(|_| {
+                ApiError::invalid(format!(
+                    "Invalid type for 'starting_after': '{text}' is not an integer."
+                ))
                 .param("starting_after")
                 .code("invalid_type")
-        })?,
+            })?,
     };
     let mut plan = Plan::default();
     if let Some(fault) = &call.fault {
@@ -50,7 +59,11 @@ pub(super) async fn cancel(server: &Server, call: &Call) -> Result<Response, Api
     if let Some(answer) = cancel_without_work(&server.world(), id)? {
         return Ok(answer);
     }
-    let is_stuck = server.world().responses.get(id).is_some_and(|stored| stored.stuck_cancel);
+    let is_stuck = server
+        .world()
+        .responses
+        .get(id)
+        .is_some_and(|stored| stored.stuck_cancel);
     if is_stuck {
         // The connection ends, or the simulator does: either drops this.
         std::future::pending::<()>().await;
@@ -69,7 +82,15 @@ pub(super) async fn cancel(server: &Server, call: &Call) -> Result<Response, Api
     let answer = json_body(&stored.response);
     let (lane, input) = (stored.lane.clone(), stored.input.clone());
     stored.cancel.cancel();
-    end_response(server, world, &lane, id, ResponseStatus::Cancelled.name(), &input, &made);
+    end_response(
+        server,
+        world,
+        &lane,
+        id,
+        ResponseStatus::Cancelled.name(),
+        &input,
+        &made,
+    );
     Ok(answer)
 }
 
@@ -77,16 +98,22 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     let id = call.segment(1);
     let mut world = server.world();
     if !stored(&world, id)?.response.status.is_final() {
-        return Err(ApiError::invalid("Cannot delete a response that is in progress."));
+        return Err(ApiError::invalid(
+            "Cannot delete a response that is in progress.",
+        ));
     }
     world.responses.remove(id);
-    Ok(json_body(&json!({"id": id, "object": "response.deleted", "deleted": true})))
+    Ok(json_body(
+        &json!({"id": id, "object": "response.deleted", "deleted": true}),
+    ))
 }
 
 pub(super) fn list_input_items(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, false)?;
     let world = server.world();
-    paging.answer(stored(&world, call.segment(1))?.input.iter(), |item| items::id(item))
+    paging.answer(stored(&world, call.segment(1))?.input.iter(), |item| {
+        items::id(item)
+    })
 }
 
 /// The answer of a cancel call that changes nothing; `None` if there is something to cancel.
@@ -98,7 +125,10 @@ fn cancel_without_work(world: &World, id: &str) -> Result<Option<Response>, ApiE
     match response.status {
         ResponseStatus::Cancelled => Ok(Some(json_body(response))),
         ResponseStatus::Queued | ResponseStatus::InProgress => Ok(None),
-        ended => Err(ApiError::invalid(format!("Cannot cancel a {} response.", ended.name()))),
+        ended => Err(ApiError::invalid(format!(
+            "Cannot cancel a {} response.",
+            ended.name()
+        ))),
     }
 }
 

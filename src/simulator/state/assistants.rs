@@ -74,8 +74,16 @@ impl Thread {
     /// Takes a message out: from now on nothing is known of it.
     pub(in crate::simulator) fn remove(&mut self, id: &str) {
         self.messages.retain(|message| message.id != id);
-        self.turns = self.messages.iter().filter(|message| message.role == "user").count();
-        self.words = self.messages.iter().map(|message| words::count(&message.text())).sum();
+        self.turns = self
+            .messages
+            .iter()
+            .filter(|message| message.role == "user")
+            .count();
+        self.words = self
+            .messages
+            .iter()
+            .map(|message| words::count(&message.text()))
+            .sum();
     }
 
     pub(in crate::simulator) fn push_run(&mut self, run: &str) {
@@ -88,7 +96,10 @@ impl Thread {
 
     /// The newest messages are looked at first.
     pub(in crate::simulator) fn message_mut(&mut self, id: &str) -> Option<&mut Message> {
-        self.messages.iter_mut().rev().find(|message| message.id == id)
+        self.messages
+            .iter_mut()
+            .rev()
+            .find(|message| message.id == id)
     }
 
     /// The text of the newest user message, empty if there is none.
@@ -147,13 +158,22 @@ impl Message {
     fn texts(&self) -> Vec<&str> {
         let texts = self.content.iter();
         texts
-            .map(|part| part["text"]["value"].as_str().or(part["refusal"].as_str()).unwrap_or_default())
+            .map(|part| {
+                part["text"]["value"]
+                    .as_str()
+                    .or(part["refusal"].as_str())
+                    .unwrap_or_default()
+            })
             .collect()
     }
 
     /// Who says what. What an assistant says is the same whether it comes in one message or in several.
     fn line(&self) -> Line {
-        let text = if self.role == "assistant" { self.texts().concat() } else { self.text() };
+        let text = if self.role == "assistant" {
+            self.texts().concat()
+        } else {
+            self.text()
+        };
         (self.role.clone(), text)
     }
 }
@@ -188,7 +208,10 @@ impl RunStatus {
     }
 
     pub(in crate::simulator) const fn is_final(self) -> bool {
-        !matches!(self, Self::Queued | Self::InProgress | Self::RequiresAction | Self::Cancelling)
+        !matches!(
+            self,
+            Self::Queued | Self::InProgress | Self::RequiresAction | Self::Cancelling
+        )
     }
 }
 
@@ -262,7 +285,10 @@ impl Row for Run {
 }
 
 #[derive(Clone, Debug, Serialize)]
-#[expect(clippy::struct_field_names, reason = "`step_details` is its name on the wire")]
+#[expect(
+    clippy::struct_field_names,
+    reason = "`step_details` is its name on the wire"
+)]
 pub(in crate::simulator) struct Step {
     pub(in crate::simulator) id: String,
     pub(in crate::simulator) object: &'static str,

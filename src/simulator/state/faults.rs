@@ -37,12 +37,22 @@ impl Faults {
 
     /// Takes one use of the oldest fault that is meant for `operation`. `None` also if its `chance` spares this request.
     pub(in crate::simulator) fn take(&mut self, operation: Operation) -> Option<String> {
-        let at = self.0.iter().position(|fault| operation.answers_to(&fault.on))?;
+        let at = self
+            .0
+            .iter()
+            .position(|fault| operation.answers_to(&fault.on))?;
         let fault = &mut self.0[at];
         fault.times -= 1;
-        let directives = if fault.times == 0 { self.0.remove(at).fault } else { fault.fault.clone() };
+        let directives = if fault.times == 0 {
+            self.0.remove(at).fault
+        } else {
+            fault.fault.clone()
+        };
         let mut plan = Plan::default();
-        plan.apply(&directives).ok().filter(|()| plan.is_hit()).map(|()| directives)
+        plan.apply(&directives)
+            .ok()
+            .filter(|()| plan.is_hit())
+            .map(|()| directives)
     }
 
     pub(in crate::simulator) fn list(&self) -> &[Fault] {

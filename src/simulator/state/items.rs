@@ -94,8 +94,14 @@ impl Context {
                 format!("No tool output found for function call {call}.")
             }
             Complaint::Reasoning => {
-                let id = self.orphan.as_ref().or(self.reasoning.as_ref()).map_or("rs_0", String::as_str);
-                format!("Item '{id}' of type 'reasoning' was provided without its required following item.")
+                let id = self
+                    .orphan
+                    .as_ref()
+                    .or(self.reasoning.as_ref())
+                    .map_or("rs_0", String::as_str);
+                format!(
+                    "Item '{id}' of type 'reasoning' was provided without its required following item."
+                )
             }
         }
     }
@@ -109,8 +115,14 @@ pub(in crate::simulator) fn id(item: &Value) -> &str {
 /// Role and text of a message item; `None` for other kinds. What an assistant says is the same whether it comes in one
 /// message or in several.
 pub(in crate::simulator) fn line(item: &Value) -> Option<Line> {
-    let role = item["role"].as_str().filter(|_| item["type"] == "message")?;
-    let text = if role == "assistant" { joined(item, "") } else { text(item) };
+    let role = item["role"]
+        .as_str()
+        .filter(|_| item["type"] == "message")?;
+    let text = if role == "assistant" {
+        joined(item, "")
+    } else {
+        text(item)
+    };
     Some((role.to_owned(), text))
 }
 
@@ -120,12 +132,17 @@ pub(in crate::simulator) fn text(item: &Value) -> String {
 }
 
 fn joined(item: &Value, between: &str) -> String {
-    let content = if item["content"].is_null() { &item["output"] } else { &item["content"] };
+    let content = if item["content"].is_null() {
+        &item["output"]
+    } else {
+        &item["content"]
+    };
     match content {
         Value::String(text) => text.clone(),
         Value::Array(parts) => {
-            let texts =
-                parts.iter().filter_map(|part| part["text"].as_str().or_else(|| part["refusal"].as_str()));
+            let texts = parts
+                .iter()
+                .filter_map(|part| part["text"].as_str().or_else(|| part["refusal"].as_str()));
             texts.collect::<Vec<_>>().join(between)
         }
         _ => String::new(),

@@ -74,7 +74,9 @@ impl Conversation {
     pub(in crate::simulator) fn is_locked(&self) -> bool {
         self.foreign.is_some()
             || !self.active.is_empty()
-            || self.locked_until.is_some_and(|until| until > Instant::now())
+            || self
+                .locked_until
+                .is_some_and(|until| until > Instant::now())
     }
 
     pub(in crate::simulator) fn lines(&self) -> Vec<Line> {
@@ -82,7 +84,13 @@ impl Conversation {
     }
 
     pub(in crate::simulator) fn view(&self) -> ThreadView {
-        view(&self.id, &self.metadata, self.lines(), &self.active, self.deleted)
+        view(
+            &self.id,
+            &self.metadata,
+            self.lines(),
+            &self.active,
+            self.deleted,
+        )
     }
 }
 

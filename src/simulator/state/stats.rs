@@ -133,8 +133,19 @@ pub(in crate::simulator) struct Accepted<'a> {
 impl Counters {
     /// `since`: when the simulator was started. The newest `keep` runs are remembered.
     pub(in crate::simulator) fn new(since: Instant, keep: usize) -> Self {
-        let runs = RunLog { since, keep, runs: VecDeque::new(), forgotten: 0, open: HashMap::new() };
-        Self { stats: Stats::default(), lanes: HashMap::new(), recorded: VecDeque::new(), runs }
+        let runs = RunLog {
+            since,
+            keep,
+            runs: VecDeque::new(),
+            forgotten: 0,
+            open: HashMap::new(),
+        };
+        Self {
+            stats: Stats::default(),
+            lanes: HashMap::new(),
+            recorded: VecDeque::new(),
+            runs,
+        }
     }
 
     /// The newest runs and responses, oldest first.
@@ -148,7 +159,9 @@ impl Counters {
         if let Some(count) = self.stats.requests_by_operation.get_mut(operation) {
             *count += 1;
         } else {
-            self.stats.requests_by_operation.insert(operation.to_owned(), 1);
+            self.stats
+                .requests_by_operation
+                .insert(operation.to_owned(), 1);
         }
     }
 
@@ -180,7 +193,11 @@ impl Counters {
     }
 
     /// Calls of a run that waited for their outputs were answered.
-    pub(in crate::simulator) fn answered(&mut self, run: &str, calls: impl IntoIterator<Item = String>) {
+    pub(in crate::simulator) fn answered(
+        &mut self,
+        run: &str,
+        calls: impl IntoIterator<Item = String>,
+    ) {
         if let Some(view) = self.runs.open_run(run) {
             view.answered_calls.extend(calls);
         }
@@ -203,7 +220,13 @@ impl Counters {
     }
 
     /// A run has ended. `generating`: it did not wait for tool outputs.
-    pub(in crate::simulator) fn end(&mut self, lane: &str, run: &str, generating: bool, status: &str) {
+    pub(in crate::simulator) fn end(
+        &mut self,
+        lane: &str,
+        run: &str,
+        generating: bool,
+        status: &str,
+    ) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.active.retain(|id| id != run);
             entry.generating -= usize::from(generating && entry.generating > 0);
@@ -225,8 +248,14 @@ impl Counters {
 
 impl RunLog {
     fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
-        let Accepted { id, metadata, user_texts, answered_calls } = accepted;
-        self.open.insert(id.to_owned(), self.forgotten + self.runs.len());
+        let Accepted {
+            id,
+            metadata,
+            user_texts,
+            answered_calls,
+        } = accepted;
+        self.open
+            .insert(id.to_owned(), self.forgotten + self.runs.len());
         self.runs.push_back(RunView {
             id: id.to_owned(),
             thread: lane.to_owned(),
@@ -273,6 +302,16 @@ pub(in crate::simulator) fn view(
     active: &[String],
     deleted: bool,
 ) -> ThreadView {
-    let user_texts = lines.into_iter().filter(|(role, _)| role == "user").map(|(_, text)| text).collect();
-    ThreadView { id: id.to_owned(), metadata: metadata.clone(), user_texts, deleted, active: active.to_vec() }
+    let user_texts = lines
+        .into_iter()
+        .filter(|(role, _)| role == "user")
+        .map(|(_, text)| text)
+        .collect();
+    ThreadView {
+        id: id.to_owned(),
+        metadata: metadata.clone(),
+        user_texts,
+        deleted,
+        active: active.to_vec(),
+    }
 }

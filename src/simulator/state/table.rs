@@ -18,7 +18,11 @@ pub(in crate::simulator) trait Row {
 
 impl<T: Row> Table<T> {
     pub(in crate::simulator) fn new(cap: usize) -> Self {
-        Self { rows: HashMap::new(), order: VecDeque::new(), cap: cap.max(1) }
+        Self {
+            rows: HashMap::new(),
+            order: VecDeque::new(),
+            cap: cap.max(1),
+        }
     }
 
     pub(in crate::simulator) fn get(&self, id: &str) -> Option<&T> {
@@ -39,7 +43,9 @@ impl<T: Row> Table<T> {
 
     /// Rows and ids, oldest first.
     pub(in crate::simulator) fn iter(&self) -> impl Iterator<Item = (&String, &T)> {
-        self.order.iter().filter_map(|id| self.rows.get_key_value(id))
+        self.order
+            .iter()
+            .filter_map(|id| self.rows.get_key_value(id))
     }
 
     pub(in crate::simulator) fn insert(&mut self, id: String, row: T) {
@@ -50,7 +56,9 @@ impl<T: Row> Table<T> {
             if self.rows.len() <= self.cap {
                 break;
             }
-            let Some(oldest) = self.order.pop_front() else { break };
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
             match self.rows.get(&oldest) {
                 Some(row) if row.is_busy() => self.order.push_back(oldest),
                 Some(_) => {
@@ -81,7 +89,9 @@ mod tests {
         for id in ["a", "b", "c"] {
             table.insert(id.to_owned(), Numbered(false));
         }
-        assert!(table.get("busy").is_some() && table.get("a").is_none() && table.get("c").is_some());
+        assert!(
+            table.get("busy").is_some() && table.get("a").is_none() && table.get("c").is_some()
+        );
         assert_eq!(table.iter().count(), 2);
     }
 }

@@ -19,17 +19,29 @@ pub(in crate::simulator) struct ApiError {
 impl ApiError {
     /// 400 without `param` and `code`.
     pub(in crate::simulator) fn invalid(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message.into())
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            message.into(),
+        )
     }
 
     /// 404 without `param` and `code`.
     pub(in crate::simulator) fn not_found(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message.into())
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            message.into(),
+        )
     }
 
     pub(in crate::simulator) fn unauthorized() -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", "Incorrect API key provided.".to_owned())
-            .code("invalid_api_key")
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_request_error",
+            "Incorrect API key provided.".to_owned(),
+        )
+        .code("invalid_api_key")
     }
 
     /// The usual body of an error status.
@@ -40,10 +52,12 @@ impl ApiError {
     ) -> Self {
         let error = match status {
             StatusCode::UNAUTHORIZED => Self::unauthorized(),
-            StatusCode::TOO_MANY_REQUESTS => {
-                Self::new(status, "requests", "Rate limit reached for requests.".to_owned())
-                    .code("rate_limit_exceeded")
-            }
+            StatusCode::TOO_MANY_REQUESTS => Self::new(
+                status,
+                "requests",
+                "Rate limit reached for requests.".to_owned(),
+            )
+            .code("rate_limit_exceeded"),
             status if status.is_server_error() => Self::new(
                 status,
                 "server_error",
@@ -55,11 +69,16 @@ impl ApiError {
                 "The simulator was told to refuse this.".to_owned(),
             ),
         };
-        let error = Self { retry_after: retry_after.map(str::to_owned), ..error };
+        let error = Self {
+            retry_after: retry_after.map(str::to_owned),
+            ..error
+        };
         match code {
-            Some("insufficient_quota") => {
-                Self { kind: "insufficient_quota", ..error }.code("insufficient_quota")
+            Some("insufficient_quota") => Self {
+                kind: "insufficient_quota",
+                ..error
             }
+            .code("insufficient_quota"),
             Some(code) => error.code(code),
             None => error,
         }
@@ -76,19 +95,36 @@ impl ApiError {
     /// The path exists, for other methods.
     pub(in crate::simulator) fn wrong_method(method: &str, path: &[&str]) -> Self {
         let message = format!("Not allowed to {method} on /v1/{}.", path.join("/"));
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid_request_error",
+            message,
+        )
     }
 
     pub(in crate::simulator) fn param(self, param: impl Into<String>) -> Self {
-        Self { param: Some(param.into()), ..self }
+        Self {
+            param: Some(param.into()),
+            ..self
+        }
     }
 
     pub(in crate::simulator) fn code(self, code: impl Into<String>) -> Self {
-        Self { code: Some(code.into()), ..self }
+        Self {
+            code: Some(code.into()),
+            ..self
+        }
     }
 
     fn new(status: StatusCode, kind: &'static str, message: String) -> Self {
-        Self { status, kind, message, param: None, code: None, retry_after: None }
+        Self {
+            status,
+            kind,
+            message,
+            param: None,
+            code: None,
+            retry_after: None,
+        }
     }
 }
 
@@ -98,7 +134,10 @@ impl IntoResponse for ApiError {
             "message": self.message, "type": self.kind, "param": self.param, "code": self.code,
         }});
         let mut response = (self.status, json_body(&body)).into_response();
-        if let Some(value) = self.retry_after.and_then(|text| HeaderValue::from_str(&text).ok()) {
+        if let Some(value) = self
+            .retry_after
+            .and_then(|text| HeaderValue::from_str(&text).ok())
+        {
             response.headers_mut().insert(header::RETRY_AFTER, value);
         }
         response
@@ -109,6 +148,9 @@ impl IntoResponse for ApiError {
 pub(in crate::simulator) fn json_body(body: &impl serde::Serialize) -> Response {
     let text = serde_json::to_vec(body).expect("the simulator's objects are plain JSON");
     let mut response = Response::new(Body::from(text));
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/json"),
+    );
     response
 }

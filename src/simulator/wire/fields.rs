@@ -19,12 +19,23 @@ pub(in crate::simulator) struct Fields {
 
 impl Fields {
     /// The fields of the body itself. Refuses names that are not in `known`.
-    pub(in crate::simulator) fn of_body(map: Map<String, Value>, known: &[&str]) -> Result<Self, ApiError> {
-        Self { map, at: String::new() }.closed(known)
+    pub(in crate::simulator) fn of_body(
+        map: Map<String, Value>,
+        known: &[&str],
+    ) -> Result<Self, ApiError> {
+        Self {
+            map,
+            at: String::new(),
+        }
+        .closed(known)
     }
 
     /// The fields of an object at `at` within the body.
-    pub(in crate::simulator) fn of_value(value: Value, at: String, known: &[&str]) -> Result<Self, ApiError> {
+    pub(in crate::simulator) fn of_value(
+        value: Value,
+        at: String,
+        known: &[&str],
+    ) -> Result<Self, ApiError> {
         match value {
             Value::Object(map) => Self { map, at }.closed(known),
             other => Err(wrong_type(&at, "an object", &other)),
@@ -61,10 +72,18 @@ impl Fields {
     }
 
     /// An integer of at least `min`.
-    pub(in crate::simulator) fn integer(&mut self, name: &str, min: u64) -> Result<Option<u64>, ApiError> {
-        let Some(value) = self.any(name) else { return Ok(None) };
+    pub(in crate::simulator) fn integer(
+        &mut self,
+        name: &str,
+        min: u64,
+    ) -> Result<Option<u64>, ApiError> {
+        let Some(value) = self.any(name) else {
+            return Ok(None);
+        };
         let path = self.path(name);
-        let number = value.as_i64().ok_or_else(|| wrong_type(&path, "an integer", &value))?;
+        let number = value
+            .as_i64()
+            .ok_or_else(|| wrong_type(&path, "an integer", &value))?;
         match u64::try_from(number) {
             Ok(number) if number >= min => Ok(Some(number)),
             _ => Err(below_minimum(&path, min, number)),
@@ -72,19 +91,37 @@ impl Fields {
     }
 
     /// A number from 0 to `max`.
-    pub(in crate::simulator) fn number(&mut self, name: &str, max: f64) -> Result<Option<f64>, ApiError> {
-        let Some(value) = self.any(name) else { return Ok(None) };
+    pub(in crate::simulator) fn number(
+        &mut self,
+        name: &str,
+        max: f64,
+    ) -> Result<Option<f64>, ApiError> {
+        let Some(value) = self.any(name) else {
+            return Ok(None);
+        };
         let path = self.path(name);
-        let number = value.as_f64().ok_or_else(|| wrong_type(&path, "a decimal", &value))?;
+        let number = value
+            .as_f64()
+            .ok_or_else(|| wrong_type(&path, "a decimal", &value))?;
         if (0.0..=max).contains(&number) {
             return Ok(Some(number));
         }
         let (bound, code) = if number < 0.0 {
-            ("below its minimum of 0".to_owned(), "decimal_below_min_value")
+            (
+                "below its minimum of 0".to_owned(),
+                "decimal_below_min_value",
+            )
         } else {
-            (format!("above its maximum of {max}"), "decimal_above_max_value")
+            (
+                format!("above its maximum of {max}"),
+                "decimal_above_max_value",
+            )
         };
-        Err(ApiError::invalid(format!("Invalid '{path}': {number} is {bound}.")).param(path).code(code))
+        Err(
+            ApiError::invalid(format!("Invalid '{path}': {number} is {bound}."))
+                .param(path)
+                .code(code),
+        )
     }
 
     /// An array of at most `max` elements.
@@ -93,7 +130,9 @@ impl Fields {
         name: &str,
         max: usize,
     ) -> Result<Option<Vec<Value>>, ApiError> {
-        let Some(value) = self.any(name) else { return Ok(None) };
+        let Some(value) = self.any(name) else {
+            return Ok(None);
+        };
         let path = self.path(name);
         match value {
             Value::Array(list) if list.len() <= max => Ok(Some(list)),
@@ -109,9 +148,13 @@ impl Fields {
 
     /// Metadata within its limits: 16 pairs of text, keys up to 64 characters, values up to 512.
     pub(in crate::simulator) fn metadata(&mut self) -> Result<Option<Metadata>, ApiError> {
-        let Some(value) = self.any("metadata") else { return Ok(None) };
+        let Some(value) = self.any("metadata") else {
+            return Ok(None);
+        };
         let path = self.path("metadata");
-        let Value::Object(map) = value else { return Err(wrong_type(&path, "an object", &value)) };
+        let Value::Object(map) = value else {
+            return Err(wrong_type(&path, "an object", &value));
+        };
         if map.len() > 16 {
             return Err(ApiError::invalid(format!(
                 "Invalid '{path}': too many properties. Expected at most 16, but got {}.",
@@ -124,7 +167,9 @@ impl Fields {
         for (key, value) in map {
             let pair = format!("{path}.{key}");
             within(&pair, &key, 64)?;
-            let Value::String(value) = value else { return Err(wrong_type(&pair, "a string", &value)) };
+            let Value::String(value) = value else {
+                return Err(wrong_type(&pair, "a string", &value));
+            };
             within(&pair, &value, 512)?;
             metadata.insert(key, value);
         }
@@ -132,7 +177,11 @@ impl Fields {
     }
 
     pub(in crate::simulator) fn path(&self, name: &str) -> String {
-        if self.at.is_empty() { name.to_owned() } else { format!("{}.{name}", self.at) }
+        if self.at.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.at)
+        }
     }
 
     fn closed(self, known: &[&str]) -> Result<Self, ApiError> {
@@ -178,16 +227,20 @@ pub(in crate::simulator) fn wrong_type(path: &str, wanted: &str, got: &Value) ->
         Value::Array(_) => "an array",
         Value::Object(_) => "an object",
     };
-    ApiError::invalid(format!("Invalid type for '{path}': expected {wanted}, but got {got} instead."))
-        .param(path)
-        .code("invalid_type")
+    ApiError::invalid(format!(
+        "Invalid type for '{path}': expected {wanted}, but got {got} instead."
+    ))
+    .param(path)
+    .code("invalid_type")
 }
 
 /// Refuses a value outside of a fixed set.
 pub(in crate::simulator) fn wrong_value(path: &str, got: &str, wanted: &str) -> ApiError {
-    ApiError::invalid(format!("Invalid value: '{got}'. Supported values are: {wanted}."))
-        .param(path)
-        .code("invalid_value")
+    ApiError::invalid(format!(
+        "Invalid value: '{got}'. Supported values are: {wanted}."
+    ))
+    .param(path)
+    .code("invalid_value")
 }
 
 pub(in crate::simulator) fn below_minimum(path: &str, min: u64, got: i64) -> ApiError {

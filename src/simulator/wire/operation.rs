@@ -62,7 +62,11 @@ operations! {
 impl Operation {
     /// The operation at a path below the base, if there is one.
     pub(in crate::simulator) fn of(method: &Method, path: &[&str]) -> Option<Self> {
-        let (get, post, delete) = (method == Method::GET, method == Method::POST, method == Method::DELETE);
+        let (get, post, delete) = (
+            method == Method::GET,
+            method == Method::POST,
+            method == Method::DELETE,
+        );
         let by_verb = |on_get: Self, on_post: Self, on_delete: Self| match () {
             () if get => Some(on_get),
             () if post => Some(on_post),
@@ -85,14 +89,18 @@ impl Operation {
             ["threads", _, "runs", _] if get => Some(Self::GetRun),
             ["threads", _, "runs", _] if post => Some(Self::ModifyRun),
             ["threads", _, "runs", _, "cancel"] if post => Some(Self::CancelRun),
-            ["threads", _, "runs", _, "submit_tool_outputs"] if post => Some(Self::SubmitToolOutputs),
+            ["threads", _, "runs", _, "submit_tool_outputs"] if post => {
+                Some(Self::SubmitToolOutputs)
+            }
             ["threads", _, "runs", _, "steps"] if get => Some(Self::ListSteps),
             ["threads", _, "runs", _, "steps", _] if get => Some(Self::GetStep),
             ["conversations"] if post => Some(Self::CreateConversation),
             ["conversations"] if get => Some(Self::ListConversations),
-            ["conversations", _] => {
-                by_verb(Self::GetConversation, Self::UpdateConversation, Self::DeleteConversation)
-            }
+            ["conversations", _] => by_verb(
+                Self::GetConversation,
+                Self::UpdateConversation,
+                Self::DeleteConversation,
+            ),
             ["conversations", _, "items"] if post => Some(Self::CreateItems),
             ["conversations", _, "items"] if get => Some(Self::ListItems),
             ["conversations", _, "items", _] if get => Some(Self::GetItem),
@@ -113,7 +121,10 @@ impl Operation {
 
     /// It starts a run or a response.
     const fn starts(self) -> bool {
-        matches!(self, Self::CreateRun | Self::CreateThreadAndRun | Self::CreateResponse)
+        matches!(
+            self,
+            Self::CreateRun | Self::CreateThreadAndRun | Self::CreateResponse
+        )
     }
 
     /// Whether a fault on `name` is meant for it. Beside the operation's own name there are `any`, `start` (any

@@ -38,7 +38,12 @@ impl Paging {
 
     /// Everything, in the order given.
     pub(in crate::simulator) const fn whole() -> Self {
-        Self { limit: usize::MAX, ascending: true, after: None, before: None }
+        Self {
+            limit: usize::MAX,
+            ascending: true,
+            after: None,
+            before: None,
+        }
     }
 
     /// The page of `rows`, which come oldest first.
@@ -47,16 +52,33 @@ impl Paging {
         rows: impl DoubleEndedIterator<Item = &'a T>,
         id: impl Fn(&T) -> &str,
     ) -> Result<Response, ApiError> {
-        let mut ordered: Vec<&T> = if self.ascending { rows.collect() } else { rows.rev().collect() };
-        let position = |wanted: &str, name: &str| {
-            ordered.iter().position(|row| id(row) == wanted).ok_or_else(|| {
-                ApiError::invalid(format!("Invalid '{name}': no object with id '{wanted}' in this list."))
-                    .param(name)
-            })
+        let mut ordered: Vec<&T> = if self.ascending {
+            rows.collect()
+        } else {
+            rows.rev().collect()
         };
-        let start =
-            self.after.as_deref().map(|cursor| position(cursor, "after")).transpose()?.map_or(0, |at| at + 1);
-        let end = self.before.as_deref().map(|cursor| position(cursor, "before")).transpose()?;
+        let position = |wanted: &str, name: &str| {
+            ordered
+                .iter()
+                .position(|row| id(row) == wanted)
+                .ok_or_else(|| {
+                    ApiError::invalid(format!(
+                        "Invalid '{name}': no object with id '{wanted}' in this list."
+                    ))
+                    .param(name)
+                })
+        };
+        let start = self
+            .after
+            .as_deref()
+            .map(|cursor| position(cursor, "after"))
+            .transpose()?
+            .map_or(0, |at| at + 1);
+        let end = self
+            .before
+            .as_deref()
+            .map(|cursor| position(cursor, "before"))
+            .transpose()?;
         let end = end.unwrap_or(ordered.len()).max(start);
         // Going back, the page is the one right before the cursor.
         let start = if self.before.is_some() && self.after.is_none() {
@@ -65,7 +87,11 @@ impl Paging {
             start
         };
         let stop = end.min(start.saturating_add(self.limit));
-        let has_more = if self.before.is_some() && self.after.is_none() { start > 0 } else { stop < end };
+        let has_more = if self.before.is_some() && self.after.is_none() {
+            start > 0
+        } else {
+            stop < end
+        };
         let page: Vec<&T> = ordered.drain(start..stop).collect();
         Ok(json_body(&json!({
             "object": "list",
@@ -80,9 +106,11 @@ impl Paging {
 fn limit(text: Option<&str>) -> Result<usize, ApiError> {
     let Some(text) = text else { return Ok(20) };
     let number: i64 = text.parse().map_err(|_| {
-        ApiError::invalid(format!("Invalid type for 'limit': expected an integer, but got '{text}' instead."))
-            .param("limit")
-            .code("invalid_type")
+        ApiError::invalid(format!(
+            "Invalid type for 'limit': expected an integer, but got '{text}' instead."
+        ))
+        .param("limit")
+        .code("invalid_type")
     })?;
     match usize::try_from(number) {
         Ok(number @ 1..=100) => Ok(number),

@@ -60,7 +60,10 @@ impl EventOut {
             }
             Some((chunk, receiver))
         }));
-        (Self::new(Target::Connection(sender), format), event_stream(body))
+        (
+            Self::new(Target::Connection(sender), format),
+            event_stream(body),
+        )
     }
 
     /// The events are kept, for as many readers as come.
@@ -69,7 +72,12 @@ impl EventOut {
     }
 
     fn new(target: Target, format: EventFormat) -> Self {
-        Self { target, buffer: Vec::new(), format, muted: false }
+        Self {
+            target,
+            buffer: Vec::new(),
+            format,
+            muted: false,
+        }
     }
 
     /// Sends one event. It may stay in the buffer until [`flush`](Self::flush).
@@ -125,7 +133,9 @@ impl EventOut {
 
     /// Hands what is buffered to the connection.
     pub(in crate::simulator) fn flush(&mut self) {
-        let Target::Connection(sender) = &self.target else { return };
+        let Target::Connection(sender) = &self.target else {
+            return;
+        };
         if self.buffer.is_empty() {
             return;
         }
@@ -143,7 +153,9 @@ impl EventOut {
     pub(in crate::simulator) fn cut(&mut self) {
         self.flush();
         if let Target::Connection(sender) = &self.target {
-            let _ = sender.send(Err(io::Error::other("the simulator was told to cut the connection")));
+            let _ = sender.send(Err(io::Error::other(
+                "the simulator was told to cut the connection",
+            )));
             self.target = Target::Nobody;
         }
     }
@@ -181,7 +193,10 @@ pub(in crate::simulator) struct EventLog {
 
 impl EventLog {
     pub(in crate::simulator) fn new() -> Arc<Self> {
-        Arc::new(Self { frames: Mutex::default(), progress: watch::Sender::new((0, false)) })
+        Arc::new(Self {
+            frames: Mutex::default(),
+            progress: watch::Sender::new((0, false)),
+        })
     }
 
     /// The events from number `from` on, then live ones until the last. After `cut` events the connection breaks.
@@ -191,18 +206,29 @@ impl EventLog {
         cut: Option<usize>,
         split: bool,
     ) -> Response {
-        let reader = Reader { log: Arc::clone(self), next: from, cut, split: split.then(VecDeque::new) };
+        let reader = Reader {
+            log: Arc::clone(self),
+            next: from,
+            cut,
+            split: split.then(VecDeque::new),
+        };
         event_stream(Body::from_stream(stream::unfold(reader, Reader::next)))
     }
 
     /// All frames so far.
     pub(in crate::simulator) fn text(&self) -> String {
         let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
-        frames.iter().map(|frame| String::from_utf8_lossy(frame)).collect()
+        frames
+            .iter()
+            .map(|frame| String::from_utf8_lossy(frame))
+            .collect()
     }
 
     fn push(&self, frame: Bytes) {
-        self.frames.lock().unwrap_or_else(PoisonError::into_inner).push_back(frame);
+        self.frames
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_back(frame);
         self.progress.send_modify(|progress| progress.0 += 1);
     }
 
@@ -228,23 +254,37 @@ impl Reader {
             self.cut = None;
             self.next = usize::MAX;
             let_out().await;
-            return Some((Err(io::Error::other("the simulator was told to cut the connection")), self));
+            return Some((
+                Err(io::Error::other(
+                    "the simulator was told to cut the connection",
+                )),
+                self,
+            ));
         }
         let mut progress = self.log.progress.subscribe();
         let next = self.next;
-        let state = *progress.wait_for(|(count, ended)| *count > next || *ended).await.ok()?;
+        let state = *progress
+            .wait_for(|(count, ended)| *count > next || *ended)
+            .await
+            .ok()?;
         if state.0 <= next {
             return None;
         }
         let chunk: Vec<u8> = {
-            let frames = self.log.frames.lock().unwrap_or_else(PoisonError::into_inner);
+            let frames = self
+                .log
+                .frames
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let take = self.cut.unwrap_or(usize::MAX).min(frames.len() - next);
             self.next += take;
             self.cut = self.cut.map(|left| left - take);
             frames.range(next..next + take).flatten().copied().collect()
         };
         let chunk = Bytes::from(chunk);
-        let Some(queue) = &mut self.split else { return Some((Ok(chunk), self)) };
+        let Some(queue) = &mut self.split else {
+            return Some((Ok(chunk), self));
+        };
         queue.extend(pieces(&chunk));
         let first = queue.pop_front()?;
         Some((Ok(first), self))
@@ -269,7 +309,10 @@ async fn let_out() {
 pub(in crate::simulator) fn event_stream(body: Body) -> Response {
     let mut response = Response::new(body);
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream; charset=utf-8"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
 }

@@ -20,11 +20,17 @@ pub struct AssistantsUpstream {
 
 impl AssistantsUpstream {
     pub fn new(client: UpstreamClient, config: &UpstreamConfig) -> Self {
-        Self { client: client.with_header("openai-beta", "assistants=v2"), lock_window: config.lock_window }
+        Self {
+            client: client.with_header("openai-beta", "assistants=v2"),
+            lock_window: config.lock_window,
+        }
     }
 
     pub(super) fn retrying<'a>(&'a self, limiter: Option<&'a RateLimiter>) -> RetryingClient<'a> {
-        RetryingClient { client: &self.client, limiter }
+        RetryingClient {
+            client: &self.client,
+            limiter,
+        }
     }
 
     /// One call without a body, repeated as long as it fails in a way that may pass.

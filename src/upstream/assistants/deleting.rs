@@ -18,7 +18,9 @@ impl AssistantsUpstream {
     ) -> Result<Disposal, UpstreamError> {
         let calls = self.retrying(Some(limiter));
         let path = ["threads", thread.as_str()];
-        let Some(is_known) = calls.is_known(&path).await? else { return Ok(Disposal::AlreadyGone) };
+        let Some(is_known) = calls.is_known(&path).await? else {
+            return Ok(Disposal::AlreadyGone);
+        };
         loop {
             self.end_all(thread, limiter).await?;
             match calls.delete(&path).await {
@@ -31,15 +33,26 @@ impl AssistantsUpstream {
 
     /// Ends all runs of a thread. Only one can be active where the server locks. Where they cannot be listed, or ended, the
     /// deletion is tried all the same.
-    async fn end_all(&self, thread: &UpstreamThreadId, limiter: &RateLimiter) -> Result<(), UpstreamError> {
+    async fn end_all(
+        &self,
+        thread: &UpstreamThreadId,
+        limiter: &RateLimiter,
+    ) -> Result<(), UpstreamError> {
         let path = ["threads", thread.as_str(), "runs"];
-        let runs = match self.retrying(Some(limiter)).page::<RunObject>(&path, "desc", None).await {
+        let runs = match self
+            .retrying(Some(limiter))
+            .page::<RunObject>(&path, "desc", None)
+            .await
+        {
             Ok(runs) => runs.data,
             Err(error) if is_gone(&error) || is_not_offered(&error) => return Ok(()),
             Err(error) => return Err(error),
         };
         for run in runs.into_iter().filter(|run| !run.has_ended()) {
-            match self.end(thread, &UpstreamRunId(run.id), Some(limiter)).await {
+            match self
+                .end(thread, &UpstreamRunId(run.id), Some(limiter))
+                .await
+            {
                 Ok(_) => {}
                 Err(error) if is_missing(&error) || is_not_offered(&error) => {}
                 Err(error) => return Err(error),

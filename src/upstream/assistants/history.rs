@@ -8,7 +8,9 @@ pub(super) fn entry(message: MessageObject) -> Option<HistoryEntry> {
     Some(HistoryEntry {
         role: message.speaker()?,
         created_at: message.created_at(),
-        is_tagged: [RUN_TAG, MESSAGE_TAG].iter().any(|name| message.tag(name).is_some()),
+        is_tagged: [RUN_TAG, MESSAGE_TAG]
+            .iter()
+            .any(|name| message.tag(name).is_some()),
         id: message.id.clone(),
         content: message.into_parts(),
     })
@@ -34,7 +36,9 @@ mod tests {
         let expected = HistoryEntry {
             id: "msg_1".to_owned(),
             role: Role::User,
-            content: vec![ContentPart::Text { text: "a".to_owned() }],
+            content: vec![ContentPart::Text {
+                text: "a".to_owned(),
+            }],
             created_at: Some("2026-11-18T11:06:40Z".parse().unwrap()),
             is_tagged: true,
         };
@@ -43,8 +47,12 @@ mod tests {
 
     #[test]
     fn what_a_message_does_not_say_is_left_open() {
-        let entry = read(json!({"id": "msg_1", "created_at": "now", "metadata": {"a": "b"}})).unwrap();
-        assert_eq!((entry.role, entry.created_at, entry.is_tagged), (Role::Assistant, None, false));
+        let entry =
+            read(json!({"id": "msg_1", "created_at": "now", "metadata": {"a": "b"}})).unwrap();
+        assert_eq!(
+            (entry.role, entry.created_at, entry.is_tagged),
+            (Role::Assistant, None, false)
+        );
         assert_eq!(entry.content, []);
         assert_eq!(read(json!({"id": "msg_1", "role": "moderator"})), None);
     }

@@ -30,11 +30,16 @@ impl AssistantsUpstream {
         run: &UpstreamRunId,
     ) -> Result<Reply, UpstreamError> {
         let only_its_own = [("run_id", run.as_str()), ("order", "asc")];
-        let messages = self.messages(thread, &only_its_own, MAX_PAGES, |_| false).await?;
+        let messages = self
+            .messages(thread, &only_its_own, MAX_PAGES, |_| false)
+            .await?;
         let mut reply = Reply::default();
         for message in messages {
             // Not every server knows the parameter.
-            let is_another_s = message.run_id.as_deref().is_some_and(|id| id != run.as_str());
+            let is_another_s = message
+                .run_id
+                .as_deref()
+                .is_some_and(|id| id != run.as_str());
             if message.is_reply() && !is_another_s {
                 reply.message_id = Some(message.id.clone());
                 reply.content.extend(message.into_parts());
@@ -50,8 +55,12 @@ impl AssistantsUpstream {
         sent: &UnsettledRun,
     ) -> Result<bool, UpstreamError> {
         let tag = sent.run.to_string();
-        let newest = self.messages(thread, &[("order", "desc")], 1, |_| false).await?;
-        Ok(newest.iter().any(|message| message.tag(RUN_TAG) == Some(&tag)))
+        let newest = self
+            .messages(thread, &[("order", "desc")], 1, |_| false)
+            .await?;
+        Ok(newest
+            .iter()
+            .any(|message| message.tag(RUN_TAG) == Some(&tag)))
     }
 
     /// Deletes the run's messages, which are told by our tag, and those of its reply, which are told by its id.
@@ -63,12 +72,18 @@ impl AssistantsUpstream {
         let tag = unsettled_run.run.to_string();
         let run = match &unsettled_run.upstream_run {
             Some(run) => Some(run.0.clone()),
-            None => self.find(thread, unsettled_run.run).await?.map(|run| run.id),
+            None => self
+                .find(thread, unsettled_run.run)
+                .await?
+                .map(|run| run.id),
         };
         let anchor = unsettled_run.baseline.anchor.as_deref();
         let newest_first = [("order", "desc")];
-        let messages =
-            self.messages(thread, &newest_first, MAX_PAGES, |it| Some(it.id.as_str()) == anchor).await?;
+        let messages = self
+            .messages(thread, &newest_first, MAX_PAGES, |it| {
+                Some(it.id.as_str()) == anchor
+            })
+            .await?;
         let is_ours = |message: &MessageObject| {
             message.tag(RUN_TAG) == Some(&tag) || (run.is_some() && message.run_id == run)
         };

@@ -66,12 +66,21 @@ mod tests {
 
     #[test]
     fn a_run_is_started_with_what_the_gateway_owns_and_what_is_configured() {
-        let (run, message, thread) =
-            (RunId::new(), MessageId::new(), UpstreamThreadId("thread_1".to_owned()));
-        let mut assistant =
-            AssistantConfig { assistant_id: Some("asst_1".to_owned()), ..AssistantConfig::default() };
-        let input =
-            [InputMessage { id: message, content: vec![ContentPart::Text { text: "hello".to_owned() }] }];
+        let (run, message, thread) = (
+            RunId::new(),
+            MessageId::new(),
+            UpstreamThreadId("thread_1".to_owned()),
+        );
+        let mut assistant = AssistantConfig {
+            assistant_id: Some("asst_1".to_owned()),
+            ..AssistantConfig::default()
+        };
+        let input = [InputMessage {
+            id: message,
+            content: vec![ContentPart::Text {
+                text: "hello".to_owned(),
+            }],
+        }];
         let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
         let metadata = Metadata::try_from(pairs).unwrap();
         let owner = an_owner();
@@ -115,7 +124,8 @@ mod tests {
     #[test]
     fn earlier_messages_go_first_with_their_own_tags() {
         let (run, earlier) = (RunId::new(), RunId::new());
-        let (owner, assistant, metadata) = (an_owner(), AssistantConfig::default(), Metadata::default());
+        let (owner, assistant, metadata) =
+            (an_owner(), AssistantConfig::default(), Metadata::default());
         let mut history = [
             a_message(Role::User, "before"),
             a_message(Role::Assistant, "yes"),
@@ -125,7 +135,9 @@ mod tests {
         history[2].content.clear();
         let input = [InputMessage {
             id: MessageId::new(),
-            content: vec![ContentPart::Text { text: "now".to_owned() }],
+            content: vec![ContentPart::Text {
+                text: "now".to_owned(),
+            }],
         }];
         let body = run_body(&StartRun {
             run,

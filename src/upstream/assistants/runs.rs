@@ -30,7 +30,14 @@ impl AssistantsUpstream {
         thread: &UpstreamThreadId,
         run: &UpstreamRunId,
     ) -> Result<Option<Answer<RunObject>>, UpstreamError> {
-        match self.call(Method::GET, &["threads", thread.as_str(), "runs", run.as_str()], &[]).await {
+        match self
+            .call(
+                Method::GET,
+                &["threads", thread.as_str(), "runs", run.as_str()],
+                &[],
+            )
+            .await
+        {
             Ok(run) => Ok(Some(run)),
             Err(UpstreamError::Refused { status: 404, .. }) => Ok(None),
             Err(error) => Err(error),
@@ -63,7 +70,11 @@ impl AssistantsUpstream {
             let path = ["threads", thread.as_str(), "runs"];
             let query = [("limit", RUNS_TO_SEARCH), ("order", "desc")];
             let runs: List<RunObject> = self.call(Method::GET, &path, &query).await?.value;
-            if let Some(found) = runs.data.into_iter().find(|run| run.tag(RUN_TAG) == Some(&tag)) {
+            if let Some(found) = runs
+                .data
+                .into_iter()
+                .find(|run| run.tag(RUN_TAG) == Some(&tag))
+            {
                 return Ok(Some(found));
             }
         }
@@ -77,10 +88,15 @@ impl AssistantsUpstream {
         let ended = async move {
             let is_over = |run: &RunObject| run.has_ended() || run.waits_for_outputs();
             let run = upstream.wait_for(&thread, run, is_over).await?;
-            upstream.ended(&thread, run).await.map(|ended| UpstreamEvent::Ended(Box::new(ended)))
+            upstream
+                .ended(&thread, run)
+                .await
+                .map(|ended| UpstreamEvent::Ended(Box::new(ended)))
         };
         let ended = async move { ended.await.map_err(out_of_sight) };
-        stream::iter([Ok(accepted)]).chain(stream::once(ended)).boxed()
+        stream::iter([Ok(accepted)])
+            .chain(stream::once(ended))
+            .boxed()
     }
 
     /// Asks for the run until `reached` is true of it.
@@ -97,7 +113,9 @@ impl AssistantsUpstream {
             wait = next_backoff(wait);
             let path = ["threads", thread.as_str(), "runs", run.id.as_str()];
             match self.call(Method::GET, &path, &[]).await {
-                Ok(Answer { value, poll_after, .. }) => (run, asked) = (value, poll_after),
+                Ok(Answer {
+                    value, poll_after, ..
+                }) => (run, asked) = (value, poll_after),
                 // Nobody answered yet. Until when that is waited for is the caller's to say.
                 Err(UpstreamError::Broken { timeout: true }) => {}
                 Err(error) => return Err(error),
@@ -106,7 +124,11 @@ impl AssistantsUpstream {
         Ok(run)
     }
 
-    async fn ended(&self, thread: &UpstreamThreadId, run: RunObject) -> Result<Ended, UpstreamError> {
+    async fn ended(
+        &self,
+        thread: &UpstreamThreadId,
+        run: RunObject,
+    ) -> Result<Ended, UpstreamError> {
         let reply = self.reply(thread, &UpstreamRunId(run.id.clone())).await?;
         let status = run.run_status().unwrap_or(RunStatus::Failed);
         Ok(Ended {
@@ -115,7 +137,11 @@ impl AssistantsUpstream {
             content: reply.content,
             upstream_message_id: reply.message_id,
             usage: run.usage(),
-            tool_calls: if run.waits_for_outputs() { run.into_tool_calls() } else { Vec::new() },
+            tool_calls: if run.waits_for_outputs() {
+                run.into_tool_calls()
+            } else {
+                Vec::new()
+            },
             thread: None,
         })
     }
@@ -138,7 +164,10 @@ impl AssistantsUpstream {
                     Ok(cancelled) if cancelled.value.has_ended() => return Ok(cancelled.value),
                     // The run moved before the cancel came, or cannot be cancelled where it stands: its own status
                     // tells which.
-                    Ok(_) | Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. }) => {}
+                    Ok(_)
+                    | Err(
+                        UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. },
+                    ) => {}
                     Err(error) => return Err(error),
                 }
             }

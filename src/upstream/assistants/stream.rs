@@ -50,14 +50,20 @@ enum Kind {
 }
 
 impl Decoder for StreamDecoder {
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+    fn read(
+        &mut self,
+        event: SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), Rejection> {
         match kind(&event)? {
             Kind::Run(named) => self.run(named, parse(&event.data)?, out),
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
                 let object = serde_json::from_str(&event.data);
-                let detail = object.map(|object| ErrorDetail::from_object(&object)).unwrap_or_default();
+                let detail = object
+                    .map(|object| ErrorDetail::from_object(&object))
+                    .unwrap_or_default();
                 let code = if self.accepted {
                     detail.word()
                 } else {
@@ -89,7 +95,11 @@ impl StreamDecoder {
             _ => return,
         };
         let (code, usage) = (run.failure_code(), run.usage());
-        let calls = if status == RunStatus::RequiresAction { run.into_tool_calls() } else { Vec::new() };
+        let calls = if status == RunStatus::RequiresAction {
+            run.into_tool_calls()
+        } else {
+            Vec::new()
+        };
         self.end(status, code, usage, calls, out);
     }
 
@@ -102,7 +112,11 @@ impl StreamDecoder {
         out: &mut VecDeque<UpstreamEvent>,
     ) {
         let upstream_message_id = self.messages.last().map(|message| message.id.clone());
-        let content = self.messages.drain(..).flat_map(|message| message.parts.into_vec()).collect();
+        let content = self
+            .messages
+            .drain(..)
+            .flat_map(|message| message.parts.into_vec())
+            .collect();
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
             error: failure(status, code),
@@ -119,7 +133,9 @@ impl StreamDecoder {
             let text = piece.text();
             let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
                 (Parts::Growing(parts), Some(text), _) => parts.grow(piece.index, text, false),
-                (Parts::Growing(parts), None, Some(refusal)) => parts.grow(piece.index, &refusal, true),
+                (Parts::Growing(parts), None, Some(refusal)) => {
+                    parts.grow(piece.index, &refusal, true)
+                }
                 _ => 0,
             };
             self.held += grown;
@@ -142,12 +158,18 @@ impl StreamDecoder {
     }
 
     fn entry(&mut self, id: &str) -> &mut Message {
-        let at = self.messages.iter().rposition(|message| message.id == id).unwrap_or_else(|| {
-            self.held += PLACE_COST + id.len();
-            self.messages
-                .push(Message { id: id.to_owned(), parts: Parts::Growing(StreamedParts::default()) });
-            self.messages.len() - 1
-        });
+        let at = self
+            .messages
+            .iter()
+            .rposition(|message| message.id == id)
+            .unwrap_or_else(|| {
+                self.held += PLACE_COST + id.len();
+                self.messages.push(Message {
+                    id: id.to_owned(),
+                    parts: Parts::Growing(StreamedParts::default()),
+                });
+                self.messages.len() - 1
+            });
         &mut self.messages[at]
     }
 }
@@ -171,7 +193,10 @@ impl Parts {
 
 /// By name; where a server leaves out the event line, by the object's own marks.
 fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
-    let name = event.name.as_deref().filter(|name| !name.is_empty() && *name != "message");
+    let name = event
+        .name
+        .as_deref()
+        .filter(|name| !name.is_empty() && *name != "message");
     if let Some(name) = name {
         return Ok(match name {
             "thread.message.delta" => Kind::MessageDelta,
@@ -208,7 +233,9 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
 
 fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
     serde_json::from_str(data).map_err(|_| {
-        UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
+        UpstreamError::Protocol(
+            "an event of a run does not have the form of the protocol".to_owned(),
+        )
     })
 }
 
@@ -221,10 +248,15 @@ mod tests {
     use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
 
     fn event(name: &str, data: &Value) -> SseEvent {
-        SseEvent { name: (!name.is_empty()).then(|| name.to_owned()), data: data.to_string() }
+        SseEvent {
+            name: (!name.is_empty()).then(|| name.to_owned()),
+            data: data.to_string(),
+        }
     }
 
-    fn read(events: impl IntoIterator<Item = SseEvent>) -> Result<Vec<UpstreamEvent>, UpstreamError> {
+    fn read(
+        events: impl IntoIterator<Item = SseEvent>,
+    ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
         let (mut decoder, mut out) = (StreamDecoder::default(), VecDeque::new());
         for event in events {
             decoder.read(event, &mut out).map_err(UpstreamError::from)?;
@@ -247,7 +279,9 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text { text: text.to_owned() }
+        ContentPart::Text {
+            text: text.to_owned(),
+        }
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -264,7 +298,10 @@ mod tests {
             ("thread.run.created", run("queued")),
             ("thread.run.queued", run("queued")),
             ("thread.run.in_progress", run("in_progress")),
-            ("thread.run.step.created", json!({"id": "step_1", "object": "thread.run.step"})),
+            (
+                "thread.run.step.created",
+                json!({"id": "step_1", "object": "thread.run.step"}),
+            ),
             (
                 "thread.message.created",
                 json!({"id": "msg_1", "object": "thread.message", "status": "in_progress"}),
@@ -272,15 +309,24 @@ mod tests {
             ("thread.message.delta", delta("msg_1", 0, "Hel")),
             ("thread.message.delta", delta("msg_1", 0, "")),
             ("thread.message.delta", delta("msg_1", 0, "lo")),
-            ("thread.message.completed", message("msg_1", "completed", "Hello")),
-            ("thread.run.step.completed", json!({"id": "step_1", "object": "thread.run.step"})),
+            (
+                "thread.message.completed",
+                message("msg_1", "completed", "Hello"),
+            ),
+            (
+                "thread.run.step.completed",
+                json!({"id": "step_1", "object": "thread.run.step"}),
+            ),
             ("thread.run.completed", completed),
         ]
     }
 
     #[test]
     fn a_plain_turn_is_read_with_and_without_event_lines() {
-        let named: Vec<_> = plain().iter().map(|(name, data)| event(name, data)).collect();
+        let named: Vec<_> = plain()
+            .iter()
+            .map(|(name, data)| event(name, data))
+            .collect();
         let unnamed: Vec<_> = plain().iter().map(|(_, data)| event("", data)).collect();
         let expected = vec![
             UpstreamEvent::Accepted(UpstreamRunId("run_1".to_owned())),
@@ -291,7 +337,11 @@ mod tests {
                 error: None,
                 content: vec![text("Hello")],
                 upstream_message_id: Some("msg_1".to_owned()),
-                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                usage: Some(Usage {
+                    input_tokens: 3,
+                    output_tokens: 2,
+                    total_tokens: 5,
+                }),
                 tool_calls: Vec::new(),
                 thread: None,
             })),
@@ -304,13 +354,19 @@ mod tests {
     fn the_stored_message_wins_over_its_deltas() {
         let events = read([
             event("thread.message.delta", &delta("msg_1", 0, "Helo")),
-            event("thread.message.completed", &message("msg_1", "completed", "Hello")),
+            event(
+                "thread.message.completed",
+                &message("msg_1", "completed", "Hello"),
+            ),
             event("thread.message.delta", &delta("msg_2", 1, "b")),
             event("thread.message.delta", &delta("msg_2", 0, "a")),
             event("thread.run.completed", &run("completed")),
         ])
         .unwrap();
-        assert_eq!(ended(&events).content, [text("Hello"), text("a"), text("b")]);
+        assert_eq!(
+            ended(&events).content,
+            [text("Hello"), text("a"), text("b")]
+        );
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
     }
 
@@ -350,8 +406,20 @@ mod tests {
                 json!({"reason": "max_completion_tokens"}),
                 "the upstream ended the reply before it was whole (max_completion_tokens)",
             ),
-            ("cancelled", RunStatus::Cancelled, "x", Value::Null, "the run was cancelled at the upstream"),
-            ("expired", RunStatus::Expired, "x", Value::Null, "the run expired at the upstream"),
+            (
+                "cancelled",
+                RunStatus::Cancelled,
+                "x",
+                Value::Null,
+                "the run was cancelled at the upstream",
+            ),
+            (
+                "expired",
+                RunStatus::Expired,
+                "x",
+                Value::Null,
+                "the run expired at the upstream",
+            ),
         ] {
             let mut object = run(name);
             object[field] = reason;
@@ -375,7 +443,11 @@ mod tests {
         ]}});
         let events = read([event("thread.run.requires_action", &object)]).unwrap();
         assert_eq!(ended(&events).status, RunStatus::RequiresAction);
-        let call = ToolCall { id: "call_1".to_owned(), name: "f".to_owned(), arguments: "{".to_owned() };
+        let call = ToolCall {
+            id: "call_1".to_owned(),
+            name: "f".to_owned(),
+            arguments: "{".to_owned(),
+        };
         assert_eq!(ended(&events).tool_calls, [call]);
     }
 
@@ -385,7 +457,10 @@ mod tests {
         for data in [flat.clone(), json!({"error": flat})] {
             for name in ["error", ""] {
                 let error = read([event(name, &data)]).unwrap_err();
-                assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
+                assert!(
+                    matches!(error, UpstreamError::Unavailable { status: 429, .. }),
+                    "{error:?}"
+                );
                 let events = read([
                     event("thread.run.created", &run("queued")),
                     event("thread.message.delta", &delta("msg_1", 0, "half")),
@@ -404,7 +479,10 @@ mod tests {
 
     #[test]
     fn unknown_events_and_done_mean_nothing() {
-        let raw = |name: &str, data: &str| SseEvent { name: Some(name.to_owned()), data: data.to_owned() };
+        let raw = |name: &str, data: &str| SseEvent {
+            name: Some(name.to_owned()),
+            data: data.to_owned(),
+        };
         let events = [
             raw("thread.hologram", "not json"),
             raw("done", "[DONE]"),
@@ -414,7 +492,10 @@ mod tests {
             event("", &json!({"object": "thread.future"})),
         ];
         assert_eq!(read(events).unwrap(), []);
-        assert!(matches!(read([raw("thread.run.completed", "{")]), Err(UpstreamError::Protocol(_))));
+        assert!(matches!(
+            read([raw("thread.run.completed", "{")]),
+            Err(UpstreamError::Protocol(_))
+        ));
     }
 
     const NAMES: [&str; 11] = [

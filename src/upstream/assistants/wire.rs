@@ -3,7 +3,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage};
+use crate::domain::{
+    ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage,
+};
 use crate::upstream::wire::{failure_code, lenient, usage};
 
 #[derive(Debug, Deserialize)]
@@ -26,7 +28,9 @@ pub(super) struct RunObject {
 impl RunObject {
     /// The status in our words; `None` for one that we do not know, which counts as unfinished.
     pub(super) fn run_status(&self) -> Option<RunStatus> {
-        self.status.as_deref().and_then(|status| status.parse().ok())
+        self.status
+            .as_deref()
+            .and_then(|status| status.parse().ok())
     }
 
     pub(super) fn has_ended(&self) -> bool {
@@ -44,9 +48,16 @@ impl RunObject {
 
     /// The calls that it waits for are these, and there are some.
     pub(super) fn waits_for(&self, calls: &[ToolCall]) -> bool {
-        let asked: Vec<&str> = self.required_action.iter().flat_map(RequiredAction::ids).collect();
+        let asked: Vec<&str> = self
+            .required_action
+            .iter()
+            .flat_map(RequiredAction::ids)
+            .collect();
         let known = |id: &&str| calls.iter().any(|call| call.id == **id);
-        self.waits_for_outputs() && !asked.is_empty() && asked.len() == calls.len() && asked.iter().all(known)
+        self.waits_for_outputs()
+            && !asked.is_empty()
+            && asked.len() == calls.len()
+            && asked.iter().all(known)
     }
 
     pub(super) fn tag(&self, name: &str) -> Option<&str> {
@@ -59,11 +70,15 @@ impl RunObject {
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        self.usage.as_ref().and_then(|counts| usage(counts, "prompt_tokens", "completion_tokens"))
+        self.usage
+            .as_ref()
+            .and_then(|counts| usage(counts, "prompt_tokens", "completion_tokens"))
     }
 
     pub(super) fn into_tool_calls(self) -> Vec<ToolCall> {
-        let calls = self.required_action.map(|action| action.submit_tool_outputs.tool_calls);
+        let calls = self
+            .required_action
+            .map(|action| action.submit_tool_outputs.tool_calls);
         let call = |call: WireToolCall| ToolCall {
             id: call.id,
             name: call.function.name,
@@ -80,7 +95,10 @@ struct RequiredAction {
 
 impl RequiredAction {
     fn ids(&self) -> impl Iterator<Item = &str> {
-        self.submit_tool_outputs.tool_calls.iter().map(|call| call.id.as_str())
+        self.submit_tool_outputs
+            .tool_calls
+            .iter()
+            .map(|call| call.id.as_str())
     }
 }
 
@@ -138,18 +156,30 @@ impl MessageObject {
 
     /// The parts that we know.
     pub(super) fn into_parts(self) -> Vec<ContentPart> {
-        self.content.unwrap_or_default().into_iter().filter_map(part).collect()
+        self.content
+            .unwrap_or_default()
+            .into_iter()
+            .filter_map(part)
+            .collect()
     }
 }
 
 fn part(value: Value) -> Option<ContentPart> {
     match serde_json::from_value(value).ok()? {
-        WirePart::Text { text } => Some(ContentPart::Text { text: text.value.unwrap_or_default() }),
+        WirePart::Text { text } => Some(ContentPart::Text {
+            text: text.value.unwrap_or_default(),
+        }),
         WirePart::ImageFile { image_file } => Some(ContentPart::ImageFile {
-            image_file: ImageFile { file_id: image_file.file_id, detail: image_file.detail },
+            image_file: ImageFile {
+                file_id: image_file.file_id,
+                detail: image_file.detail,
+            },
         }),
         WirePart::ImageUrl { image_url } => Some(ContentPart::ImageUrl {
-            image_url: ImageUrl { url: image_url.url, detail: image_url.detail },
+            image_url: ImageUrl {
+                url: image_url.url,
+                detail: image_url.detail,
+            },
         }),
         WirePart::Refusal { refusal } => Some(ContentPart::Refusal { refusal }),
         WirePart::Unknown => None,
@@ -235,7 +265,9 @@ pub(super) fn content(parts: &[ContentPart]) -> Value {
             json!({"type": "text", "text": text})
         }
         ContentPart::ImageUrl { image_url } => json!({"type": "image_url", "image_url": image_url}),
-        ContentPart::ImageFile { image_file } => json!({"type": "image_file", "image_file": image_file}),
+        ContentPart::ImageFile { image_file } => {
+            json!({"type": "image_file", "image_file": image_file})
+        }
     };
     parts.iter().map(part).collect()
 }
@@ -250,12 +282,21 @@ mod tests {
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_requests() {
-        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
-        let url = |detail: Option<&str>| ContentPart::ImageUrl {
-            image_url: ImageUrl { url: "https://i/1.png".to_owned(), detail: detail.map(str::to_owned) },
+        let text = |text: &str| ContentPart::Text {
+            text: text.to_owned(),
         };
-        let file =
-            ContentPart::ImageFile { image_file: ImageFile { file_id: "file_1".to_owned(), detail: None } };
+        let url = |detail: Option<&str>| ContentPart::ImageUrl {
+            image_url: ImageUrl {
+                url: "https://i/1.png".to_owned(),
+                detail: detail.map(str::to_owned),
+            },
+        };
+        let file = ContentPart::ImageFile {
+            image_file: ImageFile {
+                file_id: "file_1".to_owned(),
+                detail: None,
+            },
+        };
         assert_eq!(content(&[text("a")]), json!("a"));
         assert_eq!(
             content(&[text("a"), url(Some("low")), url(None), file]),
@@ -275,7 +316,9 @@ mod tests {
             "incomplete_details": null, "usage": {"prompt_tokens": -1}, "instructions": null,
         }))
         .unwrap();
-        assert!(run.run_status().is_none() && run.usage().is_none() && run.failure_code().is_none());
+        assert!(
+            run.run_status().is_none() && run.usage().is_none() && run.failure_code().is_none()
+        );
         assert!(run.into_tool_calls().is_empty());
     }
 
@@ -295,11 +338,18 @@ mod tests {
         assert_eq!(
             message.into_parts(),
             [
-                ContentPart::Text { text: "a".to_owned() },
-                ContentPart::ImageFile {
-                    image_file: ImageFile { file_id: "f".to_owned(), detail: Some("auto".to_owned()) }
+                ContentPart::Text {
+                    text: "a".to_owned()
                 },
-                ContentPart::Refusal { refusal: "no".to_owned() },
+                ContentPart::ImageFile {
+                    image_file: ImageFile {
+                        file_id: "f".to_owned(),
+                        detail: Some("auto".to_owned())
+                    }
+                },
+                ContentPart::Refusal {
+                    refusal: "no".to_owned()
+                },
             ]
         );
     }

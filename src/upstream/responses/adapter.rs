@@ -38,13 +38,23 @@ impl ResponsesUpstream {
     }
 
     pub(super) fn retrying<'a>(&'a self, limiter: Option<&'a RateLimiter>) -> RetryingClient<'a> {
-        RetryingClient { client: &self.client, limiter }
+        RetryingClient {
+            client: &self.client,
+            limiter,
+        }
     }
 
     /// Sends the request for a response. In the background its stream survives breaks.
     pub(super) async fn open(&self, body: &Value) -> Result<SseStream, Rejection> {
-        let events = self.client.events(Method::POST, &["responses"], &[], Some(body)).await?;
-        Ok(if self.background { resuming(self.client.clone(), events) } else { events })
+        let events = self
+            .client
+            .events(Method::POST, &["responses"], &[], Some(body))
+            .await?;
+        Ok(if self.background {
+            resuming(self.client.clone(), events)
+        } else {
+            events
+        })
     }
 
     /// What the events of a response mean.
@@ -60,7 +70,11 @@ impl ResponsesUpstream {
         id: &UpstreamRunId,
         limiter: Option<&RateLimiter>,
     ) -> Result<Option<Value>, UpstreamError> {
-        match self.retrying(limiter).get(&["responses", id.as_str()]).await {
+        match self
+            .retrying(limiter)
+            .get(&["responses", id.as_str()])
+            .await
+        {
             Ok(response) => Ok(Some(response)),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(error),

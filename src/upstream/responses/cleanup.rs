@@ -64,29 +64,41 @@ impl ResponsesUpstream {
             (settled.content, settled.upstream_message_id) = (output.content, output.message_id);
             return Ok(settled);
         }
-        let Some(conversation) = &unsettled_run.thread else { return Ok(settled) };
+        let Some(conversation) = &unsettled_run.thread else {
+            return Ok(settled);
+        };
         let known = [&unsettled_run.open_calls[..], &output.open_calls[..]].concat();
         let anchor = unsettled_run.baseline.anchor.as_deref();
         let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
             Ok(newest) => newest,
             // A server that cannot list leaves us with what we know: what has ended well is in the conversation.
-            Err(error) if is_not_offered(&error) && (settled.status.is_some() || !known.is_empty()) => {
-                self.close(conversation, &unlisted(&known, &BTreeSet::new())).await?;
+            Err(error)
+                if is_not_offered(&error) && (settled.status.is_some() || !known.is_empty()) =>
+            {
+                self.close(conversation, &unlisted(&known, &BTreeSet::new()))
+                    .await?;
                 settled.said = ended_well;
-                (settled.content, settled.upstream_message_id) = (output.content, output.message_id);
+                (settled.content, settled.upstream_message_id) =
+                    (output.content, output.message_id);
                 return Ok(settled);
             }
             Err(error) => return Err(error),
         };
         if !unsettled_run.remove {
             let mut open = open_calls(&newest.items);
-            let listed: BTreeSet<&str> =
-                open.iter().map(|open| open.call.id.as_str()).chain(answered_calls(&newest.items)).collect();
+            let listed: BTreeSet<&str> = open
+                .iter()
+                .map(|open| open.call.id.as_str())
+                .chain(answered_calls(&newest.items))
+                .collect();
             let unlisted = unlisted(&unsettled_run.open_calls, &listed);
             open.extend(unlisted);
             self.close(conversation, &open).await?;
         }
-        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, unsettled_run.baseline.skip);
+        let own = own_part(
+            newest.since_anchor().ok_or_else(anchor_lost)?,
+            unsettled_run.baseline.skip,
+        );
         let held = Output::of(own);
         settled.said = is_said(own, unsettled_run.inputs);
         // A response that nobody knows of may still work, or has only just lost its connection.
@@ -101,9 +113,23 @@ impl ResponsesUpstream {
         conversation: &UpstreamThreadId,
         unsettled_run: &UnsettledRun,
     ) -> Result<(), UpstreamError> {
-        let newest = self.newest(conversation, unsettled_run.baseline.anchor.as_deref(), MAX_PAGES).await?;
-        let own = own_part(newest.since_anchor().ok_or_else(anchor_lost)?, unsettled_run.baseline.skip);
-        let ids: Vec<String> = own.iter().rev().filter_map(id_of).map(str::to_owned).collect();
+        let newest = self
+            .newest(
+                conversation,
+                unsettled_run.baseline.anchor.as_deref(),
+                MAX_PAGES,
+            )
+            .await?;
+        let own = own_part(
+            newest.since_anchor().ok_or_else(anchor_lost)?,
+            unsettled_run.baseline.skip,
+        );
+        let ids: Vec<String> = own
+            .iter()
+            .rev()
+            .filter_map(id_of)
+            .map(str::to_owned)
+            .collect();
         self.delete_items(conversation, &ids).await
     }
 
@@ -111,7 +137,10 @@ impl ResponsesUpstream {
     /// background has stopped with its connection.
     async fn end(&self, id: &UpstreamRunId) -> Result<Option<Last>, UpstreamError> {
         if !self.background {
-            return Ok(self.response(id, None).await?.and_then(|response| last(&response)));
+            return Ok(self
+                .response(id, None)
+                .await?
+                .and_then(|response| last(&response)));
         }
         self.cancel(id, None).await
     }
@@ -123,7 +152,11 @@ impl ResponsesUpstream {
         limiter: Option<&RateLimiter>,
     ) -> Result<Option<Last>, UpstreamError> {
         let path = ["responses", id.as_str(), "cancel"];
-        match self.retrying(limiter).make::<Value>(Method::POST, &path, &[]).await {
+        match self
+            .retrying(limiter)
+            .make::<Value>(Method::POST, &path, &[])
+            .await
+        {
             Ok(cancelled) => {
                 if let Some(last) = last(&cancelled.value) {
                     return Ok(Some(last));
@@ -136,7 +169,9 @@ impl ResponsesUpstream {
         }
         let mut wait = FIRST_WAIT;
         loop {
-            let Some(response) = self.response(id, limiter).await? else { return Ok(None) };
+            let Some(response) = self.response(id, limiter).await? else {
+                return Ok(None);
+            };
             if let Some(last) = last(&response) {
                 return Ok(Some(last));
             }
@@ -148,14 +183,23 @@ impl ResponsesUpstream {
 
 fn last(response: &Value) -> Option<Last> {
     let status: RunStatus = response["status"].as_str()?.parse().ok()?;
-    let response = serde_json::from_value(response.clone()).ok().filter(|_| status.is_final())?;
+    let response = serde_json::from_value(response.clone())
+        .ok()
+        .filter(|_| status.is_final())?;
     Some(Last { status, response })
 }
 
 /// Those of the calls that the conversation does not list.
 fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<OpenCall> {
-    let unlisted = calls.iter().filter(|call| !listed.contains(call.id.as_str()));
-    unlisted.map(|call| OpenCall { call: call.clone(), custom: false }).collect()
+    let unlisted = calls
+        .iter()
+        .filter(|call| !listed.contains(call.id.as_str()));
+    unlisted
+        .map(|call| OpenCall {
+            call: call.clone(),
+            custom: false,
+        })
+        .collect()
 }
 
 fn anchor_lost() -> UpstreamError {

@@ -30,7 +30,9 @@ impl ResponsesUpstream {
     ) -> Result<Disposal, UpstreamError> {
         let calls = self.retrying(Some(limiter));
         let path = ["conversations", conversation.as_str()];
-        let Some(is_known) = calls.is_known(&path).await? else { return Ok(Disposal::AlreadyGone) };
+        let Some(is_known) = calls.is_known(&path).await? else {
+            return Ok(Disposal::AlreadyGone);
+        };
         match self.delete_all_items(conversation, limiter, items).await {
             Err(error) if !is_gone(&error) => return Err(error),
             _ => {}
@@ -64,14 +66,20 @@ impl ResponsesUpstream {
             let ids: HashSet<&str> = listed.iter().filter_map(id_of).collect();
             // What is not listed any more is gone, and need not be remembered.
             done.retain(|id: &String| ids.contains(id.as_str()));
-            let left: Vec<&str> = listed.iter().filter_map(id_of).filter(|id| !done.contains(*id)).collect();
+            let left: Vec<&str> = listed
+                .iter()
+                .filter_map(id_of)
+                .filter(|id| !done.contains(*id))
+                .collect();
             if left.is_empty() {
                 stale_looks += 1;
                 if stale_looks >= MAX_STALE_LOOKS {
                     if is_refused {
                         return self.count_left(conversation, limiter, items).await;
                     }
-                    return Err(UpstreamError::Protocol("deleted items are still listed".to_owned()));
+                    return Err(UpstreamError::Protocol(
+                        "deleted items are still listed".to_owned(),
+                    ));
                 }
                 sleep(wait).await;
                 wait = next_backoff(wait);
@@ -106,7 +114,10 @@ impl ResponsesUpstream {
         let list = ["conversations", conversation.as_str(), "items"];
         let mut after: Option<String> = None;
         for _ in 0..MAX_COUNTED_PAGES {
-            let found = self.retrying(Some(limiter)).page::<Value>(&list, "asc", after.as_deref()).await?;
+            let found = self
+                .retrying(Some(limiter))
+                .page::<Value>(&list, "asc", after.as_deref())
+                .await?;
             items.left += u64::try_from(found.data.len()).unwrap_or(u64::MAX);
             let next = found.next(|item| id_of(item).unwrap_or_default());
             if next.is_none() || next == after {
@@ -123,7 +134,9 @@ impl ResponsesUpstream {
         thread: &UpstreamThreadId,
         limiter: &RateLimiter,
     ) -> Result<Disposal, UpstreamError> {
-        let disposal = self.delete_response(&UpstreamRunId(thread.0.clone()), limiter).await?;
+        let disposal = self
+            .delete_response(&UpstreamRunId(thread.0.clone()), limiter)
+            .await?;
         if disposal == Disposal::Deleted {
             return self
                 .retrying(Some(limiter))
@@ -144,7 +157,11 @@ impl ResponsesUpstream {
         let mut deleted = calls.delete(&path).await;
         if matches!(
             deleted,
-            Err(UpstreamError::Refused { status: 400, missing: false, .. } | UpstreamError::Busy { .. })
+            Err(UpstreamError::Refused {
+                status: 400,
+                missing: false,
+                ..
+            } | UpstreamError::Busy { .. })
         ) {
             match self.cancel(id, Some(limiter)).await {
                 Err(error) if !is_not_offered(&error) => return Err(error),

@@ -32,7 +32,9 @@ mod tests {
 
     #[test]
     fn messages_of_user_and_assistant_become_entries() {
-        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
+        let text = |text: &str| ContentPart::Text {
+            text: text.to_owned(),
+        };
         let asked = entry(&json!({
             "type": "message", "id": "msg_1", "role": "user", "created_at": 1_795_000_000, "content": [
                 {"type": "input_text", "text": "a"},
@@ -43,16 +45,27 @@ mod tests {
             ],
         }))
         .unwrap();
-        assert_eq!((asked.id.as_str(), asked.role, asked.is_tagged), ("msg_1", Role::User, false));
-        assert_eq!(asked.created_at, Some("2026-11-18T11:06:40Z".parse().unwrap()));
+        assert_eq!(
+            (asked.id.as_str(), asked.role, asked.is_tagged),
+            ("msg_1", Role::User, false)
+        );
+        assert_eq!(
+            asked.created_at,
+            Some("2026-11-18T11:06:40Z".parse().unwrap())
+        );
         let (url, detail) = ("https://i/1.png".to_owned(), Some("low".to_owned()));
         assert_eq!(
             asked.content,
             [
                 text("a"),
-                ContentPart::ImageUrl { image_url: ImageUrl { url, detail } },
+                ContentPart::ImageUrl {
+                    image_url: ImageUrl { url, detail }
+                },
                 ContentPart::ImageFile {
-                    image_file: ImageFile { file_id: "file_1".to_owned(), detail: None }
+                    image_file: ImageFile {
+                        file_id: "file_1".to_owned(),
+                        detail: None
+                    }
                 },
             ]
         );
@@ -61,8 +74,18 @@ mod tests {
         ]}))
         .unwrap();
         assert_eq!((said.role, said.created_at), (Role::Assistant, None));
-        assert_eq!(said.content, [text("b"), ContentPart::Refusal { refusal: "c".to_owned() }]);
-        let bare = entry(&json!({"type": "message", "id": "msg_3", "role": "user", "content": "d"})).unwrap();
+        assert_eq!(
+            said.content,
+            [
+                text("b"),
+                ContentPart::Refusal {
+                    refusal: "c".to_owned()
+                }
+            ]
+        );
+        let bare =
+            entry(&json!({"type": "message", "id": "msg_3", "role": "user", "content": "d"}))
+                .unwrap();
         assert_eq!(bare.content, [text("d")]);
     }
 

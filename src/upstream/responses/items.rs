@@ -70,9 +70,14 @@ impl ResponsesUpstream {
             }
         }
         let count = newest_first.len();
-        let since = met.map(|at| count - at).or((anchor.is_none() && is_whole).then_some(0));
+        let since = met
+            .map(|at| count - at)
+            .or((anchor.is_none() && is_whole).then_some(0));
         newest_first.reverse();
-        Ok(Newest { items: newest_first, since })
+        Ok(Newest {
+            items: newest_first,
+            since,
+        })
     }
 
     /// Gives an output to each of the calls.

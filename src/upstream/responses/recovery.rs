@@ -54,7 +54,10 @@ impl ResponsesUpstream {
         // Where there is neither an id nor a conversation, nothing would ever be seen.
         let can_be_seen = accepted.is_some() || conversation.is_some();
         let waits = may_still_work && can_be_seen && !is_gone;
-        let look = match self.wait_and_look(conversation, sent, accepted, waits).await? {
+        let look = match self
+            .wait_and_look(conversation, sent, accepted, waits)
+            .await?
+        {
             Found::Response(id, response) => {
                 return self.running(&id, &response).await.map(Recovered::Running);
             }
@@ -64,8 +67,12 @@ impl ResponsesUpstream {
         let has_stopped = !may_still_work || (conversation.is_some() && !self.background);
         Ok(match look {
             // Calls among the items may be those of an earlier response, which the lost one was to answer.
-            Look::Reply(ended) if accepted.is_some() && !ended.tool_calls.is_empty() => Recovered::Unknown,
-            Look::Reply(ended) => Recovered::Running(stream::iter([Ok(UpstreamEvent::Ended(ended))]).boxed()),
+            Look::Reply(ended) if accepted.is_some() && !ended.tool_calls.is_empty() => {
+                Recovered::Unknown
+            }
+            Look::Reply(ended) => {
+                Recovered::Running(stream::iter([Ok(UpstreamEvent::Ended(ended))]).boxed())
+            }
             Look::Nothing if accepted.is_none() && has_stopped => Recovered::Absent,
             Look::Nothing | Look::Sent | Look::Lost => Recovered::Unknown,
         })
@@ -80,7 +87,12 @@ impl ResponsesUpstream {
         accepted: Option<&UpstreamRunId>,
         waits: bool,
     ) -> Result<Found, UpstreamError> {
-        let until = Instant::now() + if waits { self.lock_window } else { Duration::ZERO };
+        let until = Instant::now()
+            + if waits {
+                self.lock_window
+            } else {
+                Duration::ZERO
+            };
         let mut wait = FIRST_WAIT;
         loop {
             let is_last = Instant::now() >= until;
@@ -115,7 +127,9 @@ impl ResponsesUpstream {
             Err(UpstreamError::ThreadGone) => return Ok(Look::Nothing),
             Err(error) => return Err(error),
         };
-        let Some(since_anchor) = newest.since_anchor() else { return Ok(Look::Lost) };
+        let Some(since_anchor) = newest.since_anchor() else {
+            return Ok(Look::Lost);
+        };
         let own = own_part(since_anchor, sent.baseline.skip);
         Ok(match what_followed(own, sent) {
             None => Look::Nothing,
@@ -124,8 +138,13 @@ impl ResponsesUpstream {
     }
 
     /// A response, told from its beginning where it goes on.
-    async fn running(&self, id: &UpstreamRunId, response: &Value) -> Result<EventStream, UpstreamError> {
-        self.read(retelling(self.client.clone(), id.clone(), response)).await
+    async fn running(
+        &self,
+        id: &UpstreamRunId,
+        response: &Value,
+    ) -> Result<EventStream, UpstreamError> {
+        self.read(retelling(self.client.clone(), id.clone(), response))
+            .await
     }
 
     /// It has ended, or works on although nobody listens.
@@ -141,9 +160,15 @@ enum Found {
 
 /// The response made the calls that were to be answered.
 fn asked_for(response: &Value, sent: &UnsettledRun) -> bool {
-    let items = response["output"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let items = response["output"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     let asked = Output::of(items).open_calls;
-    !sent.open_calls.is_empty() && asked.iter().any(|call| sent.open_calls.iter().any(|it| it.id == call.id))
+    !sent.open_calls.is_empty()
+        && asked
+            .iter()
+            .any(|call| sent.open_calls.iter().any(|it| it.id == call.id))
 }
 
 /// The server itself has told how the request failed, so it no longer works on it. What stands in front of a server

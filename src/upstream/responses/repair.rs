@@ -51,12 +51,21 @@ impl RepairingRequest {
     ) -> Self {
         body["input"] = input.into();
         let (upstream, thread) = (upstream.clone(), thread.cloned());
-        Self { upstream, thread, body, repairs: 0, tried: Repair::Nothing }
+        Self {
+            upstream,
+            thread,
+            body,
+            repairs: 0,
+            tried: Repair::Nothing,
+        }
     }
 
     /// What the turn itself sends.
     fn input(&self) -> &[Value] {
-        let all = self.body["input"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let all = self.body["input"]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         all.get(self.repairs..).unwrap_or_default()
     }
 
@@ -74,7 +83,9 @@ impl RepairingRequest {
     pub(super) async fn events(mut self) -> Result<EventStream, UpstreamError> {
         let events = self.send().await?;
         let going = stream::try_unfold(Some((self, events)), |going| async move {
-            let Some((mut request, mut events)) = going else { return Ok(None) };
+            let Some((mut request, mut events)) = going else {
+                return Ok(None);
+            };
             loop {
                 match events.next().await {
                     None => return Ok(None),
@@ -94,7 +105,12 @@ impl RepairingRequest {
             let limit = self.upstream.client.max_bytes();
             let events = match self.upstream.open(&self.body).await {
                 Ok(events) => {
-                    relay(events, StreamDecoder::for_repair(!self.upstream.conversations), limit).await
+                    relay(
+                        events,
+                        StreamDecoder::for_repair(!self.upstream.conversations),
+                        limit,
+                    )
+                    .await
                 }
                 Err(refusal) => Err(refusal),
             };
@@ -118,7 +134,9 @@ impl RepairingRequest {
     /// Makes the next try promising, or says why there is none. `accepted`: it was refused only after it had been
     /// accepted.
     async fn repair(&mut self, refusal: Rejection, accepted: bool) -> Result<(), UpstreamError> {
-        let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else { return Err(refusal.error) };
+        let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else {
+            return Err(refusal.error);
+        };
         if !self.upstream.conversations || self.tried == Repair::Deletion {
             return Err(UpstreamError::ThreadGone);
         }
@@ -137,7 +155,11 @@ impl RepairingRequest {
         }
         let open = open_calls(&items);
         if self.tried == Repair::Nothing && damage == Damage::OpenCall && !open.is_empty() {
-            self.repair_with(open.iter().map(|call: &OpenCall| call.output(NO_OUTPUT)).collect());
+            self.repair_with(
+                open.iter()
+                    .map(|call: &OpenCall| call.output(NO_OUTPUT))
+                    .collect(),
+            );
             self.tried = Repair::Outputs;
             return Ok(());
         }
@@ -145,7 +167,10 @@ impl RepairingRequest {
         if broken.is_empty() {
             return Err(UpstreamError::ThreadGone);
         }
-        self.upstream.delete_items(thread, &broken).await.map_err(failed)?;
+        self.upstream
+            .delete_items(thread, &broken)
+            .await
+            .map_err(failed)?;
         self.repair_with(Vec::new());
         self.tried = Repair::Deletion;
         Ok(())

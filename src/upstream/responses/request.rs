@@ -19,13 +19,35 @@ pub(super) struct Terms<'a> {
 
 impl<'a> Terms<'a> {
     pub(super) fn of_start(request: &StartRun<'a>) -> Self {
-        let StartRun { run, owner, assistant, metadata, .. } = *request;
-        Self { run, owner, assistant, metadata }
+        let StartRun {
+            run,
+            owner,
+            assistant,
+            metadata,
+            ..
+        } = *request;
+        Self {
+            run,
+            owner,
+            assistant,
+            metadata,
+        }
     }
 
     pub(super) fn of_answer(request: &AnswerTools<'a>) -> Self {
-        let AnswerTools { run, owner, assistant, metadata, .. } = *request;
-        Self { run, owner, assistant, metadata }
+        let AnswerTools {
+            run,
+            owner,
+            assistant,
+            metadata,
+            ..
+        } = *request;
+        Self {
+            run,
+            owner,
+            assistant,
+            metadata,
+        }
     }
 }
 
@@ -36,7 +58,11 @@ impl ResponsesUpstream {
         let mut body = body_of(assistant, UpstreamKind::Responses);
         let mut set = |name: &str, value: Value| body.insert(name.to_owned(), value);
         if let Some(thread) = thread {
-            let name = if self.conversations { "conversation" } else { "previous_response_id" };
+            let name = if self.conversations {
+                "conversation"
+            } else {
+                "previous_response_id"
+            };
             set(name, thread.as_str().into());
         }
         let mut metadata = run_tags(terms.run, terms.metadata);
@@ -58,19 +84,32 @@ impl ResponsesUpstream {
 /// History and input as items.
 pub(super) fn input(request: &StartRun<'_>) -> Vec<Value> {
     let mut items = history_items(request.history);
-    items.extend(request.input.iter().map(|message| message_item(&message.content)));
+    items.extend(
+        request
+            .input
+            .iter()
+            .map(|message| message_item(&message.content)),
+    );
     items
 }
 
 /// Messages of earlier turns. One without content is left out, for no server takes it.
 pub(super) fn history_items(history: &[Message]) -> Vec<Value> {
-    history.iter().filter(|message| !message.content.is_empty()).map(history_item).collect()
+    history
+        .iter()
+        .filter(|message| !message.content.is_empty())
+        .map(history_item)
+        .collect()
 }
 
 /// The answers to function calls. `custom`: the calls among them that are of custom tools.
 pub(super) fn output_items(outputs: &[ToolOutput], custom: &[String]) -> Vec<Value> {
     let item = |output: &ToolOutput| {
-        output_item(&output.tool_call_id, &output.output, custom.contains(&output.tool_call_id))
+        output_item(
+            &output.tool_call_id,
+            &output.output,
+            custom.contains(&output.tool_call_id),
+        )
     };
     outputs.iter().map(item).collect()
 }
@@ -86,15 +125,20 @@ mod tests {
 
     fn upstream(conversations: bool, background: bool) -> ResponsesUpstream {
         let url = "http://localhost".parse().unwrap();
-        let config =
-            UpstreamConfig { conversations, background, ..UpstreamConfig::new(UpstreamKind::Responses, url) };
+        let config = UpstreamConfig {
+            conversations,
+            background,
+            ..UpstreamConfig::new(UpstreamKind::Responses, url)
+        };
         ResponsesUpstream::new(UpstreamClient::new("test", &config).unwrap(), &config)
     }
 
     fn inputs() -> [InputMessage; 2] {
         ["one", "two"].map(|text| InputMessage {
             id: MessageId::new(),
-            content: vec![ContentPart::Text { text: text.to_owned() }],
+            content: vec![ContentPart::Text {
+                text: text.to_owned(),
+            }],
         })
     }
 
@@ -103,12 +147,24 @@ mod tests {
         let run = RunId::new();
         let owner = an_owner();
         let thread = UpstreamThreadId("conv_1".to_owned());
-        let mut assistant = AssistantConfig { model: Some("m".to_owned()), ..AssistantConfig::default() };
+        let mut assistant = AssistantConfig {
+            model: Some("m".to_owned()),
+            ..AssistantConfig::default()
+        };
         let metadata = Metadata::default();
-        let body =
-            |assistant: &AssistantConfig, thread: Option<&UpstreamThreadId>, on: &ResponsesUpstream| {
-                on.body(thread, &Terms { run, owner: &owner, assistant, metadata: &metadata })
-            };
+        let body = |assistant: &AssistantConfig,
+                    thread: Option<&UpstreamThreadId>,
+                    on: &ResponsesUpstream| {
+            on.body(
+                thread,
+                &Terms {
+                    run,
+                    owner: &owner,
+                    assistant,
+                    metadata: &metadata,
+                },
+            )
+        };
         let first = json!({
             "model": "m",
             "metadata": {"threadkeeper_run": run.to_string()},
@@ -144,9 +200,13 @@ mod tests {
 
     #[test]
     fn earlier_messages_go_before_the_input() {
-        let (owner, assistant, metadata) = (an_owner(), AssistantConfig::default(), Metadata::default());
-        let mut history =
-            [a_message(Role::User, "before"), a_message(Role::Assistant, "yes"), a_message(Role::User, "")];
+        let (owner, assistant, metadata) =
+            (an_owner(), AssistantConfig::default(), Metadata::default());
+        let mut history = [
+            a_message(Role::User, "before"),
+            a_message(Role::Assistant, "yes"),
+            a_message(Role::User, ""),
+        ];
         history[2].content.clear();
         let input = inputs();
         let request = StartRun {
@@ -158,17 +218,28 @@ mod tests {
             input: &input,
             metadata: &metadata,
         };
-        let item = |role: &str, text: &str| json!({"type": "message", "role": role, "content": text});
-        let expected =
-            [item("user", "before"), item("assistant", "yes"), item("user", "one"), item("user", "two")];
+        let item =
+            |role: &str, text: &str| json!({"type": "message", "role": role, "content": text});
+        let expected = [
+            item("user", "before"),
+            item("assistant", "yes"),
+            item("user", "one"),
+            item("user", "two"),
+        ];
         assert_eq!(super::input(&request), expected);
     }
 
     #[test]
     fn outputs_have_the_form_of_their_calls() {
-        let output = |id: &str| ToolOutput { tool_call_id: id.to_owned(), output: "1".to_owned() };
+        let output = |id: &str| ToolOutput {
+            tool_call_id: id.to_owned(),
+            output: "1".to_owned(),
+        };
         assert_eq!(
-            output_items(&[output("call_1"), output("call_2")], &["call_2".to_owned()]),
+            output_items(
+                &[output("call_1"), output("call_2")],
+                &["call_2".to_owned()]
+            ),
             [
                 json!({"type": "function_call_output", "call_id": "call_1", "output": "1"}),
                 json!({"type": "custom_tool_call_output", "call_id": "call_2", "output": "1"}),

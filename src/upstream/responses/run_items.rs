@@ -44,9 +44,9 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     if output.message_id.is_none() && output.content.is_empty() && output.open_calls.is_empty() {
         return None;
     }
-    let is_cut = items
-        .iter()
-        .any(|item| kind(item) == "message" && matches!(text(item, "status"), "incomplete" | "in_progress"));
+    let is_cut = items.iter().any(|item| {
+        kind(item) == "message" && matches!(text(item, "status"), "incomplete" | "in_progress")
+    });
     let status = match (output.open_calls.is_empty(), is_cut) {
         (false, _) => RunStatus::RequiresAction,
         (true, true) => RunStatus::Incomplete,
@@ -67,16 +67,20 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
 /// the reasoning right before each, and the reasoning that the server complains about.
 pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
     let open = open_calls(items);
-    let is_open = |item: &Value| is_call(item) && open.iter().any(|it| it.call.id == text(item, "call_id"));
+    let is_open =
+        |item: &Value| is_call(item) && open.iter().any(|it| it.call.id == text(item, "call_id"));
     let is_doomed = |at: usize| match &items[at] {
         item if is_open(item) => true,
         item if kind(item) == "reasoning" => {
             let next = items.get(at + 1);
-            let named = matches!(damage, Damage::OrphanedReasoning(Some(id)) if id_of(item) == Some(id));
+            let named =
+                matches!(damage, Damage::OrphanedReasoning(Some(id)) if id_of(item) == Some(id));
             // Where the server names none, it is one that nothing of the model's own follows.
-            let is_orphan =
-                next.is_none_or(|next| text(next, "role") == "user" || kind(next).ends_with("_output"));
-            named || next.is_some_and(is_open) || (*damage == Damage::OrphanedReasoning(None) && is_orphan)
+            let is_orphan = next
+                .is_none_or(|next| text(next, "role") == "user" || kind(next).ends_with("_output"));
+            named
+                || next.is_some_and(is_open)
+                || (*damage == Damage::OrphanedReasoning(None) && is_orphan)
         }
         _ => false,
     };
@@ -98,17 +102,25 @@ pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
 /// has accepted it may have kept them.
 pub(super) fn kept(items: &[Value], input: &[Value]) -> Vec<String> {
     let is_same = |item: &Value, sent: &Value| {
-        kind(item) == "message" && text(item, "role") == text(sent, "role") && words(item) == words(sent)
+        kind(item) == "message"
+            && text(item, "role") == text(sent, "role")
+            && words(item) == words(sent)
     };
     let pairs = items.iter().rev().zip(input.iter().rev());
     let kept = pairs.take_while(|(item, sent)| is_same(item, sent));
-    kept.filter_map(|(item, _)| id_of(item)).map(str::to_owned).collect()
+    kept.filter_map(|(item, _)| id_of(item))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Where the user's messages stand.
 fn user_messages(items: &[Value]) -> impl Iterator<Item = usize> {
     let is_one = |item: &Value| kind(item) == "message" && text(item, "role") == "user";
-    items.iter().enumerate().filter(move |(_, item)| is_one(item)).map(|(at, _)| at)
+    items
+        .iter()
+        .enumerate()
+        .filter(move |(_, item)| is_one(item))
+        .map(|(at, _)| at)
 }
 
 fn words(message: &Value) -> String {
@@ -124,7 +136,10 @@ fn kind(item: &Value) -> &str {
 }
 
 fn text<'a>(object: &'a Value, field: &str) -> &'a str {
-    object.get(field).and_then(Value::as_str).unwrap_or_default()
+    object
+        .get(field)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -155,8 +170,11 @@ mod tests {
     }
 
     fn sent(inputs: u32, answering: &[&str]) -> UnsettledRun {
-        let call =
-            |id: &&str| ToolCall { id: (*id).to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+        let call = |id: &&str| ToolCall {
+            id: (*id).to_owned(),
+            name: "f".to_owned(),
+            arguments: "{}".to_owned(),
+        };
         UnsettledRun {
             run: RunId::new(),
             thread: None,
@@ -183,7 +201,10 @@ mod tests {
             message("m3", "user", "now"),
             message("m4", "assistant", "done"),
         ];
-        assert_eq!(ids(own_part(&items, 0)), ["m1", "m2", "fco_call_9", "m3", "m4"]);
+        assert_eq!(
+            ids(own_part(&items, 0)),
+            ["m1", "m2", "fco_call_9", "m3", "m4"]
+        );
         assert_eq!(ids(own_part(&items, 1)), ["m3", "m4"]);
         assert_eq!(own_part(&items, 2), &[] as &[Value]);
         assert!(is_said(own_part(&items, 1), 1) && !is_said(own_part(&items, 1), 2));
@@ -192,15 +213,35 @@ mod tests {
 
     #[test]
     fn what_was_sent_is_told_from_what_followed() {
-        let items =
-            [message("m1", "user", "a"), message("m2", "user", "b"), reasoning("rs_1"), call("call_1")];
-        assert_eq!(ids(what_followed(&items, &sent(2, &[])).unwrap()), ["rs_1", "fc_call_1"]);
+        let items = [
+            message("m1", "user", "a"),
+            message("m2", "user", "b"),
+            reasoning("rs_1"),
+            call("call_1"),
+        ];
+        assert_eq!(
+            ids(what_followed(&items, &sent(2, &[])).unwrap()),
+            ["rs_1", "fc_call_1"]
+        );
         assert_eq!(what_followed(&items, &sent(3, &[])), None);
         assert_eq!(what_followed(&items, &sent(2, &["call_1"])), None);
-        let answered = [&items[..], &[output("call_1"), message("m3", "assistant", "c")]].concat();
-        assert_eq!(ids(what_followed(&answered, &sent(2, &["call_1"])).unwrap()), ["m3"]);
-        assert_eq!(ids(what_followed(&answered, &sent(2, &[])).unwrap()), ["m3"]);
-        assert_eq!(what_followed(&answered, &sent(2, &["call_1", "call_2"])), None);
+        let answered = [
+            &items[..],
+            &[output("call_1"), message("m3", "assistant", "c")],
+        ]
+        .concat();
+        assert_eq!(
+            ids(what_followed(&answered, &sent(2, &["call_1"])).unwrap()),
+            ["m3"]
+        );
+        assert_eq!(
+            ids(what_followed(&answered, &sent(2, &[])).unwrap()),
+            ["m3"]
+        );
+        assert_eq!(
+            what_followed(&answered, &sent(2, &["call_1", "call_2"])),
+            None
+        );
     }
 
     #[test]
@@ -208,14 +249,28 @@ mod tests {
         assert_eq!(end_of(&[]), None);
         assert_eq!(end_of(&[reasoning("rs_1")]), None);
         let done = end_of(&[reasoning("rs_1"), message("m1", "assistant", "c")]).unwrap();
-        assert_eq!((done.status, done.upstream_message_id.as_deref()), (RunStatus::Completed, Some("m1")));
-        assert_eq!(done.content, [ContentPart::Text { text: "c".to_owned() }]);
+        assert_eq!(
+            (done.status, done.upstream_message_id.as_deref()),
+            (RunStatus::Completed, Some("m1"))
+        );
+        assert_eq!(
+            done.content,
+            [ContentPart::Text {
+                text: "c".to_owned()
+            }]
+        );
         let mut cut = message("m1", "assistant", "c");
         cut["status"] = "incomplete".into();
         let cut = end_of(&[cut]).unwrap();
-        assert_eq!((cut.status, cut.error.is_some()), (RunStatus::Incomplete, true));
+        assert_eq!(
+            (cut.status, cut.error.is_some()),
+            (RunStatus::Incomplete, true)
+        );
         let asks = end_of(&[message("m1", "assistant", "c"), call("call_1")]).unwrap();
-        assert_eq!((asks.status, asks.tool_calls[0].id.as_str()), (RunStatus::RequiresAction, "call_1"));
+        assert_eq!(
+            (asks.status, asks.tool_calls[0].id.as_str()),
+            (RunStatus::RequiresAction, "call_1")
+        );
     }
 
     #[test]
@@ -230,13 +285,29 @@ mod tests {
             message("m1", "user", "x"),
             reasoning("rs_3"),
         ];
-        assert_eq!(broken_tail(&items, &Damage::OpenCall), ["fc_call_3", "fc_call_2", "rs_2"]);
+        assert_eq!(
+            broken_tail(&items, &Damage::OpenCall),
+            ["fc_call_3", "fc_call_2", "rs_2"]
+        );
         let named = |id: &str| Damage::OrphanedReasoning(Some(id.to_owned()));
-        assert_eq!(broken_tail(&items, &named("rs_3")), ["rs_3", "fc_call_3", "fc_call_2", "rs_2"]);
+        assert_eq!(
+            broken_tail(&items, &named("rs_3")),
+            ["rs_3", "fc_call_3", "fc_call_2", "rs_2"]
+        );
         assert_eq!(broken_tail(&items[..3], &named("rs_1")), ["rs_1"]);
-        assert_eq!(broken_tail(&items[..3], &named("rs_0")), ["rs_0"], "even one that is further back");
-        assert_eq!(broken_tail(&items[6..], &Damage::OrphanedReasoning(None)), ["rs_3"]);
-        assert_eq!(broken_tail(&items[..3], &Damage::OrphanedReasoning(None)), [""; 0]);
+        assert_eq!(
+            broken_tail(&items[..3], &named("rs_0")),
+            ["rs_0"],
+            "even one that is further back"
+        );
+        assert_eq!(
+            broken_tail(&items[6..], &Damage::OrphanedReasoning(None)),
+            ["rs_3"]
+        );
+        assert_eq!(
+            broken_tail(&items[..3], &Damage::OrphanedReasoning(None)),
+            [""; 0]
+        );
     }
 
     proptest! {
@@ -263,8 +334,15 @@ mod tests {
 
     #[test]
     fn input_that_was_kept_is_known_by_its_words() {
-        let sent = [json!({"type": "message", "role": "user", "content": "a"}), message("", "user", "b")];
-        let items = [message("m0", "user", "a"), message("m1", "user", "a"), message("m2", "user", "b")];
+        let sent = [
+            json!({"type": "message", "role": "user", "content": "a"}),
+            message("", "user", "b"),
+        ];
+        let items = [
+            message("m0", "user", "a"),
+            message("m1", "user", "a"),
+            message("m2", "user", "b"),
+        ];
         assert_eq!(kept(&items, &sent), ["m2", "m1"]);
         assert_eq!(kept(&items[..2], &sent), [""; 0]);
         assert_eq!(kept(&[message("m1", "assistant", "b")], &sent), [""; 0]);

@@ -31,12 +31,21 @@ pub(super) struct StreamDecoder {
 
 impl StreamDecoder {
     pub(super) fn new(chain: bool) -> Self {
-        Self { chain, repairs: false, response: None, streamed: StreamedParts::default(), held: 0 }
+        Self {
+            chain,
+            repairs: false,
+            response: None,
+            streamed: StreamedParts::default(),
+            held: 0,
+        }
     }
 
     /// For a reader who can mend a damaged conversation.
     pub(super) fn for_repair(chain: bool) -> Self {
-        Self { repairs: true, ..Self::new(chain) }
+        Self {
+            repairs: true,
+            ..Self::new(chain)
+        }
     }
 
     /// Nothing has come of it, and its reader can see to it that something does.
@@ -48,12 +57,18 @@ impl StreamDecoder {
 impl Decoder for StreamDecoder {
     /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not. What
     /// neither of them names may be an error of whatever stands in front of the server.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
+    fn read(
+        &mut self,
+        event: SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), Rejection> {
         if event.data == "[DONE]" {
             return Ok(());
         }
-        let foreign =
-            event.name.as_deref().is_some_and(|name| name != "error" && !name.starts_with("response."));
+        let foreign = event
+            .name
+            .as_deref()
+            .is_some_and(|name| name != "error" && !name.starts_with("response."));
         let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
             Ok(envelope) => envelope,
             Err(_) if foreign => return Ok(()),
@@ -62,8 +77,15 @@ impl Decoder for StreamDecoder {
             }
             Err(_) => return Err(unreadable().into()),
         };
-        let kind = envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default();
-        let place = (envelope.output_index.unwrap_or(0), envelope.content_index.unwrap_or(0));
+        let kind = envelope
+            .kind
+            .as_deref()
+            .or(event.name.as_deref())
+            .unwrap_or_default();
+        let place = (
+            envelope.output_index.unwrap_or(0),
+            envelope.content_index.unwrap_or(0),
+        );
         match (kind, envelope.response, envelope.delta) {
             ("response.output_text.delta", _, Some(delta)) => {
                 let text: String = parse(delta)?;
@@ -72,7 +94,9 @@ impl Decoder for StreamDecoder {
                     out.push_back(UpstreamEvent::Text(text));
                 }
             }
-            ("response.refusal.delta", _, Some(delta)) => self.grow(place, &parse::<String>(delta)?, true),
+            ("response.refusal.delta", _, Some(delta)) => {
+                self.grow(place, &parse::<String>(delta)?, true)
+            }
             (kind, Some(response), _) if kind.starts_with("response.") => {
                 self.response(kind, response, out)?;
             }
@@ -116,16 +140,26 @@ impl StreamDecoder {
             "response.cancelled" => Some(RunStatus::Cancelled),
             _ => None,
         };
-        if let Some(status) = head.run_status().filter(|status| status.is_final()).or(named) {
+        if let Some(status) = head
+            .run_status()
+            .filter(|status| status.is_final())
+            .or(named)
+        {
             let response: ResponseObject = parse(raw)?;
             // Some servers accept a turn before they see that the conversation is damaged.
             if status == RunStatus::Failed
                 && self.is_refused_late()
                 && let Some(damage) = response.damage()
             {
-                let error =
-                    UpstreamError::Refused { status: 400, code: response.failure_code(), missing: false };
-                return Err(Rejection { error, damage: Some(damage) });
+                let error = UpstreamError::Refused {
+                    status: 400,
+                    code: response.failure_code(),
+                    missing: false,
+                };
+                return Err(Rejection {
+                    error,
+                    damage: Some(damage),
+                });
             }
             let ended = self.end(status, head.id, response);
             out.push_back(UpstreamEvent::Ended(Box::new(ended)));
@@ -162,15 +196,20 @@ impl StreamDecoder {
     }
 
     /// An error that takes the place of a terminal event.
-    fn error(&mut self, detail: ErrorDetail, out: &mut VecDeque<UpstreamEvent>) -> Result<(), Rejection> {
-        let code = if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
-            match detail.of_refused_stream() {
-                Ok(refusal) => return Err(refusal),
-                Err(code) => code,
-            }
-        } else {
-            detail.word()
-        };
+    fn error(
+        &mut self,
+        detail: ErrorDetail,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), Rejection> {
+        let code =
+            if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
+                match detail.of_refused_stream() {
+                    Ok(refusal) => return Err(refusal),
+                    Err(code) => code,
+                }
+            } else {
+                detail.word()
+            };
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status: RunStatus::Failed,
             error: failure(RunStatus::Failed, code),
@@ -196,7 +235,8 @@ fn may_tell_error(kind: &str) -> bool {
 /// The event tells an error instead of something of the response.
 pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
     kind == "error"
-        || (may_tell_error(kind) && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
+        || (may_tell_error(kind)
+            && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
 }
 
 fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
@@ -204,7 +244,9 @@ fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> 
 }
 
 fn unreadable() -> UpstreamError {
-    UpstreamError::Protocol("an event of a response does not have the form of the protocol".to_owned())
+    UpstreamError::Protocol(
+        "an event of a response does not have the form of the protocol".to_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -218,7 +260,10 @@ mod tests {
     use crate::upstream::mutation::{damaged, ends_once, mutated, read_to_the_end, told};
 
     fn event(data: &Value) -> SseEvent {
-        SseEvent { name: data["type"].as_str().map(str::to_owned), data: data.to_string() }
+        SseEvent {
+            name: data["type"].as_str().map(str::to_owned),
+            data: data.to_string(),
+        }
     }
 
     fn read(
@@ -252,7 +297,9 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text { text: text.to_owned() }
+        ContentPart::Text {
+            text: text.to_owned(),
+        }
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -273,7 +320,11 @@ mod tests {
             delta("lo"),
             json!({"type": "response.output_text.done", "text": "Hello"}),
             json!({"type": "response.audio.delta", "delta": {"odd": true}}),
-            response("response.completed", "completed", &json!([{"type": "reasoning"}, message("Hello")])),
+            response(
+                "response.completed",
+                "completed",
+                &json!([{"type": "reasoning"}, message("Hello")]),
+            ),
         ]
     }
 
@@ -288,15 +339,25 @@ mod tests {
                 error: None,
                 content: vec![text("Hello")],
                 upstream_message_id: Some("msg_1".to_owned()),
-                usage: Some(Usage { input_tokens: 3, output_tokens: 2, total_tokens: 5 }),
+                usage: Some(Usage {
+                    input_tokens: 3,
+                    output_tokens: 2,
+                    total_tokens: 5,
+                }),
                 tool_calls: Vec::new(),
                 thread: Some(UpstreamThreadId("resp_1".to_owned())),
             })),
         ];
         assert_eq!(read(true, plain().iter().map(event)).unwrap(), expected);
-        let unnamed = plain().into_iter().map(|data| SseEvent { name: None, data: data.to_string() });
+        let unnamed = plain().into_iter().map(|data| SseEvent {
+            name: None,
+            data: data.to_string(),
+        });
         assert_eq!(read(true, unnamed).unwrap(), expected);
-        assert_eq!(ended(&read(false, plain().iter().map(event)).unwrap()).thread, None);
+        assert_eq!(
+            ended(&read(false, plain().iter().map(event)).unwrap()).thread,
+            None
+        );
     }
 
     #[test]
@@ -309,15 +370,28 @@ mod tests {
             ("response.completed", "in_progress", RunStatus::Completed),
             ("response.incomplete", "", RunStatus::Incomplete),
         ] {
-            let events =
-                read(true, [event(&delta("half")), event(&response(name, status, &json!([])))]).unwrap();
+            let events = read(
+                true,
+                [
+                    event(&delta("half")),
+                    event(&response(name, status, &json!([]))),
+                ],
+            )
+            .unwrap();
             assert_eq!(ended(&events).status, expected, "{name} {status}");
             assert_eq!(ended(&events).content, [text("half")]);
             let well = matches!(expected, RunStatus::Completed | RunStatus::Incomplete);
             assert_eq!(ended(&events).thread.is_some(), well, "{name} {status}");
         }
-        let running = read(true, [event(&response("response.queued", "queued", &json!([])))]).unwrap();
-        assert_eq!(running, [UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned()))]);
+        let running = read(
+            true,
+            [event(&response("response.queued", "queued", &json!([])))],
+        )
+        .unwrap();
+        assert_eq!(
+            running,
+            [UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned()))]
+        );
     }
 
     #[test]
@@ -329,47 +403,73 @@ mod tests {
         ]);
         let events = read(
             false,
-            [event(&delta("Helo")), event(&response("response.completed", "completed", &output))],
+            [
+                event(&delta("Helo")),
+                event(&response("response.completed", "completed", &output)),
+            ],
         )
         .unwrap();
-        let refusal = ContentPart::Refusal { refusal: "no".to_owned() };
+        let refusal = ContentPart::Refusal {
+            refusal: "no".to_owned(),
+        };
         assert_eq!(ended(&events).content, [text("Hello"), refusal]);
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
     }
 
     #[test]
     fn open_function_calls_leave_the_turn_open_and_the_chain_where_it_was() {
-        let done = response("response.completed", "completed", &json!([message("wait"), call()]));
+        let done = response(
+            "response.completed",
+            "completed",
+            &json!([message("wait"), call()]),
+        );
         let events = read(true, [event(&done)]).unwrap();
         assert_eq!(ended(&events).status, RunStatus::RequiresAction);
         assert_eq!(ended(&events).tool_calls[0].id, "call_1");
         assert_eq!(ended(&events).thread, None);
 
-        let answered = json!([call(), {"type": "function_call_output", "call_id": "call_1", "output": "1"}]);
+        let answered =
+            json!([call(), {"type": "function_call_output", "call_id": "call_1", "output": "1"}]);
         let done = response("response.completed", "completed", &answered);
-        assert_eq!(ended(&read(true, [event(&done)]).unwrap()).status, RunStatus::Completed);
+        assert_eq!(
+            ended(&read(true, [event(&done)]).unwrap()).status,
+            RunStatus::Completed
+        );
 
         let cut = response("response.incomplete", "incomplete", &json!([call()]));
         let events = read(true, [event(&cut)]).unwrap();
         assert_eq!(ended(&events).status, RunStatus::Incomplete);
-        assert_eq!((ended(&events).tool_calls.len(), &ended(&events).thread), (1, &None));
+        assert_eq!(
+            (ended(&events).tool_calls.len(), &ended(&events).thread),
+            (1, &None)
+        );
     }
 
     #[test]
     fn a_failure_for_damage_is_a_refusal_only_to_those_who_can_mend_it() {
         let mut failed = response("response.failed", "failed", &json!([]));
-        failed["response"]["error"] =
-            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        failed["response"]["error"] = json!({"code": "server_error", "message": "No tool output found for function call call_1."});
         let late = json!({"type": "error", "error": failed["response"]["error"]});
         let started = response("response.created", "in_progress", &json!([]));
         let damage = |mut decoder: StreamDecoder, events: &[&Value]| {
             let mut out = VecDeque::new();
-            let read = events.iter().try_for_each(|data| decoder.read(event(data), &mut out));
+            let read = events
+                .iter()
+                .try_for_each(|data| decoder.read(event(data), &mut out));
             read.err().and_then(|refusal| refusal.damage)
         };
         for end in [&failed, &late] {
-            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, end]), Some(Damage::OpenCall));
-            assert_eq!(damage(StreamDecoder::for_repair(false), &[&started, &delta("half"), end]), None);
+            assert_eq!(
+                damage(StreamDecoder::for_repair(false), &[&started, end]),
+                Some(Damage::OpenCall)
+            );
+            assert_eq!(
+                damage(
+                    StreamDecoder::for_repair(false),
+                    &[&started, &delta("half"), end]
+                ),
+                None
+            );
             assert_eq!(damage(StreamDecoder::new(false), &[&started, end]), None);
         }
         failed["response"]["output"] = json!([message("Hello")]);
@@ -380,14 +480,29 @@ mod tests {
     fn the_reason_is_told_as_a_word_only() {
         let mut failed = response("response.failed", "failed", &json!([]));
         failed["response"]["error"] = json!({"code": "server_error", "message": "secret"});
-        let message =
-            |data: &Value| ended(&read(true, [event(data)]).unwrap()).error.as_ref().unwrap().message.clone();
-        assert_eq!(message(&failed), "the upstream reported that the run failed (server_error)");
+        let message = |data: &Value| {
+            ended(&read(true, [event(data)]).unwrap())
+                .error
+                .as_ref()
+                .unwrap()
+                .message
+                .clone()
+        };
+        assert_eq!(
+            message(&failed),
+            "the upstream reported that the run failed (server_error)"
+        );
         failed["response"]["error"] = json!({"code": "a secret sentence"});
-        assert_eq!(message(&failed), "the upstream reported that the run failed");
+        assert_eq!(
+            message(&failed),
+            "the upstream reported that the run failed"
+        );
         let mut cut = response("response.incomplete", "incomplete", &json!([]));
         cut["response"]["incomplete_details"] = json!({"reason": "max_output_tokens"});
-        assert_eq!(message(&cut), "the upstream ended the reply before it was whole (max_output_tokens)");
+        assert_eq!(
+            message(&cut),
+            "the upstream ended the reply before it was whole (max_output_tokens)"
+        );
     }
 
     #[test]
@@ -401,11 +516,18 @@ mod tests {
             json!({"type": "response.error", "error": error}),
             json!({"type": "response.failed", "error": error}),
         ];
-        for data in [flat, nested, bare, wrongly_typed].into_iter().chain(other_events) {
+        for data in [flat, nested, bare, wrongly_typed]
+            .into_iter()
+            .chain(other_events)
+        {
             let error = read(true, [event(&data)]).unwrap_err();
-            assert!(matches!(error, UpstreamError::Unavailable { status: 429, .. }), "{error:?}");
+            assert!(
+                matches!(error, UpstreamError::Unavailable { status: 429, .. }),
+                "{error:?}"
+            );
             let started = response("response.created", "in_progress", &json!([]));
-            let events = read(true, [event(&started), event(&delta("half")), event(&data)]).unwrap();
+            let events =
+                read(true, [event(&started), event(&delta("half")), event(&data)]).unwrap();
             assert_eq!(ended(&events).status, RunStatus::Failed);
             assert_eq!(
                 ended(&events).error.as_ref().unwrap().message,
@@ -414,7 +536,10 @@ mod tests {
             assert_eq!(ended(&events).content, [text("half")]);
         }
         let locked = json!({"type": "error", "code": "conversation_locked", "message": "m"});
-        assert!(matches!(read(false, [event(&locked)]), Err(UpstreamError::Busy { .. })));
+        assert!(matches!(
+            read(false, [event(&locked)]),
+            Err(UpstreamError::Busy { .. })
+        ));
     }
 
     #[test]
@@ -427,26 +552,44 @@ mod tests {
             raw(None, "[DONE]"),
             raw(Some("ping"), "now"),
             raw(Some("keepalive"), "{}"),
-            raw(None, r#"{"type":"response.hologram.delta","delta":{"x":1},"output_index":"a"}"#),
+            raw(
+                None,
+                r#"{"type":"response.hologram.delta","delta":{"x":1},"output_index":"a"}"#,
+            ),
             raw(None, r#"{"type":7}"#),
             raw(None, "{}"),
         ];
         assert_eq!(read(true, events).unwrap(), []);
-        for broken in [raw(None, "{"), raw(Some("response.completed"), r#"{"response":7}"#)] {
-            assert!(matches!(read(true, [broken]), Err(UpstreamError::Protocol(_))));
+        for broken in [
+            raw(None, "{"),
+            raw(Some("response.completed"), r#"{"response":7}"#),
+        ] {
+            assert!(matches!(
+                read(true, [broken]),
+                Err(UpstreamError::Protocol(_))
+            ));
         }
     }
 
-    const NAMES: [&str; 5] = ["", "error", "response.completed", "response.output_text.delta", "ping"];
+    const NAMES: [&str; 5] = [
+        "",
+        "error",
+        "response.completed",
+        "response.output_text.delta",
+        "ping",
+    ];
 
     /// Events that a plain turn does not have.
     fn odd() -> Vec<Value> {
         let mut failed = response("response.failed", "failed", &json!([]));
-        failed["response"]["error"] =
-            json!({"code": "server_error", "message": "No tool output found for function call call_1."});
+        failed["response"]["error"] = json!({"code": "server_error", "message": "No tool output found for function call call_1."});
         vec![
             failed,
-            response("response.completed", "completed", &json!([call(), message("Hello")])),
+            response(
+                "response.completed",
+                "completed",
+                &json!([call(), message("Hello")]),
+            ),
             json!({"type": "response.refusal.delta", "output_index": 1, "content_index": 0, "delta": "no"}),
             json!({"type": "error", "code": "conversation_locked", "message": "m", "param": null}),
         ]

@@ -24,7 +24,11 @@ const MAX_TRIES: u32 = 5;
 /// it is asked for again from the last event on; a server that cannot do that is asked for the response itself until
 /// that has ended. No event comes twice.
 pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
-    ResumableStream { events: Some(events), ..ResumableStream::new(client) }.into_stream()
+    ResumableStream {
+        events: Some(events),
+        ..ResumableStream::new(client)
+    }
+    .into_stream()
 }
 
 /// A response that was read as `response` just now: that it is there, then all its events from the first one on, or, if it
@@ -37,7 +41,9 @@ pub(super) fn retelling(client: UpstreamClient, id: UpstreamRunId, response: &Va
         over: is_over,
         ..ResumableStream::new(client)
     };
-    stream::iter([Ok(first)]).chain(resumed.into_stream()).boxed()
+    stream::iter([Ok(first)])
+        .chain(resumed.into_stream())
+        .boxed()
 }
 
 /// What can be had of a stream that is not open (any more).
@@ -85,8 +91,10 @@ impl ResumableStream {
     }
 
     fn into_stream(self) -> SseStream {
-        stream::unfold(self, |mut resumed| async move { resumed.next().await.map(|event| (event, resumed)) })
-            .boxed()
+        stream::unfold(self, |mut resumed| async move {
+            resumed.next().await.map(|event| (event, resumed))
+        })
+        .boxed()
     }
 
     async fn next(&mut self) -> Option<Result<SseEvent, UpstreamError>> {
@@ -95,7 +103,9 @@ impl ResumableStream {
             if let Some(events) = &mut self.events {
                 match events.next().await {
                     // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
-                    Some(Ok(event)) if !self.progress && is_error(&event) => self.again = Again::Nothing,
+                    Some(Ok(event)) if !self.progress && is_error(&event) => {
+                        self.again = Again::Nothing
+                    }
                     Some(Ok(event)) => {
                         if self.note(&event) {
                             return Some(Ok(event));
@@ -106,7 +116,9 @@ impl ResumableStream {
                     // A stream that ends without anything new has nothing more to tell.
                     None if !self.progress => self.again = Again::Nothing,
                     None => {}
-                    Some(Err(error)) if self.over || !matches!(error, UpstreamError::Broken { .. }) => {
+                    Some(Err(error))
+                        if self.over || !matches!(error, UpstreamError::Broken { .. }) =>
+                    {
                         return Some(Err(error));
                     }
                     Some(Err(error)) => broken = error,
@@ -130,9 +142,14 @@ impl ResumableStream {
 
     /// Takes note of an event. False if it has been seen before.
     fn note(&mut self, event: &SseEvent) -> bool {
-        let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&event.data) else { return true };
+        let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&event.data) else {
+            return true;
+        };
         let number = envelope.sequence_number;
-        if number.zip(self.seen).is_some_and(|(number, seen)| number <= seen) {
+        if number
+            .zip(self.seen)
+            .is_some_and(|(number, seen)| number <= seen)
+        {
             return false;
         }
         self.last = number.or(self.last);
@@ -153,7 +170,9 @@ impl ResumableStream {
 
     /// Opens the stream again, or gives the response's end as an event. `error`: how the stream broke.
     async fn go_on(&mut self, mut error: UpstreamError) -> Result<Option<SseEvent>, UpstreamError> {
-        let Some(id) = self.response.clone() else { return Err(error) };
+        let Some(id) = self.response.clone() else {
+            return Err(error);
+        };
         loop {
             self.failures += 1;
             if self.failures > MAX_TRIES {
@@ -168,8 +187,11 @@ impl ResumableStream {
                 Again::All => true,
                 Again::Nothing => false,
             };
-            let tried =
-                if streams { self.open(&id).await.map(|()| None) } else { self.poll(&id).await.map(Some) };
+            let tried = if streams {
+                self.open(&id).await.map(|()| None)
+            } else {
+                self.poll(&id).await.map(Some)
+            };
             match tried {
                 Ok(event) => return Ok(event),
                 // Nobody answered yet. Until when that is waited for is the run's to say.
@@ -179,7 +201,9 @@ impl ResumableStream {
                 Err(next) if may_pass(&next) => error = next,
                 // The server cannot stream it again: refused, or not an event stream.
                 Err(next) if streams && is_no(&next) => {
-                    tracing::debug!("the upstream cannot stream a response again; asking for it instead");
+                    tracing::debug!(
+                        "the upstream cannot stream a response again; asking for it instead"
+                    );
                     self.again = Again::Nothing;
                     self.failures = 0;
                 }
@@ -194,8 +218,14 @@ impl ResumableStream {
     async fn open(&mut self, id: &UpstreamRunId) -> Result<(), UpstreamError> {
         let after = self.last.map(|last| last.to_string());
         let starting_after = after.as_deref().map(|last| ("starting_after", last));
-        let query: Vec<_> = [("stream", "true")].into_iter().chain(starting_after).collect();
-        let events = self.client.events(Method::GET, &["responses", id.as_str()], &query, None).await?;
+        let query: Vec<_> = [("stream", "true")]
+            .into_iter()
+            .chain(starting_after)
+            .collect();
+        let events = self
+            .client
+            .events(Method::GET, &["responses", id.as_str()], &query, None)
+            .await?;
         tracing::debug!("the stream of a response goes on");
         (self.events, self.seen, self.progress) = (Some(events), self.last, false);
         Ok(())
@@ -220,7 +250,9 @@ impl ResumableStream {
 
 /// The event that a response as it stands amounts to, and whether it is the last one.
 pub(super) fn as_event(response: &Value) -> (SseEvent, bool) {
-    let status: Option<RunStatus> = response["status"].as_str().and_then(|status| status.parse().ok());
+    let status: Option<RunStatus> = response["status"]
+        .as_str()
+        .and_then(|status| status.parse().ok());
     let ended = status.filter(|status| status.is_final());
     let kind = ended.map_or("in_progress", RunStatus::as_str);
     let data = json!({"type": format!("response.{kind}"), "response": response}).to_string();
@@ -228,16 +260,24 @@ pub(super) fn as_event(response: &Value) -> (SseEvent, bool) {
 }
 
 fn kind<'a>(envelope: &'a Envelope<'_>, event: &'a SseEvent) -> &'a str {
-    envelope.kind.as_deref().or(event.name.as_deref()).unwrap_or_default()
+    envelope
+        .kind
+        .as_deref()
+        .or(event.name.as_deref())
+        .unwrap_or_default()
 }
 
 fn is_error(event: &SseEvent) -> bool {
     let envelope = serde_json::from_str::<Envelope<'_>>(&event.data);
-    envelope
-        .map_or(event.name.as_deref() == Some("error"), |envelope| tells_error(kind(&envelope, event), event))
+    envelope.map_or(event.name.as_deref() == Some("error"), |envelope| {
+        tells_error(kind(&envelope, event), event)
+    })
 }
 
 /// The server will not do it.
 const fn is_no(error: &UpstreamError) -> bool {
-    matches!(error, UpstreamError::Refused { .. } | UpstreamError::ThreadGone | UpstreamError::Protocol(_))
+    matches!(
+        error,
+        UpstreamError::Refused { .. } | UpstreamError::ThreadGone | UpstreamError::Protocol(_)
+    )
 }

@@ -37,7 +37,9 @@ pub(super) struct ResponseHead {
 impl ResponseHead {
     /// The status in our words; `None` if there is none, or one that we do not know.
     pub(super) fn run_status(&self) -> Option<RunStatus> {
-        self.status.as_deref().and_then(|status| status.parse().ok())
+        self.status
+            .as_deref()
+            .and_then(|status| status.parse().ok())
     }
 }
 
@@ -72,12 +74,19 @@ impl ResponseObject {
 
     /// What is wrong with the conversation, if that is why it failed before it did anything.
     pub(super) fn damage(&self) -> Option<Damage> {
-        let has_output = self.output.as_ref().is_some_and(|output| !output.is_empty());
-        ErrorDetail::from_object(self.error.as_ref()?).damage().filter(|_| !has_output)
+        let has_output = self
+            .output
+            .as_ref()
+            .is_some_and(|output| !output.is_empty());
+        ErrorDetail::from_object(self.error.as_ref()?)
+            .damage()
+            .filter(|_| !has_output)
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {
-        self.usage.as_ref().and_then(|counts| usage(counts, "input_tokens", "output_tokens"))
+        self.usage
+            .as_ref()
+            .and_then(|counts| usage(counts, "input_tokens", "output_tokens"))
     }
 
     pub(super) fn into_output(self) -> Output {
@@ -87,15 +96,26 @@ impl ResponseObject {
 
 impl Output {
     pub(super) fn of(items: &[Value]) -> Self {
-        let open_calls = open_calls(items).into_iter().map(|open| open.call).collect();
-        let mut output = Self { open_calls, ..Self::default() };
+        let open_calls = open_calls(items)
+            .into_iter()
+            .map(|open| open.call)
+            .collect();
+        let mut output = Self {
+            open_calls,
+            ..Self::default()
+        };
         for item in items {
-            let is = |field: &str, wanted: &str| item.get(field).and_then(Value::as_str) == Some(wanted);
+            let is =
+                |field: &str, wanted: &str| item.get(field).and_then(Value::as_str) == Some(wanted);
             if !is("type", "message") || (item.get("role").is_some() && !is("role", "assistant")) {
                 continue;
             }
             output.message_id = item.get("id").and_then(Value::as_str).map(str::to_owned);
-            let parts = item.get("content").and_then(Value::as_array).into_iter().flatten();
+            let parts = item
+                .get("content")
+                .and_then(Value::as_array)
+                .into_iter()
+                .flatten();
             output.content.extend(parts.filter_map(part));
         }
         output
@@ -115,9 +135,10 @@ fn part(part: &Value) -> Option<ContentPart> {
 pub(super) fn said(item: &Value) -> Vec<ContentPart> {
     match item.get("content") {
         Some(Value::String(text)) => vec![ContentPart::Text { text: text.clone() }],
-        Some(Value::Array(parts)) => {
-            parts.iter().filter_map(|it| part(it).or_else(|| input_part_said(it))).collect()
-        }
+        Some(Value::Array(parts)) => parts
+            .iter()
+            .filter_map(|it| part(it).or_else(|| input_part_said(it)))
+            .collect(),
         _ => Vec::new(),
     }
 }
@@ -128,11 +149,16 @@ fn input_part_said(part: &Value) -> Option<ContentPart> {
         "input_text" | "text" => text("text").map(|text| ContentPart::Text { text }),
         "input_image" => {
             let detail = text("detail");
-            let by_url = text("image_url")
-                .map(|url| ContentPart::ImageUrl { image_url: ImageUrl { url, detail: detail.clone() } });
+            let by_url = text("image_url").map(|url| ContentPart::ImageUrl {
+                image_url: ImageUrl {
+                    url,
+                    detail: detail.clone(),
+                },
+            });
             let by_file = || {
-                text("file_id")
-                    .map(|file_id| ContentPart::ImageFile { image_file: ImageFile { file_id, detail } })
+                text("file_id").map(|file_id| ContentPart::ImageFile {
+                    image_file: ImageFile { file_id, detail },
+                })
             };
             by_url.or_else(by_file)
         }
@@ -157,13 +183,21 @@ impl OpenCall {
 
 /// The item that answers a call. `custom`: the call is of a custom tool.
 pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
-    let kind = if custom { "custom_tool_call_output" } else { "function_call_output" };
+    let kind = if custom {
+        "custom_tool_call_output"
+    } else {
+        "function_call_output"
+    };
     json!({"type": kind, "call_id": call, "output": output})
 }
 
 /// The calls of custom tools among `items` that no other of them answers.
 pub(super) fn custom_calls(items: &[Value]) -> Vec<String> {
-    open_calls(items).into_iter().filter(|open| open.custom).map(|open| open.call.id).collect()
+    open_calls(items)
+        .into_iter()
+        .filter(|open| open.custom)
+        .map(|open| open.call.id)
+        .collect()
 }
 
 /// The item is a call that someone outside has to answer.
@@ -174,7 +208,8 @@ pub(super) fn is_call(item: &Value) -> bool {
 
 /// The calls among `items` that no other of them answers, in the order of `items`.
 pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
-    let text = |item: &Value, field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
+    let text =
+        |item: &Value, field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
     let answered = answered_calls(items);
     let open = |item: &Value| {
         let (custom, arguments) = match text(item, "type")?.as_str() {
@@ -185,7 +220,14 @@ pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
         let id = text(item, "call_id").filter(|id| !answered.contains(&id.as_str()))?;
         let name = text(item, "name").unwrap_or_default();
         let arguments = text(item, arguments).unwrap_or_default();
-        Some(OpenCall { call: ToolCall { id, name, arguments }, custom })
+        Some(OpenCall {
+            call: ToolCall {
+                id,
+                name,
+                arguments,
+            },
+            custom,
+        })
     };
     items.iter().filter_map(open).collect()
 }
@@ -194,9 +236,16 @@ pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
 pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
     let is_output = |item: &&Value| {
         let kind = item.get("type").and_then(Value::as_str);
-        matches!(kind, Some("function_call_output" | "custom_tool_call_output"))
+        matches!(
+            kind,
+            Some("function_call_output" | "custom_tool_call_output")
+        )
     };
-    items.iter().filter(is_output).filter_map(|item| item.get("call_id")?.as_str()).collect()
+    items
+        .iter()
+        .filter(is_output)
+        .filter_map(|item| item.get("call_id")?.as_str())
+        .collect()
 }
 
 /// A user's message as an input item. A single text is a bare string.
@@ -272,7 +321,11 @@ mod tests {
         });
         let event = json!({"type": "response.completed", "sequence_number": 7, "output_index": 0, "content_index": 0,
                            "response": response, "delta": "x"});
-        vec![json!({"object": "list", "data": items, "has_more": true}), response, event]
+        vec![
+            json!({"object": "list", "data": items, "has_more": true}),
+            response,
+            event,
+        ]
     }
 
     proptest! {
@@ -309,12 +362,24 @@ mod tests {
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_input_items() {
-        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
-        assert_eq!(message_item(&[text("a")]), json!({"type": "message", "role": "user", "content": "a"}));
-        let url =
-            ContentPart::ImageUrl { image_url: ImageUrl { url: "https://i/1.png".to_owned(), detail: None } };
+        let text = |text: &str| ContentPart::Text {
+            text: text.to_owned(),
+        };
+        assert_eq!(
+            message_item(&[text("a")]),
+            json!({"type": "message", "role": "user", "content": "a"})
+        );
+        let url = ContentPart::ImageUrl {
+            image_url: ImageUrl {
+                url: "https://i/1.png".to_owned(),
+                detail: None,
+            },
+        };
         let file = ContentPart::ImageFile {
-            image_file: ImageFile { file_id: "file_1".to_owned(), detail: Some("low".to_owned()) },
+            image_file: ImageFile {
+                file_id: "file_1".to_owned(),
+                detail: Some("low".to_owned()),
+            },
         };
         assert_eq!(
             message_item(&[text("a"), url, file])["content"],
@@ -337,7 +402,12 @@ mod tests {
             json!(7),
         ];
         let open = open_calls(&items);
-        assert_eq!(open.iter().map(|open| open.call.id.as_str()).collect::<Vec<_>>(), ["call_2", "call_3"]);
+        assert_eq!(
+            open.iter()
+                .map(|open| open.call.id.as_str())
+                .collect::<Vec<_>>(),
+            ["call_2", "call_3"]
+        );
         assert_eq!(open[1].call.arguments, "x");
         let outputs: Vec<Value> = open.iter().map(|open| open.output("{}")).collect();
         assert_eq!(

@@ -33,7 +33,11 @@ scope = "operator"
 "#;
 const OTHER: &str = "operator-of-the-tenant-other";
 
-const SCOPES: [&str; 3] = ["/v1/users/alice", "/v1/users/alice/sessions/s", "/v1/users/alice/topics/t"];
+const SCOPES: [&str; 3] = [
+    "/v1/users/alice",
+    "/v1/users/alice/sessions/s",
+    "/v1/users/alice/topics/t",
+];
 
 /// What another tenant gets that names what is the first one's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -83,8 +87,11 @@ fn end(path: &str) -> String {
         "/v1/users/{user}",
         "/v1/conversation",
     ] {
-        let is_conversation =
-            |rest: &&str| ["/messages", "/thread", "/runs"].iter().any(|it| rest.starts_with(it));
+        let is_conversation = |rest: &&str| {
+            ["/messages", "/thread", "/runs"]
+                .iter()
+                .any(|it| rest.starts_with(it))
+        };
         if let Some(rest) = path.strip_prefix(scope).filter(is_conversation)
             && rest != "/threads"
         {
@@ -129,9 +136,18 @@ impl Ids {
     }
 
     fn path(&self, route: &Route) -> String {
-        let names = [("{session}", "s"), ("{topic}", "t"), ("{user}", self.user), ("{run}", &self.run)];
-        let names = names.into_iter().chain([("{thread}", &*self.thread), ("{deletion}", &self.deletion)]);
-        names.fold(route.path.clone(), |path, (name, value)| path.replace(name, value))
+        let names = [
+            ("{session}", "s"),
+            ("{topic}", "t"),
+            ("{user}", self.user),
+            ("{run}", &self.run),
+        ];
+        let names = names
+            .into_iter()
+            .chain([("{thread}", &*self.thread), ("{deletion}", &self.deletion)]);
+        names.fold(route.path.clone(), |path, (name, value)| {
+            path.replace(name, value)
+        })
     }
 }
 
@@ -141,9 +157,9 @@ fn request(gateway: &Gateway, route: &Route, ids: &Ids) -> RequestBuilder {
         request = request.header("threadkeeper-user", ids.user);
     }
     match (route.method.as_str(), end(&route.path).as_str()) {
-        ("POST", "{scope}/messages") => {
-            request.header("idempotency-key", "1").json(&json!({"content": "hello"}))
-        }
+        ("POST", "{scope}/messages") => request
+            .header("idempotency-key", "1")
+            .json(&json!({"content": "hello"})),
         ("POST", "{scope}/runs/{run}/tool_outputs") => {
             request.json(&json!({"tool_outputs": [{"tool_call_id": "call_1", "output": "4"}]}))
         }
@@ -163,15 +179,21 @@ fn key(access: Access) -> &'static str {
 }
 
 async fn ask(gateway: &Gateway, route: &Route, ids: &Ids, key: &str) -> Answer {
-    gateway.send(request(gateway, route, ids).bearer_auth(key)).await
+    gateway
+        .send(request(gateway, route, ids).bearer_auth(key))
+        .await
 }
 
 #[test]
 fn access_table_covers_every_route() {
-    let there: BTreeSet<_> =
-        routes().iter().map(|route| (route.method.to_string(), end(&route.path))).collect();
-    let rows: BTreeSet<_> =
-        ROWS.iter().map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned())).collect();
+    let there: BTreeSet<_> = routes()
+        .iter()
+        .map(|route| (route.method.to_string(), end(&route.path)))
+        .collect();
+    let rows: BTreeSet<_> = ROWS
+        .iter()
+        .map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned()))
+        .collect();
     assert_eq!(there, rows);
 }
 
@@ -187,13 +209,19 @@ async fn every_route_checks_authentication_and_scope() {
             assert_eq!(anonymous.status, StatusCode::OK, "{what}");
             continue;
         };
-        let wrong = [key(needs).to_uppercase(), key(needs)[1..].to_owned(), format!("{} x", key(needs))];
+        let wrong = [
+            key(needs).to_uppercase(),
+            key(needs)[1..].to_owned(),
+            format!("{} x", key(needs)),
+        ];
         let basic = request(&gateway, &route, &ids).basic_auth(key(needs), None::<&str>);
         let mut refused = vec![(false, anonymous), (false, gateway.send(basic).await)];
         for wrong in &wrong {
             refused.push((true, ask(&gateway, &route, &ids, wrong).await));
         }
-        let twice = request(&gateway, &route, &ids).bearer_auth(key(needs)).bearer_auth(key(needs));
+        let twice = request(&gateway, &route, &ids)
+            .bearer_auth(key(needs))
+            .bearer_auth(key(needs));
         refused.push((true, gateway.send(twice).await));
         for (has_token, answer) in refused {
             assert_eq!(answer.problem(), (401, "unauthenticated"), "{what}");
@@ -204,7 +232,10 @@ async fn every_route_checks_authentication_and_scope() {
                 "{what}: {challenge}"
             );
             assert_eq!(challenge == "Bearer", !has_token, "{what}: {challenge}");
-            assert_eq!(answer.headers["x-content-type-options"], "nosniff", "{what}");
+            assert_eq!(
+                answer.headers["x-content-type-options"], "nosniff",
+                "{what}"
+            );
             assert_eq!(answer.headers["cache-control"], "no-store", "{what}");
         }
         for level in Access::ALL {
@@ -213,37 +244,68 @@ async fn every_route_checks_authentication_and_scope() {
                 assert_eq!(answer.problem(), (403, "forbidden"), "{what} with {level}");
             } else {
                 let status = answer.status.as_u16();
-                assert!(![401, 403].contains(&status) && status < 500, "{what} with {level}: {answer:?}");
+                assert!(
+                    ![401, 403].contains(&status) && status < 500,
+                    "{what} with {level}: {answer:?}"
+                );
             }
         }
     }
     let nowhere = gateway.get("/v1/nowhere").await;
     assert_eq!(nowhere.problem(), (404, "not-found"));
-    assert!(gateway.logs().iter().any(|line| line.contains(r#""caller":"chatter""#)), "who asked is logged");
+    assert!(
+        gateway
+            .logs()
+            .iter()
+            .any(|line| line.contains(r#""caller":"chatter""#)),
+        "who asked is logged"
+    );
 }
 
 /// What a tenant has: a conversation of each kind, and a deletion.
 async fn prepare(gateway: &Gateway) -> Vec<Ids> {
     let mine = key(Access::Operator);
-    let gone =
-        gateway.request(Method::POST, "/v1/users/gone/messages").json(&json!({"content": "planted word"}));
+    let gone = gateway
+        .request(Method::POST, "/v1/users/gone/messages")
+        .json(&json!({"content": "planted word"}));
     gateway.send(gone.bearer_auth(mine)).await.ok();
-    let gone = gateway.send(gateway.request(Method::DELETE, "/v1/users/gone").bearer_auth(mine)).await.ok();
+    let gone = gateway
+        .send(
+            gateway
+                .request(Method::DELETE, "/v1/users/gone")
+                .bearer_auth(mine),
+        )
+        .await
+        .ok();
     let mut all = Vec::new();
     for scope in SCOPES {
         let body = json!({"content": "planted word [[sim: tool=get_weather]]"});
-        let request = gateway.request(Method::POST, &format!("{scope}/messages")).json(&body);
-        let asked = gateway.send(request.bearer_auth(mine).header("idempotency-key", "1")).await.ok();
+        let request = gateway
+            .request(Method::POST, &format!("{scope}/messages"))
+            .json(&body);
+        let asked = gateway
+            .send(request.bearer_auth(mine).header("idempotency-key", "1"))
+            .await
+            .ok();
         let id = |of: &str| asked[of]["id"].as_str().unwrap().to_owned();
         let deletion = gone["id"].as_str().unwrap().to_owned();
-        all.push(Ids { user: "alice", run: id("run"), thread: id("thread"), deletion });
+        all.push(Ids {
+            user: "alice",
+            run: id("run"),
+            thread: id("thread"),
+            deletion,
+        });
     }
     all
 }
 
 /// What must be the same whether something is another's or is not at all.
 fn outcome(answer: &Answer) -> (StatusCode, Value, Value) {
-    (answer.status, answer.body["type"].clone(), answer.body["detail"].clone())
+    (
+        answer.status,
+        answer.body["type"].clone(),
+        answer.body["detail"].clone(),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,7 +325,9 @@ async fn tenants_are_isolated_on_every_route() {
         for route in all.iter().filter(|route| route.needs.is_some()) {
             let ids = mine.iter().zip(SCOPES).find(|(_, scope)| {
                 let depth = scope.matches('/').count();
-                let kind = ["sessions", "topics"].into_iter().find(|kind| route.path.contains(*kind));
+                let kind = ["sessions", "topics"]
+                    .into_iter()
+                    .find(|kind| route.path.contains(*kind));
                 kind.map_or(depth == 3, |kind| scope.contains(kind))
             });
             let (ids, _) = ids.unwrap();
@@ -272,12 +336,22 @@ async fn tenants_are_isolated_on_every_route() {
             let never = ask(&gateway, route, &Ids::unknown(), OTHER).await;
             let text = format!("{} {:?}", theirs.body, theirs.headers);
             for secret in &secrets {
-                assert!(!text.contains(secret.as_str()), "{what} tells of another tenant's: {text}");
+                assert!(
+                    !text.contains(secret.as_str()),
+                    "{what} tells of another tenant's: {text}"
+                );
             }
             // By headers it is the conversation that was asked for by its path before.
             let is_own = route.path.starts_with("/v1/conversation") && row(route) == Gets::Own;
-            assert!(is_own || !theirs.headers.contains_key("idempotent-replayed"), "{what}");
-            assert_eq!(outcome(&theirs), outcome(&never), "{what} tells what there is");
+            assert!(
+                is_own || !theirs.headers.contains_key("idempotent-replayed"),
+                "{what}"
+            );
+            assert_eq!(
+                outcome(&theirs),
+                outcome(&never),
+                "{what} tells what there is"
+            );
             match row(route) {
                 Gets::NotFound => assert_eq!(theirs.problem(), (404, "not-found"), "{what}"),
                 Gets::Nothing => {
@@ -285,26 +359,40 @@ async fn tenants_are_isolated_on_every_route() {
                     let is_empty = theirs.body["data"].as_array().is_none_or(Vec::is_empty);
                     assert!(is_empty, "{what}: {theirs:?}");
                 }
-                Gets::Own | Gets::Served => assert!(theirs.status.is_success(), "{what}: {theirs:?}"),
+                Gets::Own | Gets::Served => {
+                    assert!(theirs.status.is_success(), "{what}: {theirs:?}")
+                }
             }
         }
         // Nothing of the first tenant's has changed.
         for (ids, scope) in mine.iter().zip(SCOPES) {
             let get = |path: String| {
-                gateway.send(gateway.request(Method::GET, &path).bearer_auth(key(Access::Read)))
+                gateway.send(
+                    gateway
+                        .request(Method::GET, &path)
+                        .bearer_auth(key(Access::Read)),
+                )
             };
             let run = get(format!("{scope}/runs/{}", ids.run)).await.ok();
             assert_eq!(run["run"]["status"], "requires_action", "{scope}");
             let messages = get(format!("{scope}/messages")).await.ok();
             assert_eq!(messages["data"].as_array().unwrap().len(), 1, "{scope}");
-            assert!(get(format!("{scope}/thread")).await.ok()["metadata"].as_object().unwrap().is_empty());
+            assert!(
+                get(format!("{scope}/thread")).await.ok()["metadata"]
+                    .as_object()
+                    .unwrap()
+                    .is_empty()
+            );
         }
     }
 }
 
 fn row(route: &Route) -> Gets {
     let end = end(&route.path);
-    ROWS.iter().find(|(method, path, _)| route.method == *method && *path == end).unwrap().2
+    ROWS.iter()
+        .find(|(method, path, _)| route.method == *method && *path == end)
+        .unwrap()
+        .2
 }
 
 /// The command `keys` with a configuration.
@@ -313,14 +401,23 @@ fn keys(config: &str, args: &[&str]) -> (Output, String) {
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, config).unwrap();
     let mut command: Command = Gateway::command(&["keys"]);
-    let output = command.args(args).arg("--config").arg(&file).output().unwrap();
+    let output = command
+        .args(args)
+        .arg("--config")
+        .arg(&file)
+        .output()
+        .unwrap();
     let told = String::from_utf8(output.stdout.clone()).unwrap();
     (output, told.trim().to_owned())
 }
 
 async fn status(gateway: &Gateway, key: &str) -> u16 {
     gateway
-        .send(gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(key))
+        .send(
+            gateway
+                .request(Method::GET, "/v1/users/alice/threads")
+                .bearer_auth(key),
+        )
         .await
         .status
         .as_u16()
@@ -331,10 +428,24 @@ async fn api_key_changes_reach_running_replicas() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let config = scene.config("[auth]\nstored_keys = true\n");
     let (one, other) = tokio::join!(Gateway::start(&config), Gateway::start(&config));
-    let create = ["create", "--scope", "read", "--label", "for reports", "--tenant", "acme"];
+    let create = [
+        "create",
+        "--scope",
+        "read",
+        "--label",
+        "for reports",
+        "--tenant",
+        "acme",
+    ];
     let (output, key) = keys(&config, &create);
-    assert!(output.status.success() && key.starts_with("tk_"), "{output:?}");
-    assert!(!String::from_utf8_lossy(&output.stderr).contains(&key), "it is told once");
+    assert!(
+        output.status.success() && key.starts_with("tk_"),
+        "{output:?}"
+    );
+    assert!(
+        !String::from_utf8_lossy(&output.stderr).contains(&key),
+        "it is told once"
+    );
     for gateway in [&one, &other] {
         becomes(gateway, &key, 200).await;
     }
@@ -344,17 +455,29 @@ async fn api_key_changes_reach_running_replicas() {
         assert!(list.contains(part), "{part} is not in: {list}");
     }
     assert!(!list.contains(&key[16..]), "{list}");
-    assert_eq!(keys(&config, &["list", "--tenant", "elsewhere"]).1.lines().count(), 1);
+    assert_eq!(
+        keys(&config, &["list", "--tenant", "elsewhere"])
+            .1
+            .lines()
+            .count(),
+        1
+    );
 
     let (output, told) = keys(&config, &["revoke", &key]);
-    assert!(output.status.success() && told.contains("revoked"), "{output:?}");
+    assert!(
+        output.status.success() && told.contains("revoked"),
+        "{output:?}"
+    );
     for gateway in [&one, &other] {
         becomes(gateway, &key, 401).await;
     }
     assert!(keys(&config, &["list"]).1.contains("revoked"));
     let (output, _) = keys(&config, &["revoke", "tk_000000000000"]);
     assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("keys list"), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("keys list"),
+        "{output:?}"
+    );
 }
 
 async fn becomes(gateway: &Gateway, key: &str, wanted: u16) {
@@ -377,18 +500,24 @@ async fn sqlite_api_keys_managed_only_while_gateway_stopped() {
     assert_eq!(status(&gateway, "tk_0123").await, 401);
     let (output, _) = keys(&config, &["list"]);
     assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("process"), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("process"),
+        "{output:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cors_allows_configured_origins_only() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let settings =
-        format!("{KEYS}[server]\ncors_origins = [\"https://chat.example\", \"capacitor://localhost\"]\n");
+    let settings = format!(
+        "{KEYS}[server]\ncors_origins = [\"https://chat.example\", \"capacitor://localhost\"]\n"
+    );
     let gateway = scene.gateway_with(&settings).await;
     let path = "/v1/users/alice/messages";
     let preflight = |origin: &str| {
-        let request = gateway.request(Method::OPTIONS, path).header("origin", origin);
+        let request = gateway
+            .request(Method::OPTIONS, path)
+            .header("origin", origin);
         let request = request.header("access-control-request-method", "POST");
         gateway.send(request.header(
             "access-control-request-headers",
@@ -397,27 +526,79 @@ async fn cors_allows_configured_origins_only() {
     };
     let known = preflight("https://chat.example").await;
     assert_eq!(known.status, StatusCode::OK);
-    assert_eq!(known.headers["access-control-allow-origin"], "https://chat.example");
-    let allowed = known.headers["access-control-allow-headers"].to_str().unwrap();
-    for name in ["idempotency-key", "threadkeeper-user", "threadkeeper-session", "threadkeeper-topic"] {
+    assert_eq!(
+        known.headers["access-control-allow-origin"],
+        "https://chat.example"
+    );
+    let allowed = known.headers["access-control-allow-headers"]
+        .to_str()
+        .unwrap();
+    for name in [
+        "idempotency-key",
+        "threadkeeper-user",
+        "threadkeeper-session",
+        "threadkeeper-topic",
+    ] {
         assert!(allowed.contains(name), "{name} is not in: {allowed}");
     }
-    assert!(!known.headers.contains_key("access-control-allow-credentials"), "no cookies");
+    assert!(
+        !known
+            .headers
+            .contains_key("access-control-allow-credentials"),
+        "no cookies"
+    );
     let app = preflight("capacitor://localhost").await;
-    assert_eq!(app.headers["access-control-allow-origin"], "capacitor://localhost", "a page inside an app");
-    for other in ["https://chat.example.evil", "http://chat.example", "tauri://localhost", "null"] {
-        assert!(!preflight(other).await.headers.contains_key("access-control-allow-origin"), "{other}");
+    assert_eq!(
+        app.headers["access-control-allow-origin"], "capacitor://localhost",
+        "a page inside an app"
+    );
+    for other in [
+        "https://chat.example.evil",
+        "http://chat.example",
+        "tauri://localhost",
+        "null",
+    ] {
+        assert!(
+            !preflight(other)
+                .await
+                .headers
+                .contains_key("access-control-allow-origin"),
+            "{other}"
+        );
     }
-    let request = gateway.request(Method::POST, path).header("origin", "https://chat.example");
-    let answer =
-        gateway.send(request.bearer_auth(key(Access::Chat)).json(&json!({"content": "hello"}))).await;
-    assert_eq!(answer.headers["access-control-allow-origin"], "https://chat.example");
-    assert!(answer.headers["access-control-expose-headers"].to_str().unwrap().contains("retry-after"));
+    let request = gateway
+        .request(Method::POST, path)
+        .header("origin", "https://chat.example");
+    let answer = gateway
+        .send(
+            request
+                .bearer_auth(key(Access::Chat))
+                .json(&json!({"content": "hello"})),
+        )
+        .await;
+    assert_eq!(
+        answer.headers["access-control-allow-origin"],
+        "https://chat.example"
+    );
+    assert!(
+        answer.headers["access-control-expose-headers"]
+            .to_str()
+            .unwrap()
+            .contains("retry-after")
+    );
     answer.ok();
-    let refused =
-        gateway.send(gateway.request(Method::GET, path).header("origin", "https://chat.example")).await;
+    let refused = gateway
+        .send(
+            gateway
+                .request(Method::GET, path)
+                .header("origin", "https://chat.example"),
+        )
+        .await;
     assert_eq!(refused.problem(), (401, "unauthenticated"));
-    assert_eq!(refused.headers["access-control-allow-origin"], "https://chat.example", "a page can read why");
+    assert_eq!(
+        refused.headers["access-control-allow-origin"], "https://chat.example",
+        "a page can read why"
+    );
 }
 
 pub(super) const SECRET: &str = "a-secret-that-is-shared-with-the-issuer";
@@ -434,9 +615,10 @@ admin_value = "chat-admin"
 
 /// A token with these claims, besides the usual ones.
 pub(super) fn token(secret: &str, claims: &Value) -> String {
-    let mut all =
-        json!({"iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "org": "acme"});
-    all.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
+    let mut all = json!({"iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "org": "acme"});
+    all.as_object_mut()
+        .unwrap()
+        .extend(claims.as_object().unwrap().clone());
     let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
     jsonwebtoken::encode(&jsonwebtoken::Header::default(), &all, &key).unwrap()
 }
@@ -446,17 +628,31 @@ async fn user_token_opens_only_its_own_user() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}")).await;
     let good = |claims: Value| token(SECRET, &claims);
-    let (alice, admin) =
-        (good(json!({"sub": "alice"})), good(json!({"sub": "eve", "roles": ["chat-admin"]})));
+    let (alice, admin) = (
+        good(json!({"sub": "alice"})),
+        good(json!({"sub": "eve", "roles": ["chat-admin"]})),
+    );
     let ids = Ids::unknown();
-    let own = Ids { user: "alice", ..Ids::unknown() };
+    let own = Ids {
+        user: "alice",
+        ..Ids::unknown()
+    };
     for route in routes() {
-        let (Some(needs), what) = (route.needs, format!("{} {}", route.method, route.path)) else { continue };
+        let (Some(needs), what) = (route.needs, format!("{} {}", route.method, route.path)) else {
+            continue;
+        };
         let opens = |answer: &Answer| ![401, 403].contains(&answer.status.as_u16());
         let others = ask(&gateway, &route, &ids, &alice).await;
         if names_a_user(&route) {
-            assert_eq!(others.problem(), (403, "forbidden"), "{what} of another user");
-            assert!(opens(&ask(&gateway, &route, &own, &alice).await), "{what} of its own");
+            assert_eq!(
+                others.problem(),
+                (403, "forbidden"),
+                "{what} of another user"
+            );
+            assert!(
+                opens(&ask(&gateway, &route, &own, &alice).await),
+                "{what} of its own"
+            );
         } else {
             assert_eq!(opens(&others), needs <= Access::Chat, "{what}: {others:?}");
         }
@@ -467,14 +663,28 @@ async fn user_token_opens_only_its_own_user() {
         );
     }
     // Spelled in another way it is the same user.
-    let spelled = gateway.request(Method::GET, "/v1/users/%61lice/threads").bearer_auth(&alice);
+    let spelled = gateway
+        .request(Method::GET, "/v1/users/%61lice/threads")
+        .bearer_auth(&alice);
     gateway.send(spelled).await.ok();
-    let spelled = gateway.request(Method::GET, "/v1/user/threads").header("threadkeeper-user", "%61lice");
+    let spelled = gateway
+        .request(Method::GET, "/v1/user/threads")
+        .header("threadkeeper-user", "%61lice");
     gateway.send(spelled.bearer_auth(&alice)).await.ok();
     // Nobody's by two names.
-    for (path, user) in [("/v1/users/alice/threads", "bob"), ("/v1/users/bob/threads", "alice")] {
-        let both = gateway.request(Method::GET, path).header("threadkeeper-user", user).bearer_auth(&alice);
-        assert_eq!(gateway.send(both).await.problem(), (400, "invalid-request"), "{path}");
+    for (path, user) in [
+        ("/v1/users/alice/threads", "bob"),
+        ("/v1/users/bob/threads", "alice"),
+    ] {
+        let both = gateway
+            .request(Method::GET, path)
+            .header("threadkeeper-user", user)
+            .bearer_auth(&alice);
+        assert_eq!(
+            gateway.send(both).await.problem(),
+            (400, "invalid-request"),
+            "{path}"
+        );
     }
 
     let bad = [
@@ -483,12 +693,21 @@ async fn user_token_opens_only_its_own_user() {
         good(json!({"sub": "alice", "iss": "https://evil.example/"})),
         good(json!({"sub": "alice", "org": null})),
         good(json!({})),
-        token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
+        token(
+            "another-secret-that-nobody-shares-with-us",
+            &json!({"sub": "alice"}),
+        ),
         format!("{alice}x"),
     ];
     for token in bad {
-        let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&token);
-        assert_eq!(gateway.send(request).await.problem(), (401, "unauthenticated"), "{token}");
+        let request = gateway
+            .request(Method::GET, "/v1/users/alice/threads")
+            .bearer_auth(&token);
+        assert_eq!(
+            gateway.send(request).await.problem(),
+            (401, "unauthenticated"),
+            "{token}"
+        );
     }
 }
 
@@ -505,14 +724,29 @@ async fn user_token_reveals_nothing_of_other_users() {
         let mut asked = Vec::new();
         for user in ["alice", "bob"] {
             let body = json!({"content": "hello [[sim: tool=get_weather]]"});
-            let say = gateway.request(Method::POST, &format!("/v1/users/{user}/messages")).json(&body);
+            let say = gateway
+                .request(Method::POST, &format!("/v1/users/{user}/messages"))
+                .json(&body);
             asked.push(gateway.send(say.bearer_auth(token(user))).await.ok());
         }
         let id = |of: &str| asked[1][of]["id"].as_str().unwrap().to_owned();
-        let own = Ids { user: "alice", ..Ids::unknown() };
-        let bobs = Ids { run: id("run"), thread: id("thread"), ..Ids { user: "alice", ..Ids::unknown() } };
-        let by_id = routes().into_iter().filter(|it| it.needs.is_some_and(|needs| needs <= Access::Chat));
-        for route in by_id.filter(|it| ["{run}", "{thread}"].iter().any(|id| it.path.contains(id))) {
+        let own = Ids {
+            user: "alice",
+            ..Ids::unknown()
+        };
+        let bobs = Ids {
+            run: id("run"),
+            thread: id("thread"),
+            ..Ids {
+                user: "alice",
+                ..Ids::unknown()
+            }
+        };
+        let by_id = routes()
+            .into_iter()
+            .filter(|it| it.needs.is_some_and(|needs| needs <= Access::Chat));
+        for route in by_id.filter(|it| ["{run}", "{thread}"].iter().any(|id| it.path.contains(id)))
+        {
             let what = format!("{} {}", route.method, route.path);
             let theirs = ask(&gateway, &route, &bobs, &token("alice")).await;
             assert_eq!(theirs.problem(), (404, "not-found"), "{what}");
@@ -532,12 +766,18 @@ async fn user_token_reveals_nothing_of_other_users() {
             for cursor in ["after", "before"] {
                 let list = |id: &str| get(format!("/v1/users/alice/{list}?{cursor}={id}"), "alice");
                 let refused = list(&theirs).await;
-                assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY, "{refused:?}");
+                assert_eq!(
+                    refused.status,
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                    "{refused:?}"
+                );
                 assert_eq!(outcome(&refused), outcome(&list(&none).await));
             }
         }
         assert_eq!(
-            get(format!("/v1/users/bob/runs/{}", id("run")), "bob").await.ok()["run"],
+            get(format!("/v1/users/bob/runs/{}", id("run")), "bob")
+                .await
+                .ok()["run"],
             asked[1]["run"]
         );
     }
@@ -564,30 +804,51 @@ async fn user_token_is_rate_limited_on_userless_paths() {
 async fn deletion_receipt_hidden_from_other_users_and_tenants() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
         let scene = Scene::new(Protocol::Responses, backend).await;
-        let gateway = scene.gateway_with(&format!("{KEYS}{ISSUER}{OWN_KEY}")).await;
+        let gateway = scene
+            .gateway_with(&format!("{KEYS}{ISSUER}{OWN_KEY}"))
+            .await;
         let good = |user: &str, tenant: &str| token(SECRET, &json!({"sub": user, "org": tenant}));
-        let (zoe, bob, namesake) = (good("zoe", "acme"), good("bob", "acme"), good("zoe", "elsewhere"));
+        let (zoe, bob, namesake) = (
+            good("zoe", "acme"),
+            good("bob", "acme"),
+            good("zoe", "elsewhere"),
+        );
         let backend_of_acme = "chatter-of-the-tenant-acme".to_owned();
-        for (path, asks) in
-            [("/v1/users/zoe/thread", &zoe), ("/v1/users/zoe", &zoe), ("/v1/users/zoe", &backend_of_acme)]
-        {
-            let say =
-                gateway.request(Method::POST, "/v1/users/zoe/messages").json(&json!({"content": "hello"}));
+        for (path, asks) in [
+            ("/v1/users/zoe/thread", &zoe),
+            ("/v1/users/zoe", &zoe),
+            ("/v1/users/zoe", &backend_of_acme),
+        ] {
+            let say = gateway
+                .request(Method::POST, "/v1/users/zoe/messages")
+                .json(&json!({"content": "hello"}));
             gateway.send(say.bearer_auth(&zoe)).await.ok();
             scene.fault("any", "status=503", 1000);
-            let delete = gateway.request(Method::DELETE, path).header("prefer", "respond-async");
+            let delete = gateway
+                .request(Method::DELETE, path)
+                .header("prefer", "respond-async");
             let pending = gateway.send(delete.bearer_auth(asks)).await;
             assert_eq!(pending.status, StatusCode::ACCEPTED, "{pending:?}");
             let place = pending.headers["location"].to_str().unwrap();
-            let receipt = |token: &str| gateway.send(gateway.request(Method::GET, place).bearer_auth(token));
+            let receipt =
+                |token: &str| gateway.send(gateway.request(Method::GET, place).bearer_auth(token));
             let never = format!("/v1/deletions/{}", DeletionId::new());
-            let never = gateway.send(gateway.request(Method::GET, &never).bearer_auth(&bob)).await;
+            let never = gateway
+                .send(gateway.request(Method::GET, &never).bearer_auth(&bob))
+                .await;
             assert_eq!(never.problem(), (404, "not-found"));
             let mut in_progress = true;
             loop {
                 let seen = receipt(&zoe).await.ok();
-                assert!(in_progress || seen["status"] == "completed", "{path}: {seen:#}");
-                assert_eq!(receipt(&backend_of_acme).await.ok()["id"], seen["id"], "{path}");
+                assert!(
+                    in_progress || seen["status"] == "completed",
+                    "{path}: {seen:#}"
+                );
+                assert_eq!(
+                    receipt(&backend_of_acme).await.ok()["id"],
+                    seen["id"],
+                    "{path}"
+                );
                 for other in [&bob, &namesake, OTHER] {
                     assert_eq!(outcome(&receipt(other).await), outcome(&never), "{path}");
                 }
@@ -597,12 +858,21 @@ async fn deletion_receipt_hidden_from_other_users_and_tenants() {
                 in_progress = seen["status"] == "in_progress";
                 if in_progress {
                     scene.simulator.clear_faults();
-                    scene.database.execute("UPDATE threads SET due_at = created_at").await;
-                    let cleanup = gateway.request(Method::POST, "/v1/admin/cleanup").bearer_auth(OTHER);
+                    scene
+                        .database
+                        .execute("UPDATE threads SET due_at = created_at")
+                        .await;
+                    let cleanup = gateway
+                        .request(Method::POST, "/v1/admin/cleanup")
+                        .bearer_auth(OTHER);
                     gateway.send(cleanup).await.ok();
                 }
             }
-            assert_eq!(scene.database.holding("zoe").await, Vec::<String>::new(), "{path}");
+            assert_eq!(
+                scene.database.holding("zoe").await,
+                Vec::<String>::new(),
+                "{path}"
+            );
         }
     }
 }

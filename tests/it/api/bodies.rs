@@ -21,21 +21,31 @@ const MIB: usize = 1024 * 1024;
 async fn connect(gateway: &Gateway) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_send_buffer_size(SEND_BUFFER).unwrap();
-    socket.connect(gateway.address().parse().unwrap()).await.unwrap()
+    socket
+        .connect(gateway.address().parse().unwrap())
+        .await
+        .unwrap()
 }
 
 /// What comes until the gateway closes.
 async fn rest(mut from: impl AsyncReadExt + Unpin) -> String {
     let mut answer = Vec::new();
-    timeout(PATIENCE, from.read_to_end(&mut answer)).await.expect("it hangs").unwrap();
+    timeout(PATIENCE, from.read_to_end(&mut answer))
+        .await
+        .expect("it hangs")
+        .unwrap();
     String::from_utf8(answer).unwrap()
 }
 
 /// Sends all of a request before it reads a byte of the answer, as Python's `http.client` does.
 async fn all_then_read(gateway: &Gateway, request: &[u8]) -> String {
     let mut connection = connect(gateway).await;
-    let sent = timeout(PATIENCE, connection.write_all(request)).await.expect("it hangs");
-    sent.unwrap_or_else(|error| panic!("the connection broke before the answer could be read: {error}"));
+    let sent = timeout(PATIENCE, connection.write_all(request))
+        .await
+        .expect("it hangs");
+    sent.unwrap_or_else(|error| {
+        panic!("the connection broke before the answer could be read: {error}")
+    });
     rest(connection).await
 }
 
@@ -68,16 +78,52 @@ async fn refusal_readable_after_client_sends_whole_body() {
     let gateway = scene.gateway_with(SETTINGS).await;
     let json = format!("host: h\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}");
     let reader = json.replace(KEY, "a-key-of-a-reader-of-these-tests");
-    let post = |user: &str, more: &str| format!("POST /v1/users/{user}/messages HTTP/1.1\r\n{more}");
+    let post =
+        |user: &str, more: &str| format!("POST /v1/users/{user}/messages HTTP/1.1\r\n{more}");
     let mib = 8 * MIB;
     let cases = [
-        ("a declared length", request(&post("one", &json), mib), "413", "payload-too-large"),
-        ("chunks", chunked(&post("two", &json), mib), "413", "payload-too-large"),
-        ("HTTP/1.0", request(&post("three", &json).replace("1.1", "1.0"), mib), "413", "payload-too-large"),
-        ("no key", request(&post("four", "host: h"), mib), "401", "unauthenticated"),
-        ("a reader's key", request(&post("five", &reader), mib), "403", "forbidden"),
-        ("no route", request("POST /nowhere HTTP/1.1\r\nhost: h", mib), "404", "not-found"),
-        ("no method", request("PUT /healthz HTTP/1.1\r\nhost: h", mib), "405", "method-not-allowed"),
+        (
+            "a declared length",
+            request(&post("one", &json), mib),
+            "413",
+            "payload-too-large",
+        ),
+        (
+            "chunks",
+            chunked(&post("two", &json), mib),
+            "413",
+            "payload-too-large",
+        ),
+        (
+            "HTTP/1.0",
+            request(&post("three", &json).replace("1.1", "1.0"), mib),
+            "413",
+            "payload-too-large",
+        ),
+        (
+            "no key",
+            request(&post("four", "host: h"), mib),
+            "401",
+            "unauthenticated",
+        ),
+        (
+            "a reader's key",
+            request(&post("five", &reader), mib),
+            "403",
+            "forbidden",
+        ),
+        (
+            "no route",
+            request("POST /nowhere HTTP/1.1\r\nhost: h", mib),
+            "404",
+            "not-found",
+        ),
+        (
+            "no method",
+            request("PUT /healthz HTTP/1.1\r\nhost: h", mib),
+            "405",
+            "method-not-allowed",
+        ),
         (
             "no JSON",
             request(&post("six", &json.replace("/json", "/xml")), mib),
@@ -85,7 +131,12 @@ async fn refusal_readable_after_client_sends_whole_body() {
             "unsupported-media-type",
         ),
         // Told by the HTTP library.
-        ("a large head", format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(mib)).into_bytes(), "431", ""),
+        (
+            "a large head",
+            format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(mib)).into_bytes(),
+            "431",
+            "",
+        ),
     ];
     let tried = cases.iter().map(async |(what, request, status, name)| {
         assert_refused(what, &all_then_read(&gateway, request).await, status, name);
@@ -94,7 +145,11 @@ async fn refusal_readable_after_client_sends_whole_body() {
     // The second request within a second.
     let limited = post("seven", &json);
     let answer = loop {
-        all_then_read(&gateway, &request(&format!("{limited}\r\nconnection: close"), 1)).await;
+        all_then_read(
+            &gateway,
+            &request(&format!("{limited}\r\nconnection: close"), 1),
+        )
+        .await;
         let answer = all_then_read(&gateway, &request(&limited, mib)).await;
         if !answer.contains(" 413 ") {
             break answer;
@@ -106,16 +161,26 @@ async fn refusal_readable_after_client_sends_whole_body() {
 #[track_caller]
 fn assert_refused(what: &str, answer: &str, status: &str, name: &str) {
     let status_line = answer.lines().next().unwrap_or_default();
-    assert_eq!(status_line.split(' ').nth(1), Some(status), "{what}: {answer}");
+    assert_eq!(
+        status_line.split(' ').nth(1),
+        Some(status),
+        "{what}: {answer}"
+    );
     assert!(answer.contains(name), "{what}: {answer}");
-    let closes = answer.contains("\r\nconnection: close\r\n") || status_line.starts_with("HTTP/1.0");
-    assert!(closes || name.is_empty(), "{what}: it does not say that it closes: {answer}");
+    let closes =
+        answer.contains("\r\nconnection: close\r\n") || status_line.starts_with("HTTP/1.0");
+    assert!(
+        closes || name.is_empty(),
+        "{what}: it does not say that it closes: {answer}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn endless_body_is_drained_up_to_limit() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nmax_body_bytes = 65536\n").await;
+    let gateway = scene
+        .gateway_with("[server]\nmax_body_bytes = 65536\n")
+        .await;
     let (reads, mut writes) = connect(&gateway).await.into_split();
     let head = "POST /v1/users/alice/messages HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n\
                 content-length: 99999999999\r\n\r\n";
@@ -132,13 +197,19 @@ async fn endless_body_is_drained_up_to_limit() {
     let reads = async {
         let mut reads = reads;
         let mut answer = vec![0; 8 * 1024];
-        let length = timeout(PATIENCE, reads.read(&mut answer)).await.expect("it hangs").unwrap();
+        let length = timeout(PATIENCE, reads.read(&mut answer))
+            .await
+            .expect("it hangs")
+            .unwrap();
         String::from_utf8(answer[..length].to_vec()).unwrap()
     };
     let ((sent, took), answer) = tokio::join!(sends, reads);
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     // What the sockets between us hold comes on top.
-    assert!((LINGER_BYTES..2 * LINGER_BYTES).contains(&sent), "{sent} bytes were read");
+    assert!(
+        (LINGER_BYTES..2 * LINGER_BYTES).contains(&sent),
+        "{sent} bytes were read"
+    );
     assert!(took < LINGER_TIME + Duration::from_secs(5), "{took:?}");
     let grown = memory(&gateway, "VmHWM:") - before;
     assert!(grown < 8 * 1024, "the process grew by {grown} KiB");
@@ -154,14 +225,26 @@ async fn expect_continue_withheld_when_request_is_refused() {
              authorization: Bearer {key}\r\ncontent-length: {length}\r\n\r\n"
         )
     };
-    for (user, key, length, status) in [("one", KEY, 99_999_999_999, "413"), ("two", "wrong", 20, "401")] {
+    for (user, key, length, status) in [
+        ("one", KEY, 99_999_999_999, "413"),
+        ("two", "wrong", 20, "401"),
+    ] {
         let mut connection = connect(&gateway).await;
-        connection.write_all(expecting(user, key, length).as_bytes()).await.unwrap();
+        connection
+            .write_all(expecting(user, key, length).as_bytes())
+            .await
+            .unwrap();
         let answer = rest(connection).await;
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
     }
     let mut connection = connect(&gateway).await;
-    connection.write_all(expecting("three", KEY, 20).as_bytes()).await.unwrap();
+    connection
+        .write_all(expecting("three", KEY, 20).as_bytes())
+        .await
+        .unwrap();
     let mut interim = [0; 25];
     connection.read_exact(&mut interim).await.unwrap();
     assert_eq!(interim, *b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -184,15 +267,23 @@ fn streamed(message: &Value, strategy: &str) -> Value {
 async fn memory_for_concurrent_large_bodies_is_bounded() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     // Four have room.
-    let gateway =
-        scene.gateway_with("[server]\nmax_body_bytes = 2097152\nmax_buffered_body_bytes = 8388608\n").await;
+    let gateway = scene
+        .gateway_with("[server]\nmax_body_bytes = 2097152\nmax_buffered_body_bytes = 8388608\n")
+        .await;
     let large = picture(2_000_000);
-    gateway.post("/v1/users/first/messages", &json!({"content": "hi"})).await.ok();
+    gateway
+        .post("/v1/users/first/messages", &json!({"content": "hi"}))
+        .await
+        .ok();
     let before = memory(&gateway, "VmRSS:");
     scene.simulator.hold();
     let open = async |user: &str| {
         let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
-        request.json(&streamed(&large, "enqueue")).send().await.unwrap()
+        request
+            .json(&streamed(&large, "enqueue"))
+            .send()
+            .await
+            .unwrap()
     };
     // One is at work; those that wait behind it are in the database.
     let mut streams = Vec::new();
@@ -205,13 +296,23 @@ async fn memory_for_concurrent_large_bodies_is_bounded() {
     let small = async {
         let small = streamed(&json!({"content": "hi"}), "enqueue");
         let begun = Instant::now();
-        let answer =
-            gateway.request(Method::POST, "/v1/users/small/messages").json(&small).send().await.unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        let answer = gateway
+            .request(Method::POST, "/v1/users/small/messages")
+            .json(&small)
+            .send()
+            .await
+            .unwrap();
+        assert!(
+            begun.elapsed() < Duration::from_secs(4),
+            "{:?}",
+            begun.elapsed()
+        );
         streams.push(EventReader::new(answer));
     };
     let (answers, ()) = tokio::join!(answers, small);
-    let (taken, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status() == 200);
+    let (taken, refused): (Vec<_>, Vec<_>) = answers
+        .into_iter()
+        .partition(|answer| answer.status() == 200);
     assert_eq!((taken.len(), refused.len()), (3, 7));
     for answer in refused {
         assert_eq!(
@@ -225,11 +326,17 @@ async fn memory_for_concurrent_large_bodies_is_bounded() {
     println!("{grown} KiB more");
     assert!(grown < 96 * 1024, "the process grew by {grown} KiB");
     scene.simulator.release();
-    for stream in streams.into_iter().chain(taken.into_iter().map(EventReader::new)) {
+    for stream in streams
+        .into_iter()
+        .chain(taken.into_iter().map(EventReader::new))
+    {
         assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     }
     for user in &users {
-        gateway.post(&format!("/v1/users/{user}/messages"), &large).await.ok();
+        gateway
+            .post(&format!("/v1/users/{user}/messages"), &large)
+            .await
+            .ok();
     }
 }
 
@@ -240,23 +347,42 @@ async fn queue_is_bounded_in_bytes_per_thread() {
     let gateway = scene.gateway_with(settings).await;
     scene.simulator.hold();
     let mut streams = Vec::new();
-    for (bytes, name) in [(60_000, "run.started"), (60_000, "run.queued"), (30_000, "run.queued")] {
+    for (bytes, name) in [
+        (60_000, "run.started"),
+        (60_000, "run.queued"),
+        (30_000, "run.queued"),
+    ] {
         let body = streamed(&picture(bytes), "enqueue");
-        let answer =
-            gateway.request(Method::POST, "/v1/users/alice/messages").json(&body).send().await.unwrap();
+        let answer = gateway
+            .request(Method::POST, "/v1/users/alice/messages")
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
         let mut stream = EventReader::new(answer);
         assert_eq!(stream.next().await.unwrap().name, name);
         streams.push(stream);
     }
-    let refused = gateway.post("/v1/users/alice/messages", &picture(20_000)).await;
+    let refused = gateway
+        .post("/v1/users/alice/messages", &picture(20_000))
+        .await;
     assert_eq!(refused.problem(), (429, "queue-full"));
-    assert!(refused.body["detail"].as_str().unwrap().contains("100000 bytes"), "{refused:?}");
+    assert!(
+        refused.body["detail"]
+            .as_str()
+            .unwrap()
+            .contains("100000 bytes"),
+        "{refused:?}"
+    );
     assert!(refused.headers.contains_key("retry-after"));
     scene.simulator.release();
     for stream in streams {
         assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     }
-    gateway.post("/v1/users/alice/messages", &picture(60_000)).await.ok();
+    gateway
+        .post("/v1/users/alice/messages", &picture(60_000))
+        .await
+        .ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -271,8 +397,12 @@ async fn merged_run_is_bounded_in_bytes() {
         // Two fit into one run.
         for _ in 0..3 {
             let body = streamed(&picture(5 * MIB), "merge");
-            let answer =
-                gateway.request(Method::POST, "/v1/users/alice/messages").json(&body).send().await.unwrap();
+            let answer = gateway
+                .request(Method::POST, "/v1/users/alice/messages")
+                .json(&body)
+                .send()
+                .await
+                .unwrap();
             let mut stream = EventReader::new(answer);
             runs.push(stream.next().await.unwrap().data["run_id"].clone());
             streams.push(stream);
@@ -293,9 +423,14 @@ async fn large_message_leaves_no_sqlite_temp_file() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
     let text = "abc".repeat(MIB);
-    gateway.post("/v1/users/alice/messages", &json!({"content": text})).await.ok();
+    gateway
+        .post("/v1/users/alice/messages", &json!({"content": text}))
+        .await
+        .ok();
     let open = std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap();
     let files = open.filter_map(|it| std::fs::read_link(it.unwrap().path()).ok());
-    let beside: Vec<_> = files.filter(|it| it.to_string_lossy().contains("etilqs")).collect();
+    let beside: Vec<_> = files
+        .filter(|it| it.to_string_lossy().contains("etilqs"))
+        .collect();
     assert!(beside.is_empty(), "{beside:?}");
 }

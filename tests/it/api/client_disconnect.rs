@@ -12,13 +12,14 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
 /// Of `store.max_connections`, half are set aside for what must not wait.
-const SETTINGS: [(&str, &str); 2] =
-    [("THREADKEEPER_STORE__MAX_CONNECTIONS", "4"), ("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "1s")];
+const SETTINGS: [(&str, &str); 2] = [
+    ("THREADKEEPER_STORE__MAX_CONNECTIONS", "4"),
+    ("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "1s"),
+];
 const FOR_CALLERS: i64 = 2;
 /// All, and two more, for the session and for what others tell.
 const MOST: i64 = 6;
-const OURS: &str =
-    "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database()";
+const OURS: &str = "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database()";
 
 /// The statements of callers, of which they have a part in common, which wait for a lock.
 fn stuck(part: &str) -> String {
@@ -27,25 +28,38 @@ fn stuck(part: &str) -> String {
 
 /// Sends requests one after another, each of which waits in the database, and hangs up on each.
 async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
-    let count = async |what: &str| scene.database.number(&format!("SELECT count(*) {what}")).await;
+    let count = async |what: &str| {
+        scene
+            .database
+            .number(&format!("SELECT count(*) {what}"))
+            .await
+    };
     for n in 1..=4 * FOR_CALLERS {
         let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
         let request = format!("{request} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
         socket.write_all(request.as_bytes()).await.unwrap();
         // Until the database works on it, or it is told that no connection is free.
         let told = async {
-            while timeout(Duration::from_millis(20), socket.readable()).await.is_err() {
+            while timeout(Duration::from_millis(20), socket.readable())
+                .await
+                .is_err()
+            {
                 if count(stuck).await >= n {
                     break;
                 }
             }
         };
-        timeout(Duration::from_secs(20), told).await.expect("the request comes to something");
+        timeout(Duration::from_secs(20), told)
+            .await
+            .expect("the request comes to something");
         socket.shutdown().await.unwrap();
         // The gateway has let go of it.
         socket.read_to_end(&mut Vec::new()).await.unwrap();
         let connections = count(OURS).await;
-        assert!(connections <= MOST, "{connections} connections after {n} clients have hung up");
+        assert!(
+            connections <= MOST,
+            "{connections} connections after {n} clients have hung up"
+        );
     }
 }
 
@@ -57,7 +71,10 @@ async fn clients_hanging_up_leak_no_database_connections() {
     let lock = scene.database.lock("messages").await;
     let stuck = stuck("FROM messages");
     hang_up(&scene, &gateway, &format!("GET {SCOPE}/messages"), &stuck).await;
-    let stuck = scene.database.texts(&format!("SELECT pid::text {stuck}")).await;
+    let stuck = scene
+        .database
+        .texts(&format!("SELECT pid::text {stuck}"))
+        .await;
     assert_eq!(i64::try_from(stuck.len()).unwrap(), FOR_CALLERS);
 
     drop(lock);
@@ -75,9 +92,18 @@ async fn abandoned_rollovers_leak_no_database_connections() {
     let gateway = Gateway::start_with(&scene.config(""), &SETTINGS).await;
     gateway.say(SCOPE, "hello").await;
     let mut holder = PgConnection::connect(&scene.database.url()).await.unwrap();
-    holder.execute("BEGIN; SELECT FROM threads FOR UPDATE").await.unwrap();
+    holder
+        .execute("BEGIN; SELECT FROM threads FOR UPDATE")
+        .await
+        .unwrap();
     let stuck = stuck("SELECT t.lifecycle FROM threads t");
-    hang_up(&scene, &gateway, &format!("POST {SCOPE}/thread/rollover"), &stuck).await;
+    hang_up(
+        &scene,
+        &gateway,
+        &format!("POST {SCOPE}/thread/rollover"),
+        &stuck,
+    )
+    .await;
     holder.execute("ROLLBACK").await.unwrap();
     gateway.say(SCOPE, "hello again").await;
 }

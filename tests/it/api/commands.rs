@@ -9,19 +9,33 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 fn run(command: &mut Command) -> (Output, String) {
     let output = command.output().unwrap();
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     (output, text)
 }
 
 #[test]
 fn every_command_prints_help() {
     for name in [
-        "dev", "serve", "simulate", "migrate", "export", "import", "keys", "fingerprint", "check-config",
+        "dev",
+        "serve",
+        "simulate",
+        "migrate",
+        "export",
+        "import",
+        "keys",
+        "fingerprint",
+        "check-config",
         "health",
     ] {
         let (output, text) = run(&mut Gateway::command(&[name, "--help"]));
-        assert!(output.status.success() && text.contains("Usage: threadkeeper"), "{name}: {text}");
+        assert!(
+            output.status.success() && text.contains("Usage: threadkeeper"),
+            "{name}: {text}"
+        );
     }
 }
 
@@ -43,7 +57,10 @@ fn configuration_problems_are_all_reported_at_once() {
             "store.url",
             "allow_unauthenticated",
         ] {
-            assert!(text.contains(problem), "{command} does not speak of {problem}:\n{text}");
+            assert!(
+                text.contains(problem),
+                "{command} does not speak of {problem}:\n{text}"
+            );
         }
     }
 }
@@ -63,7 +80,9 @@ async fn serve_without_automatic_migration_requires_migrate_command() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     let empty = format!("sqlite:{}", folder.path().join("empty.db").display());
-    let config = scene.config("").replace("[store]\n", "[store]\nmigrate_on_start = false\n");
+    let config = scene
+        .config("")
+        .replace("[store]\n", "[store]\nmigrate_on_start = false\n");
     std::fs::write(&file, config.replace(&scene.database.url(), &empty)).unwrap();
     let with = |command: &str| {
         let mut it = Gateway::command(&[command, "--config"]);
@@ -71,7 +90,10 @@ async fn serve_without_automatic_migration_requires_migrate_command() {
         it
     };
     let (output, text) = run(with("serve").args(["--listen", "127.0.0.1:0"]));
-    assert!(!output.status.success() && text.contains("threadkeeper migrate"), "{text}");
+    assert!(
+        !output.status.success() && text.contains("threadkeeper migrate"),
+        "{text}"
+    );
     for _ in 0..2 {
         let (output, text) = run(&mut with("migrate"));
         assert!(output.status.success(), "{text}");
@@ -94,7 +116,10 @@ fn probe(config: &str) -> (bool, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn probe_reports_upstream_capabilities_and_cleans_up() {
     for (protocol, capabilities) in [
-        (Protocol::Assistants, &["models", "threads", "deletion of threads"][..]),
+        (
+            Protocol::Assistants,
+            &["models", "threads", "deletion of threads"][..],
+        ),
         (
             Protocol::Responses,
             &[
@@ -106,39 +131,68 @@ async fn probe_reports_upstream_capabilities_and_cleans_up() {
                 "deletion of responses",
             ],
         ),
-        (Protocol::Chain, &["models", "stored responses", "deletion of responses"]),
+        (
+            Protocol::Chain,
+            &["models", "stored responses", "deletion of responses"],
+        ),
     ] {
         let scene = Scene::new(protocol, Backend::Sqlite).await;
         let (is_usable, text) = probe(&scene.config(""));
         assert!(is_usable, "{text}");
-        let told: Vec<_> = text.lines().filter(|line| line.starts_with("upstreams.")).collect();
+        let told: Vec<_> = text
+            .lines()
+            .filter(|line| line.starts_with("upstreams."))
+            .collect();
         let expected: Vec<_> = capabilities
             .iter()
             .map(|capability| format!("upstreams.simulated: {capability}: works"))
             .collect();
         assert_eq!(told, expected, "{text}");
-        assert_eq!((scene.upstream_threads(), scene.simulator.stored_responses()), (vec![], vec![]));
+        assert_eq!(
+            (scene.upstream_threads(), scene.simulator.stored_responses()),
+            (vec![], vec![])
+        );
 
         // Nothing can be deleted: said, and no reason not to use it.
         for on in ["delete_thread", "delete_conversation", "delete_response"] {
             scene.fault(on, "status=405 wording=detail", 10);
         }
         let (is_usable, text) = probe(&scene.config(""));
-        assert!(is_usable && text.contains("deletion of") && text.contains(": not supported; "), "{text}");
+        assert!(
+            is_usable && text.contains("deletion of") && text.contains(": not supported; "),
+            "{text}"
+        );
         for id in scene.upstream_threads() {
             assert!(text.contains(&id), "what stays is named: {text}");
         }
         scene.simulator.clear_faults();
 
         let (is_usable, text) = probe(&scene.config("").replace("sk-planted-key", "bad-key"));
-        assert!(!is_usable && text.contains("wrong key") && text.contains("api_key"), "{text}");
+        assert!(
+            !is_usable && text.contains("wrong key") && text.contains("api_key"),
+            "{text}"
+        );
         assert!(!text.contains("bad-key"), "{text}");
 
-        let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        silent.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
-        let nobody = format!("http://{}/v1", silent.local_addr().unwrap().as_socket().unwrap());
+        let silent =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        silent
+            .bind(
+                &"127.0.0.1:0"
+                    .parse::<std::net::SocketAddr>()
+                    .unwrap()
+                    .into(),
+            )
+            .unwrap();
+        let nobody = format!(
+            "http://{}/v1",
+            silent.local_addr().unwrap().as_socket().unwrap()
+        );
         let (is_usable, text) = probe(&scene.config("").replace(&scene.upstream_url, &nobody));
-        assert!(!is_usable && text.contains("unreachable: ") && text.contains("refused"), "{text}");
+        assert!(
+            !is_usable && text.contains("unreachable: ") && text.contains("refused"),
+            "{text}"
+        );
     }
 }
 
@@ -148,7 +202,10 @@ async fn probe_suggests_setting_when_conversations_unsupported() {
     let config = scene.config("");
     let (is_usable, text) = probe(&config.replace("conversations = false", ""));
     assert!(!is_usable, "{text}");
-    assert!(text.contains("upstreams.simulated: conversations: not supported; "), "{text}");
+    assert!(
+        text.contains("upstreams.simulated: conversations: not supported; "),
+        "{text}"
+    );
     assert!(text.contains("`conversations = false`"), "{text}");
     let (is_usable, text) = probe(&config);
     assert!(is_usable, "{text}");
@@ -172,14 +229,23 @@ async fn dev_conversation_survives_restart() {
     let answer = dev.say("/v1/users/alice", "Hello").await;
     assert!(text(&answer["message"]).contains("Hello"));
     let answer = dev
-        .post("/v1/users/bob/messages", &serde_json::json!({"content": "Hi", "assistant": "assistants-v2"}))
+        .post(
+            "/v1/users/bob/messages",
+            &serde_json::json!({"content": "Hi", "assistant": "assistants-v2"}),
+        )
         .await;
-    assert!(text(&answer.ok()["message"]).contains("Hi"), "the other protocol can be tried too");
+    assert!(
+        text(&answer.ok()["message"]).contains("Hi"),
+        "the other protocol can be tried too"
+    );
     dev.terminate();
     assert!(dev.exit().await.success());
     let dev = start().await;
     let answer = dev.say("/v1/users/alice", "again").await;
-    assert_eq!(answer["thread"]["message_count"], 4, "the conversation goes on: {answer:#}");
+    assert_eq!(
+        answer["thread"]["message_count"], 4,
+        "the conversation goes on: {answer:#}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,8 +260,22 @@ async fn health_reports_whether_gateway_is_alive() {
     assert!(health(gateway.address()));
     // A port that is taken, so that nobody else can listen there, and does not listen itself.
     let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    silent.bind(&"127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
-    assert!(!health(&silent.local_addr().unwrap().as_socket().unwrap().to_string()));
+    silent
+        .bind(
+            &"127.0.0.1:0"
+                .parse::<std::net::SocketAddr>()
+                .unwrap()
+                .into(),
+        )
+        .unwrap();
+    assert!(!health(
+        &silent
+            .local_addr()
+            .unwrap()
+            .as_socket()
+            .unwrap()
+            .to_string()
+    ));
 }
 
 /// A key in the environment and the rest in a file: what a container often has.
@@ -208,21 +288,42 @@ async fn health_needs_only_listen_address() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     let listen = format!("[server]\nlisten = \"{}\"\n", gateway.address());
-    for broken in ["", "[runs]\nmax_queue = \"many\"\n", "[stor]\nurl = 5\n", "this is not TOML\n"] {
+    for broken in [
+        "",
+        "[runs]\nmax_queue = \"many\"\n",
+        "[stor]\nurl = 5\n",
+        "this is not TOML\n",
+    ] {
         std::fs::write(&file, format!("{listen}{broken}")).unwrap();
         let mut health = Gateway::command(&["health", "--config"]);
-        let (output, text) = run(health.arg(&file).env(KEY.0, KEY.1).env("DATABASE_URL", "nonsense"));
+        let (output, text) = run(health
+            .arg(&file)
+            .env(KEY.0, KEY.1)
+            .env("DATABASE_URL", "nonsense"));
         assert!(output.status.success(), "{broken}: {text}");
     }
     let mut without_file = Gateway::command(&["health"]);
-    without_file.env(KEY.0, KEY.1).env("THREADKEEPER_SERVER__LISTEN", gateway.address());
-    assert!(run(&mut without_file).0.status.success(), "{:?}", run(&mut without_file));
+    without_file
+        .env(KEY.0, KEY.1)
+        .env("THREADKEEPER_SERVER__LISTEN", gateway.address());
+    assert!(
+        run(&mut without_file).0.status.success(),
+        "{:?}",
+        run(&mut without_file)
+    );
 
     std::fs::write(&file, "[server]\nlisten = \"nowhere\"\n").unwrap();
     let (output, text) = run(Gateway::command(&["health", "--config"]).arg(&file));
-    assert!(!output.status.success() && text.contains("server.listen"), "{text}");
-    let (output, text) = run(Gateway::command(&["health", "--config", "missing.toml"]).env(KEY.0, KEY.1));
-    assert!(!output.status.success() && text.contains("missing.toml cannot be read"), "{text}");
+    assert!(
+        !output.status.success() && text.contains("server.listen"),
+        "{text}"
+    );
+    let (output, text) =
+        run(Gateway::command(&["health", "--config", "missing.toml"]).env(KEY.0, KEY.1));
+    assert!(
+        !output.status.success() && text.contains("missing.toml cannot be read"),
+        "{text}"
+    );
 }
 
 /// What a command does not use may be wrong, as long as the rest was read: a half of the settings may mean something else.
@@ -234,22 +335,43 @@ fn commands_require_only_settings_they_use() {
     let rest = "[upstreams.openai]\nkind = \"responses\"\nbase_url = \"https://api.openai.com/v1\"\n\
                 api_key_file = \"/run/secrets/of-another-container\"\n";
     std::fs::write(&file, format!("[store]\nurl = \"{database}\"\n{rest}")).unwrap();
-    for command in [&["migrate"][..], &["keys", "list"], &["export"], &["keys", "create"]] {
+    for command in [
+        &["migrate"][..],
+        &["keys", "list"],
+        &["export"],
+        &["keys", "create"],
+    ] {
         let (output, text) = run(Gateway::command(command).arg("--config").arg(&file));
         assert!(output.status.success(), "{command:?}: {text}");
         let mut without_file = Gateway::command(command);
-        without_file.env_remove("THREADKEEPER_CONFIG").env("DATABASE_URL", &database).env(KEY.0, KEY.1);
+        without_file
+            .env_remove("THREADKEEPER_CONFIG")
+            .env("DATABASE_URL", &database)
+            .env(KEY.0, KEY.1);
         let (output, text) = run(&mut without_file);
         assert!(!output.status.success(), "{command:?}: {text}");
-        assert!(text.contains("No file was read: name one with --config or THREADKEEPER_CONFIG"), "{text}");
+        assert!(
+            text.contains("No file was read: name one with --config or THREADKEEPER_CONFIG"),
+            "{text}"
+        );
         assert!(text.contains("/etc/threadkeeper/gateway.toml"), "{text}");
         let mut alone = Gateway::command(command);
         let (output, text) = run(alone.env("DATABASE_URL", &database));
-        assert!(output.status.success(), "the environment may hold all that there is: {text}");
+        assert!(
+            output.status.success(),
+            "the environment may hold all that there is: {text}"
+        );
     }
-    std::fs::write(&file, format!("[store]\nurl = \"{database}\"\ntranscirpt = \"off\"\n{rest}")).unwrap();
+    std::fs::write(
+        &file,
+        format!("[store]\nurl = \"{database}\"\ntranscirpt = \"off\"\n{rest}"),
+    )
+    .unwrap();
     let (output, text) = run(Gateway::command(&["keys", "list", "--config"]).arg(&file));
-    assert!(!output.status.success() && text.contains("did you mean `transcript`"), "{text}");
+    assert!(
+        !output.status.success() && text.contains("did you mean `transcript`"),
+        "{text}"
+    );
 }
 
 /// As `threadkeeper keys list | head` does.
@@ -278,10 +400,17 @@ fn closed_stdout_does_not_fail_commands() {
         if !command[0].starts_with("--") {
             command_line.arg("--config").arg(&file);
         }
-        let output = command_line.stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        let output = command_line
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{command:?}: {told}");
-        assert!(!told.contains("panic") && !told.contains("pipe"), "{command:?}: {told}");
+        assert!(
+            !told.contains("panic") && !told.contains("pipe"),
+            "{command:?}: {told}"
+        );
     }
 }
 
@@ -289,10 +418,23 @@ fn closed_stdout_does_not_fail_commands() {
 fn missing_config_file_is_the_only_reported_problem() {
     let folder = TempDir::new().unwrap();
     let missing = folder.path().join("missing.toml");
-    for command in [&["serve"][..], &["check-config"], &["migrate"], &["keys", "list"], &["import", "-"]] {
-        let (output, text) = run(Gateway::command(command).arg("--config").arg(&missing).env(KEY.0, KEY.1));
+    for command in [
+        &["serve"][..],
+        &["check-config"],
+        &["migrate"],
+        &["keys", "list"],
+        &["import", "-"],
+    ] {
+        let (output, text) = run(Gateway::command(command)
+            .arg("--config")
+            .arg(&missing)
+            .env(KEY.0, KEY.1));
         assert!(!output.status.success());
-        assert!(text.contains("1 problem") && text.contains("missing.toml"), "{text} {}", quoted(&missing));
+        assert!(
+            text.contains("1 problem") && text.contains("missing.toml"),
+            "{text} {}",
+            quoted(&missing)
+        );
     }
 }
 
@@ -305,24 +447,53 @@ fn check_config_warns_about_doubtful_settings_and_succeeds() {
                   tools = [{ type = \"websearch\" }]\n";
     std::fs::write(&file, config).unwrap();
     let (output, text) = run(Gateway::command(&["check-config", "--config"]).arg(&file));
-    assert!(output.status.success() && text.contains("the configuration is sound"), "{text}");
-    assert!(text.contains("warning: upstreams.openai.api_key: is missing"), "{text}");
-    assert!(text.contains("warning: assistants.default.tools.0: has a `type`"), "{text}");
+    assert!(
+        output.status.success() && text.contains("the configuration is sound"),
+        "{text}"
+    );
+    assert!(
+        text.contains("warning: upstreams.openai.api_key: is missing"),
+        "{text}"
+    );
+    assert!(
+        text.contains("warning: assistants.default.tools.0: has a `type`"),
+        "{text}"
+    );
 }
 
 #[test]
 fn wrong_arguments_are_reported_with_valid_values() {
-    let (_, text) = run(&mut Gateway::command(&["keys", "create", "--scope", "superuser"]));
+    let (_, text) = run(&mut Gateway::command(&[
+        "keys",
+        "create",
+        "--scope",
+        "superuser",
+    ]));
     assert!(text.contains("read, chat, admin, operator"), "{text}");
     for command in ["serve", "dev", "simulate", "health"] {
-        let (output, text) = run(&mut Gateway::command(&[command, "--listen", "localhost:8080"]));
-        assert!(!output.status.success() && text.contains("\"0.0.0.0:8080\" for all"), "{text}");
+        let (output, text) = run(&mut Gateway::command(&[
+            command,
+            "--listen",
+            "localhost:8080",
+        ]));
+        assert!(
+            !output.status.success() && text.contains("\"0.0.0.0:8080\" for all"),
+            "{text}"
+        );
     }
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let folder = TempDir::new().unwrap();
-    let mut dev = Gateway::command(&["dev", "--listen", &taken.local_addr().unwrap().to_string(), "--data"]);
+    let mut dev = Gateway::command(&[
+        "dev",
+        "--listen",
+        &taken.local_addr().unwrap().to_string(),
+        "--data",
+    ]);
     let (output, text) = run(dev.arg(folder.path()));
-    assert!(!output.status.success() && text.contains("(--listen"), "{text}");
+    assert!(
+        !output.status.success() && text.contains("(--listen"),
+        "{text}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -332,24 +503,39 @@ async fn dev_on_public_address_warns_of_open_access() {
     dev.arg(folder.path());
     let dev = Gateway::spawn(dev, TempDir::new().unwrap()).await;
     dev.say("/v1/users/alice", "Hello").await;
-    assert!(dev.logs().iter().any(|line| line.contains("callers on other machines are served")));
+    assert!(
+        dev.logs()
+            .iter()
+            .any(|line| line.contains("callers on other machines are served"))
+    );
     let banner = threadkeeper::dev::banner("0.0.0.0:8080".parse().unwrap(), folder.path());
-    assert!(banner.contains("OPEN TO OTHERS") && banner.contains("http://127.0.0.1:8080/v1"), "{banner}");
+    assert!(
+        banner.contains("OPEN TO OTHERS") && banner.contains("http://127.0.0.1:8080/v1"),
+        "{banner}"
+    );
     let banner = threadkeeper::dev::banner("127.0.0.1:8080".parse().unwrap(), folder.path());
     assert!(!banner.contains("OPEN TO OTHERS"), "{banner}");
 }
 
 /// The lines that begin with `curl` in a text, with the address of this gateway in the place of the documented one.
 fn curl_lines(text: &str, address: &str) -> Vec<String> {
-    let lines = text.lines().map(str::trim).filter(|line| line.starts_with("curl "));
-    lines.map(|line| line.replace("127.0.0.1:8080", address)).collect()
+    let lines = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.starts_with("curl "));
+    lines
+        .map(|line| line.replace("127.0.0.1:8080", address))
+        .collect()
 }
 
 /// What a newcomer types, as it is written: the lines of the README, of the pages about the API, and of `dev`.
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_curl_commands_work() {
     let (curl, _) = run(Command::new("curl").arg("--version"));
-    assert!(curl.status.success(), "this test needs curl, as the README does");
+    assert!(
+        curl.status.success(),
+        "this test needs curl, as the README does"
+    );
     let folder = TempDir::new().unwrap();
     let data = folder.path().join("data");
     let mut dev = Gateway::command(&["dev", "--listen", "127.0.0.1:0", "--data"]);
@@ -364,7 +550,11 @@ async fn documented_curl_commands_work() {
     ]
     .concat();
     let banner = threadkeeper::dev::banner(dev.address().parse().unwrap(), &data);
-    let lines = [curl_lines(&pages, dev.address()), curl_lines(&banner, dev.address())].concat();
+    let lines = [
+        curl_lines(&pages, dev.address()),
+        curl_lines(&banner, dev.address()),
+    ]
+    .concat();
     assert!(lines.len() >= 24, "{lines:#?}");
     for line in lines {
         let output = Command::new("sh")
@@ -374,7 +564,10 @@ async fn documented_curl_commands_work() {
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success(), "{line}: {text}");
         if line.contains("/export") {
-            assert!(text.lines().last().unwrap().starts_with(r#"{"type":"end""#), "{line}: {text}");
+            assert!(
+                text.lines().last().unwrap().starts_with(r#"{"type":"end""#),
+                "{line}: {text}"
+            );
         } else if line.contains("stream") {
             assert!(
                 text.contains("event: message.delta") && text.contains("event: run.completed"),

@@ -37,12 +37,19 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     let restarted = Instant::now();
     scene.simulator.release();
     let answer = again.say("/v1/users/alice", "and now?").await;
-    assert!(restarted.elapsed() < bound + SLACK, "usable again after {:?}", restarted.elapsed());
+    assert!(
+        restarted.elapsed() < bound + SLACK,
+        "usable again after {:?}",
+        restarted.elapsed()
+    );
     assert!(text(&answer["message"]).contains("and now?"));
 
     let runs = again.get("/v1/users/alice/runs?order=asc").await.ok();
     let runs = runs["data"].as_array().unwrap();
-    let statuses: Vec<_> = runs.iter().map(|run| run["status"].as_str().unwrap()).collect();
+    let statuses: Vec<_> = runs
+        .iter()
+        .map(|run| run["status"].as_str().unwrap())
+        .collect();
     // A run goes on upstream without its client where the protocol is such. Where it stops, it is sent again only if its
     // conversation proves that nothing of it is left.
     let goes_on = match scene.protocol {
@@ -51,15 +58,37 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
         Protocol::Chain => false,
     };
     let middle = if goes_on { "completed" } else { "failed" };
-    assert_eq!(statuses, ["completed", middle, "completed", "completed"], "{runs:#?}");
-    let reason = if goes_on { json!(null) } else { json!("replica_lost") };
+    assert_eq!(
+        statuses,
+        ["completed", middle, "completed", "completed"],
+        "{runs:#?}"
+    );
+    let reason = if goes_on {
+        json!(null)
+    } else {
+        json!("replica_lost")
+    };
     assert_eq!(runs[1]["error"]["code"], reason, "the reason is told");
     let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
-    let said: Vec<_> =
-        said["data"].as_array().unwrap().iter().map(|m| (m["role"].as_str().unwrap(), text(m))).collect();
-    let users: Vec<_> = said.iter().filter(|(role, _)| *role == "user").map(|(_, text)| *text).collect();
-    assert_eq!(users, ["hello", "in the middle", "in the queue", "and now?"]);
-    assert_eq!(again.get("/v1/users/alice/thread").await.ok()["state"], "idle");
+    let said: Vec<_> = said["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| (m["role"].as_str().unwrap(), text(m)))
+        .collect();
+    let users: Vec<_> = said
+        .iter()
+        .filter(|(role, _)| *role == "user")
+        .map(|(_, text)| *text)
+        .collect();
+    assert_eq!(
+        users,
+        ["hello", "in the middle", "in the queue", "and now?"]
+    );
+    assert_eq!(
+        again.get("/v1/users/alice/thread").await.ok()["state"],
+        "idle"
+    );
 }
 
 /// More than are taken over at a time.
@@ -73,7 +102,9 @@ async fn killed_gateway_leaves_no_conversation_locked() {
         scene.simulator.hold();
         let mut streams = Vec::new();
         for n in 0..150 {
-            let mut stream = gateway.stream(&format!("/v1/users/user-{n}"), "in the middle").await;
+            let mut stream = gateway
+                .stream(&format!("/v1/users/user-{n}"), "in the middle")
+                .await;
             stream.next().await.unwrap();
             streams.push(stream);
         }

@@ -93,10 +93,17 @@ kills! {
 
 async fn at_each_step(protocol: Protocol, backend: Backend, operation: Operation) {
     let begun = Instant::now();
-    let lanes =
-        (0..LANES).map(|lane| async move { World::new(protocol, backend, operation).await.lane(lane).await });
+    let lanes = (0..LANES).map(|lane| async move {
+        World::new(protocol, backend, operation)
+            .await
+            .lane(lane)
+            .await
+    });
     let kills = join_all(lanes).await;
-    assert!(kills.iter().any(|(kills, _)| *kills > 0), "nothing was killed");
+    assert!(
+        kills.iter().any(|(kills, _)| *kills > 0),
+        "nothing was killed"
+    );
     println!(
         "{operation:?}, {protocol:?}, {backend:?}: {} kills at {} steps in {:.1?}",
         kills.iter().map(|(kills, _)| kills).sum::<usize>(),
@@ -158,7 +165,11 @@ impl World {
         let scene = Scene::new(protocol, backend).await;
         let gate = Gate::default();
         // What reads, or is not committed, leaves things as they were, so a kill there is one that was tried before.
-        let steps = if is_thorough() { Steps::All } else { Steps::Changes };
+        let steps = if is_thorough() {
+            Steps::All
+        } else {
+            Steps::Changes
+        };
         let upstream = HttpTap::gated(&scene.upstream_url, &gate, steps).await;
         // A chain is a matter of the upstream; of SQLite nothing passes a wire.
         let tap = match (backend, protocol) {
@@ -168,7 +179,9 @@ impl World {
             _ => None,
         };
         let special = match operation {
-            DeleteConversation | DeleteToArchive | DeleteUser => "[archive]\nkeep_upstream = true\n",
+            DeleteConversation | DeleteToArchive | DeleteUser => {
+                "[archive]\nkeep_upstream = true\n"
+            }
             RollOver | RollOverLater => "[threads]\ncarry_over_messages = 2\n",
             RollOverByMessage => "[threads]\ncarry_over_messages = 2\nmax_messages = 4\n",
         };
@@ -178,7 +191,14 @@ impl World {
         if let Some(tap) = &tap {
             config = config.replace(&scene.database.url(), &tap.url);
         }
-        Self { scene, operation, gate, config, _tap: tap, _upstream: upstream }
+        Self {
+            scene,
+            operation,
+            gate,
+            config,
+            _tap: tap,
+            _upstream: upstream,
+        }
     }
 
     /// Kills at the steps of one lane, until the operation has no such step. How many kills, and the last step.
@@ -192,8 +212,16 @@ impl World {
             for &moment in self.operation.moments(n) {
                 let mut story = Story::new(n, moment);
                 story.prepare(&gateway, self.operation).await;
-                story.deletions = self.scene.database.number("SELECT count(*) FROM deletions").await;
-                story.runs = self.scene.database.number("SELECT count(*) FROM runs").await;
+                story.deletions = self
+                    .scene
+                    .database
+                    .number("SELECT count(*) FROM deletions")
+                    .await;
+                story.runs = self
+                    .scene
+                    .database
+                    .number("SELECT count(*) FROM runs")
+                    .await;
                 self.gate.set(n, moment);
                 let operation = story.operate(&gateway, self.operation);
                 let answered = tokio::select! {
@@ -240,7 +268,12 @@ impl World {
     }
 
     /// Has the janitor look until something is as wanted.
-    async fn until<T>(&self, gateway: &Gateway, what: &str, wanted: impl AsyncFn() -> Option<T>) -> T {
+    async fn until<T>(
+        &self,
+        gateway: &Gateway,
+        what: &str,
+        wanted: impl AsyncFn() -> Option<T>,
+    ) -> T {
         let start = Instant::now();
         loop {
             if let Some(found) = wanted().await {
@@ -248,7 +281,10 @@ impl World {
             }
             assert!(start.elapsed() < PATIENCE, "it never came to this: {what}");
             self.scene.database.age_looks(LONG).await;
-            gateway.send(gateway.request(Method::POST, "/v1/admin/cleanup")).await.ok();
+            gateway
+                .send(gateway.request(Method::POST, "/v1/admin/cleanup"))
+                .await
+                .ok();
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -256,9 +292,19 @@ impl World {
 
 impl Story {
     fn new(n: usize, moment: Moment) -> Self {
-        let word = format!("word{n}{}", if moment == Moment::Before { 'b' } else { 'a' });
+        let word = format!(
+            "word{n}{}",
+            if moment == Moment::Before { 'b' } else { 'a' }
+        );
         let scope = format!("/v1/users/{word}");
-        Self { word, scope, said: Vec::new(), waiting: None, deletions: 0, runs: 0 }
+        Self {
+            word,
+            scope,
+            said: Vec::new(),
+            waiting: None,
+            deletions: 0,
+            runs: 0,
+        }
     }
 
     /// A text that nobody else says.
@@ -276,13 +322,19 @@ impl Story {
     async fn ask(&mut self, gateway: &Gateway, what: &str) -> Value {
         let text = self.text(what);
         self.said.push(text.clone());
-        let asked = gateway.say(&self.scope, &format!("{text} [[sim: tool=look]]")).await;
+        let asked = gateway
+            .say(&self.scope, &format!("{text} [[sim: tool=look]]"))
+            .await;
         assert_eq!(asked["run"]["status"], "requires_action", "{asked:#}");
         asked
     }
 
     async fn give(&self, gateway: &Gateway, asked: &Value) -> Answer {
-        let path = format!("{}/runs/{}/tool_outputs", self.scope, asked["run"]["id"].as_str().unwrap());
+        let path = format!(
+            "{}/runs/{}/tool_outputs",
+            self.scope,
+            asked["run"]["id"].as_str().unwrap()
+        );
         let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
         let outputs = json!([{"tool_call_id": call, "output": self.text("seen")}]);
         gateway.post(&path, &json!({"tool_outputs": outputs})).await
@@ -300,13 +352,21 @@ impl Story {
         self.said.push(self.text("three"));
         let request = gateway.request(Method::POST, &format!("{}/messages", self.scope));
         let key = format!("key-of-{}", self.word);
-        gateway.send(request.header("idempotency-key", key).json(&body)).await.ok();
+        gateway
+            .send(request.header("idempotency-key", key).json(&body))
+            .await
+            .ok();
         match operation {
             RollOver | RollOverByMessage => {
                 self.say(gateway, "four").await;
             }
             DeleteUser => {
-                gateway.say(&format!("{}/sessions/s1", self.scope), &self.text("elsewhere")).await;
+                gateway
+                    .say(
+                        &format!("{}/sessions/s1", self.scope),
+                        &self.text("elsewhere"),
+                    )
+                    .await;
                 self.busy(gateway).await;
             }
             DeleteConversation | DeleteToArchive | RollOverLater => self.busy(gateway).await,
@@ -317,12 +377,16 @@ impl Story {
         self.waiting = Some(self.ask(gateway, "four").await);
         self.said.push(self.text("five"));
         let request = gateway.request(Method::POST, &format!("{}/messages", self.scope));
-        let queued = request.header("prefer", "respond-async").json(&json!({"content": self.text("five")}));
+        let queued = request
+            .header("prefer", "respond-async")
+            .json(&json!({"content": self.text("five")}));
         assert_eq!(gateway.send(queued).await.status, StatusCode::ACCEPTED);
     }
 
     async fn roll_over(&self, gateway: &Gateway) -> Answer {
-        gateway.send(gateway.request(Method::POST, &format!("{}/thread/rollover", self.scope))).await
+        gateway
+            .send(gateway.request(Method::POST, &format!("{}/thread/rollover", self.scope)))
+            .await
     }
 
     async fn delete(&self, gateway: &Gateway, operation: Operation) -> Answer {
@@ -345,10 +409,16 @@ impl Story {
             }
             RollOverLater => {
                 assert_eq!(self.roll_over(gateway).await.status, StatusCode::ACCEPTED);
-                self.give(gateway, self.waiting.as_ref().unwrap()).await.ok();
+                self.give(gateway, self.waiting.as_ref().unwrap())
+                    .await
+                    .ok();
                 let runs = format!("{}/runs", self.scope);
                 let ended = |answer: &Answer| answer.body["data"][0]["finished_at"].is_string();
-                gateway.until(&runs, |answer| answer.status == StatusCode::OK && ended(answer)).await;
+                gateway
+                    .until(&runs, |answer| {
+                        answer.status == StatusCode::OK && ended(answer)
+                    })
+                    .await;
             }
             RollOverByMessage => {
                 gateway.say(&self.scope, &self.text("five")).await;
@@ -362,20 +432,35 @@ impl Story {
                 self.is_deleted(world, gateway, answered.is_some()).await;
             }
             RollOver | RollOverLater | RollOverByMessage => {
-                self.is_rolled_over(world, gateway, answered.is_some()).await;
+                self.is_rolled_over(world, gateway, answered.is_some())
+                    .await;
             }
         }
     }
 
     /// What was begun is finished; what was not has changed nothing.
     async fn is_deleted(&mut self, world: &World, gateway: &Gateway, answered: bool) {
-        let is_begun = world.scene.database.number("SELECT count(*) FROM deletions").await > self.deletions;
+        let is_begun = world
+            .scene
+            .database
+            .number("SELECT count(*) FROM deletions")
+            .await
+            > self.deletions;
         assert!(is_begun || !answered, "answered, and nothing is written");
         if !is_begun {
             self.cancel_all(gateway).await;
-            assert_eq!(self.heard(gateway).await, self.said, "nothing is missing, nothing is there twice");
+            assert_eq!(
+                self.heard(gateway).await,
+                self.said,
+                "nothing is missing, nothing is there twice"
+            );
             self.say(gateway, "six").await;
-            assert!(self.delete(gateway, world.operation).await.status.is_success());
+            assert!(
+                self.delete(gateway, world.operation)
+                    .await
+                    .status
+                    .is_success()
+            );
         }
         let receipt = world.receipt(gateway).await;
         let threads = receipt["threads"]["data"].as_array().unwrap();
@@ -384,10 +469,17 @@ impl Story {
             DeleteUser => 3,
             _ => 2,
         };
-        assert_eq!((receipt["threads_pending"].as_i64(), threads.len()), (Some(0), expected), "{receipt:#}");
+        assert_eq!(
+            (receipt["threads_pending"].as_i64(), threads.len()),
+            (Some(0), expected),
+            "{receipt:#}"
+        );
         for thread in threads {
             let outcome = thread["upstream_outcome"].as_str().unwrap();
-            assert!(["deleted", "already_gone"].contains(&outcome), "{receipt:#}");
+            assert!(
+                ["deleted", "already_gone"].contains(&outcome),
+                "{receipt:#}"
+            );
         }
         if world.operation == DeleteToArchive {
             self.cancel_all(gateway).await;
@@ -396,85 +488,160 @@ impl Story {
                 assert_eq!(world.scene.simulator.holds_text(&self.text(gone)), [""; 0]);
             }
         } else {
-            assert_eq!(world.scene.database.holding(&self.word).await, [""; 0], "in the database");
-            assert_eq!(world.scene.simulator.holds_text(&self.word), [""; 0], "at the upstream");
+            assert_eq!(
+                world.scene.database.holding(&self.word).await,
+                [""; 0],
+                "in the database"
+            );
+            assert_eq!(
+                world.scene.simulator.holds_text(&self.word),
+                [""; 0],
+                "at the upstream"
+            );
         }
         assert_eq!(world.scene.simulator.leaked_items(), [""; 0]);
         let fresh = gateway.say(&self.scope, &self.text("anew")).await;
-        assert!(text(&fresh["message"]).contains("This is turn 1 of"), "{fresh:#}");
+        assert!(
+            text(&fresh["message"]).contains("This is turn 1 of"),
+            "{fresh:#}"
+        );
         let id = fresh["thread"]["id"].as_str().unwrap();
-        let messages = gateway.get(&format!("/v1/threads/{id}/messages")).await.ok();
-        assert_eq!(messages["data"].as_array().unwrap().len(), 2, "{messages:#}");
+        let messages = gateway
+            .get(&format!("/v1/threads/{id}/messages"))
+            .await
+            .ok();
+        assert_eq!(
+            messages["data"].as_array().unwrap().len(),
+            2,
+            "{messages:#}"
+        );
     }
 
     /// Nothing is lost or doubled across the seam, and the model knows what was carried over.
     async fn is_rolled_over(&mut self, world: &World, gateway: &Gateway, answered: bool) {
         self.cancel_all(gateway).await;
         if world.operation == RollOverByMessage {
-            let admitted = world.scene.database.number("SELECT count(*) FROM runs").await > self.runs;
+            let admitted = world
+                .scene
+                .database
+                .number("SELECT count(*) FROM runs")
+                .await
+                > self.runs;
             assert!(admitted || !answered, "answered, and nothing is written");
             if admitted {
                 self.said.push(self.text("five"));
             }
         }
-        let earlier = if world.operation == RollOverLater { 3 } else { 4 };
+        let earlier = if world.operation == RollOverLater {
+            3
+        } else {
+            4
+        };
         let count = format!(
             "SELECT count(*) FROM threads WHERE user_key = '{}' AND lifecycle = 'current'",
             self.word
         );
         self.say(gateway, "six").await;
         self.say(gateway, "seven").await;
-        assert_eq!(world.scene.database.number(&count).await, 1, "one thread is current");
-        assert_eq!(self.heard(gateway).await, self.said, "nothing is missing, nothing is there twice");
+        assert_eq!(
+            world.scene.database.number(&count).await,
+            1,
+            "one thread is current"
+        );
+        assert_eq!(
+            self.heard(gateway).await,
+            self.said,
+            "nothing is missing, nothing is there twice"
+        );
 
         let all = self.messages(gateway).await;
         for said in &self.said[..earlier] {
-            let replies = all.iter().filter(|m| m["role"] == "assistant" && whole(m).contains(said.as_str()));
+            let replies = all
+                .iter()
+                .filter(|m| m["role"] == "assistant" && whole(m).contains(said.as_str()));
             assert_eq!(replies.count(), 1, "{said}: {all:#?}");
         }
         let thread = gateway.get(&format!("{}/thread", self.scope)).await.ok();
         let before = |message: &&Value| message["thread_id"] == thread["previous_thread"];
-        let known = all.iter().filter(before).filter(|message| message["visible_to_model"] == true);
-        let known: Vec<Line> =
-            known.map(|message| (message["role"].as_str().unwrap().to_owned(), whole(message))).collect();
+        let known = all
+            .iter()
+            .filter(before)
+            .filter(|message| message["visible_to_model"] == true);
+        let known: Vec<Line> = known
+            .map(|message| (message["role"].as_str().unwrap().to_owned(), whole(message)))
+            .collect();
         let mut expected = known[known.len().saturating_sub(2)..].to_vec();
         expected.extend(transcript(gateway, &self.scope).await);
-        let held = world.scene.simulator.thread_history(thread["upstream_thread_id"].as_str().unwrap());
-        assert_eq!(joined(&held), joined(&expected), "the model knows what was carried over and said since");
+        let held = world
+            .scene
+            .simulator
+            .thread_history(thread["upstream_thread_id"].as_str().unwrap());
+        assert_eq!(
+            joined(&held),
+            joined(&expected),
+            "the model knows what was carried over and said since"
+        );
 
         // What was before that is not at the upstream any more.
         let one = self.text("one");
         world
-            .until(gateway, "the upstream copy of the old thread is gone", async || {
-                world.scene.simulator.holds_text(&one).is_empty().then_some(())
-            })
+            .until(
+                gateway,
+                "the upstream copy of the old thread is gone",
+                async || {
+                    world
+                        .scene
+                        .simulator
+                        .holds_text(&one)
+                        .is_empty()
+                        .then_some(())
+                },
+            )
             .await;
     }
 
     /// Whatever a kill left, a deletion finds. But for what was made at the upstream and whose id nobody has recorded, an
     /// upstream thread or the response of a run that was killed at work: the receipt tells of these.
     async fn can_be_deleted(&self, world: &World, gateway: &Gateway, steps: &[String]) {
-        assert!(self.delete(gateway, DeleteConversation).await.status.is_success());
+        assert!(
+            self.delete(gateway, DeleteConversation)
+                .await
+                .status
+                .is_success()
+        );
         let receipt = world.receipt(gateway).await;
-        assert_eq!(world.scene.database.holding(&self.word).await, [""; 0], "in the database");
+        assert_eq!(
+            world.scene.database.holding(&self.word).await,
+            [""; 0],
+            "in the database"
+        );
         let threads = receipt["threads"]["data"].as_array().unwrap().iter();
-        let unknown: i64 = threads.map(|thread| thread["upstream_unknown"].as_i64().unwrap()).sum();
+        let unknown: i64 = threads
+            .map(|thread| thread["upstream_unknown"].as_i64().unwrap())
+            .sum();
         let made = |what: &str| steps.iter().any(|step| step == what);
         let made_thread = made("POST /v1/threads") || made("POST /v1/conversations");
         let left = world.scene.simulator.holds_text(&self.word);
         // A response may also be one of who went on with the run, if that was cancelled before it had answered.
-        let excused = left.iter().all(|place| place.contains("response ") || made_thread);
+        let excused = left
+            .iter()
+            .all(|place| place.contains("response ") || made_thread);
         // Each with what is in it.
         let things = left.iter().filter(|place| !place.contains(" of ")).count();
         let told = things <= usize::try_from(unknown).unwrap();
-        assert!(excused && told, "{left:#?} is left at the upstream: {receipt:#}");
+        assert!(
+            excused && told,
+            "{left:#?} is left at the upstream: {receipt:#}"
+        );
     }
 
     /// Ends what still waits for somebody.
     async fn cancel_all(&self, gateway: &Gateway) {
         let path = format!("{}/thread/cancel?which=all", self.scope);
         gateway.send(gateway.request(Method::POST, &path)).await;
-        let idle = |answer: &Answer| answer.status == StatusCode::NOT_FOUND || answer.body["state"] == "idle";
+        let idle = |answer: &Answer| {
+            answer.status == StatusCode::NOT_FOUND || answer.body["state"] == "idle"
+        };
         gateway.until(&format!("{}/thread", self.scope), idle).await;
     }
 
@@ -490,7 +657,9 @@ impl Story {
     async fn heard(&self, gateway: &Gateway) -> Vec<String> {
         let all = self.messages(gateway).await;
         let users = all.iter().filter(|message| message["role"] == "user");
-        users.map(|message| text(message).split(" [[").next().unwrap().to_owned()).collect()
+        users
+            .map(|message| text(message).split(" [[").next().unwrap().to_owned())
+            .collect()
     }
 }
 

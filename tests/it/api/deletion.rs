@@ -8,7 +8,9 @@ use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::gateway::{Gateway, text};
 use crate::support::link::{Link, Weather};
-use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
+use crate::support::scene::{
+    Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene,
+};
 
 on_every_scene!(killed_deletion_resumes_after_restart);
 on_each_protocol!(
@@ -40,14 +42,20 @@ async fn converse(gateway: &Gateway) -> Value {
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
     let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "needle three"}]});
     let run = asked["run"]["id"].as_str().unwrap();
-    gateway.post(&format!("{SCOPE}/runs/{run}/tool_outputs"), &outputs).await.ok();
+    gateway
+        .post(&format!("{SCOPE}/runs/{run}/tool_outputs"), &outputs)
+        .await
+        .ok();
     gateway.say(SCOPE, "needle four").await
 }
 
 async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let first = converse(&gateway).await;
-    gateway.post(&format!("{THREAD}/rollover"), &json!({})).await.ok();
+    gateway
+        .post(&format!("{THREAD}/rollover"), &json!({}))
+        .await
+        .ok();
     gateway.say(SCOPE, "needle five").await;
     gateway.say("/v1/users/alice", "this one stays").await;
     let receipt = gateway.delete(THREAD).await.ok();
@@ -58,15 +66,28 @@ async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
     );
     nothing_is_left(&scene).await;
     assert!(!scene.simulator.holds_text("this one stays").is_empty());
-    assert_eq!(gateway.get("/v1/users/alice/thread").await.ok()["message_count"], 2);
+    assert_eq!(
+        gateway.get("/v1/users/alice/thread").await.ok()["message_count"],
+        2
+    );
 
     let old = &receipt["threads"]["data"][0];
     assert_eq!(
         (&old["thread_id"], &old["upstream_thread_id"]),
-        (&first["thread"]["id"], &first["thread"]["upstream_thread_id"])
+        (
+            &first["thread"]["id"],
+            &first["thread"]["upstream_thread_id"]
+        )
     );
-    assert_eq!((&old["messages"], &old["runs"]), (&json!(6), &json!(3)), "{old:#}");
-    assert_eq!((&old["upstream"], &old["upstream_outcome"]), (&json!("simulated"), &json!("deleted")));
+    assert_eq!(
+        (&old["messages"], &old["runs"]),
+        (&json!(6), &json!(3)),
+        "{old:#}"
+    );
+    assert_eq!(
+        (&old["upstream"], &old["upstream_outcome"]),
+        (&json!("simulated"), &json!("deleted"))
+    );
     if scene.protocol == Protocol::Responses {
         assert!(old["upstream_items"].as_u64().unwrap() >= 6, "{old:#}");
     }
@@ -76,13 +97,35 @@ async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
     let id = receipt["id"].as_str().unwrap();
     let again = gateway.get(&format!("/v1/deletions/{id}")).await.ok();
     assert_eq!(again, receipt);
-    assert_eq!(scene.database.number("SELECT count(*) FROM deletions WHERE user_key IS NOT NULL").await, 0);
-    assert_eq!(gateway.get(&format!("/v1/threads/{}", old["thread_id"].as_str().unwrap())).await.status, 404);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM deletions WHERE user_key IS NOT NULL")
+            .await,
+        0
+    );
+    assert_eq!(
+        gateway
+            .get(&format!(
+                "/v1/threads/{}",
+                old["thread_id"].as_str().unwrap()
+            ))
+            .await
+            .status,
+        404
+    );
 
     let fresh = gateway.say(SCOPE, "hello?").await;
-    assert_eq!(fresh["thread"]["previous_thread"], Value::Null, "a key that was erased finds nothing of it");
+    assert_eq!(
+        fresh["thread"]["previous_thread"],
+        Value::Null,
+        "a key that was erased finds nothing of it"
+    );
     assert!(text(&fresh["message"]).contains("turn 1"));
-    let all = gateway.get(&format!("{SCOPE}/messages?archived=true")).await.ok();
+    let all = gateway
+        .get(&format!("{SCOPE}/messages?archived=true"))
+        .await
+        .ok();
     assert_eq!(all["data"].as_array().unwrap().len(), 2);
 }
 
@@ -114,26 +157,45 @@ async fn deletion_tolerates_repeats_and_missing_upstream_thread(scene: Scene) {
     assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"));
     converse(&gateway).await;
     // Longer than any clock goes.
-    let receipt = gateway.delete_after(THREAD, &format!("wait={}", u64::MAX)).await.ok();
-    assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"), "there is nothing any more");
+    let receipt = gateway
+        .delete_after(THREAD, &format!("wait={}", u64::MAX))
+        .await
+        .ok();
+    assert_eq!(
+        gateway.delete(THREAD).await.problem(),
+        (404, "not-found"),
+        "there is nothing any more"
+    );
     assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"));
     let id = receipt["id"].as_str().unwrap();
-    assert_eq!(gateway.get(&format!("/v1/deletions/{id}")).await.ok()["status"], "completed");
+    assert_eq!(
+        gateway.get(&format!("/v1/deletions/{id}")).await.ok()["status"],
+        "completed"
+    );
 
     let said = gateway.say(SCOPE, "needle").await;
     scene.simulator.reset();
     let receipt = gateway.delete(THREAD).await.ok();
     let thread = &receipt["threads"]["data"][0];
     assert_eq!(thread["upstream_outcome"], "already_gone", "{receipt:#}");
-    assert_eq!(thread["upstream_thread_id"], said["thread"]["upstream_thread_id"]);
+    assert_eq!(
+        thread["upstream_thread_id"],
+        said["thread"]["upstream_thread_id"]
+    );
     nothing_is_left(&scene).await;
 
     // Two at once are one.
     converse(&gateway).await;
     let (one, other) = join(gateway.delete(THREAD), gateway.delete(THREAD)).await;
-    let ids: Vec<Value> =
-        [one, other].into_iter().filter(|it| it.status != 404).map(|it| it.body["id"].clone()).collect();
-    assert!(!ids.is_empty() && ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+    let ids: Vec<Value> = [one, other]
+        .into_iter()
+        .filter(|it| it.status != 404)
+        .map(|it| it.body["id"].clone())
+        .collect();
+    assert!(
+        !ids.is_empty() && ids.iter().all(|id| *id == ids[0]),
+        "{ids:?}"
+    );
     nothing_is_left(&scene).await;
 }
 
@@ -142,16 +204,34 @@ async fn message_during_deletion_starts_fresh_thread(scene: Scene) {
     let old = converse(&gateway).await;
     scene.fault("any", "status=500", 1000);
     let answer = gateway.delete_after(THREAD, "respond-async").await;
-    assert_eq!((answer.status.as_u16(), &answer.body["status"]), (202, &json!("in_progress")));
-    assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"), "nobody reads it any more");
-    assert_eq!(gateway.get(&format!("{SCOPE}/messages?archived=true")).await.status, 404);
+    assert_eq!(
+        (answer.status.as_u16(), &answer.body["status"]),
+        (202, &json!("in_progress"))
+    );
+    assert_eq!(
+        gateway.get(THREAD).await.problem(),
+        (404, "not-found"),
+        "nobody reads it any more"
+    );
+    assert_eq!(
+        gateway
+            .get(&format!("{SCOPE}/messages?archived=true"))
+            .await
+            .status,
+        404
+    );
     scene.simulator.clear_faults();
     let fresh = gateway.say(SCOPE, "hello?").await;
     assert_ne!(fresh["thread"]["id"], old["thread"]["id"]);
     assert_eq!(fresh["thread"]["previous_thread"], Value::Null);
     assert!(text(&fresh["message"]).contains("turn 1"));
     // The deletion that is under way does not take the fresh one along.
-    finish(&scene, &gateway, answer.headers["location"].to_str().unwrap()).await;
+    finish(
+        &scene,
+        &gateway,
+        answer.headers["location"].to_str().unwrap(),
+    )
+    .await;
     nothing_is_left(&scene).await;
     assert_eq!(gateway.get(THREAD).await.ok()["id"], fresh["thread"]["id"]);
 }
@@ -159,15 +239,31 @@ async fn message_during_deletion_starts_fresh_thread(scene: Scene) {
 async fn deletion_accepted_when_receipt_is_unreadable(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     gateway.say(SCOPE, "needle").await;
-    scene.database.execute("ALTER TABLE deleted_threads RENAME TO deleted_threads_away").await;
+    scene
+        .database
+        .execute("ALTER TABLE deleted_threads RENAME TO deleted_threads_away")
+        .await;
     let answer = gateway.delete(THREAD).await;
     assert_eq!(answer.status, 202, "{:#}", answer.body);
-    assert_eq!((&answer.body["status"], &answer.body["threads_pending"]), (&json!("in_progress"), &json!(1)));
-    assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"), "nobody reads it any more");
-    scene.database.execute("ALTER TABLE deleted_threads_away RENAME TO deleted_threads").await;
+    assert_eq!(
+        (&answer.body["status"], &answer.body["threads_pending"]),
+        (&json!("in_progress"), &json!(1))
+    );
+    assert_eq!(
+        gateway.get(THREAD).await.problem(),
+        (404, "not-found"),
+        "nobody reads it any more"
+    );
+    scene
+        .database
+        .execute("ALTER TABLE deleted_threads_away RENAME TO deleted_threads")
+        .await;
     let place = answer.headers["location"].to_str().unwrap();
     let receipt = finish(&scene, &gateway, place).await;
-    assert_eq!((&receipt["id"], &receipt["threads_done"]), (&answer.body["id"], &json!(1)));
+    assert_eq!(
+        (&receipt["id"], &receipt["threads_done"]),
+        (&answer.body["id"], &json!(1))
+    );
     nothing_is_left(&scene).await;
 }
 
@@ -179,8 +275,14 @@ async fn finish(scene: &Scene, gateway: &Gateway, receipt: &str) -> Value {
         if answer["status"] == "completed" {
             return answer;
         }
-        assert!(start.elapsed() < crate::support::gateway::PATIENCE, "{answer:#}");
-        scene.database.execute("UPDATE threads SET due_at = created_at WHERE due_at IS NOT NULL").await;
+        assert!(
+            start.elapsed() < crate::support::gateway::PATIENCE,
+            "{answer:#}"
+        );
+        scene
+            .database
+            .execute("UPDATE threads SET due_at = created_at WHERE due_at IS NOT NULL")
+            .await;
         gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
     }
 }
@@ -197,14 +299,29 @@ async fn deletion_refused_upstream_is_retried_in_background(scene: Scene) {
     let answer = gateway.delete_after(THREAD, "wait=1").await;
     assert_eq!(answer.status, 202, "{:#}", answer.body);
     let place = answer.headers["location"].to_str().unwrap().to_owned();
-    let pending = gateway.until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1).await.ok();
+    let pending = gateway
+        .until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1)
+        .await
+        .ok();
     let thread = &pending["threads"]["data"][0];
     assert_eq!(thread["status"], "in_progress", "{pending:#}");
-    assert!(thread["last_failure"].as_str().unwrap().contains("status 403"), "{thread:#}");
+    assert!(
+        thread["last_failure"]
+            .as_str()
+            .unwrap()
+            .contains("status 403"),
+        "{thread:#}"
+    );
     let asked_again = gateway.delete_after(THREAD, "respond-async").await;
-    assert_eq!(asked_again.body["id"], pending["id"], "it is the same deletion");
+    assert_eq!(
+        asked_again.body["id"], pending["id"],
+        "it is the same deletion"
+    );
     let done = finish(&scene, &gateway, &place).await;
-    assert_eq!((&done["threads_done"], &done["threads_pending"]), (&json!(1), &json!(0)));
+    assert_eq!(
+        (&done["threads_done"], &done["threads_pending"]),
+        (&json!(1), &json!(0))
+    );
     nothing_is_left(&scene).await;
 }
 
@@ -212,10 +329,17 @@ async fn deletion_with_archive_keeps_transcript(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let old = converse(&gateway).await;
     let receipt = gateway.delete(&format!("{THREAD}?archive=true")).await.ok();
-    assert_eq!((&receipt["status"], &receipt["archive"]), (&json!("completed"), &json!(true)), "{receipt:#}");
+    assert_eq!(
+        (&receipt["status"], &receipt["archive"]),
+        (&json!("completed"), &json!(true)),
+        "{receipt:#}"
+    );
     assert_eq!(scene.simulator.holds_text("needle"), Vec::<String>::new());
     let report = gateway.get(THREAD).await.ok();
-    assert_eq!((&report["lifecycle"], &report["id"]), (&json!("archived"), &old["thread"]["id"]));
+    assert_eq!(
+        (&report["lifecycle"], &report["id"]),
+        (&json!("archived"), &old["thread"]["id"])
+    );
     let said = gateway.get(&format!("{SCOPE}/messages")).await.ok();
     assert_eq!(said["data"].as_array().unwrap().len(), 6);
     let fresh = gateway.say(SCOPE, "hello?").await;
@@ -246,7 +370,9 @@ async fn deletion_failure_recorded_once_database_returns() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let link = Link::to_postgres(&scene.database.url()).await;
     let upstream = Link::to_upstream(&scene.upstream_url).await;
-    let config = scene.config(BY_HAND).replace(&scene.database.url(), &link.url);
+    let config = scene
+        .config(BY_HAND)
+        .replace(&scene.database.url(), &link.url);
     let gateway = Gateway::start(&config.replace(&scene.upstream_url, &upstream.url)).await;
     converse(&gateway).await;
     let requests = scene.simulator.stats().requests;
@@ -255,24 +381,41 @@ async fn deletion_failure_recorded_once_database_returns() {
     scene.fault("any", "status=403", 1000);
     let answer = gateway.delete_after(THREAD, "respond-async").await;
     let place = answer.headers["location"].to_str().unwrap().to_owned();
-    scene.simulator.wait_for(|stats| stats.requests > requests).await;
-    link.valve.set(Weather { refuses: true, ..Weather::default() });
+    scene
+        .simulator
+        .wait_for(|stats| stats.requests > requests)
+        .await;
+    link.valve.set(Weather {
+        refuses: true,
+        ..Weather::default()
+    });
     link.valve.cut();
     upstream.valve.cut();
-    let is_lost = |line: &str| line.contains("threadkeeper::lifecycle::janitor") && line.contains("cannot");
+    let is_lost =
+        |line: &str| line.contains("threadkeeper::lifecycle::janitor") && line.contains("cannot");
     gateway.logged(is_lost).await;
     link.valve.set(Weather::default());
-    gateway.until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1).await.ok();
+    gateway
+        .until(&place, |it| it.body["threads"]["data"][0]["attempts"] == 1)
+        .await
+        .ok();
 }
 
 /// More than one, so that none of them is taken for one that is being made.
 #[tokio::test(flavor = "multi_thread")]
 async fn orphaned_upstream_threads_are_deleted_or_reported() {
     for list_threads in [true, false] {
-        let config = SimulatorConfig { list_threads, ..SimulatorConfig::default() };
+        let config = SimulatorConfig {
+            list_threads,
+            ..SimulatorConfig::default()
+        };
         let scene = Scene::with(Protocol::Responses, Backend::Sqlite, config).await;
         let gateway = scene.gateway_with(BY_HAND).await;
-        let lost = Fault { on: "create_thread".to_owned(), fault: "drop=after".to_owned(), times: 2 };
+        let lost = Fault {
+            on: "create_thread".to_owned(),
+            fault: "drop=after".to_owned(),
+            times: 2,
+        };
         scene.simulator.add_fault(lost).unwrap();
         gateway.say(SCOPE, "needle").await;
         assert_eq!(scene.upstream_threads().len(), 3);
@@ -283,9 +426,19 @@ async fn orphaned_upstream_threads_are_deleted_or_reported() {
         }
         let receipt = gateway.delete(THREAD).await.ok();
         let thread = &receipt["threads"]["data"][0];
-        let told = [&thread["upstream_other_threads"], &thread["upstream_unknown"]];
-        assert_eq!(told, if list_threads { [2, 0] } else { [0, 2] }, "{receipt:#}");
-        assert_eq!(scene.upstream_threads().len(), if list_threads { 0 } else { 2 });
+        let told = [
+            &thread["upstream_other_threads"],
+            &thread["upstream_unknown"],
+        ];
+        assert_eq!(
+            told,
+            if list_threads { [2, 0] } else { [0, 2] },
+            "{receipt:#}"
+        );
+        assert_eq!(
+            scene.upstream_threads().len(),
+            if list_threads { 0 } else { 2 }
+        );
     }
 }
 
@@ -310,7 +463,13 @@ async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
     assert_eq!(unknown, 0, "{receipt:#}");
     assert_eq!(scene.upstream_threads(), Vec::<String>::new());
     assert_eq!(scene.database.holding("needle").await, Vec::<String>::new());
-    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM upstream_orphans")
+            .await,
+        0
+    );
 }
 
 async fn deletion_removes_upstream_thread_being_created(scene: Scene) {

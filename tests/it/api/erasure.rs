@@ -3,7 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::support::gateway::Gateway;
-use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
+use crate::support::scene::{
+    Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene,
+};
 
 on_every_scene!(user_erasure_removes_everything_and_reports_it);
 on_each_protocol!(
@@ -20,7 +22,12 @@ const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n"
 
 /// Every deletion at the upstream is answered so.
 fn deletions_answer(scene: &Scene, fault: &str) {
-    for on in ["delete_thread", "delete_conversation", "delete_item", "delete_response"] {
+    for on in [
+        "delete_thread",
+        "delete_conversation",
+        "delete_item",
+        "delete_response",
+    ] {
         scene.fault(on, fault, 1000);
     }
 }
@@ -29,24 +36,41 @@ fn deletions_answer(scene: &Scene, fault: &str) {
 async fn populate(gateway: &Gateway) {
     gateway.say(USER, "needle user").await;
     for n in 0..3 {
-        gateway.say(&format!("{USER}/sessions/{n}"), "needle session").await;
+        gateway
+            .say(&format!("{USER}/sessions/{n}"), "needle session")
+            .await;
     }
-    gateway.say(&format!("{USER}/topics/order"), "needle topic").await;
-    gateway.post(&format!("{USER}/topics/order/thread/rollover"), &json!({})).await.ok();
-    gateway.say(&format!("{USER}/topics/order"), "needle again").await;
+    gateway
+        .say(&format!("{USER}/topics/order"), "needle topic")
+        .await;
+    gateway
+        .post(&format!("{USER}/topics/order/thread/rollover"), &json!({}))
+        .await
+        .ok();
+    gateway
+        .say(&format!("{USER}/topics/order"), "needle again")
+        .await;
     gateway.say("/v1/users/other", "other needle").await;
 }
 
 async fn thread_list_includes_all_threads_of_user(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
-    assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
+    assert_eq!(
+        gateway.get(&format!("{USER}/threads")).await.ok()["data"],
+        json!([])
+    );
     populate(&gateway).await;
     let mut scopes = Vec::new();
     let mut after = String::new();
     loop {
-        let page = gateway.get(&format!("{USER}/threads?limit=2&order=asc{after}")).await.ok();
+        let page = gateway
+            .get(&format!("{USER}/threads?limit=2&order=asc{after}"))
+            .await
+            .ok();
         for thread in page["data"].as_array().unwrap() {
-            scopes.push(format!("{} {}", thread["key"]["scope"], thread["lifecycle"]).replace('"', ""));
+            scopes.push(
+                format!("{} {}", thread["key"]["scope"], thread["lifecycle"]).replace('"', ""),
+            );
         }
         if page["has_more"] == false {
             break;
@@ -56,8 +80,12 @@ async fn thread_list_includes_all_threads_of_user(scene: Scene) {
     assert_eq!(
         scopes,
         [
-            "user current", "session:0 current", "session:1 current", "session:2 current",
-            "topic:order archived", "topic:order current"
+            "user current",
+            "session:0 current",
+            "session:1 current",
+            "session:2 current",
+            "topic:order archived",
+            "topic:order current"
         ]
     );
     let newest = gateway.get(&format!("{USER}/threads?limit=1")).await.ok();
@@ -69,24 +97,45 @@ async fn export_contains_all_data_of_user(scene: Scene) {
     populate(&gateway).await;
     let answer = gateway.get(&format!("{USER}/export")).await;
     assert_eq!(answer.headers["content-type"], "application/x-ndjson");
-    let Value::String(text) = answer.body else { panic!("{:#}", answer.body) };
-    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let Value::String(text) = answer.body else {
+        panic!("{:#}", answer.body)
+    };
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     let of = |kind: &str| lines.iter().filter(|line| line["type"] == kind).count();
-    assert_eq!((of("thread"), of("message"), of("run")), (6, 12, 6), "{text}");
+    assert_eq!(
+        (of("thread"), of("message"), of("run")),
+        (6, 12, 6),
+        "{text}"
+    );
     let end = lines.last().unwrap();
-    assert_eq!((&end["type"], &end["threads"], &end["messages"]), (&json!("end"), &json!(6), &json!(12)));
+    assert_eq!(
+        (&end["type"], &end["threads"], &end["messages"]),
+        (&json!("end"), &json!(6), &json!(12))
+    );
     assert!(text.contains("needle user") && !text.contains("other needle"));
     let nobody = gateway.get("/v1/users/nobody/export").await;
-    assert!(nobody.body.to_string().contains("end"), "a user of whom nothing is held: {:?}", nobody.body);
+    assert!(
+        nobody.body.to_string().contains("end"),
+        "a user of whom nothing is held: {:?}",
+        nobody.body
+    );
 }
 
 async fn user_erasure_removes_everything_and_reports_it(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     let nothing = gateway.delete("/v1/users/nobody").await.ok();
-    assert_eq!((&nothing["status"], &nothing["threads_done"]), (&json!("completed"), &json!(0)));
+    assert_eq!(
+        (&nothing["status"], &nothing["threads_done"]),
+        (&json!("completed"), &json!(0))
+    );
     populate(&gateway).await;
     scene.simulator.hold();
-    let mut running = gateway.stream(&format!("{USER}/sessions/0"), "needle at work").await;
+    let mut running = gateway
+        .stream(&format!("{USER}/sessions/0"), "needle at work")
+        .await;
     running.next().await.unwrap();
     // One of them cannot be deleted at once.
     let on = match scene.protocol {
@@ -104,10 +153,22 @@ async fn user_erasure_removes_everything_and_reports_it(scene: Scene) {
         it.body["threads_done"] == 5 && it.body["threads_pending"] == 1
     };
     let pending = gateway.until(&place, wanted).await.ok();
-    let failed =
-        pending["threads"]["data"].as_array().unwrap().iter().find(|it| it["status"] == "in_progress");
-    assert!(failed.unwrap()["last_failure"].as_str().unwrap().contains("403"), "{pending:#}");
-    scene.database.execute("UPDATE threads SET due_at = created_at WHERE attempts > 0").await;
+    let failed = pending["threads"]["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|it| it["status"] == "in_progress");
+    assert!(
+        failed.unwrap()["last_failure"]
+            .as_str()
+            .unwrap()
+            .contains("403"),
+        "{pending:#}"
+    );
+    scene
+        .database
+        .execute("UPDATE threads SET due_at = created_at WHERE attempts > 0")
+        .await;
     gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
     let receipt = gateway.get(&place).await.ok();
     assert_eq!(
@@ -117,15 +178,32 @@ async fn user_erasure_removes_everything_and_reports_it(scene: Scene) {
     );
     let page = gateway.get(&format!("{place}?limit=4")).await.ok();
     assert_eq!(
-        (page["threads"]["data"].as_array().unwrap().len(), &page["threads"]["has_more"]),
+        (
+            page["threads"]["data"].as_array().unwrap().len(),
+            &page["threads"]["has_more"]
+        ),
         (4, &json!(true))
     );
 
-    assert_eq!(scene.database.holding("auth0|5f7c").await, Vec::<String>::new(), "not even the key is left");
+    assert_eq!(
+        scene.database.holding("auth0|5f7c").await,
+        Vec::<String>::new(),
+        "not even the key is left"
+    );
     let left = scene.simulator.holds_text("needle");
-    assert!(left.iter().all(|it| scene.simulator.holds_text("other needle").contains(it)), "{left:?}");
-    assert_eq!(gateway.get(&format!("{USER}/threads")).await.ok()["data"], json!([]));
-    assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["message_count"], 2);
+    assert!(
+        left.iter()
+            .all(|it| scene.simulator.holds_text("other needle").contains(it)),
+        "{left:?}"
+    );
+    assert_eq!(
+        gateway.get(&format!("{USER}/threads")).await.ok()["data"],
+        json!([])
+    );
+    assert_eq!(
+        gateway.get("/v1/users/other/thread").await.ok()["message_count"],
+        2
+    );
 }
 
 async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
@@ -149,40 +227,81 @@ async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
         (&json!(6), &json!(6), &json!(12)),
         "{all:#}"
     );
-    assert_eq!(dry("dry_run=true&archive=false").await, all, "nothing has changed");
+    assert_eq!(
+        dry("dry_run=true&archive=false").await,
+        all,
+        "nothing has changed"
+    );
     let nobody = gateway.delete("/v1/users/nobody?dry_run=true").await.ok();
     assert_eq!(nobody, counts(false, 0, 0));
     let thread = format!("{USER}/sessions/0/thread");
-    assert_eq!(gateway.delete(&format!("{thread}?dry_run=true")).await.ok(), counts(false, 1, 1));
-    assert_eq!(gateway.delete(&format!("{thread}?dry_run=true&archive=true")).await.ok(), counts(true, 1, 1));
-    let nothing = gateway.delete(&format!("{USER}/topics/none/thread?dry_run=true")).await;
+    assert_eq!(
+        gateway.delete(&format!("{thread}?dry_run=true")).await.ok(),
+        counts(false, 1, 1)
+    );
+    assert_eq!(
+        gateway
+            .delete(&format!("{thread}?dry_run=true&archive=true"))
+            .await
+            .ok(),
+        counts(true, 1, 1)
+    );
+    let nothing = gateway
+        .delete(&format!("{USER}/topics/none/thread?dry_run=true"))
+        .await;
     assert_eq!(nothing.problem(), (404, "not-found"));
     assert!(!scene.simulator.holds_text("needle session").is_empty());
 
     let receipt = gateway.delete(&format!("{USER}?archive=true")).await.ok();
     assert_eq!(
-        (&receipt["status"], &receipt["archive"], &receipt["threads_done"]),
+        (
+            &receipt["status"],
+            &receipt["archive"],
+            &receipt["threads_done"]
+        ),
         (&json!("completed"), &json!(true), &json!(5)),
         "{receipt:#}"
     );
-    assert_eq!(scene.simulator.holds_text("needle session"), Vec::<String>::new());
+    assert_eq!(
+        scene.simulator.holds_text("needle session"),
+        Vec::<String>::new()
+    );
     let threads = gateway.get(&format!("{USER}/threads")).await.ok();
     let threads = threads["data"].as_array().unwrap();
-    assert!(threads.len() == 6 && threads.iter().all(|it| it["lifecycle"] == "archived"), "{threads:#?}");
-    assert_eq!(gateway.get(&format!("{USER}/messages")).await.ok()["data"].as_array().unwrap().len(), 2);
-    assert_eq!(gateway.get("/v1/users/other/thread").await.ok()["lifecycle"], "current");
+    assert!(
+        threads.len() == 6 && threads.iter().all(|it| it["lifecycle"] == "archived"),
+        "{threads:#?}"
+    );
+    assert_eq!(
+        gateway.get(&format!("{USER}/messages")).await.ok()["data"]
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+    assert_eq!(
+        gateway.get("/v1/users/other/thread").await.ok()["lifecycle"],
+        "current"
+    );
     assert_eq!(dry("dry_run=true&archive=true").await, counts(true, 0, 0));
     // All of it can still be erased.
     assert_eq!(gateway.delete(USER).await.ok()["threads_done"], 6);
-    assert_eq!(scene.database.holding("needle session").await, Vec::<String>::new());
+    assert_eq!(
+        scene.database.holding("needle session").await,
+        Vec::<String>::new()
+    );
 }
 
 async fn erasure_completes_when_upstream_cannot_delete(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
-    for (n, fault) in
-        ["status=405 wording=detail", "status=501", "status=404 wording=detail", "status=404 wording=html"]
-            .into_iter()
-            .enumerate()
+    for (n, fault) in [
+        "status=405 wording=detail",
+        "status=501",
+        "status=404 wording=detail",
+        "status=404 wording=html",
+    ]
+    .into_iter()
+    .enumerate()
     {
         let user = format!("/v1/users/u{n}");
         gateway.say(&user, "one").await;
@@ -191,12 +310,19 @@ async fn erasure_completes_when_upstream_cannot_delete(scene: Scene) {
         let receipt = gateway.delete_after(&user, "wait=20").await.ok();
         scene.simulator.clear_faults();
         assert_eq!(
-            (&receipt["status"], &receipt["threads_done"], &receipt["threads_incomplete"]),
+            (
+                &receipt["status"],
+                &receipt["threads_done"],
+                &receipt["threads_incomplete"]
+            ),
             (&json!("completed"), &json!(1), &json!(1)),
             "{fault}: {receipt:#}"
         );
         let thread = &receipt["threads"]["data"][0];
-        assert_eq!(thread["upstream_outcome"], "not_supported", "{fault}: {thread:#}");
+        assert_eq!(
+            thread["upstream_outcome"], "not_supported",
+            "{fault}: {thread:#}"
+        );
         assert!(thread["upstream_thread_id"].is_string(), "{thread:#}");
         let left = |what: &str| thread[format!("upstream_left_{what}")].as_u64().unwrap();
         let expected = match scene.protocol {
@@ -204,8 +330,15 @@ async fn erasure_completes_when_upstream_cannot_delete(scene: Scene) {
             Protocol::Responses => (1, 4, 2),
             Protocol::Chain => (0, 0, 2),
         };
-        assert_eq!((left("threads"), left("items"), left("responses")), expected, "{fault}: {thread:#}");
-        assert_eq!((&thread["last_failure"], &thread["upstream_tried_until"]), (&json!(null), &json!(null)));
+        assert_eq!(
+            (left("threads"), left("items"), left("responses")),
+            expected,
+            "{fault}: {thread:#}"
+        );
+        assert_eq!(
+            (&thread["last_failure"], &thread["upstream_tried_until"]),
+            (&json!(null), &json!(null))
+        );
         let threads = gateway.get(&format!("{user}/threads")).await.ok();
         assert_eq!(threads["data"], json!([]), "here all is gone");
     }
@@ -228,34 +361,56 @@ async fn differently_worded_not_found_counts_as_already_gone(scene: Scene) {
             (&json!("completed"), &json!(0)),
             "{receipt:#}"
         );
-        assert_eq!(receipt["threads"]["data"][0]["upstream_outcome"], "already_gone", "{receipt:#}");
+        assert_eq!(
+            receipt["threads"]["data"][0]["upstream_outcome"], "already_gone",
+            "{receipt:#}"
+        );
     }
 }
 
 async fn erasure_gives_up_after_configured_time(scene: Scene) {
-    let gateway = scene.gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n")).await;
+    let gateway = scene
+        .gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n"))
+        .await;
     gateway.say(USER, "one").await;
     gateway.say(USER, "two").await;
     deletions_answer(&scene, "status=403");
     let answer = gateway.delete_after(USER, "wait=1").await;
     assert_eq!(answer.status, 202, "{:#}", answer.body);
     let place = answer.headers["location"].to_str().unwrap().to_owned();
-    let wanted =
-        |it: &crate::support::gateway::Answer| it.body["threads"]["data"][0]["attempts"].as_i64() > Some(0);
+    let wanted = |it: &crate::support::gateway::Answer| {
+        it.body["threads"]["data"][0]["attempts"].as_i64() > Some(0)
+    };
     let thread = gateway.until(&place, wanted).await.ok()["threads"]["data"][0].clone();
-    assert!(thread["last_failure"].as_str().unwrap().contains("403"), "{thread:#}");
-    assert!(thread["upstream_tried_until"].is_string() && thread["upstream_outcome"].is_null(), "{thread:#}");
+    assert!(
+        thread["last_failure"].as_str().unwrap().contains("403"),
+        "{thread:#}"
+    );
+    assert!(
+        thread["upstream_tried_until"].is_string() && thread["upstream_outcome"].is_null(),
+        "{thread:#}"
+    );
     let look = async || {
-        scene.database.execute("UPDATE threads SET due_at = created_at WHERE attempts > 0").await;
+        scene
+            .database
+            .execute("UPDATE threads SET due_at = created_at WHERE attempts > 0")
+            .await;
         gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
     };
     assert_eq!(look().await["failed"], 1, "it has its day");
     assert_eq!(gateway.get(&place).await.ok()["status"], "in_progress");
     // A day later.
     let until = thread["upstream_tried_until"].as_str().unwrap();
-    let column =
-        if scene.backend == Backend::Postgres { "upstream_cleanup::text" } else { "upstream_cleanup" };
-    let cast = if scene.backend == Backend::Postgres { "::jsonb" } else { "" };
+    let column = if scene.backend == Backend::Postgres {
+        "upstream_cleanup::text"
+    } else {
+        "upstream_cleanup"
+    };
+    let cast = if scene.backend == Backend::Postgres {
+        "::jsonb"
+    } else {
+        ""
+    };
     let earlier = format!(
         "UPDATE threads SET upstream_cleanup = replace({column}, '{}', '2020-01-01'){cast} WHERE attempts > 0",
         &until[..10]
@@ -271,7 +426,10 @@ async fn erasure_gives_up_after_configured_time(scene: Scene) {
     );
     let thread = &receipt["threads"]["data"][0];
     assert_eq!(thread["upstream_outcome"], "failed", "{thread:#}");
-    assert!(thread["last_failure"].as_str().unwrap().contains("403"), "{thread:#}");
+    assert!(
+        thread["last_failure"].as_str().unwrap().contains("403"),
+        "{thread:#}"
+    );
     let left = |what: &str| thread[format!("upstream_left_{what}")].as_u64().unwrap();
     let expected = match scene.protocol {
         Protocol::Assistants => (1, 0),

@@ -38,7 +38,9 @@ async fn open(gateway: &Gateway, run: &str, last: Option<&str>) -> reqwest::Resp
 }
 
 async fn replay(gateway: &Gateway, run: &str, last: Option<&str>) -> Vec<Event> {
-    EventReader::new(open(gateway, run, last).await).rest().await
+    EventReader::new(open(gateway, run, last).await)
+        .rest()
+        .await
 }
 
 fn run_of(event: &Event) -> String {
@@ -47,30 +49,53 @@ fn run_of(event: &Event) -> String {
 
 async fn stream_replays_from_any_event(scene: Scene) {
     let gateway = scene.gateway().await;
-    let original = gateway.stream(SCOPE, "tell me [[sim: tokens=30]]").await.rest().await;
+    let original = gateway
+        .stream(SCOPE, "tell me [[sim: tokens=30]]")
+        .await
+        .rest()
+        .await;
     let run = run_of(&original[0]);
     assert_eq!(original.last().unwrap().name, "run.completed");
     let started = scene.simulator.stats().runs_started;
     // In this process, and in one that never saw the run.
     let mut gateway = gateway;
     for round in 0..2 {
-        assert_eq!(joined(&replay(&gateway, &run, None).await), joined(&original), "round {round}");
+        assert_eq!(
+            joined(&replay(&gateway, &run, None).await),
+            joined(&original),
+            "round {round}"
+        );
         for at in 0..original.len() - 1 {
             let rest = replay(&gateway, &run, Some(&original[at].id)).await;
-            assert_eq!(joined(&rest), joined(&original[at + 1..]), "round {round}, after {at}");
+            assert_eq!(
+                joined(&rest),
+                joined(&original[at + 1..]),
+                "round {round}, after {at}"
+            );
         }
         let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
-        assert_eq!(over.status(), StatusCode::NO_CONTENT, "nothing more will come");
+        assert_eq!(
+            over.status(),
+            StatusCode::NO_CONTENT,
+            "nothing more will come"
+        );
         if round == 0 {
             gateway.kill();
             gateway = scene.gateway().await;
         }
     }
-    assert_eq!(scene.simulator.stats().runs_started, started, "reading starts nothing");
+    assert_eq!(
+        scene.simulator.stats().runs_started,
+        started,
+        "reading starts nothing"
+    );
 }
 
 async fn stored(scene: &Scene) -> i64 {
-    scene.database.number("SELECT count(*) FROM run_events").await
+    scene
+        .database
+        .number("SELECT count(*) FROM run_events")
+        .await
 }
 
 /// While a reply streams, others may have to go on with it; once it has ended, the record tells it.
@@ -79,7 +104,9 @@ async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
     gateway.stream(SCOPE, "quick").await.rest().await;
     assert_eq!(stored(&scene).await, 0);
     scene.simulator.hold();
-    let mut stream = gateway.stream(SCOPE, "tell me [[sim: tokens=40 hold_after=20]]").await;
+    let mut stream = gateway
+        .stream(SCOPE, "tell me [[sim: tokens=40 hold_after=20]]")
+        .await;
     let mut original = stream.until_told("story").await;
     let start = std::time::Instant::now();
     while stored(&scene).await == 0 {
@@ -104,10 +131,18 @@ async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
         );
         scene.database.execute(&late).await;
         let gateway = scene.gateway().await;
-        assert_eq!(joined(&replay(&gateway, &run, None).await), joined(&original), "with a part from {n} on");
+        assert_eq!(
+            joined(&replay(&gateway, &run, None).await),
+            joined(&original),
+            "with a part from {n} on"
+        );
         for at in 0..original.len() - 1 {
             let rest = replay(&gateway, &run, Some(&original[at].id)).await;
-            assert_eq!(joined(&rest), joined(&original[at + 1..]), "after {at}, with a part from {n} on");
+            assert_eq!(
+                joined(&rest),
+                joined(&original[at + 1..]),
+                "after {at}, with a part from {n} on"
+            );
         }
     }
 }
@@ -117,13 +152,18 @@ async fn unfollowed_run_is_recorded_infrequently(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let begun = std::time::Instant::now();
-    let mut stream = gateway.stream(SCOPE, "tell me [[sim: tokens=80 rate=50ms hold_after=79]]").await;
+    let mut stream = gateway
+        .stream(SCOPE, "tell me [[sim: tokens=80 rate=50ms hold_after=79]]")
+        .await;
     let mut words = 0;
     while words < 79 {
         words += usize::from(stream.next().await.unwrap().name == "message.delta");
     }
     let (rows, most) = (stored(&scene).await, 4 + begun.elapsed().as_secs());
-    assert!(rows > 0 && rows.unsigned_abs() <= most, "{rows} rows of {most}");
+    assert!(
+        rows > 0 && rows.unsigned_abs() <= most,
+        "{rows} rows of {most}"
+    );
     scene.simulator.release();
     stream.rest().await;
 }
@@ -134,7 +174,11 @@ async fn event_log_kept_for_failed_incomplete_or_queued_runs(scene: Scene) {
         let before = stored(&scene).await;
         let original = gateway.stream(SCOPE, content).await.rest().await;
         assert!(stored(&scene).await > before, "{content}");
-        assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original, "{content}");
+        assert_eq!(
+            replay(&gateway, &run_of(&original[0]), None).await,
+            original,
+            "{content}"
+        );
     }
     // One that waited in line, which the record does not tell.
     scene.simulator.hold();
@@ -149,12 +193,17 @@ async fn event_log_kept_for_failed_incomplete_or_queued_runs(scene: Scene) {
     assert!(stored(&scene).await > before);
     drop(gateway);
     let gateway = scene.gateway().await;
-    assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original);
+    assert_eq!(
+        replay(&gateway, &run_of(&original[0]), None).await,
+        original
+    );
 }
 
 async fn reader_joins_run_in_progress(scene: Scene) {
     let gateway = scene.gateway().await;
-    let mut original = gateway.stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]").await;
+    let mut original = gateway
+        .stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]")
+        .await;
     let mut seen = Vec::new();
     for _ in 0..6 {
         seen.push(original.next().await.unwrap());
@@ -173,9 +222,17 @@ async fn reader_joins_run_in_progress(scene: Scene) {
 
 async fn replayed_stream_shows_run_failure(scene: Scene) {
     let gateway = scene.gateway().await;
-    for content in ["oh [[sim: fail]]", "oh [[sim: status=401]]", "oh [[sim: incomplete]]"] {
+    for content in [
+        "oh [[sim: fail]]",
+        "oh [[sim: status=401]]",
+        "oh [[sim: incomplete]]",
+    ] {
         let original = gateway.stream(SCOPE, content).await.rest().await;
-        assert_eq!(replay(&gateway, &run_of(&original[0]), None).await, original, "{content}");
+        assert_eq!(
+            replay(&gateway, &run_of(&original[0]), None).await,
+            original,
+            "{content}"
+        );
     }
 }
 
@@ -194,9 +251,15 @@ async fn foreign_or_malformed_last_event_id_is_refused(scene: Scene) {
         // Either the end alone or nothing, by what is stored of its log.
         assert!(told.status().is_success(), "{beyond}: {told:?}");
     }
-    let unknown = gateway.get(&format!("{SCOPE}/runs/run_0198f000000070008000000000000000/events")).await;
+    let unknown = gateway
+        .get(&format!(
+            "{SCOPE}/runs/run_0198f000000070008000000000000000/events"
+        ))
+        .await;
     assert_eq!(unknown.problem(), (404, "not-found"));
-    let elsewhere = gateway.get(&format!("/v1/users/bob/runs/{run}/events")).await;
+    let elsewhere = gateway
+        .get(&format!("/v1/users/bob/runs/{run}/events"))
+        .await;
     assert_eq!(elsewhere.problem(), (404, "not-found"));
 }
 
@@ -221,14 +284,29 @@ async fn unreadable_event_log_is_not_reported_as_end(scene: Scene) {
     let original = gateway.stream(SCOPE, "tell me").await.rest().await;
     let run = run_of(&original[0]);
     let path = format!("{SCOPE}/runs/{run}/events");
-    scene.database.execute("ALTER TABLE run_events RENAME TO run_events_away").await;
+    scene
+        .database
+        .execute("ALTER TABLE run_events RENAME TO run_events_away")
+        .await;
     for last in [&original[0].id, &original.last().unwrap().id] {
-        let request = gateway.request(Method::GET, &path).header("last-event-id", last);
+        let request = gateway
+            .request(Method::GET, &path)
+            .header("last-event-id", last);
         let answer = gateway.send(request).await;
-        assert_eq!(answer.problem().0, 500, "a reader who hears that this was the end asks no more");
+        assert_eq!(
+            answer.problem().0,
+            500,
+            "a reader who hears that this was the end asks no more"
+        );
     }
-    scene.database.execute("ALTER TABLE run_events_away RENAME TO run_events").await;
-    assert_eq!(joined(&replay(&gateway, &run, Some(&original[0].id)).await), joined(&original[1..]));
+    scene
+        .database
+        .execute("ALTER TABLE run_events_away RENAME TO run_events")
+        .await;
+    assert_eq!(
+        joined(&replay(&gateway, &run, Some(&original[0].id)).await),
+        joined(&original[1..])
+    );
     let over = open(&gateway, &run, Some(&original.last().unwrap().id)).await;
     assert_eq!(over.status(), StatusCode::NO_CONTENT);
 }
@@ -237,7 +315,9 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
     let gateway = scene.gateway().await;
     let mut readers = Vec::new();
     scene.simulator.hold();
-    let original = gateway.stream(SCOPE, "tell me all [[sim: tokens=20000]]").await;
+    let original = gateway
+        .stream(SCOPE, "tell me all [[sim: tokens=20000]]")
+        .await;
     let runs = gateway.get(&format!("{SCOPE}/runs")).await.ok();
     let run = runs["data"][0]["id"].as_str().unwrap().to_owned();
     let before = resident(&gateway);
@@ -252,11 +332,16 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
         readers.push(socket);
     }
     scene.simulator.release();
-    let events = tokio::time::timeout(PATIENCE, original.rest()).await.unwrap();
+    let events = tokio::time::timeout(PATIENCE, original.rest())
+        .await
+        .unwrap();
     assert_eq!(events.last().unwrap().name, "run.completed");
     assert!(text_of(&events).split(' ').count() >= 20_000);
     let grown = resident(&gateway).saturating_sub(before);
-    assert!(grown < 64 * 1024, "40 slow readers of one long reply made the process grow by {grown} KiB");
+    assert!(
+        grown < 64 * 1024,
+        "40 slow readers of one long reply made the process grow by {grown} KiB"
+    );
     gateway.say(SCOPE, "and now?").await;
     // The rest of the story is there for those who wake up.
     let mut late = readers.pop().unwrap();
@@ -275,6 +360,9 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
 /// Memory of the process, KiB.
 fn resident(gateway: &Gateway) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

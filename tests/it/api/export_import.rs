@@ -74,7 +74,9 @@ impl Place {
     fn run(&self, command: &str, args: &[&Path], input: &str) -> Said {
         let mut it = Gateway::command(&[command, "--config"]);
         it.arg(self.folder.path().join("gateway.toml")).args(args);
-        it.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        it.stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = it.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_owned();
@@ -83,7 +85,11 @@ impl Place {
         let output = child.wait_with_output().unwrap();
         writer.join().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        Said { ok: output.status.success(), out: text(output.stdout), err: text(output.stderr) }
+        Said {
+            ok: output.status.success(),
+            out: text(output.stdout),
+            err: text(output.stderr),
+        }
     }
 
     #[track_caller]
@@ -112,21 +118,34 @@ impl Place {
     /// Admits a message and answers it.
     async fn exchange(&self, user_key: &str) {
         let store = self.database.store().await;
-        let request = Admission { upstream: "main".to_owned(), ..admission(&user(user_key)) };
+        let request = Admission {
+            upstream: "main".to_owned(),
+            ..admission(&user(user_key))
+        };
         let Admitted::Started(turn) = store.admit(request.clone()).await.unwrap() else {
             panic!("not started")
         };
-        store.finish(&turn.lease, completed(Some("hi"))).await.unwrap();
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap();
         store.close().await;
     }
 }
 
 fn parsed(lines: &str) -> Vec<Value> {
-    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 fn lines(values: &[Value]) -> String {
-    values.iter().map(Value::to_string).collect::<Vec<_>>().join("\n")
+    values
+        .iter()
+        .map(Value::to_string)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn of_type<'a>(lines: &'a [Value], name: &str) -> Vec<&'a Value> {
@@ -152,15 +171,28 @@ async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestData
     one.exchange("bob").await;
     let file = one.folder.path().join("out.ndjson");
     let said = one.run("export", &[Path::new("--out"), &file], "");
-    assert!(said.ok && said.out.is_empty() && said.err.contains("exported: 10 lines"), "{}", said.err);
+    assert!(
+        said.ok && said.out.is_empty() && said.err.contains("exported: 10 lines"),
+        "{}",
+        said.err
+    );
     let first = std::fs::read_to_string(&file).unwrap();
     assert_eq!(first, one.export(), "it says the same each time");
 
     let mut all = parsed(&first);
-    assert_eq!(all.last().unwrap(), &json!({"type": "end", "threads": 3, "runs": 1, "messages": 5}));
-    let kinds: Vec<_> = all.iter().map(|line| line["type"].as_str().unwrap()).collect();
+    assert_eq!(
+        all.last().unwrap(),
+        &json!({"type": "end", "threads": 3, "runs": 1, "messages": 5})
+    );
+    let kinds: Vec<_> = all
+        .iter()
+        .map(|line| line["type"].as_str().unwrap())
+        .collect();
     let thread = ["thread", "message", "thread", "message", "message"];
-    assert_eq!(kinds, [&thread[..], &["thread", "run", "message", "message", "end"]].concat());
+    assert_eq!(
+        kinds,
+        [&thread[..], &["thread", "run", "message", "message", "end"]].concat()
+    );
     assert_eq!(all[6]["status"], "completed");
     assert_eq!(all[2]["metadata"], json!({"plan": "gold"}));
     assert_eq!(all[2]["previous_thread"], all[0]["id"]);
@@ -168,7 +200,10 @@ async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestData
     assert_eq!(all[1]["content"][0]["text"], "H\u{eb}llo\n\"quoted\"");
 
     let summary = two.run("import", &[&file], "").err;
-    assert!(summary.contains("imported: 3 threads and 5 messages added"), "{summary}");
+    assert!(
+        summary.contains("imported: 3 threads and 5 messages added"),
+        "{summary}"
+    );
     assert!(summary.contains("1 lines of runs passed over"), "{summary}");
     let second = two.export();
     // All but the run, whose messages do not name it any more.
@@ -195,7 +230,9 @@ async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestData
     assert_eq!(two.database.number(due).await, 1);
 }
 
-async fn minimal_import_lines_are_accepted_and_idempotent(databases: impl AsyncFn() -> TestDatabase) {
+async fn minimal_import_lines_are_accepted_and_idempotent(
+    databases: impl AsyncFn() -> TestDatabase,
+) {
     let place = Place::new(databases().await);
     let thread = |user: &str, upstream: &str| json!({"type": "thread", "key": {"user": user}, "upstream_thread_id": upstream});
     let said = |role: &str, text: &str| json!({"type": "message", "role": role, "content": text});
@@ -208,7 +245,10 @@ async fn minimal_import_lines_are_accepted_and_idempotent(databases: impl AsyncF
         said("user", "Where is it?"),
     ];
     let summary = place.import(&lines(&table));
-    assert!(summary.contains("3 threads and 3 messages added"), "{summary}");
+    assert!(
+        summary.contains("3 threads and 3 messages added"),
+        "{summary}"
+    );
     let first = place.export();
     assert!(
         place
@@ -221,30 +261,54 @@ async fn minimal_import_lines_are_accepted_and_idempotent(databases: impl AsyncF
     table.insert(3, said("user", "One more thing"));
     let marked = format!("\u{feff}{}", lines(&table));
     assert!(
-        place.import(&marked).contains("0 threads and 1 messages added"),
+        place
+            .import(&marked)
+            .contains("0 threads and 1 messages added"),
         "saved by a program of Windows"
     );
     let all = parsed(&place.export());
     let threads = of_type(&all, "thread");
     // Threads that came in the same millisecond are in no order.
-    let mut keys: Vec<_> = threads.iter().map(|thread| thread["key"]["scope"].as_str().unwrap()).collect();
+    let mut keys: Vec<_> = threads
+        .iter()
+        .map(|thread| thread["key"]["scope"].as_str().unwrap())
+        .collect();
     keys.sort_unstable();
     assert_eq!(keys, ["topic:order 7", "user", "user"]);
-    assert!(threads.iter().all(|thread| thread["upstream"] == "main" && thread["lifecycle"] == "current"));
+    assert!(
+        threads
+            .iter()
+            .all(|thread| thread["upstream"] == "main" && thread["lifecycle"] == "current")
+    );
     let messages = of_type(&all, "message");
-    let mut contexts: Vec<_> = messages.iter().map(|message| message["context"].as_str().unwrap()).collect();
+    let mut contexts: Vec<_> = messages
+        .iter()
+        .map(|message| message["context"].as_str().unwrap())
+        .collect();
     contexts.sort_unstable();
     assert_eq!(contexts, ["missing", "present", "present", "present"]);
     let due = "SELECT count(*) FROM threads WHERE due_at IS NOT NULL";
-    assert_eq!(place.database.number(due).await, 3, "they expire as configured");
+    assert_eq!(
+        place.database.number(due).await,
+        3,
+        "they expire as configured"
+    );
 }
 
-async fn bad_import_lines_are_reported_and_rest_imported(databases: impl AsyncFn() -> TestDatabase) {
+async fn bad_import_lines_are_reported_and_rest_imported(
+    databases: impl AsyncFn() -> TestDatabase,
+) {
     let place = Place::new(databases().await);
-    place.import("{\"type\":\"thread\",\"key\":{\"user\":\"alice\"},\"upstream_thread_id\":\"thread_a\"}\n");
+    place.import(
+        "{\"type\":\"thread\",\"key\":{\"user\":\"alice\"},\"upstream_thread_id\":\"thread_a\"}\n",
+    );
     let id = "thr_01922c9c1e7a7d1c8a55d7d2a9a00200";
-    let (young, unknown) = ("thr_ffffffffffff4d1c8a55d7d2a9a00200", "thr_01922c9c1e7a7d1c8a55d7d2a9a00299");
-    let message = |role: &str, content: Value| json!({"type": "message", "role": role, "content": content});
+    let (young, unknown) = (
+        "thr_ffffffffffff4d1c8a55d7d2a9a00200",
+        "thr_01922c9c1e7a7d1c8a55d7d2a9a00299",
+    );
+    let message =
+        |role: &str, content: Value| json!({"type": "message", "role": role, "content": content});
     let cases: Vec<(String, &str)> = vec![
         (message("user", json!("Hi")).to_string(), "must come after the line of its thread"),
         ("nonsense".to_owned(), "is not a JSON object"),
@@ -300,29 +364,53 @@ async fn bad_import_lines_are_reported_and_rest_imported(databases: impl AsyncFn
         (json!({"type": "end", "threads": 1, "runs": 0, "messages": 0}).to_string(), "it is not whole"),
         (message("user", json!("late")).to_string(), "nothing may follow the end line"),
     ];
-    let text = cases.iter().map(|(line, _)| line.as_str()).collect::<Vec<_>>().join("\n");
+    let text = cases
+        .iter()
+        .map(|(line, _)| line.as_str())
+        .collect::<Vec<_>>()
+        .join("\n");
     let said = place.import_fails(&text);
     let mut told = said.lines().filter(|line| line.starts_with("line "));
-    for (n, (line, problem)) in cases.iter().enumerate().filter(|(_, (_, problem))| !problem.is_empty()) {
+    for (n, (line, problem)) in cases
+        .iter()
+        .enumerate()
+        .filter(|(_, (_, problem))| !problem.is_empty())
+    {
         let found = told.next().unwrap_or_default();
-        assert!(found.starts_with(&format!("line {}: ", n + 1)) && found.contains(problem), "{line}\n{said}");
+        assert!(
+            found.starts_with(&format!("line {}: ", n + 1)) && found.contains(problem),
+            "{line}\n{said}"
+        );
     }
     assert_eq!(told.next(), None, "{said}");
-    let refused = cases.iter().filter(|(_, problem)| !problem.is_empty()).count();
+    let refused = cases
+        .iter()
+        .filter(|(_, problem)| !problem.is_empty())
+        .count();
     let summary = format!(
         "imported: 1 threads and 2 messages added, 0 threads and 0 messages were there already, {refused} lines \
          refused, 1 messages of refused threads passed over, 1 lines of runs passed over"
     );
     assert!(said.contains(&summary), "{said}");
-    assert!(said.ends_with(&format!("threadkeeper: {refused} lines were refused\n")), "{said}");
+    assert!(
+        said.ends_with(&format!("threadkeeper: {refused} lines were refused\n")),
+        "{said}"
+    );
     let all = parsed(&place.export());
-    let texts: Vec<_> = of_type(&all, "message").iter().map(|line| &line["content"][0]["text"]).collect();
+    let texts: Vec<_> = of_type(&all, "message")
+        .iter()
+        .map(|line| &line["content"][0]["text"])
+        .collect();
     assert_eq!(texts, ["Good", "Better"]);
 
-    let long = format!("{{\"type\":\"thread\",\"key\":{{\"user\":\"{}\"}}}}\n", "x".repeat(17 << 20));
+    let long = format!(
+        "{{\"type\":\"thread\",\"key\":{{\"user\":\"{}\"}}}}\n",
+        "x".repeat(17 << 20)
+    );
     let said = place.import_fails(&(long + "{\"type\":\"thread\",\"key\":{\"user\":\"dave\"}}"));
     assert!(
-        said.contains("line 1: it is longer than") && said.contains("1 threads and 0 messages added"),
+        said.contains("line 1: it is longer than")
+            && said.contains("1 threads and 0 messages added"),
         "{said}"
     );
 }
@@ -333,23 +421,43 @@ async fn truncated_import_file_is_detected(databases: impl AsyncFn() -> TestData
     let cut = &whole[..whole.rfind('\n').unwrap()];
     assert!(place.import_fails(cut).contains("it was cut off"));
     let said = place.import_fails(&whole[..whole.len() - 20]);
-    assert!(said.contains("line 7: it is not a JSON object") && said.contains("it was cut off"), "{said}");
+    assert!(
+        said.contains("line 7: it is not a JSON object") && said.contains("it was cut off"),
+        "{said}"
+    );
     let first = whole.find('\n').unwrap();
     let said = place.import_fails(&whole[first + 1..]);
-    assert!(said.contains("counts 2 threads, 0 runs and 3 messages, but the file has 1, 0 and 3"), "{said}");
-    assert!(place.import(RICH).contains("0 threads and 0 messages added"));
+    assert!(
+        said.contains("counts 2 threads, 0 runs and 3 messages, but the file has 1, 0 and 3"),
+        "{said}"
+    );
+    assert!(
+        place
+            .import(RICH)
+            .contains("0 threads and 0 messages added")
+    );
 }
 
-async fn paged_export_is_complete_despite_concurrent_deletion(databases: impl AsyncFn() -> TestDatabase) {
+async fn paged_export_is_complete_despite_concurrent_deletion(
+    databases: impl AsyncFn() -> TestDatabase,
+) {
     let place = Place::new(databases().await);
-    let mut table: Vec<Value> =
-        (0..120).map(|n| json!({"type": "thread", "key": {"user": format!("u{n}")}})).collect();
-    table.extend((0..230).map(|n| json!({"type": "message", "role": "user", "content": format!("m{n}")})));
+    let mut table: Vec<Value> = (0..120)
+        .map(|n| json!({"type": "thread", "key": {"user": format!("u{n}")}}))
+        .collect();
+    table.extend(
+        (0..230).map(|n| json!({"type": "message", "role": "user", "content": format!("m{n}")})),
+    );
     place.import(&lines(&table));
     let all = parsed(&place.export());
-    assert_eq!(all.last().unwrap(), &json!({"type": "end", "threads": 120, "runs": 0, "messages": 230}));
-    let texts: Vec<_> =
-        of_type(&all, "message").iter().map(|line| line["content"][0]["text"].as_str().unwrap()).collect();
+    assert_eq!(
+        all.last().unwrap(),
+        &json!({"type": "end", "threads": 120, "runs": 0, "messages": 230})
+    );
+    let texts: Vec<_> = of_type(&all, "message")
+        .iter()
+        .map(|line| line["content"][0]["text"].as_str().unwrap())
+        .collect();
     assert_eq!(texts, (0..230).map(|n| format!("m{n}")).collect::<Vec<_>>());
 
     // The thread after which the next page begins is erased while the lines are read.
@@ -361,14 +469,23 @@ async fn paged_export_is_complete_despite_concurrent_deletion(databases: impl As
         if got.len() == 50 {
             let last: Value = serde_json::from_str(&got[49]).unwrap();
             let user = last["key"]["user"].as_str().unwrap();
-            place.database.execute(&format!("DELETE FROM threads WHERE user_key = '{user}'")).await;
+            place
+                .database
+                .execute(&format!("DELETE FROM threads WHERE user_key = '{user}'"))
+                .await;
         }
     }
     store.close().await;
-    let threads: std::collections::BTreeSet<_> =
-        got.iter().filter(|line| line.contains("\"thread\"")).collect();
+    let threads: std::collections::BTreeSet<_> = got
+        .iter()
+        .filter(|line| line.contains("\"thread\""))
+        .collect();
     assert_eq!(threads.len(), 120);
-    assert!(got.last().unwrap().contains("\"threads\":120"), "{:?}", got.last());
+    assert!(
+        got.last().unwrap().contains("\"threads\":120"),
+        "{:?}",
+        got.last()
+    );
 }
 
 async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> TestDatabase) {
@@ -377,7 +494,9 @@ async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> 
         place.exchange(user).await;
     }
     let mut table = vec![json!({"type": "thread", "key": {"user": "carol"}})];
-    table.extend((0..1200).map(|n| json!({"type": "message", "role": "user", "content": format!("m{n}")})));
+    table.extend(
+        (0..1200).map(|n| json!({"type": "message", "role": "user", "content": format!("m{n}")})),
+    );
     place.import(&lines(&table));
     for user in ["dave", "carol", "erin", "dave"] {
         place.exchange(user).await;
@@ -400,21 +519,36 @@ async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> 
             }
         }
     }
-    let wanted = [("alice", 2, 4), ("bob", 1, 2), ("carol", 1, 1202), ("dave", 2, 4), ("erin", 1, 2)];
+    let wanted = [
+        ("alice", 2, 4),
+        ("bob", 1, 2),
+        ("carol", 1, 1202),
+        ("dave", 2, 4),
+        ("erin", 1, 2),
+    ];
     assert_eq!(got, wanted);
     let texts = of_type(&all, "message")
         .iter()
         .map(|line| line["content"][0]["text"].as_str().unwrap())
         .collect::<Vec<_>>();
-    assert_eq!(texts[6..1206], (0..1200).map(|n| format!("m{n}")).collect::<Vec<_>>());
-    assert_eq!(all.last().unwrap(), &json!({"type": "end", "threads": 5, "runs": 7, "messages": 1214}));
+    assert_eq!(
+        texts[6..1206],
+        (0..1200).map(|n| format!("m{n}")).collect::<Vec<_>>()
+    );
+    assert_eq!(
+        all.last().unwrap(),
+        &json!({"type": "end", "threads": 5, "runs": 7, "messages": 1214})
+    );
 }
 
 async fn imported_messages_may_name_any_known_thread(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
-    place.import(&lines(&[json!({"type": "thread", "key": {"user": "carol"}})]));
+    place.import(&lines(&[
+        json!({"type": "thread", "key": {"user": "carol"}}),
+    ]));
     let carol = parsed(&place.export())[0]["id"].clone();
-    let [alice, bob] = ["a001", "b001"].map(|end| json!(format!("thr_0190163d8694739aea0d1e59d2a9{end}")));
+    let [alice, bob] =
+        ["a001", "b001"].map(|end| json!(format!("thr_0190163d8694739aea0d1e59d2a9{end}")));
     let mut number = 0;
     let mut said = |thread: &Value, text: &str| {
         number += 1;
@@ -442,12 +576,23 @@ async fn imported_messages_may_name_any_known_thread(databases: impl AsyncFn() -
     ];
     for (added, known) in [((2, 9), (1, 0)), ((0, 2), (3, 9))] {
         let told = place.import_fails(&lines(&table));
-        let refused: Vec<&str> = told.lines().filter(|line| line.starts_with("line ")).collect();
+        let refused: Vec<&str> = told
+            .lines()
+            .filter(|line| line.starts_with("line "))
+            .collect();
         let others = refused
             .iter()
             .position(|line| line.starts_with("line 8: `id` belongs to a thread of another key"));
         // The second time, the thread is there before its line.
-        assert_eq!((refused.len(), others), if added.0 == 2 { (2, Some(1)) } else { (1, Some(0)) }, "{told}");
+        assert_eq!(
+            (refused.len(), others),
+            if added.0 == 2 {
+                (2, Some(1))
+            } else {
+                (1, Some(0))
+            },
+            "{told}"
+        );
         let passed_over = if added.0 == 2 { 2 } else { 1 };
         let summary = format!(
             "imported: {} threads and {} messages added, {} threads and {} messages were there already, {} lines \
@@ -462,10 +607,24 @@ async fn imported_messages_may_name_any_known_thread(databases: impl AsyncFn() -
     }
     let all = parsed(&place.export());
     let texts = |thread: &Value| {
-        let of_thread = of_type(&all, "message").into_iter().filter(|line| &line["thread_id"] == thread);
-        of_thread.map(|line| line["content"][0]["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        let of_thread = of_type(&all, "message")
+            .into_iter()
+            .filter(|line| &line["thread_id"] == thread);
+        of_thread
+            .map(|line| line["content"][0]["text"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
     };
-    assert_eq!(texts(&alice), ["one", "two", "eight", "nine", "before the thread", "of an unknown one"]);
+    assert_eq!(
+        texts(&alice),
+        [
+            "one",
+            "two",
+            "eight",
+            "nine",
+            "before the thread",
+            "of an unknown one"
+        ]
+    );
     assert_eq!(texts(&bob), ["three", "five"]);
     assert_eq!(texts(&carol), ["four", "six", "seven"]);
 }
@@ -481,8 +640,10 @@ async fn refused_import_lines_are_reported_by_number(databases: impl AsyncFn() -
     table.push(json!({"type": "thread", "key": {"user": "u1"}, "upstream_thread_id": "thread_x"}));
     table.push(json!({"type": "message", "role": "user", "content": "of a refused thread"}));
     let told = place.import_fails(&lines(&table));
-    let numbers: Vec<&str> =
-        told.lines().filter_map(|line| line.strip_prefix("line ")?.split(':').next()).collect();
+    let numbers: Vec<&str> = told
+        .lines()
+        .filter_map(|line| line.strip_prefix("line ")?.split(':').next())
+        .collect();
     assert_eq!(numbers, ["700", "1400", "2100", "2800", "3000"], "{told}");
     let threads = of_type(&table[..2999], "thread").len();
     let summary = format!(
@@ -500,15 +661,28 @@ async fn user_export_contains_only_own_threads(databases: impl AsyncFn() -> Test
     place.database.execute("UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE previous_thread_id IS NULL AND user_key = 'alice'").await;
     let store = place.database.store().await;
     for (name, wanted) in [
-        ("alice", json!({"type": "end", "threads": 1, "runs": 0, "messages": 2})),
-        ("bob", json!({"type": "end", "threads": 1, "runs": 1, "messages": 2})),
-        ("nobody", json!({"type": "end", "threads": 0, "runs": 0, "messages": 0})),
+        (
+            "alice",
+            json!({"type": "end", "threads": 1, "runs": 0, "messages": 2}),
+        ),
+        (
+            "bob",
+            json!({"type": "end", "threads": 1, "runs": 1, "messages": 2}),
+        ),
+        (
+            "nobody",
+            json!({"type": "end", "threads": 0, "runs": 0, "messages": 0}),
+        ),
     ] {
         let what = What::User(TenantKey::default(), user(name).user);
         let got: Vec<String> = export(store.clone(), what).try_collect().await.unwrap();
         let got = parsed(&got.concat());
         assert_eq!(got.last(), Some(&wanted));
-        assert!(of_type(&got, "thread").iter().all(|thread| thread["key"]["user"] == name));
+        assert!(
+            of_type(&got, "thread")
+                .iter()
+                .all(|thread| thread["key"]["user"] == name)
+        );
     }
     store.close().await;
 }
@@ -516,7 +690,8 @@ async fn user_export_contains_only_own_threads(databases: impl AsyncFn() -> Test
 /// docs/upgrading.md: what a version before 0.2 has exported from its database.
 async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
-    let old = include_str!("../../fixtures/export/before-0.2.ndjson").replace("\"simulator\"", "\"main\"");
+    let old = include_str!("../../fixtures/export/before-0.2.ndjson")
+        .replace("\"simulator\"", "\"main\"");
     for _ in 0..2 {
         place.import(&old);
         let ours = |lines: &str| -> Vec<Value> {
@@ -527,13 +702,20 @@ async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDat
             }
             lines
         };
-        assert_eq!(ours(&place.export()), ours(&old), "but for the runs, which stay behind");
+        assert_eq!(
+            ours(&place.export()),
+            ours(&old),
+            "but for the runs, which stay behind"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sqlite_export_round_trips_through_postgres() {
-    let (one, two) = (Place::new(TestDatabase::sqlite().await), Place::new(TestDatabase::postgres().await));
+    let (one, two) = (
+        Place::new(TestDatabase::sqlite().await),
+        Place::new(TestDatabase::postgres().await),
+    );
     one.import(RICH);
     let taken = one.export();
     two.import(&taken);
@@ -547,13 +729,24 @@ async fn failing_export_and_import_report_reason() {
     std::fs::write(&file, "precious").unwrap();
     let missing = PathBuf::from("/nowhere/in.ndjson");
     let said = place.run("import", &[&missing], "");
-    assert!(!said.ok && said.err.contains("cannot read /nowhere/in.ndjson"), "{}", said.err);
+    assert!(
+        !said.ok && said.err.contains("cannot read /nowhere/in.ndjson"),
+        "{}",
+        said.err
+    );
 
     let store = place.database.store().await;
-    for (command, args) in [("export", vec![Path::new("--out"), &file]), ("import", vec![])] {
+    for (command, args) in [
+        ("export", vec![Path::new("--out"), &file]),
+        ("import", vec![]),
+    ] {
         let said = place.run(command, &args, "");
         assert!(!said.ok, "{command}");
-        assert!(said.err.contains("in use by another process") && said.err.contains("stop"), "{}", said.err);
+        assert!(
+            said.err.contains("in use by another process") && said.err.contains("stop"),
+            "{}",
+            said.err
+        );
     }
     store.close().await;
     assert_eq!(
@@ -563,8 +756,16 @@ async fn failing_export_and_import_report_reason() {
     );
 
     let said = place.run("export", &[Path::new("--tenant"), Path::new("")], "");
-    assert!(!said.ok && said.err.contains("--tenant: a key must not be empty"), "{}", said.err);
+    assert!(
+        !said.ok && said.err.contains("--tenant: a key must not be empty"),
+        "{}",
+        said.err
+    );
     place.database.execute("DROP TABLE _sqlx_migrations").await;
     let said = place.run("export", &[], "");
-    assert!(!said.ok && said.err.contains("run `threadkeeper migrate`"), "{}", said.err);
+    assert!(
+        !said.ok && said.err.contains("run `threadkeeper migrate`"),
+        "{}",
+        said.err
+    );
 }

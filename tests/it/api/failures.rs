@@ -53,15 +53,27 @@ async fn missing_thread_support_upstream_is_reported_with_setting(scene: Scene) 
         Protocol::Assistants => ("/threads", "`base_url`"),
         _ => ("/conversations", "`conversations = false`"),
     };
-    for fault in ["status=404 wording=detail", "status=405 wording=html", "status=501"] {
+    for fault in [
+        "status=404 wording=detail",
+        "status=405 wording=html",
+        "status=501",
+    ] {
         scene.fault("create_thread", fault, 1);
         let answer = say(&gateway, "hello").await;
         assert_eq!(answer.problem(), (502, "upstream-error"));
         let detail = answer.body["detail"].as_str().unwrap();
-        assert!(detail.contains(path) && detail.contains(setting), "{detail}");
-        assert!(!detail.contains("simulated"), "callers do not see names of upstreams: {detail}");
+        assert!(
+            detail.contains(path) && detail.contains(setting),
+            "{detail}"
+        );
+        assert!(
+            !detail.contains("simulated"),
+            "callers do not see names of upstreams: {detail}"
+        );
     }
-    let told = |line: &String| line.contains("WARN") && line.contains("simulated") && line.contains(setting);
+    let told = |line: &String| {
+        line.contains("WARN") && line.contains("simulated") && line.contains(setting)
+    };
     assert!(gateway.logs().iter().any(told), "{:#?}", gateway.logs());
     works_again(&gateway).await;
 }
@@ -79,11 +91,18 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
         assert_eq!(
-            answer.headers.get("retry-after").map(|value| value.to_str().unwrap()),
+            answer
+                .headers
+                .get("retry-after")
+                .map(|value| value.to_str().unwrap()),
             retry_after,
             "{directive}"
         );
-        assert!(!answer.body.to_string().contains("sk-planted"), "{directive}: {:#}", answer.body);
+        assert!(
+            !answer.body.to_string().contains("sk-planted"),
+            "{directive}: {:#}",
+            answer.body
+        );
         let run = answer.body["run_id"].as_str().unwrap();
         let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
         assert_eq!(
@@ -92,33 +111,70 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
         );
         if directive.contains("code=") {
             assert!(
-                answer.body["detail"].as_str().unwrap().contains("context_length_exceeded"),
+                answer.body["detail"]
+                    .as_str()
+                    .unwrap()
+                    .contains("context_length_exceeded"),
                 "{:#}",
                 answer.body
             );
         }
     }
-    let events = gateway.stream(SCOPE, "again [[sim: status=500]]").await.rest().await;
+    let events = gateway
+        .stream(SCOPE, "again [[sim: status=500]]")
+        .await
+        .rest()
+        .await;
     let names: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
-    assert_eq!(names, ["run.started", "run.failed"], "a stream that has opened tells it as an event");
+    assert_eq!(
+        names,
+        ["run.started", "run.failed"],
+        "a stream that has opened tells it as an event"
+    );
     works_again(&gateway).await;
-    let said = gateway.get(&format!("{SCOPE}/messages?order=asc&limit=100")).await.ok();
-    let users = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").count();
-    assert_eq!(users, 8, "what a user said stays in the transcript, answered or not");
+    let said = gateway
+        .get(&format!("{SCOPE}/messages?order=asc&limit=100"))
+        .await
+        .ok();
+    let users = said["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|m| m["role"] == "user")
+        .count();
+    assert_eq!(
+        users, 8,
+        "what a user said stays in the transcript, answered or not"
+    );
 }
 
 async fn request_provably_not_accepted_is_retried(scene: Scene) {
     let gateway = scene.gateway().await;
     let fault = |on: &str, fault: &str, times| {
-        scene.simulator.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times }).unwrap();
+        scene
+            .simulator
+            .add_fault(Fault {
+                on: on.to_owned(),
+                fault: fault.to_owned(),
+                times,
+            })
+            .unwrap();
     };
     let begun = || {
         let requests = scene.simulator.stats().requests_by_operation;
-        requests.get("create_run").or(requests.get("create_response")).copied().unwrap_or(0)
+        requests
+            .get("create_run")
+            .or(requests.get("create_response"))
+            .copied()
+            .unwrap_or(0)
     };
     // The upstream's own word is obeyed, so that the test need not wait for the back-off.
     let refusal = "status=429 retry_after=0.01";
-    fault("create_thread", refusal, u32::from(scene.protocol != Protocol::Chain));
+    fault(
+        "create_thread",
+        refusal,
+        u32::from(scene.protocol != Protocol::Chain),
+    );
     fault("start", refusal, 2);
     let answer = say(&gateway, "hello").await.ok();
     assert!(text(&answer["message"]).contains("hello"));
@@ -132,7 +188,11 @@ async fn request_provably_not_accepted_is_retried(scene: Scene) {
     ] {
         let before = begun();
         fault("start", refusal, tries);
-        assert_eq!(say(&gateway, "again").await.problem(), (502, "upstream-error"), "{refusal}");
+        assert_eq!(
+            say(&gateway, "again").await.problem(),
+            (502, "upstream-error"),
+            "{refusal}"
+        );
         assert_eq!(begun() - before, u64::from(tries), "{refusal}");
     }
     works_again(&gateway).await;
@@ -143,25 +203,37 @@ async fn run_failed_upstream_is_reported_as_failed(scene: Scene) {
     for directive in ["fail", "mid_error", "mid_error=nested"] {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
-        assert_eq!(answer.body["code"], "upstream_failed", "{directive}: {:#}", answer.body);
+        assert_eq!(
+            answer.body["code"], "upstream_failed",
+            "{directive}: {:#}",
+            answer.body
+        );
         works_again(&gateway).await;
     }
 }
 
 async fn incomplete_reply_is_kept_and_marked(scene: Scene) {
     let gateway = scene.gateway().await;
-    let answer = say(&gateway, "tell me all of it [[sim: incomplete]]").await.ok();
+    let answer = say(&gateway, "tell me all of it [[sim: incomplete]]")
+        .await
+        .ok();
     assert_eq!(answer["run"]["status"], "incomplete");
     assert!(!text(&answer["message"]).is_empty());
     let transcript = gateway.get(&format!("{SCOPE}/messages")).await.ok();
-    assert_eq!(transcript["data"][0]["content"], answer["message"]["content"]);
+    assert_eq!(
+        transcript["data"][0]["content"],
+        answer["message"]["content"]
+    );
     works_again(&gateway).await;
 }
 
 async fn model_refusal_is_returned_as_refusal_content(scene: Scene) {
     let gateway = scene.gateway().await;
     let answer = say(&gateway, "how? [[sim: refusal]]").await.ok();
-    assert_eq!(answer["message"]["content"][0]["type"], "refusal", "{answer:#}");
+    assert_eq!(
+        answer["message"]["content"][0]["type"], "refusal",
+        "{answer:#}"
+    );
     works_again(&gateway).await;
 }
 
@@ -173,10 +245,18 @@ async fn broken_stream_fails_run_and_frees_thread(scene: Scene) {
     for directive in ["cut=5 tokens=40 rate=1ms", "no_terminal"] {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
-        assert_eq!(answer.body["code"], "stream_broken", "{directive}: {:#}", answer.body);
+        assert_eq!(
+            answer.body["code"], "stream_broken",
+            "{directive}: {:#}",
+            answer.body
+        );
         works_again(&gateway).await;
     }
-    let events = gateway.stream(SCOPE, "oh [[sim: cut=5 tokens=40 rate=1ms]]").await.rest().await;
+    let events = gateway
+        .stream(SCOPE, "oh [[sim: cut=5 tokens=40 rate=1ms]]")
+        .await
+        .rest()
+        .await;
     let partial = text_of(&events);
     assert!(!partial.is_empty());
     assert_eq!(events.last().unwrap().name, "run.failed");
@@ -191,18 +271,30 @@ async fn broken_stream_fails_run_and_frees_thread(scene: Scene) {
 /// How often a run was asked for.
 fn sends(scene: &Scene) -> u64 {
     let requests = scene.simulator.stats().requests_by_operation;
-    ["create_run", "create_response"].iter().filter_map(|name| requests.get(*name)).sum()
+    ["create_run", "create_response"]
+        .iter()
+        .filter_map(|name| requests.get(*name))
+        .sum()
 }
 
 async fn silent_upstream_expires_run_at_deadline(scene: Scene) {
     // Looks and lists are given up long before.
     let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
-    for directive in ["silent", "silent_after=3", "late_head=1h latency=1h", "rate=50ms tokens=1000"] {
+    for directive in [
+        "silent",
+        "silent_after=3",
+        "late_head=1h latency=1h",
+        "rate=50ms tokens=1000",
+    ] {
         let before = sends(&scene);
         let body = json!({"content": format!("oh [[sim: {directive}]]"), "timeout_ms": 500});
         let answer = post(&gateway, &body).await;
         assert_eq!(answer.problem(), (504, "upstream-timeout"), "{directive}");
-        assert_eq!(answer.body["code"], "deadline_exceeded", "{directive}: {:#}", answer.body);
+        assert_eq!(
+            answer.body["code"], "deadline_exceeded",
+            "{directive}: {:#}",
+            answer.body
+        );
         let run = answer.body["run_id"].as_str().unwrap();
         let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
         assert_eq!(read["run"]["status"], "expired");
@@ -217,18 +309,26 @@ async fn slow_upstream_is_awaited_without_retry(scene: Scene) {
         ways.push("background = true\n");
     }
     for background in ways {
-        let gateway = scene.gateway_upstream(&format!("call_timeout = \"100ms\"\n{background}")).await;
+        let gateway = scene
+            .gateway_upstream(&format!("call_timeout = \"100ms\"\n{background}"))
+            .await;
         for directive in ["late_head=500ms", "latency=500ms", "rate=300ms"] {
             let before = sends(&scene);
-            let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await.ok();
+            let answer = say(&gateway, &format!("oh [[sim: {directive}]]"))
+                .await
+                .ok();
             assert_eq!(answer["run"]["status"], "completed", "{directive}");
             assert_eq!(sends(&scene) - before, 1, "{directive}");
         }
-        let asked = say(&gateway, "weather? [[sim: tool=get_weather]]").await.ok();
-        let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+        let asked = say(&gateway, "weather? [[sim: tool=get_weather]]")
+            .await
+            .ok();
+        let path = format!(
+            "{SCOPE}/runs/{}/tool_outputs",
+            asked["run"]["id"].as_str().unwrap()
+        );
         let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
-        let body =
-            json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C [[sim: late_head=500ms]]"}]});
+        let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C [[sim: late_head=500ms]]"}]});
         let started = scene.simulator.stats().requests;
         let answer = gateway.post(&path, &body).await.ok();
         assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
@@ -246,7 +346,10 @@ async fn slow_upstream_thread_creation_is_not_retried(scene: Scene) {
     let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
     let asked = || {
         let requests = scene.simulator.stats().requests_by_operation;
-        ["create_thread", "create_conversation"].iter().filter_map(|name| requests.get(*name)).sum::<u64>()
+        ["create_thread", "create_conversation"]
+            .iter()
+            .filter_map(|name| requests.get(*name))
+            .sum::<u64>()
     };
     scene.fault("create_thread", "latency=500ms", 1);
     say(&gateway, "hello").await.ok();
@@ -259,8 +362,16 @@ async fn slow_upstream_thread_creation_is_not_retried(scene: Scene) {
     assert_eq!(asked(), 2);
     // The deadline does not wait for it.
     scene.fault("create_thread", "silent", 1);
-    let other = gateway.post("/v1/users/bob/messages", &json!({"content": "hi", "timeout_ms": 300})).await;
-    assert_eq!((other.problem().0, &other.body["code"]), (504, &json!("deadline_exceeded")));
+    let other = gateway
+        .post(
+            "/v1/users/bob/messages",
+            &json!({"content": "hi", "timeout_ms": 300}),
+        )
+        .await;
+    assert_eq!(
+        (other.problem().0, &other.body["code"]),
+        (504, &json!("deadline_exceeded"))
+    );
     assert!(text(&gateway.say("/v1/users/bob", "and now?").await["message"]).contains("turn 1 of"));
 }
 
@@ -270,7 +381,11 @@ async fn broken_connection_is_retried_at_most_once(scene: Scene) {
     // What a server in front of it gave up is no answer either.
     for breaks in ["drop=before", "status=504 retry_after=0.01"] {
         // Where nothing can be looked up it is not tried at all.
-        let tries = if scene.protocol == Protocol::Chain { 1 } else { 2 };
+        let tries = if scene.protocol == Protocol::Chain {
+            1
+        } else {
+            2
+        };
         let before = sends(&scene);
         scene.fault("start", breaks, 2);
         let answer = say(&gateway, "are you there?").await;
@@ -295,21 +410,41 @@ async fn error_event_in_stream_is_taken_as_answer(scene: Scene) {
     let failed = "the upstream reported that the run failed (content_filter)";
     let mut cases: Vec<(String, &str, &str)> = Vec::new();
     for form in ["object", "done", "string", "flat", "detail", "line", "json"] {
-        cases.push((format!("bare_error={form} code=content_filter"), "upstream_failed", failed));
+        cases.push((
+            format!("bare_error={form} code=content_filter"),
+            "upstream_failed",
+            failed,
+        ));
     }
     let known = "bare_error=object error_type=invalid_request_error code=content_filter";
     cases.push((known.to_owned(), "upstream_error", refused));
     let quota = "the upstream limits the rate (insufficient_quota)";
-    cases.push(("bare_error=line code=insufficient_quota".to_owned(), "upstream_error", quota));
+    cases.push((
+        "bare_error=line code=insufficient_quota".to_owned(),
+        "upstream_error",
+        quota,
+    ));
     let number = "the upstream reported that the run failed (500)";
-    cases.push(("bare_error=json code=500".to_owned(), "upstream_failed", number));
-    cases.push(("mid_error=bare code=content_filter".to_owned(), "upstream_failed", failed));
+    cases.push((
+        "bare_error=json code=500".to_owned(),
+        "upstream_failed",
+        number,
+    ));
+    cases.push((
+        "mid_error=bare code=content_filter".to_owned(),
+        "upstream_failed",
+        failed,
+    ));
     for (directive, code, detail) in cases {
         let before = sends(&scene);
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
         assert_eq!(answer.body["code"], code, "{directive}: {:#}", answer.body);
-        assert!(answer.body["detail"].as_str().unwrap().contains(detail), "{directive}: {:#}", answer.body);
+        assert!(
+            answer.body["detail"].as_str().unwrap().contains(detail),
+            "{directive}: {:#}",
+            answer.body
+        );
         assert_eq!(sends(&scene) - before, 1, "{directive}");
         works_again(&gateway).await;
     }
@@ -331,7 +466,9 @@ async fn foreign_upstream_lock_is_waited_out(scene: Scene) {
     let mut stream = gateway.stream(SCOPE, "may I?").await;
     assert_eq!(stream.next().await.unwrap().name, "run.started");
     let refused = scene.simulator.wait_for(|stats| stats.lock_refusals > 0);
-    tokio::time::timeout(PATIENCE, refused).await.expect("the lock is met");
+    tokio::time::timeout(PATIENCE, refused)
+        .await
+        .expect("the lock is met");
     assert!(scene.simulator.stop_foreign_run(&thread));
     let events = stream.rest().await;
     assert_eq!(events.last().unwrap().name, "run.completed");
@@ -348,7 +485,9 @@ async fn foreign_upstream_lock_wait_ends_at_deadline(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return; // a chain has no lock
     }
-    let gateway = scene.gateway_with("[runs]\nsettle_timeout = \"200ms\"\n").await;
+    let gateway = scene
+        .gateway_with("[runs]\nsettle_timeout = \"200ms\"\n")
+        .await;
     say(&gateway, "hello").await.ok();
     let thread = scene.upstream_threads().remove(0);
     scene.simulator.start_foreign_run(&thread).unwrap();
@@ -362,24 +501,38 @@ async fn foreign_upstream_lock_wait_ends_at_deadline(scene: Scene) {
 async fn stream_dialects_are_all_parsed(scene: Scene) {
     let gateway = scene.gateway().await;
     let plain = say(&gateway, "wörld").await.ok();
-    let mut dialects =
-        vec!["crlf", "split", "comments", "unknown_events", "crlf split comments unknown_events"];
+    let mut dialects = vec![
+        "crlf",
+        "split",
+        "comments",
+        "unknown_events",
+        "crlf split comments unknown_events",
+    ];
     if scene.protocol != Protocol::Assistants {
         dialects.extend(["no_event_lines", "reasoning"]);
     }
     for (n, dialect) in dialects.into_iter().enumerate() {
-        let answer = say(&gateway, &format!("wörld [[sim: {dialect}]]")).await.ok();
+        let answer = say(&gateway, &format!("wörld [[sim: {dialect}]]"))
+            .await
+            .ok();
         let same = text(&plain["message"]).replace("turn 1 of", &format!("turn {} of", n + 2));
         assert_eq!(text(&answer["message"]), same, "{dialect}");
     }
     let parts = say(&gateway, "twice [[sim: parts=2]]").await.ok();
-    assert_eq!(parts["message"]["content"].as_array().map(Vec::len), Some(2), "{parts:#}");
+    assert_eq!(
+        parts["message"]["content"].as_array().map(Vec::len),
+        Some(2),
+        "{parts:#}"
+    );
 }
 
 async fn oversized_reply_fails_run(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_reply_bytes = 2000\n").await;
     let answer = say(&gateway, "go on [[sim: tokens=500]]").await;
-    assert_eq!((answer.status, &answer.body["code"]), (StatusCode::BAD_GATEWAY, &json!("reply_too_large")));
+    assert_eq!(
+        (answer.status, &answer.body["code"]),
+        (StatusCode::BAD_GATEWAY, &json!("reply_too_large"))
+    );
     works_again(&gateway).await;
 }
 
@@ -394,15 +547,32 @@ async fn lost_upstream_thread_is_rebuilt_from_transcript(scene: Scene) {
     let before = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     scene.simulator.reset();
     let answer = say(&gateway, "and now?").await.ok();
-    assert_eq!(answer["thread"]["id"], before["id"], "the same conversation");
-    assert_ne!(answer["thread"]["upstream_thread_id"], before["upstream_thread_id"]);
-    assert!(text(&answer["message"]).contains("turn 13 of"), "it knows all that was said: {answer:#}");
+    assert_eq!(
+        answer["thread"]["id"], before["id"],
+        "the same conversation"
+    );
+    assert_ne!(
+        answer["thread"]["upstream_thread_id"],
+        before["upstream_thread_id"]
+    );
+    assert!(
+        text(&answer["message"]).contains("turn 13 of"),
+        "it knows all that was said: {answer:#}"
+    );
     if scene.protocol != Protocol::Chain {
         let id = answer["thread"]["upstream_thread_id"].as_str().unwrap();
         assert_eq!(scene.upstream_threads(), [id]);
-        let history: Vec<_> = scene.simulator.thread_history(id).into_iter().map(|(_, text)| text).collect();
+        let history: Vec<_> = scene
+            .simulator
+            .thread_history(id)
+            .into_iter()
+            .map(|(_, text)| text)
+            .collect();
         assert_eq!(history[..24], expected);
     }
     works_again(&gateway).await;
-    assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 28);
+    assert_eq!(
+        gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"],
+        28
+    );
 }

@@ -106,7 +106,9 @@ async fn fuzzed_requests_get_documented_answers(scene: Scene) {
 }
 
 async fn fuzzed_requests_without_transcript_get_documented_answers(scene: Scene) {
-    let config = scene.config(SETTINGS).replace("[store]\n", "[store]\ntranscript = \"off\"\n");
+    let config = scene
+        .config(SETTINGS)
+        .replace("[store]\n", "[store]\ntranscript = \"off\"\n");
     send_and_judge(Gateway::start(&config).await).await;
 }
 
@@ -124,35 +126,67 @@ async fn send_and_judge(gateway: Gateway) {
         seen: Mutex::default(),
     };
     join_all(
-        (0..WORKERS as u64).map(|number| work(&world, StdRng::seed_from_u64(seed.wrapping_add(number)))),
+        (0..WORKERS as u64)
+            .map(|number| work(&world, StdRng::seed_from_u64(seed.wrapping_add(number)))),
     )
     .await;
 
     // It lives, and does what it is there for.
-    let last = world.gateway.request(Method::POST, "/v1/users/last/messages").bearer_auth(OPERATOR);
-    let last = world.gateway.send(last.json(&json!({"content": "Are you still there?"}))).await.ok();
+    let last = world
+        .gateway
+        .request(Method::POST, "/v1/users/last/messages")
+        .bearer_auth(OPERATOR);
+    let last = world
+        .gateway
+        .send(last.json(&json!({"content": "Are you still there?"})))
+        .await
+        .ok();
     assert_eq!(last["run"]["status"], "completed");
-    let own = world.gateway.request(Method::GET, "/v1/users/alice/thread").bearer_auth(ALICE);
-    assert_ne!(world.gateway.send(own).await.status, StatusCode::UNAUTHORIZED);
+    let own = world
+        .gateway
+        .request(Method::GET, "/v1/users/alice/thread")
+        .bearer_auth(ALICE);
+    assert_ne!(
+        world.gateway.send(own).await.status,
+        StatusCode::UNAUTHORIZED
+    );
     let told = world.seen.lock().unwrap();
     println!("answers: {:?}", told.statuses);
-    assert!(told.faults.is_empty(), "{} faults:\n\n{}", told.faults.len(), told.faults.join("\n\n"));
+    assert!(
+        told.faults.is_empty(),
+        "{} faults:\n\n{}",
+        told.faults.len(),
+        told.faults.join("\n\n")
+    );
     let (served, all) = (told.served.len(), world.operations.len());
     println!("served: {served} of {all} operations");
-    assert!(served * 3 > all * 2, "only {served} of {all} operations did anything: this shows little");
+    assert!(
+        served * 3 > all * 2,
+        "only {served} of {all} operations did anything: this shows little"
+    );
 }
 
 async fn work(world: &World, mut rng: StdRng) {
     let mut sent = 0;
-    let goes_on = |sent| world.until.map_or(sent < REQUESTS, |until| Instant::now() < until);
+    let goes_on = |sent| {
+        world
+            .until
+            .map_or(sent < REQUESTS, |until| Instant::now() < until)
+    };
     while goes_on(sent) && world.seen.lock().unwrap().faults.len() < ENOUGH {
-        let request = Generator::new(&mut rng, &world.document, &world.pool).request(&world.operations);
+        let request =
+            Generator::new(&mut rng, &world.document, &world.pool).request(&world.operations);
         let answer = raw::send(world.gateway.address(), &request.bytes).await;
         let judged = answer.and_then(|answer| judge(world, &request, &answer));
         if let Err(fault) = judged {
             let sent = request.bytes.escape_ascii().to_string();
             let sent: String = sent.chars().take(3000).collect();
-            world.seen.lock().unwrap().faults.push(format!("{fault}\nto: {sent}"));
+            world
+                .seen
+                .lock()
+                .unwrap()
+                .faults
+                .push(format!("{fault}\nto: {sent}"));
         }
         sent += 1;
     }
@@ -161,26 +195,45 @@ async fn work(world: &World, mut rng: StdRng) {
 /// What is wrong with an answer.
 fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), String> {
     let status = answer.status;
-    *world.seen.lock().unwrap().statuses.entry(status.as_u16()).or_default() += 1;
+    *world
+        .seen
+        .lock()
+        .unwrap()
+        .statuses
+        .entry(status.as_u16())
+        .or_default() += 1;
     // What is no HTTP does not reach the routes.
     let is_bare = answer.body.is_empty() && !answer.headers.contains_key("x-request-id");
     if is_bare && request.may_be_no_http && [400, 414, 431].contains(&status.as_u16()) {
         return Ok(());
     }
-    let body = String::from_utf8(answer.body.clone()).map_err(|_| "the body is not UTF-8".to_owned())?;
+    let body =
+        String::from_utf8(answer.body.clone()).map_err(|_| "the body is not UTF-8".to_owned())?;
     if status.is_server_error() && !may_fail(&body) {
         return Err(format!("{status}: {body}"));
     }
-    let method = request.method.parse::<Method>().map_err(|error| error.to_string())?;
+    let method = request
+        .method
+        .parse::<Method>()
+        .map_err(|error| error.to_string())?;
     contract::checked(&method, &request.path, status, &answer.headers, Some(&body))?;
     if request.is_good && status == StatusCode::BAD_REQUEST {
         return Err(format!("the document allows what cannot be read: {body}"));
     }
     if let Some(wrong) = request.wrong_body.as_ref().filter(|_| status.is_success()) {
-        return Err(format!("the body is taken ({status}) that the document does not allow: {wrong}"));
+        return Err(format!(
+            "the body is taken ({status}) that the document does not allow: {wrong}"
+        ));
     }
-    if answer.headers.get("content-type").is_some_and(|kind| kind == "text/event-stream") {
-        for block in body.split_inclusive("\n\n").filter(|block| block.ends_with("\n\n")) {
+    if answer
+        .headers
+        .get("content-type")
+        .is_some_and(|kind| kind == "text/event-stream")
+    {
+        for block in body
+            .split_inclusive("\n\n")
+            .filter(|block| block.ends_with("\n\n"))
+        {
             if let Some(event) = event(block)? {
                 contract::checked_event(&event)?;
             }
@@ -188,7 +241,12 @@ fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), Stri
     }
     if status.is_success() {
         world.pool.learn(&request.path, &body);
-        world.seen.lock().unwrap().served.insert(request.operation.clone());
+        world
+            .seen
+            .lock()
+            .unwrap()
+            .served
+            .insert(request.operation.clone());
     }
     Ok(())
 }
@@ -205,9 +263,17 @@ fn event(block: &str) -> Result<Option<Event>, String> {
         return Ok(None);
     }
     let field = |name: &str| {
-        let value = block.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        let value = block
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap_or_default();
         value.trim().to_owned()
     };
-    let data = serde_json::from_str(&field("data:")).map_err(|error| format!("{error} in {block}"))?;
-    Ok(Some(Event { id: field("id:"), name: field("event:"), data }))
+    let data =
+        serde_json::from_str(&field("data:")).map_err(|error| format!("{error} in {block}"))?;
+    Ok(Some(Event {
+        id: field("id:"),
+        name: field("event:"),
+        data,
+    }))
 }

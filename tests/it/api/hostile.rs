@@ -72,7 +72,9 @@ struct Way {
 
 impl Way {
     async fn gateway(&self, upstream: &str) -> Gateway {
-        self.scene.gateway_both(SETTINGS, &format!("{upstream}{}", self.more)).await
+        self.scene
+            .gateway_both(SETTINGS, &format!("{upstream}{}", self.more))
+            .await
     }
 
     fn is_background(&self) -> bool {
@@ -115,23 +117,42 @@ impl<'a> Watch<'a> {
     /// A gateway that has answered `user` once.
     async fn over(gateway: &'a Gateway, user: &str) -> Self {
         gateway.say(&scope(user), "hello").await;
-        Self { gateway, before: memory(gateway, "VmRSS:"), most: MAX_GROWTH_KIB }
+        Self {
+            gateway,
+            before: memory(gateway, "VmRSS:"),
+            most: MAX_GROWTH_KIB,
+        }
     }
 
     /// A message that is answered by harm is refused in this way, in time, without anything that the upstream said; and the
     /// thread takes the next one. `what` says which harm it is.
-    async fn refused(&self, what: &str, user: &str, message: &Value, expected: (u16, &str, &str)) -> Answer {
+    async fn refused(
+        &self,
+        what: &str,
+        user: &str,
+        message: &Value,
+        expected: (u16, &str, &str),
+    ) -> Answer {
         let since = Instant::now();
         let (status, problem, code) = expected;
         let answer = say(self.gateway, user, message).await;
-        assert_eq!(answer.problem(), (status, problem), "{what}: {:#}", answer.body);
+        assert_eq!(
+            answer.problem(),
+            (status, problem),
+            "{what}: {:#}",
+            answer.body
+        );
         assert_eq!(answer.body["code"], code, "{what}: {:#}", answer.body);
         self.contained(what, user, since, &answer).await;
         answer
     }
 
     async fn contained(&self, what: &str, user: &str, since: Instant, answer: &Answer) {
-        assert!(!answer.body.to_string().contains(WORD), "{what} came through: {:#}", answer.body);
+        assert!(
+            !answer.body.to_string().contains(WORD),
+            "{what} came through: {:#}",
+            answer.body
+        );
         assert!(since.elapsed() < BOUND, "{what} took {:?}", since.elapsed());
         self.small(what);
         works_again(self.gateway, user, what).await;
@@ -150,26 +171,38 @@ fn scope(user: &str) -> String {
 }
 
 async fn say(gateway: &Gateway, user: &str, body: &Value) -> Answer {
-    gateway.post(&format!("{}/messages", scope(user)), body).await
+    gateway
+        .post(&format!("{}/messages", scope(user)), body)
+        .await
 }
 
 /// The thread takes the next message.
 async fn works_again(gateway: &Gateway, user: &str, what: &str) {
     let answer = say(gateway, user, &json!({"content": "and now?"})).await;
     assert_eq!(answer.status, 200, "after {what}: {:#}", answer.body);
-    assert!(text(&answer.body["message"]).contains("and now?"), "after {what}: {:#}", answer.body);
+    assert!(
+        text(&answer.body["message"]).contains("and now?"),
+        "after {what}: {:#}",
+        answer.body
+    );
     assert_eq!(answer.body["thread"]["state"], "idle", "after {what}");
 }
 
 /// A line of the process's status, KiB.
 fn memory(gateway: &Gateway, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 fn nothing_came_through(gateway: &Gateway) {
-    let line = gateway.logs().into_iter().find(|line| line.contains(&format!("{WORD} ")));
+    let line = gateway
+        .logs()
+        .into_iter()
+        .find(|line| line.contains(&format!("{WORD} ")));
     assert_eq!(line, None, "what the upstream said is in the log");
 }
 
@@ -198,8 +231,15 @@ async fn hostile_run_answers_are_contained(way: Way) {
         let message = json!({"content": "oh", "timeout_ms": timeout_ms});
         let answer = watch.refused(kind, "alice", &message, expected).await;
         let run = answer.body["run_id"].as_str().unwrap();
-        let read = gateway.get(&format!("{}/runs/{run}", scope("alice"))).await.ok();
-        let status = if expected == LATE { "expired" } else { "failed" };
+        let read = gateway
+            .get(&format!("{}/runs/{run}", scope("alice")))
+            .await
+            .ok();
+        let status = if expected == LATE {
+            "expired"
+        } else {
+            "failed"
+        };
         assert_eq!(read["run"]["status"], status, "{kind}: {read:#}");
     }
     nothing_came_through(&gateway);
@@ -209,13 +249,34 @@ async fn hostile_thread_creation_answers_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
     for kind in [
-        "html", "redirect", "invalid_utf8", "deep_json", "gzip", "dense_json", "nested_json", "endless_line",
-        "endless_events", "huge_event", "drip",
+        "html",
+        "redirect",
+        "invalid_utf8",
+        "deep_json",
+        "gzip",
+        "dense_json",
+        "nested_json",
+        "endless_line",
+        "endless_events",
+        "huge_event",
+        "drip",
     ] {
-        way.scene.fault("create_thread", &format!("hostile={kind}"), 1);
+        way.scene
+            .fault("create_thread", &format!("hostile={kind}"), 1);
         // What it makes would be paid for and lost, so that it is waited for.
-        let (timeout_ms, expected) = if kind == "drip" { (700, LATE) } else { (60_000, UNREADABLE) };
-        watch.refused(kind, kind, &json!({"content": "oh", "timeout_ms": timeout_ms}), expected).await;
+        let (timeout_ms, expected) = if kind == "drip" {
+            (700, LATE)
+        } else {
+            (60_000, UNREADABLE)
+        };
+        watch
+            .refused(
+                kind,
+                kind,
+                &json!({"content": "oh", "timeout_ms": timeout_ms}),
+                expected,
+            )
+            .await;
     }
     nothing_came_through(&gateway);
 }
@@ -224,7 +285,14 @@ async fn hostile_thread_creation_answers_are_contained(way: Way) {
 async fn hostile_lookup_answers_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    for kind in ["endless_line", "deep_json", "dense_json", "nested_json", "html", "drip"] {
+    for kind in [
+        "endless_line",
+        "deep_json",
+        "dense_json",
+        "nested_json",
+        "html",
+        "drip",
+    ] {
         way.scene.fault(way.look(), &format!("hostile={kind}"), 1);
         let message = json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"});
         // Where the run goes on, it is followed to its end after the next look.
@@ -243,16 +311,33 @@ async fn hostile_lookup_answers_are_contained(way: Way) {
 /// Lists whose pages are as full as can be, and always have another one behind them.
 async fn endless_lists_are_contained(way: Way) {
     let settings = SETTINGS.replace("\"2s\"", "\"20s\"");
-    let gateway = way.scene.gateway_both(&settings, &format!("{UPSTREAM}{}", way.more)).await;
+    let gateway = way
+        .scene
+        .gateway_both(&settings, &format!("{UPSTREAM}{}", way.more))
+        .await;
     // A page is kept while the next one is read; and of what is compared with a transcript twice as much.
-    let watch = Watch { most: 2 * MAX_GROWTH_KIB, ..Watch::over(&gateway, "alice").await };
-    let list = if way.scene.protocol == Protocol::Assistants { "list_messages" } else { "list_items" };
+    let watch = Watch {
+        most: 2 * MAX_GROWTH_KIB,
+        ..Watch::over(&gateway, "alice").await
+    };
+    let list = if way.scene.protocol == Protocol::Assistants {
+        "list_messages"
+    } else {
+        "list_items"
+    };
     way.scene.fault(list, "hostile=full_page", 1000);
-    let said = say(&gateway, "alice", &json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"})).await;
+    let said = say(
+        &gateway,
+        "alice",
+        &json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"}),
+    )
+    .await;
     watch.small("a broken stream");
     assert!(said.status == 200 || said.status == 502, "{said:?}");
     let since = Instant::now();
-    let verified = gateway.get(&format!("{}/thread?verify=upstream", scope("alice"))).await;
+    let verified = gateway
+        .get(&format!("{}/thread?verify=upstream", scope("alice")))
+        .await;
     assert!(since.elapsed() < BOUND, "it took {:?}", since.elapsed());
     assert_eq!(verified.ok()["verified"]["upstream_thread"], "cannot_tell");
     watch.small("a comparison");
@@ -264,11 +349,21 @@ async fn endless_lists_are_contained(way: Way) {
 async fn hostile_error_bodies_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
-    for kind in
-        ["html", "deep_json", "dense_json", "nested_json", "gzip", "endless_line", "endless_events", "drip"]
-    {
-        way.scene.fault("start", &format!("status=400 hostile={kind}"), 1);
-        watch.refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE).await;
+    for kind in [
+        "html",
+        "deep_json",
+        "dense_json",
+        "nested_json",
+        "gzip",
+        "endless_line",
+        "endless_events",
+        "drip",
+    ] {
+        way.scene
+            .fault("start", &format!("status=400 hostile={kind}"), 1);
+        watch
+            .refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE)
+            .await;
     }
     nothing_came_through(&gateway);
 }
@@ -279,15 +374,27 @@ async fn redirect_is_not_followed(way: Way) {
     let location = format!("http://{}/v1", target.local_addr().unwrap());
     let gateway = way.gateway(UPSTREAM).await;
     let makes_threads = way.scene.protocol != Protocol::Chain;
-    for on in ["create_thread", "start"].into_iter().filter(|on| makes_threads || *on == "start") {
-        way.scene.fault(on, &format!("hostile=redirect location={location}"), 1);
+    for on in ["create_thread", "start"]
+        .into_iter()
+        .filter(|on| makes_threads || *on == "start")
+    {
+        way.scene
+            .fault(on, &format!("hostile=redirect location={location}"), 1);
         let answer = say(&gateway, on, &json!({"content": "oh"})).await;
         assert_eq!(answer.problem(), (502, "upstream-error"), "{on}");
-        assert!(!answer.body.to_string().contains(&location), "{on}: {:#}", answer.body);
+        assert!(
+            !answer.body.to_string().contains(&location),
+            "{on}: {:#}",
+            answer.body
+        );
         works_again(&gateway, on, on).await;
     }
     let nobody = target.accept().err().map(|error| error.kind());
-    assert_eq!(nobody, Some(std::io::ErrorKind::WouldBlock), "somebody came to where a redirect led");
+    assert_eq!(
+        nobody,
+        Some(std::io::ErrorKind::WouldBlock),
+        "somebody came to where a redirect led"
+    );
 }
 
 async fn dripping_reply_expires_run_at_deadline(way: Way) {
@@ -298,9 +405,16 @@ async fn dripping_reply_expires_run_at_deadline(way: Way) {
     let body = json!({"content": "oh [[sim: hostile=drip rate=50ms]]", "timeout_ms": 1500});
     let answer = say(&gateway, "alice", &body).await;
     assert_eq!(answer.problem(), (504, "upstream-timeout"));
-    assert_eq!(answer.body["code"], "deadline_exceeded", "{:#}", answer.body);
+    assert_eq!(
+        answer.body["code"], "deadline_exceeded",
+        "{:#}",
+        answer.body
+    );
     let took = since.elapsed();
-    assert!(took >= Duration::from_millis(1500) && took < BOUND, "it took {took:?}");
+    assert!(
+        took >= Duration::from_millis(1500) && took < BOUND,
+        "it took {took:?}"
+    );
     works_again(&gateway, "alice", "drip").await;
 
     // A message behind it in the line has its turn.
@@ -314,7 +428,9 @@ async fn dripping_reply_expires_run_at_deadline(way: Way) {
         &json!({"content": "oh [[sim: hostile=drip]]", "timeout_ms": 700}),
     );
     let begins = way.scene.simulator.wait_for(|stats| begun(stats) > before);
-    tokio::time::timeout(BOUND, begins).await.expect("it begins");
+    tokio::time::timeout(BOUND, begins)
+        .await
+        .expect("it begins");
     works_again(&gateway, "alice", "drip").await;
     drop(first);
 }

@@ -15,30 +15,62 @@ const ENCODED: &str = "org%2F42%3Fx%23%C3%A9%20.";
 
 fn by_headers(request: RequestBuilder, keys: &[(&str, &str)]) -> RequestBuilder {
     keys.iter().fold(request, |request, (name, value)| {
-        request.header(format!("threadkeeper-{name}"), HeaderValue::from_bytes(value.as_bytes()).unwrap())
+        request.header(
+            format!("threadkeeper-{name}"),
+            HeaderValue::from_bytes(value.as_bytes()).unwrap(),
+        )
     })
 }
 
 async fn get(gateway: &Gateway, path: &str, keys: &[(&str, &str)]) -> Answer {
-    gateway.send(by_headers(gateway.request(Method::GET, path), keys)).await
+    gateway
+        .send(by_headers(gateway.request(Method::GET, path), keys))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn header_keys_name_same_conversations_as_path_keys() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway().await;
-    let (user, topic, session) = (("user", ENCODED), ("topic", "a%2C%20b"), ("session", "tab;1"));
+    let (user, topic, session) = (
+        ("user", ENCODED),
+        ("topic", "a%2C%20b"),
+        ("session", "tab;1"),
+    );
     for (keys, scope, shown) in [
         (vec![user], format!("/v1/users/{ENCODED}"), "user"),
-        (vec![user, topic], format!("/v1/users/{ENCODED}/topics/a%2C%20b"), "topic:a, b"),
-        (vec![user, session], format!("/v1/users/{ENCODED}/sessions/tab%3B1"), "session:tab;1"),
+        (
+            vec![user, topic],
+            format!("/v1/users/{ENCODED}/topics/a%2C%20b"),
+            "topic:a, b",
+        ),
+        (
+            vec![user, session],
+            format!("/v1/users/{ENCODED}/sessions/tab%3B1"),
+            "session:tab;1",
+        ),
     ] {
-        let post =
-            |path: &str, body: Value| by_headers(gateway.request(Method::POST, path), &keys).json(&body);
-        let said = gateway.send(post("/v1/conversation/messages", json!({"content": "hello"}))).await.ok();
-        assert_eq!(said["thread"]["key"], json!({"tenant": "default", "user": USER, "scope": shown}));
-        let by_path = gateway.get(&format!("{scope}/messages?order=asc")).await.ok();
-        let by_header = get(&gateway, "/v1/conversation/messages?order=asc", &keys).await.ok();
+        let post = |path: &str, body: Value| {
+            by_headers(gateway.request(Method::POST, path), &keys).json(&body)
+        };
+        let said = gateway
+            .send(post(
+                "/v1/conversation/messages",
+                json!({"content": "hello"}),
+            ))
+            .await
+            .ok();
+        assert_eq!(
+            said["thread"]["key"],
+            json!({"tenant": "default", "user": USER, "scope": shown})
+        );
+        let by_path = gateway
+            .get(&format!("{scope}/messages?order=asc"))
+            .await
+            .ok();
+        let by_header = get(&gateway, "/v1/conversation/messages?order=asc", &keys)
+            .await
+            .ok();
         assert_eq!(by_path, by_header);
         assert_eq!(text(&by_path["data"][0]), "hello");
 
@@ -49,25 +81,53 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         let later = gateway.send(later).await;
         assert_eq!(later.status, StatusCode::ACCEPTED);
         let place = later.headers["location"].to_str().unwrap();
-        assert_eq!(place, format!("/v1/conversation/runs/{}", later.body["run"]["id"].as_str().unwrap()));
+        assert_eq!(
+            place,
+            format!(
+                "/v1/conversation/runs/{}",
+                later.body["run"]["id"].as_str().unwrap()
+            )
+        );
         scene.simulator.release();
-        let events =
-            by_headers(gateway.request(Method::GET, &format!("{place}/events")), &keys).send().await.unwrap();
-        assert_eq!(EventReader::new(events).rest().await.pop().unwrap().name, "run.completed");
-        assert_eq!(get(&gateway, place, &keys).await.ok()["run"]["status"], "completed");
+        let events = by_headers(
+            gateway.request(Method::GET, &format!("{place}/events")),
+            &keys,
+        )
+        .send()
+        .await
+        .unwrap();
+        assert_eq!(
+            EventReader::new(events).rest().await.pop().unwrap().name,
+            "run.completed"
+        );
+        assert_eq!(
+            get(&gateway, place, &keys).await.ok()["run"]["status"],
+            "completed"
+        );
 
         // What is sent again the other way is known.
         let body = json!({"content": "once"});
         let first = post("/v1/conversation/messages", body.clone()).header("idempotency-key", "k");
         let first = gateway.send(first).await.ok();
-        let again = gateway.request(Method::POST, &format!("{scope}/messages")).json(&body);
+        let again = gateway
+            .request(Method::POST, &format!("{scope}/messages"))
+            .json(&body);
         let again = gateway.send(again.header("idempotency-key", "k")).await;
         assert_eq!(again.headers["idempotent-replayed"], "true");
         assert_eq!(again.ok()["run"], first["run"]);
     }
     // A key of another conversation is another request's.
-    let other = by_headers(gateway.request(Method::POST, "/v1/conversation/messages"), &[("user", "other")]);
-    let other = gateway.send(other.json(&json!({"content": "once"})).header("idempotency-key", "k")).await;
+    let other = by_headers(
+        gateway.request(Method::POST, "/v1/conversation/messages"),
+        &[("user", "other")],
+    );
+    let other = gateway
+        .send(
+            other
+                .json(&json!({"content": "once"}))
+                .header("idempotency-key", "k"),
+        )
+        .await;
     assert!(!other.headers.contains_key("idempotent-replayed"));
     other.ok();
 
@@ -75,58 +135,141 @@ async fn header_keys_name_same_conversations_as_path_keys() {
     assert_eq!(threads["data"].as_array().unwrap().len(), 3);
     let export = get(&gateway, "/v1/user/export", &[user]).await;
     assert!(export.body.to_string().contains("hello"), "{export:?}");
-    let gone = gateway.send(by_headers(gateway.request(Method::DELETE, "/v1/user"), &[user])).await.ok();
+    let gone = gateway
+        .send(by_headers(
+            gateway.request(Method::DELETE, "/v1/user"),
+            &[user],
+        ))
+        .await
+        .ok();
     assert_eq!(gone["threads_done"], 3);
-    assert_eq!(get(&gateway, "/v1/conversation/thread", &[user]).await.problem(), (404, "not-found"));
-    get(&gateway, "/v1/conversation/thread", &[("user", "other")]).await.ok();
-    assert!(!gateway.logs().iter().any(|line| line.contains("org")), "keys are not logged");
+    assert_eq!(
+        get(&gateway, "/v1/conversation/thread", &[user])
+            .await
+            .problem(),
+        (404, "not-found")
+    );
+    get(&gateway, "/v1/conversation/thread", &[("user", "other")])
+        .await
+        .ok();
+    assert!(
+        !gateway.logs().iter().any(|line| line.contains("org")),
+        "keys are not logged"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn conflicting_or_malformed_keys_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = Routes::new(&scene, "").await;
-    gateway.post("/v1/users/alice/messages", &json!({"content": "hello"})).await.ok();
+    gateway
+        .post("/v1/users/alice/messages", &json!({"content": "hello"}))
+        .await
+        .ok();
     let (user, session, topic) = (("user", "alice"), ("session", "s"), ("topic", "t"));
     for (path, keys, hint) in [
         ("/v1/users/alice/thread", &[user][..], "threadkeeper-user"),
-        ("/v1/users/alice/thread", &[("user", "bob")], "threadkeeper-user"),
+        (
+            "/v1/users/alice/thread",
+            &[("user", "bob")],
+            "threadkeeper-user",
+        ),
         ("/v1/users/alice/thread", &[session], "threadkeeper-session"),
         ("/v1/users/alice/threads", &[topic], "threadkeeper-topic"),
-        ("/v1/users/alice/topics/t/thread", &[topic], "threadkeeper-topic"),
-        ("/v1/conversation/thread", &[], "send the header `threadkeeper-user`"),
-        ("/v1/conversation/thread", &[session], "send the header `threadkeeper-user`"),
+        (
+            "/v1/users/alice/topics/t/thread",
+            &[topic],
+            "threadkeeper-topic",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[],
+            "send the header `threadkeeper-user`",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[session],
+            "send the header `threadkeeper-user`",
+        ),
         ("/v1/conversation/thread", &[user, user], "once"),
         ("/v1/conversation/thread", &[user, session, session], "once"),
-        ("/v1/conversation/thread", &[user, session, topic], "not both"),
-        ("/v1/conversation/thread", &[("user", "alice, bob")], "percent-encoded"),
-        ("/v1/conversation/thread", &[("user", "alice%2")], "percent-encoded"),
-        ("/v1/conversation/thread", &[("user", "%ff")], "percent-encoded"),
-        ("/v1/conversation/thread", &[("user", "é")], "percent-encoded"),
+        (
+            "/v1/conversation/thread",
+            &[user, session, topic],
+            "not both",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[("user", "alice, bob")],
+            "percent-encoded",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[("user", "alice%2")],
+            "percent-encoded",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[("user", "%ff")],
+            "percent-encoded",
+        ),
+        (
+            "/v1/conversation/thread",
+            &[("user", "é")],
+            "percent-encoded",
+        ),
         ("/v1/conversation/thread", &[("user", "%2e%2E")], "`..`"),
         ("/v1/conversation/thread", &[user, ("topic", ".")], "`.`"),
         ("/v1/conversation/thread", &[("user", "")], "empty"),
-        ("/v1/conversation/thread", &[user, ("topic", "%00")], "control"),
+        (
+            "/v1/conversation/thread",
+            &[user, ("topic", "%00")],
+            "control",
+        ),
         ("/v1/user/threads", &[user, session], "threadkeeper-session"),
-        ("/v1/user/threads", &[], "send the header `threadkeeper-user`"),
+        (
+            "/v1/user/threads",
+            &[],
+            "send the header `threadkeeper-user`",
+        ),
     ] {
-        let answer = gateway.send(by_headers(gateway.request(Method::GET, path), keys)).await;
-        assert_eq!(answer.problem(), (400, "invalid-request"), "{path} {keys:?}");
+        let answer = gateway
+            .send(by_headers(gateway.request(Method::GET, path), keys))
+            .await;
+        assert_eq!(
+            answer.problem(),
+            (400, "invalid-request"),
+            "{path} {keys:?}"
+        );
         let detail = answer.body["detail"].as_str().unwrap();
         assert!(detail.contains(hint), "{path} {keys:?}: {detail}");
     }
     for method in [Method::POST, Method::PATCH, Method::DELETE] {
-        let path = if method == Method::POST { "/v1/users/alice/messages" } else { "/v1/users/alice/thread" };
-        let request = by_headers(gateway.request(method, path), &[user]).json(&json!({"content": "no"}));
-        assert_eq!(gateway.send(request).await.problem(), (400, "invalid-request"));
+        let path = if method == Method::POST {
+            "/v1/users/alice/messages"
+        } else {
+            "/v1/users/alice/thread"
+        };
+        let request =
+            by_headers(gateway.request(method, path), &[user]).json(&json!({"content": "no"}));
+        assert_eq!(
+            gateway.send(request).await.problem(),
+            (400, "invalid-request")
+        );
     }
-    assert_eq!(gateway.get("/v1/users/alice/thread").await.ok()["message_count"], 2, "nothing happened");
+    assert_eq!(
+        gateway.get("/v1/users/alice/thread").await.ok()["message_count"],
+        2,
+        "nothing happened"
+    );
 }
 
 /// As it is, past a client's own rules.
 async fn raw(gateway: &Gateway, method: &str, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut socket = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
+    let mut socket = tokio::net::TcpStream::connect(gateway.address())
+        .await
+        .unwrap();
     let head = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\r\n");
     socket.write_all(head.as_bytes()).await.unwrap();
     let mut answer = String::new();
@@ -156,7 +299,11 @@ async fn dot_segments_are_refused_as_keys() {
     for key in ["...", "%252e%252e", "..%3B", ".%2F..", "%2F"] {
         let scope = format!("/v1/users/alice/topics/{key}");
         gateway.say(&scope, "hello").await;
-        assert_eq!(gateway.get(&format!("{scope}/thread")).await.ok()["message_count"], 2, "{key}");
+        assert_eq!(
+            gateway.get(&format!("{scope}/thread")).await.ok()["message_count"],
+            2,
+            "{key}"
+        );
     }
     gateway.get("/v1/users/alice/thread").await.ok();
 }
@@ -166,18 +313,35 @@ async fn dot_segments_are_refused_as_keys() {
 async fn authenticated_routes_refuse_unknown_query_parameters() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = Routes::new(&scene, "").await;
-    gateway.post("/v1/users/alice/messages", &json!({"content": "hello"})).await.ok();
+    gateway
+        .post("/v1/users/alice/messages", &json!({"content": "hello"}))
+        .await
+        .ok();
     for route in routes() {
         let what = format!("{} {}", route.method, route.path);
-        let path = route.path.replace("{user}", "alice").replace("{session}", "s").replace("{topic}", "t");
+        let path = route
+            .path
+            .replace("{user}", "alice")
+            .replace("{session}", "s")
+            .replace("{topic}", "t");
         let path = path.replace("{run}", "run_0198f000000070008000000000000000");
         let path = path.replace("{thread}", "thr_0198f000000070008000000000000000");
         let path = path.replace("{deletion}", "del_0198f000000070008000000000000000");
-        let headers =
-            path.starts_with("/v1/conversation") || path.starts_with("/v1/user/") || path == "/v1/user";
+        let headers = path.starts_with("/v1/conversation")
+            || path.starts_with("/v1/user/")
+            || path == "/v1/user";
         let keys: &[_] = if headers { &[("user", "alice")] } else { &[] };
-        for query in ["no_such=true", "archiv=true", "x/sessions/s1/thread", "=", "limit=1&limit=1&x"] {
-            let request = by_headers(gateway.request(route.method.clone(), &format!("{path}?{query}")), keys);
+        for query in [
+            "no_such=true",
+            "archiv=true",
+            "x/sessions/s1/thread",
+            "=",
+            "limit=1&limit=1&x",
+        ] {
+            let request = by_headers(
+                gateway.request(route.method.clone(), &format!("{path}?{query}")),
+                keys,
+            );
             let answer = gateway.send(request.json(&json!({"content": "no"}))).await;
             if route.needs.is_none() {
                 // Whoever watches may add what keeps caches away.
@@ -189,10 +353,22 @@ async fn authenticated_routes_refuse_unknown_query_parameters() {
     }
     let told = gateway.delete("/v1/users/alice?dry-run=true").await;
     let detail = told.body["detail"].as_str().unwrap();
-    assert!(["`dry-run`", "`archive`", "`dry_run`"].iter().all(|name| detail.contains(name)), "{detail}");
+    assert!(
+        ["`dry-run`", "`archive`", "`dry_run`"]
+            .iter()
+            .all(|name| detail.contains(name)),
+        "{detail}"
+    );
     let none = gateway.get("/v1/users/alice/export?x").await;
-    assert!(none.body["detail"].as_str().unwrap().contains("takes none"), "{none:?}");
-    assert_eq!(gateway.get("/v1/users/alice/thread").await.ok()["message_count"], 2, "nothing happened");
+    assert!(
+        none.body["detail"].as_str().unwrap().contains("takes none"),
+        "{none:?}"
+    );
+    assert_eq!(
+        gateway.get("/v1/users/alice/thread").await.ok()["message_count"],
+        2,
+        "nothing happened"
+    );
     // One `?` alone asks for nothing.
     gateway.get("/v1/users/alice/thread?").await.ok();
 }

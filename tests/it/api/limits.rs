@@ -22,13 +22,28 @@ async fn request_rate_limit_answers_with_retry_after() {
     let gateway = scene.gateway_with(LIMITS).await;
     let (path, begun) = ("/v1/users/alice/threads", Instant::now());
     // By whatever path.
-    let by_header = || gateway.request(Method::GET, "/v1/user/threads").header("threadkeeper-user", "alice");
-    let ask = async |n| if n % 2 == 0 { gateway.get(path).await } else { gateway.send(by_header()).await };
+    let by_header = || {
+        gateway
+            .request(Method::GET, "/v1/user/threads")
+            .header("threadkeeper-user", "alice")
+    };
+    let ask = async |n| {
+        if n % 2 == 0 {
+            gateway.get(path).await
+        } else {
+            gateway.send(by_header()).await
+        }
+    };
     let answers = join_all((0..12).map(ask)).await;
     // One more for each second that it took.
     let most = 4 + usize::try_from(begun.elapsed().as_secs()).unwrap();
-    let (taken, refused): (Vec<_>, Vec<_>) = answers.iter().partition(|answer| answer.status == 200);
-    assert!(taken.len() >= 3 && taken.len() <= most, "{} were taken", taken.len());
+    let (taken, refused): (Vec<_>, Vec<_>) =
+        answers.iter().partition(|answer| answer.status == 200);
+    assert!(
+        taken.len() >= 3 && taken.len() <= most,
+        "{} were taken",
+        taken.len()
+    );
     for answer in &taken {
         assert_eq!(
             answer.headers["ratelimit-policy"],
@@ -46,57 +61,119 @@ async fn request_rate_limit_answers_with_retry_after() {
         assert_eq!(answer.headers["ratelimit"], "\"user-requests\";r=0;t=1");
     }
     gateway.get("/v1/users/bob/threads").await.ok();
-    assert_eq!(gateway.get("/healthz").await.status, 200, "who watches is not counted");
+    assert_eq!(
+        gateway.get("/healthz").await.status,
+        200,
+        "who watches is not counted"
+    );
     gateway.until(path, |answer| answer.status == 200).await;
 }
 
 /// Says something, with an idempotency key if there is one.
 async fn say(gateway: &Gateway, user: &str, content: &str, key: Option<&str>) -> Answer {
     let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
-    let request = key.iter().fold(request, |request, key| request.header("idempotency-key", *key));
-    gateway.send(request.json(&json!({"content": content}))).await
+    let request = key.iter().fold(request, |request, key| {
+        request.header("idempotency-key", *key)
+    });
+    gateway
+        .send(request.json(&json!({"content": content})))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn message_rate_limit_is_separate_from_requests() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[limits]\nuser_messages = \"3/h\"\nuser_requests = \"1000/s\"\n").await;
-    let asked = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
-    assert_eq!(asked.headers["ratelimit-policy"], "\"user-messages\";q=3;w=3600");
+    let gateway = scene
+        .gateway_with("[limits]\nuser_messages = \"3/h\"\nuser_requests = \"1000/s\"\n")
+        .await;
+    let asked = say(
+        &gateway,
+        "alice",
+        "weather? [[sim: tool=get_weather]]",
+        Some("1"),
+    )
+    .await;
+    assert_eq!(
+        asked.headers["ratelimit-policy"],
+        "\"user-messages\";q=3;w=3600"
+    );
     assert_eq!(asked.headers["ratelimit"], "\"user-messages\";r=2");
     let run = &asked.ok()["run"];
     let place = format!("/v1/users/alice/runs/{}", run["id"].as_str().unwrap());
-    let output = json!({"tool_call_id": run["required_action"]["tool_calls"][0]["id"], "output": "4 °C"});
+    let output =
+        json!({"tool_call_id": run["required_action"]["tool_calls"][0]["id"], "output": "4 °C"});
     let outputs = json!({"tool_outputs": [output]});
     // What is no message, and a repeat of one, leave as many.
     for _ in 0..5 {
-        let repeat = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
+        let repeat = say(
+            &gateway,
+            "alice",
+            "weather? [[sim: tool=get_weather]]",
+            Some("1"),
+        )
+        .await;
         assert_eq!(
-            (repeat.status.as_u16(), &repeat.headers["idempotent-replayed"]),
+            (
+                repeat.status.as_u16(),
+                &repeat.headers["idempotent-replayed"]
+            ),
             (200, &"true".parse().unwrap())
         );
-        assert!(repeat.headers["ratelimit"].to_str().unwrap().starts_with("\"user-requests\""), "{repeat:?}");
+        assert!(
+            repeat.headers["ratelimit"]
+                .to_str()
+                .unwrap()
+                .starts_with("\"user-requests\""),
+            "{repeat:?}"
+        );
         gateway.get(&place).await.ok();
     }
-    let answered = gateway.post(&format!("{place}/tool_outputs"), &outputs).await;
-    assert_eq!(answered.headers["ratelimit"], "\"user-messages\";r=1", "the model answers outputs, too");
+    let answered = gateway
+        .post(&format!("{place}/tool_outputs"), &outputs)
+        .await;
+    assert_eq!(
+        answered.headers["ratelimit"], "\"user-messages\";r=1",
+        "the model answers outputs, too"
+    );
     say(&gateway, "alice", "hello", None).await.ok();
 
     for key in [None, Some("2")] {
         let refused = say(&gateway, "alice", "hello", key).await;
         assert_eq!(refused.problem(), (429, "rate-limited"));
-        let wait: u64 = refused.headers["retry-after"].to_str().unwrap().parse().unwrap();
+        let wait: u64 = refused.headers["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
         assert!((1000..=1200).contains(&wait), "one in 20 minutes: {wait}");
-        assert_eq!(refused.headers["ratelimit"], format!("\"user-messages\";r=0;t={wait}"));
-        let told = format!("too many messages: each user may send 3 an hour; come back in {wait} s");
+        assert_eq!(
+            refused.headers["ratelimit"],
+            format!("\"user-messages\";r=0;t={wait}")
+        );
+        let told =
+            format!("too many messages: each user may send 3 an hour; come back in {wait} s");
         assert_eq!(refused.body["detail"], told);
     }
-    let refused = gateway.post(&format!("{place}/tool_outputs"), &outputs).await;
+    let refused = gateway
+        .post(&format!("{place}/tool_outputs"), &outputs)
+        .await;
     assert_eq!(refused.problem(), (429, "rate-limited"));
     // Who lost the answer to a message that was taken gets it all the same, and everybody reads.
-    let repeat = say(&gateway, "alice", "weather? [[sim: tool=get_weather]]", Some("1")).await;
+    let repeat = say(
+        &gateway,
+        "alice",
+        "weather? [[sim: tool=get_weather]]",
+        Some("1"),
+    )
+    .await;
     assert_eq!(repeat.headers["idempotent-replayed"], "true", "{repeat:?}");
-    assert!(repeat.headers["ratelimit"].to_str().unwrap().starts_with("\"user-requests\""), "{repeat:?}");
+    assert!(
+        repeat.headers["ratelimit"]
+            .to_str()
+            .unwrap()
+            .starts_with("\"user-requests\""),
+        "{repeat:?}"
+    );
     for path in [&place, "/v1/users/alice/messages", "/v1/users/alice/thread"] {
         gateway.get(path).await.ok();
     }
@@ -104,7 +181,11 @@ async fn message_rate_limit_is_separate_from_requests() {
     assert_eq!(events.status(), 200);
     say(&gateway, "bob", "hello", None).await.ok();
     let said = gateway.get("/v1/users/alice/messages").await.ok();
-    assert_eq!(said["data"].as_array().unwrap().len(), 4, "what was refused is nowhere: {said:#}");
+    assert_eq!(
+        said["data"].as_array().unwrap().len(),
+        4,
+        "what was refused is nowhere: {said:#}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,7 +195,10 @@ async fn exhausted_request_limit_still_allows_messages() {
     let gateway = scene.gateway_with(limits).await;
     say(&gateway, "alice", "hello", Some("1")).await.ok();
     for expected in [200, 200, 429] {
-        assert_eq!(gateway.get("/v1/users/alice/messages").await.status, expected);
+        assert_eq!(
+            gateway.get("/v1/users/alice/messages").await.status,
+            expected
+        );
     }
     let refused = gateway.delete("/v1/users/alice/thread").await;
     assert_eq!(refused.problem(), (429, "rate-limited"));
@@ -125,8 +209,14 @@ async fn exhausted_request_limit_still_allows_messages() {
             .starts_with("too many requests: each user may send 2 a day;")
     );
     // A repeat that has no place as a request has one as a message, and costs it.
-    assert_eq!(say(&gateway, "alice", "hello", Some("1")).await.headers["idempotent-replayed"], "true");
-    assert_eq!(say(&gateway, "alice", "hello", None).await.problem(), (429, "rate-limited"));
+    assert_eq!(
+        say(&gateway, "alice", "hello", Some("1")).await.headers["idempotent-replayed"],
+        "true"
+    );
+    assert_eq!(
+        say(&gateway, "alice", "hello", None).await.problem(),
+        (429, "rate-limited")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,7 +230,11 @@ async fn concurrent_runs_are_limited_globally_and_per_tenant() {
     let say = |key: &str, user: &str| {
         let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
         let request = request.bearer_auth(format!("the-key-of-the-{key}-tenant"));
-        gateway.send(request.header("prefer", "respond-async").json(&json!({"content": "hello"})))
+        gateway.send(
+            request
+                .header("prefer", "respond-async")
+                .json(&json!({"content": "hello"})),
+        )
     };
     // One at work, one that waits.
     for _ in 0..2 {
@@ -164,19 +258,37 @@ async fn concurrent_runs_are_limited_globally_and_per_tenant() {
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_event_readers_are_limited() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nmax_readers_per_run = 3\n").await;
+    let gateway = scene
+        .gateway_with("[server]\nmax_readers_per_run = 3\n")
+        .await;
     scene.simulator.hold();
-    let own = gateway.request(Method::POST, "/v1/users/alice/messages").header("idempotency-key", "hello");
-    let own = own.json(&json!({"content": "hello", "stream": true})).send().await.unwrap();
+    let own = gateway
+        .request(Method::POST, "/v1/users/alice/messages")
+        .header("idempotency-key", "hello");
+    let own = own
+        .json(&json!({"content": "hello", "stream": true}))
+        .send()
+        .await
+        .unwrap();
     let mut own = EventReader::new(own);
-    let run = own.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let run = own.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     let path = format!("/v1/users/alice/runs/{run}/events");
-    let (one, two) = (gateway.open_events(&path, None).await, gateway.open_events(&path, None).await);
+    let (one, two) = (
+        gateway.open_events(&path, None).await,
+        gateway.open_events(&path, None).await,
+    );
     assert_eq!((one.status().as_u16(), two.status().as_u16()), (200, 200));
     let refused = gateway.get(&path).await;
     assert_eq!(refused.problem(), (429, "too-many-readers"));
-    let again = gateway.request(Method::POST, "/v1/users/alice/messages").header("idempotency-key", "hello");
-    let refused = gateway.send(again.json(&json!({"content": "hello", "stream": true}))).await;
+    let again = gateway
+        .request(Method::POST, "/v1/users/alice/messages")
+        .header("idempotency-key", "hello");
+    let refused = gateway
+        .send(again.json(&json!({"content": "hello", "stream": true})))
+        .await;
     assert_eq!(refused.problem(), (429, "too-many-readers"));
     drop(one);
     let begun = Instant::now();
@@ -206,10 +318,21 @@ async fn callers_outnumbering_connections_are_all_served() {
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_waiting_too_long_for_database_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let gateway = Gateway::start_with(&scene.config(""), &[("THREADKEEPER_STORE__MAX_WAIT", "200ms")]).await;
+    let gateway = Gateway::start_with(
+        &scene.config(""),
+        &[("THREADKEEPER_STORE__MAX_WAIT", "200ms")],
+    )
+    .await;
     let say = |n: usize| {
         let gateway = &gateway;
-        async move { gateway.post(&format!("/v1/users/user-{n}/messages"), &json!({"content": "hello"})).await }
+        async move {
+            gateway
+                .post(
+                    &format!("/v1/users/user-{n}/messages"),
+                    &json!({"content": "hello"}),
+                )
+                .await
+        }
     };
     let lock = scene.database.lock("threads").await;
     let mut waiting: FuturesUnordered<_> = (0..4).map(say).collect();
@@ -228,27 +351,38 @@ async fn messages_waiting_too_long_for_database_are_refused() {
     drop(lock);
     let mut answered = 0;
     while let Some(answer) = waiting.next().await {
-        assert!(answer.status == 200 || answer.problem() == (503, "overloaded"), "{answer:?}");
+        assert!(
+            answer.status == 200 || answer.problem() == (503, "overloaded"),
+            "{answer:?}"
+        );
         answered += i64::from(answer.status == 200);
     }
     assert!(answered >= 2, "those who were sent first");
     // Nothing is left of those who were refused.
-    assert_eq!(scene.database.number("SELECT count(*) FROM runs").await, answered);
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM runs").await,
+        answered
+    );
     say(0).await.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn request_size_limits_are_configurable() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let settings =
-        "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page_size = 5\n";
+    let settings = "[server]\nmax_key_bytes = 8\nmax_content_parts = 2\nmax_metadata_pairs = 1\nmax_page_size = 5\n";
     let gateway = scene.gateway_with(settings).await;
     let message = "/v1/users/8%C3%A4bytes/messages";
     let part = json!({"type": "text", "text": "hello"});
     let (one, two) = (json!({"a": "1"}), json!({"a": "1", "b": "2"}));
-    gateway.post(message, &json!({"content": [part, part], "metadata": one})).await.ok();
+    gateway
+        .post(message, &json!({"content": [part, part], "metadata": one}))
+        .await
+        .ok();
     for (body, says) in [
-        (json!({"content": [part, part, part]}), "`content`: content has at most 2 parts, this has 3"),
+        (
+            json!({"content": [part, part, part]}),
+            "`content`: content has at most 2 parts, this has 3",
+        ),
         (
             json!({"content": "hello", "metadata": two}),
             "`metadata`: metadata has at most 1 pairs, this has 2",
@@ -261,9 +395,18 @@ async fn request_size_limits_are_configurable() {
         );
     }
     let thread = "/v1/users/8%C3%A4bytes/thread";
-    assert_eq!(gateway.patch(thread, &json!({"metadata": two})).await.problem(), (422, "invalid-request"));
     assert_eq!(
-        gateway.get("/v1/users/8%C3%A4bytes/messages").await.ok()["data"].as_array().unwrap().len(),
+        gateway
+            .patch(thread, &json!({"metadata": two}))
+            .await
+            .problem(),
+        (422, "invalid-request")
+    );
+    assert_eq!(
+        gateway.get("/v1/users/8%C3%A4bytes/messages").await.ok()["data"]
+            .as_array()
+            .unwrap()
+            .len(),
         2
     );
     for (path, says) in [
@@ -275,7 +418,10 @@ async fn request_size_limits_are_configurable() {
             "/v1/users/a/topics/ninebytes/thread",
             "the topic key in the path: a key is at most 8 bytes of UTF-8, this one has 9",
         ),
-        ("/v1/users/a/threads?limit=6", "`limit` must be between 1 and 5"),
+        (
+            "/v1/users/a/threads?limit=6",
+            "`limit` must be between 1 and 5",
+        ),
     ] {
         let refused = gateway.get(path).await;
         assert_eq!(

@@ -44,7 +44,10 @@ const MAX_GROWTH_KIB: u64 = 144 * 1024;
 #[tokio::test(flavor = "multi_thread")]
 async fn long_thread_without_upstream_thread_starts_with_newest_messages() {
     let scene = Scene::new(Protocol::Assistants, Backend::Sqlite).await;
-    let thread = ImportedThread { upstream: "simulated".to_owned(), ..imported(&user("alice")) };
+    let thread = ImportedThread {
+        upstream: "simulated".to_owned(),
+        ..imported(&user("alice"))
+    };
     goes_on_with_its_newest_messages(scene, &thread).await;
 }
 
@@ -69,17 +72,28 @@ async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread)
 
     // As many of the newest as there is room for, in their order.
     let told = TOLD_BYTES / MESSAGE_BYTES;
-    let mut expected: Vec<String> = (MESSAGES - told..MESSAGES).map(|n| format!("{n:03} ")).collect();
+    let mut expected: Vec<String> = (MESSAGES - told..MESSAGES)
+        .map(|n| format!("{n:03} "))
+        .collect();
     expected.extend(["one".to_owned(), text(&first["message"]).to_owned()]);
     check(&scene, &gateway, &expected, MESSAGES - told).await;
-    let lines = gateway.logs().iter().filter(|line| line.contains("older messages are withheld")).count();
+    let lines = gateway
+        .logs()
+        .iter()
+        .filter(|line| line.contains("older messages are withheld"))
+        .count();
     assert_eq!(lines, 1);
 
     // The turns that follow bring none of the rest back, nor does another loss.
     for (n, word) in [(2, "two"), (3, "three")] {
         let next = gateway.say(SCOPE, word).await;
-        let users = (MESSAGES - told..MESSAGES).filter(|n| n.is_multiple_of(2)).count();
-        assert!(text(&next["message"]).contains(&format!("turn {}", users + n)), "{next:#}");
+        let users = (MESSAGES - told..MESSAGES)
+            .filter(|n| n.is_multiple_of(2))
+            .count();
+        assert!(
+            text(&next["message"]).contains(&format!("turn {}", users + n)),
+            "{next:#}"
+        );
         expected.extend([word.to_owned(), text(&next["message"]).to_owned()]);
         check(&scene, &gateway, &expected, MESSAGES - told).await;
         lose_thread(&scene, &gateway).await;
@@ -90,11 +104,21 @@ async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread)
 async fn check(scene: &Scene, gateway: &Gateway, expected: &[String], withheld: usize) {
     let there = upstream(scene, gateway, SCOPE).await;
     let begins = |((_, there), expected): (&Line, &String)| there.starts_with(expected);
-    assert!(there.len() == expected.len() && there.iter().zip(expected).all(begins), "{expected:?}");
+    assert!(
+        there.len() == expected.len() && there.iter().zip(expected).all(begins),
+        "{expected:?}"
+    );
     let count = "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld'";
-    assert_eq!(scene.database.number(count).await, i64::try_from(withheld).unwrap());
+    assert_eq!(
+        scene.database.number(count).await,
+        i64::try_from(withheld).unwrap()
+    );
     let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
-    assert_eq!(thread["message_count"], withheld + expected.len(), "nothing is forgotten here");
+    assert_eq!(
+        thread["message_count"],
+        withheld + expected.len(),
+        "nothing is forgotten here"
+    );
 }
 
 /// Somebody else deletes the upstream thread.
@@ -103,7 +127,12 @@ async fn lose_thread(scene: &Scene, gateway: &Gateway) {
     let id = thread["upstream_thread_id"].as_str().unwrap();
     if scene.protocol == Protocol::Chain {
         let url = format!("{}/responses/{id}", scene.upstream_url);
-        let answer = reqwest::Client::new().delete(url).bearer_auth("sk-other").send().await.unwrap();
+        let answer = reqwest::Client::new()
+            .delete(url)
+            .bearer_auth("sk-other")
+            .send()
+            .await
+            .unwrap();
         assert!(answer.status().is_success());
     } else {
         scene.delete_thread(id).await;
@@ -113,7 +142,9 @@ async fn lose_thread(scene: &Scene, gateway: &Gateway) {
 /// A thread of long messages by turns, that begin with their number.
 async fn fill(scene: &Scene, thread: &ImportedThread) {
     let store = scene.database.store().await;
-    let Imported::Added(id) = import_thread(&store, thread).await else { panic!("it is new") };
+    let Imported::Added(id) = import_thread(&store, thread).await else {
+        panic!("it is new")
+    };
     let message = |n: usize| {
         let mut text = format!("{n:03} ");
         while text.len() < MESSAGE_BYTES {
@@ -122,7 +153,11 @@ async fn fill(scene: &Scene, thread: &ImportedThread) {
         text.truncate(MESSAGE_BYTES);
         ImportedMessage {
             id: MessageId::new(),
-            role: if n.is_multiple_of(2) { Role::User } else { Role::Assistant },
+            role: if n.is_multiple_of(2) {
+                Role::User
+            } else {
+                Role::Assistant
+            },
             content: vec![ContentPart::Text { text }],
             upstream_message_id: None,
             sync: None,

@@ -28,17 +28,34 @@ impl World {
         let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
         let gate = Gate::default();
         let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::Changes).await;
-        let config = scene.config(SESSION).replace(&scene.database.url(), &tap.url);
+        let config = scene
+            .config(SESSION)
+            .replace(&scene.database.url(), &tap.url);
         let store = format!("[store]\ntranscript = \"{transcript}\"\nacquire_timeout = \"1s\"\n");
         let gateway = Gateway::start(&config.replace("[store]\n", &store)).await;
-        Self { scene, gate, gateway, _tap: tap }
+        Self {
+            scene,
+            gate,
+            gateway,
+            _tap: tap,
+        }
     }
 
     /// Sends a request, and cuts the connection on which it asks for this.
-    async fn cut(&self, statement: &'static str, moment: Moment, path: &str, body: &Value) -> Answer {
+    async fn cut(
+        &self,
+        statement: &'static str,
+        moment: Moment,
+        path: &str,
+        body: &Value,
+    ) -> Answer {
         self.gate.set_at(statement, moment);
         let request = self.gateway.request(Method::POST, path).json(body);
-        let request = if statement == ADMIT { request.header("prefer", "respond-async") } else { request };
+        let request = if statement == ADMIT {
+            request.header("prefer", "respond-async")
+        } else {
+            request
+        };
         let (answer, ()) = tokio::join!(self.gateway.send(request), async {
             self.gate.caught().await;
             self.gate.open();
@@ -47,8 +64,13 @@ impl World {
     }
 
     async fn heard(&self) -> Vec<String> {
-        let lines = upstream(&self.scene, &self.gateway, SCOPE).await.into_iter();
-        lines.filter(|(role, _)| role == "user").map(|(_, text)| text).collect()
+        let lines = upstream(&self.scene, &self.gateway, SCOPE)
+            .await
+            .into_iter();
+        lines
+            .filter(|(role, _)| role == "user")
+            .map(|(_, text)| text)
+            .collect()
     }
 }
 
@@ -63,9 +85,18 @@ async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
     let mut waiting = gateway.stream(SCOPE, "second").await;
     let run = waiting.next().await.unwrap().data["run_id"].clone();
     let body = json!({"content": "third", "multitask_strategy": "merge"});
-    let answer = world.cut(ADMIT, moment, &format!("{SCOPE}/messages"), &body).await;
-    assert_eq!((answer.status, &answer.body["run"]["id"]), (StatusCode::ACCEPTED, &run), "{answer:?}");
-    assert!(!answer.headers.contains_key("idempotent-replayed"), "{answer:?}");
+    let answer = world
+        .cut(ADMIT, moment, &format!("{SCOPE}/messages"), &body)
+        .await;
+    assert_eq!(
+        (answer.status, &answer.body["run"]["id"]),
+        (StatusCode::ACCEPTED, &run),
+        "{answer:?}"
+    );
+    assert!(
+        !answer.headers.contains_key("idempotent-replayed"),
+        "{answer:?}"
+    );
     world.scene.simulator.release();
     active.rest().await;
     let ended = waiting.rest().await;
@@ -102,7 +133,9 @@ async fn merge_with_lost_answer_found_by_idempotency_key() {
     let run = waiting.next().await.unwrap().data["run_id"].clone();
     let request = || {
         let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
-        let request = request.header("idempotency-key", "k1").header("prefer", "respond-async");
+        let request = request
+            .header("idempotency-key", "k1")
+            .header("prefer", "respond-async");
         request.json(&json!({"content": "third", "multitask_strategy": "merge"}))
     };
     world.gate.set_at(ADMIT, Moment::After);
@@ -111,7 +144,11 @@ async fn merge_with_lost_answer_found_by_idempotency_key() {
         world.gate.open();
     });
     for answer in [answer, gateway.send(request()).await] {
-        assert_eq!((answer.status, &answer.body["run"]["id"]), (StatusCode::ACCEPTED, &run), "{answer:?}");
+        assert_eq!(
+            (answer.status, &answer.body["run"]["id"]),
+            (StatusCode::ACCEPTED, &run),
+            "{answer:?}"
+        );
     }
     world.scene.simulator.release();
     active.rest().await;
@@ -144,16 +181,27 @@ async fn merge_with_unknown_outcome_is_reported_as_such() {
 async fn outputs_reach_their_run(moment: Moment) {
     let world = World::new("off").await;
     let gateway = &world.gateway;
-    let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
-    let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+    let asked = gateway
+        .say(SCOPE, "weather? [[sim: tool=get_weather]]")
+        .await;
+    let path = format!(
+        "{SCOPE}/runs/{}/tool_outputs",
+        asked["run"]["id"].as_str().unwrap()
+    );
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
     let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
     let answer = world.cut(ANSWER_TOOLS, moment, &path, &body).await;
-    assert!(!answer.headers.contains_key("idempotent-replayed"), "{answer:?}");
+    assert!(
+        !answer.headers.contains_key("idempotent-replayed"),
+        "{answer:?}"
+    );
     let answer = answer.ok();
     assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
-    assert_eq!(gateway.post(&path, &body).await.problem(), (409, "run-not-waiting"));
+    assert_eq!(
+        gateway.post(&path, &body).await.problem(),
+        (409, "run-not-waiting")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -171,7 +219,9 @@ async fn tool_outputs_with_lost_request_are_retried() {
 async fn tool_outputs_survive_database_outage() {
     let world = World::new("off").await;
     let gateway = &world.gateway;
-    let asked = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let asked = gateway
+        .say(SCOPE, "weather? [[sim: tool=get_weather]]")
+        .await;
     let run = format!("{SCOPE}/runs/{}", asked["run"]["id"].as_str().unwrap());
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
     let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
@@ -179,7 +229,10 @@ async fn tool_outputs_survive_database_outage() {
     let answer = gateway.post(&format!("{run}/tool_outputs"), &body).await;
     assert_eq!(answer.problem(), (503, "store-unavailable"));
     world.gate.open();
-    let read = gateway.until(&run, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    let read = gateway
+        .until(&run, |answer| answer.body["run"]["finished_at"].is_string())
+        .await
+        .ok();
     assert_eq!(read["run"]["status"], "completed", "{read:#}");
 }
 
@@ -198,7 +251,9 @@ async fn merged_message_survives_refusal_of_first_message() {
         if body["on_disconnect"].is_null() {
             request = request.header("prefer", "respond-async");
         }
-        gateway.send(request.header("idempotency-key", key).json(body)).await
+        gateway
+            .send(request.header("idempotency-key", key).json(body))
+            .await
     };
     world.gate.set_at(ADMIT, Moment::After);
     // Its request is over once it is refused, which concerns nobody else.
@@ -222,14 +277,27 @@ async fn merged_message_survives_refusal_of_first_message() {
     world.scene.simulator.release();
     active.rest().await;
     let path = format!("{SCOPE}/runs/{run}");
-    let ended = other.until(&path, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    let ended = other
+        .until(&path, |answer| {
+            answer.body["run"]["finished_at"].is_string()
+        })
+        .await
+        .ok();
     assert_eq!(ended["run"]["status"], "completed", "{ended:#}");
     assert_eq!(world.heard().await, ["first", "third"]);
     // Its sender says it again, and is not told of a run that does not have it.
     let again = post(gateway, "k2", &second).await;
-    assert!(!again.headers.contains_key("idempotent-replayed"), "{again:?}");
+    assert!(
+        !again.headers.contains_key("idempotent-replayed"),
+        "{again:?}"
+    );
     let path = format!("{SCOPE}/runs/{}", again.body["run"]["id"].as_str().unwrap());
-    gateway.until(&path, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    gateway
+        .until(&path, |answer| {
+            answer.body["run"]["finished_at"].is_string()
+        })
+        .await
+        .ok();
     assert_eq!(world.heard().await, ["first", "third", "second"]);
     // And the other one is told of the run that has it.
     let again = post(gateway, "k3", &third).await;

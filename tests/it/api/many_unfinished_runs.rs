@@ -39,7 +39,11 @@ async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
     assert!(gateway.exit().await.success());
     let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'runs'";
     let read = scene.database.number(read).await;
-    assert!(read > 0 && read <= 2 * TURNS * MOST, "{read} entries in {} turns", 2 * TURNS);
+    assert!(
+        read > 0 && read <= 2 * TURNS * MOST,
+        "{read} entries in {} turns",
+        2 * TURNS
+    );
     let scans = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'runs'";
     assert_eq!(scene.database.number(scans).await, 0);
 }

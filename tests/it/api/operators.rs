@@ -23,8 +23,16 @@ async fn clean_up(gateway: &Gateway) -> Value {
 }
 
 async fn listed(gateway: &Gateway, query: &str) -> Vec<String> {
-    let list = gateway.get(&format!("/v1/threads?order=asc&limit=100&{query}")).await.ok();
-    list["data"].as_array().unwrap().iter().map(|it| it["key"]["user"].as_str().unwrap().to_owned()).collect()
+    let list = gateway
+        .get(&format!("/v1/threads?order=asc&limit=100&{query}"))
+        .await
+        .ok();
+    list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["key"]["user"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 async fn thread_list_filters_by_state_and_attributes(scene: Scene) {
@@ -39,24 +47,46 @@ async fn thread_list_filters_by_state_and_attributes(scene: Scene) {
     scene.simulator.hold();
     let mut stream = gateway.stream("/v1/users/d", "hello").await;
     stream.next().await.unwrap();
-    gateway.post("/v1/users/a/thread/rollover", &json!({})).await.ok();
+    gateway
+        .post("/v1/users/a/thread/rollover", &json!({}))
+        .await
+        .ok();
 
     assert_eq!(listed(&gateway, "").await, ["a", "b", "c", "d", "a"]);
     assert_eq!(listed(&gateway, "lifecycle=archived").await, ["a"]);
     assert_eq!(listed(&gateway, "state=active").await, ["d"]);
     assert_eq!(listed(&gateway, "state=requires_action").await, ["c"]);
-    assert_eq!(listed(&gateway, "state=idle&lifecycle=current").await, ["b", "a"]);
+    assert_eq!(
+        listed(&gateway, "state=idle&lifecycle=current").await,
+        ["b", "a"]
+    );
     assert_eq!(listed(&gateway, "user=b&upstream=simulated").await, ["b"]);
-    assert_eq!(listed(&gateway, "upstream=other").await, Vec::<String>::new());
+    assert_eq!(
+        listed(&gateway, "upstream=other").await,
+        Vec::<String>::new()
+    );
     // Half an hour ago, by the clock that counts.
     let shown = gateway.get("/v1/users/b/thread").await.ok()["last_active_at"].clone();
     let active: chrono::DateTime<chrono::Utc> = shown.as_str().unwrap().parse().unwrap();
-    let ago = (active - chrono::TimeDelta::minutes(30)).format("%Y-%m-%dT%H:%M:%SZ").to_string();
-    assert_eq!(listed(&gateway, &format!("created_before={ago}")).await, ["a", "b", "c", "d"]);
-    assert_eq!(listed(&gateway, &format!("inactive_since={ago}")).await, ["a"]);
-    for bad in
-        ["state=asleep", "lifecycle=gone", "created_before=yesterday", "colour=red", "user=", "limit=0"]
-    {
+    let ago = (active - chrono::TimeDelta::minutes(30))
+        .format("%Y-%m-%dT%H:%M:%SZ")
+        .to_string();
+    assert_eq!(
+        listed(&gateway, &format!("created_before={ago}")).await,
+        ["a", "b", "c", "d"]
+    );
+    assert_eq!(
+        listed(&gateway, &format!("inactive_since={ago}")).await,
+        ["a"]
+    );
+    for bad in [
+        "state=asleep",
+        "lifecycle=gone",
+        "created_before=yesterday",
+        "colour=red",
+        "user=",
+        "limit=0",
+    ] {
         assert_eq!(
             gateway.get(&format!("/v1/threads?{bad}")).await.problem(),
             (400, "invalid-request"),
@@ -74,9 +104,17 @@ async fn runs_and_events_past_retention_are_pruned(scene: Scene) {
     let post = gateway.request(reqwest::Method::POST, &format!("{scope}/messages"));
     // One that ends otherwise than well: the record alone does not tell its log.
     let body = json!({"content": "hello [[sim: incomplete]]"});
-    let first = gateway.send(post.header("idempotency-key", "k").json(&body)).await.ok();
+    let first = gateway
+        .send(post.header("idempotency-key", "k").json(&body))
+        .await
+        .ok();
     let run = first["run"]["id"].as_str().unwrap().to_owned();
-    let count = async |table: &str| scene.database.number(&format!("SELECT count(*) FROM {table}")).await;
+    let count = async |table: &str| {
+        scene
+            .database
+            .number(&format!("SELECT count(*) FROM {table}"))
+            .await
+    };
     assert_eq!(clean_up(&gateway).await["pruned"]["events"], 0);
     assert_eq!((count("runs").await, count("run_events").await), (1, 1));
 
@@ -85,13 +123,27 @@ async fn runs_and_events_past_retention_are_pruned(scene: Scene) {
     assert_eq!((count("runs").await, count("run_events").await), (1, 0));
 
     scene.database.backdate_runs(Duration::from_hours(10)).await;
-    scene.database.age_idempotency_keys(Duration::from_hours(24)).await;
+    scene
+        .database
+        .age_idempotency_keys(Duration::from_hours(24))
+        .await;
     let pruned = clean_up(&gateway).await["pruned"].clone();
-    assert_eq!((&pruned["runs"], count("runs").await), (&json!(1), 0), "{pruned:#}");
+    assert_eq!(
+        (&pruned["runs"], count("runs").await),
+        (&json!(1), 0),
+        "{pruned:#}"
+    );
     assert_eq!(count("idempotency_keys").await, 0);
-    assert_eq!(gateway.get(&format!("{scope}/runs/{run}")).await.status, 404);
+    assert_eq!(
+        gateway.get(&format!("{scope}/runs/{run}")).await.status,
+        404
+    );
     let said = gateway.get(&format!("{scope}/messages")).await.ok();
-    assert_eq!(said["data"].as_array().unwrap().len(), 2, "what was said stays");
+    assert_eq!(
+        said["data"].as_array().unwrap().len(),
+        2,
+        "what was said stays"
+    );
     // It goes on, and what the pruned run stored upstream is still deleted in the end.
     gateway.say(scope, "needle").await;
     gateway.delete(&format!("{scope}/thread")).await.ok();
@@ -104,10 +156,15 @@ async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
     if scene.protocol != Protocol::Responses {
         return;
     }
-    let gateway = scene.gateway_with(&format!("{BY_HAND}[retention]\nevents = \"1h\"\n")).await;
+    let gateway = scene
+        .gateway_with(&format!("{BY_HAND}[retention]\nevents = \"1h\"\n"))
+        .await;
     gateway.say("/v1/users/alice", "hello").await;
     let (numbers, json) = match scene.backend {
-        Backend::Postgres => (format!("SELECT generate_series(100, {}) AS n", ROWS + 99), "'[]'::jsonb"),
+        Backend::Postgres => (
+            format!("SELECT generate_series(100, {}) AS n", ROWS + 99),
+            "'[]'::jsonb",
+        ),
         Backend::Sqlite => (
             format!(
                 "WITH RECURSIVE g (n) AS (SELECT 100 UNION ALL SELECT n + 1 FROM g WHERE n < {}) SELECT n FROM g",
@@ -123,9 +180,18 @@ async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
     );
     scene.database.execute(&fill).await;
     let done = clean_up(&gateway).await;
-    assert!(done["pruned"]["events"].as_i64().unwrap() >= ROWS, "{done:#}");
+    assert!(
+        done["pruned"]["events"].as_i64().unwrap() >= ROWS,
+        "{done:#}"
+    );
     assert_eq!(done["has_more"], false);
-    assert_eq!(scene.database.number("SELECT count(*) FROM run_events").await, 0);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM run_events")
+            .await,
+        0
+    );
 }
 
 /// The answer to the call that makes a thread is lost.
@@ -133,7 +199,11 @@ async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "drop=after", 1);
     gateway.say("/v1/users/alice", "hello").await;
     assert_eq!(scene.upstream_threads().len(), 2, "one of them is lost");
-    assert_eq!(clean_up(gateway).await["upstream_orphans_deleted"], 0, "it may still be on its way");
+    assert_eq!(
+        clean_up(gateway).await["upstream_orphans_deleted"],
+        0,
+        "it may still be on its way"
+    );
     scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
 }
 
@@ -143,21 +213,38 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     }
     let gateway = scene.gateway_with(BY_HAND).await;
     lose_an_answer(&scene, &gateway).await;
-    let plan = gateway.post("/v1/admin/cleanup?dry_run=true", &json!({})).await.ok();
+    let plan = gateway
+        .post("/v1/admin/cleanup?dry_run=true", &json!({}))
+        .await
+        .ok();
     assert_eq!(plan["upstream_orphans"][0]["action"], "find_and_delete");
     clean_up(&gateway).await;
-    gateway.logged(|line| line.contains("nobody can find there")).await;
+    gateway
+        .logged(|line| line.contains("nobody can find there"))
+        .await;
     drop(gateway);
 
     // Where the server lists threads it is found.
-    let lists = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let lists = SimulatorConfig {
+        list_threads: true,
+        ..SimulatorConfig::default()
+    };
     let scene = Scene::with(scene.protocol, scene.backend, lists).await;
     let gateway = scene.gateway_with(BY_HAND).await;
     lose_an_answer(&scene, &gateway).await;
     assert_eq!(clean_up(&gateway).await["upstream_orphans_deleted"], 1);
     let thread = gateway.get("/v1/users/alice/thread").await.ok();
-    assert_eq!(scene.upstream_threads(), [thread["upstream_thread_id"].as_str().unwrap()]);
-    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
+    assert_eq!(
+        scene.upstream_threads(),
+        [thread["upstream_thread_id"].as_str().unwrap()]
+    );
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM upstream_orphans")
+            .await,
+        0
+    );
 }
 
 async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
@@ -166,11 +253,15 @@ async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
     }
     // The process dies between the making of the thread and its record.
     let ttl = "[replica]\nsession_ttl = \"1s\"\n";
-    let lists = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let lists = SimulatorConfig {
+        list_threads: true,
+        ..SimulatorConfig::default()
+    };
     let scene = Scene::with(scene.protocol, scene.backend, lists).await;
     let gateway = scene.gateway_with(ttl).await;
     scene.fault("create_thread", "silent", 1);
-    let waiting = gateway.post_in_background("/v1/users/alice/messages", &json!({"content": "hello"}));
+    let waiting =
+        gateway.post_in_background("/v1/users/alice/messages", &json!({"content": "hello"}));
     scene.simulator.wait_for(|stats| stats.requests >= 1).await;
     gateway.kill();
     drop(waiting);
@@ -178,8 +269,17 @@ async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
     let answer = gateway.say("/v1/users/alice", "again").await;
     scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
     clean_up(&gateway).await;
-    assert_eq!(scene.upstream_threads(), [answer["thread"]["upstream_thread_id"].as_str().unwrap()]);
-    assert_eq!(scene.database.number("SELECT count(*) FROM upstream_orphans").await, 0);
+    assert_eq!(
+        scene.upstream_threads(),
+        [answer["thread"]["upstream_thread_id"].as_str().unwrap()]
+    );
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM upstream_orphans")
+            .await,
+        0
+    );
 }
 
 /// What one database takes and another does not, and what no database takes.
@@ -198,12 +298,23 @@ async fn filter_values_unsupported_by_databases_are_refused() {
             "upstream=%00",
         ] {
             let answer = gateway.get(&format!("/v1/threads?{query}")).await;
-            assert_eq!(answer.problem(), (400, "invalid-request"), "{query} on {backend:?}: {answer:?}");
+            assert_eq!(
+                answer.problem(),
+                (400, "invalid-request"),
+                "{query} on {backend:?}: {answer:?}"
+            );
             let name = query.split('=').next().unwrap();
-            assert!(answer.body["detail"].as_str().unwrap().contains(name), "{answer:?}");
+            assert!(
+                answer.body["detail"].as_str().unwrap().contains(name),
+                "{answer:?}"
+            );
         }
         let all = "created_before=9999-12-31T23:59:59Z&inactive_since=9999-12-31T23:59:59Z";
         assert_eq!(listed(&gateway, all).await, ["alice"]);
-        assert!(listed(&gateway, "created_before=0000-01-01T00:00:00Z").await.is_empty());
+        assert!(
+            listed(&gateway, "created_before=0000-01-01T00:00:00Z")
+                .await
+                .is_empty()
+        );
     }
 }

@@ -24,7 +24,8 @@ async fn long_messages_cost_little_memory_on_sqlite() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn long_messages_cost_little_memory_on_postgres() {
-    long_messages_cost_little_memory(Scene::new(Protocol::Responses, Backend::Postgres).await).await;
+    long_messages_cost_little_memory(Scene::new(Protocol::Responses, Backend::Postgres).await)
+        .await;
 }
 
 /// Callers who ask for as much as they may, and read nothing of it; then one who reads it all, page by page, and one who takes it out.
@@ -50,11 +51,19 @@ async fn long_messages_cost_little_memory(scene: Scene) {
 
     let (mut places, mut pages, mut after) = (Vec::new(), 0, String::new());
     loop {
-        let page = gateway.get(&format!("{SCOPE}/messages?limit=100&order=asc{after}")).await.ok();
+        let page = gateway
+            .get(&format!("{SCOPE}/messages?limit=100&order=asc{after}"))
+            .await
+            .ok();
         let data = page["data"].as_array().unwrap();
-        assert!((1..=4).contains(&data.len()), "{} messages in a page", data.len());
+        assert!(
+            (1..=4).contains(&data.len()),
+            "{} messages in a page",
+            data.len()
+        );
         places.extend(
-            data.iter().map(|message| message["content"][0]["text"].as_str().unwrap()[..3].to_owned()),
+            data.iter()
+                .map(|message| message["content"][0]["text"].as_str().unwrap()[..3].to_owned()),
         );
         pages += 1;
         if page["has_more"] == Value::Bool(false) {
@@ -62,33 +71,56 @@ async fn long_messages_cost_little_memory(scene: Scene) {
         }
         after = format!("&after={}", page["last_id"].as_str().unwrap());
     }
-    assert!(places.iter().map(|place| place.parse::<usize>().unwrap()).eq(0..MESSAGES), "{places:?}");
+    assert!(
+        places
+            .iter()
+            .map(|place| place.parse::<usize>().unwrap())
+            .eq(0..MESSAGES),
+        "{places:?}"
+    );
     let most = memory(&gateway, "VmHWM:").saturating_sub(before);
 
-    let export = gateway.request(Method::GET, &format!("{SCOPE}/export")).send().await.unwrap();
+    let export = gateway
+        .request(Method::GET, &format!("{SCOPE}/export"))
+        .send()
+        .await
+        .unwrap();
     let export = export.text().await.unwrap();
-    assert_eq!(export.lines().filter(|line| line.contains(r#""type":"message""#)).count(), MESSAGES);
+    assert_eq!(
+        export
+            .lines()
+            .filter(|line| line.contains(r#""type":"message""#))
+            .count(),
+        MESSAGES
+    );
     let exported = memory(&gateway, "VmHWM:").saturating_sub(before);
 
     println!(
         "{READERS} readers: {held} KiB more; at most, over {pages} pages: {most}; with the export: {exported}"
     );
     assert!(exported < 160 * 1024, "at most {exported} KiB more");
-    assert!(held < READERS * 16 * 1024, "{READERS} readers make the process grow by {held} KiB");
+    assert!(
+        held < READERS * 16 * 1024,
+        "{READERS} readers make the process grow by {held} KiB"
+    );
 }
 
 /// A thread of messages of 1 MiB each, that begin with their number: every other one can be compressed to almost nothing.
 async fn add_messages(scene: &Scene) {
     let store = scene.database.store().await;
     let thread = imported(&user("alice"));
-    let Imported::Added(id) = import_thread(&store, &thread).await else { panic!("it is new") };
+    let Imported::Added(id) = import_thread(&store, &thread).await else {
+        panic!("it is new")
+    };
     let mut noise = 1_u64;
     for n in 0..MESSAGES {
         let mut text = format!("{n:03} ");
         while text.len() < MIB {
             if n % 2 == 0 {
                 // Knuth's MMIX.
-                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                noise = noise
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
             }
             write!(text, "{:08x}", noise >> 32).unwrap();
         }
@@ -108,6 +140,9 @@ async fn add_messages(scene: &Scene) {
 /// Memory of the process, KiB.
 pub(super) fn memory(gateway: &Gateway, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name))
+        .unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }

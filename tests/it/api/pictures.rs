@@ -34,8 +34,12 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     let scene = Scene::new(protocol, backend).await;
     let gateway = scene.gateway().await;
     let url = format!("data:image/jpeg;base64,{}", "A".repeat(PICTURE_BYTES));
-    let picture = json!([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]);
-    gateway.post(&format!("{SCOPE}/messages"), &json!({"content": picture})).await.ok();
+    let picture =
+        json!([{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]);
+    gateway
+        .post(&format!("{SCOPE}/messages"), &json!({"content": picture}))
+        .await
+        .ok();
     gateway.say(SCOPE, "two").await;
 
     // Its upstream thread is lost, and made again from the transcript.
@@ -43,7 +47,12 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     let id = thread["upstream_thread_id"].as_str().unwrap();
     if protocol == Protocol::Chain {
         let url = format!("{}/responses/{id}", scene.upstream_url);
-        reqwest::Client::new().delete(url).bearer_auth("sk-other").send().await.unwrap();
+        reqwest::Client::new()
+            .delete(url)
+            .bearer_auth("sk-other")
+            .send()
+            .await
+            .unwrap();
     } else {
         scene.delete_thread(id).await;
     }
@@ -51,7 +60,11 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     check(&scene, &gateway, &picture).await;
 
     // Exported here and imported elsewhere, where the upstream knows nothing of it.
-    let export = gateway.request(reqwest::Method::GET, &format!("{SCOPE}/export")).send().await.unwrap();
+    let export = gateway
+        .request(reqwest::Method::GET, &format!("{SCOPE}/export"))
+        .send()
+        .await
+        .unwrap();
     let export = export.text().await.unwrap();
     let elsewhere = Scene::new(protocol, other).await;
     import(&elsewhere, export).await;
@@ -60,16 +73,26 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     check(&elsewhere, &successor, &picture).await;
 
     // Carried over into a fresh thread.
-    gateway.post(&format!("{SCOPE}/thread/rollover"), &json!({})).await.ok();
+    gateway
+        .post(&format!("{SCOPE}/thread/rollover"), &json!({}))
+        .await
+        .ok();
     assert_turn(&gateway.say(SCOPE, "four").await, 4);
-    let archived = gateway.get(&format!("{SCOPE}/messages?archived=true&order=asc&limit=1")).await.ok();
+    let archived = gateway
+        .get(&format!("{SCOPE}/messages?archived=true&order=asc&limit=1"))
+        .await
+        .ok();
     assert_eq!(archived["data"][0]["content"], picture);
 }
 
 /// The model was told of as many turns.
 #[track_caller]
 fn assert_turn(answer: &Value, turn: usize) {
-    assert!(text(&answer["message"]).contains(&format!("turn {turn}")), "{:#}", answer["message"]);
+    assert!(
+        text(&answer["message"]).contains(&format!("turn {turn}")),
+        "{:#}",
+        answer["message"]
+    );
 }
 
 /// The picture is the first that was said, and nothing is kept from the model.
@@ -84,7 +107,11 @@ async fn import(scene: &Scene, lines: String) {
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, scene.config("")).unwrap();
     let mut import = Gateway::command(&["import", "--config"]);
-    import.arg(&file).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    import
+        .arg(&file)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let run = move || {
         let mut child = import.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
@@ -94,5 +121,9 @@ async fn import(scene: &Scene, lines: String) {
         output
     };
     let output = tokio::task::spawn_blocking(run).await.unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

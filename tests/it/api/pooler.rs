@@ -30,20 +30,29 @@ const USERS: usize = 24;
 async fn gateway(scene: &Scene, pooler: &Pooler) -> Gateway {
     let direct = scene.database.url();
     let ways = format!("[store]\nurl = {:?}\ndirect_url = {direct:?}\n", pooler.url);
-    Gateway::start(&scene.config("").replace(&format!("[store]\nurl = {direct:?}\n"), &ways)).await
+    Gateway::start(
+        &scene
+            .config("")
+            .replace(&format!("[store]\nurl = {direct:?}\n"), &ways),
+    )
+    .await
 }
 
 /// A turn with an idempotency key.
 async fn say(gateway: &Gateway, user: usize, turn: &str) -> Answer {
     let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
-    let request = request.header("idempotency-key", turn).json(&json!({"content": format!("{turn} turn")}));
+    let request = request
+        .header("idempotency-key", turn)
+        .json(&json!({"content": format!("{turn} turn")}));
     gateway.send(request).await
 }
 
 /// Posts a message as a stream and reads its first event.
 async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader, Event) {
     let body = json!({"content": content, "multitask_strategy": strategy, "stream": true});
-    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).json(&body);
+    let request = gateway
+        .request(Method::POST, &format!("{SCOPE}/messages"))
+        .json(&body);
     let mut stream = EventReader::new(request.send().await.unwrap());
     let first = stream.next().await.unwrap();
     (stream, first)
@@ -68,7 +77,10 @@ async fn assert_sound(scene: &Scene) {
 }
 
 async fn turns_of_many_users_are_answered(scene: Scene) {
-    scene.database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
+    scene
+        .database
+        .execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        .await;
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateway = gateway(&scene, &pooler).await;
     let known = 0..USERS / 2;
@@ -81,9 +93,15 @@ async fn turns_of_many_users_are_answered(scene: Scene) {
     for (user, (second, again)) in second.iter().zip(again).enumerate() {
         assert_eq!(again.headers["idempotent-replayed"], "true");
         let again = again.ok();
-        assert_eq!((&again["run"], &again["message"]), (&second["run"], &second["message"]));
+        assert_eq!(
+            (&again["run"], &again["message"]),
+            (&second["run"], &second["message"])
+        );
         let turn = if known.contains(&user) { 2 } else { 1 };
-        assert!(text(&second["message"]).contains(&format!("turn {turn} of")), "user {user}: {second:#}");
+        assert!(
+            text(&second["message"]).contains(&format!("turn {turn} of")),
+            "user {user}: {second:#}"
+        );
         let scope = format!("/v1/users/{user}");
         assert_eq!(messages(&gateway, &scope).await.len(), 2 * turn);
         assert_same(&scene, &gateway, &scope).await;
@@ -101,13 +119,23 @@ async fn thread_lists_are_complete() {
     for answer in join_all((0..USERS).map(|user| say(&gateway, user, "first"))).await {
         answer.ok();
     }
-    let filters = ["", "&lifecycle=current", "&lifecycle=archived", "&state=idle", "&user=7"];
+    let filters = [
+        "",
+        "&lifecycle=current",
+        "&lifecycle=archived",
+        "&state=idle",
+        "&user=7",
+    ];
     let paths = filters.map(|filter| format!("/v1/threads?limit=100{filter}"));
     let wanted = [USERS, USERS, 0, USERS, 1];
     let lists = join_all((0..60).map(|n| gateway.get(&paths[n % paths.len()]))).await;
     for (n, list) in lists.into_iter().enumerate() {
         let (path, list) = (&paths[n % paths.len()], list.ok());
-        assert_eq!(list["data"].as_array().unwrap().len(), wanted[n % paths.len()], "{path}");
+        assert_eq!(
+            list["data"].as_array().unwrap().len(),
+            wanted[n % paths.len()],
+            "{path}"
+        );
     }
     assert_sound(&scene).await;
 }
@@ -119,54 +147,105 @@ async fn busy_thread_honors_multitask_strategies(scene: Scene) {
     let (mut active, _) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
     active.until_told("said: a").await;
     let (waiting, queued) = begin(&gateway, "enqueue", "and I wait").await;
-    assert_eq!((queued.name.as_str(), &queued.data["position"]), ("run.queued", &json!(1)));
+    assert_eq!(
+        (queued.name.as_str(), &queued.data["position"]),
+        ("run.queued", &json!(1))
+    );
     let (joined, first) = begin(&gateway, "merge", "me too").await;
-    assert_eq!(first.data["run_id"], queued.data["run_id"], "both callers get the run");
+    assert_eq!(
+        first.data["run_id"], queued.data["run_id"],
+        "both callers get the run"
+    );
     let (urgent, first) = begin(&gateway, "interrupt", "stop that").await;
-    assert_eq!((first.name.as_str(), &first.data["position"]), ("run.queued", &json!(1)), "it goes next");
+    assert_eq!(
+        (first.name.as_str(), &first.data["position"]),
+        ("run.queued", &json!(1)),
+        "it goes next"
+    );
     assert_eq!(active.rest().await.last().unwrap().name, "run.cancelled");
-    for (stream, wanted) in [(urgent, "stop that"), (waiting, "me too"), (joined, "me too")] {
+    for (stream, wanted) in [
+        (urgent, "stop that"),
+        (waiting, "me too"),
+        (joined, "me too"),
+    ] {
         let events = stream.rest().await;
         assert_eq!(events.last().unwrap().name, "run.completed", "{events:#?}");
         assert!(text_of(&events).contains(wanted), "{events:#?}");
     }
     let said = transcript(&gateway, SCOPE).await;
-    let users: Vec<_> = said.iter().filter(|(role, _)| role == "user").map(|(_, text)| text).collect();
+    let users: Vec<_> = said
+        .iter()
+        .filter(|(role, _)| role == "user")
+        .map(|(_, text)| text)
+        .collect();
     assert_eq!(users[2..], ["stop that", "and I wait", "me too"]);
     assert_same(&scene, &gateway, SCOPE).await;
     let receipt = gateway.delete(&format!("{SCOPE}/thread")).await.ok();
     assert_eq!(receipt["status"], "completed", "{receipt:#}");
-    assert_eq!(scene.database.holding("long story").await, Vec::<String>::new());
-    assert_eq!(scene.simulator.holds_text("long story"), Vec::<String>::new());
+    assert_eq!(
+        scene.database.holding("long story").await,
+        Vec::<String>::new()
+    );
+    assert_eq!(
+        scene.simulator.holds_text("long story"),
+        Vec::<String>::new()
+    );
     assert_sound(&scene).await;
 }
 
 async fn two_gateways_serve_conversation_in_order(scene: Scene) {
     const TURNS: usize = 12;
     let pooler = Pooler::on(&scene.database.url()).await;
-    let gateways = [gateway(&scene, &pooler).await, gateway(&scene, &pooler).await];
+    let gateways = [
+        gateway(&scene, &pooler).await,
+        gateway(&scene, &pooler).await,
+    ];
     scene.simulator.hold();
     let mut streams = Vec::new();
     for n in 0..TURNS {
         let mut stream = gateways[n % 2].stream(SCOPE, &format!("message {n}")).await;
         let first = stream.next().await.unwrap();
-        assert_eq!(first.data["position"].as_u64(), (n > 0).then_some(n as u64), "{first:?}");
+        assert_eq!(
+            first.data["position"].as_u64(),
+            (n > 0).then_some(n as u64),
+            "{first:?}"
+        );
         streams.push(stream);
     }
     scene.simulator.release();
-    for (n, events) in join_all(streams.into_iter().map(EventReader::rest)).await.iter().enumerate() {
-        assert_eq!(events.last().unwrap().name, "run.completed", "message {n}: {events:#?}");
-        assert!(text_of(events).contains(&format!("message {n}. (This is turn {} of", n + 1)), "{events:#?}");
+    for (n, events) in join_all(streams.into_iter().map(EventReader::rest))
+        .await
+        .iter()
+        .enumerate()
+    {
+        assert_eq!(
+            events.last().unwrap().name,
+            "run.completed",
+            "message {n}: {events:#?}"
+        );
+        assert!(
+            text_of(events).contains(&format!("message {n}. (This is turn {} of", n + 1)),
+            "{events:#?}"
+        );
     }
     let runs = all(&gateways[0], &format!("{SCOPE}/runs")).await;
     assert_eq!(runs.len(), TURNS);
     for two in runs.windows(2) {
-        let (ended, began) =
-            (two[0]["finished_at"].as_str().unwrap(), two[1]["started_at"].as_str().unwrap());
-        assert!(ended <= began, "a run began before the one before it had ended: {two:#?}");
+        let (ended, began) = (
+            two[0]["finished_at"].as_str().unwrap(),
+            two[1]["started_at"].as_str().unwrap(),
+        );
+        assert!(
+            ended <= began,
+            "a run began before the one before it had ended: {two:#?}"
+        );
     }
     let stats = scene.simulator.stats();
-    assert_eq!((stats.max_active_runs_per_thread, stats.lock_refusals), (1, 0), "{stats:?}");
+    assert_eq!(
+        (stats.max_active_runs_per_thread, stats.lock_refusals),
+        (1, 0),
+        "{stats:?}"
+    );
     for gateway in &gateways {
         assert_same(&scene, gateway, SCOPE).await;
     }
@@ -180,7 +259,10 @@ async fn client(pooler: &Pooler) -> PgConnection {
 }
 
 async fn backend(connection: &mut PgConnection) -> i32 {
-    sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(connection).await.unwrap()
+    sqlx::query_scalar("SELECT pg_backend_pid()")
+        .fetch_one(connection)
+        .await
+        .unwrap()
 }
 
 /// A gateway that gets on with this pooler gets on with one that lends by the transaction.
@@ -190,29 +272,52 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
     let pooler = Pooler::on(&database.url()).await;
     let mut one = client(&pooler).await;
     // A setting stays with the connection that it was made over.
-    one.execute("SET statement_timeout = '4321s'").await.unwrap();
+    one.execute("SET statement_timeout = '4321s'")
+        .await
+        .unwrap();
     let mut shown = Vec::new();
     for _ in 0..6 {
-        let setting: String = sqlx::query_scalar("SHOW statement_timeout").fetch_one(&mut one).await.unwrap();
+        let setting: String = sqlx::query_scalar("SHOW statement_timeout")
+            .fetch_one(&mut one)
+            .await
+            .unwrap();
         shown.push(setting);
     }
-    assert!(shown.iter().any(|setting| setting == "4321s") && shown.iter().any(|setting| setting == "0"));
+    assert!(
+        shown.iter().any(|setting| setting == "4321s")
+            && shown.iter().any(|setting| setting == "0")
+    );
     // A statement has the same name for all, and is prepared where it is lacking.
     let mut other = client(&pooler).await;
     for n in 0..6 {
         for client in [&mut one, &mut other] {
-            let twice: i32 =
-                sqlx::query_scalar("SELECT 2 * $1::int").bind(n).fetch_one(client).await.unwrap();
+            let twice: i32 = sqlx::query_scalar("SELECT 2 * $1::int")
+                .bind(n)
+                .fetch_one(client)
+                .await
+                .unwrap();
             assert_eq!(twice, 2 * n);
         }
     }
     // One without a name is not.
     let unnamed = sqlx::query("SELECT 3 * $1::int").bind(1).persistent(false);
     let error = unnamed.execute(&mut one).await.unwrap_err();
-    assert_eq!(error.as_database_error().unwrap().code().unwrap(), "26000", "{error}");
+    assert_eq!(
+        error.as_database_error().unwrap().code().unwrap(),
+        "26000",
+        "{error}"
+    );
     // An error leaves the client in step.
-    let error = sqlx::query("SELECT 1 / $1::int").bind(0).execute(&mut one).await.unwrap_err();
-    assert_eq!(error.as_database_error().unwrap().code().unwrap(), "22012", "{error}");
+    let error = sqlx::query("SELECT 1 / $1::int")
+        .bind(0)
+        .execute(&mut one)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.as_database_error().unwrap().code().unwrap(),
+        "22012",
+        "{error}"
+    );
     one.ping().await.unwrap();
 
     let (first, next) = (backend(&mut one).await, backend(&mut one).await);
@@ -220,7 +325,11 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
     let mut transaction = one.begin().await.unwrap();
     let kept = backend(&mut transaction).await;
     for _ in 0..3 {
-        assert_eq!(backend(&mut transaction).await, kept, "a transaction keeps its connection");
+        assert_eq!(
+            backend(&mut transaction).await,
+            kept,
+            "a transaction keeps its connection"
+        );
         assert_ne!(backend(&mut other).await, kept, "nobody else has it");
     }
     // Whoever leaves in the midst takes the connection along.
@@ -232,15 +341,25 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
         assert!(begun.elapsed() < PATIENCE, "the transaction stays open");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_ne!(backend(&mut other).await, backend(&mut other).await, "another one takes its place");
+    assert_ne!(
+        backend(&mut other).await,
+        backend(&mut other).await,
+        "another one takes its place"
+    );
 }
 
 #[tokio::test]
 async fn pooler_without_direct_url_is_refused_with_hint() {
     let database = TestDatabase::postgres().await;
     let pooler = Pooler::on(&database.url()).await;
-    let config = StoreConfig { url: Some(pooler.url.clone().into()), ..database.config() };
+    let config = StoreConfig {
+        url: Some(pooler.url.clone().into()),
+        ..database.config()
+    };
     let error = Store::open(&config).await.unwrap_err().to_string();
-    assert!(error.contains("unsupported startup parameter: options"), "{error}");
+    assert!(
+        error.contains("unsupported startup parameter: options"),
+        "{error}"
+    );
     assert!(error.contains("set store.direct_url"), "{error}");
 }

@@ -49,7 +49,8 @@ impl Names {
             "iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64,
             "sub": name("user"), "org": name("tenant"),
         });
-        let key = jsonwebtoken::EncodingKey::from_secret(b"a-secret-that-is-shared-with-the-issuer");
+        let key =
+            jsonwebtoken::EncodingKey::from_secret(b"a-secret-that-is-shared-with-the-issuer");
         let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap();
         Self { needles, token }
     }
@@ -59,12 +60,18 @@ impl Names {
     }
 
     async fn post(&self, gateway: &Gateway, path: &str, body: Value) -> Value {
-        gateway.send(self.ask(gateway, Method::POST, path).json(&body)).await.body
+        gateway
+            .send(self.ask(gateway, Method::POST, path).json(&body))
+            .await
+            .body
     }
 
     fn assert_not_logged(&self, gateway: &Gateway) {
         let lines = gateway.logs();
-        assert!(lines.iter().any(|line| line.contains("run ended")), "nothing was logged");
+        assert!(
+            lines.iter().any(|line| line.contains("run ended")),
+            "nothing was logged"
+        );
         for line in lines {
             assert_eq!(self.needles.find(line.as_bytes()), None, "a name is logged");
         }
@@ -72,7 +79,10 @@ impl Names {
 }
 
 fn encoded(name: &str) -> String {
-    name.bytes().flat_map(|byte| format!("%{byte:02X}").into_bytes()).map(char::from).collect()
+    name.bytes()
+        .flat_map(|byte| format!("%{byte:02X}").into_bytes())
+        .map(char::from)
+        .collect()
 }
 
 fn user() -> String {
@@ -81,26 +91,46 @@ fn user() -> String {
 
 fn scopes() -> [String; 3] {
     let (session, topic) = (encoded(&name("session")), encoded(&name("topic")));
-    [user(), format!("{}/sessions/{session}", user()), format!("{}/topics/{topic}", user())]
+    [
+        user(),
+        format!("{}/sessions/{session}", user()),
+        format!("{}/topics/{topic}", user()),
+    ]
 }
 
 /// What these requests call a tenant, user, session or topic.
 fn tags(requests: &[Recorded], kind: &str) -> BTreeSet<String> {
-    let of = |body: &Value| body["metadata"][format!("threadkeeper_{kind}")].as_str().map(str::to_owned);
-    requests.iter().filter_map(|request| of(&request.body)).collect()
+    let of = |body: &Value| {
+        body["metadata"][format!("threadkeeper_{kind}")]
+            .as_str()
+            .map(str::to_owned)
+    };
+    requests
+        .iter()
+        .filter_map(|request| of(&request.body))
+        .collect()
 }
 
 /// What the upstream was asked for after its first `known` requests.
 fn after(scene: &Scene, known: usize) -> Vec<Recorded> {
     let mut recorded = scene.simulator.recorded();
     let new = usize::try_from(scene.simulator.stats().requests).unwrap() - known;
-    recorded.split_off(recorded.len().checked_sub(new).expect("all that is new is still recorded"))
+    recorded.split_off(
+        recorded
+            .len()
+            .checked_sub(new)
+            .expect("all that is new is still recorded"),
+    )
 }
 
 /// A gateway at which users answer the function calls of their runs themselves.
 async fn start(scene: &Scene, upstream: &str) -> Gateway {
     // The table of the assistant comes last.
-    Gateway::start(&format!("{}client_tools = true\n", scene.config_with(SETTINGS, upstream))).await
+    Gateway::start(&format!(
+        "{}client_tools = true\n",
+        scene.config_with(SETTINGS, upstream)
+    ))
+    .await
 }
 
 async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
@@ -117,16 +147,30 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     gateway.exit().await;
     names.assert_not_logged(&gateway);
     requests.extend(after(&scene, requests.len()));
-    assert!(requests.len() > 20, "{} requests are no story", requests.len());
+    assert!(
+        requests.len() > 20,
+        "{} requests are no story",
+        requests.len()
+    );
     for request in &requests {
-        let found = names.needles.find(format!("{request:?} {}", request.body).as_bytes());
-        assert_eq!(found, None, "a name is sent upstream: {} {}", request.method, request.path);
+        let found = names
+            .needles
+            .find(format!("{request:?} {}", request.body).as_bytes());
+        assert_eq!(
+            found, None,
+            "a name is sent upstream: {} {}",
+            request.method, request.path
+        );
     }
 
     // What is there instead is the same all the time, and to be found by its name.
     for kind in ["session", "topic"] {
         for (kind, fingerprint) in told(&scene, kind) {
-            assert_eq!(tags(&requests, &kind), BTreeSet::from([fingerprint.clone()]), "{kind}");
+            assert_eq!(
+                tags(&requests, &kind),
+                BTreeSet::from([fingerprint.clone()]),
+                "{kind}"
+            );
             let logs = gateway.logs();
             let is_logged = |text: &str| logs.iter().any(|line| line.contains(text));
             assert!(is_logged(&fingerprint) || kind == "tenant", "{kind}");
@@ -136,7 +180,13 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
 
     let gateway = start(&scene, &format!("{UPSTREAM}send_identifiers = true\n")).await;
     for scope in scopes() {
-        names.post(&gateway, &format!("{scope}/messages"), json!({"content": "hello"})).await;
+        names
+            .post(
+                &gateway,
+                &format!("{scope}/messages"),
+                json!({"content": "hello"}),
+            )
+            .await;
     }
     names.assert_not_logged(&gateway);
     for kind in ["tenant", "user", "session", "topic"] {
@@ -150,16 +200,32 @@ fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
     let folder = tempfile::TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, scene.config(SETTINGS)).unwrap();
-    let mut command =
-        Gateway::command(&["fingerprint", "--tenant", &name("tenant"), "--user", &name("user")]);
-    let output =
-        command.args([&format!("--{kind}"), &name(kind)]).arg("--config").arg(&file).output().unwrap();
+    let mut command = Gateway::command(&[
+        "fingerprint",
+        "--tenant",
+        &name("tenant"),
+        "--user",
+        &name("user"),
+    ]);
+    let output = command
+        .args([&format!("--{kind}"), &name(kind)])
+        .arg("--config")
+        .arg(&file)
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{output:?}");
     let lines = String::from_utf8(output.stdout).unwrap();
-    let told: Vec<_> =
-        lines.lines().map(|line| line.split_once(' ').expect("a kind and its fingerprint")).collect();
-    assert_eq!(told.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(), ["tenant", "user", kind]);
-    told.iter().map(|(kind, it)| ((*kind).to_owned(), it.trim().to_owned())).collect()
+    let told: Vec<_> = lines
+        .lines()
+        .map(|line| line.split_once(' ').expect("a kind and its fingerprint"))
+        .collect();
+    assert_eq!(
+        told.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(),
+        ["tenant", "user", kind]
+    );
+    told.iter()
+        .map(|(kind, it)| ((*kind).to_owned(), it.trim().to_owned()))
+        .collect()
 }
 
 /// The replicas of a database, and those that come after them, have the same fingerprints; those of another have others.
@@ -193,11 +259,19 @@ async fn story(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
     let run = format!("{scope}/runs/{}", asked["run"]["id"].as_str().unwrap());
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
     let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "4"}]});
-    let answered = names.post(gateway, &format!("{run}/tool_outputs"), outputs).await;
+    let answered = names
+        .post(gateway, &format!("{run}/tool_outputs"), outputs)
+        .await;
     assert_eq!(answered["run"]["status"], "completed", "{answered:#}");
-    let silent = names.ask(gateway, Method::POST, &messages).header("prefer", "respond-async");
-    gateway.send(silent.json(&json!({"content": "wait [[sim: silent_after=2]]"}))).await;
-    names.post(gateway, &format!("{scope}/thread/cancel"), json!({})).await;
+    let silent = names
+        .ask(gateway, Method::POST, &messages)
+        .header("prefer", "respond-async");
+    gateway
+        .send(silent.json(&json!({"content": "wait [[sim: silent_after=2]]"})))
+        .await;
+    names
+        .post(gateway, &format!("{scope}/thread/cancel"), json!({}))
+        .await;
     for failing in ["status=500", "cut=3", "fail", "no_terminal"] {
         say(&format!("fail [[sim: {failing}]]")).await;
     }
@@ -209,11 +283,20 @@ async fn story(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
         }
     }
     say("is it gone?").await;
-    names.post(gateway, &format!("{scope}/thread/rollover"), json!({})).await;
+    names
+        .post(gateway, &format!("{scope}/thread/rollover"), json!({}))
+        .await;
     let last = say("anew").await;
     assert_eq!(last["run"]["status"], "completed", "{last:#}");
     let verify = format!("{scope}/thread?verify=upstream");
-    gateway.send(names.ask(gateway, Method::GET, &verify)).await.ok();
-    let delete = names.ask(gateway, Method::DELETE, &format!("{scope}/thread?archive=true"));
+    gateway
+        .send(names.ask(gateway, Method::GET, &verify))
+        .await
+        .ok();
+    let delete = names.ask(
+        gateway,
+        Method::DELETE,
+        &format!("{scope}/thread?archive=true"),
+    );
     gateway.send(delete.header("prefer", "wait=20")).await.ok();
 }

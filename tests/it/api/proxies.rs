@@ -11,35 +11,68 @@ const MESSAGES: &str = "/v1/users/alice/messages";
 /// Where to look for what comes of a message and of a deletion.
 async fn places(gateway: &Gateway, headers: &[(&str, &str)]) -> (String, String) {
     let asked = async |method: Method, path: &str| {
-        let request = gateway.request(method.clone(), path).header("prefer", "respond-async");
-        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
-        let request = if method == Method::POST { request.json(&json!({"content": "hi"})) } else { request };
+        let request = gateway
+            .request(method.clone(), path)
+            .header("prefer", "respond-async");
+        let request = headers.iter().fold(request, |request, (name, value)| {
+            request.header(*name, *value)
+        });
+        let request = if method == Method::POST {
+            request.json(&json!({"content": "hi"}))
+        } else {
+            request
+        };
         let answer = gateway.send(request).await;
         answer.headers["location"].to_str().unwrap().to_owned()
     };
-    (asked(Method::POST, MESSAGES).await, asked(Method::DELETE, "/v1/users/alice/thread").await)
+    (
+        asked(Method::POST, MESSAGES).await,
+        asked(Method::DELETE, "/v1/users/alice/thread").await,
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn links_include_prefix_stripped_by_proxy() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let url = "public_url = \"https://chat.example.com/chat-api/\"\n";
-    let prefix = [("x-forwarded-prefix", "/other"), ("x-forwarded-host", "evil.example")];
+    let prefix = [
+        ("x-forwarded-prefix", "/other"),
+        ("x-forwarded-host", "evil.example"),
+    ];
     for (settings, headers, before) in [
         (String::new(), &prefix[..], ""),
         (url.to_owned(), &prefix, "/chat-api"),
-        (format!("{url}trusted_proxies = [\"127.0.0.0/8\"]\n"), &[], "/chat-api"),
-        (format!("{url}trusted_proxies = [\"127.0.0.0/8\"]\n"), &prefix, "/other"),
-        ("trusted_proxies = [\"127.0.0.1\"]\n".to_owned(), &[("x-forwarded-prefix", "//evil.example")], ""),
+        (
+            format!("{url}trusted_proxies = [\"127.0.0.0/8\"]\n"),
+            &[],
+            "/chat-api",
+        ),
+        (
+            format!("{url}trusted_proxies = [\"127.0.0.0/8\"]\n"),
+            &prefix,
+            "/other",
+        ),
+        (
+            "trusted_proxies = [\"127.0.0.1\"]\n".to_owned(),
+            &[("x-forwarded-prefix", "//evil.example")],
+            "",
+        ),
     ] {
         let gateway = scene.gateway_with(&format!("[server]\n{settings}")).await;
         // Who waits for nothing is told where to look, unless there is nothing to wait for by then.
         scene.simulator.hold();
         let (run, deletion) = places(&gateway, headers).await;
         scene.simulator.release();
-        let run = run.strip_prefix(before).unwrap_or_else(|| panic!("{settings}: {run}"));
-        let deletion = deletion.strip_prefix(before).unwrap_or_else(|| panic!("{settings}: {deletion}"));
-        assert!(run.starts_with("/v1/users/alice/runs/run_"), "{settings}: {run}");
+        let run = run
+            .strip_prefix(before)
+            .unwrap_or_else(|| panic!("{settings}: {run}"));
+        let deletion = deletion
+            .strip_prefix(before)
+            .unwrap_or_else(|| panic!("{settings}: {deletion}"));
+        assert!(
+            run.starts_with("/v1/users/alice/runs/run_"),
+            "{settings}: {run}"
+        );
         // Behind the proxy, which takes the prefix away.
         assert!(gateway.get(deletion).await.ok()["id"].is_string());
     }
@@ -48,27 +81,42 @@ async fn links_include_prefix_stripped_by_proxy() {
 #[tokio::test(flavor = "multi_thread")]
 async fn reconnect_event_link_includes_proxy_prefix() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
-    let settings = "[server]\nshutdown_grace = \"0s\"\npublic_url = \"https://chat.example.com/chat-api\"\n";
-    let (gateway, _other) = tokio::join!(scene.gateway_with(settings), scene.gateway_with(settings));
+    let settings =
+        "[server]\nshutdown_grace = \"0s\"\npublic_url = \"https://chat.example.com/chat-api\"\n";
+    let (gateway, _other) =
+        tokio::join!(scene.gateway_with(settings), scene.gateway_with(settings));
     scene.simulator.hold();
     let mut stream = gateway.stream("/v1/users/alice", "hi").await;
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     gateway.terminate();
     let last = stream.rest().await.pop().unwrap();
     assert_eq!(last.name, "stream.reconnect");
-    assert_eq!(last.data["events"], format!("/chat-api/v1/users/alice/runs/{run}/events"));
+    assert_eq!(
+        last.data["events"],
+        format!("/chat-api/v1/users/alice/runs/{run}/events")
+    );
     scene.simulator.release();
 }
 
 /// The lines of the log that tell of a request, which was sent with these values of `X-Forwarded-For`.
 async fn line(gateway: &Gateway, id: &str, forwarded_for: &[&str]) -> String {
-    let request = gateway.request(Method::GET, MESSAGES).header("x-request-id", id);
-    let request =
-        forwarded_for.iter().fold(request, |request, value| request.header("x-forwarded-for", *value));
+    let request = gateway
+        .request(Method::GET, MESSAGES)
+        .header("x-request-id", id);
+    let request = forwarded_for.iter().fold(request, |request, value| {
+        request.header("x-forwarded-for", *value)
+    });
     gateway.send(request).await;
     let is_meant = |line: &str| line.contains(id) && line.contains("\"answered\"");
     gateway.logged(is_meant).await;
-    gateway.logs().into_iter().find(|line| is_meant(line)).unwrap()
+    gateway
+        .logs()
+        .into_iter()
+        .find(|line| is_meant(line))
+        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -81,20 +129,35 @@ async fn log_names_client_behind_trusted_proxy() {
         "{untrusted}"
     );
     drop(gateway);
-    let gateway = scene.gateway_with("[server]\ntrusted_proxies = [\"127.0.0.1\", \"10.0.0.0/8\"]\n").await;
+    let gateway = scene
+        .gateway_with("[server]\ntrusted_proxies = [\"127.0.0.1\", \"10.0.0.0/8\"]\n")
+        .await;
     for (id, told, client) in [
-        ("one", &["198.51.100.1, 203.0.113.9, 10.0.0.2"][..], "203.0.113.9"),
+        (
+            "one",
+            &["198.51.100.1, 203.0.113.9, 10.0.0.2"][..],
+            "203.0.113.9",
+        ),
         ("two", &["198.51.100.1", "[2001:db8::9]:443"], "2001:db8::9"),
         ("three", &["198.51.100.1, planted\\\"text"], "127.0.0.1"),
         ("four", &[], "127.0.0.1"),
     ] {
         let line = line(&gateway, id, told).await;
-        assert!(line.contains(&format!("\"client\":\"{client}\"")), "{id}: {line}");
-        assert!(!line.contains("198.51.100.1") && !line.contains("planted"), "{id}: {line}");
+        assert!(
+            line.contains(&format!("\"client\":\"{client}\"")),
+            "{id}: {line}"
+        );
+        assert!(
+            !line.contains("198.51.100.1") && !line.contains("planted"),
+            "{id}: {line}"
+        );
     }
     drop(gateway);
     let settings = "[server]\ntrusted_proxies = [\"127.0.0.1\"]\n[log]\nclient_address = false\n";
     let gateway = scene.gateway_with(settings).await;
     let silent = line(&gateway, "silent", &["203.0.113.9"]).await;
-    assert!(!silent.contains("client") && !silent.contains("203.0.113.9"), "{silent}");
+    assert!(
+        !silent.contains("client") && !silent.contains("203.0.113.9"),
+        "{silent}"
+    );
 }

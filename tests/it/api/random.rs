@@ -31,9 +31,24 @@ const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
 
 /// What a turn may be made to do.
 const TURNS: [&str; 18] = [
-    "", "", "", "", "tokens=30 rate=1ms", "tool=f", "tool=f tool=g", "fail", "incomplete", "refusal",
-    "silent_after=2", "silent", "mid_error", "mid_error=bare", "late_head=100ms", "parts=2",
-    "cut=3 tokens=20 rate=1ms", "no_terminal",
+    "",
+    "",
+    "",
+    "",
+    "tokens=30 rate=1ms",
+    "tool=f",
+    "tool=f tool=g",
+    "fail",
+    "incomplete",
+    "refusal",
+    "silent_after=2",
+    "silent",
+    "mid_error",
+    "mid_error=bare",
+    "late_head=100ms",
+    "parts=2",
+    "cut=3 tokens=20 rate=1ms",
+    "no_terminal",
 ];
 const FAULTS: [&str; 9] = [
     "status=503 retry_after=0.01",
@@ -46,7 +61,14 @@ const FAULTS: [&str; 9] = [
     "latency=30ms",
     "bare_error=line",
 ];
-const STRATEGIES: [&str; 6] = ["enqueue", "enqueue", "reject", "interrupt", "rollback", "merge"];
+const STRATEGIES: [&str; 6] = [
+    "enqueue",
+    "enqueue",
+    "reject",
+    "interrupt",
+    "rollback",
+    "merge",
+];
 
 /// What the workers share.
 struct World<'a> {
@@ -93,20 +115,36 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
     all_end(&scene).await;
     let admitted = world.admitted.lock().unwrap().clone();
     for (user, run) in admitted {
-        let read = gateway.get(&format!("{}/runs/{run}", scope(user))).await.ok();
+        let read = gateway
+            .get(&format!("{}/runs/{run}", scope(user)))
+            .await
+            .ok();
         assert!(read["run"]["finished_at"].is_string(), "{read:#}");
     }
     // The next message of everybody works, and after it both sides say the same.
     for user in 0..USERS {
         for text in ["and now?", "and on"] {
-            let answer = gateway.post(&format!("{}/messages", scope(user)), &json!({"content": text})).await;
-            assert_eq!(answer.status, StatusCode::OK, "user {user}: {:#}", answer.body);
+            let answer = gateway
+                .post(
+                    &format!("{}/messages", scope(user)),
+                    &json!({"content": text}),
+                )
+                .await;
+            assert_eq!(
+                answer.status,
+                StatusCode::OK,
+                "user {user}: {:#}",
+                answer.body
+            );
         }
         assert_same(&scene, &gateway, &scope(user)).await;
     }
     let stats = scene.simulator.stats();
     assert_eq!(
-        (stats.max_generating_runs_per_thread, stats.messages_added_while_active),
+        (
+            stats.max_generating_runs_per_thread,
+            stats.messages_added_while_active
+        ),
         (1, 0),
         "{stats:?}"
     );
@@ -114,13 +152,24 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
 
     // Nothing is left behind in the process.
     let grown = open_files(&gateway).saturating_sub(descriptors);
-    assert!(grown < 64, "{grown} more files and connections are open than before");
+    assert!(
+        grown < 64,
+        "{grown} more files and connections are open than before"
+    );
     gateway.terminate();
     assert!(gateway.exit().await.success());
-    let stopping = gateway.logs().into_iter().find(|line| line.contains("\"stopping\"")).expect("it says so");
+    let stopping = gateway
+        .logs()
+        .into_iter()
+        .find(|line| line.contains("\"stopping\""))
+        .expect("it says so");
     let stopping: Value = serde_json::from_str(&stopping).unwrap();
     let left = (&stopping["runs"], &stopping["lines"]);
-    assert_eq!(left, (&json!(0), &json!(0)), "tasks or places in line are left: {stopping}");
+    assert_eq!(
+        left,
+        (&json!(0), &json!(0)),
+        "tasks or places in line are left: {stopping}"
+    );
 }
 
 async fn all_end(scene: &Scene) {
@@ -134,7 +183,9 @@ async fn all_end(scene: &Scene) {
 
 /// Open files and sockets of the process.
 fn open_files(gateway: &Gateway) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", gateway.id())).unwrap().count()
+    std::fs::read_dir(format!("/proc/{}/fd", gateway.id()))
+        .unwrap()
+        .count()
 }
 
 async fn operate(world: &World<'_>, rng: &mut StdRng) {
@@ -144,25 +195,56 @@ async fn operate(world: &World<'_>, rng: &mut StdRng) {
         50..60 => {
             let which = ["active", "queued", "all"].choose(rng).unwrap();
             let path = format!("{}/thread/cancel?which={which}", scope(user));
-            seen(world, &world.gateway.send(world.gateway.request(Method::POST, &path)).await, &[200]);
+            seen(
+                world,
+                &world
+                    .gateway
+                    .send(world.gateway.request(Method::POST, &path))
+                    .await,
+                &[200],
+            );
         }
         60..68 => {
-            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else { return };
+            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else {
+                return;
+            };
             let path = format!("{}/runs/{run}/cancel", scope(user));
-            seen(world, &world.gateway.send(world.gateway.request(Method::POST, &path)).await, &[200]);
+            seen(
+                world,
+                &world
+                    .gateway
+                    .send(world.gateway.request(Method::POST, &path))
+                    .await,
+                &[200],
+            );
         }
         68..82 => give(world, rng).await,
         82..90 => {
             let fault = FAULTS.choose(rng).unwrap();
             // A cut is for streams, the rest for anything.
-            let on = if fault.starts_with("cut") || rng.random_bool(0.7) { "start" } else { "any" };
-            let fault = Fault { on: on.to_owned(), fault: (*fault).to_owned(), times: 1 };
+            let on = if fault.starts_with("cut") || rng.random_bool(0.7) {
+                "start"
+            } else {
+                "any"
+            };
+            let fault = Fault {
+                on: on.to_owned(),
+                fault: (*fault).to_owned(),
+                times: 1,
+            };
             world.scene.simulator.add_fault(fault).unwrap();
         }
         90..95 => {
-            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else { return };
+            let Some((user, run)) = world.admitted.lock().unwrap().choose(rng).cloned() else {
+                return;
+            };
             let path = format!("{}/runs/{run}/events", scope(user));
-            let response = world.gateway.request(Method::GET, &path).send().await.unwrap();
+            let response = world
+                .gateway
+                .request(Method::GET, &path)
+                .send()
+                .await
+                .unwrap();
             assert_eq!(response.status(), StatusCode::OK);
             let events = EventReader::new(response);
             if rng.random_bool(0.5) {
@@ -171,27 +253,54 @@ async fn operate(world: &World<'_>, rng: &mut StdRng) {
         }
         _ => {
             let path = ["thread", "messages", "runs"].choose(rng).unwrap();
-            seen(world, &world.gateway.get(&format!("{}/{path}", scope(user))).await, &[200]);
+            seen(
+                world,
+                &world.gateway.get(&format!("{}/{path}", scope(user))).await,
+                &[200],
+            );
         }
     }
 }
 
 fn ends(name: &str) -> bool {
-    ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"].contains(&name)
+    [
+        "run.completed",
+        "run.incomplete",
+        "run.failed",
+        "run.cancelled",
+        "run.expired",
+    ]
+    .contains(&name)
 }
 
 /// Counts an answer, which must be one of those that are documented.
 fn seen(world: &World<'_>, answer: &Answer, expected: &[u16]) {
-    let kind = answer.body["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default();
-    let what =
-        format!("{} {kind} {}", answer.status.as_u16(), answer.body["code"].as_str().unwrap_or_default());
-    assert!(expected.contains(&answer.status.as_u16()), "{what}: {:#}", answer.body);
+    let kind = answer.body["type"]
+        .as_str()
+        .unwrap_or_default()
+        .rsplit(':')
+        .next()
+        .unwrap_or_default();
+    let what = format!(
+        "{} {kind} {}",
+        answer.status.as_u16(),
+        answer.body["code"].as_str().unwrap_or_default()
+    );
+    assert!(
+        expected.contains(&answer.status.as_u16()),
+        "{what}: {:#}",
+        answer.body
+    );
     *world.answers.lock().unwrap().entry(what).or_default() += 1;
 }
 
 async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
     let turn = TURNS.choose(rng).unwrap();
-    let turn = if turn.is_empty() { String::new() } else { format!(" [[sim: {turn}]]") };
+    let turn = if turn.is_empty() {
+        String::new()
+    } else {
+        format!(" [[sim: {turn}]]")
+    };
     let mut body = json!({
         "content": format!("message {}{turn}", rng.random_range(0..1_000_000)),
         "multitask_strategy": STRATEGIES.choose(rng).unwrap(),
@@ -204,7 +313,10 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
     let path = format!("{}/messages", scope(user));
     let mut request = world.gateway.request(Method::POST, &path);
     if rng.random_bool(0.3) {
-        request = request.header("idempotency-key", format!("k{}", rng.random_range(0..1_000_000_000_u32)));
+        request = request.header(
+            "idempotency-key",
+            format!("k{}", rng.random_range(0..1_000_000_000_u32)),
+        );
     }
     match rng.random_range(0..4) {
         0 => {
@@ -213,7 +325,10 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
             noted(world, user, &answer.body["run"]);
         }
         1 => {
-            let answer = world.gateway.send(request.header("prefer", "respond-async").json(&body)).await;
+            let answer = world
+                .gateway
+                .send(request.header("prefer", "respond-async").json(&body))
+                .await;
             seen(world, &answer, &[200, 202, 409, 502, 504]);
             noted(world, user, &answer.body["run"]);
         }
@@ -226,23 +341,36 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
             }
             let mut events = EventReader::new(response);
             // The reader leaves in the middle, or stays to the end.
-            let mut left = if form == 2 { rng.random_range(1..6) } else { usize::MAX };
+            let mut left = if form == 2 {
+                rng.random_range(1..6)
+            } else {
+                usize::MAX
+            };
             let mut last = None;
             while left > 0 {
-                let Some(event) = events.next().await else { break };
+                let Some(event) = events.next().await else {
+                    break;
+                };
                 if let Some(run) = event.data["run_id"].as_str() {
                     noted(world, user, &json!({"id": run}));
                 }
                 if event.name == "run.requires_action" {
                     let action = json!({"tool_calls": event.data["tool_calls"]});
-                    noted(world, user, &json!({"id": event.data["run_id"], "required_action": action}));
+                    noted(
+                        world,
+                        user,
+                        &json!({"id": event.data["run_id"], "required_action": action}),
+                    );
                 }
                 left -= 1;
                 last = Some(event);
             }
             if form == 3 {
                 let last = last.unwrap();
-                assert!(ends(&last.name) || last.name == "run.requires_action", "the stream broke: {last:?}");
+                assert!(
+                    ends(&last.name) || last.name == "run.requires_action",
+                    "the stream broke: {last:?}"
+                );
             }
         }
     }
@@ -258,17 +386,36 @@ fn noted(world: &World<'_>, user: usize, run: &Value) {
 
 /// Answers a run that asked for function calls: in time or not, all of them or not.
 async fn give(world: &World<'_>, rng: &mut StdRng) {
-    let Some((user, run)) = world.asked.lock().unwrap().last().cloned() else { return };
+    let Some((user, run)) = world.asked.lock().unwrap().last().cloned() else {
+        return;
+    };
     let calls = run["required_action"]["tool_calls"].as_array().unwrap();
-    let output = if rng.random_bool(0.2) { "again [[sim: tool=h]]" } else { "4 °C" };
-    let mut outputs: Vec<Value> =
-        calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": output})).collect();
+    let output = if rng.random_bool(0.2) {
+        "again [[sim: tool=h]]"
+    } else {
+        "4 °C"
+    };
+    let mut outputs: Vec<Value> = calls
+        .iter()
+        .map(|call| json!({"tool_call_id": call["id"], "output": output}))
+        .collect();
     if rng.random_bool(0.1) {
         outputs.pop();
     }
-    let path = format!("{}/runs/{}/tool_outputs", scope(user), run["id"].as_str().unwrap());
-    let answer = world.gateway.post(&path, &json!({"tool_outputs": outputs})).await;
+    let path = format!(
+        "{}/runs/{}/tool_outputs",
+        scope(user),
+        run["id"].as_str().unwrap()
+    );
+    let answer = world
+        .gateway
+        .post(&path, &json!({"tool_outputs": outputs}))
+        .await;
     seen(world, &answer, &[200, 409, 422, 502, 504]);
     noted(world, user, &answer.body["run"]);
-    world.asked.lock().unwrap().retain(|(_, other)| other != &run);
+    world
+        .asked
+        .lock()
+        .unwrap()
+        .retain(|(_, other)| other != &run);
 }

@@ -38,18 +38,32 @@ async fn say(gateway: &Gateway, content: &str) -> Answer {
 }
 
 fn fault(scene: &Scene, on: &str, fault: &str, times: u32) {
-    scene.simulator.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times }).unwrap();
+    scene
+        .simulator
+        .add_fault(Fault {
+            on: on.to_owned(),
+            fault: fault.to_owned(),
+            times,
+        })
+        .unwrap();
 }
 
 /// The operation that starts a run.
 fn start(scene: &Scene) -> &'static str {
-    if scene.protocol == Protocol::Assistants { "create_run" } else { "create_response" }
+    if scene.protocol == Protocol::Assistants {
+        "create_run"
+    } else {
+        "create_response"
+    }
 }
 
 /// How often the upstream has a message.
 async fn heard(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
     let lines = upstream(scene, gateway, SCOPE).await;
-    lines.iter().filter(|(role, text)| role == "user" && text == content).count()
+    lines
+        .iter()
+        .filter(|(role, text)| role == "user" && text == content)
+        .count()
 }
 
 async fn request_with_lost_answer_is_looked_up_before_retry(scene: Scene) {
@@ -75,29 +89,48 @@ async fn request_with_lost_answer_is_looked_up_before_retry(scene: Scene) {
 async fn refused_request_is_retried_without_duplicates(scene: Scene) {
     let gateway = scene.gateway().await;
     say(&gateway, "hello").await.ok();
-    for refusal in
-        ["status=500 retry_after=0.01", "status=503 retry_after=0.01", "status=429 retry_after=0.01"]
-    {
+    for refusal in [
+        "status=500 retry_after=0.01",
+        "status=503 retry_after=0.01",
+        "status=429 retry_after=0.01",
+    ] {
         fault(&scene, start(&scene), refusal, 2);
         let before = scene.simulator.stats().requests_by_operation[start(&scene)];
         let answer = say(&gateway, refusal).await.ok();
         assert!(text(&answer["message"]).contains(refusal));
         assert_eq!(heard(&scene, &gateway, refusal).await, 1);
-        assert_eq!(scene.simulator.stats().requests_by_operation[start(&scene)] - before, 3);
+        assert_eq!(
+            scene.simulator.stats().requests_by_operation[start(&scene)] - before,
+            3
+        );
     }
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
 async fn broken_stream_is_followed_to_end_when_possible(scene: Scene) {
-    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
-    let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
+    let background = if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "background = true\n"
+    };
+    let gateway = scene
+        .gateway_upstream(&format!("{WINDOW}{background}"))
+        .await;
     say(&gateway, "hello").await.ok();
     for cut in [1, 5, 12] {
         let content = format!("a story [[sim: cut={cut} tokens=40 rate=2ms]]");
         let events = gateway.stream(SCOPE, &content).await.rest().await;
-        assert_eq!(events.last().unwrap().name, "run.completed", "{cut}: {events:#?}");
+        assert_eq!(
+            events.last().unwrap().name,
+            "run.completed",
+            "{cut}: {events:#?}"
+        );
         let message = &events[events.len() - 2].data["message"];
-        assert_eq!(text(message), text_of(&events), "whoever reads the deltas has the whole text");
+        assert_eq!(
+            text(message),
+            text_of(&events),
+            "whoever reads the deltas has the whole text"
+        );
         assert_eq!(heard(&scene, &gateway, &content).await, 1);
     }
     assert_same(&scene, &gateway, SCOPE).await;
@@ -115,19 +148,37 @@ async fn broken_stream_is_followed_to_end_when_possible(scene: Scene) {
 async fn tool_outputs_with_lost_answer_recovered_when_possible(scene: Scene) {
     let gateway = scene.gateway_upstream(WINDOW).await;
     for when in ["drop=before", "status=503 retry_after=0.01", "drop=after"] {
-        let asked = say(&gateway, &format!("weather? {when} [[sim: tool=get_weather]]")).await.ok();
-        let operation =
-            if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { start(&scene) };
+        let asked = say(
+            &gateway,
+            &format!("weather? {when} [[sim: tool=get_weather]]"),
+        )
+        .await
+        .ok();
+        let operation = if scene.protocol == Protocol::Assistants {
+            "submit_tool_outputs"
+        } else {
+            start(&scene)
+        };
         fault(&scene, operation, when, 1);
-        let path = format!("{SCOPE}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+        let path = format!(
+            "{SCOPE}/runs/{}/tool_outputs",
+            asked["run"]["id"].as_str().unwrap()
+        );
         let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
         let body = json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]});
         let answer = gateway.post(&path, &body).await;
         if scene.protocol == Protocol::Chain && when.starts_with("drop") {
-            assert_eq!(answer.body["code"], "stream_broken", "{when}: {:#}", answer.body);
+            assert_eq!(
+                answer.body["code"], "stream_broken",
+                "{when}: {:#}",
+                answer.body
+            );
         } else {
             let answer = answer.ok();
-            assert!(text(&answer["message"]).contains("4 °C"), "{when}: {answer:#}");
+            assert!(
+                text(&answer["message"]).contains("4 °C"),
+                "{when}: {answer:#}"
+            );
         }
         say(&gateway, "thanks").await.ok();
         assert_same(&scene, &gateway, SCOPE).await;
@@ -137,13 +188,18 @@ async fn tool_outputs_with_lost_answer_recovered_when_possible(scene: Scene) {
 async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
     const OPEN: Duration = Duration::from_secs(4);
     let settings = "breaker_min_requests = 2\nbreaker_open_duration = \"4s\"\n";
-    let gateway = scene.gateway_both("[runs]\nmax_retries = 0\n", settings).await;
+    let gateway = scene
+        .gateway_both("[runs]\nmax_retries = 0\n", settings)
+        .await;
     say(&gateway, "hello").await.ok();
     fault(&scene, start(&scene), "status=503", 1000);
     let mut opened = Instant::now();
     for _ in 0..2 {
         opened = Instant::now();
-        assert_eq!(say(&gateway, "anybody?").await.problem(), (502, "upstream-error"));
+        assert_eq!(
+            say(&gateway, "anybody?").await.problem(),
+            (502, "upstream-error")
+        );
     }
     let (before, runs) = (scene.simulator.stats().requests, run_count(&gateway).await);
     for _ in 0..5 {
@@ -152,7 +208,10 @@ async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
         assert!(refused.headers.contains_key("retry-after"), "{refused:?}");
     }
     let after = (scene.simulator.stats().requests, run_count(&gateway).await);
-    assert!(after == (before, runs) || opened.elapsed() >= OPEN, "neither sent nor stored: {after:?}");
+    assert!(
+        after == (before, runs) || opened.elapsed() >= OPEN,
+        "neither sent nor stored: {after:?}"
+    );
     scene.simulator.clear_faults();
     let found = Instant::now();
     loop {
@@ -160,14 +219,19 @@ async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
         if answer.status == StatusCode::OK {
             break;
         }
-        assert!(found.elapsed() < PATIENCE, "it is never found again: {answer:?}");
+        assert!(
+            found.elapsed() < PATIENCE,
+            "it is never found again: {answer:?}"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
 async fn run_count(gateway: &Gateway) -> i64 {
-    gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"].as_i64().unwrap()
+    gateway.get(&format!("{SCOPE}/thread")).await.ok()["run_count"]
+        .as_i64()
+        .unwrap()
 }
 
 async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
@@ -180,11 +244,24 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
     let foreign = scene.simulator.start_foreign_run(&thread).unwrap();
 
     // Who does not want to wait is told, with the run where the protocol names it; nothing is kept of the message.
-    let refused = post(&gateway, &json!({"content": "may I?", "multitask_strategy": "reject"})).await;
+    let refused = post(
+        &gateway,
+        &json!({"content": "may I?", "multitask_strategy": "reject"}),
+    )
+    .await;
     assert_eq!(refused.problem(), (409, "thread-busy"));
     let detail = refused.body["detail"].as_str().unwrap();
-    assert_eq!(detail.contains(&foreign), scene.protocol == Protocol::Assistants, "{detail}");
-    assert!(messages(&gateway, SCOPE).await.iter().all(|message| text(message) != "may I?"));
+    assert_eq!(
+        detail.contains(&foreign),
+        scene.protocol == Protocol::Assistants,
+        "{detail}"
+    );
+    assert!(
+        messages(&gateway, SCOPE)
+            .await
+            .iter()
+            .all(|message| text(message) != "may I?")
+    );
 
     // Who wants it gone has it cancelled, where that can be; else it is waited out.
     let urgent = json!({"content": "now!", "multitask_strategy": "interrupt"});
@@ -194,7 +271,10 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
     } else {
         let refusals = scene.simulator.stats().lock_refusals;
         let (answer, ()) = tokio::join!(answered, async {
-            scene.simulator.wait_for(|stats| stats.lock_refusals > refusals).await;
+            scene
+                .simulator
+                .wait_for(|stats| stats.lock_refusals > refusals)
+                .await;
             assert!(scene.simulator.stop_foreign_run(&thread));
         });
         answer
@@ -211,40 +291,80 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
 }
 
 async fn resumed_stream_can_be_cancelled(scene: Scene) {
-    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
-    let gateway = scene.gateway_upstream(&format!("{WINDOW}{background}")).await;
+    let background = if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "background = true\n"
+    };
+    let gateway = scene
+        .gateway_upstream(&format!("{WINDOW}{background}"))
+        .await;
     say(&gateway, "hello").await.ok();
-    let mut stream = gateway.stream(SCOPE, "a story [[sim: cut=2 tokens=5000 rate=10ms]]").await;
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut stream = gateway
+        .stream(SCOPE, "a story [[sim: cut=2 tokens=5000 rate=10ms]]")
+        .await;
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     // The connection is gone after two tokens, and the run is looked up.
     let looked_up = |stats: &threadkeeper::simulator::Stats| {
-        ["get_run", "get_response"].iter().any(|name| stats.requests_by_operation.contains_key(*name))
+        ["get_run", "get_response"]
+            .iter()
+            .any(|name| stats.requests_by_operation.contains_key(*name))
     };
-    tokio::time::timeout(PATIENCE, scene.simulator.wait_for(looked_up)).await.expect("it is looked up");
+    tokio::time::timeout(PATIENCE, scene.simulator.wait_for(looked_up))
+        .await
+        .expect("it is looked up");
     let path = format!("{SCOPE}/runs/{run}/cancel");
-    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    let cancelled = gateway
+        .send(gateway.request(Method::POST, &path))
+        .await
+        .ok();
     assert_eq!(
         (&cancelled["run"]["status"], &cancelled["run"]["error"]),
         (&json!("cancelled"), &Value::Null)
     );
     assert_eq!(stream.rest().await.last().unwrap().name, "run.cancelled");
-    assert_eq!(scene.simulator.stats().active_runs, 0, "it goes on no longer");
+    assert_eq!(
+        scene.simulator.stats().active_runs,
+        0,
+        "it goes on no longer"
+    );
     say(&gateway, "and now?").await.ok();
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
 async fn cancel_ignored_upstream_is_not_waited_for(scene: Scene) {
-    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
-    let gateway = scene.gateway_both("[runs]\nsettle_timeout = \"300ms\"\n", background).await;
+    let background = if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "background = true\n"
+    };
+    let gateway = scene
+        .gateway_both("[runs]\nsettle_timeout = \"300ms\"\n", background)
+        .await;
     say(&gateway, "hello").await.ok();
-    let mut stream = gateway.stream(SCOPE, "a story [[sim: silent_after=2 stuck_cancel]]").await;
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut stream = gateway
+        .stream(SCOPE, "a story [[sim: silent_after=2 stuck_cancel]]")
+        .await;
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     stream.next().await.unwrap();
     let began = Instant::now();
     let path = format!("{SCOPE}/runs/{run}/cancel");
-    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    let cancelled = gateway
+        .send(gateway.request(Method::POST, &path))
+        .await
+        .ok();
     assert_eq!(cancelled["run"]["status"], "cancelled");
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
     // The next message finds the thread still held, and says so at its deadline.
     if scene.protocol != Protocol::Chain {
         let answer = post(&gateway, &json!({"content": "and now?", "timeout_ms": 500})).await;
@@ -253,17 +373,33 @@ async fn cancel_ignored_upstream_is_not_waited_for(scene: Scene) {
 }
 
 async fn cancel_losing_race_returns_completed_run(scene: Scene) {
-    let background = if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" };
+    let background = if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "background = true\n"
+    };
     let gateway = scene.gateway_upstream(background).await;
     say(&gateway, "hello").await.ok();
-    let operation = if scene.protocol == Protocol::Assistants { "cancel_run" } else { "cancel_response" };
+    let operation = if scene.protocol == Protocol::Assistants {
+        "cancel_run"
+    } else {
+        "cancel_response"
+    };
     // The cancel takes longer on its way than the run to its end.
     fault(&scene, operation, "latency=1s", 1);
-    let mut stream = gateway.stream(SCOPE, "a story [[sim: tokens=20 rate=10ms]]").await;
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut stream = gateway
+        .stream(SCOPE, "a story [[sim: tokens=20 rate=10ms]]")
+        .await;
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     stream.next().await.unwrap();
     let path = format!("{SCOPE}/runs/{run}/cancel");
-    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    let cancelled = gateway
+        .send(gateway.request(Method::POST, &path))
+        .await
+        .ok();
     assert_eq!(
         (&cancelled["run"]["status"], &cancelled["run"]["error"]),
         (&json!("completed"), &Value::Null)
@@ -278,10 +414,26 @@ async fn cancel_losing_race_returns_completed_run(scene: Scene) {
 async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
     say(&gateway, "hello").await.ok();
-    for refusal in ["status=400", "status=401", "status=403", "status=404", "status=500", "status=429"] {
+    for refusal in [
+        "status=400",
+        "status=401",
+        "status=403",
+        "status=404",
+        "status=500",
+        "status=429",
+    ] {
         let threads = scene.upstream_threads();
-        assert_eq!(say(&gateway, &format!("oh [[sim: {refusal}]]")).await.problem(), (502, "upstream-error"));
-        assert_eq!(scene.upstream_threads(), threads, "nothing is made again for a {refusal}");
+        assert_eq!(
+            say(&gateway, &format!("oh [[sim: {refusal}]]"))
+                .await
+                .problem(),
+            (502, "upstream-error")
+        );
+        assert_eq!(
+            scene.upstream_threads(),
+            threads,
+            "nothing is made again for a {refusal}"
+        );
     }
     // So for one that was cancelled while it waited.
     scene.simulator.hold();
@@ -290,15 +442,25 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
     let mut waiting = gateway.stream(SCOPE, "forget it").await;
     waiting.next().await.unwrap();
     let path = format!("{SCOPE}/thread/cancel?which=queued");
-    gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    gateway
+        .send(gateway.request(Method::POST, &path))
+        .await
+        .ok();
     scene.simulator.release();
     active.rest().await;
     let answer = say(&gateway, "and now?").await.ok();
     assert!(text(&answer["message"]).contains("turn 3 of"), "{answer:#}");
     let kept = messages(&gateway, SCOPE).await;
-    let withheld: Vec<_> = kept.iter().filter(|message| message["visible_to_model"] == false).collect();
+    let withheld: Vec<_> = kept
+        .iter()
+        .filter(|message| message["visible_to_model"] == false)
+        .collect();
     assert_eq!(withheld.len(), 7, "they stay in the transcript, marked");
-    assert!(withheld.iter().all(|message| message["status"] == "incomplete"));
+    assert!(
+        withheld
+            .iter()
+            .all(|message| message["status"] == "incomplete")
+    );
     assert_same(&scene, &gateway, SCOPE).await;
     // Nor when the thread is made again.
     scene.simulator.reset();
@@ -309,18 +471,29 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
 
 async fn cancelled_run_is_settled_once_upstream_returns(scene: Scene) {
     let gateway = scene
-        .gateway_both("[runs]\nsettle_timeout = \"300ms\"\nmax_retries = 0\n", "breaker_min_requests = 0\n")
+        .gateway_both(
+            "[runs]\nsettle_timeout = \"300ms\"\nmax_retries = 0\n",
+            "breaker_min_requests = 0\n",
+        )
         .await;
     say(&gateway, "hello").await.ok();
-    let mut stream = gateway.stream(SCOPE, "a story [[sim: silent_after=2]]").await;
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let mut stream = gateway
+        .stream(SCOPE, "a story [[sim: silent_after=2]]")
+        .await;
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     for _ in 0..2 {
         stream.next().await.unwrap();
     }
     // From here on the upstream answers nothing, so what the run left cannot be seen.
     fault(&scene, "any", "status=503", 1000);
     let path = format!("{SCOPE}/runs/{run}/cancel");
-    let cancelled = gateway.send(gateway.request(Method::POST, &path)).await.ok();
+    let cancelled = gateway
+        .send(gateway.request(Method::POST, &path))
+        .await
+        .ok();
     assert_eq!(cancelled["run"]["status"], "cancelled");
     let failed = say(&gateway, "are you there?").await;
     assert_eq!(failed.problem(), (502, "upstream-error"));
@@ -338,13 +511,18 @@ async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     let gateway = scene.gateway().await;
     say(&gateway, "hello").await.ok();
     let conversation = scene.upstream_threads().remove(0);
-    let call = json!({"type": "function_call", "call_id": "call_x", "name": "f", "arguments": "{}"});
+    let call =
+        json!({"type": "function_call", "call_id": "call_x", "name": "f", "arguments": "{}"});
     let reasoning = json!({"type": "reasoning", "id": "rs_x", "summary": []});
     for items in [json!([call]), json!([reasoning.clone()])] {
         scene.add_items(&conversation, &items).await;
         let answer = say(&gateway, "and now?").await.ok();
         assert!(text(&answer["message"]).contains("and now?"), "{answer:#}");
     }
-    assert_eq!(scene.upstream_threads(), [conversation], "it is the same conversation");
+    assert_eq!(
+        scene.upstream_threads(),
+        [conversation],
+        "it is the same conversation"
+    );
     assert_same(&scene, &gateway, SCOPE).await;
 }

@@ -62,7 +62,11 @@ impl Half {
         while text_of(&seen).matches(' ').count() < HELD_AFTER {
             seen.push(stream.next().await.expect("the reply goes on"));
         }
-        Self { run: run_of(&seen[0]), seen, stream }
+        Self {
+            run: run_of(&seen[0]),
+            seen,
+            stream,
+        }
     }
 
     fn text(&self) -> String {
@@ -85,29 +89,47 @@ fn number(event: &Event) -> i64 {
 
 #[track_caller]
 fn assert_ascending(events: &[Event]) {
-    assert!(events.windows(2).all(|two| number(&two[0]) < number(&two[1])), "{events:#?}");
+    assert!(
+        events
+            .windows(2)
+            .all(|two| number(&two[0]) < number(&two[1])),
+        "{events:#?}"
+    );
 }
 
 /// All text of a message.
 fn whole(message: &Value) -> String {
-    let parts = message["content"].as_array().unwrap_or_else(|| panic!("no message: {message:#}")).iter();
+    let parts = message["content"]
+        .as_array()
+        .unwrap_or_else(|| panic!("no message: {message:#}"))
+        .iter();
     parts.map(|part| part["text"].as_str().unwrap()).collect()
 }
 
 /// The message that a stream ended with.
 fn completed(events: &[Event]) -> String {
-    let message = events.iter().find(|event| event.name == "message.completed");
-    whole(&message.unwrap_or_else(|| panic!("no message: {events:#?}")).data["message"])
+    let message = events
+        .iter()
+        .find(|event| event.name == "message.completed");
+    whole(
+        &message
+            .unwrap_or_else(|| panic!("no message: {events:#?}"))
+            .data["message"],
+    )
 }
 
 async fn cancel(gateway: &Gateway, run: &str) -> Answer {
-    gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel"))).await
+    gateway
+        .send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel")))
+        .await
 }
 
 /// Posts a message and reads the first event of its stream.
 async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader, Event) {
     let body = json!({"content": content, "multitask_strategy": strategy, "stream": true});
-    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).json(&body);
+    let request = gateway
+        .request(Method::POST, &format!("{SCOPE}/messages"))
+        .json(&body);
     let mut stream = EventReader::new(request.send().await.unwrap());
     let first = stream.next().await.unwrap();
     (stream, first)
@@ -115,16 +137,24 @@ async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader
 
 /// Asks for something that the model answers with a function call.
 async fn ask(gateway: &Gateway, scope: &str) -> Value {
-    let asked = gateway.say(scope, "weather? [[sim: tool=get_weather]]").await;
+    let asked = gateway
+        .say(scope, "weather? [[sim: tool=get_weather]]")
+        .await;
     assert_eq!(asked["run"]["status"], "requires_action", "{asked:#}");
     asked
 }
 
 /// The outputs of these calls, as a request's path and body.
 fn outputs(scope: &str, asked: &Value) -> (String, Value) {
-    let path = format!("{scope}/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap());
+    let path = format!(
+        "{scope}/runs/{}/tool_outputs",
+        asked["run"]["id"].as_str().unwrap()
+    );
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
-    (path, json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]}))
+    (
+        path,
+        json!({"tool_outputs": [{"tool_call_id": call, "output": "4 °C"}]}),
+    )
 }
 
 /// Asks the database until it counts as many.
@@ -143,6 +173,11 @@ async fn counted(scene: &Scene, sql: &str, wanted: i64) {
 /// What the users of a conversation said, in the order of the transcript, without directives.
 async fn heard(gateway: &Gateway, scope: &str) -> Vec<String> {
     let all = crate::support::history::messages(gateway, scope).await;
-    let users = all.iter().filter(|message| message["role"] == "user").map(whole);
-    users.map(|text| text.split(" [[").next().unwrap().to_owned()).collect()
+    let users = all
+        .iter()
+        .filter(|message| message["role"] == "user")
+        .map(whole);
+    users
+        .map(|text| text.split(" [[").next().unwrap().to_owned())
+        .collect()
 }

@@ -16,16 +16,25 @@ fn as_the_app(url: &str) -> String {
 }
 
 fn run(command: &[&str], url: &str) -> (bool, String) {
-    let output = Gateway::command(command).env("DATABASE_URL", url).output().unwrap();
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let output = Gateway::command(command)
+        .env("DATABASE_URL", url)
+        .output()
+        .unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     (output.status.success(), text)
 }
 
 /// What a server's error must not look like.
 #[track_caller]
 fn assert_plain(text: &str) {
-    assert!(!text.contains(" at line "), "the server's own source: {text}");
+    assert!(
+        !text.contains(" at line "),
+        "the server's own source: {text}"
+    );
     assert_eq!(text.matches("permission denied").count(), 1, "{text}");
 }
 
@@ -48,8 +57,14 @@ async fn gateway_runs_under_unprivileged_database_role() {
     of(&fresh, "REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
     for command in [&["migrate"][..], &["keys", "list"]] {
         let (ok, text) = run(command, &as_the_app(&fresh));
-        assert!(!ok && text.contains("run `threadkeeper migrate` with the role that owns"), "{text}");
-        assert!(text.contains("GRANT CREATE ON SCHEMA public TO app"), "{text}");
+        assert!(
+            !ok && text.contains("run `threadkeeper migrate` with the role that owns"),
+            "{text}"
+        );
+        assert!(
+            text.contains("GRANT CREATE ON SCHEMA public TO app"),
+            "{text}"
+        );
         assert_plain(&text);
     }
     of(&fresh, "GRANT CREATE ON SCHEMA public TO app").await;
@@ -68,8 +83,17 @@ async fn gateway_runs_under_unprivileged_database_role() {
     assert_plain(&text);
 
     // It may read and write: it does everything.
-    of(&url, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO app").await;
-    for command in [&["migrate"][..], &["keys", "create"], &["keys", "list"], &["export"]] {
+    of(
+        &url,
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO app",
+    )
+    .await;
+    for command in [
+        &["migrate"][..],
+        &["keys", "create"],
+        &["keys", "list"],
+        &["export"],
+    ] {
         let (ok, text) = run(command, &as_the_app(&url));
         assert!(ok, "{command:?}: {text}");
     }
@@ -86,12 +110,22 @@ async fn gateway_runs_under_unprivileged_database_role() {
     drop(gateway);
 
     // The next version brings more, which only the owner can.
-    of(&url, "DELETE FROM _sqlx_migrations WHERE version = (SELECT max(version) FROM _sqlx_migrations)")
-        .await;
+    of(
+        &url,
+        "DELETE FROM _sqlx_migrations WHERE version = (SELECT max(version) FROM _sqlx_migrations)",
+    )
+    .await;
     let (ok, text) = run(&["keys", "list"], &as_the_app(&url));
-    assert!(!ok && text.contains("run `threadkeeper migrate` with the role that owns the tables"), "{text}");
+    assert!(
+        !ok && text.contains("run `threadkeeper migrate` with the role that owns the tables"),
+        "{text}"
+    );
     // A newer program has been here.
-    of(&url, "INSERT INTO _sqlx_migrations VALUES (9999, 'later', now(), true, '', 1)").await;
+    of(
+        &url,
+        "INSERT INTO _sqlx_migrations VALUES (9999, 'later', now(), true, '', 1)",
+    )
+    .await;
     let (ok, text) = run(&["migrate"], &as_the_app(&url));
     assert!(!ok && text.contains("newer than this program"), "{text}");
 }

@@ -15,7 +15,13 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 /// The tables that grow.
 const TABLES: [&str; 8] = [
-    "threads", "messages", "runs", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
+    "threads",
+    "messages",
+    "runs",
+    "run_events",
+    "idempotency_keys",
+    "upstream_orphans",
+    "deletions",
     "deleted_threads",
 ];
 /// Only what is asked for is cleaned up, as fast as it can be; nothing is pruned by the way.
@@ -49,7 +55,11 @@ async fn grows(backend: Backend) {
     let scene = Scene::new(Protocol::Responses, backend).await;
     let began = Instant::now();
     load(&scene, threads).await;
-    println!("{backend:?}: {threads} threads, {} messages loaded in {:.1?}", threads * 10, began.elapsed());
+    println!(
+        "{backend:?}: {threads} threads, {} messages loaded in {:.1?}",
+        threads * 10,
+        began.elapsed()
+    );
     tell_plans(&scene).await;
     let scanned = scans(&scene).await;
     prune(&scene).await;
@@ -64,24 +74,40 @@ async fn grows(backend: Backend) {
     clean_up(&gateway).await;
     gateway.terminate();
     assert!(gateway.exit().await.success());
-    for line in gateway.logs().iter().filter(|line| line.contains("Query Text")) {
+    for line in gateway
+        .logs()
+        .iter()
+        .filter(|line| line.contains("Query Text"))
+    {
         println!("slow: {}", line.replace("\\n", "\n"));
     }
 
     println!("all in all {:.1?}", began.elapsed());
-    assert_eq!(scans(&scene).await, scanned, "tables that were read from end to end, and how often");
+    assert_eq!(
+        scans(&scene).await,
+        scanned,
+        "tables that were read from end to end, and how often"
+    );
 }
 
 /// Tells how many rows a second each tenth of the samples came to: rows and time.
 fn tell(what: &str, samples: &[(usize, Duration)]) {
-    let tenths = samples.chunks(samples.len().div_ceil(10).max(1)).map(|part| {
-        let rows: usize = part.iter().map(|(rows, _)| rows).sum();
-        let time: Duration = part.iter().map(|(_, time)| time).sum();
-        format!("{:.0}", f64::from(u32::try_from(rows).unwrap()) / time.as_secs_f64())
-    });
+    let tenths = samples
+        .chunks(samples.len().div_ceil(10).max(1))
+        .map(|part| {
+            let rows: usize = part.iter().map(|(rows, _)| rows).sum();
+            let time: Duration = part.iter().map(|(_, time)| time).sum();
+            format!(
+                "{:.0}",
+                f64::from(u32::try_from(rows).unwrap()) / time.as_secs_f64()
+            )
+        });
     let rows: usize = samples.iter().map(|(rows, _)| rows).sum();
     let time: Duration = samples.iter().map(|(_, time)| time).sum();
-    println!("{what}: {rows} rows in {time:.1?}; a second: {}", tenths.collect::<Vec<_>>().join(" "));
+    println!(
+        "{what}: {rows} rows in {time:.1?}; a second: {}",
+        tenths.collect::<Vec<_>>().join(" ")
+    );
 }
 
 /// Sequential scans of each table so far. SQLite does not count them.
@@ -104,8 +130,9 @@ async fn tell_plans(scene: &Scene) {
             "auto_explain.log_min_duration = 20",
             "auto_explain.log_level = notice",
         ];
-        let set =
-            set.map(|set| format!("EXECUTE format('ALTER DATABASE %I SET {set}', current_database());"));
+        let set = set.map(|set| {
+            format!("EXECUTE format('ALTER DATABASE %I SET {set}', current_database());")
+        });
         let set = format!("LOAD 'auto_explain'; DO $$ BEGIN {} END $$", set.concat());
         drop(scene.database.try_execute(&set).await);
     }
@@ -119,13 +146,40 @@ fn user(k: i64) -> String {
 /// What is past its time, kind by kind, a thousand rows at a time.
 async fn prune(scene: &Scene) {
     let (old, storing) = (Some(20 * DAY), vec!["simulated".to_owned()]);
-    let none = Pruning { storing, ..Pruning::default() };
+    let none = Pruning {
+        storing,
+        ..Pruning::default()
+    };
     let store = scene.database.store().await;
     for (what, pruning) in [
-        ("events", Pruning { events: old, ..none.clone() }),
-        ("keys", Pruning { idempotency_keys: old, ..none.clone() }),
-        ("runs", Pruning { runs: old, ..none.clone() }),
-        ("receipts", Pruning { receipts: old, ..none.clone() }),
+        (
+            "events",
+            Pruning {
+                events: old,
+                ..none.clone()
+            },
+        ),
+        (
+            "keys",
+            Pruning {
+                idempotency_keys: old,
+                ..none.clone()
+            },
+        ),
+        (
+            "runs",
+            Pruning {
+                runs: old,
+                ..none.clone()
+            },
+        ),
+        (
+            "receipts",
+            Pruning {
+                receipts: old,
+                ..none.clone()
+            },
+        ),
     ] {
         let mut samples = Vec::new();
         loop {
@@ -164,12 +218,16 @@ async fn lists(gateway: &Gateway) {
         ("created_before=2020-01-01T00:00:00Z", 10),
         ("inactive_since=2020-01-01T00:00:00Z", 10),
         ("inactive_since=2100-01-01T00:00:00Z", 20),
-        ("lifecycle=archived&state=idle&order=asc&created_before=2100-01-01T00:00:00Z", 20),
+        (
+            "lifecycle=archived&state=idle&order=asc&created_before=2100-01-01T00:00:00Z",
+            20,
+        ),
     ] {
         let mut samples = Vec::new();
         let mut after = String::new();
         for _ in 0..most {
-            let (page, time) = get(gateway, &format!("/v1/threads?limit=100&{filter}{after}")).await;
+            let (page, time) =
+                get(gateway, &format!("/v1/threads?limit=100&{filter}{after}")).await;
             samples.push((page["data"].as_array().unwrap().len(), time));
             if page["has_more"] == false {
                 break;
@@ -212,7 +270,11 @@ async fn first_look(scene: &Scene) {
         Backend::Postgres => ("now()", "interval '1 millisecond'"),
         Backend::Sqlite => ("CAST(unixepoch('subsec') * 1000 AS INTEGER)", "1"),
     };
-    let plan = if scene.backend == Backend::Postgres { "SET enable_seqscan = off;" } else { "" };
+    let plan = if scene.backend == Backend::Postgres {
+        "SET enable_seqscan = off;"
+    } else {
+        ""
+    };
     let (back, late) = ((101 * DAY).as_millis(), (90 * DAY).as_millis());
     let flip = format!(
         "{plan} UPDATE threads SET max_age_ms = NULL, due_at = due_at - {back} * {ms} WHERE due_at > {now} + {late} * {ms}"
@@ -231,13 +293,19 @@ async fn clean_up(gateway: &Gateway) {
     for _ in 0..20 {
         let (tally, time) = post(gateway, "limit=100").await;
         assert_eq!(tally["failed"], 0, "{tally:#}");
-        let done =
-            ["expired", "upstream_cleared", "discarded", "deleted"].map(|what| tally[what].as_u64().unwrap());
+        let done = ["expired", "upstream_cleared", "discarded", "deleted"]
+            .map(|what| tally[what].as_u64().unwrap());
         samples.push((usize::try_from(done.iter().sum::<u64>()).unwrap(), time));
         all = [0, 1, 2, 3].map(|n| all[n] + done[n]);
     }
-    tell(&format!("cleaned up, {all:?} expired, cleared, discarded, deleted"), &samples);
-    assert!(all.iter().all(|done| *done > 0), "some kind of work was never done");
+    tell(
+        &format!("cleaned up, {all:?} expired, cleared, discarded, deleted"),
+        &samples,
+    );
+    assert!(
+        all.iter().all(|done| *done > 0),
+        "some kind of work was never done"
+    );
 }
 
 async fn post(gateway: &Gateway, query: &str) -> (Value, Duration) {
@@ -259,8 +327,20 @@ async fn load(scene: &Scene, threads: i64) {
             format!("unhex(printf('%012x70008%015x', {ms}, {n}))")
         }
     };
-    let at = |ms: &str| if pg { format!("to_timestamp(({ms}) / 1000.0)") } else { ms.to_owned() };
-    let json = |text: &str| if pg { format!("CAST('{text}' AS jsonb)") } else { format!("'{text}'") };
+    let at = |ms: &str| {
+        if pg {
+            format!("to_timestamp(({ms}) / 1000.0)")
+        } else {
+            ms.to_owned()
+        }
+    };
+    let json = |text: &str| {
+        if pg {
+            format!("CAST('{text}' AS jsonb)")
+        } else {
+            format!("'{text}'")
+        }
+    };
     let [scope_kind, lifecycle, deletion, role] = enumerations(pg);
     let (prepare, now, series, hash) = beginnings(pg, threads);
     let said = json(

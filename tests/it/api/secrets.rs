@@ -21,19 +21,33 @@ use crate::support::scene::{Backend, Protocol, Scene};
 use crate::support::secret_scan::planted;
 use echo_upstream::EchoUpstream;
 use fixture::World;
-use scenarios::{bad_upstreams, broken_lines, callers, conversations, deletions, mistakes, rough_requests};
+use scenarios::{
+    bad_upstreams, broken_lines, callers, conversations, deletions, mistakes, rough_requests,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assistants_gateway_on_sqlite_writes_no_secrets() {
     let database = TestDatabase::sqlite().await;
-    let scene = Scene::on(database, Protocol::Assistants, Backend::Sqlite, SimulatorConfig::default()).await;
+    let scene = Scene::on(
+        database,
+        Protocol::Assistants,
+        Backend::Sqlite,
+        SimulatorConfig::default(),
+    )
+    .await;
     nothing_is_written(scene, "json", None).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn responses_gateway_on_sqlite_writes_no_secrets() {
     let database = TestDatabase::sqlite().await;
-    let scene = Scene::on(database, Protocol::Responses, Backend::Sqlite, SimulatorConfig::default()).await;
+    let scene = Scene::on(
+        database,
+        Protocol::Responses,
+        Backend::Sqlite,
+        SimulatorConfig::default(),
+    )
+    .await;
     nothing_is_written(scene, "pretty", None).await;
 }
 
@@ -41,8 +55,13 @@ async fn responses_gateway_on_sqlite_writes_no_secrets() {
 async fn assistants_gateway_on_postgres_writes_no_secrets() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
-    let scene =
-        Scene::on(database, Protocol::Assistants, Backend::Postgres, SimulatorConfig::default()).await;
+    let scene = Scene::on(
+        database,
+        Protocol::Assistants,
+        Backend::Postgres,
+        SimulatorConfig::default(),
+    )
+    .await;
     nothing_is_written(scene, "pretty", Some(cluster)).await;
 }
 
@@ -50,7 +69,13 @@ async fn assistants_gateway_on_postgres_writes_no_secrets() {
 async fn responses_gateway_on_postgres_writes_no_secrets() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
-    let scene = Scene::on(database, Protocol::Responses, Backend::Postgres, SimulatorConfig::default()).await;
+    let scene = Scene::on(
+        database,
+        Protocol::Responses,
+        Backend::Postgres,
+        SimulatorConfig::default(),
+    )
+    .await;
     nothing_is_written(scene, "json", Some(cluster)).await;
 }
 
@@ -69,13 +94,26 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
     if let Some(cluster) = &mut cluster {
         cluster.stop(Stop::Immediate);
         for key in [&backend, &good, &secret("a key that opens nothing")] {
-            world.say(&gateway, key, "alice", &word("what is said in an outage")).await;
+            world
+                .say(&gateway, key, "alice", &word("what is said in an outage"))
+                .await;
         }
         cluster.start_again();
-        gateway.until("/readyz", |answer| answer.status == StatusCode::OK).await;
+        gateway
+            .until("/readyz", |answer| answer.status == StatusCode::OK)
+            .await;
         let url = Some(world.env["DATABASE_URL"].clone().into());
-        let store = Store::open(&StoreConfig { url, ..StoreConfig::default() }).await.unwrap();
-        assert_eq!(world.secrets.find(format!("{store:?}").as_bytes()), None, "its text tells a secret");
+        let store = Store::open(&StoreConfig {
+            url,
+            ..StoreConfig::default()
+        })
+        .await
+        .unwrap();
+        assert_eq!(
+            world.secrets.find(format!("{store:?}").as_bytes()),
+            None,
+            "its text tells a secret"
+        );
         store.close().await;
     }
     deletions(&world, &gateway, &backend).await;
@@ -85,17 +123,32 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
     let last = gateway.request(Method::POST, &path).bearer_auth(&backend);
     let mut last_words = JoinSet::new();
     last_words.spawn(last.json(&json!({"content": silent})).send());
-    scene.simulator.wait_for(|stats| stats.active_runs > 0).await;
+    scene
+        .simulator
+        .wait_for(|stats| stats.active_runs > 0)
+        .await;
     gateway.terminate();
     gateway.exit().await;
     world.logged(&gateway);
 
     let told = world.run(&["keys", "list"]);
-    assert!(told.contains(&good[..15]) && told.contains("revoked"), "{told}");
+    assert!(
+        told.contains(&good[..15]) && told.contains("revoked"),
+        "{told}"
+    );
     let file = world.folder.path().join("export.ndjson");
-    world.run(&["export", "--out", file.to_str().unwrap(), "--tenant", &word("a tenant")]);
+    world.run(&[
+        "export",
+        "--out",
+        file.to_str().unwrap(),
+        "--tenant",
+        &word("a tenant"),
+    ]);
     let export = std::fs::read_to_string(&file).unwrap();
-    assert!(export.contains(&word("what is said")), "the export holds what was said: {export}");
+    assert!(
+        export.contains(&word("what is said")),
+        "the export holds what was said: {export}"
+    );
     world.run(&["import", file.to_str().unwrap()]);
     std::fs::write(&file, broken_lines()).unwrap();
     world.run(&["import", file.to_str().unwrap()]);
@@ -106,13 +159,20 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
         assert_eq!(world.secrets.find(&value), None, "a secret is in {place}");
     }
     let stored = scene.database.texts("SELECT user_key FROM threads").await;
-    assert!(stored.contains(&word("a user")), "it looked at another database: {stored:?}");
+    assert!(
+        stored.contains(&word("a user")),
+        "it looked at another database: {stored:?}"
+    );
 }
 
 /// A secret, always the same for what it is for.
 fn secret(name: &str) -> String {
     // Some characters that are written differently here and there.
-    format!("{}\"\\/+%&{}", planted(name), planted(&format!("the rest of {name}")))
+    format!(
+        "{}\"\\/+%&{}",
+        planted(name),
+        planted(&format!("the rest of {name}"))
+    )
 }
 
 /// A secret that may stand in an error's code.

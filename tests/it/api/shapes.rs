@@ -94,7 +94,9 @@ async fn accepted_message_answer_holds_no_reply() {
     let (scene, gateway) = gateway().await;
     scene.simulator.hold();
     let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
-    let request = request.header("prefer", "respond-async").json(&json!({"content": "Hello"}));
+    let request = request
+        .header("prefer", "respond-async")
+        .json(&json!({"content": "Hello"}));
     let answer = gateway.send(request).await;
     assert_eq!(answer.status, 202);
     assert_shape!(answer.body, @r#"
@@ -145,7 +147,9 @@ async fn accepted_message_answer_holds_no_reply() {
 #[tokio::test(flavor = "multi_thread")]
 async fn run_with_function_call_tells_required_action() {
     let (_scene, gateway) = gateway().await;
-    let answer = gateway.say(SCOPE, "Weather? [[sim: tool=get_weather]]").await;
+    let answer = gateway
+        .say(SCOPE, "Weather? [[sim: tool=get_weather]]")
+        .await;
     assert_shape!(answer["run"].clone(), @r#"
     {
       "assistant": "default",
@@ -181,7 +185,12 @@ async fn run_with_function_call_tells_required_action() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_run_tells_code_and_message() {
     let (_scene, gateway) = gateway().await;
-    let answer = gateway.post(&format!("{SCOPE}/messages"), &json!({"content": "Hello [[sim: fail]]"})).await;
+    let answer = gateway
+        .post(
+            &format!("{SCOPE}/messages"),
+            &json!({"content": "Hello [[sim: fail]]"}),
+        )
+        .await;
     assert_eq!(answer.status, 502);
     assert_shape!(answer.body, @r#"
     {
@@ -201,11 +210,17 @@ async fn failed_run_tells_code_and_message() {
 async fn stream_tells_each_event_with_its_data() {
     let (_scene, gateway) = gateway().await;
     let events = gateway.stream(SCOPE, "Hello").await.rest().await;
-    let deltas = events.iter().filter(|event| event.name == "message.delta").count();
+    let deltas = events
+        .iter()
+        .filter(|event| event.name == "message.delta")
+        .count();
     assert!(deltas > 1, "{events:#?}");
     let mut seen = Vec::new();
     for event in events {
-        if seen.last().is_none_or(|last: &Value| last["event"] != event.name.as_str()) {
+        if seen
+            .last()
+            .is_none_or(|last: &Value| last["event"] != event.name.as_str())
+        {
             seen.push(json!({"event": event.name, "data": event.data}));
         }
     }
@@ -444,9 +459,16 @@ async fn cleanup_answers_with_its_counts() {
 async fn export_begins_with_thread_and_its_messages() {
     let (_scene, gateway) = gateway().await;
     gateway.say(SCOPE, "Hello").await;
-    let export = gateway.request(Method::GET, "/v1/users/alice/export").send().await.unwrap();
+    let export = gateway
+        .request(Method::GET, "/v1/users/alice/export")
+        .send()
+        .await
+        .unwrap();
     let lines = export.text().await.unwrap();
-    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     assert_shape!(json!(lines), @r#"
     [
       {
@@ -534,7 +556,10 @@ async fn export_begins_with_thread_and_its_messages() {
 #[tokio::test(flavor = "multi_thread")]
 async fn problem_tells_how_to_mend_request() {
     let (_scene, gateway) = gateway().await;
-    let problem = gateway.post(&format!("{SCOPE}/messages"), &json!({"content": 7})).await.body;
+    let problem = gateway
+        .post(&format!("{SCOPE}/messages"), &json!({"content": 7}))
+        .await
+        .body;
     assert_shape!(problem, @r#"
     {
       "detail": "`content`: must be a string or a list of content parts, not a number",
@@ -551,7 +576,9 @@ fn redact(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             for (name, field) in fields {
-                if field.is_string() && (name == "id" || name.ends_with("_id") || name.ends_with("_at")) {
+                if field.is_string()
+                    && (name == "id" || name.ends_with("_id") || name.ends_with("_at"))
+                {
                     *field = json!(format!("[{name}]"));
                 } else {
                     redact(field);

@@ -12,17 +12,28 @@ on_each_protocol!(
 
 async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
     let mut gateway = scene.gateway().await;
-    assert_eq!(gateway.get("/readyz").await.ok(), json!({"status": "ready"}));
+    assert_eq!(
+        gateway.get("/readyz").await.ok(),
+        json!({"status": "ready"})
+    );
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
     running.next().await.unwrap();
     let mut waiting = gateway.stream("/v1/users/alice", "me too").await;
     waiting.next().await.unwrap();
     gateway.terminate();
-    let not_ready = gateway.until("/readyz", |answer| answer.status == 503).await;
+    let not_ready = gateway
+        .until("/readyz", |answer| answer.status == 503)
+        .await;
     assert_eq!(not_ready.problem(), (503, "draining"));
-    assert_eq!(gateway.get("/healthz").await.ok(), json!({"status": "ok"}), "it still lives");
-    let refused = gateway.post("/v1/users/bob/messages", &json!({"content": "hi"})).await;
+    assert_eq!(
+        gateway.get("/healthz").await.ok(),
+        json!({"status": "ok"}),
+        "it still lives"
+    );
+    let refused = gateway
+        .post("/v1/users/bob/messages", &json!({"content": "hi"}))
+        .await;
     assert_eq!(refused.problem(), (503, "draining"));
     assert!(refused.headers.contains_key("retry-after"));
     gateway.get("/v1/users/alice/thread").await.ok();
@@ -33,17 +44,25 @@ async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
         assert!(text_of(&events).contains(said));
     }
     assert!(gateway.exit().await.success());
-    assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 0, "its session is given up");
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM replicas").await,
+        0,
+        "its session is given up"
+    );
 }
 
 async fn runs_past_grace_time_are_left_to_successor(scene: Scene) {
-    let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"100ms\"\n").await;
+    let mut gateway = scene
+        .gateway_with("[server]\nshutdown_grace = \"100ms\"\n")
+        .await;
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
     running.next().await.unwrap();
     let mut streams = vec![running];
     for n in 0..20 {
-        let mut waiting = gateway.stream("/v1/users/alice", &format!("me too {n}")).await;
+        let mut waiting = gateway
+            .stream("/v1/users/alice", &format!("me too {n}"))
+            .await;
         waiting.next().await.unwrap();
         streams.push(waiting);
     }
@@ -55,33 +74,66 @@ async fn runs_past_grace_time_are_left_to_successor(scene: Scene) {
     scene.simulator.release();
     let again = scene.gateway_upstream("lock_window = \"500ms\"\n").await;
     again.say("/v1/users/alice", "and now?").await;
-    let said = again.get("/v1/users/alice/messages?order=asc&limit=100").await.ok();
-    let said = said["data"].as_array().unwrap().iter().filter(|m| m["role"] == "user").map(text);
+    let said = again
+        .get("/v1/users/alice/messages?order=asc&limit=100")
+        .await
+        .ok();
+    let said = said["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|m| m["role"] == "user")
+        .map(text);
     let wanted: Vec<_> = ["last words".to_owned()]
         .into_iter()
         .chain((0..20).map(|n| format!("me too {n}")))
         .chain(["and now?".to_owned()])
         .collect();
-    assert_eq!(said.collect::<Vec<_>>(), wanted, "all that was said is in the transcript, in order");
-    let runs = again.get("/v1/users/alice/runs?order=asc&limit=100").await.ok();
+    assert_eq!(
+        said.collect::<Vec<_>>(),
+        wanted,
+        "all that was said is in the transcript, in order"
+    );
+    let runs = again
+        .get("/v1/users/alice/runs?order=asc&limit=100")
+        .await
+        .ok();
     let runs = runs["data"].as_array().unwrap();
-    assert!(runs[1..].iter().all(|run| run["status"] == "completed"), "what waited has run: {runs:#?}");
+    assert!(
+        runs[1..].iter().all(|run| run["status"] == "completed"),
+        "what waited has run: {runs:#?}"
+    );
     // What was at work has ended as the upstream says, if that goes on without its client.
     let completed = runs[0]["status"] == "completed";
-    assert!(completed || runs[0]["error"]["code"] == "replica_lost", "{:#}", runs[0]);
-    assert!(completed || scene.protocol != Protocol::Assistants, "{:#}", runs[0]);
+    assert!(
+        completed || runs[0]["error"]["code"] == "replica_lost",
+        "{:#}",
+        runs[0]
+    );
+    assert!(
+        completed || scene.protocol != Protocol::Assistants,
+        "{:#}",
+        runs[0]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn second_signal_ends_grace_time() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let mut gateway = scene.gateway_with("[server]\nshutdown_grace = \"10m\"\n").await;
+    let mut gateway = scene
+        .gateway_with("[server]\nshutdown_grace = \"10m\"\n")
+        .await;
     scene.simulator.hold();
     let mut running = gateway.stream("/v1/users/alice", "last words").await;
     running.next().await.unwrap();
     gateway.terminate();
-    gateway.until("/readyz", |answer| answer.status == 503).await;
+    gateway
+        .until("/readyz", |answer| answer.status == 503)
+        .await;
     gateway.terminate();
-    assert_eq!(running.rest().await.last().unwrap().name, "stream.reconnect");
+    assert_eq!(
+        running.rest().await.last().unwrap().name,
+        "stream.reconnect"
+    );
     assert!(gateway.exit().await.success());
 }

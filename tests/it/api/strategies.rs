@@ -28,7 +28,9 @@ async fn post(gateway: &Gateway, strategy: &str, content: &str) -> Answer {
 /// Posts a message as a stream and reads its first event.
 async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader, Event) {
     let body = json!({"content": content, "multitask_strategy": strategy, "stream": true});
-    let request = gateway.request(reqwest::Method::POST, &format!("{SCOPE}/messages")).json(&body);
+    let request = gateway
+        .request(reqwest::Method::POST, &format!("{SCOPE}/messages"))
+        .json(&body);
     let mut stream = EventReader::new(request.send().await.unwrap());
     let first = stream.next().await.unwrap();
     (stream, first)
@@ -49,8 +51,16 @@ fn last(events: &[Event]) -> (&str, &Value) {
 async fn said(gateway: &Gateway) -> Vec<(String, String, Value)> {
     let line = |message: &Value| {
         let word = |name: &str| message[name].as_str().unwrap().to_owned();
-        assert_eq!(message["status"] == "completed", message["incomplete_reason"].is_null(), "{message:#}");
-        (word("role"), text(message).to_owned(), message["incomplete_reason"].clone())
+        assert_eq!(
+            message["status"] == "completed",
+            message["incomplete_reason"].is_null(),
+            "{message:#}"
+        );
+        (
+            word("role"),
+            text(message).to_owned(),
+            message["incomplete_reason"].clone(),
+        )
     };
     messages(gateway, SCOPE).await.iter().map(line).collect()
 }
@@ -61,42 +71,69 @@ async fn interrupt_cancels_active_run_and_goes_next(scene: Scene) {
     let (mut active, _) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
     deltas(&mut active, 3).await;
     let (waiting, first) = begin(&gateway, "enqueue", "and I wait").await;
-    assert_eq!((first.name.as_str(), &first.data["position"]), ("run.queued", &json!(1)));
+    assert_eq!(
+        (first.name.as_str(), &first.data["position"]),
+        ("run.queued", &json!(1))
+    );
     let (urgent, first) = begin(&gateway, "interrupt", "stop that").await;
-    assert_eq!((first.name.as_str(), &first.data["position"]), ("run.queued", &json!(1)), "it goes next");
+    assert_eq!(
+        (first.name.as_str(), &first.data["position"]),
+        ("run.queued", &json!(1)),
+        "it goes next"
+    );
 
     let active = active.rest().await;
     assert_eq!(last(&active).0, "run.cancelled");
     assert_eq!(last(&active).1["error"], Value::Null);
     let partial = text(&active[active.len() - 2].data["message"]).to_owned();
     let (urgent, waiting) = (urgent.rest().await, waiting.rest().await);
-    assert_eq!((last(&urgent).0, last(&waiting).0), ("run.completed", "run.completed"));
+    assert_eq!(
+        (last(&urgent).0, last(&waiting).0),
+        ("run.completed", "run.completed")
+    );
 
     let said = said(&gateway).await;
     let cancelled = json!("cancelled");
     let wanted = [
-        ("user", "a long story [[sim: silent_after=3]]".to_owned(), &cancelled),
+        (
+            "user",
+            "a long story [[sim: silent_after=3]]".to_owned(),
+            &cancelled,
+        ),
         ("assistant", partial, &cancelled),
         ("user", "stop that".to_owned(), &Value::Null),
         ("assistant", text_of(&urgent), &Value::Null),
         ("user", "and I wait".to_owned(), &Value::Null),
         ("assistant", text_of(&waiting), &Value::Null),
     ];
-    let shown: Vec<_> =
-        said[2..].iter().map(|(role, text, why)| (role.as_str(), text.clone(), why)).collect();
-    assert_eq!(shown, wanted, "nothing is lost, and what was cut short says so");
-    assert!(text_of(&urgent).contains("turn 3 of"), "the model knows what was interrupted: {urgent:#?}");
+    let shown: Vec<_> = said[2..]
+        .iter()
+        .map(|(role, text, why)| (role.as_str(), text.clone(), why))
+        .collect();
+    assert_eq!(
+        shown, wanted,
+        "nothing is lost, and what was cut short says so"
+    );
+    assert!(
+        text_of(&urgent).contains("turn 3 of"),
+        "the model knows what was interrupted: {urgent:#?}"
+    );
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
 async fn interrupt_ends_wait_for_tool_outputs(scene: Scene) {
     let gateway = scene.gateway().await;
-    let asks = gateway.say(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let asks = gateway
+        .say(SCOPE, "weather? [[sim: tool=get_weather]]")
+        .await;
     assert_eq!(asks["run"]["status"], "requires_action");
     let answer = post(&gateway, "interrupt", "never mind").await.ok();
     assert_eq!(answer["run"]["status"], "completed");
     let run = asks["run"]["id"].as_str().unwrap();
-    assert_eq!(gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok()["run"]["status"], "cancelled");
+    assert_eq!(
+        gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok()["run"]["status"],
+        "cancelled"
+    );
     assert!(text(&answer["message"]).contains("never mind"));
     assert_same(&scene, &gateway, SCOPE).await;
 }
@@ -104,11 +141,15 @@ async fn interrupt_ends_wait_for_tool_outputs(scene: Scene) {
 async fn rollback_removes_messages_locally_and_upstream(scene: Scene) {
     let gateway = scene.gateway().await;
     let hello = gateway.say(SCOPE, "hello").await;
-    let (mut active, started) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
+    let (mut active, started) =
+        begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
     deltas(&mut active, 3).await;
     let (waiting, _) = begin(&gateway, "enqueue", "and I wait").await;
     let (instead, first) = begin(&gateway, "rollback", "a short one").await;
-    assert_eq!((first.name.as_str(), &first.data["position"]), ("run.queued", &json!(1)));
+    assert_eq!(
+        (first.name.as_str(), &first.data["position"]),
+        ("run.queued", &json!(1))
+    );
     let active = active.rest().await;
     assert_eq!(last(&active).0, "run.cancelled");
     assert_eq!(last(&active).1["rolled_back"], true);
@@ -123,14 +164,23 @@ async fn rollback_removes_messages_locally_and_upstream(scene: Scene) {
         ("assistant".to_owned(), text_of(&waiting)),
     ];
     assert_eq!(transcript(&gateway, SCOPE).await, wanted);
-    assert!(text_of(&instead).contains("turn 2 of"), "the model never heard of it: {instead:#?}");
+    assert!(
+        text_of(&instead).contains("turn 2 of"),
+        "the model never heard of it: {instead:#?}"
+    );
     assert_same(&scene, &gateway, SCOPE).await;
     // The run itself stays on record, without its messages.
     let run = started.data["run_id"].as_str().unwrap();
     let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
-    assert_eq!((&read["run"]["status"], &read["run"]["rolled_back"]), (&json!("cancelled"), &json!(true)));
+    assert_eq!(
+        (&read["run"]["status"], &read["run"]["rolled_back"]),
+        (&json!("cancelled"), &json!(true))
+    );
     assert_eq!(read["message"], Value::Null);
-    assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 6);
+    assert_eq!(
+        gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"],
+        6
+    );
 }
 
 async fn rollback_rebuilds_thread_when_messages_are_undeletable(scene: Scene) {
@@ -155,8 +205,17 @@ async fn rollback_rebuilds_thread_when_messages_are_undeletable(scene: Scene) {
 async fn rollback_removes_reasoning_items(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
-    let reasoning = if scene.protocol == Protocol::Assistants { "" } else { "reasoning " };
-    let asks = gateway.say(SCOPE, &format!("weather? [[sim: {reasoning}tool=get_weather]]")).await;
+    let reasoning = if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "reasoning "
+    };
+    let asks = gateway
+        .say(
+            SCOPE,
+            &format!("weather? [[sim: {reasoning}tool=get_weather]]"),
+        )
+        .await;
     assert_eq!(asks["run"]["status"], "requires_action");
     let answer = post(&gateway, "rollback", "hello again").await.ok();
     assert!(text(&answer["message"]).contains("turn 2 of"), "{answer:#}");
@@ -174,9 +233,15 @@ async fn merge_joins_last_queued_run(scene: Scene) {
     scene.simulator.hold();
     let (active, _) = begin(&gateway, "enqueue", "first").await;
     let (waiting, queued) = begin(&gateway, "merge", "second").await;
-    assert_eq!(queued.name, "run.queued", "with none waiting it waits itself");
+    assert_eq!(
+        queued.name, "run.queued",
+        "with none waiting it waits itself"
+    );
     let (third, first) = begin(&gateway, "merge", "third").await;
-    assert_eq!(first.data["run_id"], queued.data["run_id"], "both callers get the run");
+    assert_eq!(
+        first.data["run_id"], queued.data["run_id"],
+        "both callers get the run"
+    );
     let body = json!({"content": "fourth", "multitask_strategy": "merge"});
     let path = format!("{SCOPE}/messages");
     let fourth = gateway.post(&path, &body);
@@ -190,12 +255,23 @@ async fn merge_joins_last_queued_run(scene: Scene) {
         scene.simulator.release();
     });
     let fourth = fourth.ok();
-    let (active, waiting, third) = (active.rest().await, waiting.rest().await, third.rest().await);
+    let (active, waiting, third) = (
+        active.rest().await,
+        waiting.rest().await,
+        third.rest().await,
+    );
     assert_eq!(last(&active).0, "run.completed");
     assert_eq!(last(&waiting), last(&third));
     assert_eq!(&fourth["run"], last(&waiting).1);
-    assert!(text_of(&third).contains("fourth"), "the reply is to the newest: {third:#?}");
-    let said: Vec<_> = transcript(&gateway, SCOPE).await.into_iter().skip(4).collect();
+    assert!(
+        text_of(&third).contains("fourth"),
+        "the reply is to the newest: {third:#?}"
+    );
+    let said: Vec<_> = transcript(&gateway, SCOPE)
+        .await
+        .into_iter()
+        .skip(4)
+        .collect();
     let user = |text: &str| ("user".to_owned(), text.to_owned());
     assert_eq!(said[..3], [user("second"), user("third"), user("fourth")]);
     assert_eq!(said[3], ("assistant".to_owned(), text_of(&waiting)));
@@ -214,12 +290,16 @@ async fn merge_with_different_metadata_starts_own_run(scene: Scene) {
     scene.simulator.hold();
     let (active, _) = begin(&gateway, "enqueue", "first").await;
     let (waiting, queued) = begin(&gateway, "enqueue", "second").await;
-    let body =
-        json!({"content": "third", "multitask_strategy": "merge", "stream": true, "metadata": {"a": "b"}});
-    let request = gateway.request(reqwest::Method::POST, &format!("{SCOPE}/messages")).json(&body);
+    let body = json!({"content": "third", "multitask_strategy": "merge", "stream": true, "metadata": {"a": "b"}});
+    let request = gateway
+        .request(reqwest::Method::POST, &format!("{SCOPE}/messages"))
+        .json(&body);
     let mut other = EventReader::new(request.send().await.unwrap());
     let own = other.next().await.unwrap();
-    assert_ne!(own.data["run_id"], queued.data["run_id"], "its metadata would be lost");
+    assert_ne!(
+        own.data["run_id"], queued.data["run_id"],
+        "its metadata would be lost"
+    );
     assert_eq!(own.data["position"], 2);
     scene.simulator.release();
     for stream in [active, waiting, other] {
@@ -236,16 +316,25 @@ async fn every_strategy_starts_immediately_on_idle_thread(scene: Scene) {
         assert_eq!(answer["run"]["multitask_strategy"], strategy);
         assert!(text(&answer["message"]).contains(strategy));
     }
-    assert_eq!(gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"], 10);
+    assert_eq!(
+        gateway.get(&format!("{SCOPE}/thread")).await.ok()["message_count"],
+        10
+    );
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
 async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
     // The cancel of the first takes its time, so that both come while it is still there; through two processes where
     // the store is shared.
-    let gateway = scene.gateway_with("[replica]\nsession_ttl = \"1500ms\"\n").await;
+    let gateway = scene
+        .gateway_with("[replica]\nsession_ttl = \"1500ms\"\n")
+        .await;
     let other = match scene.backend {
-        Backend::Postgres => Some(scene.gateway_with("[replica]\nsession_ttl = \"1500ms\"\n").await),
+        Backend::Postgres => Some(
+            scene
+                .gateway_with("[replica]\nsession_ttl = \"1500ms\"\n")
+                .await,
+        ),
         Backend::Sqlite => None,
     };
     gateway.say(SCOPE, "hello").await;
@@ -263,7 +352,10 @@ async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
     let (one, two) = (one.0.rest().await, two.0.rest().await);
     // The first of them may have started before the second came, and is interrupted then; or it waits behind it.
     let ends = (last(&one).0, last(&two).0);
-    assert!(matches!(ends, ("run.completed" | "run.cancelled", "run.completed")), "{ends:?}");
+    assert!(
+        matches!(ends, ("run.completed" | "run.cancelled", "run.completed")),
+        "{ends:?}"
+    );
     gateway.say(SCOPE, "and now?").await;
     assert_same(&scene, &gateway, SCOPE).await;
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";

@@ -28,41 +28,80 @@ const SCOPE: &str = "/v1/users/alice";
 async fn ask(gateway: &Gateway, content: &str) -> Value {
     let answer = gateway.say(SCOPE, content).await;
     assert_eq!(answer["run"]["status"], "requires_action", "{answer:#}");
-    assert_eq!((&answer["message"], &answer["thread"]["state"]), (&Value::Null, &json!("requires_action")));
+    assert_eq!(
+        (&answer["message"], &answer["thread"]["state"]),
+        (&Value::Null, &json!("requires_action"))
+    );
     answer
 }
 
 fn path(answer: &Value) -> String {
-    format!("{SCOPE}/runs/{}/tool_outputs", answer["run"]["id"].as_str().unwrap())
+    format!(
+        "{SCOPE}/runs/{}/tool_outputs",
+        answer["run"]["id"].as_str().unwrap()
+    )
 }
 
 fn outputs(answer: &Value, output: &str) -> Value {
-    let calls = answer["run"]["required_action"]["tool_calls"].as_array().unwrap();
-    calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": output})).collect()
+    let calls = answer["run"]["required_action"]["tool_calls"]
+        .as_array()
+        .unwrap();
+    calls
+        .iter()
+        .map(|call| json!({"tool_call_id": call["id"], "output": output}))
+        .collect()
 }
 
 async fn give(gateway: &Gateway, asked: &Value, output: &str) -> Answer {
-    gateway.post(&path(asked), &json!({"tool_outputs": outputs(asked, output)})).await
+    gateway
+        .post(
+            &path(asked),
+            &json!({"tool_outputs": outputs(asked, output)}),
+        )
+        .await
 }
 
 async fn run_waits_for_tool_outputs_and_continues(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.say(SCOPE, "hello").await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather tool=get_time]]").await;
-    let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
-    let names: Vec<_> = calls.iter().map(|call| call["name"].as_str().unwrap()).collect();
+    let calls = asked["run"]["required_action"]["tool_calls"]
+        .as_array()
+        .unwrap();
+    let names: Vec<_> = calls
+        .iter()
+        .map(|call| call["name"].as_str().unwrap())
+        .collect();
     assert_eq!(names, ["get_weather", "get_time"]);
     for call in calls {
-        assert!(call["arguments"].as_str().unwrap().contains("weather?"), "{call:#}");
+        assert!(
+            call["arguments"].as_str().unwrap().contains("weather?"),
+            "{call:#}"
+        );
     }
-    let read = gateway.get(path(&asked).trim_end_matches("/tool_outputs")).await.ok();
-    assert_eq!(read["run"], asked["run"], "the answer is what another request reads back");
+    let read = gateway
+        .get(path(&asked).trim_end_matches("/tool_outputs"))
+        .await
+        .ok();
+    assert_eq!(
+        read["run"], asked["run"],
+        "the answer is what another request reads back"
+    );
 
     let answer = give(&gateway, &asked, "4 °C").await.ok();
-    assert_eq!(answer["run"]["id"], asked["run"]["id"], "it is the same run");
-    assert_eq!((&answer["run"]["status"], &answer["thread"]["state"]), (&json!("completed"), &json!("idle")));
+    assert_eq!(
+        answer["run"]["id"], asked["run"]["id"],
+        "it is the same run"
+    );
+    assert_eq!(
+        (&answer["run"]["status"], &answer["thread"]["state"]),
+        (&json!("completed"), &json!("idle"))
+    );
     assert_eq!(answer["run"]["required_action"], Value::Null);
-    assert!(text(&answer["message"]).contains("The tools answered: 4 °C; 4 °C."), "{answer:#}");
+    assert!(
+        text(&answer["message"]).contains("The tools answered: 4 °C; 4 °C."),
+        "{answer:#}"
+    );
     assert!(answer["run"]["usage"]["total_tokens"].as_u64().unwrap() > 0);
     let next = gateway.say(SCOPE, "thanks").await;
     assert!(text(&next["message"]).contains("turn 3 of"));
@@ -73,12 +112,21 @@ async fn run_waits_for_tool_outputs_and_continues(scene: Scene) {
 async fn run_may_request_tool_calls_repeatedly(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = ask(&gateway, "weather? [[sim: tool=get_place]]").await;
-    let second = give(&gateway, &first, "Paris [[sim: tool=get_weather]]").await.ok();
+    let second = give(&gateway, &first, "Paris [[sim: tool=get_weather]]")
+        .await
+        .ok();
     assert_eq!(second["run"]["status"], "requires_action", "{second:#}");
     assert_eq!(second["run"]["id"], first["run"]["id"]);
-    assert_ne!(second["run"]["required_action"], first["run"]["required_action"]);
+    assert_ne!(
+        second["run"]["required_action"],
+        first["run"]["required_action"]
+    );
     let late = give(&gateway, &first, "Paris").await;
-    assert_eq!(late.problem(), (422, "invalid-request"), "these are not the calls that it waits for");
+    assert_eq!(
+        late.problem(),
+        (422, "invalid-request"),
+        "these are not the calls that it waits for"
+    );
     let answer = give(&gateway, &second, "4 °C").await.ok();
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
     gateway.say(SCOPE, "thanks").await;
@@ -87,31 +135,50 @@ async fn run_may_request_tool_calls_repeatedly(scene: Scene) {
 
 async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
     let gateway = scene.gateway().await;
-    let mut stream = gateway.stream(SCOPE, "weather? [[sim: tool=get_weather]]").await;
+    let mut stream = gateway
+        .stream(SCOPE, "weather? [[sim: tool=get_weather]]")
+        .await;
     let mut events = Vec::new();
     while let Some(event) = stream.next().await {
         events.push(event);
     }
     let names: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
-    assert_eq!(names, ["run.started", "run.requires_action"], "the stream ends with the wait");
+    assert_eq!(
+        names,
+        ["run.started", "run.requires_action"],
+        "the stream ends with the wait"
+    );
     let wait = events.pop().unwrap();
     let asked = &wait.data;
     assert_eq!(asked["tool_calls"][0]["name"], "get_weather");
     let run = asked["run_id"].as_str().unwrap();
     let outputs = json!([{"tool_call_id": asked["tool_calls"][0]["id"], "output": "4 °C"}]);
     let body = json!({"tool_outputs": outputs, "stream": true});
-    let request = gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/tool_outputs")).json(&body);
+    let request = gateway
+        .request(Method::POST, &format!("{SCOPE}/runs/{run}/tool_outputs"))
+        .json(&body);
     let events = EventReader::new(request.send().await.unwrap()).rest().await;
     assert_eq!(events.last().unwrap().name, "run.completed");
     assert!(text_of(&events).contains("4 °C"), "{events:#?}");
-    assert!(events.iter().all(|event| event.name != "run.requires_action"), "only what came after");
-    let n =
-        |event: &crate::support::gateway::Event| event.id.rsplit_once(':').unwrap().1.parse::<u64>().unwrap();
+    assert!(
+        events
+            .iter()
+            .all(|event| event.name != "run.requires_action"),
+        "only what came after"
+    );
+    let n = |event: &crate::support::gateway::Event| {
+        event.id.rsplit_once(':').unwrap().1.parse::<u64>().unwrap()
+    };
     assert!(n(&events[0]) > n(&wait), "{events:#?}");
-    assert!(events.windows(2).all(|two| n(&two[1]) > n(&two[0])), "{events:#?}");
+    assert!(
+        events.windows(2).all(|two| n(&two[1]) > n(&two[0])),
+        "{events:#?}"
+    );
 
     let asked = ask(&gateway, "and there? [[sim: tool=get_weather]]").await;
-    let request = gateway.request(Method::POST, &path(&asked)).header("prefer", "respond-async");
+    let request = gateway
+        .request(Method::POST, &path(&asked))
+        .header("prefer", "respond-async");
     let body = json!({"tool_outputs": self::outputs(&asked, "30 °C")});
     scene.simulator.hold();
     let taken = gateway.send(request.json(&body)).await;
@@ -119,15 +186,23 @@ async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
     scene.simulator.release();
     let place = taken.headers["location"].to_str().unwrap().to_owned();
     assert_eq!(place, path(&asked).trim_end_matches("/tool_outputs"));
-    let read = gateway.until(&place, |answer| answer.body["run"]["status"] == "completed").await.ok();
+    let read = gateway
+        .until(&place, |answer| answer.body["run"]["status"] == "completed")
+        .await
+        .ok();
     assert!(text(&read["message"]).contains("30 °C"));
 }
 
 async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=a tool=b]]").await;
-    let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
-    let (a, b) = (calls[0]["id"].as_str().unwrap(), calls[1]["id"].as_str().unwrap());
+    let calls = asked["run"]["required_action"]["tool_calls"]
+        .as_array()
+        .unwrap();
+    let (a, b) = (
+        calls[0]["id"].as_str().unwrap(),
+        calls[1]["id"].as_str().unwrap(),
+    );
     let output = |id: &str| json!({"tool_call_id": id, "output": "x"});
     for (outputs, told) in [
         (json!([output(a)]), format!("missing: `{b}`")),
@@ -136,10 +211,18 @@ async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
             json!([output(a), output(b), output("call_unknown")]),
             "does not wait for: `call_unknown`".to_owned(),
         ),
-        (json!([output(a), output(b), output(a)]), "more than once".to_owned()),
-        (json!([{"tool_call_id": a}, output(b)]), "`tool_outputs".to_owned()),
+        (
+            json!([output(a), output(b), output(a)]),
+            "more than once".to_owned(),
+        ),
+        (
+            json!([{"tool_call_id": a}, output(b)]),
+            "`tool_outputs".to_owned(),
+        ),
     ] {
-        let refused = gateway.post(&path(&asked), &json!({"tool_outputs": outputs})).await;
+        let refused = gateway
+            .post(&path(&asked), &json!({"tool_outputs": outputs}))
+            .await;
         assert_eq!(refused.problem(), (422, "invalid-request"), "{outputs}");
         let detail = refused.body["detail"].as_str().unwrap();
         assert!(detail.contains(&told), "{detail}");
@@ -148,7 +231,13 @@ async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
     let unknown = gateway.post(&nobody, &json!({"tool_outputs": []})).await;
     assert_eq!(unknown.problem(), (404, "not-found"));
     let elsewhere = path(&asked).replace("alice", "bob");
-    assert_eq!(gateway.post(&elsewhere, &json!({"tool_outputs": []})).await.problem(), (404, "not-found"));
+    assert_eq!(
+        gateway
+            .post(&elsewhere, &json!({"tool_outputs": []}))
+            .await
+            .problem(),
+        (404, "not-found")
+    );
     give(&gateway, &asked, "fine").await.ok();
     let late = give(&gateway, &asked, "fine").await;
     assert_eq!(late.problem(), (409, "run-not-waiting"));
@@ -166,13 +255,22 @@ async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
         futures_util::future::join_all(gives).await
     };
     let release = async {
-        scene.simulator.wait_for(|stats| stats.requests_by_operation.contains_key(answers(&scene))).await;
+        scene
+            .simulator
+            .wait_for(|stats| stats.requests_by_operation.contains_key(answers(&scene)))
+            .await;
         scene.simulator.release();
     };
     let (answers, ()) = tokio::join!(all, release);
-    let taken: Vec<_> = answers.iter().filter(|answer| answer.status == StatusCode::OK).collect();
+    let taken: Vec<_> = answers
+        .iter()
+        .filter(|answer| answer.status == StatusCode::OK)
+        .collect();
     assert_eq!(taken.len(), 1, "{answers:#?}");
-    for refused in answers.iter().filter(|answer| answer.status != StatusCode::OK) {
+    for refused in answers
+        .iter()
+        .filter(|answer| answer.status != StatusCode::OK)
+    {
         assert_eq!(refused.problem(), (409, "run-not-waiting"));
     }
     gateway.say(SCOPE, "thanks").await;
@@ -181,7 +279,11 @@ async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
 
 /// The operation by which outputs reach the simulator.
 fn answers(scene: &Scene) -> &'static str {
-    if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { "create_response" }
+    if scene.protocol == Protocol::Assistants {
+        "submit_tool_outputs"
+    } else {
+        "create_response"
+    }
 }
 
 async fn wait_for_tool_outputs_expires_at_deadline(scene: Scene) {
@@ -190,12 +292,21 @@ async fn wait_for_tool_outputs_expires_at_deadline(scene: Scene) {
     let body = json!({"content": "weather? [[sim: tool=get_weather]]", "timeout_ms": 400});
     let asked = gateway.post(&format!("{SCOPE}/messages"), &body).await.ok();
     let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
-    let read = gateway.until(&run, |answer| answer.body["run"]["status"] != "requires_action").await.ok();
+    let read = gateway
+        .until(&run, |answer| {
+            answer.body["run"]["status"] != "requires_action"
+        })
+        .await
+        .ok();
     assert_eq!(read["run"]["status"], "expired");
     assert_eq!(read["run"]["error"]["code"], "deadline_exceeded");
     let late = give(&gateway, &asked, "4 °C").await;
     assert_eq!(late.problem(), (409, "run-not-waiting"));
-    assert!(late.body["detail"].as_str().unwrap().contains("deadline"), "{:#}", late.body);
+    assert!(
+        late.body["detail"].as_str().unwrap().contains("deadline"),
+        "{:#}",
+        late.body
+    );
     let next = gateway.say(SCOPE, "hello again").await;
     assert!(text(&next["message"]).contains("hello again"));
     assert_same(&scene, &gateway, SCOPE).await;
@@ -205,9 +316,15 @@ async fn wait_for_tool_outputs_can_be_cancelled(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
-    let cancelled = gateway.send(gateway.request(Method::POST, &format!("{run}/cancel"))).await.ok();
+    let cancelled = gateway
+        .send(gateway.request(Method::POST, &format!("{run}/cancel")))
+        .await
+        .ok();
     assert_eq!(cancelled["run"]["status"], "cancelled");
-    assert_eq!(give(&gateway, &asked, "4 °C").await.problem(), (409, "run-not-waiting"));
+    assert_eq!(
+        give(&gateway, &asked, "4 °C").await.problem(),
+        (409, "run-not-waiting")
+    );
     gateway.say(SCOPE, "hello again").await;
     assert_same(&scene, &gateway, SCOPE).await;
     assert_eq!(scene.simulator.stats().active_runs, 0);
@@ -238,19 +355,37 @@ async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
     let gateway = scene.gateway_both(SHORT, upstream).await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     scene.simulator.hold();
-    let begun = scene.simulator.stats().requests_by_operation.get(answers(&scene)).copied().unwrap_or(0);
-    let request = gateway.request(Method::POST, &path(&asked)).header("prefer", "respond-async");
-    let taken = gateway.send(request.json(&json!({"tool_outputs": outputs(&asked, "4 °C")}))).await;
-    assert_eq!(taken.status, StatusCode::ACCEPTED);
-    let sent = scene
+    let begun = scene
         .simulator
-        .wait_for(|stats| stats.requests_by_operation.get(answers(&scene)).copied().unwrap_or(0) > begun);
+        .stats()
+        .requests_by_operation
+        .get(answers(&scene))
+        .copied()
+        .unwrap_or(0);
+    let request = gateway
+        .request(Method::POST, &path(&asked))
+        .header("prefer", "respond-async");
+    let taken = gateway
+        .send(request.json(&json!({"tool_outputs": outputs(&asked, "4 °C")})))
+        .await;
+    assert_eq!(taken.status, StatusCode::ACCEPTED);
+    let sent = scene.simulator.wait_for(|stats| {
+        stats
+            .requests_by_operation
+            .get(answers(&scene))
+            .copied()
+            .unwrap_or(0)
+            > begun
+    });
     sent.await;
     gateway.kill();
     scene.simulator.release();
     let gateway = scene.gateway_both(SHORT, upstream).await;
     let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
-    let read = gateway.until(&run, |answer| answer.body["run"]["finished_at"].is_string()).await.ok();
+    let read = gateway
+        .until(&run, |answer| answer.body["run"]["finished_at"].is_string())
+        .await
+        .ok();
     if scene.protocol == Protocol::Chain {
         // Whether they arrived cannot be told there, so they are not sent again.
         assert_eq!(read["run"]["error"]["code"], "stream_broken", "{read:#}");
@@ -268,7 +403,14 @@ async fn tool_outputs_lost_after_takeover_are_looked_up(scene: Scene) {
     gateway.kill();
     let gateway = scene.gateway_both(SHORT, upstream).await;
     let (on, fault) = (answers(&scene).to_owned(), "drop=before".to_owned());
-    scene.simulator.add_fault(Fault { on, fault, times: 1 }).unwrap();
+    scene
+        .simulator
+        .add_fault(Fault {
+            on,
+            fault,
+            times: 1,
+        })
+        .unwrap();
     let answer = give(&gateway, &asked, "4 °C").await;
     if scene.protocol == Protocol::Chain {
         assert_eq!(answer.body["code"], "stream_broken", "{answer:?}");
@@ -283,17 +425,30 @@ async fn tool_outputs_lost_after_takeover_are_looked_up(scene: Scene) {
 
 async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
     let run = path(asked).trim_end_matches("/tool_outputs").to_owned();
-    assert_eq!(gateway.get(&run).await.ok()["run"], asked["run"], "it waits as before");
+    assert_eq!(
+        gateway.get(&run).await.ok()["run"],
+        asked["run"],
+        "it waits as before"
+    );
     let answer = give(gateway, asked, "4 °C").await.ok();
     assert_eq!(answer["run"]["status"], "completed");
     assert!(text(&answer["message"]).contains("4 °C"));
     // The whole story can be read in the new process, beginning in the old one.
-    let events = gateway.request(Method::GET, &format!("{run}/events")).send().await.unwrap();
+    let events = gateway
+        .request(Method::GET, &format!("{run}/events"))
+        .send()
+        .await
+        .unwrap();
     let events = EventReader::new(events).rest().await;
     let mut names: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
     names.dedup();
-    let wanted =
-        ["run.started", "run.requires_action", "message.delta", "message.completed", "run.completed"];
+    let wanted = [
+        "run.started",
+        "run.requires_action",
+        "message.delta",
+        "message.completed",
+        "run.completed",
+    ];
     assert_eq!(names, wanted);
     gateway.say(SCOPE, "thanks").await;
     assert_same(scene, gateway, SCOPE).await;
@@ -305,7 +460,10 @@ async fn message_queued_behind_tool_call_gets_its_turn(scene: Scene) {
     let mut waiting = gateway.stream(SCOPE, "and me?").await;
     assert_eq!(waiting.next().await.unwrap().name, "run.queued");
     let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
-    assert_eq!((&thread["state"], &thread["queue_depth"]), (&json!("requires_action"), &json!(1)));
+    assert_eq!(
+        (&thread["state"], &thread["queue_depth"]),
+        (&json!("requires_action"), &json!(1))
+    );
     give(&gateway, &asked, "4 °C").await.ok();
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
     assert_same(&scene, &gateway, SCOPE).await;

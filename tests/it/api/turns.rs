@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use crate::support::gateway::{Event, Gateway, text, text_of};
 use crate::support::recording_proxy::DatabaseTap;
-use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene};
+use crate::support::scene::{
+    Backend, Protocol, Scene, on_each_protocol, on_each_store, on_every_scene,
+};
 
 on_every_scene!(
     conversation_remembers_earlier_turns_across_restart,
@@ -32,11 +34,22 @@ async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
     let mut threads = Vec::new();
     for (scope, shown, expires) in [
         ("/v1/users/al%2Fice%7C%C3%A9", "user", false),
-        ("/v1/users/al%2Fice%7C%C3%A9/sessions/s%201", "session:s 1", true),
-        ("/v1/users/al%2Fice%7C%C3%A9/topics/s%201", "topic:s 1", false),
+        (
+            "/v1/users/al%2Fice%7C%C3%A9/sessions/s%201",
+            "session:s 1",
+            true,
+        ),
+        (
+            "/v1/users/al%2Fice%7C%C3%A9/topics/s%201",
+            "topic:s 1",
+            false,
+        ),
     ] {
         let answer = gateway.say(scope, "Hello").await;
-        assert_eq!(answer["thread"]["key"], json!({"tenant": "default", "user": "al/ice|é", "scope": shown}));
+        assert_eq!(
+            answer["thread"]["key"],
+            json!({"tenant": "default", "user": "al/ice|é", "scope": shown})
+        );
         assert_eq!(answer["thread"]["expires_at"].is_string(), expires);
         assert_eq!(answer["thread"]["state"], "idle");
         assert_eq!(answer["thread"]["queue_depth"], 0);
@@ -48,9 +61,15 @@ async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
         assert!(text(&answer["message"]).contains("Hello"));
         let mut shown = gateway.get(&format!("{scope}/thread")).await.ok();
         let fields = shown.as_object_mut().unwrap();
-        assert_eq!(fields.remove("last_run").unwrap()["id"], answer["run"]["id"]);
+        assert_eq!(
+            fields.remove("last_run").unwrap()["id"],
+            answer["run"]["id"]
+        );
         fields.retain(|name, _| answer["thread"].get(name).is_some());
-        assert_eq!(shown, answer["thread"], "the answer is what another request reads back");
+        assert_eq!(
+            shown, answer["thread"],
+            "the answer is what another request reads back"
+        );
         threads.push(answer["thread"]["id"].clone());
     }
     threads.dedup();
@@ -63,19 +82,32 @@ async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
     let second = gateway.say("/v1/users/alice", "two").await;
     assert_eq!(first["thread"]["id"], second["thread"]["id"]);
     assert_ne!(text(&first["message"]), text(&second["message"]));
-    assert!(text(&second["message"]).contains("turn 2"), "the upstream saw both: {second:#}");
+    assert!(
+        text(&second["message"]).contains("turn 2"),
+        "the upstream saw both: {second:#}"
+    );
     gateway.kill();
     let again = scene.gateway().await;
     let third = again.say("/v1/users/alice", "three").await;
     assert_eq!(first["thread"]["id"], third["thread"]["id"]);
-    assert!(text(&third["message"]).contains("turn 3"), "a restart forgets nothing: {third:#}");
+    assert!(
+        text(&third["message"]).contains("turn 3"),
+        "a restart forgets nothing: {third:#}"
+    );
 }
 
 async fn stream_events_describe_complete_run(scene: Scene) {
     let gateway = scene.gateway().await;
-    let events = gateway.stream("/v1/users/alice", "Hello [[sim: tokens=30]]").await.rest().await;
-    let names: Vec<_> =
-        events.iter().map(|e| e.name.as_str()).filter(|name| *name != "message.delta").collect();
+    let events = gateway
+        .stream("/v1/users/alice", "Hello [[sim: tokens=30]]")
+        .await
+        .rest()
+        .await;
+    let names: Vec<_> = events
+        .iter()
+        .map(|e| e.name.as_str())
+        .filter(|name| *name != "message.delta")
+        .collect();
     assert_eq!(names, ["run.started", "message.completed", "run.completed"]);
     let run = events[0].data["run_id"].as_str().unwrap();
     // Text counts by its bytes, all else as one; 0 would say that it waits.
@@ -91,19 +123,34 @@ async fn stream_events_describe_complete_run(scene: Scene) {
         "the reply comes piece by piece"
     );
     let end = &events.last().unwrap().data["run"];
-    let read = gateway.get(&format!("/v1/users/alice/runs/{run}")).await.ok();
-    assert_eq!((&read["run"], &read["message"]), (end, message), "what was announced can be read back");
+    let read = gateway
+        .get(&format!("/v1/users/alice/runs/{run}"))
+        .await
+        .ok();
+    assert_eq!(
+        (&read["run"], &read["message"]),
+        (end, message),
+        "what was announced can be read back"
+    );
 
     // The same by content negotiation, on a busy thread.
     scene.simulator.hold();
     let mut blocking = gateway.stream("/v1/users/alice", "first").await;
     assert_eq!(blocking.next().await.unwrap().name, "run.started");
-    let request =
-        gateway.request(Method::POST, "/v1/users/alice/messages").json(&json!({"content": "second"}));
-    let response = request.header("accept", "text/event-stream").send().await.unwrap();
+    let request = gateway
+        .request(Method::POST, "/v1/users/alice/messages")
+        .json(&json!({"content": "second"}));
+    let response = request
+        .header("accept", "text/event-stream")
+        .send()
+        .await
+        .unwrap();
     let mut waiting = crate::support::gateway::EventReader::new(response);
     let queued = waiting.next().await.unwrap();
-    assert_eq!((queued.name.as_str(), &queued.data["position"]), ("run.queued", &json!(1)));
+    assert_eq!(
+        (queued.name.as_str(), &queued.data["position"]),
+        ("run.queued", &json!(1))
+    );
     scene.simulator.release();
     assert_eq!(blocking.rest().await.last().unwrap().name, "run.completed");
     let rest = waiting.rest().await;
@@ -114,10 +161,15 @@ async fn stream_events_describe_complete_run(scene: Scene) {
 async fn transcript_can_be_paged(scene: Scene) {
     let gateway = scene.gateway().await;
     for n in 0..4 {
-        gateway.say("/v1/users/alice", &format!("message {n}")).await;
+        gateway
+            .say("/v1/users/alice", &format!("message {n}"))
+            .await;
     }
     let read = async |query: &str| {
-        let page = gateway.get(&format!("/v1/users/alice/messages?{query}")).await.ok();
+        let page = gateway
+            .get(&format!("/v1/users/alice/messages?{query}"))
+            .await
+            .ok();
         let texts: Vec<_> = page["data"]
             .as_array()
             .unwrap()
@@ -127,22 +179,48 @@ async fn transcript_can_be_paged(scene: Scene) {
         (texts, page)
     };
     let (all, page) = read("order=asc&limit=100").await;
-    assert_eq!(all.iter().map(|(position, _)| *position).collect::<Vec<_>>(), (1..=8).collect::<Vec<_>>());
+    assert_eq!(
+        all.iter()
+            .map(|(position, _)| *position)
+            .collect::<Vec<_>>(),
+        (1..=8).collect::<Vec<_>>()
+    );
     assert_eq!(page["has_more"], false);
     for (n, (_, text)) in all.iter().enumerate() {
         assert!(text.contains(&format!("message {}", n / 2)), "{all:?}");
     }
     let (head, page) = read("order=asc&limit=3").await;
-    assert_eq!((&head[..], page["has_more"].as_bool()), (&all[..3], Some(true)));
-    let (next, _) = read(&format!("order=asc&limit=3&after={}", page["last_id"].as_str().unwrap())).await;
+    assert_eq!(
+        (&head[..], page["has_more"].as_bool()),
+        (&all[..3], Some(true))
+    );
+    let (next, _) = read(&format!(
+        "order=asc&limit=3&after={}",
+        page["last_id"].as_str().unwrap()
+    ))
+    .await;
     assert_eq!(next, all[3..6]);
     let (newest, page) = read("limit=2").await;
-    assert_eq!(newest, [all[7].clone(), all[6].clone()], "newest first unless asked otherwise");
-    let (older, page) = read(&format!("limit=2&after={}", page["last_id"].as_str().unwrap())).await;
+    assert_eq!(
+        newest,
+        [all[7].clone(), all[6].clone()],
+        "newest first unless asked otherwise"
+    );
+    let (older, page) = read(&format!(
+        "limit=2&after={}",
+        page["last_id"].as_str().unwrap()
+    ))
+    .await;
     assert_eq!(older, [all[5].clone(), all[4].clone()]);
-    let (back, _) = read(&format!("limit=2&before={}", page["first_id"].as_str().unwrap())).await;
+    let (back, _) = read(&format!(
+        "limit=2&before={}",
+        page["first_id"].as_str().unwrap()
+    ))
+    .await;
     assert_eq!(back, [all[7].clone(), all[6].clone()]);
-    let unknown = gateway.get("/v1/users/alice/messages?after=msg_00000000000000000000000000000000").await;
+    let unknown = gateway
+        .get("/v1/users/alice/messages?after=msg_00000000000000000000000000000000")
+        .await;
     assert_eq!(unknown.problem(), (422, "invalid-request"));
 }
 
@@ -156,29 +234,52 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
     let list = gateway.get("/v1/users/alice/runs").await.ok();
     assert_eq!(list["data"], json!([second["run"], first["run"]]));
     assert_eq!(list["first_id"], second["run"]["id"]);
-    let other = gateway.get(&format!("/v1/users/bob/runs/{}", first["run"]["id"].as_str().unwrap())).await;
-    assert_eq!(other.problem(), (404, "not-found"), "a run is read under its own key only");
+    let other = gateway
+        .get(&format!(
+            "/v1/users/bob/runs/{}",
+            first["run"]["id"].as_str().unwrap()
+        ))
+        .await;
+    assert_eq!(
+        other.problem(),
+        (404, "not-found"),
+        "a run is read under its own key only"
+    );
 }
 
 async fn thread_ownership_is_sent_as_upstream_metadata(scene: Scene) {
     let gateway = scene.gateway_upstream("send_identifiers = true").await;
     let long = "é".repeat(128);
     // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
-    let pairs: serde_json::Map<_, _> = (0..10).map(|n| (n.to_string(), json!("x".repeat(512)))).collect();
+    let pairs: serde_json::Map<_, _> = (0..10)
+        .map(|n| (n.to_string(), json!("x".repeat(512))))
+        .collect();
     let path = format!("/v1/users/{long}/sessions/tab");
-    let answer =
-        gateway.post(&format!("{path}/messages"), &json!({"content": "hi", "metadata": pairs})).await.ok();
+    let answer = gateway
+        .post(
+            &format!("{path}/messages"),
+            &json!({"content": "hi", "metadata": pairs}),
+        )
+        .await
+        .ok();
     let metadata: BTreeMap<String, String> = if scene.protocol == Protocol::Chain {
         // A chain has no object of its own upstream; its responses carry it.
-        serde_json::from_value(scene.simulator.recorded().pop().unwrap().body["metadata"].clone()).unwrap()
+        serde_json::from_value(scene.simulator.recorded().pop().unwrap().body["metadata"].clone())
+            .unwrap()
     } else {
         let thread = scene.simulator.threads().remove(0);
-        assert_eq!(thread.id, answer["thread"]["upstream_thread_id"].as_str().unwrap());
+        assert_eq!(
+            thread.id,
+            answer["thread"]["upstream_thread_id"].as_str().unwrap()
+        );
         thread.metadata
     };
     assert_eq!(metadata["threadkeeper_user"], long);
     assert_eq!(metadata["threadkeeper_session"], "tab");
-    assert_eq!(metadata["threadkeeper_thread"], answer["thread"]["id"].as_str().unwrap());
+    assert_eq!(
+        metadata["threadkeeper_thread"],
+        answer["thread"]["id"].as_str().unwrap()
+    );
     assert!(metadata.contains_key("threadkeeper_expires_at"));
 }
 
@@ -189,13 +290,22 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
         {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "low"}},
         {"type": "image_file", "image_file": {"file_id": "file-1"}},
     ]);
-    let answer = gateway.post("/v1/users/alice/messages", &json!({"content": parts})).await.ok();
+    let answer = gateway
+        .post("/v1/users/alice/messages", &json!({"content": parts}))
+        .await
+        .ok();
     assert!(text(&answer["message"]).contains("What is this?"));
     let transcript = gateway.get("/v1/users/alice/messages?order=asc").await.ok();
     assert_eq!(transcript["data"][0]["content"], parts);
     let sent = scene.simulator.recorded().pop().unwrap().body.to_string();
-    assert!(sent.contains("https://example.com/cat.png") && sent.contains("file-1"), "{sent}");
-    assert!(sent.contains("Be kind."), "the instructions go along: {sent}");
+    assert!(
+        sent.contains("https://example.com/cat.png") && sent.contains("file-1"),
+        "{sent}"
+    );
+    assert!(
+        sent.contains("Be kind."),
+        "the instructions go along: {sent}"
+    );
 }
 
 async fn message_on_known_thread_costs_one_upstream_call(scene: Scene) {
@@ -210,24 +320,45 @@ async fn expired_session_starts_fresh_thread(scene: Scene) {
     let gateway = scene.gateway().await;
     let scope = "/v1/users/alice/sessions/tab";
     let first = gateway.say(scope, "one").await;
-    scene.database.age_threads(std::time::Duration::from_hours(24)).await;
+    scene
+        .database
+        .age_threads(std::time::Duration::from_hours(24))
+        .await;
     let second = gateway.say(scope, "two").await;
     assert_ne!(first["thread"]["id"], second["thread"]["id"]);
     assert_eq!(second["thread"]["previous_thread"], first["thread"]["id"]);
-    assert!(text(&second["message"]).contains("turn 1"), "it knows nothing of the old one: {second:#}");
-    let run = gateway.get(&format!("{scope}/runs/{}", first["run"]["id"].as_str().unwrap())).await.ok();
-    assert_eq!(run["message"], first["message"], "what the old one said can still be read");
+    assert!(
+        text(&second["message"]).contains("turn 1"),
+        "it knows nothing of the old one: {second:#}"
+    );
+    let run = gateway
+        .get(&format!(
+            "{scope}/runs/{}",
+            first["run"]["id"].as_str().unwrap()
+        ))
+        .await
+        .ok();
+    assert_eq!(
+        run["message"], first["message"],
+        "what the old one said can still be read"
+    );
 }
 
 async fn disconnecting_client_does_not_stop_run(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
     let mut leaver = gateway.stream("/v1/users/alice", "bye").await;
-    let run = leaver.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let run = leaver.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     drop(leaver);
     scene.simulator.release();
     let path = format!("/v1/users/alice/runs/{run}");
-    let done = gateway.until(&path, |answer| answer.body["run"]["status"] == "completed").await.ok();
+    let done = gateway
+        .until(&path, |answer| answer.body["run"]["status"] == "completed")
+        .await
+        .ok();
     assert!(text(&done["message"]).contains("bye"));
 }
 
@@ -235,7 +366,9 @@ async fn respond_async_returns_before_run_ends(scene: Scene) {
     let gateway = scene.gateway().await;
     let scope = "/v1/users/al%2Fice/topics/messages";
     let post = async |prefer: &str, text: &str| {
-        let request = gateway.request(Method::POST, &format!("{scope}/messages")).header("prefer", prefer);
+        let request = gateway
+            .request(Method::POST, &format!("{scope}/messages"))
+            .header("prefer", prefer);
         let body = json!({"content": text, "on_disconnect": "cancel"});
         gateway.send(request.json(&body)).await
     };
@@ -249,9 +382,18 @@ async fn respond_async_returns_before_run_ends(scene: Scene) {
             (&Value::Null, &json!("active"))
         );
         let place = answer.headers["location"].to_str().unwrap();
-        assert_eq!(place, format!("{scope}/runs/{}", answer.body["run"]["id"].as_str().unwrap()));
+        assert_eq!(
+            place,
+            format!(
+                "{scope}/runs/{}",
+                answer.body["run"]["id"].as_str().unwrap()
+            )
+        );
         let run = gateway.get(place).await.ok();
-        assert!(["queued", "in_progress"].contains(&run["run"]["status"].as_str().unwrap()), "{run:#}");
+        assert!(
+            ["queued", "in_progress"].contains(&run["run"]["status"].as_str().unwrap()),
+            "{run:#}"
+        );
     }
     scene.simulator.release();
     let runs = gateway
@@ -261,9 +403,16 @@ async fn respond_async_returns_before_run_ends(scene: Scene) {
                 .is_some_and(|runs| runs.iter().all(|run| run["status"] == "completed"))
         })
         .await;
-    assert_eq!(runs.body["data"].as_array().map(Vec::len), Some(2), "leaving with a 202 is no disconnect");
+    assert_eq!(
+        runs.body["data"].as_array().map(Vec::len),
+        Some(2),
+        "leaving with a 202 is no disconnect"
+    );
     let in_time = post("wait=50", "and now?").await;
-    assert!(text(&in_time.ok()["message"]).contains("turn 3"), "it did not take so long");
+    assert!(
+        text(&in_time.ok()["message"]).contains("turn 3"),
+        "it did not take so long"
+    );
 }
 
 /// Counted on the wire, so that nothing that the driver does on its own stays unseen.
@@ -272,10 +421,17 @@ async fn message_on_known_thread_costs_two_store_round_trips() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let tap = DatabaseTap::on(&scene.database.url()).await;
     // A session that is renewed in the middle would be counted too.
-    let config = scene.config("[replica]\nsession_ttl = \"1h\"\n").replace(&scene.database.url(), &tap.url);
+    let config = scene
+        .config("[replica]\nsession_ttl = \"1h\"\n")
+        .replace(&scene.database.url(), &tap.url);
     let gateway = Gateway::start(&config).await;
     for n in 0..8 {
-        gateway.say("/v1/users/alice", &format!("number {n}, so that every statement is prepared")).await;
+        gateway
+            .say(
+                "/v1/users/alice",
+                &format!("number {n}, so that every statement is prepared"),
+            )
+            .await;
     }
     // What the process does on its own, such as looking for orphans each second, may come on top of one or another.
     let mut least = usize::MAX;
@@ -290,8 +446,12 @@ async fn message_on_known_thread_costs_two_store_round_trips() {
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_stream_is_kept_alive_with_comments() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with("[server]\nstream_keep_alive = \"20ms\"\n").await;
-    let mut stream = gateway.stream("/v1/users/alice", "wait [[sim: latency=300ms]]").await;
+    let gateway = scene
+        .gateway_with("[server]\nstream_keep_alive = \"20ms\"\n")
+        .await;
+    let mut stream = gateway
+        .stream("/v1/users/alice", "wait [[sim: latency=300ms]]")
+        .await;
     let mut events: Vec<Event> = Vec::new();
     while let Some(event) = stream.next().await {
         events.push(event);
@@ -311,18 +471,35 @@ async fn chosen_assistant_pins_conversation_to_its_upstream() {
     );
     let gateway = scene.gateway_with(&more).await;
     let body = |assistant: &str| json!({"content": "hi", "assistant": assistant});
-    let answer = gateway.post("/v1/users/alice/messages", &body("poet")).await.ok();
+    let answer = gateway
+        .post("/v1/users/alice/messages", &body("poet"))
+        .await
+        .ok();
     assert_eq!(answer["thread"]["upstream"], "other");
     let start = other.simulator.recorded().pop().unwrap();
     assert_eq!(start.headers["x-team"], "blue");
     assert_eq!(start.headers["openai-beta"], "assistants=v2");
     assert_eq!(start.query.as_deref(), Some("api-version=v1"));
-    assert_eq!((&start.body["assistant_id"], &start.body["temperature"]), (&json!("asst_poet"), &json!(0.5)));
-    let refused = gateway.post("/v1/users/alice/messages", &body("default")).await;
+    assert_eq!(
+        (&start.body["assistant_id"], &start.body["temperature"]),
+        (&json!("asst_poet"), &json!(0.5))
+    );
+    let refused = gateway
+        .post("/v1/users/alice/messages", &body("default"))
+        .await;
     assert_eq!(refused.problem(), (422, "invalid-request"));
-    let unknown = gateway.post("/v1/users/alice/messages", &body("nobody")).await;
+    let unknown = gateway
+        .post("/v1/users/alice/messages", &body("nobody"))
+        .await;
     assert_eq!(unknown.problem(), (422, "invalid-request"));
-    assert!(unknown.body["detail"].as_str().unwrap().contains("poet"), "it says which there are");
+    assert!(
+        unknown.body["detail"].as_str().unwrap().contains("poet"),
+        "it says which there are"
+    );
     let runs = gateway.get("/v1/users/alice/runs").await.ok();
-    assert_eq!(runs["data"].as_array().map(Vec::len), Some(1), "a refused message leaves nothing: {runs:#}");
+    assert_eq!(
+        runs["data"].as_array().map(Vec::len),
+        Some(1),
+        "a refused message leaves nothing: {runs:#}"
+    );
 }

@@ -33,71 +33,129 @@ fn alice() -> String {
 }
 
 async fn say(gateway: &Gateway, bearer: &str, body: &Value) -> Answer {
-    gateway.send(gateway.request(Method::POST, MESSAGES).bearer_auth(bearer).json(body)).await
+    gateway
+        .send(
+            gateway
+                .request(Method::POST, MESSAGES)
+                .bearer_auth(bearer)
+                .json(body),
+        )
+        .await
 }
 
 fn outputs_path(asked: &Value) -> String {
-    format!("/v1/users/alice/runs/{}/tool_outputs", asked["run"]["id"].as_str().unwrap())
+    format!(
+        "/v1/users/alice/runs/{}/tool_outputs",
+        asked["run"]["id"].as_str().unwrap()
+    )
 }
 
 async fn give(gateway: &Gateway, bearer: &str, asked: &Value, key: Option<&str>) -> Answer {
-    let calls = asked["run"]["required_action"]["tool_calls"].as_array().unwrap();
-    let outputs: Value =
-        calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"})).collect();
-    let request = gateway.request(Method::POST, &outputs_path(asked)).bearer_auth(bearer);
-    let request = key.iter().fold(request, |request, key| request.header("idempotency-key", *key));
-    gateway.send(request.json(&json!({"tool_outputs": outputs}))).await
+    let calls = asked["run"]["required_action"]["tool_calls"]
+        .as_array()
+        .unwrap();
+    let outputs: Value = calls
+        .iter()
+        .map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"}))
+        .collect();
+    let request = gateway
+        .request(Method::POST, &outputs_path(asked))
+        .bearer_auth(bearer);
+    let request = key.iter().fold(request, |request, key| {
+        request.header("idempotency-key", *key)
+    });
+    gateway
+        .send(request.json(&json!({"tool_outputs": outputs})))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_selects_only_user_selectable_assistants() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
+    let gateway = scene
+        .gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}"))
+        .await;
     let with = |assistant: &str| json!({"content": "hello", "assistant": assistant});
-    say(&gateway, &alice(), &json!({"content": "hello"})).await.ok();
+    say(&gateway, &alice(), &json!({"content": "hello"}))
+        .await
+        .ok();
     for open in ["default", "support"] {
-        assert_eq!(say(&gateway, &alice(), &with(open)).await.ok()["run"]["assistant"], open);
+        assert_eq!(
+            say(&gateway, &alice(), &with(open)).await.ok()["run"]["assistant"],
+            open
+        );
     }
     let told = |answer: &Answer| answer.body["detail"].as_str().unwrap().to_owned();
     let closed = say(&gateway, &alice(), &with("internal")).await;
     let unknown = say(&gateway, &alice(), &with("nonsense")).await;
     assert_eq!(closed.problem(), (422, "invalid-request"));
-    assert_eq!((unknown.problem(), told(&unknown)), (closed.problem(), told(&closed)));
-    assert!(told(&closed).ends_with("there are: default, support"), "{}", told(&closed));
+    assert_eq!(
+        (unknown.problem(), told(&unknown)),
+        (closed.problem(), told(&closed))
+    );
+    assert!(
+        told(&closed).ends_with("there are: default, support"),
+        "{}",
+        told(&closed)
+    );
 
     let admin = token(SECRET, &json!({"sub": "eve", "roles": ["chat-admin"]}));
     for trusted in [BACKEND, &admin] {
         say(&gateway, trusted, &with("internal")).await.ok();
         let unknown = say(&gateway, trusted, &with("nonsense")).await;
-        assert!(told(&unknown).ends_with("there are: default, internal, support"), "{}", told(&unknown));
+        assert!(
+            told(&unknown).ends_with("there are: default, internal, support"),
+            "{}",
+            told(&unknown)
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_answers_tool_calls_only_when_allowed() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    let gateway = scene.gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}")).await;
-    let ask =
-        |assistant: &str| json!({"content": "weather? [[sim: tool=get_weather]]", "assistant": assistant});
+    let gateway = scene
+        .gateway_with(&format!("{ASSISTANTS}{SUPPORT}{ISSUER}"))
+        .await;
+    let ask = |assistant: &str| json!({"content": "weather? [[sim: tool=get_weather]]", "assistant": assistant});
     let asked = say(&gateway, &alice(), &ask("default")).await.ok();
-    assert_eq!(asked["run"]["status"], "requires_action", "its caller sees that the run waits");
+    assert_eq!(
+        asked["run"]["status"], "requires_action",
+        "its caller sees that the run waits"
+    );
     for key in [None, Some("1")] {
         let refused = give(&gateway, &alice(), &asked, key).await;
         assert_eq!(refused.problem(), (403, "forbidden"));
-        assert!(!refused.headers.contains_key("www-authenticate"), "another scope would not help");
+        assert!(
+            !refused.headers.contains_key("www-authenticate"),
+            "another scope would not help"
+        );
         let detail = refused.body["detail"].as_str().unwrap();
-        assert!(detail.contains("API key") && detail.contains("client_tools"), "{detail}");
+        assert!(
+            detail.contains("API key") && detail.contains("client_tools"),
+            "{detail}"
+        );
     }
     let answered = give(&gateway, BACKEND, &asked, Some("1")).await.ok();
     assert!(text(&answered["message"]).contains("4 °C"), "{answered:#}");
     for key in [None, Some("1")] {
         let repeated = give(&gateway, &alice(), &asked, key).await;
-        assert_eq!(repeated.problem(), (403, "forbidden"), "what the backend sent is not sent by it again");
+        assert_eq!(
+            repeated.problem(),
+            (403, "forbidden"),
+            "what the backend sent is not sent by it again"
+        );
     }
-    let nobodys = asked["run"]["id"].as_str().unwrap().replace("run_", "run_0");
+    let nobodys = asked["run"]["id"]
+        .as_str()
+        .unwrap()
+        .replace("run_", "run_0");
     let mut unknown = asked.clone();
     unknown["run"]["id"] = nobodys[..nobodys.len() - 1].into();
-    assert_eq!(give(&gateway, &alice(), &unknown, None).await.problem(), (404, "not-found"));
+    assert_eq!(
+        give(&gateway, &alice(), &unknown, None).await.problem(),
+        (404, "not-found")
+    );
 
     let own = say(&gateway, &alice(), &ask("support")).await.ok();
     give(&gateway, &alice(), &own, Some("2")).await.ok();
@@ -115,9 +173,15 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
         scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await
     };
     for key in [None, Some("2")] {
-        assert_eq!(give(&gateway, &alice(), &own, key).await.problem(), (403, "forbidden"));
+        assert_eq!(
+            give(&gateway, &alice(), &own, key).await.problem(),
+            (403, "forbidden")
+        );
     }
-    assert_eq!(give(&gateway, BACKEND, &own, None).await.problem(), (409, "run-not-waiting"));
+    assert_eq!(
+        give(&gateway, BACKEND, &own, None).await.problem(),
+        (409, "run-not-waiting")
+    );
 }
 
 /// RFC 6750, section 3.
@@ -127,44 +191,88 @@ async fn authentication_refusal_reason_reaches_caller_and_log() {
     let gateway = scene.gateway_with(&format!("{ASSISTANTS}{ISSUER}")).await;
     let good = |claims: Value| token(SECRET, &claims);
     for (bearer, why) in [
-        (good(json!({"sub": "alice", "exp": 1_000_000_000})), "it has expired"),
-        (good(json!({"sub": "alice", "nbf": 4_000_000_000_i64})), "it is not valid yet"),
+        (
+            good(json!({"sub": "alice", "exp": 1_000_000_000})),
+            "it has expired",
+        ),
+        (
+            good(json!({"sub": "alice", "nbf": 4_000_000_000_i64})),
+            "it is not valid yet",
+        ),
         (
             good(json!({"sub": "alice", "iss": "https://evil.example/"})),
             "its issuer is missing or another one",
         ),
-        (good(json!({"sub": "alice", "aud": "other"})), "its audience is missing or another one"),
         (
-            token("another-secret-that-nobody-shares-with-us", &json!({"sub": "alice"})),
+            good(json!({"sub": "alice", "aud": "other"})),
+            "its audience is missing or another one",
+        ),
+        (
+            token(
+                "another-secret-that-nobody-shares-with-us",
+                &json!({"sub": "alice"}),
+            ),
             "its signature is wrong",
         ),
-        ("no.json.token".to_owned(), "it is not a JSON web token with a known algorithm"),
-        ("tk_0123456789ab_unknown".to_owned(), "there is no such API key"),
+        (
+            "no.json.token".to_owned(),
+            "it is not a JSON web token with a known algorithm",
+        ),
+        (
+            "tk_0123456789ab_unknown".to_owned(),
+            "there is no such API key",
+        ),
     ] {
-        let request = gateway.request(Method::GET, "/v1/users/alice/threads").bearer_auth(&bearer);
+        let request = gateway
+            .request(Method::GET, "/v1/users/alice/threads")
+            .bearer_auth(&bearer);
         let refused = gateway.send(request).await;
         assert_eq!(refused.problem(), (401, "unauthenticated"), "{why}");
         let challenge = format!("Bearer error=\"invalid_token\", error_description=\"{why}\"");
         assert_eq!(refused.headers["www-authenticate"], challenge);
-        assert!(refused.body["detail"].as_str().unwrap().contains(why), "{:#}", refused.body);
+        assert!(
+            refused.body["detail"].as_str().unwrap().contains(why),
+            "{:#}",
+            refused.body
+        );
         let id = refused.body["request_id"].as_str().unwrap();
         gateway.logged(|line| line.contains(id)).await;
         // Its own line tells it, so that refusals fill no log faster than requests do.
-        let lines: Vec<_> = gateway.logs().into_iter().filter(|line| line.contains(id)).collect();
-        assert!(lines.len() == 1 && lines[0].contains("INFO") && lines[0].contains(why), "{lines:#?}");
+        let lines: Vec<_> = gateway
+            .logs()
+            .into_iter()
+            .filter(|line| line.contains(id))
+            .collect();
+        assert!(
+            lines.len() == 1 && lines[0].contains("INFO") && lines[0].contains(why),
+            "{lines:#?}"
+        );
         assert!(!lines[0].contains(&bearer), "{lines:#?}");
     }
     let none = gateway.get("/v1/users/alice/threads").await;
     assert_eq!(
-        (none.problem(), none.headers["www-authenticate"].to_str().unwrap()),
+        (
+            none.problem(),
+            none.headers["www-authenticate"].to_str().unwrap()
+        ),
         ((401, "unauthenticated"), "Bearer")
     );
-    let request = gateway.request(Method::GET, "/v1/threads").bearer_auth(BACKEND);
+    let request = gateway
+        .request(Method::GET, "/v1/threads")
+        .bearer_auth(BACKEND);
     let weak = gateway.send(request).await;
     assert_eq!(weak.problem(), (403, "forbidden"));
-    assert_eq!(weak.headers["www-authenticate"], "Bearer error=\"insufficient_scope\", scope=\"admin\"");
+    assert_eq!(
+        weak.headers["www-authenticate"],
+        "Bearer error=\"insufficient_scope\", scope=\"admin\""
+    );
     // More of a scope does not open another user's.
-    let request = gateway.request(Method::GET, "/v1/users/bob/threads").bearer_auth(alice());
+    let request = gateway
+        .request(Method::GET, "/v1/users/bob/threads")
+        .bearer_auth(alice());
     let other = gateway.send(request).await;
-    assert_eq!((other.problem(), other.headers.get("www-authenticate")), ((403, "forbidden"), None));
+    assert_eq!(
+        (other.problem(), other.headers.get("www-authenticate")),
+        ((403, "forbidden"), None)
+    );
 }

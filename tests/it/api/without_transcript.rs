@@ -38,7 +38,8 @@ async fn gateway(scene: &Scene) -> Gateway {
 }
 
 async fn gateway_with(scene: &Scene, more: &str) -> Gateway {
-    let settings = "[log]\nfilter = \"threadkeeper=trace,info\"\n[replica]\nsession_ttl = \"900ms\"\n";
+    let settings =
+        "[log]\nfilter = \"threadkeeper=trace,info\"\n[replica]\nsession_ttl = \"900ms\"\n";
     let config = scene.config(&format!("{settings}{more}"));
     Gateway::start(&config.replace("[store]\n", "[store]\ntranscript = \"off\"\n")).await
 }
@@ -47,13 +48,22 @@ async fn gateway_with(scene: &Scene, more: &str) -> Gateway {
 async fn assert_silent(scene: &Scene, gateway: &Gateway) {
     let found = |bytes: &[u8]| {
         let said = REPLIES.iter().chain(&[NEEDLE]);
-        said.copied().find(|said| bytes.windows(said.len()).any(|at| at == said.as_bytes()))
+        said.copied()
+            .find(|said| bytes.windows(said.len()).any(|at| at == said.as_bytes()))
     };
     let stored = scene.database.everything().await;
-    assert!(stored.iter().any(|(_, value)| value.windows(5).any(|at| at == b"alice")), "it reads nothing");
+    assert!(
+        stored
+            .iter()
+            .any(|(_, value)| value.windows(5).any(|at| at == b"alice")),
+        "it reads nothing"
+    );
     for (place, value) in stored {
         if let Some(said) = found(&value) {
-            panic!("{place} holds `{said}`: {}", String::from_utf8_lossy(&value[..value.len().min(400)]));
+            panic!(
+                "{place} holds `{said}`: {}",
+                String::from_utf8_lossy(&value[..value.len().min(400)])
+            );
         }
     }
     for line in gateway.logs() {
@@ -68,8 +78,18 @@ async fn assert_nothing_empty_was_sent(scene: &Scene, gateway: &Gateway) {
     }
     for request in scene.simulator.recorded() {
         let body = request.body.to_string();
-        for empty in [r#""output":"""#, r#""content":[]"#, r#""content":"""#, r#""text":"""#] {
-            assert!(!body.contains(empty), "{} {}: {body}", request.method, request.path);
+        for empty in [
+            r#""output":"""#,
+            r#""content":[]"#,
+            r#""content":"""#,
+            r#""text":"""#,
+        ] {
+            assert!(
+                !body.contains(empty),
+                "{} {}: {body}",
+                request.method,
+                request.path
+            );
         }
     }
 }
@@ -77,9 +97,14 @@ async fn assert_nothing_empty_was_sent(scene: &Scene, gateway: &Gateway) {
 /// Posts a message and reads the first event of its stream.
 async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader, String) {
     let body = json!({"content": content, "multitask_strategy": strategy, "stream": true});
-    let request = gateway.request(Method::POST, &format!("{SCOPE}/messages")).json(&body);
+    let request = gateway
+        .request(Method::POST, &format!("{SCOPE}/messages"))
+        .json(&body);
     let mut stream = EventReader::new(request.send().await.unwrap());
-    let run = stream.next().await.unwrap().data["run_id"].as_str().unwrap().to_owned();
+    let run = stream.next().await.unwrap().data["run_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
     (stream, run)
 }
 
@@ -103,17 +128,26 @@ fn path(run: &Value) -> String {
 
 fn outputs(run: &Value, output: &str) -> Value {
     let calls = run["required_action"]["tool_calls"].as_array().unwrap();
-    let outputs: Value =
-        calls.iter().map(|call| json!({"tool_call_id": call["id"], "output": output})).collect();
+    let outputs: Value = calls
+        .iter()
+        .map(|call| json!({"tool_call_id": call["id"], "output": output}))
+        .collect();
     json!({"tool_outputs": outputs})
 }
 
 async fn give(gateway: &Gateway, run: &Value, output: &str) -> Answer {
-    gateway.post(&format!("{}/tool_outputs", path(run)), &outputs(run, output)).await
+    gateway
+        .post(
+            &format!("{}/tool_outputs", path(run)),
+            &outputs(run, output),
+        )
+        .await
 }
 
 fn arguments(run: &Value) -> &str {
-    run["required_action"]["tool_calls"][0]["arguments"].as_str().unwrap()
+    run["required_action"]["tool_calls"][0]["arguments"]
+        .as_str()
+        .unwrap()
 }
 
 async fn events(gateway: &Gateway, run: &str) -> Vec<Event> {
@@ -126,34 +160,58 @@ async fn entries(gateway: &Gateway) -> Vec<(String, Value, bool)> {
     let entry = |message: &Value| {
         assert_eq!(message["content"], json!([]), "{message:#}");
         let role = message["role"].as_str().unwrap().to_owned();
-        (role, message["incomplete_reason"].clone(), message["visible_to_model"].as_bool().unwrap())
+        (
+            role,
+            message["incomplete_reason"].clone(),
+            message["visible_to_model"].as_bool().unwrap(),
+        )
     };
     messages(gateway, SCOPE).await.iter().map(entry).collect()
 }
 
 async fn users_upstream(scene: &Scene, gateway: &Gateway) -> Vec<String> {
     let lines = upstream(scene, gateway, SCOPE).await.into_iter();
-    lines.filter(|(role, _)| role == "user").map(|(_, text)| text).collect()
+    lines
+        .filter(|(role, _)| role == "user")
+        .map(|(_, text)| text)
+        .collect()
 }
 
 async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     let first = gateway.say(SCOPE, "needle one").await;
-    assert!(text(&first["message"]).contains("needle one") && text(&first["message"]).contains("turn 1 of"));
+    assert!(
+        text(&first["message"]).contains("needle one")
+            && text(&first["message"]).contains("turn 1 of")
+    );
     assert_silent(&scene, &gateway).await;
 
     let (stream, run) = begin(&gateway, "enqueue", "needle two").await;
     let live = stream.rest().await;
-    assert!(text_of(&live).contains("needle two") && text_of(&live).contains("turn 2 of"), "{live:#?}");
-    let names: Vec<_> = live[live.len() - 2..].iter().map(|event| event.name.as_str()).collect();
+    assert!(
+        text_of(&live).contains("needle two") && text_of(&live).contains("turn 2 of"),
+        "{live:#?}"
+    );
+    let names: Vec<_> = live[live.len() - 2..]
+        .iter()
+        .map(|event| event.name.as_str())
+        .collect();
     assert_eq!(names, ["message.completed", "run.completed"]);
     assert_eq!(text(&live[live.len() - 2].data["message"]), text_of(&live));
 
     let parts = json!([{"type": "text", "text": "needle three"},
         {"type": "image_url", "image_url": {"url": "https://example.com/needle.png"}}]);
-    gateway.post(&format!("{SCOPE}/messages"), &json!({"content": parts})).await.ok();
-    for failing in ["needle four [[sim: fail]]", "needle five [[sim: status=401]]"] {
-        let failed = gateway.post(&format!("{SCOPE}/messages"), &json!({"content": failing})).await;
+    gateway
+        .post(&format!("{SCOPE}/messages"), &json!({"content": parts}))
+        .await
+        .ok();
+    for failing in [
+        "needle four [[sim: fail]]",
+        "needle five [[sim: status=401]]",
+    ] {
+        let failed = gateway
+            .post(&format!("{SCOPE}/messages"), &json!({"content": failing}))
+            .await;
         assert_eq!(failed.problem(), (502, "upstream-error"));
     }
     gateway.say(SCOPE, "needle six").await;
@@ -161,17 +219,32 @@ async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
 
     // Who looks later sees what happened, and nothing of what was said.
     let entries = entries(&gateway).await;
-    let ended: Vec<_> = entries.iter().filter(|(role, ..)| role == "user").map(|(_, why, _)| why).collect();
+    let ended: Vec<_> = entries
+        .iter()
+        .filter(|(role, ..)| role == "user")
+        .map(|(_, why, _)| why)
+        .collect();
     let (done, failed) = (&Value::Null, &json!("failed"));
     assert_eq!(ended, [done, done, done, failed, failed, done]);
-    let replies = entries.iter().filter(|(role, why, _)| role == "assistant" && why.is_null()).count();
+    let replies = entries
+        .iter()
+        .filter(|(role, why, _)| role == "assistant" && why.is_null())
+        .count();
     assert_eq!(replies, 4);
     let later = events(&gateway, &run).await;
     let names: Vec<_> = later.iter().map(|event| event.name.as_str()).collect();
-    assert_eq!(names, ["run.started", "message.completed", "run.completed"], "no empty pieces");
+    assert_eq!(
+        names,
+        ["run.started", "message.completed", "run.completed"],
+        "no empty pieces"
+    );
     assert_eq!(later[1].data["message"]["content"], json!([]));
     let (of_live, of_later) = (&live[live.len() - 1], &later[2]);
-    assert_eq!((&of_live.id, &of_live.data), (&of_later.id, &of_later.data), "numbers stay what they were");
+    assert_eq!(
+        (&of_live.id, &of_live.data),
+        (&of_later.id, &of_later.data),
+        "numbers stay what they were"
+    );
     assert!(first["run"]["usage"]["total_tokens"].as_u64().unwrap() > 0);
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
@@ -191,55 +264,116 @@ async fn queued_messages_are_not_stored(scene: Scene) {
     let (active, waiting) = (active.rest().await, waiting.rest().await);
     let (joined, other) = (joined.rest().await, other.rest().await);
     assert!(text_of(&active).contains("needle one"));
-    assert!(text_of(&waiting).contains("needle three"), "the reply is to the newest: {waiting:#?}");
+    assert!(
+        text_of(&waiting).contains("needle three"),
+        "the reply is to the newest: {waiting:#?}"
+    );
     assert_eq!(text_of(&joined), text_of(&waiting));
     assert!(text_of(&other).contains("needle four"));
     assert_silent(&scene, &gateway).await;
     let said = users_upstream(&scene, &gateway).await;
-    assert_eq!(said, ["needle zero", "needle one", "needle two", "needle three", "needle four"]);
+    assert_eq!(
+        said,
+        [
+            "needle zero",
+            "needle one",
+            "needle two",
+            "needle three",
+            "needle four"
+        ]
+    );
     assert_eq!(entries(&gateway).await.len(), 9);
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
 async fn function_calls_are_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
-    let asked = ask(&gateway, "needle weather? [[sim: tool=get_weather tool=get_time]]").await;
-    assert!(arguments(&asked["run"]).contains("needle weather?"), "{asked:#}");
+    let asked = ask(
+        &gateway,
+        "needle weather? [[sim: tool=get_weather tool=get_time]]",
+    )
+    .await;
+    assert!(
+        arguments(&asked["run"]).contains("needle weather?"),
+        "{asked:#}"
+    );
     let read = gateway.get(&path(&asked["run"])).await.ok();
-    assert_eq!(read["run"], asked["run"], "whoever asks this process sees the calls");
-    assert_eq!(all(&gateway, &format!("{SCOPE}/runs")).await[0], asked["run"]);
+    assert_eq!(
+        read["run"], asked["run"],
+        "whoever asks this process sees the calls"
+    );
+    assert_eq!(
+        all(&gateway, &format!("{SCOPE}/runs")).await[0],
+        asked["run"]
+    );
     assert_silent(&scene, &gateway).await;
 
-    let again = give(&gateway, &asked["run"], "needle cold [[sim: tool=get_place]]").await.ok();
+    let again = give(
+        &gateway,
+        &asked["run"],
+        "needle cold [[sim: tool=get_place]]",
+    )
+    .await
+    .ok();
     assert_eq!(again["run"]["status"], "requires_action", "{again:#}");
-    assert_eq!(again["run"]["required_action"]["tool_calls"][0]["name"], "get_place");
+    assert_eq!(
+        again["run"]["required_action"]["tool_calls"][0]["name"],
+        "get_place"
+    );
     assert!(!arguments(&again["run"]).is_empty());
     assert_silent(&scene, &gateway).await;
     let late = give(&gateway, &asked["run"], "needle late").await;
-    assert_eq!(late.problem(), (422, "invalid-request"), "these are not the calls that it waits for");
+    assert_eq!(
+        late.problem(),
+        (422, "invalid-request"),
+        "these are not the calls that it waits for"
+    );
 
     let answer = give(&gateway, &again["run"], "needle here").await.ok();
     assert_eq!(answer["run"]["status"], "completed");
-    assert!(text(&answer["message"]).contains("needle here"), "{answer:#}");
+    assert!(
+        text(&answer["message"]).contains("needle here"),
+        "{answer:#}"
+    );
     assert_silent(&scene, &gateway).await;
 
     // As a stream.
-    let (stream, run) = begin(&gateway, "enqueue", "needle and there? [[sim: tool=get_weather]]").await;
+    let (stream, run) = begin(
+        &gateway,
+        "enqueue",
+        "needle and there? [[sim: tool=get_weather]]",
+    )
+    .await;
     let asked = stream.rest().await.pop().unwrap();
     assert_eq!(asked.name, "run.requires_action");
-    assert!(asked.data["tool_calls"][0]["arguments"].as_str().unwrap().contains("needle and there?"));
+    assert!(
+        asked.data["tool_calls"][0]["arguments"]
+            .as_str()
+            .unwrap()
+            .contains("needle and there?")
+    );
     assert_silent(&scene, &gateway).await;
     let output = json!({"tool_call_id": asked.data["tool_calls"][0]["id"], "output": "needle hot"});
     let body = json!({"tool_outputs": [output], "stream": true});
-    let request = gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/tool_outputs")).json(&body);
+    let request = gateway
+        .request(Method::POST, &format!("{SCOPE}/runs/{run}/tool_outputs"))
+        .json(&body);
     let events = EventReader::new(request.send().await.unwrap()).rest().await;
     assert!(text_of(&events).contains("needle hot"), "{events:#?}");
-    assert!(events.iter().all(|event| event.name != "run.requires_action"), "only what came after");
+    assert!(
+        events
+            .iter()
+            .all(|event| event.name != "run.requires_action"),
+        "only what came after"
+    );
 
     // A wait that is called off.
     let asked = ask(&gateway, "needle never mind [[sim: tool=get_weather]]").await;
     let cancel = gateway.request(Method::POST, &format!("{}/cancel", path(&asked["run"])));
-    assert_eq!(gateway.send(cancel).await.ok()["run"]["status"], "cancelled");
+    assert_eq!(
+        gateway.send(cancel).await.ok()["run"]["status"],
+        "cancelled"
+    );
     gateway.say(SCOPE, "needle thanks").await;
     assert_silent(&scene, &gateway).await;
     assert_nothing_empty_was_sent(&scene, &gateway).await;
@@ -248,27 +382,43 @@ async fn function_calls_are_not_stored(scene: Scene) {
 async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     gateway.say(SCOPE, "needle zero").await;
-    let (mut cancelled, run) = begin(&gateway, "enqueue", "needle one [[sim: silent_after=4]]").await;
+    let (mut cancelled, run) =
+        begin(&gateway, "enqueue", "needle one [[sim: silent_after=4]]").await;
     let partial = deltas(&mut cancelled, 4).await;
     assert!(partial.contains("You said: needle"), "{partial}");
     assert_silent(&scene, &gateway).await;
-    gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel"))).await.ok();
+    gateway
+        .send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel")))
+        .await
+        .ok();
     let rest = cancelled.rest().await;
     assert_eq!(rest.last().unwrap().name, "run.cancelled");
-    assert_eq!(text(&rest[rest.len() - 2].data["message"]), partial, "{rest:#?}");
+    assert_eq!(
+        text(&rest[rest.len() - 2].data["message"]),
+        partial,
+        "{rest:#?}"
+    );
     assert_silent(&scene, &gateway).await;
 
     for strategy in ["interrupt", "rollback"] {
-        let (mut active, _) = begin(&gateway, "enqueue", "needle two [[sim: silent_after=4]]").await;
+        let (mut active, _) =
+            begin(&gateway, "enqueue", "needle two [[sim: silent_after=4]]").await;
         let partial = deltas(&mut active, 4).await;
         let (waiting, _) = begin(&gateway, "enqueue", "needle three").await;
         let urgent = json!({"content": "needle four", "multitask_strategy": strategy});
-        let urgent = gateway.post(&format!("{SCOPE}/messages"), &urgent).await.ok();
+        let urgent = gateway
+            .post(&format!("{SCOPE}/messages"), &urgent)
+            .await
+            .ok();
         assert!(text(&urgent["message"]).contains("needle four"));
         let active = active.rest().await;
         assert_eq!(active.last().unwrap().name, "run.cancelled");
         if strategy == "interrupt" {
-            assert_eq!(text(&active[active.len() - 2].data["message"]), partial, "{active:#?}");
+            assert_eq!(
+                text(&active[active.len() - 2].data["message"]),
+                partial,
+                "{active:#?}"
+            );
         }
         assert!(text_of(&waiting.rest().await).contains("needle three"));
         assert_silent(&scene, &gateway).await;
@@ -277,7 +427,10 @@ async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     scene.simulator.hold();
     let (active, _) = begin(&gateway, "enqueue", "needle five").await;
     let (waiting, run) = begin(&gateway, "enqueue", "needle never").await;
-    gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel"))).await.ok();
+    gateway
+        .send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel")))
+        .await
+        .ok();
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.cancelled");
     scene.simulator.release();
     active.rest().await;
@@ -285,12 +438,23 @@ async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     assert_silent(&scene, &gateway).await;
 
     // What the upstream lacks is never sent, and says so.
-    let (said, entries) = (users_upstream(&scene, &gateway).await, entries(&gateway).await);
+    let (said, entries) = (
+        users_upstream(&scene, &gateway).await,
+        entries(&gateway).await,
+    );
     assert!(!said.contains(&"needle never".to_owned()));
-    let known =
-        entries.iter().filter(|(role, _, visible_to_model)| role == "user" && *visible_to_model).count();
+    let known = entries
+        .iter()
+        .filter(|(role, _, visible_to_model)| role == "user" && *visible_to_model)
+        .count();
     assert_eq!(known, said.len(), "{entries:#?} {said:#?}");
-    assert_eq!(scene.database.number("SELECT CAST(sum(unsynced_messages) AS BIGINT) FROM threads").await, 0);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT CAST(sum(unsynced_messages) AS BIGINT) FROM threads")
+            .await,
+        0
+    );
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
@@ -298,10 +462,19 @@ async fn idempotent_retry_replays_only_live_content(scene: Scene) {
     let gateway = gateway(&scene).await;
     let request = || {
         let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
-        request.header("idempotency-key", "k1").json(&json!({"content": "needle"}))
+        request
+            .header("idempotency-key", "k1")
+            .json(&json!({"content": "needle"}))
     };
-    let stream =
-        || async { EventReader::new(request().header("accept", "text/event-stream").send().await.unwrap()) };
+    let stream = || async {
+        EventReader::new(
+            request()
+                .header("accept", "text/event-stream")
+                .send()
+                .await
+                .unwrap(),
+        )
+    };
     scene.simulator.hold();
     let (first, second) = (stream().await, stream().await);
     scene.simulator.release();
@@ -313,7 +486,10 @@ async fn idempotent_retry_replays_only_live_content(scene: Scene) {
     let (late, message) = (late.ok(), &first[first.len() - 2].data["message"]);
     assert_eq!(late["run"], first[first.len() - 1].data["run"]);
     assert!(text(message).contains("needle"));
-    assert_eq!((&late["message"]["id"], &late["message"]["content"]), (&message["id"], &json!([])));
+    assert_eq!(
+        (&late["message"]["id"], &late["message"]["content"]),
+        (&message["id"], &json!([]))
+    );
     assert_eq!(scene.simulator.stats().runs_started, 1);
     assert_silent(&scene, &gateway).await;
 }
@@ -321,7 +497,12 @@ async fn idempotent_retry_replays_only_live_content(scene: Scene) {
 /// Waits until no run is unfinished.
 async fn settles(scene: &Scene) {
     let start = Instant::now();
-    while scene.database.number("SELECT count(*) FROM runs WHERE finished_at IS NULL").await > 0 {
+    while scene
+        .database
+        .number("SELECT count(*) FROM runs WHERE finished_at IS NULL")
+        .await
+        > 0
+    {
         assert!(start.elapsed() < PATIENCE, "a run never ends");
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
@@ -356,9 +537,17 @@ async fn queued_messages_lost_in_crash_are_not_sent_empty(scene: Scene) {
         assert!(!said.contains(&lost.to_owned()), "{said:#?}");
     }
     // They stand in the transcript in their order, and say that the model does not know them.
-    let users = messages(&second, SCOPE).await.into_iter().filter(|message| message["role"] == "user");
-    let lost: Vec<Value> = users.filter(|message| message["visible_to_model"] == false).collect();
-    let order: Vec<_> = lost.iter().map(|message| message["run_id"].as_str().unwrap()).collect();
+    let users = messages(&second, SCOPE)
+        .await
+        .into_iter()
+        .filter(|message| message["role"] == "user");
+    let lost: Vec<Value> = users
+        .filter(|message| message["visible_to_model"] == false)
+        .collect();
+    let order: Vec<_> = lost
+        .iter()
+        .map(|message| message["run_id"].as_str().unwrap())
+        .collect();
     let wanted: Vec<_> = waiting.iter().map(|(_, run)| run.as_str()).collect();
     assert!(order.ends_with(&wanted), "{lost:#?}");
     assert_nothing_empty_was_sent(&scene, &second).await;
@@ -381,7 +570,10 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     };
     assert_eq!(answer["run"]["status"], "completed");
-    assert!(text(&answer["message"]).contains("needle cold"), "{answer:#}");
+    assert!(
+        text(&answer["message"]).contains("needle cold"),
+        "{answer:#}"
+    );
     second.say(SCOPE, "needle thanks").await;
     assert_silent(&scene, &second).await;
     assert_nothing_empty_was_sent(&scene, &second).await;
@@ -389,8 +581,11 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
 
 /// A run got its outputs when its process died: the upstream had taken them, or was to get them again.
 async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
-    let operation =
-        if scene.protocol == Protocol::Assistants { "submit_tool_outputs" } else { "create_response" };
+    let operation = if scene.protocol == Protocol::Assistants {
+        "submit_tool_outputs"
+    } else {
+        "create_response"
+    };
     for taken in [true, false] {
         let first = gateway(&scene).await;
         let asked = ask(&first, "needle weather? [[sim: tool=get_weather]]").await;
@@ -398,12 +593,30 @@ async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
             scene.simulator.hold();
         } else {
             let fault = "status=503 retry_after=30".to_owned();
-            scene.simulator.add_fault(Fault { on: operation.to_owned(), fault, times: 1 }).unwrap();
+            scene
+                .simulator
+                .add_fault(Fault {
+                    on: operation.to_owned(),
+                    fault,
+                    times: 1,
+                })
+                .unwrap();
         }
-        let sent = |stats: &Stats| stats.requests_by_operation.get(operation).copied().unwrap_or(0);
+        let sent = |stats: &Stats| {
+            stats
+                .requests_by_operation
+                .get(operation)
+                .copied()
+                .unwrap_or(0)
+        };
         let before = sent(&scene.simulator.stats());
-        let request = first.request(Method::POST, &format!("{}/tool_outputs", path(&asked["run"])));
-        let request = request.header("prefer", "respond-async").json(&outputs(&asked["run"], "needle cold"));
+        let request = first.request(
+            Method::POST,
+            &format!("{}/tool_outputs", path(&asked["run"])),
+        );
+        let request = request
+            .header("prefer", "respond-async")
+            .json(&outputs(&asked["run"], "needle cold"));
         assert_eq!(first.send(request).await.status, StatusCode::ACCEPTED);
         scene.simulator.wait_for(|stats| sent(stats) > before).await;
         first.kill();
@@ -431,7 +644,11 @@ async fn tool_outputs_accepted_only_by_owning_replica(scene: Scene) {
     let asked = ask(&own, "needle weather? [[sim: tool=get_weather]]").await;
     let seen = other.get(&path(&asked["run"])).await.ok();
     assert_eq!(seen["run"]["status"], "requires_action");
-    assert_eq!(arguments(&seen["run"]), "", "another process does not know them");
+    assert_eq!(
+        arguments(&seen["run"]),
+        "",
+        "another process does not know them"
+    );
     let refused = give(&other, &seen["run"], "needle cold").await;
     assert_eq!(refused.problem(), (421, "other-replica"), "{refused:?}");
     assert!(refused.headers.contains_key("retry-after"));
@@ -439,7 +656,10 @@ async fn tool_outputs_accepted_only_by_owning_replica(scene: Scene) {
     assert!(text(&answer["message"]).contains("needle cold"));
     // Whoever looks from there sees the end.
     let seen = other.get(&path(&asked["run"])).await.ok();
-    assert_eq!((&seen["run"], &seen["message"]["content"]), (&answer["run"], &json!([])));
+    assert_eq!(
+        (&seen["run"], &seen["message"]["content"]),
+        (&answer["run"], &json!([]))
+    );
     assert_silent(&scene, &own).await;
     assert_nothing_empty_was_sent(&scene, &own).await;
 }
@@ -457,7 +677,11 @@ async fn merge_never_joins_run_of_another_replica(scene: Scene) {
     assert_ne!(own, run, "there its content would be lost");
     assert_silent(&scene, &two).await;
     scene.simulator.release();
-    for (stream, said) in [(active, "needle one"), (waiting, "needle two"), (elsewhere, "needle three")] {
+    for (stream, said) in [
+        (active, "needle one"),
+        (waiting, "needle two"),
+        (elsewhere, "needle three"),
+    ] {
         let events = stream.rest().await;
         assert!(text_of(&events).contains(said), "{events:#?}");
     }
@@ -472,20 +696,36 @@ async fn lost_upstream_thread_restarts_empty(scene: Scene) {
     }
     scene.simulator.reset();
     let answer = gateway.say(SCOPE, "needle four").await;
-    assert!(text(&answer["message"]).contains("turn 1 of"), "there is nothing to tell it: {answer:#}");
+    assert!(
+        text(&answer["message"]).contains("turn 1 of"),
+        "there is nothing to tell it: {answer:#}"
+    );
     assert_eq!(users_upstream(&scene, &gateway).await, ["needle four"]);
     // What a turn leaves in the new thread is told from what was before.
-    let (mut cancelled, run) = begin(&gateway, "enqueue", "needle five [[sim: silent_after=4]]").await;
+    let (mut cancelled, run) =
+        begin(&gateway, "enqueue", "needle five [[sim: silent_after=4]]").await;
     deltas(&mut cancelled, 4).await;
-    gateway.send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel"))).await.ok();
+    gateway
+        .send(gateway.request(Method::POST, &format!("{SCOPE}/runs/{run}/cancel")))
+        .await
+        .ok();
     cancelled.rest().await;
     gateway.say(SCOPE, "needle six").await;
     // A response that is cut off leaves nothing.
     let stays = scene.protocol == Protocol::Assistants;
     let said = users_upstream(&scene, &gateway).await;
-    assert_eq!(said.iter().any(|text| text.contains("needle five")), stays, "{said:#?}");
-    let users = entries(&gateway).await.into_iter().filter(|(role, ..)| role == "user");
-    let known: Vec<bool> = users.map(|(_, _, visible_to_model)| visible_to_model).collect();
+    assert_eq!(
+        said.iter().any(|text| text.contains("needle five")),
+        stays,
+        "{said:#?}"
+    );
+    let users = entries(&gateway)
+        .await
+        .into_iter()
+        .filter(|(role, ..)| role == "user");
+    let known: Vec<bool> = users
+        .map(|(_, _, visible_to_model)| visible_to_model)
+        .collect();
     assert_eq!(known, [false, false, false, true, stays, true]);
     assert_silent(&scene, &gateway).await;
     assert_nothing_empty_was_sent(&scene, &gateway).await;
@@ -496,7 +736,10 @@ async fn rollover_carries_nothing_over(scene: Scene) {
     let first = gateway.say(SCOPE, "needle one").await;
     gateway.say(SCOPE, "needle two").await;
     let next = gateway.say(SCOPE, "needle three").await;
-    assert_eq!(next["thread"]["previous_thread"], first["thread"]["id"], "{next:#}");
+    assert_eq!(
+        next["thread"]["previous_thread"], first["thread"]["id"],
+        "{next:#}"
+    );
     assert!(text(&next["message"]).contains("needle three"), "{next:#}");
     assert!(text(&next["message"]).contains("turn 1 of"), "{next:#}");
     assert_eq!(users_upstream(&scene, &gateway).await, ["needle three"]);

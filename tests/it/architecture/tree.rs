@@ -28,36 +28,60 @@ impl Tree {
             .into_iter()
             .filter(|(name, _)| name != "lib.rs")
             .map(|(name, code)| {
-                let module: Vec<_> = name.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
+                let module: Vec<_> = name
+                    .trim_end_matches(".rs")
+                    .split('/')
+                    .map(str::to_owned)
+                    .collect();
                 (name, module, code)
             })
             .collect();
-        let modules: BTreeSet<Vec<String>> = code.iter().map(|(_, module, _)| module.clone()).collect();
+        let modules: BTreeSet<Vec<String>> =
+            code.iter().map(|(_, module, _)| module.clone()).collect();
         let files = code.into_iter().map(|(name, module, code)| {
             let is_test = name.ends_with("/tests.rs");
-            let begin = if is_test { Some(0) } else { code.find("\n#[cfg(test)]\nmod tests {") };
+            let begin = if is_test {
+                Some(0)
+            } else {
+                code.find("\n#[cfg(test)]\nmod tests {")
+            };
             let (code, tests) = code.split_at(begin.unwrap_or(code.len()));
             let (named, passed_on) = names(&modules, &module, code);
             let (named_in_tests, _) = names(&modules, &module, tests);
-            Source { name, module, named, named_in_tests, passed_on }
+            Source {
+                name,
+                module,
+                named,
+                named_in_tests,
+                passed_on,
+            }
         });
-        Self { files: files.collect() }
+        Self {
+            files: files.collect(),
+        }
     }
 
     /// The file that a path leads to: the one that defines it, not one that passes it on.
     fn file(&self, path: &[String]) -> Option<&Source> {
         let at = (1..=path.len()).rev().find_map(|length| {
-            let file = self.files.iter().find(|file| file.module == path[..length])?;
+            let file = self
+                .files
+                .iter()
+                .find(|file| file.module == path[..length])?;
             Some((file, path.get(length)))
         });
         let (file, name) = at?;
-        let passed_on = name.and_then(|name| file.passed_on.get(name)).filter(|to| *to != path);
+        let passed_on = name
+            .and_then(|name| file.passed_on.get(name))
+            .filter(|to| *to != path);
         passed_on.map_or(Some(file), |to| self.file(to).or(Some(file)))
     }
 
     fn imports(&self, file: &Source) -> BTreeSet<&str> {
         let to = file.named.iter().filter_map(|path| self.file(path));
-        to.map(|to| to.name.as_str()).filter(|to| *to != file.name).collect()
+        to.map(|to| to.name.as_str())
+            .filter(|to| *to != file.name)
+            .collect()
     }
 
     /// Top modules use only what stands to their right in the order.
@@ -69,7 +93,11 @@ impl Tree {
     pub(super) fn assert_order(&self, module: &str, order: &[&str]) {
         self.assert_below(&[module], order);
         let hub = format!("{module}.rs");
-        for file in self.files.iter().filter(|file| file.name.starts_with(&format!("{module}/"))) {
+        for file in self
+            .files
+            .iter()
+            .filter(|file| file.name.starts_with(&format!("{module}/")))
+        {
             assert!(
                 !self.imports(file).contains(hub.as_str()),
                 "{} uses {hub}, which stands above it",
@@ -81,9 +109,17 @@ impl Tree {
     fn assert_below(&self, above: &[&str], order: &[&str]) {
         let rank = |name: &String| order.iter().position(|other| other == name);
         for file in &self.files {
-            let Some(own) = below(above, &file.module) else { continue };
-            let own = rank(own).unwrap_or_else(|| panic!("{}: add its module to the order", file.name));
-            for path in file.named.iter().chain(&file.named_in_tests).chain(file.passed_on.values()) {
+            let Some(own) = below(above, &file.module) else {
+                continue;
+            };
+            let own =
+                rank(own).unwrap_or_else(|| panic!("{}: add its module to the order", file.name));
+            for path in file
+                .named
+                .iter()
+                .chain(&file.named_in_tests)
+                .chain(file.passed_on.values())
+            {
                 let to = below(above, path).and_then(rank);
                 assert!(
                     to.is_none_or(|to| to >= own),
@@ -96,7 +132,10 @@ impl Tree {
     }
 
     fn graph(&self) -> BTreeMap<&str, BTreeSet<&str>> {
-        self.files.iter().map(|file| (file.name.as_str(), self.imports(file))).collect()
+        self.files
+            .iter()
+            .map(|file| (file.name.as_str(), self.imports(file)))
+            .collect()
     }
 
     /// Sets of files each of which leads to all others of its set.
@@ -115,7 +154,12 @@ impl Tree {
         let mut circles: Vec<BTreeSet<&str>> = Vec::new();
         for (file, to) in &reached {
             if to.contains(file) && !circles.iter().any(|circle| circle.contains(file)) {
-                circles.push(to.iter().copied().filter(|other| reached[other].contains(file)).collect());
+                circles.push(
+                    to.iter()
+                        .copied()
+                        .filter(|other| reached[other].contains(file))
+                        .collect(),
+                );
             }
         }
         circles
@@ -149,7 +193,10 @@ fn names(
 ) -> (Vec<Vec<String>>, BTreeMap<String, Vec<String>>) {
     let (uses, rest) = split_uses(code);
     let from_root = |path: &[String]| from_root(modules, module, path);
-    let mut named: Vec<_> = paths_in(&rest).iter().filter_map(|path| from_root(path)).collect();
+    let mut named: Vec<_> = paths_in(&rest)
+        .iter()
+        .filter_map(|path| from_root(path))
+        .collect();
     let mut passed_on = BTreeMap::new();
     for (is_public, tree) in uses {
         for path in expand(&tree).iter().filter_map(|path| from_root(path)) {
@@ -165,7 +212,11 @@ fn names(
 
 /// The first name of a path below this module, if it is below it.
 fn below<'a>(above: &[&str], path: &'a [String]) -> Option<&'a String> {
-    path.iter().zip(above).all(|(name, above)| name == above).then(|| path.get(above.len())).flatten()
+    path.iter()
+        .zip(above)
+        .all(|(name, above)| name == above)
+        .then(|| path.get(above.len()))
+        .flatten()
 }
 
 /// Each `use` of a file, with whether it passes on what it names, and the code without them.
@@ -174,10 +225,9 @@ fn split_uses(code: &str) -> (Vec<(bool, String)>, String) {
     let mut lines = code.lines();
     while let Some(line) = lines.next() {
         let trimmed = line.trim_start();
-        let Some((before, first)) = trimmed
-            .split_once("use ")
-            .filter(|(before, _)| before.is_empty() || (before.starts_with("pub") && before.ends_with(' ')))
-        else {
+        let Some((before, first)) = trimmed.split_once("use ").filter(|(before, _)| {
+            before.is_empty() || (before.starts_with("pub") && before.ends_with(' '))
+        }) else {
             rest.push_str(line);
             rest.push('\n');
             continue;
@@ -186,14 +236,22 @@ fn split_uses(code: &str) -> (Vec<(bool, String)>, String) {
         while !tree.contains(';') {
             tree.push_str(lines.next().expect("a `use` ends"));
         }
-        uses.push((!before.is_empty(), tree.split(';').next().unwrap().to_owned()));
+        uses.push((
+            !before.is_empty(),
+            tree.split(';').next().unwrap().to_owned(),
+        ));
     }
     (uses, rest)
 }
 
 /// The paths of a `use`: `a::{b, c::d}` -> `a::b`, `a::c::d`.
 fn expand(tree: &str) -> Vec<Vec<String>> {
-    let tree = tree.split(" as ").next().filter(|_| !tree.contains('{')).unwrap_or(tree).trim();
+    let tree = tree
+        .split(" as ")
+        .next()
+        .filter(|_| !tree.contains('{'))
+        .unwrap_or(tree)
+        .trim();
     let Some((before, list)) = tree.split_once('{') else {
         return vec![tree.split("::").map(str::to_owned).collect()];
     };
@@ -211,9 +269,15 @@ fn expand(tree: &str) -> Vec<Vec<String>> {
         }
         parts.last_mut().unwrap().push(letter);
     }
-    let before: Vec<String> = before.split("::").map(|name| name.trim().to_owned()).collect();
+    let before: Vec<String> = before
+        .split("::")
+        .map(|name| name.trim().to_owned())
+        .collect();
     let before = &before[..before.len() - 1];
-    let parts = parts.iter().filter(|part| !part.trim().is_empty()).flat_map(|part| expand(part));
+    let parts = parts
+        .iter()
+        .filter(|part| !part.trim().is_empty())
+        .flat_map(|part| expand(part));
     parts
         .map(|part| {
             let rest = if part == ["self"] { &[][..] } else { &part[..] };
@@ -226,21 +290,35 @@ fn expand(tree: &str) -> Vec<Vec<String>> {
 fn paths_in(code: &str) -> Vec<Vec<String>> {
     let mut pieces = code.split("pub(in ");
     let first = pieces.next().unwrap();
-    let code = pieces.fold(first.to_owned(), |code, piece| code + piece.split_once(')').unwrap().1);
+    let code = pieces.fold(first.to_owned(), |code, piece| {
+        code + piece.split_once(')').unwrap().1
+    });
     code.split(|letter: char| !(letter.is_alphanumeric() || letter == '_' || letter == ':'))
         .filter(|path| path.contains("::"))
-        .map(|path| path.split("::").filter(|name| !name.is_empty()).map(str::to_owned).collect())
+        .map(|path| {
+            path.split("::")
+                .filter(|name| !name.is_empty())
+                .map(str::to_owned)
+                .collect()
+        })
         .filter(|path: &Vec<String>| !path.is_empty())
         .collect()
 }
 
 /// A path as it is from the crate's root. `None`: it leads elsewhere, or to something within the file.
-fn from_root(modules: &BTreeSet<Vec<String>>, here: &[String], path: &[String]) -> Option<Vec<String>> {
+fn from_root(
+    modules: &BTreeSet<Vec<String>>,
+    here: &[String],
+    path: &[String],
+) -> Option<Vec<String>> {
     let supers = path.iter().take_while(|name| *name == "super").count();
     let (above, rest) = match path.first()?.as_str() {
         "crate" | "threadkeeper" => (&[][..], &path[1..]),
         "self" => (here, &path[1..]),
-        "super" => (here.get(..here.len().checked_sub(supers)?)?, &path[supers..]),
+        "super" => (
+            here.get(..here.len().checked_sub(supers)?)?,
+            &path[supers..],
+        ),
         child if modules.contains(&[here, &[child.to_owned()]].concat()) => (here, path),
         _ => return None,
     };

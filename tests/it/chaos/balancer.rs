@@ -35,9 +35,18 @@ struct Place {
 
 impl Balancer {
     pub(super) async fn new(places: usize) -> Self {
-        let place = || Place { address: Mutex::default(), ready: Mutex::default(), valve: Valve::new() };
-        let places = std::iter::repeat_with(place).take(places).collect::<Vec<_>>();
-        let shared = Arc::new(Shared { places, turn: AtomicUsize::new(0) });
+        let place = || Place {
+            address: Mutex::default(),
+            ready: Mutex::default(),
+            valve: Valve::new(),
+        };
+        let places = std::iter::repeat_with(place)
+            .take(places)
+            .collect::<Vec<_>>();
+        let shared = Arc::new(Shared {
+            places,
+            turn: AtomicUsize::new(0),
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let mut tasks = JoinSet::new();
@@ -45,7 +54,11 @@ impl Balancer {
             tasks.spawn(check(Arc::clone(&shared), place));
         }
         tasks.spawn(accept(listener, Arc::clone(&shared)));
-        Self { url, shared, _tasks: tasks }
+        Self {
+            url,
+            shared,
+            _tasks: tasks,
+        }
     }
 
     /// A replica is there now, or none is any more.
@@ -61,7 +74,11 @@ impl Balancer {
 
     /// How many replicas are ready.
     pub(super) fn ready(&self) -> usize {
-        self.shared.places.iter().filter(|place| *place.ready.lock().unwrap()).count()
+        self.shared
+            .places
+            .iter()
+            .filter(|place| *place.ready.lock().unwrap())
+            .count()
     }
 }
 
@@ -70,12 +87,17 @@ impl Shared {
     fn candidates(&self) -> Vec<&Place> {
         let first = self.turn.fetch_add(1, Ordering::Relaxed);
         let places = (0..self.places.len()).map(|n| &self.places[(first + n) % self.places.len()]);
-        places.filter(|place| *place.ready.lock().unwrap()).collect()
+        places
+            .filter(|place| *place.ready.lock().unwrap())
+            .collect()
     }
 }
 
 async fn check(shared: Arc<Shared>, place: usize) {
-    let client = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).timeout(CHECK_TIMEOUT);
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .pool_max_idle_per_host(0)
+        .timeout(CHECK_TIMEOUT);
     let client = client.build().unwrap();
     let place = &shared.places[place];
     loop {
@@ -113,7 +135,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 async fn connect(shared: &Shared) -> (&Place, TcpStream) {
     loop {
         for place in shared.candidates() {
-            let Some(address) = *place.address.lock().unwrap() else { continue };
+            let Some(address) = *place.address.lock().unwrap() else {
+                continue;
+            };
             if place.valve.weather().refuses {
                 continue;
             }

@@ -29,7 +29,10 @@ pub(super) async fn quiet(world: &World) {
     database.age_looks(Duration::from_mins(5)).await;
     let begun = Instant::now();
     loop {
-        let left = (database.number(unfinished).await, database.number(deleting).await);
+        let left = (
+            database.number(unfinished).await,
+            database.number(deleting).await,
+        );
         let active = world.scene.simulator.stats().active_runs;
         if left == (0, 0) && active == 0 {
             return world.took("until all was quiet", begun.elapsed());
@@ -39,7 +42,9 @@ pub(super) async fn quiet(world: &World) {
                         FROM runs r JOIN threads t ON t.id = r.thread_id LEFT JOIN replicas p ON p.id = r.owner \
                         WHERE r.finished_at IS NULL";
             let runs = database.texts(runs).await;
-            let what = format!("unfinished runs and deletions {left:?}, active upstream {active}: {runs:#?}");
+            let what = format!(
+                "unfinished runs and deletions {left:?}, active upstream {active}: {runs:#?}"
+            );
             return world.fault(Teller::Nobody, what);
         }
         sleep(Duration::from_millis(100)).await;
@@ -56,9 +61,16 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     let there = joined(world.scene.simulator.thread_history(upstream).into_iter());
     let here = transcript(gateway, scope).await;
     // A fresh thread begins upstream with the last that was said in the one before.
-    let is_same = if thread["previous_thread"].is_string() { there.ends_with(&here) } else { here == there };
+    let is_same = if thread["previous_thread"].is_string() {
+        there.ends_with(&here)
+    } else {
+        here == there
+    };
     if !is_same {
-        fault(format!("the transcript is not what the upstream has: {}", difference(&here, &there)));
+        fault(format!(
+            "the transcript is not what the upstream has: {}",
+            difference(&here, &there)
+        ));
     }
     let mut last_place = 0;
     for sent in &user.sent {
@@ -67,8 +79,10 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
             None => None,
         };
         let places: Vec<&Value> = said.iter().filter(|message| is_of(message, sent)).collect();
-        let times =
-            there.iter().filter(|(role, text)| role == "user" && text.contains(&sent.plan.token)).count();
+        let times = there
+            .iter()
+            .filter(|(role, text)| role == "user" && text.contains(&sent.plan.token))
+            .count();
         let expected = expected(user, sent, run.as_ref());
         if !expected.contains(&places.len()) {
             fault(format!(
@@ -78,30 +92,47 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
                 sent.fate
             ));
         }
-        let known = places.iter().filter(|message| message["visible_to_model"] == true).count();
+        let known = places
+            .iter()
+            .filter(|message| message["visible_to_model"] == true)
+            .count();
         let is_carried = thread["previous_thread"].is_string() && known == 0 && times == 1;
         if times != known && !is_carried {
-            fault(format!("{} is {times} times upstream, not {known}", sent.plan.token));
+            fault(format!(
+                "{} is {times} times upstream, not {known}",
+                sent.plan.token
+            ));
         }
         if sent.is_erased(user.deletions()) {
             world.count("messages: erased");
             // A response that was cut off before its id was heard can be deleted by nobody, and the receipt tells of it.
             let left = world.scene.simulator.holds_text(&sent.plan.token);
-            let left: Vec<&String> = left.iter().filter(|place| !place.contains("response")).collect();
+            let left: Vec<&String> = left
+                .iter()
+                .filter(|place| !place.contains("response"))
+                .collect();
             if !left.is_empty() {
-                fault(format!("{} was erased and is still upstream: {left:?}", sent.plan.token));
+                fault(format!(
+                    "{} was erased and is still upstream: {left:?}",
+                    sent.plan.token
+                ));
             }
         }
         if sent.fate == Fate::Unknown && !places.is_empty() {
             world.count("messages: unknown, and taken");
         }
-        let (Some(run), [message]) = (run, places.as_slice()) else { continue };
+        let (Some(run), [message]) = (run, places.as_slice()) else {
+            continue;
+        };
         check_run(world, user, sent, &run, &said);
         let started = run["run"]["started_at"].is_string();
         if sent.fate == Fate::Acknowledged && user.habit.is_orderly() && started {
             let place = message["position"].as_i64().unwrap();
             if place <= last_place && sent.generation == user.deletions() {
-                fault(format!("{} is not in the order in which it was acknowledged", sent.plan.token));
+                fault(format!(
+                    "{} is not in the order in which it was acknowledged",
+                    sent.plan.token
+                ));
             }
             last_place = place;
         }
@@ -117,14 +148,20 @@ fn is_of(message: &Value, sent: &Sent) -> bool {
 fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
     let mut expected = match sent.fate {
         // A request of one who does not wait may have come after the deletion, if it was not answered.
-        _ if sent.generation < user.deletions() && sent.had_silence && user.habit == Habit::Hectic => {
+        _ if sent.generation < user.deletions()
+            && sent.had_silence
+            && user.habit == Habit::Hectic =>
+        {
             vec![0, 1]
         }
         _ if sent.generation < user.deletions() => vec![0],
         Fate::Acknowledged => match run {
             Some(run) if run["run"]["rolled_back"] == true => vec![0],
             // Refused once it had its turn: something held the upstream thread.
-            Some(run) if run["run"]["error"]["code"] == "upstream_busy" && sent.plan.strategy == "reject" => {
+            Some(run)
+                if run["run"]["error"]["code"] == "upstream_busy"
+                    && sent.plan.strategy == "reject" =>
+            {
                 vec![0]
             }
             // Whether another one rolled it back is not known.
@@ -153,7 +190,10 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     }
     let text = text_of(&answer["message"]);
     if status == "completed" {
-        let replies = said.iter().filter(|it| it["role"] == "assistant" && it["run_id"] == run["id"]).count();
+        let replies = said
+            .iter()
+            .filter(|it| it["role"] == "assistant" && it["run_id"] == run["id"])
+            .count();
         if replies != 1 {
             fault(format!("{token}: {replies} replies in the transcript"));
         }
@@ -164,42 +204,72 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     }
     let Some(seen) = &sent.seen else { return };
     if seen.end.as_deref() != Some(&*format!("run.{status}")) {
-        fault(format!("{token}: its reader saw {:?}, it is {status}", seen.end));
+        fault(format!(
+            "{token}: its reader saw {:?}, it is {status}",
+            seen.end
+        ));
     }
     if status == "completed" && seen.message.as_deref() != Some(&text) {
-        fault(format!("{token}: its reader was told {:?}, it said {text:?}", seen.message));
+        fault(format!(
+            "{token}: its reader was told {:?}, it said {text:?}",
+            seen.message
+        ));
     }
     // One that was to stop and was done before tells what it had not shown with its message.
     let is_whole = status == "completed" && !matches!(sent.plan.whim, Whim::Stops(_));
     if is_whole && seen.text != text {
-        fault(format!("{token}: its reader saw {:?}, it said {text:?}", seen.text));
+        fault(format!(
+            "{token}: its reader saw {:?}, it said {text:?}",
+            seen.text
+        ));
     } else if !seen.text.starts_with(&text) && !text.starts_with(&seen.text) {
-        fault(format!("{token}: its reader saw {:?}, which is no part of {text:?}", seen.text));
+        fault(format!(
+            "{token}: its reader saw {:?}, which is no part of {text:?}",
+            seen.text
+        ));
     }
 }
 
 /// Who comes late sees the same as who was there.
 async fn read_again(world: &World, gateway: &Gateway, user: &User) {
-    let followed = user.sent.iter().rev().filter(|sent| sent.generation == user.deletions());
+    let followed = user
+        .sent
+        .iter()
+        .rev()
+        .filter(|sent| sent.generation == user.deletions());
     let followed = followed.filter_map(|sent| sent.seen.as_ref().map(|seen| (sent, seen)));
     for (sent, seen) in followed.take(READ_AGAIN) {
         let Some(run) = &seen.run else { continue };
-        let response = gateway.open_events(&format!("{}/runs/{run}/events", user.talk.scope), None).await;
+        let response = gateway
+            .open_events(&format!("{}/runs/{run}/events", user.talk.scope), None)
+            .await;
         if response.status() != 200 {
             if !user.talk.may_be_deleted {
-                world.fault(Teller::User(user.number), format!("{}: {}", sent.plan.token, response.status()));
+                world.fault(
+                    Teller::User(user.number),
+                    format!("{}: {}", sent.plan.token, response.status()),
+                );
             }
             continue;
         }
         let mut late = super::seen::Seen::default();
-        for event in crate::support::gateway::EventReader::new(response).rest().await {
+        for event in crate::support::gateway::EventReader::new(response)
+            .rest()
+            .await
+        {
             if let Err(why) = late.take(&event) {
-                world.fault(Teller::User(user.number), format!("{}, read again: {why}", sent.plan.token));
+                world.fault(
+                    Teller::User(user.number),
+                    format!("{}, read again: {why}", sent.plan.token),
+                );
             }
         }
         let same_text = late.text == seen.text || late.end.as_deref() != Some("run.completed");
         if (&late.end, late.last) != (&seen.end, seen.last) || !same_text {
-            let what = format!("{}: read again it is {late:?}, it was {seen:?}", sent.plan.token);
+            let what = format!(
+                "{}: read again it is {late:?}, it was {seen:?}",
+                sent.plan.token
+            );
             world.fault(Teller::User(user.number), what);
         }
     }
@@ -207,11 +277,19 @@ async fn read_again(world: &World, gateway: &Gateway, user: &User) {
 
 /// The first line in which both differ, with those around it.
 fn difference(here: &[Line], there: &[Line]) -> String {
-    let first = here.iter().zip(there).position(|(here, there)| here != there);
+    let first = here
+        .iter()
+        .zip(there)
+        .position(|(here, there)| here != there);
     let at = first.unwrap_or(here.len().min(there.len()));
-    let around =
-        |lines: &[Line]| lines[at.saturating_sub(2).min(lines.len())..(at + 3).min(lines.len())].to_vec();
-    format!("from line {at} on, here {:#?}, there {:#?}", around(here), around(there))
+    let around = |lines: &[Line]| {
+        lines[at.saturating_sub(2).min(lines.len())..(at + 3).min(lines.len())].to_vec()
+    };
+    format!(
+        "from line {at} on, here {:#?}, there {:#?}",
+        around(here),
+        around(there)
+    )
 }
 
 /// Nothing is left in the database that nobody owns, and nothing upstream that nobody names.
@@ -219,7 +297,8 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     let database = &world.scene.database;
     // An intent that nobody heard of again is left alone for ten minutes.
     database.age_looks(Duration::from_mins(11)).await;
-    let owed = "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
+    let owed =
+        "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
     let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";
     let begun = Instant::now();
     loop {
@@ -233,8 +312,9 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
         if begun.elapsed() > QUIET {
             let nameless: Vec<_> = there.difference(&named).collect();
             let missing: Vec<_> = named.difference(&there).collect();
-            let what =
-                format!("{owed} orphans; upstream threads without a name {nameless:?}, missing {missing:?}");
+            let what = format!(
+                "{owed} orphans; upstream threads without a name {nameless:?}, missing {missing:?}"
+            );
             world.fault(Teller::Nobody, what);
             break;
         }
@@ -242,7 +322,11 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     }
     let living = i64::try_from(replicas).unwrap();
     let none: [(&str, i64, &str); 8] = [
-        ("living replicas", living, "SELECT count(*) FROM replicas WHERE expires_at > now()"),
+        (
+            "living replicas",
+            living,
+            "SELECT count(*) FROM replicas WHERE expires_at > now()",
+        ),
         (
             "unsettled messages",
             0,
@@ -277,7 +361,11 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
             0,
             "SELECT count(*) FROM runs WHERE tool_outputs IS NOT NULL OR required_action IS NOT NULL",
         ),
-        ("deletions that never ended", 0, "SELECT count(*) FROM deletions WHERE finished_at IS NULL"),
+        (
+            "deletions that never ended",
+            0,
+            "SELECT count(*) FROM deletions WHERE finished_at IS NULL",
+        ),
     ];
     for (what, wanted, sql) in none {
         let begun = Instant::now();
@@ -297,23 +385,42 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
 fn upstream(world: &World) {
     let stats = world.scene.simulator.stats();
     let seen = [
-        ("runs at once on a thread", stats.max_active_runs_per_thread, 1),
-        ("messages added beside a run", usize::try_from(stats.messages_added_while_active).unwrap(), 0),
+        (
+            "runs at once on a thread",
+            stats.max_active_runs_per_thread,
+            1,
+        ),
+        (
+            "messages added beside a run",
+            usize::try_from(stats.messages_added_while_active).unwrap(),
+            0,
+        ),
         ("broken rules", stats.violations.len(), 0),
     ];
     for (what, found, most) in seen {
         if found > most {
-            world.fault(Teller::Nobody, format!("{found} {what}: {:?}", stats.violations));
+            world.fault(
+                Teller::Nobody,
+                format!("{found} {what}: {:?}", stats.violations),
+            );
         }
     }
     // What answers function calls is another request of the same run.
-    let answered = world.scene.simulator.runs().into_iter().filter(|it| it.answered_calls.is_empty());
+    let answered = world
+        .scene
+        .simulator
+        .runs()
+        .into_iter()
+        .filter(|it| it.answered_calls.is_empty());
     let mut times: BTreeMap<String, usize> = BTreeMap::new();
     for run in answered.filter(|run| run.status.as_deref() == Some("completed")) {
         *times.entry(run.metadata[RUN_TAG].clone()).or_default() += 1;
     }
     for (run, times) in times.into_iter().filter(|(_, times)| *times > 1) {
-        world.fault(Teller::Nobody, format!("the message of {run} was answered {times} times upstream"));
+        world.fault(
+            Teller::Nobody,
+            format!("the message of {run} was answered {times} times upstream"),
+        );
     }
     let ended: BTreeMap<_, _> = stats.runs_ended.iter().collect();
     world.tell(Teller::Nobody, format!("runs upstream: {ended:?}"));

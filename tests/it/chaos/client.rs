@@ -33,8 +33,14 @@ pub(super) enum Reply {
 impl Client {
     /// `keeps_alive`: connections are used again, so that its requests mostly reach the same replica.
     pub(super) fn new(world: Arc<World>, user: usize, keeps_alive: bool) -> Self {
-        let http = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(usize::from(keeps_alive) * 4);
-        Self { world, user, http: http.build().unwrap() }
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .pool_max_idle_per_host(usize::from(keeps_alive) * 4);
+        Self {
+            world,
+            user,
+            http: http.build().unwrap(),
+        }
     }
 
     pub(super) fn teller(&self) -> Teller {
@@ -50,7 +56,8 @@ impl Client {
     }
 
     pub(super) fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.world.fleet.balancer.url))
+        self.http
+            .request(method, format!("{}{path}", self.world.fleet.balancer.url))
     }
 
     pub(super) async fn ask(&self, request: RequestBuilder) -> Reply {
@@ -59,15 +66,24 @@ impl Client {
             let (method, path) = (request.method().clone(), request.url().path().to_owned());
             let response = self.http.execute(request).await?;
             let (status, headers) = (response.status(), response.headers().clone());
-            if headers.get("content-type").is_some_and(|kind| kind == "text/event-stream") {
+            if headers
+                .get("content-type")
+                .is_some_and(|kind| kind == "text/event-stream")
+            {
                 return Ok(Reply::Stream(EventReader::new(response)));
             }
             let text = response.text().await?;
             if let Err(error) = contract::checked(&method, &path, status, &headers, Some(&text)) {
-                self.fault(format!("{method} {path} is answered against the contract: {error}"));
+                self.fault(format!(
+                    "{method} {path} is answered against the contract: {error}"
+                ));
             }
             let body = serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text));
-            Ok::<_, reqwest::Error>(Reply::Answer(Answer { status, headers, body }))
+            Ok::<_, reqwest::Error>(Reply::Answer(Answer {
+                status,
+                headers,
+                body,
+            }))
         };
         let reply = match timeout(ATTEMPT, answered).await {
             Ok(Ok(reply)) => reply,
@@ -83,20 +99,33 @@ impl Client {
     /// What no answer may be, whatever happens.
     fn judge(&self, answer: &Answer) {
         let status = answer.status;
-        let kind = answer.body["type"].as_str().unwrap_or_default().rsplit(':').next().unwrap_or_default();
+        let kind = answer.body["type"]
+            .as_str()
+            .unwrap_or_default()
+            .rsplit(':')
+            .next()
+            .unwrap_or_default();
         let code = answer.body["code"].as_str().unwrap_or_default();
-        self.world.count(format!("answers: {} {kind} {code}", status.as_u16()).trim_end());
-        if status == StatusCode::INTERNAL_SERVER_ERROR || (status.is_client_error() && kind.is_empty()) {
+        self.world
+            .count(format!("answers: {} {kind} {code}", status.as_u16()).trim_end());
+        if status == StatusCode::INTERNAL_SERVER_ERROR
+            || (status.is_client_error() && kind.is_empty())
+        {
             self.fault(format!("an answer that must not be: {answer:?}"));
         }
-        if status == StatusCode::SERVICE_UNAVAILABLE && !answer.headers.contains_key("retry-after") {
+        if status == StatusCode::SERVICE_UNAVAILABLE && !answer.headers.contains_key("retry-after")
+        {
             self.fault(format!("503 without a hint when to come back: {answer:?}"));
         }
     }
 
     /// Asks until there is an answer that is none of an unavailable service. For what may be repeated. `None`: there
     /// never was one.
-    pub(super) async fn insist(&self, what: &str, request: impl Fn() -> RequestBuilder) -> Option<Answer> {
+    pub(super) async fn insist(
+        &self,
+        what: &str,
+        request: impl Fn() -> RequestBuilder,
+    ) -> Option<Answer> {
         let begun = Instant::now();
         while begun.elapsed() < PERSEVERANCE {
             match self.ask(request()).await {

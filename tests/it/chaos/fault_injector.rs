@@ -92,15 +92,25 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
         while let Some(done) = actions.try_join_next() {
             done.unwrap();
         }
-        let action = DEEDS.choose_weighted(&mut rng, |(_, weight)| *weight).unwrap().0;
-        let (place, part) = (rng.random_range(0..world.fleet.len()), rng.random_range(0.0..1.0));
+        let action = DEEDS
+            .choose_weighted(&mut rng, |(_, weight)| *weight)
+            .unwrap()
+            .0;
+        let (place, part) = (
+            rng.random_range(0..world.fleet.len()),
+            rng.random_range(0.0..1.0),
+        );
         let fault = *UPSTREAM_FAULTS.choose(&mut rng).unwrap();
         match action {
             Action::UpstreamFault => {
                 let (on, fault) = fault;
                 log(&world, format!("upstream: {fault} for the next {on}"));
                 world.count("actions: upstream faults");
-                let fault = Fault { on: on.to_owned(), fault: fault.to_owned(), times: 1 };
+                let fault = Fault {
+                    on: on.to_owned(),
+                    fault: fault.to_owned(),
+                    times: 1,
+                };
                 world.scene.simulator.add_fault(fault).unwrap();
             }
             Action::Outage | Action::Restart => {
@@ -111,8 +121,9 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
             }
             _ => {
                 // One replica is left alone, or there would be nothing to see.
-                let busy =
-                    (0..world.fleet.len()).filter(|place| world.fleet.try_lock(*place).is_none()).count();
+                let busy = (0..world.fleet.len())
+                    .filter(|place| world.fleet.try_lock(*place).is_none())
+                    .count();
                 if busy + 1 < world.fleet.len() && world.fleet.try_lock(place).is_some() {
                     let world = Arc::clone(&world);
                     actions.spawn(async move {
@@ -188,11 +199,17 @@ async fn trouble_one(world: &Arc<World>, replica: &mut Replica, action: Action, 
         Action::CutDatabase => replica.database.valve.cut(),
         Action::DelayDatabase => during(&replica.database.valve, slow(part), while_session).await,
         Action::LoseDatabase => {
-            let weather = Weather { swallows: true, ..Weather::default() };
+            let weather = Weather {
+                swallows: true,
+                ..Weather::default()
+            };
             during(&replica.database.valve, weather, while_session).await;
         }
         Action::RefuseDatabase => {
-            let weather = Weather { refuses: true, ..Weather::default() };
+            let weather = Weather {
+                refuses: true,
+                ..Weather::default()
+            };
             replica.database.valve.set(weather);
             replica.database.valve.cut();
             during(&replica.database.valve, weather, while_session).await;
@@ -205,15 +222,24 @@ async fn trouble_one(world: &Arc<World>, replica: &mut Replica, action: Action, 
 
 /// The server is away, or starts anew, or is slow.
 async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Temper) {
-    let Ok(mut server) = Arc::clone(&world.server).try_write_owned() else { return };
+    let Ok(mut server) = Arc::clone(&world.server).try_write_owned() else {
+        return;
+    };
     let _trouble = world.trouble();
     let time = match action {
         Action::Restart => Duration::ZERO,
         _ => part_of(Duration::from_millis(300), temper.longest_outage, part),
     };
     // One that crashes is more interesting than one that says goodbye.
-    let how = if part < 0.3 { Stop::Fast } else { Stop::Immediate };
-    log(&world, format!("the database: {action:?}, {how:?}, {time:?}"));
+    let how = if part < 0.3 {
+        Stop::Fast
+    } else {
+        Stop::Immediate
+    };
+    log(
+        &world,
+        format!("the database: {action:?}, {how:?}, {time:?}"),
+    );
     world.count(&format!("actions: {action:?}"));
     let blocking = spawn_blocking(move || {
         server.stop(how);
@@ -226,9 +252,14 @@ async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Tempe
 
 /// The way to it is long for all replicas, or for those that are in no other trouble: these have theirs.
 async fn slow_all(world: Arc<World>, part: f64) {
-    let held: Vec<_> = (0..world.fleet.len()).filter_map(|place| world.fleet.try_lock(place)).collect();
+    let held: Vec<_> = (0..world.fleet.len())
+        .filter_map(|place| world.fleet.try_lock(place))
+        .collect();
     let _trouble = world.trouble();
-    log(&world, format!("the database is slow for {} replicas", held.len()));
+    log(
+        &world,
+        format!("the database is slow for {} replicas", held.len()),
+    );
     world.count("actions: SlowDatabase");
     for replica in &held {
         replica.database.valve.set(slow(part));
@@ -257,10 +288,19 @@ async fn during(valve: &Valve, weather: Weather, time: Duration) {
 pub(super) fn check_stop(world: &World, process: &str, stopped: &Stopped) {
     world.took("stop", stopped.took);
     if !stopped.status.success() {
-        world.fault(Teller::Monkey, format!("{process} was stopped and ended with {}", stopped.status));
+        world.fault(
+            Teller::Monkey,
+            format!("{process} was stopped and ended with {}", stopped.status),
+        );
     }
     if stopped.took > GRACE + LAST_WORDS {
-        world.fault(Teller::Monkey, format!("{process} took {:?} to stop", stopped.took));
+        world.fault(
+            Teller::Monkey,
+            format!("{process} took {:?} to stop", stopped.took),
+        );
     }
-    log(world, format!("{process} stopped within {:?}", stopped.took));
+    log(
+        world,
+        format!("{process} stopped within {:?}", stopped.took),
+    );
 }

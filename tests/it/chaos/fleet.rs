@@ -24,9 +24,21 @@ const REPLICAS: [(&str, i64); 3] = [("right", 0), ("ahead", 3600), ("behind", -3
 
 /// The assistants, each at an upstream of its own kind: name, and the settings of upstream and assistant.
 pub(super) const ASSISTANTS: [(&str, &str, &str); 3] = [
-    ("threads", "kind = \"assistants\"", "assistant_id = \"asst_test\""),
-    ("conversations", "kind = \"responses\"", "model = \"test-model\""),
-    ("background", "kind = \"responses\"\nbackground = true", "model = \"test-model\""),
+    (
+        "threads",
+        "kind = \"assistants\"",
+        "assistant_id = \"asst_test\"",
+    ),
+    (
+        "conversations",
+        "kind = \"responses\"",
+        "model = \"test-model\"",
+    ),
+    (
+        "background",
+        "kind = \"responses\"\nbackground = true",
+        "model = \"test-model\"",
+    ),
 ];
 
 pub(super) struct Fleet {
@@ -60,11 +72,24 @@ impl Fleet {
     pub(super) async fn start(database: &str, upstream: &str) -> Self {
         let mut replicas = Vec::new();
         for (place, (name, clock)) in REPLICAS.into_iter().enumerate() {
-            let (database, upstream) = tokio::join!(Link::to_postgres(database), Link::to_upstream(upstream));
-            let replica = Replica { place, name, clock, database, upstream, gateway: None, processes: 0 };
+            let (database, upstream) =
+                tokio::join!(Link::to_postgres(database), Link::to_upstream(upstream));
+            let replica = Replica {
+                place,
+                name,
+                clock,
+                database,
+                upstream,
+                gateway: None,
+                processes: 0,
+            };
             replicas.push(Arc::new(AsyncMutex::new(replica)));
         }
-        let fleet = Self { balancer: Balancer::new(replicas.len()).await, replicas, logs: Mutex::default() };
+        let fleet = Self {
+            balancer: Balancer::new(replicas.len()).await,
+            replicas,
+            logs: Mutex::default(),
+        };
         for place in 0..fleet.len() {
             fleet.launch(&mut *fleet.lock(place).await).await;
         }
@@ -96,7 +121,8 @@ impl Fleet {
             clock::shift(&mut command, replica.clock);
         }
         let gateway = Gateway::spawn(command, folder).await;
-        self.balancer.set(replica.place, Some(gateway.address().parse().unwrap()));
+        self.balancer
+            .set(replica.place, Some(gateway.address().parse().unwrap()));
         replica.gateway = Some(gateway);
         replica.processes += 1;
     }
@@ -130,7 +156,12 @@ impl Fleet {
         let mut logs = self.logs.lock().unwrap().clone();
         for place in 0..self.len() {
             let replica = self.lock(place).await;
-            logs.extend(replica.gateway.as_ref().map(|gateway| (replica.process(), gateway.logs())));
+            logs.extend(
+                replica
+                    .gateway
+                    .as_ref()
+                    .map(|gateway| (replica.process(), gateway.logs())),
+            );
         }
         logs
     }
@@ -149,7 +180,9 @@ impl Replica {
 
     /// Open files and sockets of the process.
     pub(super) fn open_files(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.gateway().id())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.gateway().id()))
+            .unwrap()
+            .count()
     }
 }
 
@@ -165,7 +198,11 @@ fn config(database: &str, upstream: &str) -> String {
     );
     for (name, kind, assistant) in ASSISTANTS {
         // The first one answers where a message names none, which none does.
-        let assistant_name = if name == ASSISTANTS[0].0 { "default" } else { name };
+        let assistant_name = if name == ASSISTANTS[0].0 {
+            "default"
+        } else {
+            name
+        };
         let _ = write!(
             config,
             "[upstreams.{name}]\n{kind}\nbase_url = {upstream:?}\napi_key = \"sk-planted-key\"\ncall_timeout = \"10s\"\n\

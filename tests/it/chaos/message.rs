@@ -74,11 +74,23 @@ pub(super) struct Sent {
 
 impl Plan {
     /// The `number`-th message of a user.
-    pub(super) fn new(rng: &mut StdRng, user: usize, number: usize, assistant: &'static str) -> Self {
+    pub(super) fn new(
+        rng: &mut StdRng,
+        user: usize,
+        number: usize,
+        assistant: &'static str,
+    ) -> Self {
         let token = format!("<{user}.{number}>");
-        let form = *[Form::Json, Form::Wait, Form::Async, Form::Stream, Form::Stream, Form::Accept]
-            .choose(rng)
-            .unwrap();
+        let form = *[
+            Form::Json,
+            Form::Wait,
+            Form::Async,
+            Form::Stream,
+            Form::Stream,
+            Form::Accept,
+        ]
+        .choose(rng)
+        .unwrap();
         let mut plan = Self {
             key: rng.random_bool(0.85).then(|| format!("key-{number}")),
             token,
@@ -136,7 +148,11 @@ impl Plan {
     /// Its sender only wants to know that it was taken, and asks until that is known.
     pub(super) fn handed_in(self) -> Self {
         let key = format!("key-of-{}", self.token);
-        Self { form: Form::Async, key: Some(key), ..self }
+        Self {
+            form: Form::Async,
+            key: Some(key),
+            ..self
+        }
     }
 
     pub(super) fn streams(&self) -> bool {
@@ -145,8 +161,11 @@ impl Plan {
 
     /// The same each time, or a key would be refused.
     pub(super) fn body(&self) -> Value {
-        let directives =
-            if self.directives.is_empty() { String::new() } else { format!(" [[sim: {}]]", self.directives) };
+        let directives = if self.directives.is_empty() {
+            String::new()
+        } else {
+            format!(" [[sim: {}]]", self.directives)
+        };
         let mut body = json!({
             "content": format!("{} hello{directives}", self.token),
             "assistant": self.assistant,
@@ -172,7 +191,14 @@ impl Plan {
 
 impl Sent {
     pub(super) fn new(plan: Plan, generation: usize) -> Self {
-        Self { plan, fate: Fate::Unknown, had_silence: false, run: None, seen: None, generation }
+        Self {
+            plan,
+            fate: Fate::Unknown,
+            had_silence: false,
+            run: None,
+            seen: None,
+            generation,
+        }
     }
 
     /// All that was sent of it came before the last of so many deletions, and so nothing of it is anywhere.

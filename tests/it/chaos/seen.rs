@@ -20,9 +20,18 @@ pub(super) struct Seen {
 impl Seen {
     /// The next event, or what is wrong with it.
     pub(super) fn take(&mut self, event: &Event) -> Result<(), String> {
-        let wrong = |what: &str| Err(format!("{what}: {} {}, after {:?}", event.name, event.id, self.last));
-        let Some((run, number)) = event.id.rsplit_once(':') else { return wrong("an event without an id") };
-        let Ok(number) = number.parse::<i64>() else { return wrong("an event without a number") };
+        let wrong = |what: &str| {
+            Err(format!(
+                "{what}: {} {}, after {:?}",
+                event.name, event.id, self.last
+            ))
+        };
+        let Some((run, number)) = event.id.rsplit_once(':') else {
+            return wrong("an event without an id");
+        };
+        let Ok(number) = number.parse::<i64>() else {
+            return wrong("an event without a number");
+        };
         if self.end.is_some() {
             return wrong("an event after the last one");
         }
@@ -54,7 +63,14 @@ impl Seen {
 }
 
 fn is_end(name: &str) -> bool {
-    ["run.completed", "run.incomplete", "run.failed", "run.cancelled", "run.expired"].contains(&name)
+    [
+        "run.completed",
+        "run.incomplete",
+        "run.failed",
+        "run.cancelled",
+        "run.expired",
+    ]
+    .contains(&name)
 }
 
 /// All text of a message.

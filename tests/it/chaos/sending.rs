@@ -57,7 +57,10 @@ impl Conversation {
                     if self.follow(&mut sent, Seen::default(), Some(reader)).await {
                         break;
                     }
-                    client.tell(format!("{} broke off before its run was told", sent.plan.token));
+                    client.tell(format!(
+                        "{} broke off before its run was told",
+                        sent.plan.token
+                    ));
                 }
                 Reply::Answer(answer) => {
                     if self.answered(&mut sent, &answer).await {
@@ -69,13 +72,19 @@ impl Conversation {
                 break;
             }
             if begun.elapsed() > PERSEVERANCE {
-                client.fault(format!("{} was never answered, {attempts} times", sent.plan.token));
+                client.fault(format!(
+                    "{} was never answered, {attempts} times",
+                    sent.plan.token
+                ));
                 break;
             }
             client.world.count("messages: sent again");
             client.pause().await;
         }
-        client.tell(format!("{} is {:?}, {:?}", sent.plan.token, sent.fate, sent.run));
+        client.tell(format!(
+            "{} is {:?}, {:?}",
+            sent.plan.token, sent.fate, sent.run
+        ));
         client.world.count(match sent.fate {
             Fate::Acknowledged => "messages: acknowledged",
             Fate::Refused => "messages: refused",
@@ -94,16 +103,26 @@ impl Conversation {
         while begun.elapsed() < PERSEVERANCE {
             match client.ask(self.request(&sent.plan)).await {
                 Reply::Answer(answer) => {
-                    client.tell(format!("{} is answered {}", sent.plan.token, brief(&answer)));
+                    client.tell(format!(
+                        "{} is answered {}",
+                        sent.plan.token,
+                        brief(&answer)
+                    ));
                     sent.run = answer.body["run"]["id"].as_str().map(str::to_owned);
                     match answer.status.as_u16() {
                         200 | 202 => sent.fate = Fate::Acknowledged,
                         409 | 429 => sent.fate = Fate::Refused,
                         // It was taken, and has ended meanwhile.
-                        502..=504 if answer.body["run_id"].is_string() => sent.fate = Fate::Acknowledged,
+                        502..=504 if answer.body["run_id"].is_string() => {
+                            sent.fate = Fate::Acknowledged
+                        }
                         503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
                         _ => {
-                            client.fault(format!("{} is answered {}", sent.plan.token, brief(&answer)));
+                            client.fault(format!(
+                                "{} is answered {}",
+                                sent.plan.token,
+                                brief(&answer)
+                            ));
                             sent.had_silence = true;
                             return sent;
                         }
@@ -122,8 +141,10 @@ impl Conversation {
     }
 
     fn request(&self, plan: &Plan) -> RequestBuilder {
-        let mut request =
-            self.client.request(Method::POST, &format!("{}/messages", self.scope)).json(&plan.body());
+        let mut request = self
+            .client
+            .request(Method::POST, &format!("{}/messages", self.scope))
+            .json(&plan.body());
         if let Some(key) = &plan.key {
             request = request.header("idempotency-key", key);
         }
@@ -138,11 +159,15 @@ impl Conversation {
     /// `false`: it should be sent again, if it can be.
     async fn answered(&self, sent: &mut Sent, answer: &Answer) -> bool {
         let token = sent.plan.token.clone();
-        self.client.tell(format!("{token} is answered {}", brief(answer)));
+        self.client
+            .tell(format!("{token} is answered {}", brief(answer)));
         if answer.headers.contains_key("idempotent-replayed") {
             self.client.world.count("messages: replayed");
         }
-        let run = answer.body["run"]["id"].as_str().or(answer.body["run_id"].as_str()).map(str::to_owned);
+        let run = answer.body["run"]["id"]
+            .as_str()
+            .or(answer.body["run_id"].as_str())
+            .map(str::to_owned);
         match answer.status.as_u16() {
             200 | 202 => {
                 sent.fate = Fate::Acknowledged;
@@ -170,7 +195,10 @@ impl Conversation {
                 true
             }
             _ => {
-                self.client.fault(format!("{token} has an answer that must not be: {}", brief(answer)));
+                self.client.fault(format!(
+                    "{token} has an answer that must not be: {}",
+                    brief(answer)
+                ));
                 sent.had_silence = true;
                 true
             }
@@ -191,7 +219,10 @@ impl Conversation {
         }
         // Some read the events, some only ask for the end.
         if sent.plan.form == Form::Async {
-            let seen = Seen { run: sent.run.clone(), ..Seen::default() };
+            let seen = Seen {
+                run: sent.run.clone(),
+                ..Seen::default()
+            };
             self.follow(sent, seen, None).await;
         } else {
             self.poll(sent).await;
@@ -203,29 +234,39 @@ impl Conversation {
         let path = format!("{}/runs/{run}", self.scope);
         let begun = Instant::now();
         while begun.elapsed() < PERSEVERANCE {
-            let Some(answer) = self.client.get(&path).await else { return };
+            let Some(answer) = self.client.get(&path).await else {
+                return;
+            };
             if answer.body["run"]["finished_at"].is_string() || self.is_gone(&answer) {
                 return;
             }
-            if answer.body["run"]["status"] == "requires_action" && sent.plan.whim != Whim::Forgets {
+            if answer.body["run"]["status"] == "requires_action" && sent.plan.whim != Whim::Forgets
+            {
                 let calls = answer.body["run"]["required_action"]["tool_calls"].clone();
                 drop(self.give(sent, &calls, false).await);
             }
             sleep(Duration::from_millis(250)).await;
         }
-        self.client.fault(format!("{} never ended: {run}", sent.plan.token));
+        self.client
+            .fault(format!("{} never ended: {run}", sent.plan.token));
     }
 
     fn is_gone(&self, answer: &Answer) -> bool {
         let is_gone = answer.status == StatusCode::NOT_FOUND;
         if is_gone && !self.may_be_deleted {
-            self.client.fault(format!("something is gone: {}", brief(answer)));
+            self.client
+                .fault(format!("something is gone: {}", brief(answer)));
         }
         is_gone
     }
 
     /// Follows a run to its end over as many connections as it takes. `false`: which run it is was never told.
-    async fn follow(&self, sent: &mut Sent, mut seen: Seen, mut reader: Option<EventReader>) -> bool {
+    async fn follow(
+        &self,
+        sent: &mut Sent,
+        mut seen: Seen,
+        mut reader: Option<EventReader>,
+    ) -> bool {
         let (client, begun) = (&self.client, Instant::now());
         let mut whim = sent.plan.whim;
         loop {
@@ -290,12 +331,18 @@ impl Conversation {
         match self.client.ask(request).await {
             Reply::Stream(stream) => *reader = Some(stream),
             Reply::Answer(answer) if answer.status == StatusCode::NO_CONTENT => {
-                self.client.fault(format!("{path} ended for one who saw {:?}, not the end", seen.last));
+                self.client.fault(format!(
+                    "{path} ended for one who saw {:?}, not the end",
+                    seen.last
+                ));
                 return Some(Look::Gone);
             }
             Reply::Answer(answer) if self.is_gone(&answer) => return Some(Look::Gone),
             Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                self.client.fault(format!("{path} has an answer that must not be: {}", brief(&answer)));
+                self.client.fault(format!(
+                    "{path} has an answer that must not be: {}",
+                    brief(&answer)
+                ));
                 return Some(Look::Gone);
             }
             Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -347,11 +394,11 @@ impl Conversation {
     /// The hint must lead on from where the reader is.
     fn check_hint(&self, seen: &Seen, hint: &Value) {
         let Some(run) = &seen.run else { return };
-        let wanted =
-            json!({"events": format!("{}/runs/{run}/events", self.scope), "after": seen.last_event_id()});
+        let wanted = json!({"events": format!("{}/runs/{run}/events", self.scope), "after": seen.last_event_id()});
         // Who was not told anything by this stream is not told after what.
         if *hint != wanted && !(hint["after"].is_null() && hint["events"] == wanted["events"]) {
-            self.client.fault(format!("the hint {hint} instead of {wanted}"));
+            self.client
+                .fault(format!("the hint {hint} instead of {wanted}"));
         }
     }
 
@@ -366,23 +413,35 @@ impl Conversation {
             .map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"}))
             .collect();
         // Its key is the same whenever it is sent again: after a wait at most one set of outputs counts.
-        let key = format!("outputs-{streams}-{}", calls[0]["id"].as_str().unwrap_or_default());
+        let key = format!(
+            "outputs-{streams}-{}",
+            calls[0]["id"].as_str().unwrap_or_default()
+        );
         let body = json!({"tool_outputs": outputs, "stream": streams});
         let begun = Instant::now();
         while begun.elapsed() < PERSEVERANCE {
-            let request =
-                self.client.request(Method::POST, &path).header("idempotency-key", &key).json(&body);
-            let request = if streams { request } else { request.header("prefer", "respond-async") };
+            let request = self
+                .client
+                .request(Method::POST, &path)
+                .header("idempotency-key", &key)
+                .json(&body);
+            let request = if streams {
+                request
+            } else {
+                request.header("prefer", "respond-async")
+            };
             match self.client.ask(request).await {
                 Reply::Stream(reader) => return Some(reader),
                 // It may have ended, or have got them before.
                 Reply::Answer(answer) if [200, 202, 404, 409].contains(&answer.status.as_u16()) => {
-                    self.client.tell(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client
+                        .tell(format!("outputs of {run} are answered {}", brief(&answer)));
                     return None;
                 }
                 Reply::Answer(answer) if answer.body["run_id"].is_string() => return None,
                 Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                    self.client.fault(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client
+                        .fault(format!("outputs of {run} are answered {}", brief(&answer)));
                     return None;
                 }
                 Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -396,30 +455,48 @@ impl Conversation {
     async fn stop(&self, sent: &Sent) {
         let Some(run) = &sent.run else { return };
         let path = format!("{}/runs/{run}/cancel", self.scope);
-        if let Some(answer) = self.client.insist(&path, || self.client.request(Method::POST, &path)).await {
+        if let Some(answer) = self
+            .client
+            .insist(&path, || self.client.request(Method::POST, &path))
+            .await
+        {
             self.client.world.count("runs: asked to stop");
-            self.client.tell(format!("{run} is stopped: {}", brief(&answer)));
+            self.client
+                .tell(format!("{run} is stopped: {}", brief(&answer)));
             if answer.status != StatusCode::OK && !self.is_gone(&answer) {
-                self.client.fault(format!("a cancel is answered {}", brief(&answer)));
+                self.client
+                    .fault(format!("a cancel is answered {}", brief(&answer)));
             }
         }
     }
 }
 
 fn run_of(hint: &Value) -> Option<String> {
-    hint["events"].as_str()?.strip_suffix("/events")?.rsplit('/').next().map(str::to_owned)
+    hint["events"]
+        .as_str()?
+        .strip_suffix("/events")?
+        .rsplit('/')
+        .next()
+        .map(str::to_owned)
 }
 
 /// An answer in a few words.
 pub(super) fn brief(answer: &Answer) -> String {
     let body = &answer.body;
-    let replayed = if answer.headers.contains_key("idempotent-replayed") { " again" } else { "" };
+    let replayed = if answer.headers.contains_key("idempotent-replayed") {
+        " again"
+    } else {
+        ""
+    };
     format!(
         "{}{replayed} {} {} {} {} {}",
         answer.status.as_u16(),
         body["type"].as_str().unwrap_or_default(),
         body["code"].as_str().unwrap_or_default(),
-        body["run"]["id"].as_str().or(body["run_id"].as_str()).unwrap_or_default(),
+        body["run"]["id"]
+            .as_str()
+            .or(body["run_id"].as_str())
+            .unwrap_or_default(),
         body["run"]["status"].as_str().unwrap_or_default(),
         body["detail"].as_str().unwrap_or_default(),
     )

@@ -34,7 +34,11 @@ impl Watch {
             fences.push(format!("(r.id = '{run}' AND r.fence = {fence})"));
             runs.push(run.to_owned());
         }
-        Some(Self { runs, fences: fences.join(" OR "), only: world.only_trouble() })
+        Some(Self {
+            runs,
+            fences: fences.join(" OR "),
+            only: world.only_trouble(),
+        })
     }
 
     /// Waits until all of them have ended or go on elsewhere.
@@ -43,8 +47,10 @@ impl Watch {
         if self.runs.is_empty() {
             return;
         }
-        let waiting =
-            format!("SELECT count(*) FROM runs r WHERE r.finished_at IS NULL AND ({})", self.fences);
+        let waiting = format!(
+            "SELECT count(*) FROM runs r WHERE r.finished_at IS NULL AND ({})",
+            self.fences
+        );
         loop {
             let is_up = world.server.read().await;
             let left = world.scene.database.number(&waiting).await;
@@ -58,7 +64,10 @@ impl Watch {
                 }
                 world.tell(
                     Teller::Monkey,
-                    format!("{} runs of the dead moved again after {took:?}", self.runs.len()),
+                    format!(
+                        "{} runs of the dead moved again after {took:?}",
+                        self.runs.len()
+                    ),
                 );
                 return;
             }

@@ -50,7 +50,15 @@ pub(super) struct User {
     rng: StdRng,
 }
 
-const STRATEGIES: [&str; 7] = ["enqueue", "enqueue", "enqueue", "interrupt", "rollback", "merge", "reject"];
+const STRATEGIES: [&str; 7] = [
+    "enqueue",
+    "enqueue",
+    "enqueue",
+    "interrupt",
+    "rollback",
+    "merge",
+    "reject",
+];
 
 impl User {
     pub(super) fn new(world: Arc<World>, number: usize) -> Self {
@@ -67,11 +75,27 @@ impl User {
             _ => format!("/v1/users/u{number}/topics/t"),
         };
         let (name, ..) = ASSISTANTS.choose(&mut rng).unwrap();
-        let assistant = if *name == ASSISTANTS[0].0 { "default" } else { name };
+        let assistant = if *name == ASSISTANTS[0].0 {
+            "default"
+        } else {
+            name
+        };
         let client = Client::new(world, number, rng.random_bool(0.5));
         // A run that is not followed may have been deleted by the time that it is asked for.
-        let talk = Conversation { client, scope, may_be_deleted: habit == Habit::Hectic };
-        Self { number, habit, talk, assistant, sent: Vec::new(), deletions: 0, rng }
+        let talk = Conversation {
+            client,
+            scope,
+            may_be_deleted: habit == Habit::Hectic,
+        };
+        Self {
+            number,
+            habit,
+            talk,
+            assistant,
+            sent: Vec::new(),
+            deletions: 0,
+            rng,
+        }
     }
 
     /// Talks until it is over.
@@ -124,7 +148,8 @@ impl User {
         let plans: Vec<Plan> = (0..self.rng.random_range(2..5))
             .map(|n| {
                 let plan = Plan::new(&mut self.rng, self.number, first + n, self.assistant);
-                plan.with_strategy(STRATEGIES.choose(&mut self.rng).unwrap()).handed_in()
+                plan.with_strategy(STRATEGIES.choose(&mut self.rng).unwrap())
+                    .handed_in()
             })
             .collect();
         let (talk, deletions) = (&self.talk, self.deletions);
@@ -132,7 +157,10 @@ impl User {
         self.sent.extend(sent);
         let (rolls, deletes) = (self.rng.random_bool(0.6), self.rng.random_bool(0.5));
         let client = &self.talk.client;
-        let rollover = client.request(Method::POST, &format!("{}/thread/rollover", self.talk.scope));
+        let rollover = client.request(
+            Method::POST,
+            &format!("{}/thread/rollover", self.talk.scope),
+        );
         let mut rolling = JoinSet::new();
         if rolls {
             client.world.count("threads: rolled over");
@@ -182,7 +210,10 @@ impl User {
             let plan = Plan::plain(self.number, self.sent.len(), self.assistant);
             let sent = self.talk.send(plan, self.deletions).await;
             if sent.fate != Fate::Acknowledged {
-                self.talk.client.fault(format!("{} was not taken although all is well", sent.plan.token));
+                self.talk.client.fault(format!(
+                    "{} was not taken although all is well",
+                    sent.plan.token
+                ));
             }
             self.sent.push(sent);
         }

@@ -93,7 +93,13 @@ impl World {
 
     pub(super) fn tell(&self, teller: Teller, what: impl Into<String>) {
         let at = self.begun.elapsed();
-        self.notes.lock().unwrap().stories.entry(teller).or_default().push((at, what.into()));
+        self.notes
+            .lock()
+            .unwrap()
+            .stories
+            .entry(teller)
+            .or_default()
+            .push((at, what.into()));
     }
 
     /// Something is not as it must be.
@@ -108,11 +114,23 @@ impl World {
     }
 
     pub(super) fn add(&self, what: &str, more: usize) {
-        *self.notes.lock().unwrap().counts.entry(what.to_owned()).or_default() += more;
+        *self
+            .notes
+            .lock()
+            .unwrap()
+            .counts
+            .entry(what.to_owned())
+            .or_default() += more;
     }
 
     pub(super) fn counted(&self, what: &str) -> usize {
-        self.notes.lock().unwrap().counts.get(what).copied().unwrap_or_default()
+        self.notes
+            .lock()
+            .unwrap()
+            .counts
+            .get(what)
+            .copied()
+            .unwrap_or_default()
     }
 
     /// Keeps the longest.
@@ -177,8 +195,15 @@ impl World {
             }
         }
         match kept {
-            Ok(()) => drop(write!(text, "\nWhat the replicas logged is in {}.", folder.display())),
-            Err(error) => drop(write!(text, "\nWhat the replicas logged could not be kept: {error}.")),
+            Ok(()) => drop(write!(
+                text,
+                "\nWhat the replicas logged is in {}.",
+                folder.display()
+            )),
+            Err(error) => drop(write!(
+                text,
+                "\nWhat the replicas logged could not be kept: {error}."
+            )),
         }
         text
     }

@@ -26,7 +26,10 @@ impl Stores {
     /// A process with the first of them, and its upstream.
     async fn process(&self, chain: bool) -> (Process, Arc<Scripted>) {
         let upstream = Scripted::new(chain);
-        (Process::alive(Arc::clone(&self.one), upstream.clone()).await, upstream)
+        (
+            Process::alive(Arc::clone(&self.one), upstream.clone()).await,
+            upstream,
+        )
     }
 }
 
@@ -34,15 +37,27 @@ impl Stores {
 async fn on_both(case: impl AsyncFn(Stores)) {
     let database = TestDatabase::sqlite().await;
     let one = database.store().await;
-    case(Stores { database, other: Arc::clone(&one), one }).await;
+    case(Stores {
+        database,
+        other: Arc::clone(&one),
+        one,
+    })
+    .await;
     let database = TestDatabase::postgres().await;
     let (one, other) = (database.store().await, database.store().await);
-    case(Stores { database, one, other }).await;
+    case(Stores {
+        database,
+        one,
+        other,
+    })
+    .await;
 }
 
 /// What must come to pass soon.
 async fn soon<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, what).await.expect("it never came")
+    tokio::time::timeout(PATIENCE, what)
+        .await
+        .expect("it never came")
 }
 
 async fn until(what: impl AsyncFn() -> bool) {
@@ -74,24 +89,48 @@ async fn stored(store: &Store, run: &Run) -> Run {
 
 /// The transcript: texts and where they stand.
 async fn transcript(store: &Store) -> Vec<(String, UpstreamSync)> {
-    let page = PageRequest::<MessageId> { limit: 100, ascending: true, after: None, before: None };
-    let page = store.messages(ThreadName::Newest(&key()), false, &page).await.unwrap().unwrap();
-    page.data.into_iter().map(|message| (said(&message), message.sync)).collect()
+    let page = PageRequest::<MessageId> {
+        limit: 100,
+        ascending: true,
+        after: None,
+        before: None,
+    };
+    let page = store
+        .messages(ThreadName::Newest(&key()), false, &page)
+        .await
+        .unwrap()
+        .unwrap();
+    page.data
+        .into_iter()
+        .map(|message| (said(&message), message.sync))
+        .collect()
 }
 
 fn said(message: &Message) -> String {
-    let [ContentPart::Text { text }] = &message.content[..] else { panic!("{message:?}") };
+    let [ContentPart::Text { text }] = &message.content[..] else {
+        panic!("{message:?}")
+    };
     text.clone()
 }
 
 fn lines(wanted: &[(&str, UpstreamSync)]) -> Vec<(String, UpstreamSync)> {
-    wanted.iter().map(|(text, context)| ((*text).to_owned(), *context)).collect()
+    wanted
+        .iter()
+        .map(|(text, context)| ((*text).to_owned(), *context))
+        .collect()
 }
 
 /// A message past all processes.
 fn admission(words: &str, strategy: MultitaskStrategy) -> Admission {
-    let message = InputMessage { id: MessageId::new(), content: text(words) };
-    Admission { strategy, message, ..crate::store_contract::admission(&key()) }
+    let message = InputMessage {
+        id: MessageId::new(),
+        content: text(words),
+    };
+    Admission {
+        strategy,
+        message,
+        ..crate::store_contract::admission(&key())
+    }
 }
 
 async fn queue(store: &Store, words: &str, strategy: MultitaskStrategy) -> RunLease {
@@ -110,8 +149,16 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
             Some(Answer::RequiresAction(waiting)) => waiting,
             other => panic!("{other:?}"),
         };
-        let next = process.runs.submit(key(), message("and then?")).await.unwrap();
-        let events = submitted.follow.events(0).map(|(_, event)| event).collect::<Vec<_>>();
+        let next = process
+            .runs
+            .submit(key(), message("and then?"))
+            .await
+            .unwrap();
+        let events = submitted
+            .follow
+            .events(0)
+            .map(|(_, event)| event)
+            .collect::<Vec<_>>();
         // The one that waits in line ends with the stop, the other does not.
         process.draining.cancel();
         process.stop.cancel();
@@ -119,10 +166,20 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         soon(process.tasks.wait()).await;
 
         let events = soon(events).await;
-        assert!(matches!(events.last(), Some(RunEvent::RequiresAction(_))), "{events:?}");
+        assert!(
+            matches!(events.last(), Some(RunEvent::RequiresAction(_))),
+            "{events:?}"
+        );
         assert_eq!(stored(&stores.one, &submitted.run).await, waiting.run);
-        assert_eq!(stored(&stores.one, &next.run).await.status, RunStatus::Failed);
-        assert_eq!(upstream.calls(), ["start [] ask"], "nothing is ended upstream");
+        assert_eq!(
+            stored(&stores.one, &next.run).await.status,
+            RunStatus::Failed
+        );
+        assert_eq!(
+            upstream.calls(),
+            ["start [] ask"],
+            "nothing is ended upstream"
+        );
         process.runs.retire().await;
 
         let heir = Process::alive(Arc::clone(&stores.other), upstream.clone()).await;
@@ -137,16 +194,34 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         })
         .await;
         let calls = &waiting.run.required_action.as_ref().unwrap().tool_calls;
-        let outputs =
-            calls.iter().map(|call| ToolOutput { tool_call_id: call.id.clone(), output: "4".to_owned() });
-        let new =
-            NewOutputs { outputs: outputs.collect(), by_user: false, idempotency: None, only_repeats: None };
-        let Resumed { submitted: resumed, from } =
-            heir.runs.answer_tools(&key(), submitted.run.id, new).await.unwrap();
-        let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else { panic!("it ends") };
+        let outputs = calls.iter().map(|call| ToolOutput {
+            tool_call_id: call.id.clone(),
+            output: "4".to_owned(),
+        });
+        let new = NewOutputs {
+            outputs: outputs.collect(),
+            by_user: false,
+            idempotency: None,
+            only_repeats: None,
+        };
+        let Resumed {
+            submitted: resumed,
+            from,
+        } = heir
+            .runs
+            .answer_tools(&key(), submitted.run.id, new)
+            .await
+            .unwrap();
+        let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else {
+            panic!("it ends")
+        };
         assert_eq!(outcome.run.status, RunStatus::Completed);
         let content = outcome.message.as_ref().unwrap().content.clone();
-        assert_eq!(content, [text("let me see"), text("thanks")].concat(), "with what it had said before");
+        assert_eq!(
+            content,
+            [text("let me see"), text("thanks")].concat(),
+            "with what it had said before"
+        );
         assert_eq!(upstream.calls(), ["answer 4"]);
         heir.stop.cancel();
         soon(session.join_all()).await;
@@ -163,11 +238,18 @@ async fn discard_mark_in_store_removes_run_upstream() {
             let submitted = process.runs.submit(key(), message(words)).await.unwrap();
             let place = submitted.run.seq;
             let rollback = queue(&stores.other, "instead", MultitaskStrategy::Rollback).await;
-            assert_eq!(stores.other.cancel_active(&rollback, true).await.unwrap(), Some(submitted.run.id));
+            assert_eq!(
+                stores.other.cancel_active(&rollback, true).await.unwrap(),
+                Some(submitted.run.id)
+            );
             upstream.let_go();
 
             let outcome = ended(&submitted).await;
-            assert_eq!((outcome.run.status, &outcome.run.error), (RunStatus::Cancelled, &None), "{place}");
+            assert_eq!(
+                (outcome.run.status, &outcome.run.error),
+                (RunStatus::Cancelled, &None),
+                "{place}"
+            );
             assert_eq!((outcome.run.discarded, &outcome.message), (true, &None));
             let run = format!("run of {words}");
             assert_eq!(
@@ -176,15 +258,23 @@ async fn discard_mark_in_store_removes_run_upstream() {
                 "it is ended and taken away upstream"
             );
             assert_eq!(transcript(&stores.one).await, []);
-            let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
+            let moved = outcome
+                .thread
+                .upstream_thread_id
+                .as_ref()
+                .map(UpstreamThreadId::as_str);
             assert_ne!(moved, Some(run.as_str()), "the chain does not move");
             assert_eq!(outcome.thread.unsettled_run, None);
-            let QueuedStart::Started(turn) = stores.other.start_queued(&rollback).await.unwrap() else {
+            let QueuedStart::Started(turn) = stores.other.start_queued(&rollback).await.unwrap()
+            else {
                 panic!("it is next")
             };
             assert_eq!(turn.run.id, rollback.run_id);
             // Makes room for the next case.
-            stores.database.execute("DELETE FROM idempotency_keys").await;
+            stores
+                .database
+                .execute("DELETE FROM idempotency_keys")
+                .await;
             stores.database.archive_threads().await;
         }
     })
@@ -201,9 +291,19 @@ async fn failed_removal_of_discarded_run_leaves_unsettled_run() {
         stores.other.cancel_active(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
-        assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
-        let unsettled_run = outcome.thread.unsettled_run.as_ref().expect("it is to be looked at");
-        assert_eq!((unsettled_run.run, unsettled_run.remove), (submitted.run.id, true));
+        assert_eq!(
+            (outcome.run.status, outcome.run.discarded),
+            (RunStatus::Cancelled, true)
+        );
+        let unsettled_run = outcome
+            .thread
+            .unsettled_run
+            .as_ref()
+            .expect("it is to be looked at");
+        assert_eq!(
+            (unsettled_run.run, unsettled_run.remove),
+            (submitted.run.id, true)
+        );
         assert_eq!(transcript(&stores.one).await, []);
     })
     .await;
@@ -218,11 +318,17 @@ async fn discard_mark_in_store_prevents_pause() {
         stores.other.cancel_active(&rollback, true).await.unwrap();
         upstream.let_go();
         let outcome = ended(&submitted).await;
-        assert_eq!((outcome.run.status, outcome.run.discarded), (RunStatus::Cancelled, true));
+        assert_eq!(
+            (outcome.run.status, outcome.run.discarded),
+            (RunStatus::Cancelled, true)
+        );
         assert_eq!(transcript(&stores.one).await, []);
         let run = "run of ponder";
         let calls = upstream.calls();
-        assert_eq!(calls[calls.len() - 2..], [format!("settle {run}"), format!("remove {run}")]);
+        assert_eq!(
+            calls[calls.len() - 2..],
+            [format!("settle {run}"), format!("remove {run}")]
+        );
     })
     .await;
 }
@@ -234,27 +340,55 @@ async fn deadline_passed_during_settling_sends_nothing() {
         upstream.settles(Settling::Fails);
         let broken = process.runs.submit(key(), message("break")).await.unwrap();
         let outcome = ended(&broken).await;
-        let unsettled_run = outcome.thread.unsettled_run.clone().expect("it is to be looked at");
+        let unsettled_run = outcome
+            .thread
+            .unsettled_run
+            .clone()
+            .expect("it is to be looked at");
         upstream.calls();
 
         upstream.settles(Settling::Hangs);
-        let hasty = NewMessage { timeout: Some(Duration::from_millis(100)), ..message("hasty") };
+        let hasty = NewMessage {
+            timeout: Some(Duration::from_millis(100)),
+            ..message("hasty")
+        };
         let hasty = process.runs.submit(key(), hasty).await.unwrap();
         let outcome = ended(&hasty).await;
         assert_eq!(outcome.run.status, RunStatus::Expired);
-        assert_eq!(outcome.run.error.as_ref().unwrap().code, RunErrorCode::DeadlineExceeded);
-        assert_eq!(outcome.thread.unsettled_run, Some(unsettled_run), "it is still to be looked at");
-        assert_eq!(upstream.calls(), ["settle run of break"], "nothing is sent, and nothing of it settled");
-        let wanted = lines(&[("break", UpstreamSync::Unknown), ("hasty", UpstreamSync::Withheld)]);
+        assert_eq!(
+            outcome.run.error.as_ref().unwrap().code,
+            RunErrorCode::DeadlineExceeded
+        );
+        assert_eq!(
+            outcome.thread.unsettled_run,
+            Some(unsettled_run),
+            "it is still to be looked at"
+        );
+        assert_eq!(
+            upstream.calls(),
+            ["settle run of break"],
+            "nothing is sent, and nothing of it settled"
+        );
+        let wanted = lines(&[
+            ("break", UpstreamSync::Unknown),
+            ("hasty", UpstreamSync::Withheld),
+        ]);
         assert_eq!(transcript(&stores.one).await, wanted);
 
         upstream.settles(Settling::Held);
         let next = process.runs.submit(key(), message("next")).await.unwrap();
         let outcome = ended(&next).await;
-        assert_eq!((outcome.run.status, &outcome.thread.unsettled_run), (RunStatus::Completed, &None));
+        assert_eq!(
+            (outcome.run.status, &outcome.thread.unsettled_run),
+            (RunStatus::Completed, &None)
+        );
         assert_eq!(
             upstream.calls(),
-            ["settle run of break", "remove run of break", "start [break] next"],
+            [
+                "settle run of break",
+                "remove run of break",
+                "start [break] next"
+            ],
             "what was said goes along, what came too late does not"
         );
     })
@@ -266,17 +400,46 @@ async fn backlog_of_abandoned_chain_run_is_resent() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(true).await;
         upstream.settles(Settling::Absent);
-        ended(&process.runs.submit(key(), message("break 1")).await.unwrap()).await;
+        ended(
+            &process
+                .runs
+                .submit(key(), message("break 1"))
+                .await
+                .unwrap(),
+        )
+        .await;
         upstream.settles(Settling::Fails);
-        ended(&process.runs.submit(key(), message("break 2")).await.unwrap()).await;
+        ended(
+            &process
+                .runs
+                .submit(key(), message("break 2"))
+                .await
+                .unwrap(),
+        )
+        .await;
         upstream.settles(Settling::Held);
         let outcome = ended(&process.runs.submit(key(), message("next")).await.unwrap()).await;
-        let starts: Vec<_> = upstream.calls().into_iter().filter(|call| call.starts_with("start")).collect();
+        let starts: Vec<_> = upstream
+            .calls()
+            .into_iter()
+            .filter(|call| call.starts_with("start"))
+            .collect();
         // The chain goes on from before both.
-        let wanted = ["start [] break 1", "start [break 1] break 2", "start [break 1 + break 2] next"];
+        let wanted = [
+            "start [] break 1",
+            "start [break 1] break 2",
+            "start [break 1 + break 2] next",
+        ];
         assert_eq!(starts, wanted);
-        assert_eq!((outcome.thread.backlog, &outcome.thread.unsettled_run), (0, &None));
-        let moved = outcome.thread.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str);
+        assert_eq!(
+            (outcome.thread.backlog, &outcome.thread.unsettled_run),
+            (0, &None)
+        );
+        let moved = outcome
+            .thread
+            .upstream_thread_id
+            .as_ref()
+            .map(UpstreamThreadId::as_str);
         assert_eq!(moved, Some("run of next"));
     })
     .await;
@@ -290,10 +453,17 @@ async fn merge_into_run_being_cancelled_keeps_message() {
         let mut joined = 0;
         let mut wanted = vec!["hold".to_owned()];
         for n in 0..20 {
-            let waiting = process.runs.submit(key(), message(&format!("waits {n}"))).await.unwrap();
+            let waiting = process
+                .runs
+                .submit(key(), message(&format!("waits {n}")))
+                .await
+                .unwrap();
             let joins = format!("joins {n}");
             wanted.extend([format!("waits {n}"), joins.clone()]);
-            let merge = NewMessage { strategy: MultitaskStrategy::Merge, ..message(&joins) };
+            let merge = NewMessage {
+                strategy: MultitaskStrategy::Merge,
+                ..message(&joins)
+            };
             let merge = process.runs.submit(key(), merge);
             let (key, id) = (key(), waiting.run.id);
             // Ever later, as far as the scheduler has it.
@@ -320,7 +490,11 @@ async fn merge_into_run_being_cancelled_keeps_message() {
         upstream.let_go();
         ended(&first).await;
         wanted.push("re hold".to_owned());
-        let all: Vec<_> = transcript(&stores.one).await.into_iter().map(|(words, _)| words).collect();
+        let all: Vec<_> = transcript(&stores.one)
+            .await
+            .into_iter()
+            .map(|(words, _)| words)
+            .collect();
         assert_eq!(all, wanted, "each message once");
     })
     .await;
@@ -332,18 +506,35 @@ async fn message_reported_as_not_recorded_never_runs() {
     let database = TestDatabase::postgres().await;
     let gate = Gate::default();
     let tap = DatabaseTap::gated(&database.url(), &gate, Steps::Changes).await;
-    let config = StoreConfig { url: Some(tap.url.as_str().into()), ..database.config() };
+    let config = StoreConfig {
+        url: Some(tap.url.as_str().into()),
+        ..database.config()
+    };
     let upstream = Scripted::new(false);
-    let process = Process::alive(Arc::new(Store::open(&config).await.unwrap()), upstream.clone()).await;
+    let process = Process::alive(
+        Arc::new(Store::open(&config).await.unwrap()),
+        upstream.clone(),
+    )
+    .await;
     gate.set(1, Moment::After);
     let refused = process.runs.submit(key(), message("hello")).await;
     assert!(refused.is_err(), "{refused:?}");
-    assert_eq!(database.number("SELECT count(*) FROM runs WHERE finished_at IS NULL").await, 1);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM runs WHERE finished_at IS NULL")
+            .await,
+        1
+    );
     gate.open();
-    let voided = "SELECT count(*) FROM runs WHERE status = 'failed' AND error ->> 'code' = 'not_recorded'";
+    let voided =
+        "SELECT count(*) FROM runs WHERE status = 'failed' AND error ->> 'code' = 'not_recorded'";
     until(async || database.number(voided).await == 1).await;
     assert_eq!(upstream.calls(), [""; 0], "nothing is sent");
-    assert_eq!(transcript(&*database.store().await).await, [], "it may be said again");
+    assert_eq!(
+        transcript(&*database.store().await).await,
+        [],
+        "it may be said again"
+    );
     let again = process.runs.submit(key(), message("hello")).await.unwrap();
     assert_eq!(ended(&again).await.run.status, RunStatus::Completed);
 }
@@ -353,12 +544,27 @@ async fn runs_lost_to_takeover_are_not_ended_upstream() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(false).await;
         let waits = process.runs.submit(key(), message("ask")).await.unwrap();
-        assert!(matches!(soon(waits.follow.answer(0)).await, Some(Answer::RequiresAction(_))));
-        let in_line = process.runs.submit(key(), message("in line")).await.unwrap();
+        assert!(matches!(
+            soon(waits.follow.answer(0)).await,
+            Some(Answer::RequiresAction(_))
+        ));
+        let in_line = process
+            .runs
+            .submit(key(), message("in line"))
+            .await
+            .unwrap();
         let other_key = crate::store_contract::user("bob");
-        let at_work = process.runs.submit(other_key, message("hold")).await.unwrap();
+        let at_work = process
+            .runs
+            .submit(other_key, message("hold"))
+            .await
+            .unwrap();
         let other = ReplicaId::new();
-        stores.other.renew_replica(other, "127.0.0.1:2", ALIVE).await.unwrap();
+        stores
+            .other
+            .renew_replica(other, "127.0.0.1:2", ALIVE)
+            .await
+            .unwrap();
         stores.one.retire_replica(process.replica).await.unwrap();
         let taken = stores.other.adopt_orphans(other, &[], 10).await.unwrap();
         assert_eq!(taken.len(), 3);
@@ -369,12 +575,23 @@ async fn runs_lost_to_takeover_are_not_ended_upstream() {
         session.spawn(async move { janitor.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
         until(async || process.tasks.is_empty()).await;
         assert_eq!(upstream.calls(), [""; 0], "whoever has them now goes on");
-        assert_eq!(stored(&stores.one, &waits.run).await.status, RunStatus::RequiresAction);
+        assert_eq!(
+            stored(&stores.one, &waits.run).await.status,
+            RunStatus::RequiresAction
+        );
         for orphan in taken {
-            stores.other.finish(&orphan.lease, completed(Some("done elsewhere"))).await.unwrap();
+            stores
+                .other
+                .finish(&orphan.lease, completed(Some("done elsewhere")))
+                .await
+                .unwrap();
         }
         for run in [&waits, &in_line, &at_work] {
-            assert_eq!(ended(run).await.run.status, RunStatus::Completed, "its readers hear of it");
+            assert_eq!(
+                ended(run).await.run.status,
+                RunStatus::Completed,
+                "its readers hear of it"
+            );
         }
         process.stop.cancel();
         soon(session.join_all()).await;

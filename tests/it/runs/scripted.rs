@@ -6,11 +6,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt, stream};
 use threadkeeper::domain::{
-    ContentPart, Message, RunStatus, ThreadId, ToolCall, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, Message, RunStatus, ThreadId, ToolCall, UnsettledRun, UpstreamRunId,
+    UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
-    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership, RateLimiter,
-    Recovered, Settled, StartRun, Upstream, UpstreamError, UpstreamEvent,
+    AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership,
+    RateLimiter, Recovered, Settled, StartRun, Upstream, UpstreamError, UpstreamEvent,
 };
 use tokio::sync::Semaphore;
 
@@ -70,11 +71,18 @@ impl Scripted {
         Ended {
             status,
             error: None,
-            content: vec![ContentPart::Text { text: content.to_owned() }],
+            content: vec![ContentPart::Text {
+                text: content.to_owned(),
+            }],
             upstream_message_id: None,
-            usage: Some(Usage { input_tokens: 1, output_tokens: 1, total_tokens: 2 }),
+            usage: Some(Usage {
+                input_tokens: 1,
+                output_tokens: 1,
+                total_tokens: 2,
+            }),
             tool_calls: Vec::new(),
-            thread: (self.chain && status == RunStatus::Completed).then(|| UpstreamThreadId(run.0.clone())),
+            thread: (self.chain && status == RunStatus::Completed)
+                .then(|| UpstreamThreadId(run.0.clone())),
         }
     }
 
@@ -83,11 +91,16 @@ impl Scripted {
         let gate = Arc::clone(&self.gate);
         let end = async move {
             if held {
-                gate.acquire().await.expect("the gate is never closed").forget();
+                gate.acquire()
+                    .await
+                    .expect("the gate is never closed")
+                    .forget();
             }
             Ok(UpstreamEvent::Ended(Box::new(ended)))
         };
-        stream::iter([Ok(UpstreamEvent::Accepted(run))]).chain(end.into_stream()).boxed()
+        stream::iter([Ok(UpstreamEvent::Accepted(run))])
+            .chain(end.into_stream())
+            .boxed()
     }
 }
 
@@ -101,7 +114,9 @@ fn words<'a>(contents: impl IntoIterator<Item = &'a Vec<ContentPart>>) -> String
 }
 
 fn name(left: &UnsettledRun) -> &str {
-    left.upstream_run.as_ref().map_or("what nobody named", UpstreamRunId::as_str)
+    left.upstream_run
+        .as_ref()
+        .map_or("what nobody named", UpstreamRunId::as_str)
 }
 
 #[async_trait]
@@ -132,7 +147,11 @@ impl Upstream for Scripted {
         Ok(Disposal::Deleted)
     }
 
-    async fn delete_run(&self, _: &UpstreamRunId, _: &RateLimiter) -> Result<Disposal, UpstreamError> {
+    async fn delete_run(
+        &self,
+        _: &UpstreamRunId,
+        _: &RateLimiter,
+    ) -> Result<Disposal, UpstreamError> {
         Ok(Disposal::Deleted)
     }
 
@@ -159,21 +178,35 @@ impl Upstream for Scripted {
         self.note(format!("start [{history}] {input}"));
         let run = UpstreamRunId(format!("run of {input}"));
         let ended = self.ended(RunStatus::Completed, &format!("re {input}"), &run);
-        Ok(match input.split_once(' ').map_or(&*input, |(first, _)| first) {
-            "panic" => panic!("planted"),
-            "falter" => {
-                let accepted = stream::iter([Ok(UpstreamEvent::Accepted(run))]);
-                accepted.chain(stream::once(async { panic!("planted") })).boxed()
-            }
-            "break" => stream::iter([Ok(UpstreamEvent::Accepted(run))]).boxed(),
-            first @ ("ask" | "ponder") => {
-                let call =
-                    ToolCall { id: "call".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
-                let asks = self.ended(RunStatus::RequiresAction, "let me see", &run);
-                self.events(run, first == "ponder", Ended { tool_calls: vec![call], ..asks })
-            }
-            first => self.events(run, first == "hold", ended),
-        })
+        Ok(
+            match input.split_once(' ').map_or(&*input, |(first, _)| first) {
+                "panic" => panic!("planted"),
+                "falter" => {
+                    let accepted = stream::iter([Ok(UpstreamEvent::Accepted(run))]);
+                    accepted
+                        .chain(stream::once(async { panic!("planted") }))
+                        .boxed()
+                }
+                "break" => stream::iter([Ok(UpstreamEvent::Accepted(run))]).boxed(),
+                first @ ("ask" | "ponder") => {
+                    let call = ToolCall {
+                        id: "call".to_owned(),
+                        name: "f".to_owned(),
+                        arguments: "{}".to_owned(),
+                    };
+                    let asks = self.ended(RunStatus::RequiresAction, "let me see", &run);
+                    self.events(
+                        run,
+                        first == "ponder",
+                        Ended {
+                            tool_calls: vec![call],
+                            ..asks
+                        },
+                    )
+                }
+                first => self.events(run, first == "hold", ended),
+            },
+        )
     }
 
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
@@ -183,7 +216,11 @@ impl Upstream for Scripted {
         Ok(self.events(run, false, ended))
     }
 
-    async fn recover(&self, _: &UnsettledRun, _: &UpstreamError) -> Result<Recovered, UpstreamError> {
+    async fn recover(
+        &self,
+        _: &UnsettledRun,
+        _: &UpstreamError,
+    ) -> Result<Recovered, UpstreamError> {
         Ok(Recovered::Unknown)
     }
 
@@ -198,7 +235,9 @@ impl Upstream for Scripted {
 
     async fn settle(&self, left: &UnsettledRun) -> Result<Settled, UpstreamError> {
         self.note(format!("settle {}", name(left)));
-        let Some(run) = left.upstream_run.clone() else { return Ok(Settled::default()) };
+        let Some(run) = left.upstream_run.clone() else {
+            return Ok(Settled::default());
+        };
         let settling = *self.settling.lock().unwrap();
         match settling {
             Settling::Fails => Err(UpstreamError::Broken { timeout: false }),
@@ -208,7 +247,9 @@ impl Upstream for Scripted {
             Settling::Held => Ok(Settled {
                 said: true,
                 status: Some(RunStatus::Completed),
-                content: vec![ContentPart::Text { text: "held".to_owned() }],
+                content: vec![ContentPart::Text {
+                    text: "held".to_owned(),
+                }],
                 thread: self.chain.then(|| UpstreamThreadId(run.0)),
                 ..Settled::default()
             }),

@@ -13,14 +13,20 @@ fn response(text: &str) -> Value {
 }
 
 fn fault(on: &str, fault: &str, times: u32) -> Fault {
-    Fault { on: on.to_owned(), fault: fault.to_owned(), times }
+    Fault {
+        on: on.to_owned(),
+        fault: fault.to_owned(),
+        times,
+    }
 }
 
 /// The text that the events of a response stream make up.
 fn text(events: &[Event]) -> String {
     let data = events.iter().map(Event::json);
     let deltas = data.filter(|data| data["type"] == "response.output_text.delta");
-    deltas.map(|data| data["delta"].as_str().unwrap().to_owned()).collect()
+    deltas
+        .map(|data| data["delta"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[tokio::test]
@@ -29,34 +35,69 @@ async fn credentials_and_beta_header_are_required() {
     let client = reqwest::Client::new();
     let url = format!("{}/threads", sim.base);
     for (key, status) in [("", 401), ("bad-key", 401), ("sk-anything", 200)] {
-        let request = client.post(&url).header("OpenAI-Beta", "assistants=v2").bearer_auth(key);
+        let request = client
+            .post(&url)
+            .header("OpenAI-Beta", "assistants=v2")
+            .bearer_auth(key);
         assert_eq!(request.send().await.unwrap().status(), status, "{key}");
-        let request = client.post(&url).header("OpenAI-Beta", "assistants=v2").header("api-key", key);
+        let request = client
+            .post(&url)
+            .header("OpenAI-Beta", "assistants=v2")
+            .header("api-key", key);
         assert_eq!(request.send().await.unwrap().status(), status, "{key}");
     }
-    let answer = client.post(&url).bearer_auth("sk-test").send().await.unwrap();
+    let answer = client
+        .post(&url)
+        .bearer_auth("sk-test")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(answer.status(), 400);
     assert!(answer.headers().contains_key("x-request-id"));
-    assert_eq!(answer.json::<Value>().await.unwrap()["error"]["code"], "invalid_beta");
-    let plain =
-        client.post(format!("{}/conversations", sim.base)).bearer_auth("sk-test").send().await.unwrap();
+    assert_eq!(
+        answer.json::<Value>().await.unwrap()["error"]["code"],
+        "invalid_beta"
+    );
+    let plain = client
+        .post(format!("{}/conversations", sim.base))
+        .bearer_auth("sk-test")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(plain.status(), 200);
 
-    let sim =
-        Sim::start(SimulatorConfig { api_key: Some("sk-test".into()), ..SimulatorConfig::default() }).await;
+    let sim = Sim::start(SimulatorConfig {
+        api_key: Some("sk-test".into()),
+        ..SimulatorConfig::default()
+    })
+    .await;
     sim.conversation().await;
-    let other =
-        client.post(format!("{}/conversations", sim.base)).bearer_auth("sk-other").send().await.unwrap();
+    let other = client
+        .post(format!("{}/conversations", sim.base))
+        .bearer_auth("sk-other")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(other.status(), 401);
-    assert_eq!(other.json::<Value>().await.unwrap()["error"]["code"], "invalid_api_key");
+    assert_eq!(
+        other.json::<Value>().await.unwrap()["error"]["code"],
+        "invalid_api_key"
+    );
 }
 
 #[tokio::test]
 async fn conversations_endpoint_can_be_disabled() {
-    let sim = Sim::start(SimulatorConfig { conversations: false, ..SimulatorConfig::default() }).await;
-    let (status, answer) = sim.send(Method::POST, "/conversations", Some(&json!({}))).await;
+    let sim = Sim::start(SimulatorConfig {
+        conversations: false,
+        ..SimulatorConfig::default()
+    })
+    .await;
+    let (status, answer) = sim
+        .send(Method::POST, "/conversations", Some(&json!({})))
+        .await;
     assert_eq!((status, answer), (404, json!({"detail": "Not Found"})));
-    sim.post("/responses", json!({"model": "m", "input": "x"})).await;
+    sim.post("/responses", json!({"model": "m", "input": "x"}))
+        .await;
 }
 
 #[tokio::test]
@@ -65,16 +106,34 @@ async fn status_directive_refuses_run_before_acceptance() {
     let conversation = sim.conversation().await;
     for (directive, status, code) in [
         ("status=500", 500, Value::Null),
-        ("status=429 retry_after=2", 429, "rate_limit_exceeded".into()),
-        ("status=429 code=insufficient_quota", 429, "insufficient_quota".into()),
+        (
+            "status=429 retry_after=2",
+            429,
+            "rate_limit_exceeded".into(),
+        ),
+        (
+            "status=429 code=insufficient_quota",
+            429,
+            "insufficient_quota".into(),
+        ),
         ("status=401", 401, "invalid_api_key".into()),
     ] {
-        let body =
-            json!({"model": "m", "conversation": conversation, "input": format!("[[sim: {directive}]]")});
-        let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+        let body = json!({"model": "m", "conversation": conversation, "input": format!("[[sim: {directive}]]")});
+        let answer = sim
+            .request(Method::POST, "/responses")
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(answer.status(), status);
-        let waits = answer.headers().get("retry-after").map(|value| value.to_str().unwrap().to_owned());
-        assert_eq!(waits, directive.contains("retry_after").then(|| "2".to_owned()));
+        let waits = answer
+            .headers()
+            .get("retry-after")
+            .map(|value| value.to_str().unwrap().to_owned());
+        assert_eq!(
+            waits,
+            directive.contains("retry_after").then(|| "2".to_owned())
+        );
         assert_eq!(answer.json::<Value>().await.unwrap()["error"]["code"], code);
     }
     assert_eq!(sim.handle.stats().runs_started, 0);
@@ -87,21 +146,52 @@ async fn queued_fault_applies_given_times() {
     let url = format!("{}/_simulator/faults", sim.root);
     let client = reqwest::Client::new();
     let body = json!({"on": "start", "fault": "status=503", "times": 2});
-    assert_eq!(client.post(&url).json(&body).send().await.unwrap().status(), 200);
-    for wrong in
-        [json!({"on": "start", "fault": "explode"}), json!({"on": "nothing", "fault": "fail"}), json!({})]
-    {
-        assert_eq!(client.post(&url).json(&wrong).send().await.unwrap().status(), 400);
+    assert_eq!(
+        client.post(&url).json(&body).send().await.unwrap().status(),
+        200
+    );
+    for wrong in [
+        json!({"on": "start", "fault": "explode"}),
+        json!({"on": "nothing", "fault": "fail"}),
+        json!({}),
+    ] {
+        assert_eq!(
+            client
+                .post(&url)
+                .json(&wrong)
+                .send()
+                .await
+                .unwrap()
+                .status(),
+            400
+        );
     }
-    sim.handle.add_fault(fault("create_thread", "status=500", 1)).unwrap();
+    sim.handle
+        .add_fault(fault("create_thread", "status=500", 1))
+        .unwrap();
     let thread = json!({"assistant_id": "asst_1", "thread": {}});
     assert_eq!(sim.refused("/threads/runs", thread).await.0, 503);
     assert_eq!(sim.refused("/conversations", json!({})).await.0, 500);
     let conversation = sim.conversation().await;
-    assert_eq!(sim.refused("/responses", json!({"model": "m", "input": "x"})).await.0, 503);
+    assert_eq!(
+        sim.refused("/responses", json!({"model": "m", "input": "x"}))
+            .await
+            .0,
+        503
+    );
     let body = json!({"model": "m", "conversation": conversation, "input": "x"});
     assert_eq!(sim.post("/responses", body).await["status"], "completed");
-    assert_eq!(client.get(&url).send().await.unwrap().json::<Value>().await.unwrap(), json!([]));
+    assert_eq!(
+        client
+            .get(&url)
+            .send()
+            .await
+            .unwrap()
+            .json::<Value>()
+            .await
+            .unwrap(),
+        json!([])
+    );
 }
 
 #[tokio::test]
@@ -111,14 +201,32 @@ async fn drop_fault_closes_connection_without_response() {
     let body = json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": "Hi"}]});
     let runs = format!("/threads/{thread}/runs");
     for (directive, messages) in [("drop=before", 0), ("drop=after", 2)] {
-        sim.handle.add_fault(fault("create_run", directive, 1)).unwrap();
-        let error = sim.request(Method::POST, &runs).json(&body).send().await.unwrap_err();
+        sim.handle
+            .add_fault(fault("create_run", directive, 1))
+            .unwrap();
+        let error = sim
+            .request(Method::POST, &runs)
+            .json(&body)
+            .send()
+            .await
+            .unwrap_err();
         assert!(error.status().is_none());
         sim.wait_for(|stats| stats.active_runs == 0).await;
-        assert_eq!(sim.handle.thread_history(&thread).len(), messages, "{directive}");
+        assert_eq!(
+            sim.handle.thread_history(&thread).len(),
+            messages,
+            "{directive}"
+        );
     }
-    sim.handle.add_fault(fault("get_thread", "drop", 1)).unwrap();
-    assert!(sim.request(Method::GET, &format!("/threads/{thread}")).send().await.is_err());
+    sim.handle
+        .add_fault(fault("get_thread", "drop", 1))
+        .unwrap();
+    assert!(
+        sim.request(Method::GET, &format!("/threads/{thread}"))
+            .send()
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test]
@@ -205,11 +313,25 @@ async fn bare_error_returns_error_with_status_200() {
         ("json", "application/json", "{\"error\":{"),
     ] {
         let body = response(&format!("[[sim: bare_error={form} code=429 error_type=x]]"));
-        let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+        let answer = sim
+            .request(Method::POST, "/responses")
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
         assert_eq!(answer.status(), 200);
-        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with(kind), "{form}");
+        assert!(
+            answer.headers()["content-type"]
+                .to_str()
+                .unwrap()
+                .starts_with(kind),
+            "{form}"
+        );
         let text = answer.text().await.unwrap();
-        assert!(text.contains(expected) && text.contains("429"), "{form}: {text}");
+        assert!(
+            text.contains(expected) && text.contains("429"),
+            "{form}: {text}"
+        );
     }
     assert_eq!(sim.handle.stats().runs_started, 0);
 }
@@ -221,9 +343,10 @@ async fn hold_after_pauses_turn_midway() {
     let message = json!([{"role": "user", "content": text}]);
     let run = json!({"assistant_id": "asst_1", "stream": true, "additional_messages": message});
     let runs = format!("/threads/{}/runs", sim.thread().await);
-    for (path, body, delta) in
-        [("/responses", response(text), "response.output_text.delta"), (&*runs, run, "thread.message.delta")]
-    {
+    for (path, body, delta) in [
+        ("/responses", response(text), "response.output_text.delta"),
+        (&*runs, run, "thread.message.delta"),
+    ] {
         sim.handle.hold();
         let mut stream = sim.open(path, &body).await;
         for _ in 0..2 {
@@ -241,10 +364,17 @@ async fn hold_after_pauses_turn_midway() {
 #[tokio::test]
 async fn stream_can_end_early_or_with_error() {
     let sim = Sim::instant().await;
-    let events = sim.events("/responses", response("Hello [[sim: no_terminal]]")).await;
+    let events = sim
+        .events("/responses", response("Hello [[sim: no_terminal]]"))
+        .await;
     assert_eq!(names(&events).last(), Some(&"response.output_item.done"));
     for (directive, nested) in [("mid_error", false), ("mid_error=nested", true)] {
-        let events = sim.events("/responses", response(&format!("Hello [[sim: {directive}]]"))).await;
+        let events = sim
+            .events(
+                "/responses",
+                response(&format!("Hello [[sim: {directive}]]")),
+            )
+            .await;
         let error = events.last().unwrap();
         assert_eq!(error.name, "error");
         let error = error.json();
@@ -264,7 +394,10 @@ async fn stream_can_end_early_or_with_error() {
     assert_eq!(names(&events).last(), Some(&"thread.run.step.completed"));
     let listed = sim.get(&runs).await;
     assert_eq!(
-        (listed["data"][0]["status"].as_str(), listed["data"][1]["status"].as_str()),
+        (
+            listed["data"][0]["status"].as_str(),
+            listed["data"][1]["status"].as_str()
+        ),
         (Some("completed"), Some("failed"))
     );
 }
@@ -273,17 +406,40 @@ async fn stream_can_end_early_or_with_error() {
 async fn every_sse_dialect_carries_same_text() {
     let sim = Sim::instant().await;
     let plain = text(&sim.events("/responses", response("Hé 🙂")).await);
-    for dialect in ["crlf", "comments", "no_event_lines", "split", "unknown_events", "crlf comments split"] {
+    for dialect in [
+        "crlf",
+        "comments",
+        "no_event_lines",
+        "split",
+        "unknown_events",
+        "crlf comments split",
+    ] {
         for background in [false, true] {
             let mut body = response(&format!("Hé 🙂 [[sim: {dialect}]]"));
             body["background"] = background.into();
             let chunks = sim.open("/responses", &body).await.raw().await;
             let raw = String::from_utf8(chunks.concat()).unwrap();
             assert_eq!(dialect.contains("crlf"), raw.contains("\r\n"), "{dialect}");
-            assert_eq!(dialect.contains("comments"), raw.contains("\n: keep-alive"), "{dialect}");
-            assert_eq!(dialect != "no_event_lines", raw.contains("event: response.created"), "{dialect}");
-            assert_eq!(dialect.contains("unknown"), raw.contains("response.future_event"), "{dialect}");
-            assert_eq!(dialect.contains("split"), chunks.iter().all(|chunk| chunk.len() <= 3), "{dialect}");
+            assert_eq!(
+                dialect.contains("comments"),
+                raw.contains("\n: keep-alive"),
+                "{dialect}"
+            );
+            assert_eq!(
+                dialect != "no_event_lines",
+                raw.contains("event: response.created"),
+                "{dialect}"
+            );
+            assert_eq!(
+                dialect.contains("unknown"),
+                raw.contains("response.future_event"),
+                "{dialect}"
+            );
+            assert_eq!(
+                dialect.contains("split"),
+                chunks.iter().all(|chunk| chunk.len() <= 3),
+                "{dialect}"
+            );
             let events = sim.events("/responses", body).await;
             assert_eq!(text(&events), plain, "{dialect}");
         }
@@ -294,20 +450,36 @@ async fn every_sse_dialect_carries_same_text() {
 async fn latency_and_rate_directives_delay_response() {
     let sim = Sim::instant().await;
     let start = std::time::Instant::now();
-    let events = sim.events("/responses", response("x [[sim: latency=60ms rate=10ms tokens=15]]")).await;
-    assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
+    let events = sim
+        .events(
+            "/responses",
+            response("x [[sim: latency=60ms rate=10ms tokens=15]]"),
+        )
+        .await;
+    assert!(
+        start.elapsed() >= Duration::from_millis(200),
+        "{:?}",
+        start.elapsed()
+    );
     assert_eq!(text(&events).split_whitespace().count(), 15);
 }
 
 #[tokio::test]
 async fn requests_are_recorded_without_secrets() {
-    let sim = Sim::start(SimulatorConfig { recorded: 2, ..SimulatorConfig::default() }).await;
+    let sim = Sim::start(SimulatorConfig {
+        recorded: 2,
+        ..SimulatorConfig::default()
+    })
+    .await;
     sim.thread().await;
     sim.post("/threads", json!({"metadata": {"a": "b"}})).await;
     sim.send(Method::GET, "/threads/thread_x?x=y", None).await;
     let recorded = sim.handle.recorded();
     assert_eq!(recorded.len(), 2);
-    assert_eq!((recorded[0].method.as_str(), recorded[0].path.as_str()), ("POST", "/v1/threads"));
+    assert_eq!(
+        (recorded[0].method.as_str(), recorded[0].path.as_str()),
+        ("POST", "/v1/threads")
+    );
     assert_eq!(recorded[0].operation.as_deref(), Some("create_thread"));
     assert_eq!(recorded[0].body, json!({"metadata": {"a": "b"}}));
     assert_eq!(recorded[0].headers["openai-beta"], "assistants=v2");
@@ -321,33 +493,91 @@ async fn handle_operations_are_available_over_http() {
     let thread = sim.thread().await;
     let client = reqwest::Client::new();
     let at = |path: &str| format!("{}/_simulator/{path}", sim.root);
-    client.post(at("hold")).send().await.unwrap().error_for_status().unwrap();
+    client
+        .post(at("hold"))
+        .send()
+        .await
+        .unwrap()
+        .error_for_status()
+        .unwrap();
     let body = json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": "Hi"}]});
     sim.post(&format!("/threads/{thread}/runs"), body).await;
-    let stats: Stats = client.get(at("stats")).send().await.unwrap().json().await.unwrap();
-    assert_eq!((stats.active_runs, stats.requests_by_operation["create_run"]), (1, 1));
+    let stats: Stats = client
+        .get(at("stats"))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        (stats.active_runs, stats.requests_by_operation["create_run"]),
+        (1, 1)
+    );
     assert_eq!(stats, sim.handle.stats());
-    client.post(at("release")).send().await.unwrap().error_for_status().unwrap();
+    client
+        .post(at("release"))
+        .send()
+        .await
+        .unwrap()
+        .error_for_status()
+        .unwrap();
     sim.wait_for(|stats| stats.active_runs == 0).await;
-    let history: Vec<(String, String)> =
-        client.get(at(&format!("threads/{thread}/history"))).send().await.unwrap().json().await.unwrap();
+    let history: Vec<(String, String)> = client
+        .get(at(&format!("threads/{thread}/history")))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(history, sim.handle.thread_history(&thread));
-    let places: Vec<String> =
-        client.post(at("holds_text")).body("Hi").send().await.unwrap().json().await.unwrap();
+    let places: Vec<String> = client
+        .post(at("holds_text"))
+        .body("Hi")
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(places, sim.handle.holds_text("Hi"));
     assert_eq!(places.len(), 2, "what was said, and the reply");
     for list in ["responses", "leaked_items"] {
-        let none: Vec<String> = client.get(at(list)).send().await.unwrap().json().await.unwrap();
+        let none: Vec<String> = client
+            .get(at(list))
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap();
         assert_eq!(none, [""; 0]);
     }
     let foreign = at(&format!("threads/{thread}/foreign_run"));
     assert_eq!(client.post(&foreign).send().await.unwrap().status(), 200);
     assert_eq!(client.post(&foreign).send().await.unwrap().status(), 404);
-    let stopped: Value = client.delete(&foreign).send().await.unwrap().json().await.unwrap();
+    let stopped: Value = client
+        .delete(&foreign)
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(stopped["stopped"], true);
-    client.post(at("reset")).send().await.unwrap().error_for_status().unwrap();
+    client
+        .post(at("reset"))
+        .send()
+        .await
+        .unwrap()
+        .error_for_status()
+        .unwrap();
     assert_eq!(sim.handle.stats(), Stats::default());
-    assert_eq!(client.get(at("nothing")).send().await.unwrap().status(), 404);
+    assert_eq!(
+        client.get(at("nothing")).send().await.unwrap().status(),
+        404
+    );
 }
 
 #[tokio::test]
@@ -376,7 +606,8 @@ async fn run_views_record_input_and_outcome() {
         "additional_messages": [said("before"), said("now [[sim: tool=f]]")],
     });
     let run = id(&sim.post(&format!("/threads/{thread}/runs"), run).await);
-    sim.wait_for(|stats| stats.active_runs == 1 && stats.max_generating_runs_per_thread == 1).await;
+    sim.wait_for(|stats| stats.active_runs == 1 && stats.max_generating_runs_per_thread == 1)
+        .await;
     let path = format!("/threads/{thread}/runs/{run}");
     let call = loop {
         let seen = sim.get(&path).await;
@@ -386,60 +617,99 @@ async fn run_views_record_input_and_outcome() {
     };
     assert_eq!(sim.handle.threads()[0].active, std::slice::from_ref(&run));
     let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "1"}]});
-    sim.post(&format!("{path}/submit_tool_outputs"), outputs).await;
+    sim.post(&format!("{path}/submit_tool_outputs"), outputs)
+        .await;
     sim.wait_for(|stats| stats.active_runs == 0).await;
 
     // A response whose client leaves, and one that it answers.
     let conversation = sim.conversation().await;
-    let turn =
-        |input: Value| json!({"model": "m", "conversation": conversation, "stream": true, "input": input});
-    let slow = sim.open("/responses", &turn("slow [[sim: rate=10s]]".into())).await;
+    let turn = |input: Value| json!({"model": "m", "conversation": conversation, "stream": true, "input": input});
+    let slow = sim
+        .open("/responses", &turn("slow [[sim: rate=10s]]".into()))
+        .await;
     sim.wait_for(|stats| stats.active_runs == 1).await;
     assert_eq!(sim.handle.runs()[1].status, None);
     drop(slow);
     sim.wait_for(|stats| stats.active_runs == 0).await;
-    let asked = sim.events("/responses", turn("x [[sim: tools=1]]".into())).await;
-    let call = asked.last().unwrap().json()["response"]["output"][0]["call_id"].clone();
-    sim.events("/responses", turn(json!([{"type": "function_call_output", "call_id": call, "output": "1"}])))
+    let asked = sim
+        .events("/responses", turn("x [[sim: tools=1]]".into()))
         .await;
+    let call = asked.last().unwrap().json()["response"]["output"][0]["call_id"].clone();
+    sim.events(
+        "/responses",
+        turn(json!([{"type": "function_call_output", "call_id": call, "output": "1"}])),
+    )
+    .await;
 
     let url = format!("{}/_simulator/runs", sim.root);
     let runs: Vec<RunView> = reqwest::get(url).await.unwrap().json().await.unwrap();
     assert_eq!(runs, sim.handle.runs());
-    let ends: Vec<_> = runs.iter().map(|run| run.status.as_deref().unwrap()).collect();
+    let ends: Vec<_> = runs
+        .iter()
+        .map(|run| run.status.as_deref().unwrap())
+        .collect();
     assert_eq!(ends, ["completed", "abandoned", "completed", "completed"]);
-    assert_eq!((runs[0].id.as_str(), runs[0].thread.as_str()), (run.as_str(), thread.as_str()));
+    assert_eq!(
+        (runs[0].id.as_str(), runs[0].thread.as_str()),
+        (run.as_str(), thread.as_str())
+    );
     assert_eq!(runs[0].user_texts, ["before", "now [[sim: tool=f]]"]);
-    assert_eq!((runs[0].metadata["tag"].as_str(), runs[0].answered_calls.len()), ("a", 1));
+    assert_eq!(
+        (
+            runs[0].metadata["tag"].as_str(),
+            runs[0].answered_calls.len()
+        ),
+        ("a", 1)
+    );
     assert!(runs[1..].iter().all(|run| run.thread == conversation));
     assert_eq!(
         (&runs[3].user_texts, &runs[3].answered_calls),
         (&vec![], &vec![call.as_str().unwrap().to_owned()])
     );
     for pair in runs.windows(2) {
-        assert!(pair[0].started_ms <= pair[1].started_ms && pair[0].ended_ms.unwrap() <= pair[1].started_ms);
+        assert!(
+            pair[0].started_ms <= pair[1].started_ms
+                && pair[0].ended_ms.unwrap() <= pair[1].started_ms
+        );
     }
 }
 
 #[tokio::test]
 async fn only_newest_run_views_are_kept() {
-    let sim = Sim::start(SimulatorConfig { max_kept: 2, ..SimulatorConfig::default() }).await;
-    let slow = sim.open("/responses", &response("0 [[sim: rate=10s]]")).await;
+    let sim = Sim::start(SimulatorConfig {
+        max_kept: 2,
+        ..SimulatorConfig::default()
+    })
+    .await;
+    let slow = sim
+        .open("/responses", &response("0 [[sim: rate=10s]]"))
+        .await;
     for text in ["1", "2", "3"] {
         sim.events("/responses", response(text)).await;
     }
     drop(slow);
     sim.wait_for(|stats| stats.active_runs == 0).await;
     let runs = sim.handle.runs();
-    assert_eq!(runs.iter().map(|run| run.user_texts[0].as_str()).collect::<Vec<_>>(), ["2", "3"]);
-    assert!(runs.iter().all(|run| run.status.as_deref() == Some("completed")));
+    assert_eq!(
+        runs.iter()
+            .map(|run| run.user_texts[0].as_str())
+            .collect::<Vec<_>>(),
+        ["2", "3"]
+    );
+    assert!(
+        runs.iter()
+            .all(|run| run.status.as_deref() == Some("completed"))
+    );
 }
 
 /// The first `size` bytes of an answer, or all of it.
 async fn beginning(mut response: reqwest::Response, size: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     while bytes.len() < size
-        && let Some(chunk) = tokio::time::timeout(PATIENCE, response.chunk()).await.unwrap().unwrap()
+        && let Some(chunk) = tokio::time::timeout(PATIENCE, response.chunk())
+            .await
+            .unwrap()
+            .unwrap()
     {
         bytes.extend_from_slice(&chunk);
     }
@@ -449,26 +719,57 @@ async fn beginning(mut response: reqwest::Response, size: usize) -> Vec<u8> {
 #[tokio::test]
 async fn hostile_directive_produces_named_response() {
     let sim = Sim::instant().await;
-    let endless = ["endless_line", "endless_events", "endless_reply", "huge_event", "gzip"];
-    for kind in
-        endless.into_iter().chain(["invalid_utf8", "deep_json", "dense_json", "html", "redirect", "drip"])
-    {
+    let endless = [
+        "endless_line",
+        "endless_events",
+        "endless_reply",
+        "huge_event",
+        "gzip",
+    ];
+    for kind in endless.into_iter().chain([
+        "invalid_utf8",
+        "deep_json",
+        "dense_json",
+        "html",
+        "redirect",
+        "drip",
+    ]) {
         for (on, path) in [
             ("create_response", "/responses"),
             ("create_run", "/threads/t/runs"),
             ("create_conversation", "/conversations"),
         ] {
-            sim.handle.add_fault(fault(on, &format!("hostile={kind} rate=1ms"), 1)).unwrap();
-            let client =
-                reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).build().unwrap();
-            let request = client.post(format!("{}{path}", sim.base)).bearer_auth("sk-test");
+            sim.handle
+                .add_fault(fault(on, &format!("hostile={kind} rate=1ms"), 1))
+                .unwrap();
+            let client = reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .build()
+                .unwrap();
+            let request = client
+                .post(format!("{}{path}", sim.base))
+                .bearer_auth("sk-test");
             let request = request.header("OpenAI-Beta", "assistants=v2").body("{}");
-            let answer = tokio::time::timeout(PATIENCE, request.send()).await.unwrap().unwrap();
-            let header =
-                |name: &str| answer.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
-            assert_eq!(answer.status(), if kind == "redirect" { 307 } else { 200 }, "{kind}");
+            let answer = tokio::time::timeout(PATIENCE, request.send())
+                .await
+                .unwrap()
+                .unwrap();
+            let header = |name: &str| {
+                answer
+                    .headers()
+                    .get(name)
+                    .map(|value| value.to_str().unwrap().to_owned())
+            };
+            assert_eq!(
+                answer.status(),
+                if kind == "redirect" { 307 } else { 200 },
+                "{kind}"
+            );
             assert_eq!(header("location").is_some(), kind == "redirect");
-            assert_eq!(header("content-encoding").as_deref(), (kind == "gzip").then_some("gzip"));
+            assert_eq!(
+                header("content-encoding").as_deref(),
+                (kind == "gzip").then_some("gzip")
+            );
             let expected = match (kind, on) {
                 ("html", _) => "text/html",
                 (_, "create_conversation") => "application/json",
@@ -478,7 +779,11 @@ async fn hostile_directive_produces_named_response() {
             let size = if kind == "drip" { 20 } else { 1024 * 1024 };
             let bytes = beginning(answer, size).await;
             if endless.contains(&kind) || kind == "dense_json" || kind == "drip" {
-                assert!(bytes.len() >= size, "{kind} on {on} ended after {} bytes", bytes.len());
+                assert!(
+                    bytes.len() >= size,
+                    "{kind} on {on} ended after {} bytes",
+                    bytes.len()
+                );
             }
             assert_eq!(
                 std::str::from_utf8(&bytes).is_err(),
@@ -489,9 +794,13 @@ async fn hostile_directive_produces_named_response() {
     }
     // From a user's text too, with a status of choice; and nothing of it takes effect.
     let conversation = sim.conversation().await;
-    let body =
-        json!({"model": "m", "conversation": conversation, "input": "[[sim: hostile=html status=503]]"});
-    let answer = sim.request(Method::POST, "/responses").json(&body).send().await.unwrap();
+    let body = json!({"model": "m", "conversation": conversation, "input": "[[sim: hostile=html status=503]]"});
+    let answer = sim
+        .request(Method::POST, "/responses")
+        .json(&body)
+        .send()
+        .await
+        .unwrap();
     assert_eq!(
         (answer.status().as_u16(), &answer.headers()["content-type"]),
         (503, &"text/html".parse().unwrap())

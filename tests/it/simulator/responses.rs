@@ -24,14 +24,18 @@ fn background(mut body: Value) -> Value {
 
 /// The text of a finished response.
 fn text(response: &Value) -> &str {
-    response["output"][0]["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {response}"))
+    response["output"][0]["content"][0]["text"]
+        .as_str()
+        .unwrap_or_else(|| panic!("no text in {response}"))
 }
 
 #[tokio::test]
 async fn plain_response_streams_in_documented_order() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let mut stream = sim.open("/responses", &streamed(turn(&conversation, "Hello"))).await;
+    let mut stream = sim
+        .open("/responses", &streamed(turn(&conversation, "Hello")))
+        .await;
     assert!(stream.content_type.starts_with("text/event-stream"));
     let events = stream.rest().await.unwrap();
     assert_eq!(
@@ -50,46 +54,85 @@ async fn plain_response_streams_in_documented_order() {
     );
     for (n, event) in events.iter().enumerate() {
         assert_eq!(
-            (event.json()["sequence_number"].as_u64(), &event.json()["type"]),
+            (
+                event.json()["sequence_number"].as_u64(),
+                &event.json()["type"]
+            ),
             (Some(n as u64), &json!(event.name))
         );
     }
     let last = events.last().unwrap().json();
-    assert_eq!(text(&last["response"]), "You said: Hello. (This is turn 1 of this conversation.)");
-    let deltas = events.iter().filter(|event| event.name == "response.output_text.delta");
-    let streamed: String = deltas.map(|event| event.json()["delta"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(
+        text(&last["response"]),
+        "You said: Hello. (This is turn 1 of this conversation.)"
+    );
+    let deltas = events
+        .iter()
+        .filter(|event| event.name == "response.output_text.delta");
+    let streamed: String = deltas
+        .map(|event| event.json()["delta"].as_str().unwrap().to_owned())
+        .collect();
     assert_eq!(streamed, text(&last["response"]));
     let next = sim.post("/responses", turn(&conversation, "Again")).await;
-    assert_eq!(text(&next), "You said: Again. (This is turn 2 of this conversation.)");
+    assert_eq!(
+        text(&next),
+        "You said: Again. (This is turn 2 of this conversation.)"
+    );
     assert_eq!(sim.handle.thread_history(&conversation).len(), 4);
-    let items = sim.get(&format!("/conversations/{conversation}/items?order=asc")).await;
-    let roles: Vec<&Value> = items["data"].as_array().unwrap().iter().map(|item| &item["role"]).collect();
+    let items = sim
+        .get(&format!("/conversations/{conversation}/items?order=asc"))
+        .await;
+    let roles: Vec<&Value> = items["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| &item["role"])
+        .collect();
     assert_eq!(roles, ["user", "assistant", "user", "assistant"]);
 }
 
 #[tokio::test]
 async fn response_chain_keeps_history() {
     let sim = Sim::instant().await;
-    let first = sim.post("/responses", json!({"model": "m", "input": "One"})).await;
+    let first = sim
+        .post("/responses", json!({"model": "m", "input": "One"}))
+        .await;
     let body = json!({"model": "m", "input": "Two", "previous_response_id": id(&first)});
     let second = sim.post("/responses", body.clone()).await;
-    assert_eq!(text(&second), "You said: Two. (This is turn 2 of this conversation.)");
+    assert_eq!(
+        text(&second),
+        "You said: Two. (This is turn 2 of this conversation.)"
+    );
     assert_eq!(second["previous_response_id"], first["id"]);
     let users = sim.handle.thread_history(&id(&second));
     assert_eq!(users.iter().filter(|(role, _)| role == "user").count(), 2);
-    let unstored = sim.post("/responses", json!({"model": "m", "input": "x", "store": false})).await;
+    let unstored = sim
+        .post(
+            "/responses",
+            json!({"model": "m", "input": "x", "store": false}),
+        )
+        .await;
     let (status, error) = sim
-        .refused("/responses", json!({"model": "m", "input": "y", "previous_response_id": id(&unstored)}))
+        .refused(
+            "/responses",
+            json!({"model": "m", "input": "y", "previous_response_id": id(&unstored)}),
+        )
         .await;
     assert_eq!(status, 400);
     assert_eq!(
         (error["code"].as_str(), error["param"].as_str()),
-        (Some("previous_response_not_found"), Some("previous_response_id"))
+        (
+            Some("previous_response_not_found"),
+            Some("previous_response_id")
+        )
     );
     let mut both = body;
     both["conversation"] = sim.conversation().await.into();
     let (status, error) = sim.refused("/responses", both).await;
-    assert_eq!((status, error["code"].as_str()), (400, Some("mutually_exclusive_parameters")));
+    assert_eq!(
+        (status, error["code"].as_str()),
+        (400, Some("mutually_exclusive_parameters"))
+    );
 }
 
 #[tokio::test]
@@ -97,7 +140,9 @@ async fn busy_conversation_is_locked_without_naming_response() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
-    let running = id(&sim.post("/responses", background(turn(&conversation, "One"))).await);
+    let running = id(&sim
+        .post("/responses", background(turn(&conversation, "One")))
+        .await);
     for (path, body) in [
         ("/responses".to_owned(), turn(&conversation, "Two")),
         (
@@ -115,13 +160,18 @@ async fn busy_conversation_is_locked_without_naming_response() {
     }
     sim.handle.release();
     let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
-    assert_eq!((stats.lock_refusals, stats.max_active_runs_per_thread), (2, 1));
+    assert_eq!(
+        (stats.lock_refusals, stats.max_active_runs_per_thread),
+        (2, 1)
+    );
     sim.post("/responses", turn(&conversation, "Two")).await;
 
     let run = sim.handle.start_foreign_run(&conversation).unwrap();
     assert!(run.starts_with("resp_"));
     assert_eq!(
-        sim.refused("/responses", turn(&conversation, "Three")).await.1["code"],
+        sim.refused("/responses", turn(&conversation, "Three"))
+            .await
+            .1["code"],
         "conversation_locked"
     );
     assert!(sim.handle.stop_foreign_run(&conversation));
@@ -130,17 +180,29 @@ async fn busy_conversation_is_locked_without_naming_response() {
 
 #[tokio::test]
 async fn conversation_lock_can_outlive_response() {
-    let sim =
-        Sim::start(SimulatorConfig { lock_linger: Duration::from_millis(300), ..SimulatorConfig::default() })
-            .await;
+    let sim = Sim::start(SimulatorConfig {
+        lock_linger: Duration::from_millis(300),
+        ..SimulatorConfig::default()
+    })
+    .await;
     let conversation = sim.conversation().await;
     sim.post("/responses", turn(&conversation, "One")).await;
     let mut refusals = 0;
     loop {
-        match sim.send(Method::POST, "/responses", Some(&turn(&conversation, "Two"))).await {
+        match sim
+            .send(
+                Method::POST,
+                "/responses",
+                Some(&turn(&conversation, "Two")),
+            )
+            .await
+        {
             (200, _) => break,
             (status, answer) => {
-                assert_eq!((status, answer["error"]["code"].as_str()), (400, Some("conversation_locked")));
+                assert_eq!(
+                    (status, answer["error"]["code"].as_str()),
+                    (400, Some("conversation_locked"))
+                );
                 refusals += 1;
             }
         }
@@ -171,15 +233,28 @@ async fn disconnect_abandons_foreground_response() {
         sim.handle.release();
     }
     assert_eq!(sim.handle.stats().runs_ended["abandoned"], 2);
-    let next = sim.post("/responses", turn(&conversation, "Hello again")).await;
-    assert_eq!(text(&next), "You said: Hello again. (This is turn 1 of this conversation.)");
+    let next = sim
+        .post("/responses", turn(&conversation, "Hello again"))
+        .await;
+    assert_eq!(
+        text(&next),
+        "You said: Hello again. (This is turn 1 of this conversation.)"
+    );
 }
 
 #[tokio::test]
 async fn append_unfinished_keeps_failed_turn() {
-    let sim = Sim::start(SimulatorConfig { append_unfinished: true, ..SimulatorConfig::default() }).await;
+    let sim = Sim::start(SimulatorConfig {
+        append_unfinished: true,
+        ..SimulatorConfig::default()
+    })
+    .await;
     let conversation = sim.conversation().await;
-    assert_eq!(sim.post("/responses", turn(&conversation, "Bad [[sim: fail]]")).await["status"], "failed");
+    assert_eq!(
+        sim.post("/responses", turn(&conversation, "Bad [[sim: fail]]"))
+            .await["status"],
+        "failed"
+    );
     assert_eq!(sim.handle.threads()[0].user_texts, ["Bad [[sim: fail]]"]);
 }
 
@@ -198,12 +273,22 @@ async fn unanswered_function_call_blocks_conversation() {
         .filter(|item| item["type"] == "function_call")
         .cloned()
         .collect();
-    let (first, second) = (calls[0]["call_id"].as_str().unwrap(), calls[1]["call_id"].as_str().unwrap());
-    let output = |call: &str| json!({"type": "function_call_output", "call_id": call, "output": "4 °C"});
+    let (first, second) = (
+        calls[0]["call_id"].as_str().unwrap(),
+        calls[1]["call_id"].as_str().unwrap(),
+    );
+    let output =
+        |call: &str| json!({"type": "function_call_output", "call_id": call, "output": "4 °C"});
     let message = json!({"role": "user", "content": "Never mind"});
-    for (input, culprit) in [(json!([message]), first), (json!([output(first), message]), second)] {
+    for (input, culprit) in [
+        (json!([message]), first),
+        (json!([output(first), message]), second),
+    ] {
         let (status, error) = sim
-            .refused("/responses", json!({"model": "m", "conversation": conversation, "input": input}))
+            .refused(
+                "/responses",
+                json!({"model": "m", "conversation": conversation, "input": input}),
+            )
             .await;
         let text = format!("No tool output found for function call {culprit}.");
         assert_eq!(
@@ -213,12 +298,23 @@ async fn unanswered_function_call_blocks_conversation() {
         assert_eq!(error["code"], Value::Null);
     }
     let input = json!([output(first), output(second), output("call_x")]);
-    let (_, error) =
-        sim.refused("/responses", json!({"model": "m", "conversation": conversation, "input": input})).await;
-    assert_eq!(error["message"], "No tool call found for function call output with call_id call_x.");
+    let (_, error) = sim
+        .refused(
+            "/responses",
+            json!({"model": "m", "conversation": conversation, "input": input}),
+        )
+        .await;
+    assert_eq!(
+        error["message"],
+        "No tool call found for function call output with call_id call_x."
+    );
     let input = json!([output(first), output(second)]);
-    let answered =
-        sim.post("/responses", json!({"model": "m", "conversation": conversation, "input": input})).await;
+    let answered = sim
+        .post(
+            "/responses",
+            json!({"model": "m", "conversation": conversation, "input": input}),
+        )
+        .await;
     assert_eq!(
         text(&answered),
         "You said: Weather?. The tools answered: 4 °C; 4 °C. (This is turn 1 of this conversation.)"
@@ -230,14 +326,22 @@ async fn unanswered_function_call_blocks_conversation() {
 async fn item_deletion_repairs_conversation_tail() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1 reasoning]]")).await;
+    let response = sim
+        .post(
+            "/responses",
+            turn(&conversation, "Look [[sim: tools=1 reasoning]]"),
+        )
+        .await;
     let (reasoning, call) = (id(&response["output"][0]), id(&response["output"][1]));
-    sim.delete(&format!("/conversations/{conversation}/items/{call}")).await;
+    sim.delete(&format!("/conversations/{conversation}/items/{call}"))
+        .await;
     let (status, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
-    let text =
-        format!("Item '{reasoning}' of type 'reasoning' was provided without its required following item.");
+    let text = format!(
+        "Item '{reasoning}' of type 'reasoning' was provided without its required following item."
+    );
     assert_eq!((status, error["message"].as_str()), (400, Some(&*text)));
-    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}")).await;
+    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}"))
+        .await;
     sim.post("/responses", turn(&conversation, "Next")).await;
 }
 
@@ -246,15 +350,27 @@ async fn resent_stored_item_is_refused() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.post("/responses", turn(&conversation, "One")).await;
-    let items = sim.get(&format!("/conversations/{conversation}/items")).await;
+    let items = sim
+        .get(&format!("/conversations/{conversation}/items"))
+        .await;
     let again = items["data"][0].clone();
     let (status, error) = sim
-        .refused("/responses", json!({"model": "m", "conversation": conversation, "input": [again]}))
+        .refused(
+            "/responses",
+            json!({"model": "m", "conversation": conversation, "input": [again]}),
+        )
         .await;
     assert_eq!((status, error["param"].as_str()), (400, Some("input")));
-    assert!(error["message"].as_str().unwrap().starts_with("Duplicate item found with id"));
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .starts_with("Duplicate item found with id")
+    );
     let twice = json!([{"role": "user", "content": "a", "id": "msg_a"}, {"role": "user", "content": "b", "id": "msg_a"}]);
-    let (status, _) = sim.refused("/responses", json!({"model": "m", "input": twice})).await;
+    let (status, _) = sim
+        .refused("/responses", json!({"model": "m", "input": twice}))
+        .await;
     assert_eq!(status, 400);
 }
 
@@ -263,7 +379,12 @@ async fn background_response_survives_disconnect_and_resumes() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
-    let mut stream = sim.open("/responses", &streamed(background(turn(&conversation, "Hello")))).await;
+    let mut stream = sim
+        .open(
+            "/responses",
+            &streamed(background(turn(&conversation, "Hello"))),
+        )
+        .await;
     let response = id(&stream.until("response.created").await.json()["response"]);
     stream.until("response.queued").await;
     stream.until("response.in_progress").await;
@@ -274,81 +395,158 @@ async fn background_response_survives_disconnect_and_resumes() {
     assert_eq!(status, 400, "{answer}");
     let mut resumed =
         Stream::of(sim.request(Method::GET, &format!("{path}?stream=true&starting_after=1"))).await;
-    assert_eq!(resumed.next().await.unwrap().unwrap().json()["sequence_number"], 2);
+    assert_eq!(
+        resumed.next().await.unwrap().unwrap().json()["sequence_number"],
+        2
+    );
     sim.handle.release();
     let rest = resumed.rest().await.unwrap();
-    let numbers: Vec<u64> =
-        rest.iter().map(|event| event.json()["sequence_number"].as_u64().unwrap()).collect();
-    assert!(numbers.iter().copied().eq(3..3 + numbers.len() as u64), "{numbers:?}");
+    let numbers: Vec<u64> = rest
+        .iter()
+        .map(|event| event.json()["sequence_number"].as_u64().unwrap())
+        .collect();
+    assert!(
+        numbers.iter().copied().eq(3..3 + numbers.len() as u64),
+        "{numbers:?}"
+    );
     assert_eq!(rest.last().unwrap().name, "response.completed");
     assert_eq!(sim.get(&path).await["status"], "completed");
-    let mut beyond =
-        Stream::of(sim.request(Method::GET, &format!("{path}?stream=true&starting_after=999"))).await;
+    let mut beyond = Stream::of(sim.request(
+        Method::GET,
+        &format!("{path}?stream=true&starting_after=999"),
+    ))
+    .await;
     assert_eq!(beyond.next().await.unwrap(), None);
     let (status, error) = sim.refused(&format!("{path}/cancel"), json!({})).await;
-    assert_eq!((status, error["message"].as_str()), (400, Some("Cannot cancel a completed response.")));
+    assert_eq!(
+        (status, error["message"].as_str()),
+        (400, Some("Cannot cancel a completed response."))
+    );
 }
 
 #[tokio::test]
 async fn cancelled_background_response_leaves_no_output() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let body = streamed(background(turn(&conversation, "Stop [[sim: tokens=100 rate=1m]]")));
+    let body = streamed(background(turn(
+        &conversation,
+        "Stop [[sim: tokens=100 rate=1m]]",
+    )));
     let mut stream = sim.open("/responses", &body).await;
     let response = id(&stream.until("response.created").await.json()["response"]);
     stream.until("response.output_text.delta").await;
-    let cancelled = sim.post(&format!("/responses/{response}/cancel"), json!({})).await;
-    assert_eq!((cancelled["status"].as_str(), &cancelled["output"]), (Some("cancelled"), &json!([])));
-    assert_eq!(sim.post(&format!("/responses/{response}/cancel"), json!({})).await, cancelled);
+    let cancelled = sim
+        .post(&format!("/responses/{response}/cancel"), json!({}))
+        .await;
+    assert_eq!(
+        (cancelled["status"].as_str(), &cancelled["output"]),
+        (Some("cancelled"), &json!([]))
+    );
+    assert_eq!(
+        sim.post(&format!("/responses/{response}/cancel"), json!({}))
+            .await,
+        cancelled
+    );
     let rest = stream.rest().await.unwrap();
     assert_eq!(names(&rest), ["response.failed"]);
     assert_eq!(rest[0].json()["response"]["status"], "cancelled");
     assert_eq!(sim.handle.thread_history(&conversation), []);
-    sim.post("/responses", turn(&conversation, "The lock is free")).await;
+    sim.post("/responses", turn(&conversation, "The lock is free"))
+        .await;
 }
 
 #[tokio::test]
 async fn only_background_responses_can_be_resumed_or_cancelled() {
     let sim = Sim::instant().await;
-    let done = sim.post("/responses", json!({"model": "m", "input": "x"})).await;
+    let done = sim
+        .post("/responses", json!({"model": "m", "input": "x"}))
+        .await;
     let path = format!("/responses/{}", id(&done));
     let (status, error) = sim.refused(&format!("{path}/cancel"), json!({})).await;
-    assert_eq!((status, error["message"].as_str()), (400, Some("Cannot cancel a synchronous response.")));
-    let (status, answer) = sim.send(Method::GET, &format!("{path}?stream=true"), None).await;
-    assert_eq!((status, answer["error"]["param"].as_str()), (400, Some("stream")));
-    let quiet = sim.post("/responses", background(json!({"model": "m", "input": "x"}))).await;
-    let (status, answer) =
-        sim.send(Method::GET, &format!("/responses/{}?stream=true", id(&quiet)), None).await;
+    assert_eq!(
+        (status, error["message"].as_str()),
+        (400, Some("Cannot cancel a synchronous response."))
+    );
+    let (status, answer) = sim
+        .send(Method::GET, &format!("{path}?stream=true"), None)
+        .await;
+    assert_eq!(
+        (status, answer["error"]["param"].as_str()),
+        (400, Some("stream"))
+    );
+    let quiet = sim
+        .post(
+            "/responses",
+            background(json!({"model": "m", "input": "x"})),
+        )
+        .await;
+    let (status, answer) = sim
+        .send(
+            Method::GET,
+            &format!("/responses/{}?stream=true", id(&quiet)),
+            None,
+        )
+        .await;
     assert_eq!(status, 400);
-    assert!(answer["error"]["message"].as_str().unwrap().contains("stream=true"));
+    assert!(
+        answer["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("stream=true")
+    );
     let (status, error) = sim
-        .refused("/responses", json!({"model": "m", "input": "x", "background": true, "store": false}))
+        .refused(
+            "/responses",
+            json!({"model": "m", "input": "x", "background": true, "store": false}),
+        )
         .await;
     assert_eq!(
         (status, error["code"].as_str(), error["param"].as_str()),
         (400, Some("unsupported_parameter"), Some("background"))
     );
     sim.handle.hold();
-    let mut stream = sim.open("/responses", &streamed(json!({"model": "m", "input": "x"}))).await;
+    let mut stream = sim
+        .open("/responses", &streamed(json!({"model": "m", "input": "x"})))
+        .await;
     let running = id(&stream.until("response.created").await.json()["response"]);
     for method in [Method::GET, Method::DELETE] {
-        let (status, answer) = sim.send(method, &format!("/responses/{running}"), None).await;
+        let (status, answer) = sim
+            .send(method, &format!("/responses/{running}"), None)
+            .await;
         let text = format!("Response with id '{running}' not found.");
-        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+        assert_eq!(
+            (status, answer["error"]["message"].as_str()),
+            (404, Some(&*text))
+        );
     }
-    assert_eq!(sim.refused(&format!("/responses/{running}/cancel"), json!({})).await.0, 404);
+    assert_eq!(
+        sim.refused(&format!("/responses/{running}/cancel"), json!({}))
+            .await
+            .0,
+        404
+    );
 }
 
 #[tokio::test]
 async fn directives_set_response_outcome() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let events = sim.events("/responses", streamed(turn(&conversation, "A [[sim: fail]]"))).await;
+    let events = sim
+        .events(
+            "/responses",
+            streamed(turn(&conversation, "A [[sim: fail]]")),
+        )
+        .await;
     assert!(names(&events).ends_with(&["response.output_text.delta", "response.failed"]));
     let failed = events.last().unwrap().json()["response"].clone();
-    assert_eq!((failed["error"]["code"].as_str(), &failed["output"]), (Some("server_error"), &json!([])));
+    assert_eq!(
+        (failed["error"]["code"].as_str(), &failed["output"]),
+        (Some("server_error"), &json!([]))
+    );
     assert_eq!(sim.handle.thread_history(&conversation), []);
-    let cut = sim.post("/responses", turn(&conversation, "B [[sim: incomplete]]")).await;
+    let cut = sim
+        .post("/responses", turn(&conversation, "B [[sim: incomplete]]"))
+        .await;
     assert_eq!(
         (cut["status"].as_str(), cut["output"][0]["status"].as_str()),
         (Some("incomplete"), Some("incomplete"))
@@ -358,12 +556,22 @@ async fn directives_set_response_outcome() {
     body["max_output_tokens"] = 16.into();
     let cut = sim.post("/responses", body).await;
     assert_eq!(
-        (text(&cut).split_whitespace().count(), cut["usage"]["output_tokens"].as_u64()),
+        (
+            text(&cut).split_whitespace().count(),
+            cut["usage"]["output_tokens"].as_u64()
+        ),
         (16, Some(16))
     );
-    let two = sim.post("/responses", turn(&conversation, "D [[sim: parts=2]]")).await;
+    let two = sim
+        .post("/responses", turn(&conversation, "D [[sim: parts=2]]"))
+        .await;
     assert_eq!(two["output"].as_array().unwrap().len(), 2);
-    let refusal = sim.events("/responses", streamed(turn(&conversation, "E [[sim: refusal]]"))).await;
+    let refusal = sim
+        .events(
+            "/responses",
+            streamed(turn(&conversation, "E [[sim: refusal]]")),
+        )
+        .await;
     assert!(names(&refusal).contains(&"response.refusal.delta"));
 }
 
@@ -371,27 +579,47 @@ async fn directives_set_response_outcome() {
 async fn conversation_deletion_leaks_its_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    sim.post("/responses", turn(&conversation, "Remember me")).await;
+    sim.post("/responses", turn(&conversation, "Remember me"))
+        .await;
     let path = format!("/conversations/{conversation}");
     assert_eq!(sim.delete(&path).await["object"], "conversation.deleted");
     for method in [Method::DELETE, Method::GET] {
         let (status, answer) = sim.send(method, &path, None).await;
         let text = format!("Conversation with id '{conversation}' not found.");
-        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+        assert_eq!(
+            (status, answer["error"]["message"].as_str()),
+            (404, Some(&*text))
+        );
     }
-    assert_eq!(sim.refused("/responses", turn(&conversation, "x")).await.0, 404);
-    assert_eq!(sim.send(Method::GET, &format!("{path}/items"), None).await.0, 404);
+    assert_eq!(
+        sim.refused("/responses", turn(&conversation, "x")).await.0,
+        404
+    );
+    assert_eq!(
+        sim.send(Method::GET, &format!("{path}/items"), None)
+            .await
+            .0,
+        404
+    );
     let leaked = sim.handle.leaked_items();
     assert_eq!(leaked.len(), 2);
     let places = sim.handle.holds_text("Remember me");
-    assert_eq!(places[0], format!("leaked item {} of conversation {conversation}", leaked[0]));
+    assert_eq!(
+        places[0],
+        format!("leaked item {} of conversation {conversation}", leaked[0])
+    );
     for item in leaked {
         let item = format!("{path}/items/{item}");
         sim.get(&item).await;
         sim.delete(&item).await;
         let (status, answer) = sim.send(Method::DELETE, &item, None).await;
         assert_eq!(status, 404);
-        assert!(answer["error"]["message"].as_str().unwrap().ends_with("not found in conversation."));
+        assert!(
+            answer["error"]["message"]
+                .as_str()
+                .unwrap()
+                .ends_with("not found in conversation.")
+        );
     }
     assert_eq!(sim.handle.leaked_items(), [""; 0]);
 }
@@ -401,7 +629,8 @@ async fn emptied_conversation_leaves_only_stored_responses() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let path = format!("/conversations/{conversation}");
-    sim.post(&path, json!({"metadata": {"note": "about a needle"}})).await;
+    sim.post(&path, json!({"metadata": {"note": "about a needle"}}))
+        .await;
     let body = streamed(background(turn(&conversation, "A needle")));
     let response = id(&sim.events("/responses", body).await[0].json()["response"]);
     sim.wait_for(|stats| stats.active_runs == 0).await;
@@ -417,7 +646,10 @@ async fn emptied_conversation_leaves_only_stored_responses() {
         format!("item {said} of conversation {conversation}"),
         format!("item {answered} of conversation {conversation}"),
     ];
-    assert_eq!(sim.handle.holds_text("needle"), [of_the_conversation, of_the_response.clone()].concat());
+    assert_eq!(
+        sim.handle.holds_text("needle"),
+        [of_the_conversation, of_the_response.clone()].concat()
+    );
     for item in [said, answered] {
         sim.delete(&format!("{path}/items/{item}")).await;
     }
@@ -435,7 +667,8 @@ async fn response_outliving_its_conversation_leaks_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
-    sim.post("/responses", background(turn(&conversation, "A needle"))).await;
+    sim.post("/responses", background(turn(&conversation, "A needle")))
+        .await;
     sim.delete(&format!("/conversations/{conversation}")).await;
     sim.handle.release();
     let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
@@ -447,10 +680,18 @@ async fn response_outliving_its_conversation_leaks_items() {
 async fn response_deletion_requires_finished_response() {
     let sim = Sim::instant().await;
     sim.handle.hold();
-    let running = id(&sim.post("/responses", background(json!({"model": "m", "input": "One"}))).await);
+    let running = id(&sim
+        .post(
+            "/responses",
+            background(json!({"model": "m", "input": "One"})),
+        )
+        .await);
     let path = format!("/responses/{running}");
     let (status, answer) = sim.send(Method::DELETE, &path, None).await;
-    assert_eq!((status, answer["error"]["type"].as_str()), (400, Some("invalid_request_error")));
+    assert_eq!(
+        (status, answer["error"]["type"].as_str()),
+        (400, Some("invalid_request_error"))
+    );
     sim.handle.release();
     sim.wait_for(|stats| stats.active_runs == 0).await;
     assert_eq!(
@@ -460,7 +701,10 @@ async fn response_deletion_requires_finished_response() {
     for method in [Method::DELETE, Method::GET] {
         let (status, answer) = sim.send(method, &path, None).await;
         let text = format!("Response with id '{running}' not found.");
-        assert_eq!((status, answer["error"]["message"].as_str()), (404, Some(&*text)));
+        assert_eq!(
+            (status, answer["error"]["message"].as_str()),
+            (404, Some(&*text))
+        );
     }
 }
 
@@ -468,20 +712,45 @@ async fn response_deletion_requires_finished_response() {
 async fn conversation_list_requires_setting() {
     let sim = Sim::instant().await;
     let (status, answer) = sim.send(Method::GET, "/conversations", None).await;
-    assert_eq!((status, answer["error"]["type"].as_str()), (405, Some("invalid_request_error")));
-    let sim = Sim::start(SimulatorConfig { list_threads: true, ..SimulatorConfig::default() }).await;
+    assert_eq!(
+        (status, answer["error"]["type"].as_str()),
+        (405, Some("invalid_request_error"))
+    );
+    let sim = Sim::start(SimulatorConfig {
+        list_threads: true,
+        ..SimulatorConfig::default()
+    })
+    .await;
     let mut made = Vec::new();
     for n in 0..5 {
-        made.push(id(&sim.post("/conversations", json!({"metadata": {"n": n.to_string()}})).await));
+        made.push(id(&sim
+            .post("/conversations", json!({"metadata": {"n": n.to_string()}}))
+            .await));
     }
-    sim.delete(&format!("/conversations/{}", made.remove(1))).await;
-    let ids = |list: &Value| list["data"].as_array().unwrap().iter().map(id).collect::<Vec<_>>();
+    sim.delete(&format!("/conversations/{}", made.remove(1)))
+        .await;
+    let ids = |list: &Value| {
+        list["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(id)
+            .collect::<Vec<_>>()
+    };
     let page = sim.get("/conversations?limit=3").await;
     assert_eq!(ids(&page), [made[3].as_str(), &made[2], &made[1]]);
-    assert_eq!((&page["has_more"], page["data"][0]["metadata"]["n"].as_str()), (&json!(true), Some("4")));
+    assert_eq!(
+        (&page["has_more"], page["data"][0]["metadata"]["n"].as_str()),
+        (&json!(true), Some("4"))
+    );
     let after = page["last_id"].as_str().unwrap();
-    let page = sim.get(&format!("/conversations?limit=3&after={after}")).await;
-    assert_eq!((ids(&page), &page["has_more"]), (vec![made[0].clone()], &json!(false)));
+    let page = sim
+        .get(&format!("/conversations?limit=3&after={after}"))
+        .await;
+    assert_eq!(
+        (ids(&page), &page["has_more"]),
+        (vec![made[0].clone()], &json!(false))
+    );
 }
 
 #[tokio::test]
@@ -489,16 +758,36 @@ async fn invalid_requests_are_refused_with_parameter() {
     let sim = Sim::instant().await;
     let items = json!(vec![json!({"role": "user", "content": "x"}); 21]);
     for (path, body, code, param) in [
-        ("/conversations", json!({"items": items}), "array_above_max_length", "items"),
+        (
+            "/conversations",
+            json!({"items": items}),
+            "array_above_max_length",
+            "items",
+        ),
         (
             "/conversations",
             json!({"metadata": {"x".repeat(65): "v"}}),
             "string_above_max_length",
             &*format!("metadata.{}", "x".repeat(65)),
         ),
-        ("/responses", json!({"model": "m", "input": "x", "surprise": 1}), "unknown_parameter", "surprise"),
-        ("/responses", json!({"input": "x"}), "missing_required_parameter", "model"),
-        ("/responses", json!({"model": "m"}), "missing_required_parameter", "input"),
+        (
+            "/responses",
+            json!({"model": "m", "input": "x", "surprise": 1}),
+            "unknown_parameter",
+            "surprise",
+        ),
+        (
+            "/responses",
+            json!({"input": "x"}),
+            "missing_required_parameter",
+            "model",
+        ),
+        (
+            "/responses",
+            json!({"model": "m"}),
+            "missing_required_parameter",
+            "input",
+        ),
         (
             "/responses",
             json!({"model": "m", "input": "x", "conversation": "thr_1"}),
@@ -519,38 +808,79 @@ async fn invalid_requests_are_refused_with_parameter() {
         ),
     ] {
         let (status, error) = sim.refused(path, body).await;
-        let got = (status, error["code"].as_str().unwrap(), error["param"].as_str().unwrap());
+        let got = (
+            status,
+            error["code"].as_str().unwrap(),
+            error["param"].as_str().unwrap(),
+        );
         assert_eq!(got, (400, code, param), "{error}");
     }
-    let broken = sim.request(Method::POST, "/responses").body("{\"model\":").send().await.unwrap();
+    let broken = sim
+        .request(Method::POST, "/responses")
+        .body("{\"model\":")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(broken.status(), 400);
-    assert_eq!(broken.json::<Value>().await.unwrap()["error"]["code"], "invalid_json");
+    assert_eq!(
+        broken.json::<Value>().await.unwrap()["error"]["code"],
+        "invalid_json"
+    );
 }
 
 #[tokio::test]
 async fn damaged_conversation_can_fail_after_acceptance() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let response = sim.post("/responses", turn(&conversation, "Look [[sim: tools=1]]")).await;
+    let response = sim
+        .post("/responses", turn(&conversation, "Look [[sim: tools=1]]"))
+        .await;
     let call = response["output"][0]["call_id"].as_str().unwrap();
-    let fault = Fault { on: "create_response".into(), fault: "fail_text=open_call".into(), times: 1 };
+    let fault = Fault {
+        on: "create_response".into(),
+        fault: "fail_text=open_call".into(),
+        times: 1,
+    };
     sim.handle.add_fault(fault).unwrap();
     let failed = sim.post("/responses", turn(&conversation, "Next")).await;
-    assert_eq!((failed["status"].as_str(), &failed["output"]), (Some("failed"), &json!([])));
-    assert_eq!(failed["error"]["message"], format!("No tool output found for function call {call}."));
-    assert_eq!(sim.refused("/responses", turn(&conversation, "Next")).await.0, 400);
-    assert_eq!(sim.handle.threads()[0].user_texts, ["Look [[sim: tools=1]]"]);
+    assert_eq!(
+        (failed["status"].as_str(), &failed["output"]),
+        (Some("failed"), &json!([]))
+    );
+    assert_eq!(
+        failed["error"]["message"],
+        format!("No tool output found for function call {call}.")
+    );
+    assert_eq!(
+        sim.refused("/responses", turn(&conversation, "Next"))
+            .await
+            .0,
+        400
+    );
+    assert_eq!(
+        sim.handle.threads()[0].user_texts,
+        ["Look [[sim: tools=1]]"]
+    );
 }
 
 #[tokio::test]
 async fn dangling_reasoning_damages_conversation() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let response = sim.post("/responses", turn(&conversation, "Think [[sim: dangling_reasoning]]")).await;
+    let response = sim
+        .post(
+            "/responses",
+            turn(&conversation, "Think [[sim: dangling_reasoning]]"),
+        )
+        .await;
     let reasoning = id(&response["output"][1]);
     let (_, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
-    assert!(error["message"].as_str().unwrap().contains(&reasoning), "{error}");
-    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}")).await;
+    assert!(
+        error["message"].as_str().unwrap().contains(&reasoning),
+        "{error}"
+    );
+    sim.delete(&format!("/conversations/{conversation}/items/{reasoning}"))
+        .await;
     sim.post("/responses", turn(&conversation, "Next")).await;
 }
 

@@ -26,7 +26,8 @@ on_every_backend!(
 async fn concurrent_first_messages_create_one_thread(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
-    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
+    let results =
+        futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
 
     let (mut running, mut threads, mut seqs, mut positions) = (0, BTreeSet::new(), vec![], vec![]);
     for result in results {
@@ -35,9 +36,18 @@ async fn concurrent_first_messages_create_one_thread(database: &TestDatabase, st
                 running += 1;
                 (turn.thread, turn.run)
             }
-            Admitted::Queued { thread, run, position, .. } => {
+            Admitted::Queued {
+                thread,
+                run,
+                position,
+                ..
+            } => {
                 positions.push(position);
-                assert_eq!(position, run.seq - 1, "the first run works, the rest wait in order");
+                assert_eq!(
+                    position,
+                    run.seq - 1,
+                    "the first run works, the rest wait in order"
+                );
                 (*thread, *run)
             }
             other => panic!("{other:?}"),
@@ -66,14 +76,35 @@ async fn first_message_starts_run_on_new_thread(_: &TestDatabase, store: &Store)
 
     assert_eq!(turn.lease.run_id, request.run_id);
     assert_eq!(turn.input, [request.message]);
-    assert_eq!((turn.thread.id, &turn.thread.key), (request.new_thread, &key));
+    assert_eq!(
+        (turn.thread.id, &turn.thread.key),
+        (request.new_thread, &key)
+    );
     assert_eq!((turn.thread.message_count, turn.thread.run_count), (1, 1));
     assert_eq!(turn.thread.lifecycle, Lifecycle::Current);
-    assert_eq!((turn.thread.upstream.as_str(), &turn.thread.upstream_thread_id), ("main", &None));
-    assert_eq!((turn.thread.limits, turn.thread.archived_at), (Limits::NONE, None));
-    assert_eq!((turn.run.id, turn.run.thread_id, turn.run.seq), (request.run_id, request.new_thread, 1));
-    assert_eq!((turn.run.status, turn.run.strategy), (RunStatus::InProgress, MultitaskStrategy::Enqueue));
-    assert_eq!((turn.run.assistant.as_str(), &turn.run.metadata), ("default", &request.metadata));
+    assert_eq!(
+        (
+            turn.thread.upstream.as_str(),
+            &turn.thread.upstream_thread_id
+        ),
+        ("main", &None)
+    );
+    assert_eq!(
+        (turn.thread.limits, turn.thread.archived_at),
+        (Limits::NONE, None)
+    );
+    assert_eq!(
+        (turn.run.id, turn.run.thread_id, turn.run.seq),
+        (request.run_id, request.new_thread, 1)
+    );
+    assert_eq!(
+        (turn.run.status, turn.run.strategy),
+        (RunStatus::InProgress, MultitaskStrategy::Enqueue)
+    );
+    assert_eq!(
+        (turn.run.assistant.as_str(), &turn.run.metadata),
+        ("default", &request.metadata)
+    );
     assert_eq!(
         turn.run.deadline_at.unwrap() - turn.run.started_at.unwrap(),
         chrono::TimeDelta::milliseconds(1500)
@@ -82,22 +113,39 @@ async fn first_message_starts_run_on_new_thread(_: &TestDatabase, store: &Store)
 
     let (thread, activity) = seen(store, &key).await.unwrap();
     assert_eq!(thread, turn.thread);
-    assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 0));
-    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (turn.run, None));
+    assert_eq!(
+        (activity.state, activity.queue_depth),
+        (ThreadState::Active, 0)
+    );
+    assert_eq!(
+        store.run(&key, turn.run.id).await.unwrap().unwrap(),
+        (turn.run, None)
+    );
 }
 
 async fn second_message_is_queued(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (lease, thread, run, position) = queued(store.admit(admission(&key)).await.unwrap());
-    assert_eq!((run.id, run.seq, run.status), (lease.run_id, 2, RunStatus::Queued));
+    assert_eq!(
+        (run.id, run.seq, run.status),
+        (lease.run_id, 2, RunStatus::Queued)
+    );
     assert_eq!((run.started_at, run.deadline_at), (None, None));
-    assert_eq!((thread.id, thread.run_count, thread.message_count), (first.thread.id, 2, 1));
+    assert_eq!(
+        (thread.id, thread.run_count, thread.message_count),
+        (first.thread.id, 2, 1)
+    );
     assert_eq!(position, 1);
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
     // A free thread on which somebody waits is not for a newcomer.
-    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&first.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let (_, _, run, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!((run.seq, position), (3, 2));
 }
@@ -111,7 +159,10 @@ async fn queued_runs_report_positions(_: &TestDatabase, store: &Store) {
         leases.push(lease);
     }
     let (_, activity) = seen(store, &key).await.unwrap();
-    assert_eq!((activity.state, activity.queue_depth), (ThreadState::Active, 3));
+    assert_eq!(
+        (activity.state, activity.queue_depth),
+        (ThreadState::Active, 3)
+    );
 
     closed(store.finish(&leases[0], completed(None)).await.unwrap());
     claimed(store.start_queued(&leases[1]).await.unwrap());
@@ -124,7 +175,10 @@ async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &S
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let before = seen(store, &key).await.unwrap();
-    let reject = || Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
+    let reject = || Admission {
+        strategy: MultitaskStrategy::Reject,
+        ..admission(&key)
+    };
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(seen(store, &key).await.unwrap(), before);
 
@@ -141,11 +195,20 @@ async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &S
 
 async fn concurrent_rejects_on_free_thread_start_one_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let reject: Vec<_> =
-        (0..16).map(|_| Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) }).collect();
-    let results = futures_util::future::join_all(reject.iter().map(|it| store.admit(it.clone()))).await;
-    let count =
-        |wanted: fn(&Admitted) -> bool| results.iter().filter(|it| wanted(it.as_ref().unwrap())).count();
+    let reject: Vec<_> = (0..16)
+        .map(|_| Admission {
+            strategy: MultitaskStrategy::Reject,
+            ..admission(&key)
+        })
+        .collect();
+    let results =
+        futures_util::future::join_all(reject.iter().map(|it| store.admit(it.clone()))).await;
+    let count = |wanted: fn(&Admitted) -> bool| {
+        results
+            .iter()
+            .filter(|it| wanted(it.as_ref().unwrap()))
+            .count()
+    };
     assert_eq!(count(|it| matches!(it, Admitted::Started(_))), 1);
     assert_eq!(count(|it| matches!(it, Admitted::Busy)), 15);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 1);
@@ -155,14 +218,26 @@ async fn concurrent_rejects_on_free_thread_start_one_run(database: &TestDatabase
 async fn admission_for_other_upstream_is_refused(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     exchange(store, &key).await;
-    let other = Admission { upstream: "spare".to_owned(), ..admission(&key) };
-    assert_eq!(store.admit(other.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    let other = Admission {
+        upstream: "spare".to_owned(),
+        ..admission(&key)
+    };
+    assert_eq!(
+        store.admit(other.clone()).await.unwrap(),
+        Admitted::OtherUpstream("main".to_owned())
+    );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 1);
 
     // It is the more lasting obstacle, and named before a busy thread.
     started(store.admit(admission(&key)).await.unwrap());
-    let other = Admission { strategy: MultitaskStrategy::Reject, ..other };
-    assert_eq!(store.admit(other.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    let other = Admission {
+        strategy: MultitaskStrategy::Reject,
+        ..other
+    };
+    assert_eq!(
+        store.admit(other.clone()).await.unwrap(),
+        Admitted::OtherUpstream("main".to_owned())
+    );
     check_invariants(database).await;
 }
 
@@ -182,8 +257,14 @@ async fn similar_keys_get_separate_threads(database: &TestDatabase, store: &Stor
         topic("alice", "x"),
         topic("alice", "user"),
         session("al", "icex"),
-        ConversationKey { tenant: tenant("other"), ..user("alice") },
-        ConversationKey { tenant: tenant("othera"), ..user("lice") },
+        ConversationKey {
+            tenant: tenant("other"),
+            ..user("alice")
+        },
+        ConversationKey {
+            tenant: tenant("othera"),
+            ..user("lice")
+        },
     ];
     let mut threads = BTreeSet::new();
     for key in &keys {
@@ -197,9 +278,19 @@ async fn similar_keys_get_separate_threads(database: &TestDatabase, store: &Stor
         assert_eq!(transcript(store, key).await.len(), 4, "{key:?}");
     }
     // Not even by id.
-    let alice = store.runs(&keys[0], &first_page()).await.unwrap().unwrap().data.remove(0);
+    let alice = store
+        .runs(&keys[0], &first_page())
+        .await
+        .unwrap()
+        .unwrap()
+        .data
+        .remove(0);
     for stranger in &keys[1..] {
-        assert_eq!(store.run(stranger, alice.id).await.unwrap(), None, "{stranger:?}");
+        assert_eq!(
+            store.run(stranger, alice.id).await.unwrap(),
+            None,
+            "{stranger:?}"
+        );
     }
     check_invariants(database).await;
 }
@@ -207,9 +298,17 @@ async fn similar_keys_get_separate_threads(database: &TestDatabase, store: &Stor
 async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let hour = Duration::from_hours(1);
-    let with_ttl = || Admission { limits: limits(hour), ..admission(&key) };
+    let with_ttl = || Admission {
+        limits: limits(hour),
+        ..admission(&key)
+    };
     let old = started(store.admit(with_ttl()).await.unwrap());
-    closed(store.finish(&old.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&old.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     database.age_threads(hour / 2).await;
     let turn = started(store.admit(with_ttl()).await.unwrap());
     assert_eq!(turn.thread.id, old.thread.id, "half of its life is left");
@@ -218,31 +317,53 @@ async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, sto
     database.age_threads(hour / 2).await;
     let (thread, _) = seen(store, &key).await.unwrap();
     assert_eq!(thread.lifecycle, Lifecycle::Current);
-    assert_eq!(thread.id, old.thread.id, "nothing happens before a message comes");
+    assert_eq!(
+        thread.id, old.thread.id,
+        "nothing happens before a message comes"
+    );
     let request = with_ttl();
     let fresh = started(store.admit(request.clone()).await.unwrap());
     assert_eq!(fresh.thread.id, request.new_thread);
     assert_eq!(fresh.thread.previous_thread, Some(old.thread.id));
-    assert_eq!((fresh.thread.message_count, fresh.thread.run_count, fresh.run.seq), (1, 1, 1));
+    assert_eq!(
+        (
+            fresh.thread.message_count,
+            fresh.thread.run_count,
+            fresh.run.seq
+        ),
+        (1, 1, 1)
+    );
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
     // The old generation's runs can still be had.
     let (run, reply) = store.run(&key, old.run.id).await.unwrap().unwrap();
-    assert_eq!((run.thread_id, run.status), (old.thread.id, RunStatus::Completed));
+    assert_eq!(
+        (run.thread_id, run.status),
+        (old.thread.id, RunStatus::Completed)
+    );
     assert_eq!(reply.unwrap().content, text("hi"));
-    assert_eq!(database.number("SELECT count(*) FROM threads WHERE lifecycle = 'archived'").await, 1);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM threads WHERE lifecycle = 'archived'")
+            .await,
+        1
+    );
     check_invariants(database).await;
 }
 
 async fn concurrent_messages_replace_expired_thread_once(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
+    let with_ttl = || Admission {
+        limits: limits(Duration::from_mins(1)),
+        ..admission(&key)
+    };
     let old = started(store.admit(with_ttl()).await.unwrap());
     closed(store.finish(&old.lease, completed(None)).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
 
     let admissions: Vec<_> = (0..32).map(|_| with_ttl()).collect();
-    let results = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
+    let results =
+        futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone()))).await;
     let (mut running, mut threads) = (0, BTreeSet::new());
     for result in results {
         match result.unwrap() {
@@ -265,38 +386,80 @@ async fn concurrent_messages_replace_expired_thread_once(database: &TestDatabase
 
 async fn expired_thread_can_be_replaced_on_other_upstream(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
-    let request = Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
+    let request = Admission {
+        limits: limits(Duration::from_mins(1)),
+        ..admission(&key)
+    };
     let old = started(store.admit(request.clone()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     // The old thread's run is still active; it does not hold the new thread.
     let strategy = MultitaskStrategy::Reject;
-    let moved = Admission { upstream: "spare".to_owned(), strategy, ..request };
-    let moved = Admission { new_thread: ThreadId::new(), run_id: RunId::new(), ..moved };
-    let moved = Admission { message: admission(&key).message, ..moved };
+    let moved = Admission {
+        upstream: "spare".to_owned(),
+        strategy,
+        ..request
+    };
+    let moved = Admission {
+        new_thread: ThreadId::new(),
+        run_id: RunId::new(),
+        ..moved
+    };
+    let moved = Admission {
+        message: admission(&key).message,
+        ..moved
+    };
     let turn = started(store.admit(moved.clone()).await.unwrap());
-    assert_eq!((turn.thread.upstream.as_str(), turn.thread.previous_thread), ("spare", Some(old.thread.id)));
-    let finished = closed(store.finish(&old.lease, completed(Some("late"))).await.unwrap());
-    assert_eq!((finished.thread.lifecycle, finished.thread.message_count), (Lifecycle::Archived, 2));
+    assert_eq!(
+        (turn.thread.upstream.as_str(), turn.thread.previous_thread),
+        ("spare", Some(old.thread.id))
+    );
+    let finished = closed(
+        store
+            .finish(&old.lease, completed(Some("late")))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        (finished.thread.lifecycle, finished.thread.message_count),
+        (Lifecycle::Archived, 2)
+    );
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
     check_invariants(database).await;
 }
 
 async fn queued_run_survives_expiry_of_its_thread(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
-    let with_ttl = || Admission { limits: limits(Duration::from_mins(1)), ..admission(&key) };
+    let with_ttl = || Admission {
+        limits: limits(Duration::from_mins(1)),
+        ..admission(&key)
+    };
     let first = started(store.admit(with_ttl()).await.unwrap());
     let (second, ..) = queued(store.admit(with_ttl()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
     let fresh = started(store.admit(with_ttl()).await.unwrap());
     assert_ne!(fresh.thread.id, first.thread.id);
 
-    assert_eq!(store.start_queued(&second).await.unwrap(), QueuedStart::NotYet);
-    closed(store.finish(&first.lease, completed(Some("one"))).await.unwrap());
+    assert_eq!(
+        store.start_queued(&second).await.unwrap(),
+        QueuedStart::NotYet
+    );
+    closed(
+        store
+            .finish(&first.lease, completed(Some("one")))
+            .await
+            .unwrap(),
+    );
     let turn = claimed(store.start_queued(&second).await.unwrap());
-    assert_eq!((turn.thread.id, turn.thread.lifecycle), (first.thread.id, Lifecycle::Archived));
+    assert_eq!(
+        (turn.thread.id, turn.thread.lifecycle),
+        (first.thread.id, Lifecycle::Archived)
+    );
     let finished = closed(store.finish(&second, completed(Some("two"))).await.unwrap());
     assert_eq!(finished.thread.message_count, 4);
-    assert_eq!(store.run(&key, second.run_id).await.unwrap().unwrap().1, finished.message);
+    assert_eq!(
+        store.run(&key, second.run_id).await.unwrap().unwrap().1,
+        finished.message
+    );
     check_invariants(database).await;
 }
 
@@ -310,27 +473,43 @@ async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, sto
     let content: Vec<ContentPart> = serde_json::from_value(json).unwrap();
     let key = topic("\u{65e5}\u{672c}|$1", "a b/c?d");
     let first = Admission {
-        message: InputMessage { id: MessageId::new(), content: content.clone() },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: content.clone(),
+        },
         metadata: metadata(&[("k \u{1f980}", "'\"\\ \u{10ffff}"), ("empty", "")]),
         assistant: "r\u{e9}sum\u{e9}".to_owned(),
         ..admission(&key)
     };
     let turn = started(store.admit(first.clone()).await.unwrap());
-    assert_eq!((&turn.run.metadata, &turn.run.assistant), (&first.metadata, &first.assistant));
+    assert_eq!(
+        (&turn.run.metadata, &turn.run.assistant),
+        (&first.metadata, &first.assistant)
+    );
     assert_eq!(turn.thread.key, key);
     // Once more by way of the queue.
     let second = Admission {
-        message: InputMessage { id: MessageId::new(), content: content.clone() },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: content.clone(),
+        },
         ..first.clone()
     };
-    let second = Admission { run_id: RunId::new(), ..second };
+    let second = Admission {
+        run_id: RunId::new(),
+        ..second
+    };
     let (lease, ..) = queued(store.admit(second.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     let turn = claimed(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 
-    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
+    let page = store
+        .messages(ThreadName::Newest(&key), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
     let ids: Vec<_> = page.data.iter().map(|message| message.id).collect();
     assert_eq!(ids, [first.message.id, second.message.id]);
     assert!(page.data.iter().all(|message| message.content == content));

@@ -6,7 +6,10 @@ use threadkeeper::store::NewKey;
 
 use super::*;
 
-on_every_backend!(revoked_key_stays_listed_but_invalid, concurrent_requests_share_one_fingerprint_key,);
+on_every_backend!(
+    revoked_key_stays_listed_but_invalid,
+    concurrent_requests_share_one_fingerprint_key,
+);
 
 fn key(number: u8, tenant: &str) -> NewKey {
     NewKey {
@@ -29,10 +32,17 @@ async fn revoked_key_stays_listed_but_invalid(_: &TestDatabase, store: &Store) {
     assert!(revoked.revoked_at.is_some());
     assert_eq!(store.good_keys().await.unwrap(), keys[1..]);
     let listed = store.keys(None).await.unwrap();
-    assert_eq!(listed.iter().map(|it| &it.key).collect::<Vec<_>>(), keys.iter().collect::<Vec<_>>());
+    assert_eq!(
+        listed.iter().map(|it| &it.key).collect::<Vec<_>>(),
+        keys.iter().collect::<Vec<_>>()
+    );
     assert_eq!(listed[0], revoked);
     assert_eq!(store.keys(Some(&keys[1].tenant)).await.unwrap().len(), 1);
-    assert_eq!(store.revoke_key(&keys[0].prefix).await.unwrap(), Some(revoked), "as it was");
+    assert_eq!(
+        store.revoke_key(&keys[0].prefix).await.unwrap(),
+        Some(revoked),
+        "as it was"
+    );
     assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
 }
 
@@ -42,5 +52,10 @@ async fn concurrent_requests_share_one_fingerprint_key(database: &TestDatabase, 
     keys.dedup();
     assert_eq!(keys.len(), 1, "{keys:?}");
     assert_eq!(store.fingerprint_key([0; 32]).await.unwrap(), keys[0]);
-    assert_eq!(database.number("SELECT count(*) FROM fingerprint_key").await, 1);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM fingerprint_key")
+            .await,
+        1
+    );
 }

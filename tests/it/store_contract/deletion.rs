@@ -52,7 +52,11 @@ fn erase_user(key: &ConversationKey) -> DeletionRequest {
 }
 
 async fn report(store: &Store, request: &DeletionRequest) -> DeletionReport {
-    store.deletion(&request.tenant, request.id, None, 100).await.unwrap().unwrap()
+    store
+        .deletion(&request.tenant, request.id, None, 100)
+        .await
+        .unwrap()
+        .unwrap()
 }
 
 /// The upstream part of a deletion is done.
@@ -61,7 +65,11 @@ pub(super) async fn gone_upstream(store: &Store, thread: ThreadId) {
 }
 
 pub(super) fn gone() -> Removed {
-    Removed { outcome: Some(UpstreamOutcome::Deleted), items: 7, ..Removed::default() }
+    Removed {
+        outcome: Some(UpstreamOutcome::Deleted),
+        items: 7,
+        ..Removed::default()
+    }
 }
 
 /// Archives the key's current thread.
@@ -89,17 +97,35 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     let due = store.lease_due_threads(10, HOUR).await.unwrap();
     let [due] = &due[..] else { panic!("{due:?}") };
     assert_eq!((due.thread.id, due.attempts), (active.thread.id, 0));
-    assert_eq!((due.thread.lifecycle, due.thread.deletion), (Lifecycle::Deleting, Some(Deletion::Erase)));
-    assert_eq!((due.thread.rolls, &due.thread.removed), (false, &Removed::default()));
+    assert_eq!(
+        (due.thread.lifecycle, due.thread.deletion),
+        (Lifecycle::Deleting, Some(Deletion::Erase))
+    );
+    assert_eq!(
+        (due.thread.rolls, &due.thread.removed),
+        (false, &Removed::default())
+    );
 
     let fresh = started(store.admit(admission(&key)).await.unwrap());
     assert_ne!(fresh.thread.id, active.thread.id);
     assert_eq!(fresh.thread.previous_thread, None);
     let unfinished = store.unfinished_of(active.thread.id).await.unwrap();
     let statuses: Vec<_> = unfinished.iter().map(|run| run.status).collect();
-    assert_eq!(statuses, [RunStatus::Cancelling, RunStatus::Queued], "who waits is left to others");
-    let cancelled = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
-    closed(store.finish(&active.lease, cancelled.clone()).await.unwrap());
+    assert_eq!(
+        statuses,
+        [RunStatus::Cancelling, RunStatus::Queued],
+        "who waits is left to others"
+    );
+    let cancelled = RunEnd {
+        status: RunStatus::Cancelled,
+        ..completed(None)
+    };
+    closed(
+        store
+            .finish(&active.lease, cancelled.clone())
+            .await
+            .unwrap(),
+    );
     assert_eq!(
         store.start_queued(&waiting).await.unwrap(),
         QueuedStart::NotYet,
@@ -107,14 +133,25 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     );
     closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
     let report = report(store, &erase).await;
-    assert_eq!((report.id, report.archive, report.done, report.pending), (erase.id, false, 0, 1));
-    assert_eq!((report.finished_at, report.threads.data[0].finished_at), (None, None));
+    assert_eq!(
+        (report.id, report.archive, report.done, report.pending),
+        (erase.id, false, 0, 1)
+    );
+    assert_eq!(
+        (report.finished_at, report.threads.data[0].finished_at),
+        (None, None)
+    );
     check_invariants(database).await;
 }
 
 async fn erasure_covers_all_threads_of_target(database: &TestDatabase, store: &Store) {
-    let keys =
-        [user("alice"), session("alice", "a"), session("alice", "b"), topic("alice", "a"), user("bob")];
+    let keys = [
+        user("alice"),
+        session("alice", "a"),
+        session("alice", "b"),
+        topic("alice", "a"),
+        user("bob"),
+    ];
     let mut of_key = vec![];
     for key in &keys {
         let old = exchange(store, key).await.thread.id;
@@ -130,14 +167,27 @@ async fn erasure_covers_all_threads_of_target(database: &TestDatabase, store: &S
         }
     }
     let all = erase_user(&keys[1]);
-    assert_eq!(store.begin_deletion(&all, 10).await.unwrap(), 6, "but what is another's");
+    assert_eq!(
+        store.begin_deletion(&all, 10).await.unwrap(),
+        6,
+        "but what is another's"
+    );
     assert_eq!(report(store, &erase).await.pending, 2);
     assert_eq!(report(store, &all).await.pending, 6);
     for id in of_key[4] {
-        assert_ne!(thread(store, id).await.unwrap().lifecycle, Lifecycle::Deleting);
+        assert_ne!(
+            thread(store, id).await.unwrap().lifecycle,
+            Lifecycle::Deleting
+        );
     }
     let other = TenantKey::try_from("other".to_owned()).unwrap();
-    assert!(store.deletion(&other, all.id, None, 10).await.unwrap().is_none());
+    assert!(
+        store
+            .deletion(&other, all.id, None, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
 }
 
 async fn deletion_marks_threads_in_batches(_: &TestDatabase, store: &Store) {
@@ -162,15 +212,30 @@ async fn deletion_of_empty_target_finishes_at_once(database: &TestDatabase, stor
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
         let report = report(store, &request).await;
         assert!(report.finished_at.unwrap() >= report.requested_at);
-        assert_eq!((report.done, report.pending, report.threads.data.len()), (0, 0, 0));
-        assert_eq!((report.user, report.fingerprint.as_deref()), (None, Some("of alice")));
-        assert_eq!(store.deletion_under_way(&request.tenant, &request.target).await.unwrap(), None);
+        assert_eq!(
+            (report.done, report.pending, report.threads.data.len()),
+            (0, 0, 0)
+        );
+        assert_eq!(
+            (report.user, report.fingerprint.as_deref()),
+            (None, Some("of alice"))
+        );
+        assert_eq!(
+            store
+                .deletion_under_way(&request.tenant, &request.target)
+                .await
+                .unwrap(),
+            None
+        );
         // And it stays so.
         exchange(store, &user("alice")).await;
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
-        database.execute("DELETE FROM threads WHERE user_key = 'alice'").await;
+        database
+            .execute("DELETE FROM threads WHERE user_key = 'alice'")
+            .await;
     }
-    let keys = "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL OR scope_kind IS NOT NULL";
+    let keys =
+        "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL OR scope_kind IS NOT NULL";
     assert_eq!(database.number(keys).await, 0);
 }
 
@@ -184,19 +249,39 @@ async fn deletion_preview_counts_target_content(database: &TestDatabase, store: 
     let of_user = DeletionTarget::User(key.user.clone());
     let counted = async |target: &DeletionTarget, end| {
         let found = store.deletable(&key.tenant, target, end).await.unwrap();
-        [found.threads, found.messages, found.runs, found.unfinished_runs]
+        [
+            found.threads,
+            found.messages,
+            found.runs,
+            found.unfinished_runs,
+        ]
     };
     let current = [1, 3, 2, 1];
     assert_eq!(counted(&of_user, Deletion::Archive).await, current);
     assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
-    assert_eq!(counted(&DeletionTarget::Key(key.clone()), Deletion::Erase).await, current);
-    assert_eq!(counted(&DeletionTarget::Key(other.clone()), Deletion::Archive).await, [0; 4]);
-    assert_eq!(counted(&DeletionTarget::Key(other), Deletion::Erase).await, [1, 2, 1, 0]);
+    assert_eq!(
+        counted(&DeletionTarget::Key(key.clone()), Deletion::Erase).await,
+        current
+    );
+    assert_eq!(
+        counted(&DeletionTarget::Key(other.clone()), Deletion::Archive).await,
+        [0; 4]
+    );
+    assert_eq!(
+        counted(&DeletionTarget::Key(other), Deletion::Erase).await,
+        [1, 2, 1, 0]
+    );
     let elsewhere = TenantKey::try_from("elsewhere".to_owned()).unwrap();
-    let found = store.deletable(&elsewhere, &of_user, Deletion::Erase).await.unwrap();
+    let found = store
+        .deletable(&elsewhere, &of_user, Deletion::Erase)
+        .await
+        .unwrap();
     assert_eq!(found, Deletable::default());
     // What another request takes is still there.
-    assert_eq!(store.begin_deletion(&erase_user(&key), 10).await.unwrap(), 2);
+    assert_eq!(
+        store.begin_deletion(&erase_user(&key), 10).await.unwrap(),
+        2
+    );
     assert_eq!(counted(&of_user, Deletion::Erase).await, [2, 5, 3, 1]);
 }
 
@@ -208,7 +293,10 @@ async fn threads_created_after_deletion_request_are_spared(database: &TestDataba
     earlier(database, "deletions", &["requested_at"], HOUR).await;
     let later = exchange(store, &key).await.thread.id;
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0);
-    assert_eq!(thread(store, later).await.unwrap().lifecycle, Lifecycle::Current);
+    assert_eq!(
+        thread(store, later).await.unwrap().lifecycle,
+        Lifecycle::Current
+    );
 }
 
 /// A rollover puts a fresh thread in the place of one that is meant. It holds a message that was acknowledged before.
@@ -219,28 +307,54 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
     let active = started(store.admit(active.clone()).await.unwrap());
     let (waiting, ..) = queued(store.admit(waiting.clone()).await.unwrap());
     let erase = erase(&key);
-    assert_eq!(store.begin_deletion(&erase, 0).await.unwrap(), 0, "it is recorded, and has no thread yet");
-    closed(store.finish(&active.lease, completed(Some("hi"))).await.unwrap());
+    assert_eq!(
+        store.begin_deletion(&erase, 0).await.unwrap(),
+        0,
+        "it is recorded, and has no thread yet"
+    );
+    closed(
+        store
+            .finish(&active.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let turn = claimed(store.start_queued(&waiting).await.unwrap());
     for lease in [Some(turn.lease), None] {
         let before = seen(store, &key).await.unwrap().0.id;
         let rolled = store.roll_over(&rollover(before, lease)).await.unwrap();
-        assert!(matches!(rolled, Rolled::Done { .. } | Rolled::Later(_)), "{rolled:?}");
+        assert!(
+            matches!(rolled, Rolled::Done { .. } | Rolled::Later(_)),
+            "{rolled:?}"
+        );
     }
     let fresh = seen(store, &key).await.unwrap().0;
     assert_eq!(fresh.previous_thread, Some(old));
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 2);
     let after = started(store.admit(admission(&key)).await.unwrap());
-    assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 0, "what came after it is not meant");
-    closed(store.finish(&turn.lease, completed(Some("too late"))).await.unwrap());
+    assert_eq!(
+        store.begin_deletion(&erase, 10).await.unwrap(),
+        0,
+        "what came after it is not meant"
+    );
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("too late")))
+            .await
+            .unwrap(),
+    );
     for thread in [old, fresh.id] {
         gone_upstream(store, thread).await;
         assert!(store.conclude(thread, 100).await.unwrap());
     }
     let report = report(store, &erase).await;
-    assert_eq!((report.done, report.pending, report.finished_at.is_some()), (2, 0, true));
-    let left =
-        format!("SELECT count(*) FROM messages WHERE thread_id <> {}", id(database, after.thread.id.uuid()));
+    assert_eq!(
+        (report.done, report.pending, report.finished_at.is_some()),
+        (2, 0, true)
+    );
+    let left = format!(
+        "SELECT count(*) FROM messages WHERE thread_id <> {}",
+        id(database, after.thread.id.uuid())
+    );
     assert_eq!(database.number(&left).await, 0);
 }
 
@@ -260,7 +374,12 @@ async fn rollover_between_deletion_batches_is_erased_too(database: &TestDatabase
     }
     while store.begin_deletion(&erase, 1).await.unwrap() > 0 {}
     assert_eq!(report(store, &erase).await.pending, 4);
-    assert_eq!(database.number("SELECT count(*) FROM threads WHERE lifecycle <> 'deleting'").await, 0);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM threads WHERE lifecycle <> 'deleting'")
+            .await,
+        0
+    );
 }
 
 async fn deletion_concludes_only_after_runs_and_upstream_cleanup(_: &TestDatabase, store: &Store) {
@@ -268,26 +387,56 @@ async fn deletion_concludes_only_after_runs_and_upstream_cleanup(_: &TestDatabas
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     gone_upstream(store, made).await;
-    assert!(!store.conclude(made, 10).await.unwrap(), "nobody wants it deleted");
+    assert!(
+        !store.conclude(made, 10).await.unwrap(),
+        "nobody wants it deleted"
+    );
     let erase = erase(&key);
     store.begin_deletion(&erase, 10).await.unwrap();
     gone_upstream(store, made).await;
-    assert!(!store.conclude(made, 10).await.unwrap(), "a run is unfinished");
+    assert!(
+        !store.conclude(made, 10).await.unwrap(),
+        "a run is unfinished"
+    );
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    store.removed(made, &Removed { items: 7, ..Removed::default() }, &[]).await.unwrap();
-    assert!(!store.conclude(made, 10).await.unwrap(), "it is still upstream");
+    store
+        .removed(
+            made,
+            &Removed {
+                items: 7,
+                ..Removed::default()
+            },
+            &[],
+        )
+        .await
+        .unwrap();
+    assert!(
+        !store.conclude(made, 10).await.unwrap(),
+        "it is still upstream"
+    );
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());
-    assert!(store.conclude(made, 10).await.unwrap(), "an answer was lost");
+    assert!(
+        store.conclude(made, 10).await.unwrap(),
+        "an answer was lost"
+    );
 }
 
 async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let other = exchange(store, &user("bob")).await.thread.id;
     for n in 0..5 {
-        let once = Admission { idempotency: Some(idempotency(&n.to_string())), ..admission(&key) };
+        let once = Admission {
+            idempotency: Some(idempotency(&n.to_string())),
+            ..admission(&key)
+        };
         let turn = started(store.admit(once.clone()).await.unwrap());
-        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+        closed(
+            store
+                .finish(&turn.lease, completed(Some("hi")))
+                .await
+                .unwrap(),
+        );
     }
     let turn = started(store.admit(admission(&key)).await.unwrap());
     assert!(store.intend(&turn.lease, OrphanId::new()).await.unwrap());
@@ -306,29 +455,55 @@ async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Sto
     assert!((4..=6).contains(&steps), "{steps}");
     assert_eq!(thread(store, made).await, None);
     for table in ["threads", "runs", "run_events"] {
-        assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
+        assert_eq!(
+            database
+                .number(&format!("SELECT count(*) FROM {table}"))
+                .await,
+            1,
+            "{table}"
+        );
     }
     for table in ["upstream_orphans", "idempotency_keys"] {
-        assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
+        assert_eq!(
+            database
+                .number(&format!("SELECT count(*) FROM {table}"))
+                .await,
+            0,
+            "{table}"
+        );
     }
     assert_eq!(store.transcript(other, 0, 10).await.unwrap().len(), 2);
     let report = report(store, &erase).await;
-    assert_eq!((report.done, report.pending, report.threads.has_more), (1, 0, false));
-    let [line] = &report.threads.data[..] else { panic!("{report:?}") };
+    assert_eq!(
+        (report.done, report.pending, report.threads.has_more),
+        (1, 0, false)
+    );
+    let [line] = &report.threads.data[..] else {
+        panic!("{report:?}")
+    };
     let expected = DeletedThread {
         id: made,
         upstream: "main".to_owned(),
         messages: 11,
         runs: 6,
-        removed: Removed { outcome: Some(UpstreamOutcome::Deleted), items: 7, ..Removed::default() },
+        removed: Removed {
+            outcome: Some(UpstreamOutcome::Deleted),
+            items: 7,
+            ..Removed::default()
+        },
         finished_at: line.finished_at,
         attempts: 0,
         last_failure: None,
     };
     assert_eq!(*line, expected);
     assert!(line.finished_at.unwrap() <= report.finished_at.unwrap());
-    let keys = "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL OR scope_name IS NOT NULL";
-    assert_eq!(database.number(keys).await, 0, "nothing names the user any more");
+    let keys =
+        "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL OR scope_name IS NOT NULL";
+    assert_eq!(
+        database.number(keys).await,
+        0,
+        "nothing names the user any more"
+    );
     let fresh = exchange(store, &key).await.thread;
     assert_eq!((fresh.previous_thread, fresh.message_count), (None, 2));
     check_invariants(database).await;
@@ -341,26 +516,54 @@ async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), false).await);
-    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
-    assert_eq!(store.begin_deletion(&archive, 10).await.unwrap(), 1, "the current one alone");
-    assert_eq!(thread(store, old).await.unwrap().lifecycle, Lifecycle::Archived);
-    assert_eq!(thread(store, made).await.unwrap().deletion, Some(Deletion::Archive));
+    assert_eq!(
+        store.begin_deletion(&archive, 10).await.unwrap(),
+        1,
+        "the current one alone"
+    );
+    assert_eq!(
+        thread(store, old).await.unwrap().lifecycle,
+        Lifecycle::Archived
+    );
+    assert_eq!(
+        thread(store, made).await.unwrap().deletion,
+        Some(Deletion::Archive)
+    );
     assert!(!store.conclude(made, 1).await.unwrap());
     gone_upstream(store, made).await;
     assert_eq!(thread(store, made).await.unwrap().upstream_thread_id, None);
     database.execute("UPDATE threads SET due_at = NULL").await;
     assert!(store.conclude(made, 1).await.unwrap());
     let found = thread(store, made).await.unwrap();
-    assert_eq!((found.lifecycle, found.deletion), (Lifecycle::Archived, None));
+    assert_eq!(
+        (found.lifecycle, found.deletion),
+        (Lifecycle::Archived, None)
+    );
     assert!(found.archived_at.unwrap() >= found.last_active_at);
-    assert_eq!(store.due_threads(10).await.unwrap()[0].thread, found, "it is kept for a while only");
+    assert_eq!(
+        store.due_threads(10).await.unwrap()[0].thread,
+        found,
+        "it is kept for a while only"
+    );
     assert_eq!(store.transcript(made, 0, 10).await.unwrap().len(), 2);
     let report = report(store, &archive).await;
     assert_eq!((report.archive, report.done, report.pending), (true, 1, 0));
     assert!(report.finished_at.is_some());
-    assert_eq!((report.threads.data[0].messages, report.threads.data[0].runs), (2, 1));
-    assert!(!store.conclude(made, 1).await.unwrap(), "nothing is under way");
+    assert_eq!(
+        (report.threads.data[0].messages, report.threads.data[0].runs),
+        (2, 1)
+    );
+    assert!(
+        !store.conclude(made, 1).await.unwrap(),
+        "nothing is under way"
+    );
     check_invariants(database).await;
 }
 
@@ -369,24 +572,43 @@ async fn archive_can_be_escalated_to_erasure(database: &TestDatabase, store: &St
     let made = exchange(store, &key).await.thread.id;
     let archive = request(DeletionTarget::Key(key.clone()), Deletion::Archive);
     assert_eq!(store.begin_deletion(&archive, 10).await.unwrap(), 1);
-    store.removed(made, &Removed { items: 3, ..Removed::default() }, &[]).await.unwrap();
+    store
+        .removed(
+            made,
+            &Removed {
+                items: 3,
+                ..Removed::default()
+            },
+            &[],
+        )
+        .await
+        .unwrap();
     store.lease_due_threads(1, HOUR).await.unwrap();
     let erase = erase(&key);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
     let due = store.due_threads(1).await.unwrap();
-    assert_eq!((due[0].thread.id, due[0].thread.deletion), (made, Some(Deletion::Erase)));
+    assert_eq!(
+        (due[0].thread.id, due[0].thread.deletion),
+        (made, Some(Deletion::Erase))
+    );
     assert_eq!(due[0].thread.removed.items, 3, "what is done is done");
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());
     assert_eq!(thread(store, made).await, None);
     let (first, second) = (report(store, &archive).await, report(store, &erase).await);
-    assert_eq!((first.done, first.pending, second.done, second.pending), (0, 0, 1, 0));
+    assert_eq!(
+        (first.done, first.pending, second.done, second.pending),
+        (0, 0, 1, 0)
+    );
     assert!(first.finished_at.is_some() && second.finished_at.is_some());
     let keys = "SELECT count(*) FROM deletions WHERE user_key IS NOT NULL";
     assert_eq!(database.number(keys).await, 0);
 }
 
-async fn discarded_thread_appears_in_later_deletion_receipt(database: &TestDatabase, store: &Store) {
+async fn discarded_thread_appears_in_later_deletion_receipt(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let key = user("alice");
     let made = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
@@ -404,7 +626,12 @@ async fn discarded_thread_appears_in_later_deletion_receipt(database: &TestDatab
     assert!(store.discard(made, Duration::ZERO).await.unwrap());
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());
-    assert_eq!(database.number("SELECT count(*) FROM deleted_threads").await, 1);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM deleted_threads")
+            .await,
+        1
+    );
 }
 
 async fn deletion_waits_for_threads_of_overlapping_request(_: &TestDatabase, store: &Store) {
@@ -420,7 +647,11 @@ async fn deletion_waits_for_threads_of_overlapping_request(_: &TestDatabase, sto
     }
     assert!(store.conclude(second, 10).await.unwrap());
     let left = report(store, &all).await;
-    assert_eq!((left.done, left.pending, left.finished_at), (1, 0, None), "the user still has something");
+    assert_eq!(
+        (left.done, left.pending, left.finished_at),
+        (1, 0, None),
+        "the user still has something"
+    );
     assert!(store.conclude(first, 10).await.unwrap());
     assert!(report(store, &all).await.finished_at.is_some());
     assert!(report(store, &erase).await.finished_at.is_some());
@@ -429,7 +660,12 @@ async fn deletion_waits_for_threads_of_overlapping_request(_: &TestDatabase, sto
 async fn deletion_interrupted_between_batches_still_completes(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
-        threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
+        threads.push(
+            exchange(store, &session("alice", &n.to_string()))
+                .await
+                .thread
+                .id,
+        );
     }
     let erase = erase_user(&user("alice"));
     assert_eq!(store.begin_deletion(&erase, 2).await.unwrap(), 2);
@@ -457,11 +693,19 @@ async fn upstream_removals_are_recorded(database: &TestDatabase, store: &Store) 
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
-    let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())), ..completed(None) };
+    let end = RunEnd {
+        upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
+        ..completed(None)
+    };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    database.execute("UPDATE threads SET unsettled_run = '{}'").await;
+    database
+        .execute("UPDATE threads SET unsettled_run = '{}'")
+        .await;
     let left = |orphans: Vec<threadkeeper::store::UpstreamOrphan>| {
-        orphans.into_iter().map(|orphan| orphan.name).collect::<Vec<_>>()
+        orphans
+            .into_iter()
+            .map(|orphan| orphan.name)
+            .collect::<Vec<_>>()
     };
     let rows = intents.map(OrphanName::Row);
     let run = OrphanName::Run(turn.run.id);
@@ -470,27 +714,66 @@ async fn upstream_removals_are_recorded(database: &TestDatabase, store: &Store) 
         [rows[0].clone(), rows[1].clone(), run.clone()]
     );
 
-    let removed = Removed { items: 5, unknown: 1, ..Removed::default() };
+    let removed = Removed {
+        items: 5,
+        unknown: 1,
+        ..Removed::default()
+    };
     store.removed(made, &removed, &rows[..1]).await.unwrap();
-    database.execute("UPDATE threads SET unsettled_run = NULL").await;
+    database
+        .execute("UPDATE threads SET unsettled_run = NULL")
+        .await;
     let found = thread(store, made).await.unwrap();
     assert_eq!(found.removed, removed);
-    assert_eq!(found.upstream_thread_id, Some(UpstreamThreadId("c".to_owned())));
-    assert_eq!(left(store.upstream_orphans(made, true, 10).await.unwrap()), [rows[1].clone(), run.clone()]);
+    assert_eq!(
+        found.upstream_thread_id,
+        Some(UpstreamThreadId("c".to_owned()))
+    );
+    assert_eq!(
+        left(store.upstream_orphans(made, true, 10).await.unwrap()),
+        [rows[1].clone(), run.clone()]
+    );
 
-    let removed = Removed { outcome: Some(UpstreamOutcome::AlreadyGone), responses: 1, ..removed };
-    store.removed(made, &removed, &[run, rows[1].clone()]).await.unwrap();
+    let removed = Removed {
+        outcome: Some(UpstreamOutcome::AlreadyGone),
+        responses: 1,
+        ..removed
+    };
+    store
+        .removed(made, &removed, &[run, rows[1].clone()])
+        .await
+        .unwrap();
     let found = thread(store, made).await.unwrap();
-    assert_eq!((found.removed, found.upstream_thread_id, found.unsettled_run), (removed, None, None));
+    assert_eq!(
+        (found.removed, found.upstream_thread_id, found.unsettled_run),
+        (removed, None, None)
+    );
     assert_eq!(store.upstream_orphans(made, true, 10).await.unwrap(), []);
-    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.upstream_run_id, None);
-    store.removed(ThreadId::new(), &Removed::default(), &[]).await.unwrap();
+    assert_eq!(
+        store
+            .run(&key, turn.run.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .0
+            .upstream_run_id,
+        None
+    );
+    store
+        .removed(ThreadId::new(), &Removed::default(), &[])
+        .await
+        .unwrap();
 }
 
 async fn deletion_receipt_is_paged(_: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
-        threads.push(exchange(store, &session("alice", &n.to_string())).await.thread.id);
+        threads.push(
+            exchange(store, &session("alice", &n.to_string()))
+                .await
+                .thread
+                .id,
+        );
     }
     let erase = erase_user(&user("alice"));
     store.begin_deletion(&erase, 10).await.unwrap();
@@ -498,10 +781,17 @@ async fn deletion_receipt_is_paged(_: &TestDatabase, store: &Store) {
         gone_upstream(store, done).await;
         assert!(store.conclude(done, 10).await.unwrap());
     }
-    store.reschedule(threads[2], None, Some(HOUR), Some("refused")).await.unwrap();
+    store
+        .reschedule(threads[2], None, Some(HOUR), Some("refused"))
+        .await
+        .unwrap();
     let (mut lines, mut after, mut pages) = (vec![], None, 0);
     loop {
-        let report = store.deletion(&erase.tenant, erase.id, after, 2).await.unwrap().unwrap();
+        let report = store
+            .deletion(&erase.tenant, erase.id, after, 2)
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!((report.done, report.pending), (2, 3));
         after = report.threads.data.last().map(|line| line.id);
         lines.extend(report.threads.data);
@@ -512,10 +802,20 @@ async fn deletion_receipt_is_paged(_: &TestDatabase, store: &Store) {
     }
     assert_eq!(pages, 3);
     assert!(lines.iter().map(|line| line.id).eq(threads.iter().copied()));
-    let done: Vec<_> = lines.iter().map(|line| line.finished_at.is_some()).collect();
+    let done: Vec<_> = lines
+        .iter()
+        .map(|line| line.finished_at.is_some())
+        .collect();
     assert_eq!(done, [false, true, false, false, true]);
-    assert_eq!((lines[2].attempts, lines[2].last_failure.as_deref()), (1, Some("refused")));
-    assert!(lines.iter().all(|line| (line.messages, line.runs) == (2, 1)));
+    assert_eq!(
+        (lines[2].attempts, lines[2].last_failure.as_deref()),
+        (1, Some("refused"))
+    );
+    assert!(
+        lines
+            .iter()
+            .all(|line| (line.messages, line.runs) == (2, 1))
+    );
 }
 
 async fn deletion_under_way_is_found_by_target(_: &TestDatabase, store: &Store) {
@@ -526,12 +826,17 @@ async fn deletion_under_way_is_found_by_target(_: &TestDatabase, store: &Store) 
     let of_key = DeletionTarget::Key(key.clone());
     let of_other = DeletionTarget::Key(other);
     let of_user = DeletionTarget::User(key.user.clone());
-    let found = async |target: &DeletionTarget| store.deletion_under_way(&tenant, target).await.unwrap();
+    let found =
+        async |target: &DeletionTarget| store.deletion_under_way(&tenant, target).await.unwrap();
     assert_eq!(found(&of_key).await, None);
     let one = erase(&key);
     store.begin_deletion(&one, 10).await.unwrap();
     assert_eq!(
-        (found(&of_key).await, found(&of_other).await, found(&of_user).await),
+        (
+            found(&of_key).await,
+            found(&of_other).await,
+            found(&of_user).await
+        ),
         (Some(one.id), None, None)
     );
     gone_upstream(store, made).await;
@@ -549,7 +854,10 @@ async fn expired_deletion_receipt_is_pruned(database: &TestDatabase, store: &Sto
     let made = exchange(store, &key).await.thread.id;
     let erase = erase(&key);
     store.begin_deletion(&erase, 10).await.unwrap();
-    let pruning = threadkeeper::store::Pruning { receipts: Some(Duration::ZERO), ..Default::default() };
+    let pruning = threadkeeper::store::Pruning {
+        receipts: Some(Duration::ZERO),
+        ..Default::default()
+    };
     assert_eq!(store.prune(&pruning, 10).await.unwrap().receipts, 0);
     gone_upstream(store, made).await;
     assert!(time(database, "due_at", made).await > 0);
@@ -564,8 +872,19 @@ async fn expired_deletion_receipt_is_pruned(database: &TestDatabase, store: &Sto
         1
     );
     assert_eq!(store.prune(&pruning, 10).await.unwrap().receipts, 1);
-    assert!(store.deletion(&erase.tenant, erase.id, None, 10).await.unwrap().is_none());
-    assert_eq!(database.number("SELECT count(*) FROM deleted_threads").await, 0);
+    assert!(
+        store
+            .deletion(&erase.tenant, erase.id, None, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM deleted_threads")
+            .await,
+        0
+    );
 }
 
 /// Messages come and runs end while all that the user has is being deleted: nothing deadlocks, nothing stays.
@@ -573,8 +892,15 @@ async fn expired_deletion_receipt_is_pruned(database: &TestDatabase, store: &Sto
 async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
-    let keys = [session("alice", "1"), session("alice", "2"), session("alice", "3")];
-    let end = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+    let keys = [
+        session("alice", "1"),
+        session("alice", "2"),
+        session("alice", "3"),
+    ];
+    let end = RunEnd {
+        status: RunStatus::Cancelled,
+        ..completed(None)
+    };
     let send = |n: usize| {
         let (store, key, end) = (&replicas[n % 2], &keys[n % 3], &end);
         async move {
@@ -594,7 +920,11 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     let delete = |n: usize| {
         let (store, key) = (&replicas[n % 2], &keys[n % 3]);
         async move {
-            let end = if n.is_multiple_of(4) { Deletion::Archive } else { Deletion::Erase };
+            let end = if n.is_multiple_of(4) {
+                Deletion::Archive
+            } else {
+                Deletion::Erase
+            };
             let request = match n % 5 {
                 0 => erase_user(key),
                 _ => request(DeletionTarget::Key(key.clone()), end),
@@ -618,15 +948,28 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     }
     let last = erase_user(&keys[0]);
     while replicas[0].begin_deletion(&last, 100).await.unwrap() > 0 {}
-    database.execute("UPDATE threads SET due_at = created_at WHERE lifecycle = 'deleting'").await;
+    database
+        .execute("UPDATE threads SET due_at = created_at WHERE lifecycle = 'deleting'")
+        .await;
     for due in replicas[0].lease_due_threads(1000, HOUR).await.unwrap() {
         gone_upstream(&replicas[0], due.thread.id).await;
         while !replicas[0].conclude(due.thread.id, 50).await.unwrap() {}
     }
     for table in ["threads", "runs", "messages", "run_events"] {
-        assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
+        assert_eq!(
+            database
+                .number(&format!("SELECT count(*) FROM {table}"))
+                .await,
+            0,
+            "{table}"
+        );
     }
-    assert_eq!(database.number("SELECT count(*) FROM deletions WHERE finished_at IS NULL").await, 0);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM deletions WHERE finished_at IS NULL")
+            .await,
+        0
+    );
     for store in replicas {
         store.close().await;
     }
@@ -639,13 +982,35 @@ async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
     assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 0);
     assert!(store.sends_again(&turn.lease).await.unwrap());
     assert!(store.sends_again(&turn.lease).await.unwrap());
-    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
-    assert!(!store.sends_again(&stale).await.unwrap(), "the run is another's");
+    let stale = RunLease {
+        fence: turn.lease.fence - 1,
+        ..turn.lease
+    };
+    assert!(
+        !store.sends_again(&stale).await.unwrap(),
+        "the run is another's"
+    );
     assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 2);
-    let unacknowledged_requests = RunEnd { unacknowledged_requests: 1, ..completed(Some("hi")) };
-    closed(store.finish(&turn.lease, unacknowledged_requests.clone()).await.unwrap());
-    assert!(!store.sends_again(&turn.lease).await.unwrap(), "the run is over");
+    let unacknowledged_requests = RunEnd {
+        unacknowledged_requests: 1,
+        ..completed(Some("hi"))
+    };
+    closed(
+        store
+            .finish(&turn.lease, unacknowledged_requests.clone())
+            .await
+            .unwrap(),
+    );
+    assert!(
+        !store.sends_again(&turn.lease).await.unwrap(),
+        "the run is over"
+    );
     let next = started(store.admit(admission(&key)).await.unwrap());
-    closed(store.finish(&next.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&next.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 3);
 }

@@ -24,7 +24,11 @@ struct Meter {
 impl Meter {
     fn took(&mut self, trips: usize, what: &str) {
         let now = self.tap.round_trips();
-        assert!(self.round == 0 || now - self.before == trips, "{what}: {}", now - self.before);
+        assert!(
+            self.round == 0 || now - self.before == trips,
+            "{what}: {}",
+            now - self.before
+        );
         self.before = now;
     }
 
@@ -37,11 +41,20 @@ impl Meter {
 async fn turn_steps_take_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
     let tap = DatabaseTap::on(&database.url()).await;
-    let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
+    let config = StoreConfig {
+        url: Some(tap.url.clone().into()),
+        ..database.config()
+    };
     let store = Store::open(&config).await.unwrap();
-    let end =
-        || RunEnd { upstream_thread_id: Some(UpstreamThreadId("c".to_owned())), ..completed(Some("hi")) };
-    let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
+    let end = || RunEnd {
+        upstream_thread_id: Some(UpstreamThreadId("c".to_owned())),
+        ..completed(Some("hi"))
+    };
+    let mut meter = Meter {
+        before: tap.round_trips(),
+        tap,
+        round: 0,
+    };
     for round in 0..2 {
         meter.round = round;
         let key = user(&round.to_string());
@@ -53,7 +66,10 @@ async fn turn_steps_take_one_round_trip_on_postgres() {
         meter.one("admission on a known thread");
         let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
         meter.one("admission to the queue");
-        let reject = Admission { strategy: MultitaskStrategy::Reject, ..admission(&key) };
+        let reject = Admission {
+            strategy: MultitaskStrategy::Reject,
+            ..admission(&key)
+        };
         assert_eq!(store.admit(reject.clone()).await.unwrap(), Admitted::Busy);
         meter.one("a refusal");
         closed(store.finish(&turn.lease, end()).await.unwrap());
@@ -71,15 +87,34 @@ async fn turn_steps_take_one_round_trip_on_postgres() {
 async fn other_run_steps_have_bounded_round_trips_on_postgres() {
     let database = TestDatabase::postgres().await;
     let tap = DatabaseTap::on(&database.url()).await;
-    let config = StoreConfig { url: Some(tap.url.clone().into()), ..database.config() };
+    let config = StoreConfig {
+        url: Some(tap.url.clone().into()),
+        ..database.config()
+    };
     let store = Store::open(&config).await.unwrap();
-    let mut meter = Meter { before: tap.round_trips(), tap, round: 0 };
+    let mut meter = Meter {
+        before: tap.round_trips(),
+        tap,
+        round: 0,
+    };
     for round in 0..2 {
         meter.round = round;
         let key = user(&round.to_string());
-        let with = |strategy| Admission { strategy, ..admission(&key) };
-        let once = || Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-        assert_eq!(store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap(), None);
+        let with = |strategy| Admission {
+            strategy,
+            ..admission(&key)
+        };
+        let once = || Admission {
+            idempotency: Some(idempotency("k")),
+            ..admission(&key)
+        };
+        assert_eq!(
+            store
+                .repeated(&key, "k", Duration::from_hours(1))
+                .await
+                .unwrap(),
+            None
+        );
         meter.one("a look at an idempotency key");
         let turn = started(store.admit(once()).await.unwrap());
         meter.one("admission with an idempotency key");
@@ -92,31 +127,74 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
             Admitted::Merged { .. }
         ));
         meter.one("a merge");
-        let (rollback, ..) = queued(store.admit(with(MultitaskStrategy::Rollback)).await.unwrap());
+        let (rollback, ..) = queued(
+            store
+                .admit(with(MultitaskStrategy::Rollback))
+                .await
+                .unwrap(),
+        );
         meter.one("a rollback");
-        store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+        store
+            .pause(&turn.lease, &pause(&["call_1"], 0))
+            .await
+            .unwrap();
         meter.one("a pause");
-        store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+        store
+            .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+            .await
+            .unwrap();
         meter.one("an answer");
         store.requests(ReplicaId::new()).await.unwrap();
         meter.one("requests");
         store.cancel_active(&rollback, true).await.unwrap().unwrap();
         meter.took(2, "a displacement: a look that locks nothing, and the mark");
-        assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
+        assert_eq!(
+            store.finish(&turn.lease, completed(None)).await.unwrap(),
+            Closing::MustDiscard
+        );
         meter.one("an end that is held back");
-        closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
+        closed(
+            store
+                .finish(
+                    &turn.lease,
+                    RunEnd {
+                        discard: true,
+                        ..completed(None)
+                    },
+                )
+                .await
+                .unwrap(),
+        );
         meter.one("a discarding end");
         claimed(store.start_queued(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
-        store.unsynced_messages(rollback.run_id, None, 10).await.unwrap();
+        store
+            .unsynced_messages(rollback.run_id, None, 10)
+            .await
+            .unwrap();
         meter.one("a backlog");
-        assert!(store.record_settlement(&rollback, turn.run.id, UpstreamSync::Present).await.unwrap());
-        meter.took(5, "settling, which follows a failure: a transaction of the same text for both engines");
+        assert!(
+            store
+                .record_settlement(&rollback, turn.run.id, UpstreamSync::Present)
+                .await
+                .unwrap()
+        );
+        meter.took(
+            5,
+            "settling, which follows a failure: a transaction of the same text for both engines",
+        );
         let id = UpstreamThreadId("c".to_owned());
         assert!(bind(&store, &rollback, &id, true).await);
         meter.one("rebuilding");
-        store.request_cancel(&key, rollback.run_id).await.unwrap().unwrap();
-        meter.took(4, "a cancel: a click, in a transaction of the same text for both engines");
+        store
+            .request_cancel(&key, rollback.run_id)
+            .await
+            .unwrap()
+            .unwrap();
+        meter.took(
+            4,
+            "a cancel: a click, in a transaction of the same text for both engines",
+        );
         store.events(rollback.run_id, 0).await.unwrap();
         meter.one("a log");
         let end = RunEnd {
@@ -141,19 +219,30 @@ async fn concurrent_idempotent_requests_create_one_run() {
         for _ in 0..busy {
             replicas[0].admit(admission(&key)).await.unwrap();
         }
-        let request =
-            || Admission { strategy: *strategy, idempotency: Some(idempotency("k")), ..admission(&key) };
+        let request = || Admission {
+            strategy: *strategy,
+            idempotency: Some(idempotency("k")),
+            ..admission(&key)
+        };
         let requests: Vec<_> = (0..12).map(|_| request()).collect();
-        let admitted = requests.iter().enumerate().map(|(n, request)| replicas[n % 2].admit(request.clone()));
+        let admitted = requests
+            .iter()
+            .enumerate()
+            .map(|(n, request)| replicas[n % 2].admit(request.clone()));
         let admitted = futures_util::future::join_all(admitted).await;
-        let (again, taken): (Vec<_>, Vec<_>) =
-            admitted.into_iter().map(Result::unwrap).partition(|it| *it == Admitted::Repeated);
+        let (again, taken): (Vec<_>, Vec<_>) = admitted
+            .into_iter()
+            .map(Result::unwrap)
+            .partition(|it| *it == Admitted::Repeated);
         match (&taken[..], strategy) {
             ([Admitted::Started(_)], _) => assert_eq!(busy, 0, "{strategy}"),
             ([Admitted::Merged { .. }], MultitaskStrategy::Merge) => assert_eq!(busy, 2),
             ([Admitted::Queued { .. }], _) => assert_ne!(busy, 0, "{strategy}"),
             (refused, MultitaskStrategy::Reject) => {
-                assert!(busy > 0 && refused.iter().all(|it| *it == Admitted::Busy), "{refused:?}");
+                assert!(
+                    busy > 0 && refused.iter().all(|it| *it == Admitted::Busy),
+                    "{refused:?}"
+                );
             }
             other => panic!("{strategy}: {other:?}"),
         }
@@ -179,10 +268,16 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
 
     let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
-    holder.execute("BEGIN; SELECT FROM runs WHERE seq = 2 FOR UPDATE").await.unwrap();
+    holder
+        .execute("BEGIN; SELECT FROM runs WHERE seq = 2 FOR UPDATE")
+        .await
+        .unwrap();
     let meanwhile = async {
         blocked(&database, 1).await;
-        let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
+        let interrupt = Admission {
+            strategy: MultitaskStrategy::Interrupt,
+            ..admission(&key)
+        };
         let (third, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
         claimed(store.start_queued(&third).await.unwrap());
         holder.execute("ROLLBACK").await.unwrap();
@@ -204,7 +299,10 @@ async fn fruitless_claim_writes_nothing_on_postgres() {
     let store = database.store().await;
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
-    let interrupt = Admission { strategy: MultitaskStrategy::Interrupt, ..admission(&key) };
+    let interrupt = Admission {
+        strategy: MultitaskStrategy::Interrupt,
+        ..admission(&key)
+    };
     let (first, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     store.cancel_active(&first, false).await.unwrap().unwrap();
@@ -212,7 +310,10 @@ async fn fruitless_claim_writes_nothing_on_postgres() {
     let before = database.number(next).await;
     for _ in 0..10 {
         for lease in [&first, &second] {
-            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet);
+            assert_eq!(
+                store.start_queued(lease).await.unwrap(),
+                QueuedStart::NotYet
+            );
         }
         store.cancel_active(&first, false).await.unwrap().unwrap();
     }
@@ -234,7 +335,10 @@ async fn merge_into_run_starting_meanwhile_is_queued() {
     let begin = "BEGIN; UPDATE runs SET status = 'in_progress', queued_input = NULL, started_at = now(), \
                  deadline_at = now() WHERE seq = 2";
     holder.execute(begin).await.unwrap();
-    let merge = Admission { strategy: MultitaskStrategy::Merge, ..admission(&key) };
+    let merge = Admission {
+        strategy: MultitaskStrategy::Merge,
+        ..admission(&key)
+    };
     let meanwhile = async {
         blocked(&database, 1).await;
         holder.execute("COMMIT").await.unwrap();
@@ -243,7 +347,10 @@ async fn merge_into_run_starting_meanwhile_is_queued() {
     let (third, _, run, position) = queued(admitted.unwrap());
     assert_eq!((run.seq, position), (3, 1));
     closed(store.finish(&second, completed(None)).await.unwrap());
-    assert_eq!(claimed(store.start_queued(&third).await.unwrap()).input, [merge.message]);
+    assert_eq!(
+        claimed(store.start_queued(&third).await.unwrap()).input,
+        [merge.message]
+    );
     check_invariants(&database).await;
 }
 
@@ -253,7 +360,10 @@ pub(super) async fn blocked(database: &TestDatabase, wanted: i64) {
                    AND datname = current_database()";
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while database.number(blocked).await < wanted {
-        assert!(tokio::time::Instant::now() < deadline, "fewer than {wanted} wait");
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "fewer than {wanted} wait"
+        );
     }
 }
 
@@ -272,9 +382,17 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
             begun.fetch_add(turn.input.len(), Ordering::SeqCst);
             let id = UpstreamThreadId("c".to_owned());
             assert!(bind(&store, &turn.lease, &id, n.is_multiple_of(7)).await);
-            assert!(store.record_settlement(&turn.lease, turn.run.id, UpstreamSync::Present).await.unwrap());
+            assert!(
+                store
+                    .record_settlement(&turn.lease, turn.run.id, UpstreamSync::Present)
+                    .await
+                    .unwrap()
+            );
             if n.is_multiple_of(3)
-                && let Paused::Waiting(_) = store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap()
+                && let Paused::Waiting(_) = store
+                    .pause(&turn.lease, &pause(&["call_1"], 0))
+                    .await
+                    .unwrap()
             {
                 let answer = ToolAnswer {
                     idempotency: Some(idempotency(&format!("answer {n}"))),
@@ -282,17 +400,39 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
                 };
                 store.answer_tools(key, turn.run.id, &answer).await.unwrap();
             }
-            let said = if n.is_multiple_of(4) { UpstreamSync::Missing } else { UpstreamSync::Present };
-            let mut end = RunEnd { said, synced: n.is_multiple_of(5), ..completed(Some("hi")) };
+            let said = if n.is_multiple_of(4) {
+                UpstreamSync::Missing
+            } else {
+                UpstreamSync::Present
+            };
+            let mut end = RunEnd {
+                said,
+                synced: n.is_multiple_of(5),
+                ..completed(Some("hi"))
+            };
             end.events.first = 4;
             if store.finish(&turn.lease, end.clone()).await.unwrap() == Closing::MustDiscard {
                 removed.fetch_add(turn.input.len(), Ordering::SeqCst);
-                closed(store.finish(&turn.lease, RunEnd { discard: true, ..end }).await.unwrap());
+                closed(
+                    store
+                        .finish(
+                            &turn.lease,
+                            RunEnd {
+                                discard: true,
+                                ..end
+                            },
+                        )
+                        .await
+                        .unwrap(),
+                );
             }
         }
     };
     let send = |n: usize| {
-        let (store, other) = (Arc::clone(&replicas[n % 2]), Arc::clone(&replicas[(n + 1) % 2]));
+        let (store, other) = (
+            Arc::clone(&replicas[n % 2]),
+            Arc::clone(&replicas[(n + 1) % 2]),
+        );
         let (key, work) = (&key, &work);
         async move {
             let strategy = [
@@ -302,14 +442,23 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
                 MultitaskStrategy::Rollback,
                 MultitaskStrategy::Merge,
             ][n % 5];
-            let request =
-                Admission { strategy, idempotency: Some(idempotency(&n.to_string())), ..admission(key) };
+            let request = Admission {
+                strategy,
+                idempotency: Some(idempotency(&n.to_string())),
+                ..admission(key)
+            };
             match store.admit(request.clone()).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store, n).await,
                 Admitted::Merged { .. } => {}
                 Admitted::Queued { lease, .. } => loop {
-                    if matches!(strategy, MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback) {
-                        other.cancel_active(&lease, strategy == MultitaskStrategy::Rollback).await.unwrap();
+                    if matches!(
+                        strategy,
+                        MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback
+                    ) {
+                        other
+                            .cancel_active(&lease, strategy == MultitaskStrategy::Rollback)
+                            .await
+                            .unwrap();
                     }
                     match store.start_queued(&lease).await.unwrap() {
                         QueuedStart::Started(turn) => break work(*turn, store, n).await,
@@ -322,13 +471,23 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
         }
     };
     let all = futures_util::future::join_all((0..MESSAGES).map(send));
-    tokio::time::timeout(Duration::from_mins(2), all).await.expect("every run gets its turn");
+    tokio::time::timeout(Duration::from_mins(2), all)
+        .await
+        .expect("every run gets its turn");
 
     assert_eq!(begun.into_inner(), MESSAGES);
     let left = i64::try_from(MESSAGES - removed.into_inner()).unwrap();
-    assert_eq!(database.number("SELECT count(*) FROM messages WHERE role = 'user'").await, left);
+    assert_eq!(
+        database
+            .number("SELECT count(*) FROM messages WHERE role = 'user'")
+            .await,
+        left
+    );
     let keys = "SELECT count(*) FROM idempotency_keys WHERE key NOT LIKE 'answer%'";
-    assert_eq!(database.number(keys).await, i64::try_from(MESSAGES).unwrap());
+    assert_eq!(
+        database.number(keys).await,
+        i64::try_from(MESSAGES).unwrap()
+    );
     check_invariants(&database).await;
     for store in replicas {
         store.close().await;
@@ -378,23 +537,71 @@ async fn run_steps_read_bounded_rows() {
 
     let store = database.store().await;
     let replica = ReplicaId::new();
-    let with = |strategy| Admission { strategy, ..admission(&key) };
-    store.repeated(&key, "k", Duration::from_hours(1)).await.unwrap();
-    let once = Admission { idempotency: Some(idempotency("new")), replica, ..admission(&key) };
+    let with = |strategy| Admission {
+        strategy,
+        ..admission(&key)
+    };
+    store
+        .repeated(&key, "k", Duration::from_hours(1))
+        .await
+        .unwrap();
+    let once = Admission {
+        idempotency: Some(idempotency("new")),
+        replica,
+        ..admission(&key)
+    };
     let turn = started(store.admit(once.clone()).await.unwrap());
     queued(store.admit(with(MultitaskStrategy::Merge)).await.unwrap());
     store.admit(with(MultitaskStrategy::Merge)).await.unwrap();
-    let (next, ..) = queued(store.admit(with(MultitaskStrategy::Interrupt)).await.unwrap());
-    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
-    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    let (next, ..) = queued(
+        store
+            .admit(with(MultitaskStrategy::Interrupt))
+            .await
+            .unwrap(),
+    );
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 0))
+        .await
+        .unwrap();
+    store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     assert_eq!(store.requests(replica).await.unwrap().len(), 1);
     store.cancel_active(&next, true).await.unwrap().unwrap();
-    closed(store.finish(&turn.lease, RunEnd { discard: true, ..completed(None) }).await.unwrap());
+    closed(
+        store
+            .finish(
+                &turn.lease,
+                RunEnd {
+                    discard: true,
+                    ..completed(None)
+                },
+            )
+            .await
+            .unwrap(),
+    );
     claimed(store.start_queued(&next).await.unwrap());
-    assert_eq!(store.unsynced_messages(next.run_id, None, 10).await.unwrap().data, []);
+    assert_eq!(
+        store
+            .unsynced_messages(next.run_id, None, 10)
+            .await
+            .unwrap()
+            .data,
+        []
+    );
     store.baseline(next.run_id).await.unwrap();
-    assert!(store.record_settlement(&next, turn.run.id, UpstreamSync::Missing).await.unwrap());
-    store.request_cancel(&key, next.run_id).await.unwrap().unwrap();
+    assert!(
+        store
+            .record_settlement(&next, turn.run.id, UpstreamSync::Missing)
+            .await
+            .unwrap()
+    );
+    store
+        .request_cancel(&key, next.run_id)
+        .await
+        .unwrap()
+        .unwrap();
     store.events(next.run_id, 0).await.unwrap();
     let end = RunEnd {
         status: RunStatus::Failed,
@@ -409,9 +616,16 @@ async fn run_steps_read_bounded_rows() {
 
     alone(&database).await;
     for column in ["seq_scan", "idx_tup_fetch"] {
-        for table in ["threads", "runs", "messages", "run_events", "idempotency_keys"] {
-            let number =
-                format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
+        for table in [
+            "threads",
+            "runs",
+            "messages",
+            "run_events",
+            "idempotency_keys",
+        ] {
+            let number = format!(
+                "SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'"
+            );
             let number = database.number(&number).await;
             let most = if column == "seq_scan" { 0 } else { 300 };
             assert!(number <= most, "{table}.{column}: {number}");
@@ -427,8 +641,15 @@ async fn message_updates_no_thread_index() {
     let database = TestDatabase::postgres().await;
     let key = session("alice", "s1");
     let store = database.store().await;
-    let limits = Limits { max_age: Some(Duration::from_hours(1)), max_idle: Some(Duration::from_mins(30)) };
-    let with = |strategy| Admission { strategy, limits, ..admission(&key) };
+    let limits = Limits {
+        max_age: Some(Duration::from_hours(1)),
+        max_idle: Some(Duration::from_mins(30)),
+    };
+    let with = |strategy| Admission {
+        strategy,
+        limits,
+        ..admission(&key)
+    };
     for _ in 0..3 {
         let turn = started(store.admit(with(MultitaskStrategy::Enqueue)).await.unwrap());
         let (waiting, ..) = queued(store.admit(with(MultitaskStrategy::Enqueue)).await.unwrap());
@@ -436,7 +657,12 @@ async fn message_updates_no_thread_index() {
             store.admit(with(MultitaskStrategy::Merge)).await.unwrap(),
             Admitted::Merged { .. }
         ));
-        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+        closed(
+            store
+                .finish(&turn.lease, completed(Some("hi")))
+                .await
+                .unwrap(),
+        );
         claimed(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(Some("hi"))).await.unwrap());
     }
@@ -444,7 +670,8 @@ async fn message_updates_no_thread_index() {
     alone(&database).await;
     let updates = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'threads'";
     assert_eq!(database.number(updates).await, 17);
-    let others = "SELECT n_tup_upd - n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'threads'";
+    let others =
+        "SELECT n_tup_upd - n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'threads'";
     assert_eq!(database.number(others).await, 0);
 }
 
@@ -487,53 +714,125 @@ async fn lists_read_bounded_rows() {
 
     let store = database.store().await;
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let page = PageRequest { limit: 20, ..first_page() };
+    let page = PageRequest {
+        limit: 20,
+        ..first_page()
+    };
     let recent = turn.thread.created_at - chrono::TimeDelta::hours(1);
-    let all = ThreadFilter { tenant: TenantKey::default(), ..every_thread() };
+    let all = ThreadFilter {
+        tenant: TenantKey::default(),
+        ..every_thread()
+    };
     let filters = [
         all.clone(),
-        ThreadFilter { user: Some(key.user.clone()), ..all.clone() },
-        ThreadFilter { upstream: Some("spare".to_owned()), ..all.clone() },
-        ThreadFilter { lifecycle: Some(Lifecycle::Archived), ..all.clone() },
-        ThreadFilter { lifecycle: Some(Lifecycle::Deleting), ..all.clone() },
-        ThreadFilter { lifecycle: Some(Lifecycle::Current), ..all.clone() },
-        ThreadFilter { state: Some(ThreadState::Idle), ..all.clone() },
-        ThreadFilter { state: Some(ThreadState::Active), ..all.clone() },
-        ThreadFilter { state: Some(ThreadState::RequiresAction), ..all.clone() },
-        ThreadFilter { created_before: Some(recent), ..all.clone() },
-        ThreadFilter { inactive_since: Some(recent), ..all },
+        ThreadFilter {
+            user: Some(key.user.clone()),
+            ..all.clone()
+        },
+        ThreadFilter {
+            upstream: Some("spare".to_owned()),
+            ..all.clone()
+        },
+        ThreadFilter {
+            lifecycle: Some(Lifecycle::Archived),
+            ..all.clone()
+        },
+        ThreadFilter {
+            lifecycle: Some(Lifecycle::Deleting),
+            ..all.clone()
+        },
+        ThreadFilter {
+            lifecycle: Some(Lifecycle::Current),
+            ..all.clone()
+        },
+        ThreadFilter {
+            state: Some(ThreadState::Idle),
+            ..all.clone()
+        },
+        ThreadFilter {
+            state: Some(ThreadState::Active),
+            ..all.clone()
+        },
+        ThreadFilter {
+            state: Some(ThreadState::RequiresAction),
+            ..all.clone()
+        },
+        ThreadFilter {
+            created_before: Some(recent),
+            ..all.clone()
+        },
+        ThreadFilter {
+            inactive_since: Some(recent),
+            ..all
+        },
     ];
     for filter in &filters {
         for ascending in [true, false] {
-            let page = PageRequest { ascending, ..page.clone() };
+            let page = PageRequest {
+                ascending,
+                ..page.clone()
+            };
             let got = store.threads(filter, &page).await.unwrap();
             if let Some((thread, _)) = got.data.last() {
-                let page = PageRequest { after: Some(thread.id), ..page };
+                let page = PageRequest {
+                    after: Some(thread.id),
+                    ..page
+                };
                 store.threads(filter, &page).await.unwrap();
             }
         }
     }
     for ascending in [true, false] {
         for across in [true, false] {
-            let page = PageRequest { limit: 20, ascending, ..first_page() };
-            let got = store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
-            let page = PageRequest { after: Some(got.data[9].id), ..page };
-            store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
+            let page = PageRequest {
+                limit: 20,
+                ascending,
+                ..first_page()
+            };
+            let got = store
+                .messages(ThreadName::Newest(&key), across, &page)
+                .await
+                .unwrap()
+                .unwrap();
+            let page = PageRequest {
+                after: Some(got.data[9].id),
+                ..page
+            };
+            store
+                .messages(ThreadName::Newest(&key), across, &page)
+                .await
+                .unwrap()
+                .unwrap();
         }
     }
-    store.report(ThreadName::Newest(&key)).await.unwrap().unwrap();
+    store
+        .report(ThreadName::Newest(&key))
+        .await
+        .unwrap()
+        .unwrap();
     store.unfinished(&key).await.unwrap().unwrap();
-    store.runs_of(&[turn.thread.id], (turn.thread.id, 0), 10).await.unwrap();
-    store.transcripts(&[turn.thread.id], (turn.thread.id, 0), 10).await.unwrap();
-    store.update_thread(&key, &ThreadUpdate::default()).await.unwrap().unwrap();
+    store
+        .runs_of(&[turn.thread.id], (turn.thread.id, 0), 10)
+        .await
+        .unwrap();
+    store
+        .transcripts(&[turn.thread.id], (turn.thread.id, 0), 10)
+        .await
+        .unwrap();
+    store
+        .update_thread(&key, &ThreadUpdate::default())
+        .await
+        .unwrap()
+        .unwrap();
     import_messages(&store, turn.thread.id, &[]).await;
     store.close().await;
 
     alone(&database).await;
     for column in ["seq_scan", "idx_tup_fetch"] {
         for table in ["threads", "runs", "messages"] {
-            let number =
-                format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
+            let number = format!(
+                "SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'"
+            );
             let number = database.number(&number).await;
             let most = if column == "seq_scan" { 0 } else { 5_500 };
             assert!(number <= most, "{table}.{column}: {number}");
@@ -547,7 +846,10 @@ pub(super) async fn alone(database: &TestDatabase) {
                        AND datname = current_database()";
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while database.number(connections).await > 1 {
-        assert!(tokio::time::Instant::now() < deadline, "somebody stays connected");
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "somebody stays connected"
+        );
     }
 }
 
@@ -563,11 +865,20 @@ async fn two_replicas_never_hold_two_active_runs() {
     let work = |turn: StartedRun, store: Arc<Store>| {
         let (active, order) = (&active, &order);
         async move {
-            assert_eq!(active.fetch_add(1, Ordering::SeqCst), 0, "two runs at a time");
+            assert_eq!(
+                active.fetch_add(1, Ordering::SeqCst),
+                0,
+                "two runs at a time"
+            );
             order.lock().unwrap().push(turn.run.seq);
             tokio::task::yield_now().await;
             assert_eq!(active.fetch_sub(1, Ordering::SeqCst), 1);
-            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+            closed(
+                store
+                    .finish(&turn.lease, completed(Some("hi")))
+                    .await
+                    .unwrap(),
+            );
         }
     };
     let turn = |n: usize| {
@@ -587,13 +898,25 @@ async fn two_replicas_never_hold_two_active_runs() {
         }
     };
     let all = futures_util::future::join_all((0..2 * EACH).map(turn));
-    tokio::time::timeout(Duration::from_mins(1), all).await.expect("every run gets its turn");
+    tokio::time::timeout(Duration::from_mins(1), all)
+        .await
+        .expect("every run gets its turn");
 
     let order = order.into_inner().unwrap();
-    assert_eq!(order, (1..=2 * i64::try_from(EACH).unwrap()).collect::<Vec<_>>(), "in order of admission");
+    assert_eq!(
+        order,
+        (1..=2 * i64::try_from(EACH).unwrap()).collect::<Vec<_>>(),
+        "in order of admission"
+    );
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
-    let completed = format!("SELECT count(*) FROM runs WHERE status = '{}'", RunStatus::Completed);
-    assert_eq!(database.number(&completed).await, 2 * i64::try_from(EACH).unwrap());
+    let completed = format!(
+        "SELECT count(*) FROM runs WHERE status = '{}'",
+        RunStatus::Completed
+    );
+    assert_eq!(
+        database.number(&completed).await,
+        2 * i64::try_from(EACH).unwrap()
+    );
     check_invariants(&database).await;
     for store in replicas {
         store.close().await;
@@ -611,8 +934,14 @@ async fn stale_snapshot_never_starts_run() {
     for strategy in [MultitaskStrategy::Enqueue, MultitaskStrategy::Reject] {
         // Holds the thread's row, and admits a run under it.
         let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
-        holder.execute("BEGIN; UPDATE threads SET run_count = run_count + 1").await.unwrap();
-        let request = Admission { strategy, ..admission(&key) };
+        holder
+            .execute("BEGIN; UPDATE threads SET run_count = run_count + 1")
+            .await
+            .unwrap();
+        let request = Admission {
+            strategy,
+            ..admission(&key)
+        };
         let waiting = store.admit(request.clone());
         let meanwhile = async {
             blocked(&database, 1).await;
@@ -626,7 +955,10 @@ async fn stale_snapshot_never_starts_run() {
         match strategy {
             MultitaskStrategy::Reject => assert_eq!(admitted.unwrap(), Admitted::Busy),
             _ => assert_eq!(
-                store.start_queued(&queued(admitted.unwrap()).0).await.unwrap(),
+                store
+                    .start_queued(&queued(admitted.unwrap()).0)
+                    .await
+                    .unwrap(),
                 QueuedStart::NotYet
             ),
         }
@@ -645,14 +977,25 @@ async fn run_finishes_during_flood_of_blocked_admissions() {
     let turn = started(store.admit(admission(&user("bob"))).await.unwrap());
     exchange(&store, &key).await;
     let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
-    holder.execute("BEGIN; UPDATE threads SET run_count = run_count WHERE user_key = 'alice'").await.unwrap();
+    holder
+        .execute("BEGIN; UPDATE threads SET run_count = run_count WHERE user_key = 'alice'")
+        .await
+        .unwrap();
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
     let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone())));
     let work = async {
         // Those who go alone have a quarter of the connections.
         blocked(&database, 4).await;
-        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
-        store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_secs(1)).await.unwrap();
+        closed(
+            store
+                .finish(&turn.lease, completed(Some("hi")))
+                .await
+                .unwrap(),
+        );
+        store
+            .renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_secs(1))
+            .await
+            .unwrap();
         holder.execute("ROLLBACK").await.unwrap();
     };
     let (results, ()) = tokio::join!(flood, work);
@@ -667,16 +1010,24 @@ async fn admissions_and_finishes_use_separate_lanes() {
     let store = database.store().await;
     let mut turns = Vec::new();
     for n in 0..24 {
-        turns.push(started(store.admit(admission(&user(&n.to_string()))).await.unwrap()));
+        turns.push(started(
+            store.admit(admission(&user(&n.to_string()))).await.unwrap(),
+        ));
     }
     let mut holder = database.lock("threads").await;
     let end = completed(None);
-    let ends =
-        futures_util::future::join_all(turns.iter().map(|turn| store.finish(&turn.lease, end.clone())));
-    let new: Vec<_> = (0..24).map(|n| admission(&user(&format!("new {n}")))).collect();
+    let ends = futures_util::future::join_all(
+        turns
+            .iter()
+            .map(|turn| store.finish(&turn.lease, end.clone())),
+    );
+    let new: Vec<_> = (0..24)
+        .map(|n| admission(&user(&format!("new {n}"))))
+        .collect();
     let begins = async {
         blocked(&database, 1).await;
-        futures_util::future::join_all(new.iter().map(|admission| store.admit(admission.clone()))).await
+        futures_util::future::join_all(new.iter().map(|admission| store.admit(admission.clone())))
+            .await
     };
     let release = async {
         blocked(&database, 2).await;
@@ -693,8 +1044,10 @@ async fn missing_postgres_database_is_named_in_error() {
     let database = TestDatabase::postgres().await;
     let mut url = url::Url::parse(&database.url()).unwrap();
     url.set_path("no_such_database");
-    let config =
-        threadkeeper::config::StoreConfig { url: Some(String::from(url).into()), ..database.config() };
+    let config = threadkeeper::config::StoreConfig {
+        url: Some(String::from(url).into()),
+        ..database.config()
+    };
     let text = Store::open(&config).await.unwrap_err().to_string();
     assert!(text.contains("no database `no_such_database`"), "{text}");
 }
@@ -702,17 +1055,25 @@ async fn missing_postgres_database_is_named_in_error() {
 #[tokio::test]
 async fn concurrent_migrations_succeed() {
     let database = TestDatabase::postgres().await;
-    database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
-    let stores =
-        [Store::open(&database.config()).await.unwrap(), Store::open(&database.config()).await.unwrap()];
+    database
+        .execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        .await;
+    let stores = [
+        Store::open(&database.config()).await.unwrap(),
+        Store::open(&database.config()).await.unwrap(),
+    ];
     let (one, two) = tokio::join!(stores[0].migrate(), stores[1].migrate());
     one.unwrap();
     two.unwrap();
     for store in &stores {
         store.ready().await.unwrap();
     }
-    database.execute("INSERT INTO _sqlx_migrations SELECT 9999, 'x', now(), true, '', 0").await;
-    assert!(matches!(stores[0].migrate().await, Err(StoreError::Schema(text)) if text.contains("newer")));
+    database
+        .execute("INSERT INTO _sqlx_migrations SELECT 9999, 'x', now(), true, '', 0")
+        .await;
+    assert!(
+        matches!(stores[0].migrate().await, Err(StoreError::Schema(text)) if text.contains("newer"))
+    );
 }
 
 #[tokio::test]
@@ -723,10 +1084,15 @@ async fn sqlite_file_is_locked_to_one_store() {
         Err(StoreError::Open(text)) => text,
         other => panic!("{other:?}"),
     };
-    assert!(text.contains("another process") && text.contains("Postgres"), "{text}");
+    assert!(
+        text.contains("another process") && text.contains("Postgres"),
+        "{text}"
+    );
     store.ready().await.unwrap();
     store.close().await;
-    Store::open(&database.config()).await.expect("a closed store leaves the file to the next");
+    Store::open(&database.config())
+        .await
+        .expect("a closed store leaves the file to the next");
 }
 
 #[tokio::test]
@@ -738,8 +1104,14 @@ async fn sqlite_file_keeps_data_after_reopen() {
     store.close().await;
     drop(store);
     let store = database.store().await;
-    assert_eq!(seen(&store, &key).await.unwrap(), (finished.thread, finished.activity));
-    assert_eq!(transcript(&store, &key).await, ["user: hello", "assistant: hi"]);
+    assert_eq!(
+        seen(&store, &key).await.unwrap(),
+        (finished.thread, finished.activity)
+    );
+    assert_eq!(
+        transcript(&store, &key).await,
+        ["user: hello", "assistant: hi"]
+    );
 }
 
 #[tokio::test]
@@ -747,14 +1119,31 @@ async fn orphans_in_reopened_sqlite_file_are_adoptable_immediately() {
     let database = TestDatabase::sqlite().await;
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let store = database.store().await;
-    store.renew_replica(dead, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
-    let turn = started(store.admit(Admission { replica: dead, ..admission(&user("alice")) }).await.unwrap());
+    store
+        .renew_replica(dead, "127.0.0.1:1", Duration::from_hours(1))
+        .await
+        .unwrap();
+    let turn = started(
+        store
+            .admit(Admission {
+                replica: dead,
+                ..admission(&user("alice"))
+            })
+            .await
+            .unwrap(),
+    );
     assert_eq!(store.adopt_orphans(me, &[], 10).await.unwrap(), []);
     store.close().await;
     drop(store);
     let store = database.store().await;
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
-    assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [turn.run.id]);
+    assert_eq!(
+        orphans
+            .iter()
+            .map(|orphan| orphan.run.id)
+            .collect::<Vec<_>>(),
+        [turn.run.id]
+    );
 }
 
 /// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
@@ -766,7 +1155,12 @@ async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&first.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let id = waiting.run_id.uuid();
     let claim = format!(
         "BEGIN;
@@ -778,7 +1172,11 @@ async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
         SELECT pg_sleep(0.5);
         COMMIT"
     );
-    let cancelled = RunEnd { status: RunStatus::Cancelled, said: UpstreamSync::Withheld, ..completed(None) };
+    let cancelled = RunEnd {
+        status: RunStatus::Cancelled,
+        said: UpstreamSync::Withheld,
+        ..completed(None)
+    };
     let end = async {
         let asleep = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' \
                       AND wait_event = 'PgSleep' AND pid <> pg_backend_pid()";
@@ -789,8 +1187,7 @@ async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
     };
     let ((), closing) = tokio::join!(database.execute(&claim), end);
     closed(closing);
-    let withheld =
-        "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld' AND run_outcome = 'cancelled'";
+    let withheld = "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld' AND run_outcome = 'cancelled'";
     assert_eq!(database.number(withheld).await, 1);
     check_invariants(&database).await;
 }
@@ -810,11 +1207,22 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
         }];
         polled(store.import_messages(&[(thread, message.to_vec())]), polls).await;
         // One statement, which nobody else would see if it were in a transaction that was left open.
-        started(store.admit(admission(&user(&format!("n{polls}")))).await.unwrap());
-        assert_eq!(database.number("SELECT count(*) FROM runs").await, 1 + i64::from(polls));
+        started(
+            store
+                .admit(admission(&user(&format!("n{polls}"))))
+                .await
+                .unwrap(),
+        );
+        assert_eq!(
+            database.number("SELECT count(*) FROM runs").await,
+            1 + i64::from(polls)
+        );
         polled(store.transcript(thread, 0, 100), polls).await;
         import_messages(store, thread, &message).await;
-        assert_eq!(database.number("SELECT count(*) FROM messages").await, 2 + 2 * i64::from(polls));
+        assert_eq!(
+            database.number("SELECT count(*) FROM messages").await,
+            2 + 2 * i64::from(polls)
+        );
     }
     check_invariants(database).await;
 }
@@ -823,7 +1231,12 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
 #[tokio::test]
 async fn failure_of_dropped_call_leaves_next_calls_unaffected() {
     let database = TestDatabase::postgres().await;
-    let store = Store::open(&StoreConfig { max_connections: 2, ..database.config() }).await.unwrap();
+    let store = Store::open(&StoreConfig {
+        max_connections: 2,
+        ..database.config()
+    })
+    .await
+    .unwrap();
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let lock = database.lock("runs").await;
@@ -847,7 +1260,11 @@ async fn polled(future: impl Future, mut polls: u32) {
     std::future::poll_fn(|context| {
         polls -= 1;
         let at_its_end = future.as_mut().poll(context).is_ready();
-        if at_its_end || polls == 0 { Poll::Ready(()) } else { Poll::Pending }
+        if at_its_end || polls == 0 {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     })
     .await;
 }
@@ -864,7 +1281,10 @@ async fn dropped_calls_leave_no_open_transaction_on_sqlite() {
 async fn dropped_calls_leave_no_open_transaction_on_postgres() {
     let database = TestDatabase::postgres().await;
     // One of them for callers: each call gets the connection of the one before.
-    let config = StoreConfig { max_connections: 2, ..database.config() };
+    let config = StoreConfig {
+        max_connections: 2,
+        ..database.config()
+    };
     let store = Store::open(&config).await.unwrap();
     dropped_calls_leave_nothing_open(&database, &store).await;
     store.close().await;
@@ -879,5 +1299,7 @@ async fn store_closes_while_server_executes_dropped_call() {
         read = store.transcript(ThreadId::new(), 0, 100) => panic!("{read:?}"),
         () = blocked(&database, 1) => {}
     }
-    tokio::time::timeout(Duration::from_secs(5), store.close()).await.expect("it closes at once");
+    tokio::time::timeout(Duration::from_secs(5), store.close())
+        .await
+        .expect("it closes at once");
 }

@@ -21,18 +21,31 @@ on_every_backend!(
 
 /// Texts of one byte each from a number on.
 fn texts(first: i64, texts: &[&str]) -> EventBatch {
-    EventBatch { first, events: texts.iter().map(|text| LoggedEvent::Delta((*text).to_owned())).collect() }
+    EventBatch {
+        first,
+        events: texts
+            .iter()
+            .map(|text| LoggedEvent::Delta((*text).to_owned()))
+            .collect(),
+    }
 }
 
 fn progress(lease: RunLease, events: EventBatch) -> RunProgress {
-    RunProgress { lease, upstream_run_id: None, events }
+    RunProgress {
+        lease,
+        upstream_run_id: None,
+        events,
+    }
 }
 
 /// A pause whose events begin with these.
 fn pause_after(EventBatch { first, mut events }: EventBatch) -> Pause {
     let calls = pause(&["call_1"], 0);
     events.push(LoggedEvent::RequiresAction(calls.required_action.clone()));
-    Pause { events: EventBatch { first, events }, ..calls }
+    Pause {
+        events: EventBatch { first, events },
+        ..calls
+    }
 }
 
 async fn begin(store: &Store, key: &ConversationKey) -> StartedRun {
@@ -43,22 +56,44 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
     let key = user("alice");
     let turn = begin(store, &key).await;
     let batches = [
-        EventBatch { first: 1, events: vec![LoggedEvent::Started] },
+        EventBatch {
+            first: 1,
+            events: vec![LoggedEvent::Started],
+        },
         texts(2, &["Hel", "lo"]),
-        EventBatch { first: 7, events: vec![LoggedEvent::Omitted { units: 3 }] },
+        EventBatch {
+            first: 7,
+            events: vec![LoggedEvent::Omitted { units: 3 }],
+        },
         texts(10, &["a\"\u{1f980}"]),
     ];
     for batch in &batches {
         for _ in 0..2 {
-            let recorded = store.record(&[progress(turn.lease, batch.clone())]).await.unwrap();
+            let recorded = store
+                .record(&[progress(turn.lease, batch.clone())])
+                .await
+                .unwrap();
             assert_eq!(recorded, [turn.run.id]);
         }
     }
     assert_eq!(store.record(&[]).await.unwrap(), []);
-    for (from, skipped) in
-        [(0, 0), (1, 0), (2, 1), (6, 1), (7, 2), (9, 2), (10, 3), (15, 3), (16, 3), (99, 3)]
-    {
-        assert_eq!(store.events(turn.run.id, from).await.unwrap(), batches[skipped..], "from {from}");
+    for (from, skipped) in [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+        (6, 1),
+        (7, 2),
+        (9, 2),
+        (10, 3),
+        (15, 3),
+        (16, 3),
+        (99, 3),
+    ] {
+        assert_eq!(
+            store.events(turn.run.id, from).await.unwrap(),
+            batches[skipped..],
+            "from {from}"
+        );
     }
     // Nothing new is no row.
     let nothing = progress(turn.lease, texts(16, &[]));
@@ -67,13 +102,28 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
 
     // A run that waits has something to show as well.
     let (waits, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    let place = EventBatch { first: 0, events: vec![LoggedEvent::Queued { position: 1 }] };
-    assert_eq!(store.record(&[progress(waits, place.clone())]).await.unwrap(), [waits.run_id]);
+    let place = EventBatch {
+        first: 0,
+        events: vec![LoggedEvent::Queued { position: 1 }],
+    };
+    assert_eq!(
+        store
+            .record(&[progress(waits, place.clone())])
+            .await
+            .unwrap(),
+        [waits.run_id]
+    );
     assert_eq!(store.events(waits.run_id, 0).await.unwrap(), [place]);
-    let end = RunEnd { events: texts(16, &["!"]), ..completed(Some("hi")) };
+    let end = RunEnd {
+        events: texts(16, &["!"]),
+        ..completed(Some("hi"))
+    };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     claimed(store.start_queued(&waits).await.unwrap());
-    assert_eq!(store.events(turn.run.id, 12).await.unwrap(), [batches[3].clone(), texts(16, &["!"])]);
+    assert_eq!(
+        store.events(turn.run.id, 12).await.unwrap(),
+        [batches[3].clone(), texts(16, &["!"])]
+    );
     check_invariants(database).await;
 }
 
@@ -85,9 +135,18 @@ async fn recording_requires_current_lease(_: &TestDatabase, store: &Store) {
     let adopted = store.adopt_orphans(ReplicaId::new(), &[], 1).await.unwrap();
     assert_eq!(adopted[0].run.id, turn.run.id);
     let id = Some(UpstreamRunId("resp_1".to_owned()));
-    let leases = [turn.lease, ended.lease, RunLease { run_id: RunId::new(), fence: 1 }];
-    let stale =
-        leases.map(|lease| RunProgress { upstream_run_id: id.clone(), ..progress(lease, texts(2, &["a"])) });
+    let leases = [
+        turn.lease,
+        ended.lease,
+        RunLease {
+            run_id: RunId::new(),
+            fence: 1,
+        },
+    ];
+    let stale = leases.map(|lease| RunProgress {
+        upstream_run_id: id.clone(),
+        ..progress(lease, texts(2, &["a"]))
+    });
     assert_eq!(store.record(&stale).await.unwrap(), []);
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
     assert_eq!(store.events(ended.run.id, 0).await.unwrap(), before);
@@ -96,9 +155,16 @@ async fn recording_requires_current_lease(_: &TestDatabase, store: &Store) {
         assert!(run.iter().all(|run| run.upstream_run_id.is_none()));
     }
     let good = progress(adopted[0].lease, texts(2, &["b"]));
-    let all = [stale[0].clone(), stale[1].clone()].into_iter().skip(1).chain([good]).collect::<Vec<_>>();
+    let all = [stale[0].clone(), stale[1].clone()]
+        .into_iter()
+        .skip(1)
+        .chain([good])
+        .collect::<Vec<_>>();
     assert_eq!(store.record(&all).await.unwrap(), [turn.run.id]);
-    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [texts(2, &["b"])]);
+    assert_eq!(
+        store.events(turn.run.id, 0).await.unwrap(),
+        [texts(2, &["b"])]
+    );
 }
 
 async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, store: &Store) {
@@ -106,10 +172,17 @@ async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, stor
     for n in 0..50 {
         let turn = begin(store, &user(&n.to_string())).await;
         // One with a character that cannot be stored does no harm to the others.
-        let id = if n == 7 { "resp\0".to_owned() } else { format!("resp_{n}") };
+        let id = if n == 7 {
+            "resp\0".to_owned()
+        } else {
+            format!("resp_{n}")
+        };
         all.push(RunProgress {
             upstream_run_id: (n % 2 == 1).then_some(UpstreamRunId(id)),
-            ..progress(turn.lease, texts(2, if n % 3 == 0 { &[] } else { &["a", "\0", "c"] }))
+            ..progress(
+                turn.lease,
+                texts(2, if n % 3 == 0 { &[] } else { &["a", "\0", "c"] }),
+            )
         });
     }
     let mut recorded = store.record(&all).await.unwrap();
@@ -118,11 +191,22 @@ async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, stor
     wanted.sort_unstable();
     assert_eq!(recorded, wanted);
     for (n, run) in all.iter().enumerate() {
-        let found = store.unfinished(&user(&n.to_string())).await.unwrap().unwrap();
+        let found = store
+            .unfinished(&user(&n.to_string()))
+            .await
+            .unwrap()
+            .unwrap();
         let id = run.upstream_run_id.clone().filter(|_| n != 7);
-        assert_eq!((found[0].id, &found[0].upstream_run_id), (run.lease.run_id, &id));
+        assert_eq!(
+            (found[0].id, &found[0].upstream_run_id),
+            (run.lease.run_id, &id)
+        );
         let batches = store.events(run.lease.run_id, 0).await.unwrap();
-        let wanted = if n % 3 == 0 { vec![] } else { vec![texts(2, &["a", "\u{1a}", "c"])] };
+        let wanted = if n % 3 == 0 {
+            vec![]
+        } else {
+            vec![texts(2, &["a", "\u{1a}", "c"])]
+        };
         assert_eq!(batches, wanted);
     }
     check_invariants(database).await;
@@ -133,9 +217,15 @@ async fn longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let (short, long) = (texts(2, &["a", "b"]), texts(2, &["a", "b", "c"]));
     for (events, wanted) in [(&short, &short), (&long, &long), (&short, &long)] {
-        let recorded = store.record(&[progress(turn.lease, events.clone())]).await.unwrap();
+        let recorded = store
+            .record(&[progress(turn.lease, events.clone())])
+            .await
+            .unwrap();
         assert_eq!(recorded, [turn.run.id], "all of it is stored");
-        assert_eq!(&store.events(turn.run.id, 0).await.unwrap()[..], std::slice::from_ref(wanted));
+        assert_eq!(
+            &store.events(turn.run.id, 0).await.unwrap()[..],
+            std::slice::from_ref(wanted)
+        );
     }
 }
 
@@ -145,15 +235,24 @@ async fn pause_extends_recorded_events(database: &TestDatabase, store: &Store) {
     let calls = pause_after(texts(2, &["a", "b"]));
     // All of the text, or a part: whose answer was lost, so that the pause begins with it too.
     for recorded in [texts(2, &["a"]), texts(2, &["a", "b"])] {
-        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
+        store
+            .record(&[progress(turn.lease, recorded)])
+            .await
+            .unwrap();
     }
     let Paused::Waiting(paused) = store.pause(&turn.lease, &calls).await.unwrap() else {
         panic!("it was in progress")
     };
     assert_eq!(paused.run.status, RunStatus::RequiresAction);
-    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&calls.events));
+    assert_eq!(
+        store.events(turn.run.id, 0).await.unwrap(),
+        std::slice::from_ref(&calls.events)
+    );
     // It is known as recorded now: repeated after the answer, it does not wait again.
-    let answered = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    let answered = store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     assert!(matches!(answered, Answered::Resumed(_)), "{answered:?}");
     let Paused::Waiting(again) = store.pause(&turn.lease, &calls).await.unwrap() else {
         panic!("it is in progress")
@@ -172,16 +271,31 @@ async fn recording_after_pause_changes_nothing(_: &TestDatabase, store: &Store) 
         upstream_run_id: calls.upstream_run_id.clone(),
         ..progress(turn.lease, texts(2, &["a", "b"]))
     };
-    assert_eq!(store.record(std::slice::from_ref(&late)).await.unwrap(), [turn.run.id]);
-    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&calls.events));
+    assert_eq!(
+        store.record(std::slice::from_ref(&late)).await.unwrap(),
+        [turn.run.id]
+    );
+    assert_eq!(
+        store.events(turn.run.id, 0).await.unwrap(),
+        std::slice::from_ref(&calls.events)
+    );
     let (run, _) = store.run(&key, turn.run.id).await.unwrap().unwrap();
-    assert_eq!((run.status, run.required_action), (RunStatus::RequiresAction, Some(calls.required_action)));
+    assert_eq!(
+        (run.status, run.required_action),
+        (RunStatus::RequiresAction, Some(calls.required_action))
+    );
 
-    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     store.record(&[late]).await.unwrap();
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [calls.events]);
     let requests = store.requests(request.replica).await.unwrap();
-    assert!(matches!(requests[..], [Request::Resume { .. }]), "{requests:?}");
+    assert!(
+        matches!(requests[..], [Request::Resume { .. }]),
+        "{requests:?}"
+    );
 }
 
 /// The pause was made before two recordings were known to be good, and is sent after them.
@@ -189,7 +303,10 @@ async fn pause_overlapping_recorded_batches_leaves_no_gap(_: &TestDatabase, stor
     let turn = begin(store, &user("alice")).await;
     let calls = pause_after(texts(2, &["a", "b", "c"]));
     for recorded in [texts(2, &["a"]), texts(3, &["b", "c"])] {
-        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
+        store
+            .record(&[progress(turn.lease, recorded)])
+            .await
+            .unwrap();
     }
     store.pause(&turn.lease, &calls).await.unwrap();
     // Whoever has seen some of it finds all that comes after.
@@ -203,15 +320,34 @@ async fn pause_overlapping_recorded_batches_leaves_no_gap(_: &TestDatabase, stor
 
 async fn finish_extends_recorded_events(database: &TestDatabase, store: &Store) {
     let all = texts(2, &["a", "b", "c"]);
-    for (name, recorded) in [("a", texts(2, &["a"])), ("b", all.clone()), ("c", texts(2, &[]))] {
+    for (name, recorded) in [
+        ("a", texts(2, &["a"])),
+        ("b", all.clone()),
+        ("c", texts(2, &[])),
+    ] {
         let turn = begin(store, &user(name)).await;
-        store.record(&[progress(turn.lease, recorded)]).await.unwrap();
-        let end = RunEnd { events: all.clone(), ..completed(Some("abc")) };
+        store
+            .record(&[progress(turn.lease, recorded)])
+            .await
+            .unwrap();
+        let end = RunEnd {
+            events: all.clone(),
+            ..completed(Some("abc"))
+        };
         for _ in 0..2 {
             closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-            assert_eq!(store.events(turn.run.id, 0).await.unwrap(), std::slice::from_ref(&all));
+            assert_eq!(
+                store.events(turn.run.id, 0).await.unwrap(),
+                std::slice::from_ref(&all)
+            );
             // It was under way still.
-            assert_eq!(store.record(&[progress(turn.lease, texts(2, &["a"]))]).await.unwrap(), []);
+            assert_eq!(
+                store
+                    .record(&[progress(turn.lease, texts(2, &["a"]))])
+                    .await
+                    .unwrap(),
+                []
+            );
         }
     }
     check_invariants(database).await;
@@ -220,7 +356,10 @@ async fn finish_extends_recorded_events(database: &TestDatabase, store: &Store) 
 async fn finish_dropping_log_removes_recorded_events(database: &TestDatabase, store: &Store) {
     let rows = async || database.number("SELECT count(*) FROM run_events").await;
     let other = begin(store, &user("bob")).await;
-    store.record(&[progress(other.lease, texts(2, &["a"]))]).await.unwrap();
+    store
+        .record(&[progress(other.lease, texts(2, &["a"]))])
+        .await
+        .unwrap();
     for (name, recorded) in [("short", &[][..]), ("long", &["Hel", "lo"][..])] {
         let key = user(name);
         let turn = begin(store, &key).await;
@@ -228,25 +367,48 @@ async fn finish_dropping_log_removes_recorded_events(database: &TestDatabase, st
         for text in recorded {
             let batch = texts(first, &[text]);
             first = batch.end();
-            assert_eq!(store.record(&[progress(turn.lease, batch)]).await.unwrap(), [turn.run.id]);
+            assert_eq!(
+                store.record(&[progress(turn.lease, batch)]).await.unwrap(),
+                [turn.run.id]
+            );
         }
         let first = if recorded.is_empty() { 0 } else { first };
         let end = RunEnd {
-            events: EventBatch { first, events: vec![] },
+            events: EventBatch {
+                first,
+                events: vec![],
+            },
             drops_log: true,
             ..completed(Some("Hello"))
         };
-        let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
-        assert_eq!(store.finish(&lost, end.clone()).await.unwrap(), Closing::Lost);
-        assert_eq!(rows().await, 1 + i64::try_from(recorded.len()).unwrap(), "the lease was lost");
+        let lost = RunLease {
+            fence: turn.lease.fence + 1,
+            ..turn.lease
+        };
+        assert_eq!(
+            store.finish(&lost, end.clone()).await.unwrap(),
+            Closing::Lost
+        );
+        assert_eq!(
+            rows().await,
+            1 + i64::try_from(recorded.len()).unwrap(),
+            "the lease was lost"
+        );
         for _ in 0..2 {
             closed(store.finish(&turn.lease, end.clone()).await.unwrap());
             assert_eq!(rows().await, 1, "{name}");
             assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
         }
-        assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: Hello"]);
+        assert_eq!(
+            transcript(store, &key).await,
+            ["user: hello", "assistant: Hello"]
+        );
     }
-    assert_eq!(store.events(other.run.id, 0).await.unwrap(), [texts(2, &["a"])], "another's stays");
+    assert_eq!(
+        store.events(other.run.id, 0).await.unwrap(),
+        [texts(2, &["a"])],
+        "another's stays"
+    );
     check_invariants(database).await;
 }
 
@@ -259,8 +421,9 @@ async fn upstream_run_ids_of_all_rounds_are_kept(database: &TestDatabase, store:
     };
     let known = async || {
         let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
-        let earlier =
-            database.texts("SELECT COALESCE(CAST(earlier_upstream_run_ids AS text), '') FROM runs").await;
+        let earlier = database
+            .texts("SELECT COALESCE(CAST(earlier_upstream_run_ids AS text), '') FROM runs")
+            .await;
         (run.upstream_run_id.unwrap().0, earlier[0].replace(' ', ""))
     };
     for _ in 0..2 {
@@ -268,16 +431,31 @@ async fn upstream_run_ids_of_all_rounds_are_kept(database: &TestDatabase, store:
         assert_eq!(known().await, ("resp_1".to_owned(), String::new()));
     }
     // The pause tells the same id, the next round has another.
-    store.pause(&turn.lease, &pause_after(texts(2, &["a"]))).await.unwrap();
+    store
+        .pause(&turn.lease, &pause_after(texts(2, &["a"])))
+        .await
+        .unwrap();
     assert_eq!(known().await, ("resp_1".to_owned(), String::new()));
-    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     for _ in 0..2 {
         store.record(&[records("resp_2")]).await.unwrap();
-        assert_eq!(known().await, ("resp_2".to_owned(), "[\"resp_1\"]".to_owned()));
+        assert_eq!(
+            known().await,
+            ("resp_2".to_owned(), "[\"resp_1\"]".to_owned())
+        );
     }
-    let end = RunEnd { upstream_run_id: Some(UpstreamRunId("resp_3".to_owned())), ..completed(None) };
+    let end = RunEnd {
+        upstream_run_id: Some(UpstreamRunId("resp_3".to_owned())),
+        ..completed(None)
+    };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    assert_eq!(known().await, ("resp_3".to_owned(), "[\"resp_1\",\"resp_2\"]".to_owned()));
+    assert_eq!(
+        known().await,
+        ("resp_3".to_owned(), "[\"resp_1\",\"resp_2\"]".to_owned())
+    );
 }
 
 async fn late_upstream_run_id_is_ignored(_: &TestDatabase, store: &Store) {
@@ -291,5 +469,8 @@ async fn late_upstream_run_id_is_ignored(_: &TestDatabase, store: &Store) {
         assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
     }
     let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
-    assert_eq!(run.upstream_run_id, Some(UpstreamRunId("resp_2".to_owned())));
+    assert_eq!(
+        run.upstream_run_id,
+        Some(UpstreamRunId("resp_2".to_owned()))
+    );
 }

@@ -25,11 +25,17 @@ const HOUR: Duration = Duration::from_hours(1);
 const MINUTE: Duration = Duration::from_mins(1);
 
 fn idle(max_idle: Duration) -> Limits {
-    Limits { max_age: None, max_idle: Some(max_idle) }
+    Limits {
+        max_age: None,
+        max_idle: Some(max_idle),
+    }
 }
 
 fn within(limits: Limits, key: &ConversationKey) -> Admission {
-    Admission { limits, ..admission(key) }
+    Admission {
+        limits,
+        ..admission(key)
+    }
 }
 
 async fn talk(store: &Store, request: Admission) -> Thread {
@@ -46,7 +52,10 @@ async fn thread(store: &Store, key: &ConversationKey) -> Thread {
 #[track_caller]
 fn close_to(one: Option<Timestamp>, other: Timestamp) {
     let off = (one.unwrap() - other).abs();
-    assert!(off <= chrono::TimeDelta::seconds(2), "{one:?} is not {other}");
+    assert!(
+        off <= chrono::TimeDelta::seconds(2),
+        "{one:?} is not {other}"
+    );
 }
 
 /// Moves the end of a thread over the present in steps of a millisecond, and looks who gets the next message: by the
@@ -71,13 +80,20 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
     .into_iter()
     .enumerate()
     {
-        let configured = Limits { max_age: age.map(ms), max_idle: idle.map(ms) };
-        let lifetimes = Lifetimes { sessions: Limits::NONE, others: configured };
+        let configured = Limits {
+            max_age: age.map(ms),
+            max_idle: idle.map(ms),
+        };
+        let lifetimes = Lifetimes {
+            sessions: Limits::NONE,
+            others: configured,
+        };
         for step in 0..12 {
             let name = format!("u{case}-{step}");
             let key = user(&name);
             let old = talk(store, admission(&key)).await;
-            let number = |limit: Option<u64>| limit.map_or("NULL".to_owned(), |limit| limit.to_string());
+            let number =
+                |limit: Option<u64>| limit.map_or("NULL".to_owned(), |limit| limit.to_string());
             let own = format!(
                 "UPDATE threads SET max_age_ms = {}, max_idle_ms = {} WHERE user_key = '{name}'",
                 number(own_age),
@@ -85,7 +101,9 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
             );
             database.execute(&own).await;
             // The first ones have expired by then, however fast this machine is.
-            database.date_threads(&name, ms(40_004 - 2 * step), ms(30_004 - 2 * step)).await;
+            database
+                .date_threads(&name, ms(40_004 - 2 * step), ms(30_004 - 2 * step))
+                .await;
             let end = lifetimes.expiry(&thread(store, &key).await);
             let turn = started(store.admit(within(configured, &key)).await.unwrap());
             if turn.thread.id == old.id {
@@ -95,7 +113,11 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
                 assert!(end.is_none_or(|end| end > used), "{case}: {end:?} {used}");
             } else {
                 replaced += 1;
-                assert!(end.unwrap() <= turn.thread.created_at, "{case}: {end:?} {:?}", turn.thread);
+                assert!(
+                    end.unwrap() <= turn.thread.created_at,
+                    "{case}: {end:?} {:?}",
+                    turn.thread
+                );
             }
         }
     }
@@ -105,13 +127,26 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
 
 async fn new_thread_is_due_at_expiry(database: &TestDatabase, store: &Store) {
     let (both, later) = (
-        Limits { max_age: Some(HOUR), max_idle: Some(MINUTE) },
-        Limits { max_age: Some(MINUTE), max_idle: Some(HOUR) },
+        Limits {
+            max_age: Some(HOUR),
+            max_idle: Some(MINUTE),
+        },
+        Limits {
+            max_age: Some(MINUTE),
+            max_idle: Some(HOUR),
+        },
     );
-    for (n, limits) in [Limits::NONE, limits(HOUR), idle(HOUR), both, later].into_iter().enumerate() {
+    for (n, limits) in [Limits::NONE, limits(HOUR), idle(HOUR), both, later]
+        .into_iter()
+        .enumerate()
+    {
         let key = user(&n.to_string());
         let thread = talk(store, within(limits, &key)).await;
-        assert_eq!(thread.limits, Limits::NONE, "the configuration is not copied");
+        assert_eq!(
+            thread.limits,
+            Limits::NONE,
+            "the configuration is not copied"
+        );
         let end = limits.end(thread.created_at, thread.created_at);
         assert_eq!(database.due_at(key.user.as_str()).await, end);
     }
@@ -120,9 +155,15 @@ async fn new_thread_is_due_at_expiry(database: &TestDatabase, store: &Store) {
 async fn own_limits_override_configured_limits(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = talk(store, within(limits(MINUTE), &key)).await;
-    database.execute("UPDATE threads SET max_idle_ms = 7200000").await;
+    database
+        .execute("UPDATE threads SET max_idle_ms = 7200000")
+        .await;
     database.age_threads(HOUR).await;
-    assert_eq!(talk(store, within(limits(MINUTE), &key)).await.id, old.id, "its age does not matter");
+    assert_eq!(
+        talk(store, within(limits(MINUTE), &key)).await.id,
+        old.id,
+        "its age does not matter"
+    );
     database.age_threads(2 * HOUR).await;
     assert_ne!(talk(store, within(Limits::NONE, &key)).await.id, old.id);
 }
@@ -142,7 +183,10 @@ async fn idle_expiry_counts_from_last_message(database: &TestDatabase, store: &S
 async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) {
     let key = session("alice", "s1");
     let none = Lifetimes::default();
-    let with = |ttl| Admission { ttl: Some(ttl), ..within(limits(MINUTE), &key) };
+    let with = |ttl| Admission {
+        ttl: Some(ttl),
+        ..within(limits(MINUTE), &key)
+    };
     // From the first message on.
     let old = talk(store, with(Ttl::FromNow(HOUR))).await;
     assert_eq!(old.limits, limits(HOUR));
@@ -158,7 +202,10 @@ async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) 
     // A message that says nothing of it changes nothing.
     let before = database.due_at("alice").await;
     let again = talk(store, within(limits(MINUTE), &key)).await;
-    assert_eq!((again.limits, database.due_at("alice").await), (same.limits, before));
+    assert_eq!(
+        (again.limits, database.due_at("alice").await),
+        (same.limits, before)
+    );
 
     let same = talk(store, with(Ttl::FromLastActivity(MINUTE))).await;
     assert_eq!((same.id, same.limits), (old.id, idle(MINUTE)));
@@ -167,7 +214,10 @@ async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) 
     // What has expired is not revived.
     database.age_threads(MINUTE).await;
     let fresh = talk(store, with(Ttl::FromLastActivity(HOUR))).await;
-    assert_eq!((fresh.previous_thread, fresh.limits), (Some(old.id), idle(HOUR)));
+    assert_eq!(
+        (fresh.previous_thread, fresh.limits),
+        (Some(old.id), idle(HOUR))
+    );
     assert_eq!(none.expiry(&fresh), database.due_at("alice").await);
 }
 
@@ -177,11 +227,18 @@ async fn merged_message_ttl_sets_thread_expiry(database: &TestDatabase, store: &
     queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(database.due_at("alice").await, None);
     let strategy = MultitaskStrategy::Merge;
-    let merge = Admission { strategy, ttl: Some(Ttl::FromNow(HOUR)), ..admission(&key) };
+    let merge = Admission {
+        strategy,
+        ttl: Some(Ttl::FromNow(HOUR)),
+        ..admission(&key)
+    };
     let Admitted::Merged { thread, .. } = store.admit(merge.clone()).await.unwrap() else {
         panic!("not merged")
     };
-    close_to(Lifetimes::default().expiry(&thread), thread.last_active_at + HOUR);
+    close_to(
+        Lifetimes::default().expiry(&thread),
+        thread.last_active_at + HOUR,
+    );
     close_to(database.due_at("alice").await, thread.last_active_at + HOUR);
 }
 
@@ -190,10 +247,21 @@ async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
     started(store.admit(admission(&key)).await.unwrap());
     let before = seen(store, &key).await;
     let ttl = Some(Ttl::FromNow(MINUTE));
-    let reject = Admission { strategy: MultitaskStrategy::Reject, ttl, ..admission(&key) };
+    let reject = Admission {
+        strategy: MultitaskStrategy::Reject,
+        ttl,
+        ..admission(&key)
+    };
     assert_eq!(store.admit(reject.clone()).await.unwrap(), Admitted::Busy);
-    let other = Admission { upstream: "spare".to_owned(), ttl, ..admission(&key) };
-    assert_eq!(store.admit(other.clone()).await.unwrap(), Admitted::OtherUpstream("main".to_owned()));
+    let other = Admission {
+        upstream: "spare".to_owned(),
+        ttl,
+        ..admission(&key)
+    };
+    assert_eq!(
+        store.admit(other.clone()).await.unwrap(),
+        Admitted::OtherUpstream("main".to_owned())
+    );
     assert_eq!(seen(store, &key).await, before);
 }
 
@@ -202,7 +270,10 @@ async fn merge_never_joins_run_of_expired_thread(database: &TestDatabase, store:
     let old = started(store.admit(admission(&key)).await.unwrap()).thread;
     queued(store.admit(admission(&key)).await.unwrap());
     database.age_threads(HOUR).await;
-    let merge = Admission { strategy: MultitaskStrategy::Merge, ..within(idle(HOUR), &key) };
+    let merge = Admission {
+        strategy: MultitaskStrategy::Merge,
+        ..within(idle(HOUR), &key)
+    };
     let fresh = started(store.admit(merge.clone()).await.unwrap()).thread;
     assert_eq!(fresh.previous_thread, Some(old.id));
     check_invariants(database).await;
@@ -213,8 +284,15 @@ async fn expired_thread_is_archived_and_due(database: &TestDatabase, store: &Sto
     let old = talk(store, admission(&key)).await;
     database.age_threads(HOUR).await;
     let fresh = talk(store, within(limits(HOUR), &key)).await;
-    let report = store.report(ThreadName::Id(&key.tenant, old.id)).await.unwrap().unwrap();
-    assert_eq!((report.thread.lifecycle, report.next_thread), (Lifecycle::Archived, Some(fresh.id)));
+    let report = store
+        .report(ThreadName::Id(&key.tenant, old.id))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (report.thread.lifecycle, report.next_thread),
+        (Lifecycle::Archived, Some(fresh.id))
+    );
     close_to(report.thread.archived_at, fresh.created_at);
     let due = "SELECT count(*) FROM threads WHERE lifecycle = 'archived' AND due_at = archived_at";
     assert_eq!(database.number(due).await, 1);
@@ -229,7 +307,10 @@ async fn new_thread_links_newest_archived_thread(database: &TestDatabase, store:
     database.archive_threads().await;
     let third = talk(store, admission(&key)).await;
     assert_eq!(third.previous_thread, Some(second.id));
-    assert_eq!(talk(store, admission(&key)).await.previous_thread, Some(second.id));
+    assert_eq!(
+        talk(store, admission(&key)).await.previous_thread,
+        Some(second.id)
+    );
 
     // One that is on its way out is not one before.
     let deletion = format!(
@@ -239,51 +320,107 @@ async fn new_thread_links_newest_archived_thread(database: &TestDatabase, store:
         key.user.as_str()
     );
     database.execute(&deletion).await;
-    assert_eq!(talk(store, admission(&key)).await.previous_thread, Some(second.id));
+    assert_eq!(
+        talk(store, admission(&key)).await.previous_thread,
+        Some(second.id)
+    );
     check_invariants(database).await;
 }
 
 async fn update_changes_only_given_fields(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let update = |metadata, life| ThreadUpdate { metadata, life, limits: limits(HOUR) };
+    let update = |metadata, life| ThreadUpdate {
+        metadata,
+        life,
+        limits: limits(HOUR),
+    };
     let pairs = metadata(&[("plan", "gold")]);
-    assert_eq!(store.update_thread(&key, &update(Some(pairs.clone()), None)).await.unwrap(), None);
+    assert_eq!(
+        store
+            .update_thread(&key, &update(Some(pairs.clone()), None))
+            .await
+            .unwrap(),
+        None
+    );
 
     let before = talk(store, within(limits(HOUR), &key)).await;
     let due = database.due_at("alice").await;
-    let changed = store.update_thread(&key, &update(Some(pairs.clone()), None)).await.unwrap().unwrap();
+    let changed = store
+        .update_thread(&key, &update(Some(pairs.clone()), None))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(changed, thread(store, &key).await);
     assert_eq!(changed.metadata, pairs);
-    assert_eq!((changed.limits, database.due_at("alice").await), (Limits::NONE, due));
+    assert_eq!(
+        (changed.limits, database.due_at("alice").await),
+        (Limits::NONE, due)
+    );
 
-    let same = store.update_thread(&key, &update(None, None)).await.unwrap().unwrap();
+    let same = store
+        .update_thread(&key, &update(None, None))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(same, changed, "nothing was asked for");
     assert_eq!(same.id, before.id);
     let cleared = update(Some(Metadata::default()), None);
-    assert_eq!(store.update_thread(&key, &cleared).await.unwrap().unwrap().metadata, Metadata::default());
+    assert_eq!(
+        store
+            .update_thread(&key, &cleared)
+            .await
+            .unwrap()
+            .unwrap()
+            .metadata,
+        Metadata::default()
+    );
 }
 
 async fn update_sets_or_resets_thread_expiry(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let update = |life| ThreadUpdate { metadata: None, life: Some(life), limits: limits(HOUR) };
+    let update = |life| ThreadUpdate {
+        metadata: None,
+        life: Some(life),
+        limits: limits(HOUR),
+    };
     talk(store, admission(&key)).await;
     database.age_threads(HOUR / 2).await;
     let active = thread(store, &key).await.last_active_at;
     let none = Lifetimes::default();
 
-    let one = store.update_thread(&key, &update(NewLife::Own(Ttl::FromNow(HOUR)))).await.unwrap().unwrap();
+    let one = store
+        .update_thread(&key, &update(NewLife::Own(Ttl::FromNow(HOUR))))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(one.last_active_at, active, "it is no activity");
     let due = database.due_at("alice").await.unwrap();
     close_to(none.expiry(&one), due);
     assert!(due - active >= chrono::TimeDelta::minutes(90));
 
-    let two =
-        store.update_thread(&key, &update(NewLife::Own(Ttl::FromLastActivity(HOUR)))).await.unwrap().unwrap();
-    assert_eq!((two.limits, database.due_at("alice").await), (idle(HOUR), none.expiry(&two)));
+    let two = store
+        .update_thread(&key, &update(NewLife::Own(Ttl::FromLastActivity(HOUR))))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (two.limits, database.due_at("alice").await),
+        (idle(HOUR), none.expiry(&two))
+    );
 
-    let three = store.update_thread(&key, &update(NewLife::AsConfigured)).await.unwrap().unwrap();
-    let configured = Lifetimes { others: limits(HOUR), ..none };
-    assert_eq!((three.limits, database.due_at("alice").await), (Limits::NONE, configured.expiry(&three)));
+    let three = store
+        .update_thread(&key, &update(NewLife::AsConfigured))
+        .await
+        .unwrap()
+        .unwrap();
+    let configured = Lifetimes {
+        others: limits(HOUR),
+        ..none
+    };
+    assert_eq!(
+        (three.limits, database.due_at("alice").await),
+        (Limits::NONE, configured.expiry(&three))
+    );
 
     let zero = update(NewLife::Own(Ttl::FromNow(Duration::ZERO)));
     store.update_thread(&key, &zero).await.unwrap().unwrap();
@@ -297,8 +434,11 @@ async fn expired_thread_is_not_updated(database: &TestDatabase, store: &Store) {
     talk(store, within(limits(HOUR), &key)).await;
     database.age_threads(HOUR).await;
     let before = seen(store, &key).await;
-    let update =
-        ThreadUpdate { life: Some(NewLife::Own(Ttl::FromNow(HOUR))), limits: limits(HOUR), metadata: None };
+    let update = ThreadUpdate {
+        life: Some(NewLife::Own(Ttl::FromNow(HOUR))),
+        limits: limits(HOUR),
+        metadata: None,
+    };
     assert_eq!(store.update_thread(&key, &update).await.unwrap(), None);
     assert_eq!(seen(store, &key).await, before);
 }

@@ -12,7 +12,9 @@ use crate::support::cluster::{Cluster, Stop};
 const LIMIT: Duration = Duration::from_secs(20);
 
 async fn next(notifications: &mut BoxStream<'static, Notification>) -> Option<Notification> {
-    tokio::time::timeout(LIMIT, notifications.next()).await.expect("something is told")
+    tokio::time::timeout(LIMIT, notifications.next())
+        .await
+        .expect("something is told")
 }
 
 fn some_notifications(runs: usize) -> Vec<Notification> {
@@ -29,11 +31,26 @@ fn some_notifications(runs: usize) -> Vec<Notification> {
 
 #[tokio::test]
 async fn news_reaches_all_replicas_of_database() {
-    let (database, other) = (TestDatabase::postgres().await, TestDatabase::postgres().await);
-    let (here, there, elsewhere) = (database.store().await, database.store().await, other.store().await);
-    let mut listeners = [here.notifications(), there.notifications(), elsewhere.notifications()];
+    let (database, other) = (
+        TestDatabase::postgres().await,
+        TestDatabase::postgres().await,
+    );
+    let (here, there, elsewhere) = (
+        database.store().await,
+        database.store().await,
+        other.store().await,
+    );
+    let mut listeners = [
+        here.notifications(),
+        there.notifications(),
+        elsewhere.notifications(),
+    ];
     for listener in &mut listeners {
-        assert_eq!(next(listener).await, Some(Notification::Missed), "nobody knows what was told before");
+        assert_eq!(
+            next(listener).await,
+            Some(Notification::Missed),
+            "nobody knows what was told before"
+        );
     }
     // Far more than fits into one notifications.
     let notifications = some_notifications(300);
@@ -49,20 +66,32 @@ async fn news_reaches_all_replicas_of_database() {
     }
     // What another version tells is passed over, word by word.
     let run = RunId::new();
-    let notify =
-        format!("NOTIFY threadkeeper, 'x1 r{} later o'; NOTIFY threadkeeper, 'x'", run.uuid().simple());
+    let notify = format!(
+        "NOTIFY threadkeeper, 'x1 r{} later o'; NOTIFY threadkeeper, 'x'",
+        run.uuid().simple()
+    );
     database.execute(&notify).await;
     for listener in &mut listeners[..2] {
         assert_eq!(next(listener).await, Some(Notification::Run(run)));
         assert_eq!(next(listener).await, Some(Notification::Orphans));
     }
     // Another database of the server heard none of it.
-    elsewhere.notify_replicas(&[Notification::Orphans]).await.unwrap();
+    elsewhere
+        .notify_replicas(&[Notification::Orphans])
+        .await
+        .unwrap();
     assert_eq!(next(&mut listeners[2]).await, Some(Notification::Orphans));
 
     here.close().await;
-    assert_eq!(next(&mut listeners[0]).await, None, "it ends with its store");
-    there.notify_replicas(&[Notification::Orphans]).await.unwrap();
+    assert_eq!(
+        next(&mut listeners[0]).await,
+        None,
+        "it ends with its store"
+    );
+    there
+        .notify_replicas(&[Notification::Orphans])
+        .await
+        .unwrap();
     assert_eq!(next(&mut listeners[1]).await, Some(Notification::Orphans));
     there.close().await;
     elsewhere.close().await;
@@ -84,9 +113,16 @@ async fn interrupted_listener_reports_missed_news() {
                 assert_eq!(database.number(cut).await, 1);
             }
         }
-        assert_eq!(next(&mut notifications).await, Some(Notification::Missed), "{round}");
+        assert_eq!(
+            next(&mut notifications).await,
+            Some(Notification::Missed),
+            "{round}"
+        );
         // It found out about the restart, so the store knows that its other connections are gone too.
-        store.notify_replicas(&[Notification::Orphans]).await.unwrap();
+        store
+            .notify_replicas(&[Notification::Orphans])
+            .await
+            .unwrap();
         assert_eq!(next(&mut notifications).await, Some(Notification::Orphans));
     }
     // While the server is away, nothing is heard, and nothing ends.

@@ -10,9 +10,9 @@ use serde_json::Value;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{Access, Deletion, KeyId, Lifecycle, Lifetimes, Role, ThreadState};
 use threadkeeper::store::{
-    Answered, DeletionTarget, Engine, ExternalMessage, Imported, ImportedMessage, Made, NewKey, Notification,
-    Pruning, Rollover, RunProgress, Sent, ThreadUpdate, Withdrawal, Withdrawn, Withholding,
-    functions_called_by, statements,
+    Answered, DeletionTarget, Engine, ExternalMessage, Imported, ImportedMessage, Made, NewKey,
+    Notification, Pruning, Rollover, RunProgress, Sent, ThreadUpdate, Withdrawal, Withdrawn,
+    Withholding, functions_called_by, statements,
 };
 
 use super::deletion::{gone, request};
@@ -22,7 +22,13 @@ use crate::support::cluster::Cluster;
 /// Rows that one scan of a plan may read, also those that it passes over.
 const MOST: f64 = 40.0;
 /// Tables of a few rows, which may be read from end to end.
-const SMALL: &[&str] = &["replicas", "api_keys", "fingerprint_key", "schema_versions", "_sqlx_migrations"];
+const SMALL: &[&str] = &[
+    "replicas",
+    "api_keys",
+    "fingerprint_key",
+    "schema_versions",
+    "_sqlx_migrations",
+];
 /// Statements that read all runs of a thread which is being deleted, and are sent once for it.
 const OF_A_WHOLE_THREAD: &[&str] = &["orphans.count_unacknowledged"];
 /// What the tables hold when the plans are judged.
@@ -30,7 +36,10 @@ const UNFINISHED: i64 = 2000;
 const HISTORY: i64 = 2000;
 const ARCHIVED: i64 = 2000;
 const LIMIT: u32 = 10;
-const NO_LIMITS: Lifetimes = Lifetimes { sessions: Limits::NONE, others: Limits::NONE };
+const NO_LIMITS: Lifetimes = Lifetimes {
+    sessions: Limits::NONE,
+    others: Limits::NONE,
+};
 
 /// What the server knows of the tables when the statements are planned.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -53,8 +62,12 @@ const NOT_TOLD: &[&str] = &[
 ];
 
 /// Indexes that are there to refuse what must not be twice.
-const UPHOLDING: &[&str] =
-    &["api_keys_pkey", "fingerprint_key_pkey", "schema_versions_pkey", "_sqlx_migrations_pkey"];
+const UPHOLDING: &[&str] = &[
+    "api_keys_pkey",
+    "fingerprint_key_pkey",
+    "schema_versions_pkey",
+    "_sqlx_migrations_pkey",
+];
 
 #[tokio::test]
 async fn query_plans_read_bounded_rows_under_any_statistics() {
@@ -68,7 +81,12 @@ async fn query_plans_read_bounded_rows_under_any_statistics() {
     ] {
         faults.extend(judged(&cluster, known).await);
     }
-    assert!(faults.is_empty(), "{} faults\n{}", faults.len(), Vec::from_iter(faults).join("\n"));
+    assert!(
+        faults.is_empty(),
+        "{} faults\n{}",
+        faults.len(),
+        Vec::from_iter(faults).join("\n")
+    );
 }
 
 /// As `threadkeeper sql` prints them: nothing but the text tells of which types the parameters are.
@@ -77,7 +95,10 @@ async fn every_printed_statement_prepares_without_declared_types() {
     let database = TestDatabase::postgres().await;
     let mut faults = Vec::new();
     for Sent { name, sql, .. } in statements(Engine::Postgres) {
-        if let Err(error) = database.try_execute(&format!("PREPARE pasted AS {sql}")).await {
+        if let Err(error) = database
+            .try_execute(&format!("PREPARE pasted AS {sql}"))
+            .await
+        {
             faults.push(format!("{name}: {error}"));
         }
         for definition in functions_called_by(sql) {
@@ -126,7 +147,10 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
         }
     }
     // One connection of each pool, so that the statements which are judged are those that were planned.
-    let config = StoreConfig { max_connections: 2, ..database.config() };
+    let config = StoreConfig {
+        max_connections: 2,
+        ..database.config()
+    };
     let store = Store::open(&config).await.unwrap();
     let first = cluster.log().len();
     story(&store, &user("warm")).await;
@@ -140,18 +164,37 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
     story(&store, &key).await;
     let judged = plans(&cluster.log()[second..]);
     store.close().await;
-    assert!(judged.len() >= 100 && planned.len() >= 100, "the server tells the plans: {}", judged.len());
-    let told: BTreeSet<&str> = planned.iter().chain(&judged).filter_map(Plan::name).collect();
+    assert!(
+        judged.len() >= 100 && planned.len() >= 100,
+        "the server tells the plans: {}",
+        judged.len()
+    );
+    let told: BTreeSet<&str> = planned
+        .iter()
+        .chain(&judged)
+        .filter_map(Plan::name)
+        .collect();
     let all: Vec<&str> = statements(Engine::Postgres).map(|it| it.name).collect();
-    let missing: Vec<_> =
-        all.iter().filter(|name| !told.contains(**name) && !NOT_TOLD.contains(name)).collect();
+    let missing: Vec<_> = all
+        .iter()
+        .filter(|name| !told.contains(**name) && !NOT_TOLD.contains(name))
+        .collect();
     assert!(missing.is_empty(), "the story sends no {missing:?}");
     let leading = leading(&database).await;
-    let read: BTreeSet<String> = planned.iter().chain(&judged).flat_map(Plan::indexes).collect();
-    let unread: Vec<_> =
-        leading.keys().filter(|it| !read.contains(*it) && !UPHOLDING.contains(&it.as_str())).collect();
+    let read: BTreeSet<String> = planned
+        .iter()
+        .chain(&judged)
+        .flat_map(Plan::indexes)
+        .collect();
+    let unread: Vec<_> = leading
+        .keys()
+        .filter(|it| !read.contains(*it) && !UPHOLDING.contains(&it.as_str()))
+        .collect();
     assert!(unread.is_empty(), "no statement reads {unread:?}");
-    let faults = planned.iter().chain(&judged).flat_map(|plan| faults(plan, &leading));
+    let faults = planned
+        .iter()
+        .chain(&judged)
+        .flat_map(|plan| faults(plan, &leading));
     faults.map(|fault| format!("{known:?}: {fault}")).collect()
 }
 
@@ -208,7 +251,10 @@ async fn unfinished(database: &TestDatabase, number: i64) {
 /// All that a replica asks the database for, about one key.
 async fn story(store: &Store, key: &ConversationKey) {
     let me = ReplicaId::new();
-    store.renew_replica(me, "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
+    store
+        .renew_replica(me, "127.0.0.1:1", Duration::from_hours(1))
+        .await
+        .unwrap();
     keys(store, key).await;
     turns(store, key, me).await;
     reads(store, key).await;
@@ -219,25 +265,63 @@ async fn story(store: &Store, key: &ConversationKey) {
 
 /// A turn, and what may happen to it.
 async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
-    let with = |strategy| Admission { strategy, replica: me, ..admission(key) };
-    let once = || Admission { idempotency: Some(idempotency("k")), ..with(MultitaskStrategy::Enqueue) };
-    store.repeated(key, "k", Duration::from_hours(1)).await.unwrap();
+    let with = |strategy| Admission {
+        strategy,
+        replica: me,
+        ..admission(key)
+    };
+    let once = || Admission {
+        idempotency: Some(idempotency("k")),
+        ..with(MultitaskStrategy::Enqueue)
+    };
+    store
+        .repeated(key, "k", Duration::from_hours(1))
+        .await
+        .unwrap();
     let turn = started(store.admit(once()).await.unwrap());
     assert_eq!(store.admit(once()).await.unwrap(), Admitted::Repeated);
-    let reject = Admission { idempotency: Some(idempotency("new")), ..with(MultitaskStrategy::Reject) };
+    let reject = Admission {
+        idempotency: Some(idempotency("new")),
+        ..with(MultitaskStrategy::Reject)
+    };
     assert_eq!(store.admit(reject.clone()).await.unwrap(), Admitted::Busy);
     expiries(store, key).await;
     let (waiting, ..) = queued(store.admit(with(MultitaskStrategy::Merge)).await.unwrap());
     store.admit(with(MultitaskStrategy::Merge)).await.unwrap();
-    let (first, ..) = queued(store.admit(with(MultitaskStrategy::Interrupt)).await.unwrap());
-    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::NotYet);
+    let (first, ..) = queued(
+        store
+            .admit(with(MultitaskStrategy::Interrupt))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        store.start_queued(&waiting).await.unwrap(),
+        QueuedStart::NotYet
+    );
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let id = UpstreamThreadId("c".to_owned());
-    let binding = Binding { id: id.clone(), intent, seeded: false, carried_users: 0 };
+    let binding = Binding {
+        id: id.clone(),
+        intent,
+        seeded: false,
+        carried_users: 0,
+    };
     assert!(store.makes_upstream_thread(turn.thread.id).await.unwrap());
-    assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
-    assert_eq!(store.bind_upstream_thread(&first, binding.clone()).await.unwrap(), Bound::Lost);
+    assert_eq!(
+        store
+            .bind_upstream_thread(&turn.lease, binding.clone())
+            .await
+            .unwrap(),
+        Bound::Done
+    );
+    assert_eq!(
+        store
+            .bind_upstream_thread(&first, binding.clone())
+            .await
+            .unwrap(),
+        Bound::Lost
+    );
     for made in [Made::Nothing, Made::Unused(&id), Made::Unknown] {
         store.resolve(OrphanId::new(), made).await.unwrap();
     }
@@ -247,50 +331,128 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let withdrawal = Withdrawal {
         message: refused.message.id,
         idempotency_key: Some("other".to_owned()),
-        end: RunEnd { discard: true, status: RunStatus::Failed, ..completed(None) },
+        end: RunEnd {
+            discard: true,
+            status: RunStatus::Failed,
+            ..completed(None)
+        },
     };
     let shared = store.withdraw(&taken_back, &withdrawal).await.unwrap();
     assert!(matches!(shared, Withdrawn::Shared { .. }), "{shared:?}");
-    closed(store.finish(&taken_back, withdrawal.end.clone()).await.unwrap());
-    let shown = EventBatch { first: 0, events: vec![LoggedEvent::Started] };
+    closed(
+        store
+            .finish(&taken_back, withdrawal.end.clone())
+            .await
+            .unwrap(),
+    );
+    let shown = EventBatch {
+        first: 0,
+        events: vec![LoggedEvent::Started],
+    };
     let upstream_run_id = Some(UpstreamRunId("resp".to_owned()));
-    let progress = RunProgress { lease: turn.lease, upstream_run_id, events: shown };
+    let progress = RunProgress {
+        lease: turn.lease,
+        upstream_run_id,
+        events: shown,
+    };
     assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
     assert!(store.sends_again(&turn.lease).await.unwrap());
-    store.pause(&turn.lease, &pause(&["call_1"], 1)).await.unwrap();
-    store.pause(&turn.lease, &pause(&["call_1"], 1)).await.unwrap();
-    store.answer_tools(key, turn.run.id, &answer(&["call_1"])).await.unwrap();
-    let again = ToolAnswer { idempotency: Some(idempotency("k")), ..answer(&["call_1"]) };
-    assert_eq!(store.answer_tools(key, turn.run.id, &again).await.unwrap(), Answered::Repeated);
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 1))
+        .await
+        .unwrap();
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 1))
+        .await
+        .unwrap();
+    store
+        .answer_tools(key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
+    let again = ToolAnswer {
+        idempotency: Some(idempotency("k")),
+        ..answer(&["call_1"])
+    };
+    assert_eq!(
+        store.answer_tools(key, turn.run.id, &again).await.unwrap(),
+        Answered::Repeated
+    );
     assert_eq!(store.requests(me).await.unwrap().len(), 1);
     assert!(store.sends_outputs(&turn.lease).await.unwrap());
     assert_eq!(store.runs_taken_over(me, &[turn.run.id]).await.unwrap(), []);
-    store.request_cancel(key, turn.run.id).await.unwrap().unwrap();
+    store
+        .request_cancel(key, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
     store.cancel_active(&first, true).await.unwrap().unwrap();
     store.cancel_active(&first, true).await.unwrap().unwrap();
-    assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
-    let discarded = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
+    assert_eq!(
+        store.finish(&turn.lease, completed(None)).await.unwrap(),
+        Closing::MustDiscard
+    );
+    let discarded = RunEnd {
+        discard: true,
+        status: RunStatus::Cancelled,
+        ..completed(None)
+    };
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
     claimed(store.start_queued(&first).await.unwrap());
     claimed(store.start_queued(&first).await.unwrap());
-    store.unsynced_messages(first.run_id, None, LIMIT).await.unwrap();
+    store
+        .unsynced_messages(first.run_id, None, LIMIT)
+        .await
+        .unwrap();
     store.earlier(first.run_id, None, LIMIT).await.unwrap();
-    let some = Withholding { before: Some(1), missing_only: false, carried: Some(1) };
+    let some = Withholding {
+        before: Some(1),
+        missing_only: false,
+        carried: Some(1),
+    };
     assert!(store.withhold_earlier(&first, &some).await.unwrap());
-    assert!(store.record_settlement(&first, turn.run.id, UpstreamSync::Missing).await.unwrap());
+    assert!(
+        store
+            .record_settlement(&first, turn.run.id, UpstreamSync::Missing)
+            .await
+            .unwrap()
+    );
     assert!(store.took_along(&first, first.run_id).await.unwrap());
-    assert!(store.record_settlement(&first, first.run_id, UpstreamSync::Missing).await.unwrap());
-    let end = RunEnd { synced: true, said: UpstreamSync::Missing, ..completed(Some("hi")) };
+    assert!(
+        store
+            .record_settlement(&first, first.run_id, UpstreamSync::Missing)
+            .await
+            .unwrap()
+    );
+    let end = RunEnd {
+        synced: true,
+        said: UpstreamSync::Missing,
+        ..completed(Some("hi"))
+    };
     closed(store.finish(&first, end.clone()).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
-    assert_eq!(orphans.iter().map(|orphan| orphan.run.id).collect::<Vec<_>>(), [waiting.run_id]);
-    let waiting = store.take_queued(me, waiting.run_id).await.unwrap().unwrap();
+    assert_eq!(
+        orphans
+            .iter()
+            .map(|orphan| orphan.run.id)
+            .collect::<Vec<_>>(),
+        [waiting.run_id]
+    );
+    let waiting = store
+        .take_queued(me, waiting.run_id)
+        .await
+        .unwrap()
+        .unwrap();
     claimed(store.start_queued(&waiting).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
-    closed(store.finish(&orphans[0].lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&orphans[0].lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
 }
 
 /// API keys, and what is asked of the schema.
@@ -309,16 +471,25 @@ async fn keys(store: &Store, key: &ConversationKey) {
     store.good_keys().await.unwrap();
     store.revoke_key(&new.prefix).await.unwrap().unwrap();
     store.fingerprint_key([1; 32]).await.unwrap();
-    store.notify_replicas(&[Notification::Orphans]).await.unwrap();
+    store
+        .notify_replicas(&[Notification::Orphans])
+        .await
+        .unwrap();
 }
 
 /// A fresh thread in the place of an expired one.
 async fn expiries(store: &Store, key: &ConversationKey) {
     let key = session("expires", key.user.as_str());
-    let admission = Admission { limits: limits(Duration::ZERO), ..admission(&key) };
+    let admission = Admission {
+        limits: limits(Duration::ZERO),
+        ..admission(&key)
+    };
     let turn = started(store.admit(admission.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    let again = Admission { limits: limits(Duration::ZERO), ..super::admission(&key) };
+    let again = Admission {
+        limits: limits(Duration::ZERO),
+        ..super::admission(&key)
+    };
     let turn = started(store.admit(again.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 }
@@ -330,46 +501,106 @@ async fn reads(store: &Store, key: &ConversationKey) {
     store.events(turn.run.id, 0).await.unwrap();
     assert_eq!(store.unfinished(key).await.unwrap().unwrap().len(), 2);
     store.run(key, turn.run.id).await.unwrap().unwrap();
-    store.report(ThreadName::Newest(key)).await.unwrap().unwrap();
-    store.report(ThreadName::Id(&key.tenant, turn.thread.id)).await.unwrap().unwrap();
+    store
+        .report(ThreadName::Newest(key))
+        .await
+        .unwrap()
+        .unwrap();
+    store
+        .report(ThreadName::Id(&key.tenant, turn.thread.id))
+        .await
+        .unwrap()
+        .unwrap();
     store.thread(turn.thread.id).await.unwrap().unwrap();
-    store.runs_of(&[turn.thread.id], (turn.thread.id, 0), LIMIT).await.unwrap();
-    store.transcripts(&[turn.thread.id], (turn.thread.id, 0), LIMIT).await.unwrap();
+    store
+        .runs_of(&[turn.thread.id], (turn.thread.id, 0), LIMIT)
+        .await
+        .unwrap();
+    store
+        .transcripts(&[turn.thread.id], (turn.thread.id, 0), LIMIT)
+        .await
+        .unwrap();
     store.transcript(turn.thread.id, 0, LIMIT).await.unwrap();
     for ascending in [true, false] {
-        let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
+        let page = PageRequest {
+            limit: LIMIT,
+            ascending,
+            ..first_page()
+        };
         store.runs(key, &page).await.unwrap();
         for across in [true, false] {
-            let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
-            store.messages(ThreadName::Newest(key), across, &page).await.unwrap();
-            store.messages(ThreadName::Id(&key.tenant, turn.thread.id), across, &page).await.unwrap();
+            let page = PageRequest {
+                limit: LIMIT,
+                ascending,
+                ..first_page()
+            };
+            store
+                .messages(ThreadName::Newest(key), across, &page)
+                .await
+                .unwrap();
+            store
+                .messages(ThreadName::Id(&key.tenant, turn.thread.id), across, &page)
+                .await
+                .unwrap();
         }
     }
-    store.update_thread(key, &ThreadUpdate::default()).await.unwrap().unwrap();
+    store
+        .update_thread(key, &ThreadUpdate::default())
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 /// Lists of a tenant with few threads beside one with many. Those of threads at work are made from all runs at work, of which
 /// the replicas allow only so many.
 async fn lists(store: &Store, key: &ConversationKey) {
-    let all = ThreadFilter { tenant: key.tenant.clone(), ..every_thread() };
+    let all = ThreadFilter {
+        tenant: key.tenant.clone(),
+        ..every_thread()
+    };
     let soon = "2100-01-01T00:00:00Z".parse().unwrap();
     let mut filters = vec![
-        ThreadFilter { user: Some(key.user.clone()), ..all.clone() },
-        ThreadFilter { upstream: Some("main".to_owned()), ..all.clone() },
-        ThreadFilter { created_before: Some(soon), ..all.clone() },
-        ThreadFilter { inactive_since: Some(soon), ..all.clone() },
-        ThreadFilter { state: Some(ThreadState::Idle), ..all.clone() },
+        ThreadFilter {
+            user: Some(key.user.clone()),
+            ..all.clone()
+        },
+        ThreadFilter {
+            upstream: Some("main".to_owned()),
+            ..all.clone()
+        },
+        ThreadFilter {
+            created_before: Some(soon),
+            ..all.clone()
+        },
+        ThreadFilter {
+            inactive_since: Some(soon),
+            ..all.clone()
+        },
+        ThreadFilter {
+            state: Some(ThreadState::Idle),
+            ..all.clone()
+        },
     ];
     for lifecycle in [Lifecycle::Current, Lifecycle::Archived, Lifecycle::Deleting] {
-        filters.push(ThreadFilter { lifecycle: Some(lifecycle), ..all.clone() });
+        filters.push(ThreadFilter {
+            lifecycle: Some(lifecycle),
+            ..all.clone()
+        });
     }
     filters.push(all);
     for filter in &filters {
         for ascending in [true, false] {
-            let page = PageRequest { limit: LIMIT, ascending, ..first_page() };
+            let page = PageRequest {
+                limit: LIMIT,
+                ascending,
+                ..first_page()
+            };
             let found = store.threads(filter, &page).await.unwrap();
             if let Some((thread, _)) = found.data.last() {
-                let page = PageRequest { after: Some(thread.id), ..page };
+                let page = PageRequest {
+                    after: Some(thread.id),
+                    ..page
+                };
                 store.threads(filter, &page).await.unwrap();
             }
         }
@@ -378,11 +609,17 @@ async fn lists(store: &Store, key: &ConversationKey) {
 
 /// What the janitor does, rollovers, deletions and imports.
 async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
-    let report = store.report(ThreadName::Newest(key)).await.unwrap().unwrap();
+    let report = store
+        .report(ThreadName::Newest(key))
+        .await
+        .unwrap()
+        .unwrap();
     let thread = report.thread.id;
     assert_eq!(store.unfinished_of(thread).await.unwrap().len(), 2);
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
-    let [active, _] = &orphans[..] else { panic!("{orphans:?}") };
+    let [active, _] = &orphans[..] else {
+        panic!("{orphans:?}")
+    };
     let rollover = |thread, by| Rollover {
         thread,
         by,
@@ -403,8 +640,10 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
         upstream_message_id: Some("x".to_owned()),
         created_at: None,
     };
-    let inserted =
-        store.insert_external_messages(by_run.new_thread, Some(active.lease), &[external]).await.unwrap();
+    let inserted = store
+        .insert_external_messages(by_run.new_thread, Some(active.lease), &[external])
+        .await
+        .unwrap();
     assert_eq!(inserted, 1);
     let message = ImportedMessage {
         id: MessageId::new(),
@@ -415,31 +654,60 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
         created_at: None,
     };
     let elsewhere = session("imported", key.user.as_str());
-    let other = ImportedThread { upstream: "other".to_owned(), ..imported(&elsewhere) };
+    let other = ImportedThread {
+        upstream: "other".to_owned(),
+        ..imported(&elsewhere)
+    };
     let all = [&imported(&elsewhere), &other];
-    let [Imported::Added(added), Imported::Taken(_)] = store.import_threads(&all).await.unwrap()[..] else {
+    let [Imported::Added(added), Imported::Taken(_)] =
+        store.import_threads(&all).await.unwrap()[..]
+    else {
         panic!("one is taken")
     };
-    store.threads_of(&elsewhere.tenant, &BTreeSet::from([added])).await.unwrap();
+    store
+        .threads_of(&elsewhere.tenant, &BTreeSet::from([added]))
+        .await
+        .unwrap();
     let archive = request(DeletionTarget::Key(elsewhere.clone()), Deletion::Archive);
     assert_eq!(store.begin_deletion(&archive, LIMIT).await.unwrap(), 1);
     store.removed(added, &gone(), &[]).await.unwrap();
     assert!(store.conclude(added, LIMIT).await.unwrap());
-    assert_eq!(import_messages(store, by_run.new_thread, &[message]).await, 1);
+    assert_eq!(
+        import_messages(store, by_run.new_thread, &[message]).await,
+        1
+    );
     store.expire(by_run.new_thread, Limits::NONE).await.unwrap();
-    store.apply_changed_limits(None, LIMIT, &NO_LIMITS).await.unwrap();
+    store
+        .apply_changed_limits(None, LIMIT, &NO_LIMITS)
+        .await
+        .unwrap();
     store.due_threads(LIMIT).await.unwrap();
-    store.lease_due_threads(LIMIT, Duration::ZERO).await.unwrap();
+    store
+        .lease_due_threads(LIMIT, Duration::ZERO)
+        .await
+        .unwrap();
     store.reschedule(thread, None, None, None).await.unwrap();
     store.upstream_orphans(thread, true, LIMIT).await.unwrap();
     store.due_upstream_orphans(LIMIT).await.unwrap();
-    store.lease_upstream_orphans(LIMIT, Duration::ZERO).await.unwrap();
+    store
+        .lease_upstream_orphans(LIMIT, Duration::ZERO)
+        .await
+        .unwrap();
     store.unacknowledged_requests(thread).await.unwrap();
     for after in [None, Some(Duration::ZERO)] {
-        store.reschedule_upstream_orphan(OrphanId::new(), None, after).await.unwrap();
+        store
+            .reschedule_upstream_orphan(OrphanId::new(), None, after)
+            .await
+            .unwrap();
     }
-    store.keep_upstream_orphan(OrphanId::new(), None).await.unwrap();
-    store.discard(thread, Duration::from_hours(1)).await.unwrap();
+    store
+        .keep_upstream_orphan(OrphanId::new(), None)
+        .await
+        .unwrap();
+    store
+        .discard(thread, Duration::from_hours(1))
+        .await
+        .unwrap();
     store.discard(thread, Duration::ZERO).await.unwrap();
     let pruning = Pruning {
         runs: Some(Duration::ZERO),
@@ -450,21 +718,38 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     };
     store.prunable(&pruning, LIMIT).await.unwrap();
     store.prune(&pruning, LIMIT).await.unwrap();
-    for target in [DeletionTarget::Key(key.clone()), DeletionTarget::User(key.user.clone())] {
-        store.deletable(&key.tenant, &target, Deletion::Erase).await.unwrap();
+    for target in [
+        DeletionTarget::Key(key.clone()),
+        DeletionTarget::User(key.user.clone()),
+    ] {
+        store
+            .deletable(&key.tenant, &target, Deletion::Erase)
+            .await
+            .unwrap();
     }
     let erase = request(DeletionTarget::User(key.user.clone()), Deletion::Erase);
     assert_eq!(store.begin_deletion(&erase, LIMIT).await.unwrap(), 2);
-    store.deletion_under_way(&key.tenant, &erase.target).await.unwrap().unwrap();
+    store
+        .deletion_under_way(&key.tenant, &erase.target)
+        .await
+        .unwrap()
+        .unwrap();
     for orphan in store.adopt_orphans(me, &[], LIMIT).await.unwrap() {
-        let ended = RunEnd { status: RunStatus::Cancelled, ..completed(None) };
+        let ended = RunEnd {
+            status: RunStatus::Cancelled,
+            ..completed(None)
+        };
         closed(store.finish(&orphan.lease, ended.clone()).await.unwrap());
     }
     for thread in [thread, by_run.new_thread] {
         store.removed(thread, &gone(), &[]).await.unwrap();
         store.conclude(thread, LIMIT).await.unwrap();
     }
-    store.deletion(&key.tenant, erase.id, None, LIMIT).await.unwrap().unwrap();
+    store
+        .deletion(&key.tenant, erase.id, None, LIMIT)
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 /// A statement and its plan.
@@ -476,7 +761,10 @@ struct Plan {
 impl Plan {
     /// The name of the statement, if it is one of the store's.
     fn name(&self) -> Option<&str> {
-        self.text.strip_prefix("/* ")?.split_once(" */").map(|(name, _)| name)
+        self.text
+            .strip_prefix("/* ")?
+            .split_once(" */")
+            .map(|(name, _)| name)
     }
 
     /// The indexes that it reads.
@@ -503,8 +791,14 @@ fn plans(log: &str) -> Vec<Plan> {
             json.push_str(line);
         }
         let told: Value = serde_json::from_str(&json).expect("a plan is JSON");
-        let text = told["Query Text"].as_str().expect("with its statement").to_owned();
-        plans.push(Plan { text, root: told["Plan"].clone() });
+        let text = told["Query Text"]
+            .as_str()
+            .expect("with its statement")
+            .to_owned();
+        plans.push(Plan {
+            text,
+            root: told["Plan"].clone(),
+        });
     }
     plans
 }
@@ -515,7 +809,11 @@ async fn leading(database: &TestDatabase) -> BTreeMap<String, String> {
                    JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0] \
                    WHERE i.relnamespace = 'public'::regnamespace";
     let columns = database.texts(columns).await;
-    columns.iter().map(|text| text.split_once(' ').unwrap()).map(|(i, c)| (i.into(), c.into())).collect()
+    columns
+        .iter()
+        .map(|text| text.split_once(' ').unwrap())
+        .map(|(i, c)| (i.into(), c.into()))
+        .collect()
 }
 
 /// What a plan does that it should not.
@@ -537,28 +835,55 @@ fn faults(plan: &Plan, leading: &BTreeMap<String, String>) -> Vec<String> {
                 + number("Rows Removed by Index Recheck"));
         let what = if kind == "Seq Scan" {
             format!("reads {table} from end to end")
-        } else if !index.is_empty() && !text("Index Cond").contains(&format!("({} ", leading[index])) {
-            format!("reads {index} from end to end ({} {})", text("Index Cond"), text("Filter"))
-        } else if read > MOST && !plan.name().is_some_and(|name| OF_A_WHOLE_THREAD.contains(&name)) {
-            format!("reads {read} rows of {table} by {index} ({}; {})", text("Index Cond"), text("Filter"))
+        } else if !index.is_empty()
+            && !text("Index Cond").contains(&format!("({} ", leading[index]))
+        {
+            format!(
+                "reads {index} from end to end ({} {})",
+                text("Index Cond"),
+                text("Filter")
+            )
+        } else if read > MOST
+            && !plan
+                .name()
+                .is_some_and(|name| OF_A_WHOLE_THREAD.contains(&name))
+        {
+            format!(
+                "reads {read} rows of {table} by {index} ({}; {})",
+                text("Index Cond"),
+                text("Filter")
+            )
         } else {
             continue;
         };
         let statement = plan.text.split_whitespace().collect::<Vec<_>>().join(" ");
         let tail = statement.len().saturating_sub(200);
-        faults.push(format!("{what}, in: {:.60} … {}", statement, statement.get(tail..).unwrap_or_default()));
+        faults.push(format!(
+            "{what}, in: {:.60} … {}",
+            statement,
+            statement.get(tail..).unwrap_or_default()
+        ));
     }
     faults
 }
 
 /// Tables that grow with use.
 const GROWING: &[&str] = &[
-    "threads", "runs", "messages", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
+    "threads",
+    "runs",
+    "messages",
+    "run_events",
+    "idempotency_keys",
+    "upstream_orphans",
+    "deletions",
     "deleted_threads",
 ];
 /// Statements that read an index of unfinished runs from end to end: there are as many as this one process works on.
-const OF_ALL_UNFINISHED: &[&str] =
-    &["replicas.find_orphans", "threads.list_at_work_upwards", "threads.list_at_work_downwards"];
+const OF_ALL_UNFINISHED: &[&str] = &[
+    "replicas.find_orphans",
+    "threads.list_at_work_upwards",
+    "threads.list_at_work_downwards",
+];
 
 /// SQLite plans without its parameters' values, and by statistics only if somebody asked for them.
 #[tokio::test]
@@ -573,10 +898,14 @@ async fn sqlite_plans_never_scan_growing_tables() {
             if analyzed {
                 database.execute("ANALYZE").await;
             }
-            for Sent { name, sql: script, .. } in statements(Engine::Sqlite) {
+            for Sent {
+                name, sql: script, ..
+            } in statements(Engine::Sqlite)
+            {
                 for (statement, steps) in database.sqlite_plans(script).await {
                     for step in steps {
-                        let is_fine = !scans_what_grows(statement, &step) || OF_ALL_UNFINISHED.contains(name);
+                        let is_fine =
+                            !scans_what_grows(statement, &step) || OF_ALL_UNFINISHED.contains(name);
                         if !is_fine {
                             faults.insert(format!("{name}: {step}"));
                         }
@@ -590,13 +919,18 @@ async fn sqlite_plans_never_scan_growing_tables() {
 
 /// Whether a step of a plan reads a table that grows, known there by its name or by its alias.
 fn scans_what_grows(statement: &str, step: &str) -> bool {
-    let Some(rest) = step.strip_prefix("SCAN ") else { return false };
+    let Some(rest) = step.strip_prefix("SCAN ") else {
+        return false;
+    };
     let scanned = rest.split(' ').next().unwrap_or_default();
-    let words: Vec<&str> =
-        statement.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|it| !it.is_empty()).collect();
+    let words: Vec<&str> = statement
+        .split(|c: char| !(c.is_alphanumeric() || c == '_'))
+        .filter(|it| !it.is_empty())
+        .collect();
     let stands_for = |table: &&str| {
         let named = |pair: &[&str]| pair[0] == *table && pair[1] == scanned;
-        let named_as = |three: &[&str]| three[0] == *table && three[1] == "AS" && three[2] == scanned;
+        let named_as =
+            |three: &[&str]| three[0] == *table && three[1] == "AS" && three[2] == scanned;
         *table == scanned || words.windows(2).any(named) || words.windows(3).any(named_as)
     };
     !rest.contains("VIRTUAL TABLE") && GROWING.iter().any(stands_for)

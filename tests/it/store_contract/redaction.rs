@@ -21,25 +21,42 @@ on_every_backend!(
 async fn redacting(database: &TestDatabase, store: &Store) -> Store {
     // A SQLite file serves one store.
     store.close().await;
-    Store::open(&StoreConfig { transcript: Transcript::Off, ..database.config() }).await.unwrap()
+    Store::open(&StoreConfig {
+        transcript: Transcript::Off,
+        ..database.config()
+    })
+    .await
+    .unwrap()
 }
 
 fn says(key: &ConversationKey, strategy: MultitaskStrategy) -> Admission {
     Admission {
-        message: InputMessage { id: MessageId::new(), content: text(SAID) },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: text(SAID),
+        },
         strategy,
         ..admission(key)
     }
 }
 
 fn asks() -> RequiredAction {
-    let call = ToolCall { id: "call".to_owned(), name: "f".to_owned(), arguments: SAID.to_owned() };
-    RequiredAction { tool_calls: vec![call] }
+    let call = ToolCall {
+        id: "call".to_owned(),
+        name: "f".to_owned(),
+        arguments: SAID.to_owned(),
+    };
+    RequiredAction {
+        tool_calls: vec![call],
+    }
 }
 
 fn asking() -> Pause {
-    let events =
-        vec![LoggedEvent::Started, LoggedEvent::Delta(SAID.to_owned()), LoggedEvent::RequiresAction(asks())];
+    let events = vec![
+        LoggedEvent::Started,
+        LoggedEvent::Delta(SAID.to_owned()),
+        LoggedEvent::RequiresAction(asks()),
+    ];
     Pause {
         required_action: asks(),
         upstream_run_id: Some(UpstreamRunId("up".to_owned())),
@@ -52,42 +69,106 @@ fn asking() -> Pause {
 async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     assert!(!store.keeps_content());
-    let turn = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    assert_eq!(turn.input[0].content, text(SAID), "a turn that starts at once says it");
-    let (waiting, ..) = queued(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    let merged = store.admit(says(&key, MultitaskStrategy::Merge)).await.unwrap();
+    let turn = started(
+        store
+            .admit(says(&key, MultitaskStrategy::Enqueue))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        turn.input[0].content,
+        text(SAID),
+        "a turn that starts at once says it"
+    );
+    let (waiting, ..) = queued(
+        store
+            .admit(says(&key, MultitaskStrategy::Enqueue))
+            .await
+            .unwrap(),
+    );
+    let merged = store
+        .admit(says(&key, MultitaskStrategy::Merge))
+        .await
+        .unwrap();
     assert!(matches!(merged, Admitted::Merged { .. }), "{merged:?}");
 
-    let shown =
-        EventBatch { first: 0, events: vec![LoggedEvent::Started, LoggedEvent::Delta(SAID.to_owned())] };
-    let progress = RunProgress { lease: turn.lease, upstream_run_id: None, events: shown };
+    let shown = EventBatch {
+        first: 0,
+        events: vec![LoggedEvent::Started, LoggedEvent::Delta(SAID.to_owned())],
+    };
+    let progress = RunProgress {
+        lease: turn.lease,
+        upstream_run_id: None,
+        events: shown,
+    };
     assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
     let paused = store.pause(&turn.lease, &asking()).await.unwrap();
     assert!(matches!(paused, Paused::Waiting(_)), "{paused:?}");
     let length = i64::try_from(SAID.len()).unwrap();
     let batches = store.events(turn.run.id, 0).await.unwrap();
     let numbers: Vec<i64> = batches.iter().map(EventBatch::end).collect();
-    assert_eq!(numbers.last(), Some(&(1 + length + 1)), "events keep their numbers");
-    let output = ToolOutput { tool_call_id: "call".to_owned(), output: SAID.to_owned() };
-    let answer = ToolAnswer { expected: asks(), outputs: vec![output], idempotency: None };
-    let answered = store.answer_tools(&key, turn.run.id, &answer).await.unwrap();
+    assert_eq!(
+        numbers.last(),
+        Some(&(1 + length + 1)),
+        "events keep their numbers"
+    );
+    let output = ToolOutput {
+        tool_call_id: "call".to_owned(),
+        output: SAID.to_owned(),
+    };
+    let answer = ToolAnswer {
+        expected: asks(),
+        outputs: vec![output],
+        idempotency: None,
+    };
+    let answered = store
+        .answer_tools(&key, turn.run.id, &answer)
+        .await
+        .unwrap();
     assert!(matches!(answered, Answered::Resumed(_)), "{answered:?}");
     let requests = store.requests(turn_owner(database).await).await.unwrap();
-    assert!(!requests.iter().any(|it| matches!(it, Request::Resume { .. })), "{requests:?}");
+    assert!(
+        !requests
+            .iter()
+            .any(|it| matches!(it, Request::Resume { .. })),
+        "{requests:?}"
+    );
 
     let mut end = completed(Some(SAID));
     end.reply.as_mut().unwrap().sync = UpstreamSync::Missing;
-    end.events = EventBatch { first: 20, events: vec![LoggedEvent::Delta(SAID.to_owned())] };
+    end.events = EventBatch {
+        first: 20,
+        events: vec![LoggedEvent::Delta(SAID.to_owned())],
+    };
     end.drops_log = true;
     for _ in 0..2 {
-        let message = closed(store.finish(&turn.lease, end.clone()).await.unwrap()).message.unwrap();
-        assert_eq!((message.content, message.sync), (text(SAID), UpstreamSync::Withheld));
+        let message = closed(store.finish(&turn.lease, end.clone()).await.unwrap())
+            .message
+            .unwrap();
+        assert_eq!(
+            (message.content, message.sync),
+            (text(SAID), UpstreamSync::Withheld)
+        );
     }
-    assert_eq!(store.events(turn.run.id, 20).await.unwrap().len(), 1, "the record does not tell the log");
+    assert_eq!(
+        store.events(turn.run.id, 20).await.unwrap().len(),
+        1,
+        "the record does not tell the log"
+    );
     let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.input.len(), 2);
-    assert!(next.input.iter().all(|message| message.content.is_empty()), "who says it knows it");
-    assert!(store.unsynced_messages(next.run.id, None, 10).await.unwrap().data.is_empty());
+    assert!(
+        next.input.iter().all(|message| message.content.is_empty()),
+        "who says it knows it"
+    );
+    assert!(
+        store
+            .unsynced_messages(next.run.id, None, 10)
+            .await
+            .unwrap()
+            .data
+            .is_empty()
+    );
     let left = UnsettledRun {
         run: next.run.id,
         thread: None,
@@ -105,9 +186,22 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
         ..completed(None)
     };
     let finished = closed(store.finish(&waiting, cut.clone()).await.unwrap());
-    assert_eq!(finished.thread.unsettled_run.unwrap().open_calls[0].arguments, "");
-    let third = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    assert!(store.record_settlement(&third.lease, waiting.run_id, UpstreamSync::Missing).await.unwrap());
+    assert_eq!(
+        finished.thread.unsettled_run.unwrap().open_calls[0].arguments,
+        ""
+    );
+    let third = started(
+        store
+            .admit(says(&key, MultitaskStrategy::Enqueue))
+            .await
+            .unwrap(),
+    );
+    assert!(
+        store
+            .record_settlement(&third.lease, waiting.run_id, UpstreamSync::Missing)
+            .await
+            .unwrap()
+    );
     let transcript = store.transcript(third.thread.id, 0, 10).await.unwrap();
     let syncs: Vec<_> = transcript.iter().map(|message| message.sync).collect();
     assert_eq!(
@@ -132,7 +226,9 @@ async fn turn_owner(database: &TestDatabase) -> ReplicaId {
     } else {
         "replace(owner::text, '-', '')"
     };
-    let owners = database.texts(&format!("SELECT {hex} FROM runs WHERE seq = 1")).await;
+    let owners = database
+        .texts(&format!("SELECT {hex} FROM runs WHERE seq = 1"))
+        .await;
     ReplicaId::from_uuid(owners[0].parse().unwrap())
 }
 
@@ -157,10 +253,21 @@ async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, sto
         upstream_message_id: Some("item".to_owned()),
         created_at: None,
     };
-    assert_eq!(store.insert_external_messages(thread, None, &[external]).await.unwrap(), 1);
+    assert_eq!(
+        store
+            .insert_external_messages(thread, None, &[external])
+            .await
+            .unwrap(),
+        1
+    );
     let transcript = store.transcript(thread, 0, 10).await.unwrap();
     assert!(transcript.iter().all(|message| message.content.is_empty()));
-    assert!(transcript.iter().all(|message| message.sync != UpstreamSync::Missing), "it could not be sent");
+    assert!(
+        transcript
+            .iter()
+            .all(|message| message.sync != UpstreamSync::Missing),
+        "it could not be sent"
+    );
     check_invariants(database).await;
     store.close().await;
     assert_eq!(database.holding(SAID).await, Vec::<String>::new());
@@ -168,18 +275,51 @@ async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, sto
 
 async fn takeover_of_redacted_run_loses_content(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
-    let turn = started(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
-    queued(store.admit(says(&key, MultitaskStrategy::Enqueue)).await.unwrap());
+    let turn = started(
+        store
+            .admit(says(&key, MultitaskStrategy::Enqueue))
+            .await
+            .unwrap(),
+    );
+    queued(
+        store
+            .admit(says(&key, MultitaskStrategy::Enqueue))
+            .await
+            .unwrap(),
+    );
     store.pause(&turn.lease, &asking()).await.unwrap();
     let heir = ReplicaId::new();
     let orphans = store.adopt_orphans(heir, &[], 9).await.unwrap();
-    let lost: Vec<_> = orphans.iter().map(|it| (it.run.status, it.content_lost)).collect();
-    assert_eq!(lost, [(RunStatus::RequiresAction, false), (RunStatus::Queued, true)]);
-    assert_eq!(orphans[0].content, [], "what it had said is not known either");
+    let lost: Vec<_> = orphans
+        .iter()
+        .map(|it| (it.run.status, it.content_lost))
+        .collect();
+    assert_eq!(
+        lost,
+        [
+            (RunStatus::RequiresAction, false),
+            (RunStatus::Queued, true)
+        ]
+    );
+    assert_eq!(
+        orphans[0].content,
+        [],
+        "what it had said is not known either"
+    );
     // Outputs that come reach it by the process that takes them: another one could not send them.
-    let output = ToolOutput { tool_call_id: "call".to_owned(), output: SAID.to_owned() };
-    let answer = ToolAnswer { expected: asks(), outputs: vec![output], idempotency: None };
-    store.answer_tools(&key, turn.run.id, &answer).await.unwrap();
+    let output = ToolOutput {
+        tool_call_id: "call".to_owned(),
+        output: SAID.to_owned(),
+    };
+    let answer = ToolAnswer {
+        expected: asks(),
+        outputs: vec![output],
+        idempotency: None,
+    };
+    store
+        .answer_tools(&key, turn.run.id, &answer)
+        .await
+        .unwrap();
     assert!(store.adopt_orphans(heir, &[], 1).await.unwrap()[0].content_lost);
     store.close().await;
 }
@@ -187,10 +327,25 @@ async fn takeover_of_redacted_run_loses_content(database: &TestDatabase, store: 
 async fn redacted_rollover_carries_no_messages(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
-    let rollover =
-        Rollover { thread, by: None, new_thread: ThreadId::new(), carry_over: 5, limits: Limits::NONE };
+    let rollover = Rollover {
+        thread,
+        by: None,
+        new_thread: ThreadId::new(),
+        carry_over: 5,
+        limits: Limits::NONE,
+    };
     let rolled = store.roll_over(&rollover).await.unwrap();
-    assert!(matches!(&rolled, Rolled::Done { thread, .. } if thread.carried == 0), "{rolled:?}");
-    assert!(store.carried(rollover.new_thread, None, 10).await.unwrap().data.is_empty());
+    assert!(
+        matches!(&rolled, Rolled::Done { thread, .. } if thread.carried == 0),
+        "{rolled:?}"
+    );
+    assert!(
+        store
+            .carried(rollover.new_thread, None, 10)
+            .await
+            .unwrap()
+            .data
+            .is_empty()
+    );
     store.close().await;
 }

@@ -26,8 +26,19 @@ const ALIVE: Duration = Duration::from_mins(1);
 
 /// Registers a replica and lets it start a run on the key.
 async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> StartedRun {
-    store.renew_replica(replica, "127.0.0.1:1", ALIVE).await.unwrap();
-    started(store.admit(Admission { replica, ..admission(key) }).await.unwrap())
+    store
+        .renew_replica(replica, "127.0.0.1:1", ALIVE)
+        .await
+        .unwrap();
+    started(
+        store
+            .admit(Admission {
+                replica,
+                ..admission(key)
+            })
+            .await
+            .unwrap(),
+    )
 }
 
 fn runs(orphans: &[OrphanedRun]) -> Vec<RunId> {
@@ -35,8 +46,12 @@ fn runs(orphans: &[OrphanedRun]) -> Vec<RunId> {
 }
 
 async fn only_dead_replicas_leave_orphans(_: &TestDatabase, store: &Store) {
-    let (alive, retired, lapsed, me) =
-        (ReplicaId::new(), ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
+    let (alive, retired, lapsed, me) = (
+        ReplicaId::new(),
+        ReplicaId::new(),
+        ReplicaId::new(),
+        ReplicaId::new(),
+    );
     busy(store, &user("a"), alive).await;
     let of_retired = busy(store, &user("b"), retired).await;
     let of_lapsed = busy(store, &user("c"), lapsed).await;
@@ -45,16 +60,26 @@ async fn only_dead_replicas_leave_orphans(_: &TestDatabase, store: &Store) {
     closed(store.finish(&done.lease, completed(None)).await.unwrap());
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     store.retire_replica(retired).await.unwrap();
-    store.renew_replica(lapsed, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+    store
+        .renew_replica(lapsed, "127.0.0.1:1", Duration::ZERO)
+        .await
+        .unwrap();
 
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
-    assert_eq!(runs(&orphans), [of_retired.run.id, of_lapsed.run.id, of_unknown.run.id]);
+    assert_eq!(
+        runs(&orphans),
+        [of_retired.run.id, of_lapsed.run.id, of_unknown.run.id]
+    );
     for (orphan, before) in orphans.iter().zip([&of_retired, &of_lapsed, &of_unknown]) {
         assert_eq!((&orphan.run, &orphan.thread), (&before.run, &before.thread));
         assert_eq!(orphan.lease.run_id, before.run.id);
         assert!(orphan.lease.fence > before.lease.fence);
     }
-    assert_eq!(store.adopt_orphans(me, &runs(&orphans), 100).await.unwrap(), [], "they have an owner again");
+    assert_eq!(
+        store.adopt_orphans(me, &runs(&orphans), 100).await.unwrap(),
+        [],
+        "they have an owner again"
+    );
 }
 
 async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store: &Store) {
@@ -63,8 +88,15 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
     let mut wanted = vec![busy(store, &first, dead).await.run.id];
     let other = busy(store, &second, dead).await.run.id;
     for _ in 0..4 {
-        let (_, _, run, _) =
-            queued(store.admit(Admission { replica: dead, ..admission(&first) }).await.unwrap());
+        let (_, _, run, _) = queued(
+            store
+                .admit(Admission {
+                    replica: dead,
+                    ..admission(&first)
+                })
+                .await
+                .unwrap(),
+        );
         wanted.push(run.id);
     }
     wanted.push(other);
@@ -79,7 +111,10 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
     }
     assert_eq!(runs(&adopted), wanted);
     // The new owner can go on where the old one stopped.
-    let end = RunEnd { status: RunStatus::Failed, ..completed(None) };
+    let end = RunEnd {
+        status: RunStatus::Failed,
+        ..completed(None)
+    };
     for orphan in &adopted {
         if orphan.run.status == RunStatus::Queued {
             claimed(store.start_queued(&orphan.lease).await.unwrap());
@@ -93,9 +128,15 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
 async fn lapsed_replica_session_can_be_renewed(_: &TestDatabase, store: &Store) {
     let (late, me) = (ReplicaId::new(), ReplicaId::new());
     let turn = busy(store, &user("a"), late).await;
-    store.renew_replica(late, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+    store
+        .renew_replica(late, "127.0.0.1:1", Duration::ZERO)
+        .await
+        .unwrap();
     // In time: nobody has adopted yet.
-    store.renew_replica(late, "127.0.0.1:1", ALIVE).await.unwrap();
+    store
+        .renew_replica(late, "127.0.0.1:1", ALIVE)
+        .await
+        .unwrap();
     assert_eq!(store.adopt_orphans(me, &[], 100).await.unwrap(), []);
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 }
@@ -104,43 +145,100 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     let (dead, me) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, dead).await;
-    let (waiting, ..) = queued(store.admit(Admission { replica: dead, ..admission(&key) }).await.unwrap());
+    let (waiting, ..) = queued(
+        store
+            .admit(Admission {
+                replica: dead,
+                ..admission(&key)
+            })
+            .await
+            .unwrap(),
+    );
     store.retire_replica(dead).await.unwrap();
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
-    let before = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
+    let before = (
+        seen(store, &key).await,
+        store.runs(&key, &first_page()).await.unwrap(),
+    );
 
     // The dead replica was only paused, and goes on.
     let id = UpstreamThreadId("conv_late".to_owned());
     assert!(!bind(store, &turn.lease, &id, false).await);
-    assert_eq!(store.finish(&turn.lease, completed(Some("late"))).await.unwrap(), Closing::Lost);
-    assert_eq!(store.finish(&waiting, completed(None)).await.unwrap(), Closing::Lost);
-    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::Lost);
-    let after = (seen(store, &key).await, store.runs(&key, &first_page()).await.unwrap());
+    assert_eq!(
+        store
+            .finish(&turn.lease, completed(Some("late")))
+            .await
+            .unwrap(),
+        Closing::Lost
+    );
+    assert_eq!(
+        store.finish(&waiting, completed(None)).await.unwrap(),
+        Closing::Lost
+    );
+    assert_eq!(
+        store.start_queued(&waiting).await.unwrap(),
+        QueuedStart::Lost
+    );
+    let after = (
+        seen(store, &key).await,
+        store.runs(&key, &first_page()).await.unwrap(),
+    );
     assert_eq!(before, after);
 
-    closed(store.finish(&orphans[0].lease, completed(Some("hi"))).await.unwrap());
-    assert_eq!(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap(), Closing::Lost);
-    assert_eq!(store.start_queued(&waiting).await.unwrap(), QueuedStart::Lost);
+    closed(
+        store
+            .finish(&orphans[0].lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+        Closing::Lost
+    );
+    assert_eq!(
+        store.start_queued(&waiting).await.unwrap(),
+        QueuedStart::Lost
+    );
     claimed(store.start_queued(&orphans[1].lease).await.unwrap());
-    assert_eq!(transcript(store, &key).await, ["user: hello", "assistant: hi", "user: hello"]);
+    assert_eq!(
+        transcript(store, &key).await,
+        ["user: hello", "assistant: hi", "user: hello"]
+    );
     check_invariants(database).await;
 }
 
 async fn concurrent_adopters_share_orphans(_: &TestDatabase, store: &Store) {
     let mut wanted = vec![];
     for name in 0..20 {
-        wanted.push(started(store.admit(admission(&user(&name.to_string()))).await.unwrap()).run.id);
+        wanted.push(
+            started(
+                store
+                    .admit(admission(&user(&name.to_string())))
+                    .await
+                    .unwrap(),
+            )
+            .run
+            .id,
+        );
     }
     let adopters: Vec<_> = (0..4).map(|_| ReplicaId::new()).collect();
     for id in &adopters {
-        store.renew_replica(*id, "127.0.0.1:2", ALIVE).await.unwrap();
+        store
+            .renew_replica(*id, "127.0.0.1:2", ALIVE)
+            .await
+            .unwrap();
     }
     let mut adopted = vec![];
     // A row that one adopter looks at is passed over by the others, so it may take a second round.
     while adopted.len() < wanted.len() {
         let working = runs(&adopted);
-        let parts = adopters.iter().map(|id| store.adopt_orphans(*id, &working, 3));
+        let parts = adopters
+            .iter()
+            .map(|id| store.adopt_orphans(*id, &working, 3));
         let parts = futures_util::future::join_all(parts).await;
         let part: Vec<_> = parts.into_iter().flat_map(Result::unwrap).collect();
         assert!(!part.is_empty(), "some are left, and all are free");
@@ -162,18 +260,34 @@ async fn replica_adopts_its_own_stray_runs(database: &TestDatabase, store: &Stor
     let first = store.adopt_orphans(me, &[own], 100).await.unwrap();
     assert_eq!(runs(&first), [lost]);
     let again = store.adopt_orphans(me, &[own], 100).await.unwrap();
-    assert_eq!((runs(&again), again[0].previous_owner), (vec![lost], Some(me)));
+    assert_eq!(
+        (runs(&again), again[0].previous_owner),
+        (vec![lost], Some(me))
+    );
     assert!(again[0].lease.fence > first[0].lease.fence);
-    assert_eq!(store.adopt_orphans(me, &[own, lost], 100).await.unwrap(), []);
+    assert_eq!(
+        store.adopt_orphans(me, &[own, lost], 100).await.unwrap(),
+        []
+    );
 
     // An own run of the first fence may be an admission under way, until it is too old for that.
     assert_eq!(store.adopt_orphans(me, &[lost], 100).await.unwrap(), []);
     database.age_runs(Duration::from_mins(1)).await;
-    assert_eq!(store.adopt_orphans(me, &[lost, own], 100).await.unwrap(), [], "it is worked on");
+    assert_eq!(
+        store.adopt_orphans(me, &[lost, own], 100).await.unwrap(),
+        [],
+        "it is worked on"
+    );
     let stray = store.adopt_orphans(me, &[lost], 100).await.unwrap();
     assert_eq!((runs(&stray), stray[0].lease.fence), (vec![own], 2));
     // Another replica leaves both alone: their owner lives.
-    assert_eq!(store.adopt_orphans(ReplicaId::new(), &[], 100).await.unwrap(), []);
+    assert_eq!(
+        store
+            .adopt_orphans(ReplicaId::new(), &[], 100)
+            .await
+            .unwrap(),
+        []
+    );
 }
 
 async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
@@ -181,12 +295,23 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     let (plain, waits, answered, late) = (user("a"), user("b"), user("c"), user("d"));
     let calls = pause(&["call_1"], 0);
     let first = busy(store, &plain, dead).await;
-    queued(store.admit(Admission { replica: dead, ..admission(&plain) }).await.unwrap());
+    queued(
+        store
+            .admit(Admission {
+                replica: dead,
+                ..admission(&plain)
+            })
+            .await
+            .unwrap(),
+    );
     let turn = busy(store, &waits, dead).await;
     store.pause(&turn.lease, &calls).await.unwrap();
     let turn = busy(store, &answered, dead).await;
     store.pause(&turn.lease, &calls).await.unwrap();
-    store.answer_tools(&answered, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    store
+        .answer_tools(&answered, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     let turn = busy(store, &late, dead).await;
     database
         .execute(&format!(
@@ -195,7 +320,11 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
             late.user.as_str()
         ))
         .await;
-    store.request_cancel(&late, turn.run.id).await.unwrap().unwrap();
+    store
+        .request_cancel(&late, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
     store.retire_replica(dead).await.unwrap();
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
 
@@ -210,10 +339,27 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     let mut orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans.len(), wanted.len());
     for (orphan, (status, has_time, content, outputs)) in orphans.iter().zip(&wanted) {
-        assert_eq!((orphan.run.status, &orphan.content, &orphan.outputs), (*status, content, outputs));
-        assert!(orphan.time_left <= Duration::from_mins(1), "{:?}", orphan.time_left);
-        assert_eq!(orphan.time_left > Duration::from_secs(30), *has_time, "{status}: {:?}", orphan.time_left);
-        assert_eq!(orphan.time_left.is_zero(), !has_time, "{status}: {:?}", orphan.time_left);
+        assert_eq!(
+            (orphan.run.status, &orphan.content, &orphan.outputs),
+            (*status, content, outputs)
+        );
+        assert!(
+            orphan.time_left <= Duration::from_mins(1),
+            "{:?}",
+            orphan.time_left
+        );
+        assert_eq!(
+            orphan.time_left > Duration::from_secs(30),
+            *has_time,
+            "{status}: {:?}",
+            orphan.time_left
+        );
+        assert_eq!(
+            orphan.time_left.is_zero(),
+            !has_time,
+            "{status}: {:?}",
+            orphan.time_left
+        );
     }
     // With what the user said, of all that had started.
     assert_eq!(orphans[0].input, first.input);
@@ -223,19 +369,35 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     let requests = store.requests(me).await.unwrap();
     assert_eq!(requests.len(), 2, "{requests:?}");
     let orphan = orphans.remove(2);
-    assert_eq!(orphan.run.required_action, Some(calls.required_action.clone()));
-    store.answer_tools(&waits, orphan.run.id, &answer(&["call_1"])).await.unwrap();
+    assert_eq!(
+        orphan.run.required_action,
+        Some(calls.required_action.clone())
+    );
+    store
+        .answer_tools(&waits, orphan.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     let calls = pause(&["call_2"], calls.events.end());
     let paused = store.pause(&orphan.lease, &calls).await.unwrap();
-    assert!(matches!(paused, threadkeeper::store::Paused::Waiting(_)), "{paused:?}");
+    assert!(
+        matches!(paused, threadkeeper::store::Paused::Waiting(_)),
+        "{paused:?}"
+    );
     check_invariants(database).await;
 }
 
 async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let mine = busy(store, &user("a"), me).await.run.id;
-    let (waiting, ..) =
-        queued(store.admit(Admission { replica: me, ..admission(&user("a")) }).await.unwrap());
+    let (waiting, ..) = queued(
+        store
+            .admit(Admission {
+                replica: me,
+                ..admission(&user("a"))
+            })
+            .await
+            .unwrap(),
+    );
     let ended = busy(store, &user("b"), me).await;
     let others = busy(store, &user("c"), other).await.run.id;
     closed(store.finish(&ended.lease, completed(None)).await.unwrap());
@@ -243,10 +405,20 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     let working = [mine, waiting.run_id, ended.run.id, RunId::new()];
     assert_eq!(store.runs_taken_over(me, &working).await.unwrap(), []);
     assert_eq!(store.runs_taken_over(me, &[]).await.unwrap(), []);
-    assert_eq!(store.runs_taken_over(me, &[others, mine]).await.unwrap(), [others]);
+    assert_eq!(
+        store.runs_taken_over(me, &[others, mine]).await.unwrap(),
+        [others]
+    );
 
-    let taken = store.take_queued(other, waiting.run_id).await.unwrap().unwrap();
-    assert_eq!(store.runs_taken_over(me, &working).await.unwrap(), [waiting.run_id]);
+    let taken = store
+        .take_queued(other, waiting.run_id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        store.runs_taken_over(me, &working).await.unwrap(),
+        [waiting.run_id]
+    );
     closed(store.finish(&taken, completed(None)).await.unwrap());
     assert_eq!(
         store.runs_taken_over(me, &working).await.unwrap(),
@@ -254,27 +426,46 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
         "even if it has ended there"
     );
     assert_eq!(
-        store.runs_taken_over(me, &[mine, ended.run.id]).await.unwrap(),
+        store
+            .runs_taken_over(me, &[mine, ended.run.id])
+            .await
+            .unwrap(),
         [],
         "only of those that were named"
     );
 
     store.retire_replica(me).await.unwrap();
     store.adopt_orphans(other, &[others], 10).await.unwrap();
-    assert_eq!(store.runs_taken_over(me, &[mine, ended.run.id]).await.unwrap(), [mine]);
+    assert_eq!(
+        store
+            .runs_taken_over(me, &[mine, ended.run.id])
+            .await
+            .unwrap(),
+        [mine]
+    );
 }
 
 async fn renewal_reports_peers_and_database_time(database: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
-    for (ttl, has_peers) in [(None, false), (Some(ALIVE), true), (Some(Duration::ZERO), false)] {
+    for (ttl, has_peers) in [
+        (None, false),
+        (Some(ALIVE), true),
+        (Some(Duration::ZERO), false),
+    ] {
         if let Some(ttl) = ttl {
-            store.renew_replica(other, "127.0.0.1:1", ttl).await.unwrap();
+            store
+                .renew_replica(other, "127.0.0.1:1", ttl)
+                .await
+                .unwrap();
         }
         for _ in 0..2 {
             let before = database.clock().await;
             let renewed = store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
             assert_eq!(renewed.has_peers, has_peers, "{ttl:?}");
-            assert!((before..=database.clock().await).contains(&renewed.now), "{renewed:?}");
+            assert!(
+                (before..=database.clock().await).contains(&renewed.now),
+                "{renewed:?}"
+            );
         }
     }
 }
@@ -283,14 +474,25 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let key = user("a");
     let turn = busy(store, &key, me).await;
-    let (waiting, ..) = queued(store.admit(Admission { replica: me, ..admission(&key) }).await.unwrap());
+    let (waiting, ..) = queued(
+        store
+            .admit(Admission {
+                replica: me,
+                ..admission(&key)
+            })
+            .await
+            .unwrap(),
+    );
     let kept = busy(store, &user("b"), me).await;
     let ended = busy(store, &user("c"), me).await;
     closed(store.finish(&ended.lease, completed(None)).await.unwrap());
     let others = busy(store, &user("d"), other).await;
 
     store.release(&[]).await.unwrap();
-    let stale = RunLease { fence: others.lease.fence - 1, ..others.lease };
+    let stale = RunLease {
+        fence: others.lease.fence - 1,
+        ..others.lease
+    };
     let leases = [waiting, turn.lease, ended.lease, stale];
     for _ in 0..2 {
         store.release(&leases).await.unwrap();
@@ -299,12 +501,19 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
     let mut lost = store.runs_taken_over(me, &working).await.unwrap();
     lost.sort_unstable();
     assert_eq!(lost, [turn.run.id, waiting.run_id]);
-    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
+    store
+        .request_cancel(&key, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(store.requests(me).await.unwrap(), [], "nobody is asked");
     check_invariants(database).await;
 
     // Although its session is alive.
-    let orphans = store.adopt_orphans(other, &[others.run.id], 10).await.unwrap();
+    let orphans = store
+        .adopt_orphans(other, &[others.run.id], 10)
+        .await
+        .unwrap();
     assert_eq!(runs(&orphans), [turn.run.id, waiting.run_id]);
     for (orphan, lease) in orphans.iter().zip([turn.lease, waiting]) {
         assert_eq!(orphan.previous_owner, None);
@@ -312,7 +521,10 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
     }
     // A release that comes late takes nothing away.
     store.release(&leases).await.unwrap();
-    assert_eq!(store.adopt_orphans(me, &[kept.run.id], 10).await.unwrap(), []);
+    assert_eq!(
+        store.adopt_orphans(me, &[kept.run.id], 10).await.unwrap(),
+        []
+    );
     assert_eq!(store.requests(other).await.unwrap().len(), 1);
     closed(store.finish(&kept.lease, completed(None)).await.unwrap());
     check_invariants(database).await;
@@ -325,30 +537,58 @@ async fn adopted_merged_run_keeps_message_order(_: &TestDatabase, store: &Store)
     let message = |content: &str| Admission {
         strategy: MultitaskStrategy::Merge,
         replica: dead,
-        message: InputMessage { id: MessageId::new(), content: text(content) },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: text(content),
+        },
         ..admission(&key)
     };
     let (lease, ..) = queued(store.admit(message("one")).await.unwrap());
     for more in ["two", "three"] {
-        assert!(matches!(store.admit(message(more)).await.unwrap(), Admitted::Merged { .. }));
+        assert!(matches!(
+            store.admit(message(more)).await.unwrap(),
+            Admitted::Merged { .. }
+        ));
     }
-    closed(store.finish(&first.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&first.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let turn = claimed(store.start_queued(&lease).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans[0].input, turn.input);
-    let said: Vec<_> = orphans[0].input.iter().map(|message| message.content.clone()).collect();
+    let said: Vec<_> = orphans[0]
+        .input
+        .iter()
+        .map(|message| message.content.clone())
+        .collect();
     assert_eq!(said, [text("one"), text("two"), text("three")]);
 }
 
 async fn long_expired_replica_sessions_are_pruned(database: &TestDatabase, store: &Store) {
     let (old, lapsed, alive) = (ReplicaId::new(), ReplicaId::new(), ReplicaId::new());
-    store.renew_replica(old, "127.0.0.1:1", Duration::ZERO).await.unwrap();
+    store
+        .renew_replica(old, "127.0.0.1:1", Duration::ZERO)
+        .await
+        .unwrap();
     let long_ago = database.before("expires_at", Duration::from_hours(25));
-    database.execute(&format!("UPDATE replicas SET expires_at = {long_ago}")).await;
-    store.renew_replica(lapsed, "127.0.0.1:2", Duration::ZERO).await.unwrap();
-    store.renew_replica(alive, "127.0.0.1:3", ALIVE).await.unwrap();
+    database
+        .execute(&format!("UPDATE replicas SET expires_at = {long_ago}"))
+        .await;
+    store
+        .renew_replica(lapsed, "127.0.0.1:2", Duration::ZERO)
+        .await
+        .unwrap();
+    store
+        .renew_replica(alive, "127.0.0.1:3", ALIVE)
+        .await
+        .unwrap();
     store.prune(&Pruning::default(), 10).await.unwrap();
-    let left = database.texts("SELECT address FROM replicas ORDER BY address").await;
+    let left = database
+        .texts("SELECT address FROM replicas ORDER BY address")
+        .await;
     assert_eq!(left, ["127.0.0.1:2", "127.0.0.1:3"]);
 }

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use threadkeeper::domain::{Deletion, Lifecycle, Lifetimes, Limits, NewLife, OrphanId, Timestamp, Ttl};
+use threadkeeper::domain::{
+    Deletion, Lifecycle, Lifetimes, Limits, NewLife, OrphanId, Timestamp, Ttl,
+};
 use threadkeeper::store::{
-    DeletionRequest, DeletionTarget, DueThread, Made, OrphanKind, OrphanName, Pruned, Pruning, ThreadName,
-    ThreadUpdate,
+    DeletionRequest, DeletionTarget, DueThread, Made, OrphanKind, OrphanName, Pruned, Pruning,
+    ThreadName, ThreadUpdate,
 };
 use uuid::Uuid;
 
@@ -38,20 +40,39 @@ pub(super) fn is_postgres(database: &TestDatabase) -> bool {
 
 /// An id as a literal.
 pub(super) fn id(database: &TestDatabase, id: Uuid) -> String {
-    if is_postgres(database) { format!("'{id}'::uuid") } else { format!("x'{}'", id.simple()) }
+    if is_postgres(database) {
+        format!("'{id}'::uuid")
+    } else {
+        format!("x'{}'", id.simple())
+    }
 }
 
 /// Lets the times in some columns lie so much earlier.
 pub(super) async fn earlier(database: &TestDatabase, table: &str, columns: &[&str], by: Duration) {
     let ms = by.as_millis();
-    let by = if is_postgres(database) { format!("{ms} * interval '1 millisecond'") } else { ms.to_string() };
-    let set: Vec<_> = columns.iter().map(|column| format!("{column} = {column} - {by}")).collect();
-    database.execute(&format!("UPDATE {table} SET {}", set.join(", "))).await;
+    let by = if is_postgres(database) {
+        format!("{ms} * interval '1 millisecond'")
+    } else {
+        ms.to_string()
+    };
+    let set: Vec<_> = columns
+        .iter()
+        .map(|column| format!("{column} = {column} - {by}"))
+        .collect();
+    database
+        .execute(&format!("UPDATE {table} SET {}", set.join(", ")))
+        .await;
 }
 
 /// Lets runs have been made so much earlier, by their ids too.
 async fn older_runs(database: &TestDatabase, by: Duration) {
-    earlier(database, "runs", &["created_at", "started_at", "finished_at"], by).await;
+    earlier(
+        database,
+        "runs",
+        &["created_at", "started_at", "finished_at"],
+        by,
+    )
+    .await;
     if is_postgres(database) {
         database
             .execute(&format!(
@@ -66,9 +87,12 @@ async fn older_runs(database: &TestDatabase, by: Duration) {
             ))
             .await;
     } else {
-        for (table, column) in
-            [("run_events", "run_id"), ("messages", "run_id"), ("idempotency_keys", "run_id"), ("runs", "id")]
-        {
+        for (table, column) in [
+            ("run_events", "run_id"),
+            ("messages", "run_id"),
+            ("idempotency_keys", "run_id"),
+            ("runs", "id"),
+        ] {
             // Hexadecimal digits to a number, by way of a list of their places.
             database
                 .execute(&format!(
@@ -91,11 +115,17 @@ pub(super) async fn time(database: &TestDatabase, column: &str, thread: ThreadId
         column.to_owned()
     };
     let thread = id(database, thread.uuid());
-    database.number(&format!("SELECT COALESCE({column}, -1) FROM threads WHERE id = {thread}")).await
+    database
+        .number(&format!(
+            "SELECT COALESCE({column}, -1) FROM threads WHERE id = {thread}"
+        ))
+        .await
 }
 
 async fn due_now(database: &TestDatabase) {
-    database.execute("UPDATE threads SET due_at = last_active_at").await;
+    database
+        .execute("UPDATE threads SET due_at = last_active_at")
+        .await;
 }
 
 fn ids(due: &[DueThread]) -> Vec<ThreadId> {
@@ -104,7 +134,11 @@ fn ids(due: &[DueThread]) -> Vec<ThreadId> {
 
 pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
     let name = ThreadName::Id(&TenantKey::default(), id);
-    store.report(name).await.unwrap().map(|report| report.thread)
+    store
+        .report(name)
+        .await
+        .unwrap()
+        .map(|report| report.thread)
 }
 
 async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
@@ -115,14 +149,22 @@ async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &S
     assert_eq!((ids(&due), due[0].attempts), (vec![made.id], 0));
     assert_eq!(due[0].thread, made);
     assert!(due[0].now >= made.last_active_at);
-    assert_eq!(ids(&store.due_threads(10).await.unwrap()), [made.id], "nothing is changed");
+    assert_eq!(
+        ids(&store.due_threads(10).await.unwrap()),
+        [made.id],
+        "nothing is changed"
+    );
 
     let claimed = store.lease_due_threads(10, HOUR).await.unwrap();
     assert_eq!((ids(&claimed), &claimed[0].thread), (vec![made.id], &made));
     assert_eq!(store.lease_due_threads(10, HOUR).await.unwrap(), []);
     assert_eq!(store.due_threads(10).await.unwrap(), []);
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
-    assert_eq!(ids(&store.lease_due_threads(10, HOUR).await.unwrap()), [made.id], "whoever had it is dead");
+    assert_eq!(
+        ids(&store.lease_due_threads(10, HOUR).await.unwrap()),
+        [made.id],
+        "whoever had it is dead"
+    );
     check_invariants(database).await;
 }
 
@@ -135,18 +177,42 @@ async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &
     for thread in &threads {
         earlier(database, "threads", &["due_at"], HOUR).await;
         let thread = id(database, thread.uuid());
-        database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {thread}")).await;
+        database
+            .execute(&format!(
+                "UPDATE threads SET due_at = created_at WHERE id = {thread}"
+            ))
+            .await;
     }
     assert_eq!(ids(&store.due_threads(2).await.unwrap()), threads[..2]);
-    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[..2]);
-    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[2..4]);
-    assert_eq!(ids(&store.lease_due_threads(2, HOUR).await.unwrap()), threads[4..]);
+    assert_eq!(
+        ids(&store.lease_due_threads(2, HOUR).await.unwrap()),
+        threads[..2]
+    );
+    assert_eq!(
+        ids(&store.lease_due_threads(2, HOUR).await.unwrap()),
+        threads[2..4]
+    );
+    assert_eq!(
+        ids(&store.lease_due_threads(2, HOUR).await.unwrap()),
+        threads[4..]
+    );
     // One that always fails goes behind the others.
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
     let first = lease(store).await;
-    store.reschedule(first.thread.id, first.claimed, Some(Duration::ZERO), Some("broken")).await.unwrap();
+    store
+        .reschedule(
+            first.thread.id,
+            first.claimed,
+            Some(Duration::ZERO),
+            Some("broken"),
+        )
+        .await
+        .unwrap();
     let others = ids(&store.lease_due_threads(4, HOUR).await.unwrap());
-    assert!(others.len() == 4 && !others.contains(&first.thread.id), "{others:?}");
+    assert!(
+        others.len() == 4 && !others.contains(&first.thread.id),
+        "{others:?}"
+    );
 }
 
 async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
@@ -154,20 +220,43 @@ async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &St
     due_now(database).await;
     let looked = lease(store).await;
     due_now(database).await;
-    store.reschedule(made, looked.claimed, None, None).await.unwrap();
-    assert_eq!(ids(&store.due_threads(1).await.unwrap()), [made], "somebody made it due");
+    store
+        .reschedule(made, looked.claimed, None, None)
+        .await
+        .unwrap();
+    assert_eq!(
+        ids(&store.due_threads(1).await.unwrap()),
+        [made],
+        "somebody made it due"
+    );
     let looked = lease(store).await;
-    store.reschedule(made, looked.claimed, Some(HOUR * 5), None).await.unwrap();
+    store
+        .reschedule(made, looked.claimed, Some(HOUR * 5), None)
+        .await
+        .unwrap();
     let now = time(database, "last_active_at", made).await;
     let due = time(database, "due_at", made).await;
     assert!((due - now - 5 * 3_600_000).abs() < 60_000, "{due}");
     due_now(database).await;
     let looked = lease(store).await;
-    store.reschedule(made, looked.claimed, None, None).await.unwrap();
+    store
+        .reschedule(made, looked.claimed, None, None)
+        .await
+        .unwrap();
     assert_eq!(time(database, "due_at", made).await, -1);
-    store.reschedule(made, looked.claimed, Some(HOUR), Some("late")).await.unwrap();
-    assert_eq!(time(database, "due_at", made).await, -1, "it is not that look's any more");
-    store.reschedule(ThreadId::new(), None, None, None).await.unwrap();
+    store
+        .reschedule(made, looked.claimed, Some(HOUR), Some("late"))
+        .await
+        .unwrap();
+    assert_eq!(
+        time(database, "due_at", made).await,
+        -1,
+        "it is not that look's any more"
+    );
+    store
+        .reschedule(ThreadId::new(), None, None, None)
+        .await
+        .unwrap();
 }
 
 /// The one thread that has waited longest.
@@ -178,8 +267,11 @@ async fn lease(store: &Store) -> DueThread {
 }
 
 /// The times at which a look at a thread may end, and how.
-const ENDS: [(Option<Duration>, Option<&str>); 3] =
-    [(None, None), (Some(Duration::from_hours(24)), None), (Some(Duration::from_hours(24)), Some("broken"))];
+const ENDS: [(Option<Duration>, Option<&str>); 3] = [
+    (None, None),
+    (Some(Duration::from_hours(24)), None),
+    (Some(Duration::from_hours(24)), Some("broken")),
+];
 
 async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
@@ -187,23 +279,43 @@ async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store
             let key = user(&format!("u{n}-{by_message}"));
             let made = exchange(store, &key).await.thread.id;
             let row = id(database, made.uuid());
-            database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
+            database
+                .execute(&format!(
+                    "UPDATE threads SET due_at = created_at WHERE id = {row}"
+                ))
+                .await;
             let looked = lease(store).await;
             assert_eq!(looked.thread.id, made);
             let minute = Ttl::FromNow(HOUR / 60);
             if by_message {
-                let admission = Admission { ttl: Some(minute), ..admission(&key) };
+                let admission = Admission {
+                    ttl: Some(minute),
+                    ..admission(&key)
+                };
                 started(store.admit(admission.clone()).await.unwrap());
             } else {
                 let life = Some(NewLife::Own(minute));
-                let update = ThreadUpdate { life, ..ThreadUpdate::default() };
+                let update = ThreadUpdate {
+                    life,
+                    ..ThreadUpdate::default()
+                };
                 store.update_thread(&key, &update).await.unwrap().unwrap();
             }
             let due = time(database, "due_at", made).await;
-            store.reschedule(made, looked.claimed, after, failure).await.unwrap();
-            assert_eq!(time(database, "due_at", made).await, due, "{by_message} {failure:?}");
+            store
+                .reschedule(made, looked.claimed, after, failure)
+                .await
+                .unwrap();
+            assert_eq!(
+                time(database, "due_at", made).await,
+                due,
+                "{by_message} {failure:?}"
+            );
             let failures = format!("SELECT attempts FROM threads WHERE id = {row}");
-            assert_eq!(database.number(&failures).await, i64::from(failure.is_some()));
+            assert_eq!(
+                database.number(&failures).await,
+                i64::from(failure.is_some())
+            );
         }
     }
 }
@@ -213,13 +325,23 @@ async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDataba
         let key = user(&n.to_string());
         let made = exchange(store, &key).await.thread.id;
         let row = id(database, made.uuid());
-        database.execute(&format!("UPDATE threads SET due_at = created_at WHERE id = {row}")).await;
+        database
+            .execute(&format!(
+                "UPDATE threads SET due_at = created_at WHERE id = {row}"
+            ))
+            .await;
         let looked = lease(store).await;
         let request = request(DeletionTarget::Key(key), Deletion::Erase);
-        let request = DeletionRequest { hold: HOUR / 60, ..request };
+        let request = DeletionRequest {
+            hold: HOUR / 60,
+            ..request
+        };
         assert_eq!(store.begin_deletion(&request, 1).await.unwrap(), 1);
         let due = time(database, "due_at", made).await;
-        store.reschedule(made, looked.claimed, after, failure).await.unwrap();
+        store
+            .reschedule(made, looked.claimed, after, failure)
+            .await
+            .unwrap();
         assert_eq!(time(database, "due_at", made).await, due, "{failure:?}");
     }
 }
@@ -230,13 +352,26 @@ async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase,
     due_now(database).await;
     lease(store).await;
     let held = time(database, "due_at", made).await;
-    store.reschedule(made, None, Some(HOUR * 2), Some("broken")).await.unwrap();
+    store
+        .reschedule(made, None, Some(HOUR * 2), Some("broken"))
+        .await
+        .unwrap();
     store.reschedule(made, None, None, None).await.unwrap();
     assert_eq!(time(database, "due_at", made).await, held);
-    store.reschedule(made, None, Some(Duration::ZERO), Some("broken")).await.unwrap();
+    store
+        .reschedule(made, None, Some(Duration::ZERO), Some("broken"))
+        .await
+        .unwrap();
     assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 1);
-    store.reschedule(made, None, Some(HOUR), Some("broken")).await.unwrap();
-    assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 2, "it stays due");
+    store
+        .reschedule(made, None, Some(HOUR), Some("broken"))
+        .await
+        .unwrap();
+    assert_eq!(
+        store.due_threads(1).await.unwrap()[0].attempts,
+        2,
+        "it stays due"
+    );
 }
 
 async fn janitor_failures_are_counted_until_success(database: &TestDatabase, store: &Store) {
@@ -245,10 +380,21 @@ async fn janitor_failures_are_counted_until_success(database: &TestDatabase, sto
         due_now(database).await;
         let looked = lease(store).await;
         assert_eq!(looked.attempts, attempts);
-        store.reschedule(made, looked.claimed, Some(HOUR), Some("the upstream is away")).await.unwrap();
+        store
+            .reschedule(
+                made,
+                looked.claimed,
+                Some(HOUR),
+                Some("the upstream is away"),
+            )
+            .await
+            .unwrap();
         assert_eq!(store.due_threads(1).await.unwrap(), []);
     }
-    store.reschedule(made, None, Some(HOUR), None).await.unwrap();
+    store
+        .reschedule(made, None, Some(HOUR), None)
+        .await
+        .unwrap();
     due_now(database).await;
     assert_eq!(store.due_threads(1).await.unwrap()[0].attempts, 0);
 }
@@ -260,13 +406,24 @@ fn limits(max_age: Option<Duration>, max_idle: Option<Duration>) -> Limits {
 /// Threads of all kinds of limits: without any of their own, and with each and both.
 async fn threads_with_limits(database: &TestDatabase, store: &Store) -> Vec<Thread> {
     let mut threads = vec![];
-    for (n, own) in [(None, None), (Some(5), None), (None, Some(2)), (Some(3), Some(4)), (Some(1), Some(9))]
-        .iter()
-        .enumerate()
+    for (n, own) in [
+        (None, None),
+        (Some(5), None),
+        (None, Some(2)),
+        (Some(3), Some(4)),
+        (Some(1), Some(9)),
+    ]
+    .iter()
+    .enumerate()
     {
-        for key in [session("alice", &n.to_string()), topic("alice", &n.to_string())] {
+        for key in [
+            session("alice", &n.to_string()),
+            topic("alice", &n.to_string()),
+        ] {
             let made = exchange(store, &key).await.thread.id;
-            let hours = |own: Option<i64>| own.map_or("NULL".to_owned(), |own| (own * 3_600_000).to_string());
+            let hours = |own: Option<i64>| {
+                own.map_or("NULL".to_owned(), |own| (own * 3_600_000).to_string())
+            };
             let (age, idle, thread) = (hours(own.0), hours(own.1), id(database, made.uuid()));
             database
                 .execute(&format!(
@@ -276,7 +433,13 @@ async fn threads_with_limits(database: &TestDatabase, store: &Store) -> Vec<Thre
             threads.push(made);
         }
     }
-    earlier(database, "threads", &["created_at", "last_active_at"], HOUR + HOUR / 2).await;
+    earlier(
+        database,
+        "threads",
+        &["created_at", "last_active_at"],
+        HOUR + HOUR / 2,
+    )
+    .await;
     earlier(database, "threads", &["created_at"], HOUR).await;
     let mut found = vec![];
     for made in threads {
@@ -286,7 +449,10 @@ async fn threads_with_limits(database: &TestDatabase, store: &Store) -> Vec<Thre
 }
 
 fn lifetimes() -> Lifetimes {
-    Lifetimes { sessions: limits(Some(HOUR * 24), Some(HOUR)), others: limits(None, Some(HOUR * 48)) }
+    Lifetimes {
+        sessions: limits(Some(HOUR * 24), Some(HOUR)),
+        others: limits(None, Some(HOUR * 48)),
+    }
 }
 
 async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) {
@@ -300,35 +466,60 @@ async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) 
     for lifetimes in [lifetimes(), Lifetimes::default(), lifetimes()] {
         let mut after = None;
         let mut pages = 0;
-        while let Some(last) = store.apply_changed_limits(after, 3, &lifetimes).await.unwrap() {
+        while let Some(last) = store
+            .apply_changed_limits(after, 3, &lifetimes)
+            .await
+            .unwrap()
+        {
             after = Some(last);
             pages += 1;
         }
         assert!(pages <= 5, "{pages}");
         assert_eq!(after, Some(archived));
         for made in &threads {
-            let wanted = super::retention::lifetimes().expiry(made).map(|at| at.timestamp_millis());
+            let wanted = super::retention::lifetimes()
+                .expiry(made)
+                .map(|at| at.timestamp_millis());
             let due = time(database, "due_at", made.id).await;
-            assert!((due - wanted.unwrap()).abs() <= 1, "{made:?} is due at {due}");
+            assert!(
+                (due - wanted.unwrap()).abs() <= 1,
+                "{made:?} is due at {due}"
+            );
         }
     }
-    assert_eq!(time(database, "due_at", archived).await, -1, "it is not current");
+    assert_eq!(
+        time(database, "due_at", archived).await,
+        -1,
+        "it is not current"
+    );
     let expired = threads.iter().filter(|made| {
-        lifetimes().expiry(made).is_some_and(|at| at <= threads[0].last_active_at + HOUR + HOUR / 2)
+        lifetimes()
+            .expiry(made)
+            .is_some_and(|at| at <= threads[0].last_active_at + HOUR + HOUR / 2)
     });
     assert_eq!(store.due_threads(100).await.unwrap().len(), expired.count());
     // What is due early is not put off, and what is due late comes earlier.
-    database.execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'").await;
+    database
+        .execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'")
+        .await;
     store.lease_due_threads(100, HOUR * 1000).await.unwrap();
-    database.execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'").await;
-    store.apply_changed_limits(None, 100, &lifetimes()).await.unwrap();
+    database
+        .execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'")
+        .await;
+    store
+        .apply_changed_limits(None, 100, &lifetimes())
+        .await
+        .unwrap();
     for made in &threads {
         let due = time(database, "due_at", made.id).await;
         let wanted = match made.key.scope {
             Scope::Topic(_) => made.created_at,
             _ => lifetimes().expiry(made).unwrap(),
         };
-        assert!((due - wanted.timestamp_millis()).abs() <= 1, "{made:?} is due at {due}");
+        assert!(
+            (due - wanted.timestamp_millis()).abs() <= 1,
+            "{made:?} is due at {due}"
+        );
     }
 }
 
@@ -341,7 +532,11 @@ async fn only_expired_threads_are_archived(database: &TestDatabase, store: &Stor
         let limits = lifetimes().of(&made.key.scope);
         let end = lifetimes().expiry(made);
         let is_over = end.is_some_and(|at| at <= now);
-        assert_eq!(store.expire(made.id, limits).await.unwrap(), is_over, "{made:?}");
+        assert_eq!(
+            store.expire(made.id, limits).await.unwrap(),
+            is_over,
+            "{made:?}"
+        );
         assert!(!store.expire(made.id, limits).await.unwrap(), "{made:?}");
         let found = thread(store, made.id).await.unwrap();
         assert_eq!(found.lifecycle == Lifecycle::Archived, is_over);
@@ -349,15 +544,29 @@ async fn only_expired_threads_are_archived(database: &TestDatabase, store: &Stor
             archived.insert(made.id);
         } else {
             let due = time(database, "due_at", made.id).await;
-            assert!((due - end.unwrap().timestamp_millis()).abs() <= 1, "{made:?} is due at {due}");
+            assert!(
+                (due - end.unwrap().timestamp_millis()).abs() <= 1,
+                "{made:?} is due at {due}"
+            );
         }
     }
-    assert_eq!(ids(&store.due_threads(100).await.unwrap()).into_iter().collect::<BTreeSet<_>>(), archived);
+    assert_eq!(
+        ids(&store.due_threads(100).await.unwrap())
+            .into_iter()
+            .collect::<BTreeSet<_>>(),
+        archived
+    );
     assert!(archived.len() == 3 && archived.len() < threads.len());
-    let endless =
-        threads.iter().find(|made| made.limits == Limits::NONE && !archived.contains(&made.id)).unwrap();
+    let endless = threads
+        .iter()
+        .find(|made| made.limits == Limits::NONE && !archived.contains(&made.id))
+        .unwrap();
     assert!(!store.expire(endless.id, Limits::NONE).await.unwrap());
-    assert_eq!(time(database, "due_at", endless.id).await, -1, "it never does");
+    assert_eq!(
+        time(database, "due_at", endless.id).await,
+        -1,
+        "it never does"
+    );
     check_invariants(database).await;
 }
 
@@ -365,13 +574,25 @@ async fn expired_thread_is_archived_and_its_runs_continue(database: &TestDatabas
     let key = session("alice", "s");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    database.execute("UPDATE threads SET rollover_pending = true").await;
-    assert!(store.expire(first.thread.id, limits(None, Some(Duration::ZERO))).await.unwrap());
+    database
+        .execute("UPDATE threads SET rollover_pending = true")
+        .await;
+    assert!(
+        store
+            .expire(first.thread.id, limits(None, Some(Duration::ZERO)))
+            .await
+            .unwrap()
+    );
     let due = store.due_threads(10).await.unwrap();
     assert_eq!(ids(&due), [first.thread.id]);
     let DueThread { thread, now, .. } = &due[0];
-    assert_eq!((thread.lifecycle, thread.rolls), (Lifecycle::Archived, false));
-    assert!(thread.archived_at.unwrap() <= *now && thread.archived_at.unwrap() >= thread.created_at);
+    assert_eq!(
+        (thread.lifecycle, thread.rolls),
+        (Lifecycle::Archived, false)
+    );
+    assert!(
+        thread.archived_at.unwrap() <= *now && thread.archived_at.unwrap() >= thread.created_at
+    );
     // Its runs go on.
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
     claimed(store.start_queued(&second).await.unwrap());
@@ -385,8 +606,16 @@ async fn archived_thread_is_discarded_after_retention(database: &TestDatabase, s
     let key = session("alice", "s");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
-    assert!(!store.discard(made, Duration::ZERO).await.unwrap(), "it is current");
-    assert!(store.expire(made, limits(Some(Duration::ZERO), None)).await.unwrap());
+    assert!(
+        !store.discard(made, Duration::ZERO).await.unwrap(),
+        "it is current"
+    );
+    assert!(
+        store
+            .expire(made, limits(Some(Duration::ZERO), None))
+            .await
+            .unwrap()
+    );
     assert!(!store.discard(made, HOUR).await.unwrap());
     earlier(database, "threads", &["archived_at"], HOUR).await;
     database.execute("UPDATE threads SET due_at = NULL").await;
@@ -414,23 +643,43 @@ fn all() -> Pruning {
 
 async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+    let once = Admission {
+        idempotency: Some(idempotency("k")),
+        ..admission(&key)
+    };
     let turn = started(store.admit(once.clone()).await.unwrap());
-    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 0))
+        .await
+        .unwrap();
     queued(store.admit(admission(&key)).await.unwrap());
     older_runs(database, HOUR * 2).await;
     let made = exchange(store, &user("bob")).await;
     assert_eq!(store.prune(&all(), 100).await.unwrap(), Pruned::default());
-    assert_eq!(store.prunable(&all(), 100).await.unwrap(), Pruned::default());
-    assert_eq!(store.prune(&Pruning::default(), 100).await.unwrap(), Pruned::default());
+    assert_eq!(
+        store.prunable(&all(), 100).await.unwrap(),
+        Pruned::default()
+    );
+    assert_eq!(
+        store.prune(&Pruning::default(), 100).await.unwrap(),
+        Pruned::default()
+    );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 3);
 
     // What a unsettled run names is still needed; and one that ended late is young.
     older_runs(database, HOUR * 2).await;
-    database.execute("UPDATE runs SET finished_at = created_at WHERE finished_at IS NOT NULL").await;
-    let named = database.number("SELECT count(*) FROM runs WHERE finished_at IS NOT NULL").await;
+    database
+        .execute("UPDATE runs SET finished_at = created_at WHERE finished_at IS NOT NULL")
+        .await;
+    let named = database
+        .number("SELECT count(*) FROM runs WHERE finished_at IS NOT NULL")
+        .await;
     assert_eq!(named, 1);
-    let spelled = if is_postgres(database) { "replace(r.id::text, '-', '')" } else { "lower(hex(r.id))" };
+    let spelled = if is_postgres(database) {
+        "replace(r.id::text, '-', '')"
+    } else {
+        "lower(hex(r.id))"
+    };
     database
         .execute(&format!(
             "UPDATE threads SET unsettled_run = (SELECT '{{\"run\": \"run_' || {spelled} || '\"}}' FROM runs r \
@@ -439,13 +688,38 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
         ))
         .await;
     assert_eq!(store.prunable(&all(), 100).await.unwrap().runs, 0);
-    assert_eq!(store.prune(&Pruning { events: None, ..all() }, 100).await.unwrap(), Pruned::default());
-    database.execute("UPDATE threads SET unsettled_run = NULL").await;
+    assert_eq!(
+        store
+            .prune(
+                &Pruning {
+                    events: None,
+                    ..all()
+                },
+                100
+            )
+            .await
+            .unwrap(),
+        Pruned::default()
+    );
+    database
+        .execute("UPDATE threads SET unsettled_run = NULL")
+        .await;
     assert_eq!(
         store.prunable(&all(), 100).await.unwrap(),
-        Pruned { runs: 1, events: 1, ..Pruned::default() }
+        Pruned {
+            runs: 1,
+            events: 1,
+            ..Pruned::default()
+        }
     );
-    assert_eq!(store.prune(&all(), 100).await.unwrap(), Pruned { runs: 1, events: 1, ..Pruned::default() });
+    assert_eq!(
+        store.prune(&all(), 100).await.unwrap(),
+        Pruned {
+            runs: 1,
+            events: 1,
+            ..Pruned::default()
+        }
+    );
     let page = store.transcript(made.thread.id, 0, 10).await.unwrap();
     assert_eq!(page.len(), 2, "the messages stay");
 }
@@ -453,21 +727,45 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
 async fn expired_records_are_pruned_in_batches(database: &TestDatabase, store: &Store) {
     for n in 0..5 {
         let key = user(&n.to_string());
-        let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+        let once = Admission {
+            idempotency: Some(idempotency("k")),
+            ..admission(&key)
+        };
         let turn = started(store.admit(once.clone()).await.unwrap());
-        closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+        closed(
+            store
+                .finish(&turn.lease, completed(Some("hi")))
+                .await
+                .unwrap(),
+        );
         let request = request(DeletionTarget::Key(user("nobody")), Deletion::Erase);
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
     }
-    assert_eq!(store.prunable(&all(), 100).await.unwrap(), Pruned::default());
+    assert_eq!(
+        store.prunable(&all(), 100).await.unwrap(),
+        Pruned::default()
+    );
     older_runs(database, HOUR * 2).await;
     database.age_idempotency_keys(HOUR * 2).await;
     earlier(database, "deletions", &["finished_at"], HOUR * 2).await;
-    let found = |n| Pruned { runs: n, events: n, idempotency_keys: n, receipts: n };
+    let found = |n| Pruned {
+        runs: n,
+        events: n,
+        idempotency_keys: n,
+        receipts: n,
+    };
     assert_eq!(store.prunable(&all(), 100).await.unwrap(), found(5));
     assert_eq!(store.prunable(&all(), 2).await.unwrap(), found(2));
-    let keys_alone = Pruning { runs: None, events: None, receipts: None, ..all() };
-    let keys = Pruned { idempotency_keys: 1, ..Pruned::default() };
+    let keys_alone = Pruning {
+        runs: None,
+        events: None,
+        receipts: None,
+        ..all()
+    };
+    let keys = Pruned {
+        idempotency_keys: 1,
+        ..Pruned::default()
+    };
     assert_eq!(store.prune(&keys_alone, 1).await.unwrap(), keys);
     for n in [2, 2, 1, 0] {
         let pruned = store.prune(&all(), 2).await.unwrap();
@@ -475,37 +773,82 @@ async fn expired_records_are_pruned_in_batches(database: &TestDatabase, store: &
     }
     assert_eq!(store.prunable(&all(), 100).await.unwrap(), found(0));
     for table in ["runs", "run_events", "idempotency_keys", "deletions"] {
-        assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 0, "{table}");
+        assert_eq!(
+            database
+                .number(&format!("SELECT count(*) FROM {table}"))
+                .await,
+            0,
+            "{table}"
+        );
     }
     assert_eq!(database.number("SELECT count(*) FROM messages").await, 10);
     exchange(store, &user("0")).await;
 }
 
-async fn pruned_runs_leave_stored_responses_as_upstream_orphans(database: &TestDatabase, store: &Store) {
+async fn pruned_runs_leave_stored_responses_as_upstream_orphans(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let mut threads = vec![];
     for upstream in ["storing", "other"] {
         let key = user(upstream);
-        let request = Admission { upstream: upstream.to_owned(), ..admission(&key) };
+        let request = Admission {
+            upstream: upstream.to_owned(),
+            ..admission(&key)
+        };
         let turn = started(store.admit(request.clone()).await.unwrap());
-        store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
-        store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+        store
+            .pause(&turn.lease, &pause(&["call_1"], 0))
+            .await
+            .unwrap();
+        store
+            .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+            .await
+            .unwrap();
         let second = UpstreamRunId("resp_2".to_owned());
-        let end = RunEnd { upstream_run_id: Some(second), ..completed(None) };
+        let end = RunEnd {
+            upstream_run_id: Some(second),
+            ..completed(None)
+        };
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
         threads.push(turn.thread.id);
     }
     older_runs(database, HOUR * 2).await;
-    let pruning = Pruning { storing: vec!["storing".to_owned()], ..all() };
+    let pruning = Pruning {
+        storing: vec!["storing".to_owned()],
+        ..all()
+    };
     assert_eq!(store.prune(&pruning, 100).await.unwrap().runs, 2);
     let orphans = store.upstream_orphans(threads[0], true, 100).await.unwrap();
-    let ids: BTreeSet<_> = orphans.iter().map(|it| it.upstream_id.as_deref().unwrap()).collect();
+    let ids: BTreeSet<_> = orphans
+        .iter()
+        .map(|it| it.upstream_id.as_deref().unwrap())
+        .collect();
     assert_eq!(ids.into_iter().collect::<Vec<_>>(), ["resp_1", "resp_2"]);
-    assert!(orphans.iter().all(|it| it.kind == OrphanKind::Run && it.upstream == "storing"));
-    assert!(orphans.iter().all(|it| matches!(it.name, OrphanName::Row(_)) && it.attempts == 0));
-    assert_eq!(store.upstream_orphans(threads[1], true, 100).await.unwrap(), []);
-    assert_eq!(store.due_upstream_orphans(100).await.unwrap(), [], "they go with their thread");
+    assert!(
+        orphans
+            .iter()
+            .all(|it| it.kind == OrphanKind::Run && it.upstream == "storing")
+    );
+    assert!(
+        orphans
+            .iter()
+            .all(|it| matches!(it.name, OrphanName::Row(_)) && it.attempts == 0)
+    );
+    assert_eq!(
+        store.upstream_orphans(threads[1], true, 100).await.unwrap(),
+        []
+    );
+    assert_eq!(
+        store.due_upstream_orphans(100).await.unwrap(),
+        [],
+        "they go with their thread"
+    );
     assert_eq!(store.lease_upstream_orphans(100, HOUR).await.unwrap(), []);
-    store.reschedule_upstream_orphan(OrphanId::new(), None, None).await.unwrap();
+    store
+        .reschedule_upstream_orphan(OrphanId::new(), None, None)
+        .await
+        .unwrap();
 }
 
 /// Many threads, claimed by two replicas at once: each by one of them.
@@ -517,7 +860,9 @@ async fn two_replicas_claim_disjoint_due_threads() {
     for n in 0..THREADS {
         exchange(&replicas[n % 2], &user(&n.to_string())).await;
     }
-    database.execute("UPDATE threads SET due_at = created_at").await;
+    database
+        .execute("UPDATE threads SET due_at = created_at")
+        .await;
     let claim = |n: usize| {
         let store = &replicas[n % 2];
         async move {
@@ -531,7 +876,9 @@ async fn two_replicas_claim_disjoint_due_threads() {
             }
         }
     };
-    let claimed = futures_util::future::join_all((0..6).map(claim)).await.concat();
+    let claimed = futures_util::future::join_all((0..6).map(claim))
+        .await
+        .concat();
     assert_eq!(claimed.len(), THREADS);
     assert_eq!(claimed.into_iter().collect::<BTreeSet<_>>().len(), THREADS);
     for store in replicas {
@@ -561,11 +908,18 @@ async fn janitor_reads_bounded_rows() {
     super::engines::alone(&database).await;
     for (column, most) in [("seq_scan", 0), ("idx_tup_fetch", 1500)] {
         for table in [
-            "threads", "runs", "messages", "run_events", "idempotency_keys", "upstream_orphans", "deletions",
+            "threads",
+            "runs",
+            "messages",
+            "run_events",
+            "idempotency_keys",
+            "upstream_orphans",
+            "deletions",
             "deleted_threads",
         ] {
-            let number =
-                format!("SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'");
+            let number = format!(
+                "SELECT COALESCE({column}, 0) FROM pg_stat_user_tables WHERE relname = '{table}'"
+            );
             let number = database.number(&number).await;
             assert!(number <= most, "{table}.{column}: {number}");
         }
@@ -617,30 +971,84 @@ async fn keep(store: &Store) {
     let tenant = TenantKey::default();
     assert!(!store.due_threads(20).await.unwrap().is_empty());
     let due = store.lease_due_threads(10, HOUR).await.unwrap();
-    let current = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Current).unwrap();
+    let current = due
+        .iter()
+        .find(|due| due.thread.lifecycle == Lifecycle::Current)
+        .unwrap();
     let (current, claimed) = (current.thread.id, current.claimed);
-    let archived = due.iter().find(|due| due.thread.lifecycle == Lifecycle::Archived).unwrap().thread.id;
-    store.reschedule(current, claimed, Some(HOUR), Some("x")).await.unwrap();
-    store.apply_changed_limits(None, 100, &lifetimes()).await.unwrap();
-    store.apply_changed_limits(Some(archived), 100, &lifetimes()).await.unwrap();
-    assert!(store.expire(current, limits(Some(HOUR), None)).await.unwrap());
+    let archived = due
+        .iter()
+        .find(|due| due.thread.lifecycle == Lifecycle::Archived)
+        .unwrap()
+        .thread
+        .id;
+    store
+        .reschedule(current, claimed, Some(HOUR), Some("x"))
+        .await
+        .unwrap();
+    store
+        .apply_changed_limits(None, 100, &lifetimes())
+        .await
+        .unwrap();
+    store
+        .apply_changed_limits(Some(archived), 100, &lifetimes())
+        .await
+        .unwrap();
+    assert!(
+        store
+            .expire(current, limits(Some(HOUR), None))
+            .await
+            .unwrap()
+    );
     assert!(store.discard(archived, HOUR).await.unwrap());
-    store.removed(archived, &super::deletion::gone(), &[OrphanName::Row(OrphanId::new())]).await.unwrap();
+    store
+        .removed(
+            archived,
+            &super::deletion::gone(),
+            &[OrphanName::Row(OrphanId::new())],
+        )
+        .await
+        .unwrap();
     assert!(store.conclude(archived, 10).await.unwrap());
     let target = DeletionTarget::User(user("u7").user);
-    let request = DeletionRequest { tenant: tenant.clone(), ..request(target, Deletion::Erase) };
+    let request = DeletionRequest {
+        tenant: tenant.clone(),
+        ..request(target, Deletion::Erase)
+    };
     assert_eq!(store.begin_deletion(&request, 20).await.unwrap(), 20);
-    let report = store.deletion(&tenant, request.id, None, 10).await.unwrap().unwrap();
-    store.deletion_under_way(&tenant, &request.target).await.unwrap().unwrap();
+    let report = store
+        .deletion(&tenant, request.id, None, 10)
+        .await
+        .unwrap()
+        .unwrap();
+    store
+        .deletion_under_way(&tenant, &request.target)
+        .await
+        .unwrap()
+        .unwrap();
     let thread = report.threads.data[0].id;
     let orphans = store.upstream_orphans(thread, true, 10).await.unwrap();
     let names: Vec<_> = orphans.into_iter().map(|it| it.name).collect();
-    store.removed(thread, &super::deletion::gone(), &names).await.unwrap();
+    store
+        .removed(thread, &super::deletion::gone(), &names)
+        .await
+        .unwrap();
     while !store.conclude(thread, 2).await.unwrap() {}
-    let pruning = Pruning { storing: vec!["main".to_owned()], ..all() };
+    let pruning = Pruning {
+        storing: vec!["main".to_owned()],
+        ..all()
+    };
     store.prunable(&pruning, 50).await.unwrap();
     let pruned = store.prune(&pruning, 50).await.unwrap();
-    assert_eq!(pruned, Pruned { runs: 50, events: 50, idempotency_keys: 50, receipts: 50 });
+    assert_eq!(
+        pruned,
+        Pruned {
+            runs: 50,
+            events: 50,
+            idempotency_keys: 50,
+            receipts: 50
+        }
+    );
     store.due_upstream_orphans(10).await.unwrap();
     store.lease_upstream_orphans(10, HOUR).await.unwrap();
 }
@@ -657,7 +1065,15 @@ async fn roll_over(store: &Store, key: &ConversationKey) {
         limits: Limits::NONE,
     };
     store.roll_over(&rollover).await.unwrap();
-    assert_eq!(store.carried(rollover.new_thread, None, 100).await.unwrap().data.len(), 2);
+    assert_eq!(
+        store
+            .carried(rollover.new_thread, None, 100)
+            .await
+            .unwrap()
+            .data
+            .len(),
+        2
+    );
     let external = threadkeeper::store::ExternalMessage {
         id: MessageId::new(),
         after: 0,
@@ -666,15 +1082,32 @@ async fn roll_over(store: &Store, key: &ConversationKey) {
         upstream_message_id: Some("m".to_owned()),
         created_at: None,
     };
-    store.insert_external_messages(rollover.new_thread, Some(turn.lease), &[external]).await.unwrap();
+    store
+        .insert_external_messages(rollover.new_thread, Some(turn.lease), &[external])
+        .await
+        .unwrap();
     let intents = [OrphanId::new(), OrphanId::new()];
     for intent in intents {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     store.resolve(intents[0], Made::Nothing).await.unwrap();
     let made = UpstreamThreadId("c".to_owned());
-    let binding = Binding { id: made.clone(), intent: intents[1], seeded: true, carried_users: 1 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
+    let binding = Binding {
+        id: made.clone(),
+        intent: intents[1],
+        seeded: true,
+        carried_users: 1,
+    };
+    assert_eq!(
+        store
+            .bind_upstream_thread(&turn.lease, binding.clone())
+            .await
+            .unwrap(),
+        Bound::Done
+    );
     store.baseline(turn.run.id).await.unwrap();
-    store.reschedule_upstream_orphan(intents[0], None, Some(HOUR)).await.unwrap();
+    store
+        .reschedule_upstream_orphan(intents[0], None, Some(HOUR))
+        .await
+        .unwrap();
 }

@@ -31,7 +31,13 @@ on_every_backend!(
 );
 
 pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
-    Rollover { thread, by, new_thread: ThreadId::new(), carry_over: 2, limits: Limits::NONE }
+    Rollover {
+        thread,
+        by,
+        new_thread: ThreadId::new(),
+        carry_over: 2,
+        limits: Limits::NONE,
+    }
 }
 
 fn done(rolled: Rolled) -> (Thread, Option<StartedRun>) {
@@ -43,7 +49,10 @@ fn done(rolled: Rolled) -> (Thread, Option<StartedRun>) {
 
 fn said(key: &ConversationKey, words: &str, strategy: MultitaskStrategy) -> Admission {
     Admission {
-        message: InputMessage { id: MessageId::new(), content: text(words) },
+        message: InputMessage {
+            id: MessageId::new(),
+            content: text(words),
+        },
         strategy,
         ..admission(key)
     }
@@ -67,14 +76,19 @@ async fn carried(store: &Store, thread: ThreadId) -> Vec<Message> {
 
 fn lines(messages: Vec<Message>) -> Vec<(i64, String)> {
     let line = |message: Message| {
-        let [ContentPart::Text { text }] = &message.content[..] else { panic!("one text was expected") };
+        let [ContentPart::Text { text }] = &message.content[..] else {
+            panic!("one text was expected")
+        };
         (message.position, text.clone())
     };
     messages.into_iter().map(line).collect()
 }
 
 fn expect(lines: &[(i64, &str)]) -> Vec<(i64, String)> {
-    lines.iter().map(|(position, text)| (*position, (*text).to_owned())).collect()
+    lines
+        .iter()
+        .map(|(position, text)| (*position, (*text).to_owned()))
+        .collect()
 }
 
 async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, store: &Store) {
@@ -96,39 +110,86 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
         remove: false,
     };
     let json = serde_json::to_string(&unsettled_run).unwrap();
-    database.execute(&format!("UPDATE threads SET unsettled_run = '{json}'")).await;
+    database
+        .execute(&format!("UPDATE threads SET unsettled_run = '{json}'"))
+        .await;
     let rollover = rollover(old.id, Some(turn.lease));
     let (fresh, moved) = done(store.roll_over(&rollover).await.unwrap());
     let moved = moved.unwrap();
-    assert_eq!((fresh.id, fresh.previous_thread), (rollover.new_thread, Some(old.id)));
+    assert_eq!(
+        (fresh.id, fresh.previous_thread),
+        (rollover.new_thread, Some(old.id))
+    );
     assert_eq!((&fresh.key, &fresh.upstream), (&old.key, &old.upstream));
     assert_eq!(fresh.metadata, metadata(&[("a", "b")]));
-    assert_eq!((fresh.lifecycle, fresh.rolls, fresh.carried), (Lifecycle::Current, false, 2));
-    assert_eq!((fresh.message_count, fresh.run_count, fresh.backlog), (1, 1, 0));
-    assert_eq!((fresh.upstream_thread_id.clone(), fresh.unsettled_run.clone()), (None, None));
+    assert_eq!(
+        (fresh.lifecycle, fresh.rolls, fresh.carried),
+        (Lifecycle::Current, false, 2)
+    );
+    assert_eq!(
+        (fresh.message_count, fresh.run_count, fresh.backlog),
+        (1, 1, 0)
+    );
+    assert_eq!(
+        (
+            fresh.upstream_thread_id.clone(),
+            fresh.unsettled_run.clone()
+        ),
+        (None, None)
+    );
     assert!(fresh.created_at >= old.last_active_at && fresh.last_active_at == fresh.created_at);
-    assert_eq!((&moved.thread, moved.lease, &moved.input), (&fresh, turn.lease, &turn.input));
-    assert_eq!((moved.run.id, moved.run.thread_id, moved.run.seq), (turn.run.id, fresh.id, 1));
-    assert_eq!((moved.run.started_at, moved.run.deadline_at), (turn.run.started_at, turn.run.deadline_at));
+    assert_eq!(
+        (&moved.thread, moved.lease, &moved.input),
+        (&fresh, turn.lease, &turn.input)
+    );
+    assert_eq!(
+        (moved.run.id, moved.run.thread_id, moved.run.seq),
+        (turn.run.id, fresh.id, 1)
+    );
+    assert_eq!(
+        (moved.run.started_at, moved.run.deadline_at),
+        (turn.run.started_at, turn.run.deadline_at)
+    );
     assert_eq!(texts(store, fresh.id).await, expect(&[(1, "go on")]));
-    assert_eq!(texts(store, old.id).await, expect(&[(1, "hello"), (2, "hi")]));
+    assert_eq!(
+        texts(store, old.id).await,
+        expect(&[(1, "hello"), (2, "hi")])
+    );
 
     let old = thread(store, old.id).await.unwrap();
     assert_eq!(
         (old.lifecycle, old.rolls, old.message_count, old.run_count),
         (Lifecycle::Archived, false, 2, 1)
     );
-    assert!(old.archived_at.unwrap() <= fresh.created_at && old.archived_at.unwrap() >= old.created_at);
+    assert!(
+        old.archived_at.unwrap() <= fresh.created_at && old.archived_at.unwrap() >= old.created_at
+    );
     assert_eq!(
-        (old.upstream_thread_id.as_ref().map(UpstreamThreadId::as_str), old.unsettled_run.is_some()),
+        (
+            old.upstream_thread_id
+                .as_ref()
+                .map(UpstreamThreadId::as_str),
+            old.unsettled_run.is_some()
+        ),
         (Some("c"), true)
     );
     let due = store.due_threads(10).await.unwrap();
-    assert_eq!((due.len(), due[0].thread.id, due[0].attempts), (1, old.id, 0));
+    assert_eq!(
+        (due.len(), due[0].thread.id, due[0].attempts),
+        (1, old.id, 0)
+    );
     check_invariants(database).await;
 
-    closed(store.finish(&turn.lease, completed(Some("well"))).await.unwrap());
-    assert_eq!(texts(store, fresh.id).await, expect(&[(1, "go on"), (2, "well")]));
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("well")))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        texts(store, fresh.id).await,
+        expect(&[(1, "go on"), (2, "well")])
+    );
     assert_eq!(exchange(store, &key).await.thread.id, fresh.id);
     check_invariants(database).await;
 }
@@ -137,15 +198,27 @@ async fn free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Sto
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, turn) = done(store.roll_over(&rollover(old, None)).await.unwrap());
-    assert_eq!((turn, fresh.run_count, fresh.message_count, fresh.carried), (None, 0, 0, 2));
+    assert_eq!(
+        (turn, fresh.run_count, fresh.message_count, fresh.carried),
+        (None, 0, 0, 2)
+    );
     let next = exchange(store, &key).await.thread;
-    assert_eq!((next.id, next.run_count, next.previous_thread), (fresh.id, 1, Some(old)));
+    assert_eq!(
+        (next.id, next.run_count, next.previous_thread),
+        (fresh.id, 1, Some(old))
+    );
     assert_eq!(
         store.roll_over(&rollover(old, None)).await.unwrap(),
         Rolled::Lost,
         "it is not current any more"
     );
-    assert_eq!(store.roll_over(&rollover(ThreadId::new(), None)).await.unwrap(), Rolled::Lost);
+    assert_eq!(
+        store
+            .roll_over(&rollover(ThreadId::new(), None))
+            .await
+            .unwrap(),
+        Rolled::Lost
+    );
     check_invariants(database).await;
 }
 
@@ -154,14 +227,32 @@ async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store:
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(enqueue(&key, "next")).await.unwrap());
     for _ in 0..2 {
-        let rolled = store.roll_over(&rollover(turn.thread.id, None)).await.unwrap();
-        let Rolled::Later(thread) = rolled else { panic!("{rolled:?}") };
-        assert_eq!((thread.id, thread.rolls, thread.lifecycle), (turn.thread.id, true, Lifecycle::Current));
+        let rolled = store
+            .roll_over(&rollover(turn.thread.id, None))
+            .await
+            .unwrap();
+        let Rolled::Later(thread) = rolled else {
+            panic!("{rolled:?}")
+        };
+        assert_eq!(
+            (thread.id, thread.rolls, thread.lifecycle),
+            (turn.thread.id, true, Lifecycle::Current)
+        );
     }
-    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert!(next.thread.rolls, "the next turn sees it");
-    let (fresh, moved) = done(store.roll_over(&rollover(next.thread.id, Some(next.lease))).await.unwrap());
+    let (fresh, moved) = done(
+        store
+            .roll_over(&rollover(next.thread.id, Some(next.lease)))
+            .await
+            .unwrap(),
+    );
     assert_eq!((moved.unwrap().input, fresh.rolls), (next.input, false));
     check_invariants(database).await;
 }
@@ -172,34 +263,65 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
     exchange(store, &key).await;
     let mut active = started(store.admit(enqueue(&key, "first")).await.unwrap()).lease;
     let mut waiting = vec![];
-    for (strategy, words) in [(Enqueue, "a"), (Interrupt, "b"), (Enqueue, "c"), (Rollback, "d")] {
-        waiting.push((words, queued(store.admit(said(&key, words, strategy)).await.unwrap()).0));
+    for (strategy, words) in [
+        (Enqueue, "a"),
+        (Interrupt, "b"),
+        (Enqueue, "c"),
+        (Rollback, "d"),
+    ] {
+        waiting.push((
+            words,
+            queued(store.admit(said(&key, words, strategy)).await.unwrap()).0,
+        ));
     }
     let mut current = seen(store, &key).await.unwrap().0.id;
-    let (fresh, _) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
+    let (fresh, _) = done(
+        store
+            .roll_over(&rollover(current, Some(active)))
+            .await
+            .unwrap(),
+    );
     let unfinished = store.unfinished_of(fresh.id).await.unwrap();
-    assert!(unfinished.iter().map(|run| run.seq).eq(1..=5), "{unfinished:?}");
+    assert!(
+        unfinished.iter().map(|run| run.seq).eq(1..=5),
+        "{unfinished:?}"
+    );
     assert_eq!(fresh.run_count, 5);
     assert_eq!(store.unfinished_of(current).await.unwrap(), []);
     assert_eq!(thread(store, current).await.unwrap().run_count, 1);
     current = fresh.id;
     // They are joined by others, which have their places as ever; and each turn rolls the thread over again.
     for (strategy, words) in [(Enqueue, "e"), (Interrupt, "f")] {
-        waiting.push((words, queued(store.admit(said(&key, words, strategy)).await.unwrap()).0));
+        waiting.push((
+            words,
+            queued(store.admit(said(&key, words, strategy)).await.unwrap()).0,
+        ));
     }
     let merged = store.admit(said(&key, "and", Merge)).await.unwrap();
     assert!(matches!(merged, Admitted::Merged { .. }), "{merged:?}");
     for next in ["f", "d", "b", "a", "c", "e"] {
         closed(store.finish(&active, completed(None)).await.unwrap());
         for (words, lease) in waiting.iter().filter(|(words, _)| *words != next) {
-            assert_eq!(store.start_queued(lease).await.unwrap(), QueuedStart::NotYet, "{words}");
+            assert_eq!(
+                store.start_queued(lease).await.unwrap(),
+                QueuedStart::NotYet,
+                "{words}"
+            );
         }
-        let at = waiting.iter().position(|(words, _)| *words == next).unwrap();
+        let at = waiting
+            .iter()
+            .position(|(words, _)| *words == next)
+            .unwrap();
         active = waiting.remove(at).1;
         let turn = claimed(store.start_queued(&active).await.unwrap());
         assert_eq!(turn.input[0].content, text(next));
         assert_eq!(turn.thread.id, current);
-        let (fresh, turn) = done(store.roll_over(&rollover(current, Some(active))).await.unwrap());
+        let (fresh, turn) = done(
+            store
+                .roll_over(&rollover(current, Some(active)))
+                .await
+                .unwrap(),
+        );
         assert_eq!(turn.unwrap().input[0].content, text(next));
         check_counts(database).await;
         current = fresh.id;
@@ -233,16 +355,40 @@ async fn rollover_renumbers_runs_without_gaps(database: &TestDatabase, store: &S
     for words in ["a", "b", "c", "d"] {
         waiting.push(queued(store.admit(enqueue(&key, words)).await.unwrap()).0);
     }
-    let cancelled = RunEnd { status: RunStatus::Cancelled, said: UpstreamSync::Missing, ..completed(None) };
+    let cancelled = RunEnd {
+        status: RunStatus::Cancelled,
+        said: UpstreamSync::Missing,
+        ..completed(None)
+    };
     for gone in [0, 2] {
-        closed(store.finish(&waiting[gone], cancelled.clone()).await.unwrap());
+        closed(
+            store
+                .finish(&waiting[gone], cancelled.clone())
+                .await
+                .unwrap(),
+        );
     }
     let old = active.thread.id;
-    let (fresh, _) = done(store.roll_over(&rollover(old, Some(active.lease))).await.unwrap());
+    let (fresh, _) = done(
+        store
+            .roll_over(&rollover(old, Some(active.lease)))
+            .await
+            .unwrap(),
+    );
     let unfinished = store.unfinished_of(fresh.id).await.unwrap();
     let found: Vec<_> = unfinished.iter().map(|run| (run.id, run.seq)).collect();
-    assert_eq!(found, [(active.run.id, 1), (waiting[1].run_id, 2), (waiting[3].run_id, 3)]);
-    assert_eq!((fresh.run_count, fresh.message_count, fresh.backlog), (3, 1, 0));
+    assert_eq!(
+        found,
+        [
+            (active.run.id, 1),
+            (waiting[1].run_id, 2),
+            (waiting[3].run_id, 3)
+        ]
+    );
+    assert_eq!(
+        (fresh.run_count, fresh.message_count, fresh.backlog),
+        (3, 1, 0)
+    );
     let old = thread(store, old).await.unwrap();
     assert_eq!((old.run_count, old.message_count, old.backlog), (2, 2, 2));
     check_counts(database).await;
@@ -254,18 +400,48 @@ async fn only_active_run_rolls_its_thread_over(database: &TestDatabase, store: &
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let other = started(store.admit(admission(&user("bob"))).await.unwrap());
-    let outdated = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+    let outdated = RunLease {
+        fence: turn.lease.fence + 1,
+        ..turn.lease
+    };
     for lease in [waiting, other.lease, outdated] {
-        assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(lease))).await.unwrap(), Rolled::Lost);
+        assert_eq!(
+            store
+                .roll_over(&rollover(turn.thread.id, Some(lease)))
+                .await
+                .unwrap(),
+            Rolled::Lost
+        );
     }
-    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
-    assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 0))
+        .await
+        .unwrap();
+    assert_eq!(
+        store
+            .roll_over(&rollover(turn.thread.id, Some(turn.lease)))
+            .await
+            .unwrap(),
+        Rolled::Lost
+    );
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    assert_eq!(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap(), Rolled::Lost);
+    assert_eq!(
+        store
+            .roll_over(&rollover(turn.thread.id, Some(turn.lease)))
+            .await
+            .unwrap(),
+        Rolled::Lost
+    );
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 2);
     let erase = request(DeletionTarget::Key(key), Deletion::Erase);
     store.begin_deletion(&erase, 10).await.unwrap();
-    assert_eq!(store.roll_over(&rollover(turn.thread.id, None)).await.unwrap(), Rolled::Lost);
+    assert_eq!(
+        store
+            .roll_over(&rollover(turn.thread.id, None))
+            .await
+            .unwrap(),
+        Rolled::Lost
+    );
 }
 
 async fn rollover_is_idempotent(database: &TestDatabase, store: &Store) {
@@ -275,7 +451,11 @@ async fn rollover_is_idempotent(database: &TestDatabase, store: &Store) {
     let first = store.roll_over(&by_run).await.unwrap();
     assert_eq!(store.roll_over(&by_run).await.unwrap(), first);
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    assert_eq!(store.roll_over(&by_run).await.unwrap(), Rolled::Lost, "the run has ended");
+    assert_eq!(
+        store.roll_over(&by_run).await.unwrap(),
+        Rolled::Lost,
+        "the run has ended"
+    );
     let by_caller = rollover(by_run.new_thread, None);
     let first = store.roll_over(&by_caller).await.unwrap();
     assert_eq!(store.roll_over(&by_caller).await.unwrap(), first);
@@ -291,21 +471,63 @@ async fn rollover_carries_remaining_limits(database: &TestDatabase, store: &Stor
     // The thread is two hours old.
     for (n, (own, configured, expected, end)) in [
         (some(None, None), some(None, None), some(None, None), None),
-        (some(None, None), some(None, Some(3)), some(None, None), Some(3)),
-        (some(None, None), some(Some(5), None), some(Some(3), None), Some(3)),
-        (some(None, None), some(Some(5), Some(1)), some(Some(3), Some(1)), Some(1)),
-        (some(Some(6), None), some(Some(5), Some(1)), some(Some(4), None), Some(4)),
-        (some(None, Some(7)), some(Some(5), Some(1)), some(None, Some(7)), Some(7)),
-        (some(Some(6), Some(7)), some(None, None), some(Some(4), Some(7)), Some(4)),
-        (some(Some(1), None), some(None, None), some(Some(0), None), Some(0)),
+        (
+            some(None, None),
+            some(None, Some(3)),
+            some(None, None),
+            Some(3),
+        ),
+        (
+            some(None, None),
+            some(Some(5), None),
+            some(Some(3), None),
+            Some(3),
+        ),
+        (
+            some(None, None),
+            some(Some(5), Some(1)),
+            some(Some(3), Some(1)),
+            Some(1),
+        ),
+        (
+            some(Some(6), None),
+            some(Some(5), Some(1)),
+            some(Some(4), None),
+            Some(4),
+        ),
+        (
+            some(None, Some(7)),
+            some(Some(5), Some(1)),
+            some(None, Some(7)),
+            Some(7),
+        ),
+        (
+            some(Some(6), Some(7)),
+            some(None, None),
+            some(Some(4), Some(7)),
+            Some(4),
+        ),
+        (
+            some(Some(1), None),
+            some(None, None),
+            some(Some(0), None),
+            Some(0),
+        ),
     ]
     .into_iter()
     .enumerate()
     {
         let made = exchange(store, &user(&n.to_string())).await.thread.id;
-        earlier(database, "threads", &["created_at", "last_active_at"], HOUR * 2).await;
-        let ms =
-            |limit: Option<Duration>| limit.map_or("NULL".to_owned(), |limit| limit.as_millis().to_string());
+        earlier(
+            database,
+            "threads",
+            &["created_at", "last_active_at"],
+            HOUR * 2,
+        )
+        .await;
+        let ms = |limit: Option<Duration>| {
+            limit.map_or("NULL".to_owned(), |limit| limit.as_millis().to_string())
+        };
         database
             .execute(&format!(
                 "UPDATE threads SET max_age_ms = {}, max_idle_ms = {} WHERE id = {}",
@@ -314,13 +536,19 @@ async fn rollover_carries_remaining_limits(database: &TestDatabase, store: &Stor
                 id(database, made.uuid())
             ))
             .await;
-        let rollover = Rollover { limits: configured, ..rollover(made, None) };
+        let rollover = Rollover {
+            limits: configured,
+            ..rollover(made, None)
+        };
         let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
         let near = |one: Option<Duration>, other: Option<Duration>| match (one, other) {
             (Some(one), Some(other)) => one.abs_diff(other) < Duration::from_mins(1),
             (one, other) => one == other,
         };
-        assert!(near(fresh.limits.max_age, expected.max_age), "{n}: {fresh:?}");
+        assert!(
+            near(fresh.limits.max_age, expected.max_age),
+            "{n}: {fresh:?}"
+        );
         assert_eq!(fresh.limits.max_idle, expected.max_idle, "{n}: {fresh:?}");
         let due = time(database, "due_at", fresh.id).await;
         match end {
@@ -335,13 +563,25 @@ async fn rollover_carries_remaining_limits(database: &TestDatabase, store: &Stor
 
 async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    for (n, said) in
-        [UpstreamSync::Present, UpstreamSync::Withheld, UpstreamSync::Missing, UpstreamSync::Present]
-            .iter()
-            .enumerate()
+    for (n, said) in [
+        UpstreamSync::Present,
+        UpstreamSync::Withheld,
+        UpstreamSync::Missing,
+        UpstreamSync::Present,
+    ]
+    .iter()
+    .enumerate()
     {
-        let turn = started(store.admit(enqueue(&key, &format!("say {n}"))).await.unwrap());
-        let end = RunEnd { said: *said, ..completed(Some(&format!("reply {n}"))) };
+        let turn = started(
+            store
+                .admit(enqueue(&key, &format!("say {n}")))
+                .await
+                .unwrap(),
+        );
+        let end = RunEnd {
+            said: *said,
+            ..completed(Some(&format!("reply {n}")))
+        };
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
     let turn = started(store.admit(enqueue(&key, "now")).await.unwrap());
@@ -349,34 +589,74 @@ async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) 
     for (carry_over, expected) in [
         (0, &[][..]),
         (1, &[(8, "reply 3")][..]),
-        (5, &[(4, "reply 1"), (5, "say 2"), (6, "reply 2"), (7, "say 3"), (8, "reply 3")][..]),
+        (
+            5,
+            &[
+                (4, "reply 1"),
+                (5, "say 2"),
+                (6, "reply 2"),
+                (7, "say 3"),
+                (8, "reply 3"),
+            ][..],
+        ),
     ] {
         // Each time as if for the first time.
         let place = rollover(made, Some(turn.lease));
-        let rollover = Rollover { carry_over, ..place };
+        let rollover = Rollover {
+            carry_over,
+            ..place
+        };
         if carry_over == 5 {
             let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
             assert_eq!(fresh.carried, i64::from(carry_over));
             assert_eq!(lines(carried(store, fresh.id).await), expect(expected));
             // Only what stands in the thread right before is carried.
-            closed(store.finish(&turn.lease, completed(Some("then"))).await.unwrap());
-            let again = Rollover { carry_over: 100, ..self::rollover(fresh.id, None) };
+            closed(
+                store
+                    .finish(&turn.lease, completed(Some("then")))
+                    .await
+                    .unwrap(),
+            );
+            let again = Rollover {
+                carry_over: 100,
+                ..self::rollover(fresh.id, None)
+            };
             let (again, _) = done(store.roll_over(&again).await.unwrap());
             assert_eq!(again.carried, 2);
-            assert_eq!(lines(carried(store, again.id).await), expect(&[(1, "now"), (2, "then")]));
+            assert_eq!(
+                lines(carried(store, again.id).await),
+                expect(&[(1, "now"), (2, "then")])
+            );
         } else {
             let other = user(&carry_over.to_string());
             let turn = started(store.admit(enqueue(&other, "reply 3")).await.unwrap());
             closed(store.finish(&turn.lease, completed(None)).await.unwrap());
             let (fresh, _) = done(
-                store.roll_over(&Rollover { thread: turn.thread.id, by: None, ..rollover }).await.unwrap(),
+                store
+                    .roll_over(&Rollover {
+                        thread: turn.thread.id,
+                        by: None,
+                        ..rollover
+                    })
+                    .await
+                    .unwrap(),
             );
             assert_eq!(fresh.carried, i64::from(carry_over));
-            assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data.len(), expected.len());
+            assert_eq!(
+                store.carried(fresh.id, None, 100).await.unwrap().data.len(),
+                expected.len()
+            );
         }
     }
     assert_eq!(store.carried(made, None, 100).await.unwrap().data, []);
-    assert_eq!(store.carried(ThreadId::new(), None, 100).await.unwrap().data, []);
+    assert_eq!(
+        store
+            .carried(ThreadId::new(), None, 100)
+            .await
+            .unwrap()
+            .data,
+        []
+    );
     check_counts(database).await;
 }
 
@@ -386,19 +666,33 @@ async fn carried_messages_page_backwards(_: &TestDatabase, store: &Store) {
         exchange(store, &key).await;
     }
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let place = Rollover { carry_over: 4, ..rollover(turn.thread.id, Some(turn.lease)) };
+    let place = Rollover {
+        carry_over: 4,
+        ..rollover(turn.thread.id, Some(turn.lease))
+    };
     let (fresh, _) = done(store.roll_over(&place).await.unwrap());
     let positions = async |before, limit| {
         let page = store.carried(fresh.id, before, limit).await.unwrap().data;
-        page.iter().map(|message| message.position).collect::<Vec<_>>()
+        page.iter()
+            .map(|message| message.position)
+            .collect::<Vec<_>>()
     };
     assert_eq!(positions(None, 100).await, [6, 5, 4, 3]);
     assert_eq!(positions(None, 3).await, [6, 5, 4]);
     assert_eq!(positions(Some(4), 3).await, [3]);
     assert_eq!(positions(Some(3), 3).await, [0; 0]);
     // A new upstream thread may begin with fewer of them, and with no more from then on.
-    for (carried, left) in [(Some(2), &[6, 5][..]), (Some(3), &[6, 5]), (None, &[6, 5]), (Some(0), &[])] {
-        let what = Withholding { before: Some(0), missing_only: false, carried };
+    for (carried, left) in [
+        (Some(2), &[6, 5][..]),
+        (Some(3), &[6, 5]),
+        (None, &[6, 5]),
+        (Some(0), &[]),
+    ] {
+        let what = Withholding {
+            before: Some(0),
+            missing_only: false,
+            carried,
+        };
         assert!(store.withhold_earlier(&turn.lease, &what).await.unwrap());
         assert_eq!(positions(None, 100).await, left, "{carried:?}");
     }
@@ -408,9 +702,16 @@ async fn erased_thread_carries_no_messages(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
     let (fresh, _) = done(store.roll_over(&rollover(old, None)).await.unwrap());
-    assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data.len(), 2);
+    assert_eq!(
+        store.carried(fresh.id, None, 100).await.unwrap().data.len(),
+        2
+    );
     assert!(store.discard(old, Duration::ZERO).await.unwrap());
-    assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data, [], "it is to be erased");
+    assert_eq!(
+        store.carried(fresh.id, None, 100).await.unwrap().data,
+        [],
+        "it is to be erased"
+    );
     gone_upstream(store, old).await;
     assert!(store.conclude(old, 10).await.unwrap());
     assert_eq!(store.carried(fresh.id, None, 100).await.unwrap().data, []);
@@ -420,21 +721,61 @@ async fn erased_thread_carries_no_messages(_: &TestDatabase, store: &Store) {
 async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let (rollback, ..) = queued(store.admit(said(&key, "no", MultitaskStrategy::Rollback)).await.unwrap());
-    let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
+    let (rollback, ..) = queued(
+        store
+            .admit(said(&key, "no", MultitaskStrategy::Rollback))
+            .await
+            .unwrap(),
+    );
+    let (fresh, _) = done(
+        store
+            .roll_over(&rollover(turn.thread.id, Some(turn.lease)))
+            .await
+            .unwrap(),
+    );
     assert_eq!(started_again(store, &turn.lease).await.thread.id, fresh.id);
     assert!(bind(store, &turn.lease, &UpstreamThreadId("c".to_owned()), true).await);
-    store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap();
-    store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
-    assert_eq!(store.cancel_active(&rollback, true).await.unwrap(), Some(turn.run.id));
-    assert_eq!(store.finish(&turn.lease, completed(None)).await.unwrap(), Closing::MustDiscard);
-    let end = RunEnd { discard: true, status: RunStatus::Cancelled, ..completed(None) };
+    store
+        .pause(&turn.lease, &pause(&["call_1"], 0))
+        .await
+        .unwrap();
+    store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
+    assert_eq!(
+        store.cancel_active(&rollback, true).await.unwrap(),
+        Some(turn.run.id)
+    );
+    assert_eq!(
+        store.finish(&turn.lease, completed(None)).await.unwrap(),
+        Closing::MustDiscard
+    );
+    let end = RunEnd {
+        discard: true,
+        status: RunStatus::Cancelled,
+        ..completed(None)
+    };
     let ended = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
     let next = claimed(store.start_queued(&rollback).await.unwrap());
     assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
-    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0.thread_id, fresh.id);
-    closed(store.finish(&rollback, completed(Some("hi"))).await.unwrap());
+    assert_eq!(
+        store
+            .run(&key, turn.run.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .0
+            .thread_id,
+        fresh.id
+    );
+    closed(
+        store
+            .finish(&rollback, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     check_counts(database).await;
 }
 
@@ -445,13 +786,30 @@ async fn started_again(store: &Store, lease: &RunLease) -> StartedRun {
 async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let once = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
+    let once = Admission {
+        idempotency: Some(idempotency("k")),
+        ..admission(&key)
+    };
     let (waiting, ..) = queued(store.admit(once.clone()).await.unwrap());
-    let (fresh, _) = done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
-    let again = Admission { idempotency: Some(idempotency("k")), ..admission(&key) };
-    assert_eq!(store.admit(again.clone()).await.unwrap(), Admitted::Repeated);
+    let (fresh, _) = done(
+        store
+            .roll_over(&rollover(turn.thread.id, Some(turn.lease)))
+            .await
+            .unwrap(),
+    );
+    let again = Admission {
+        idempotency: Some(idempotency("k")),
+        ..admission(&key)
+    };
+    assert_eq!(
+        store.admit(again.clone()).await.unwrap(),
+        Admitted::Repeated
+    );
     let repeated = store.repeated(&key, "k", HOUR).await.unwrap().unwrap();
-    assert_eq!((repeated.run.id, repeated.thread.id), (waiting.run_id, fresh.id));
+    assert_eq!(
+        (repeated.run.id, repeated.thread.id),
+        (waiting.run_id, fresh.id)
+    );
 }
 
 fn external(after: i64, words: &str) -> ExternalMessage {
@@ -475,14 +833,27 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
     let at = turn.thread.created_at;
     let messages = [
         external(2, "c"),
-        ExternalMessage { role: Role::User, created_at: Some(at), ..external(0, "a") },
+        ExternalMessage {
+            role: Role::User,
+            created_at: Some(at),
+            ..external(0, "a")
+        },
         external(4, "e"),
         external(2, "d"),
         external(0, "b"),
-        ExternalMessage { upstream_message_id: None, ..external(4, "f") },
+        ExternalMessage {
+            upstream_message_id: None,
+            ..external(4, "f")
+        },
         external(99, "g"),
     ];
-    assert_eq!(store.insert_external_messages(made, Some(turn.lease), &messages).await.unwrap(), 7);
+    assert_eq!(
+        store
+            .insert_external_messages(made, Some(turn.lease), &messages)
+            .await
+            .unwrap(),
+        7
+    );
     let expected = [
         (1, "a"),
         (2, "b"),
@@ -514,8 +885,16 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
     assert_eq!(page, [first]);
     assert_eq!(page[0].created_at.timestamp_millis(), at.timestamp_millis());
     check_invariants(database).await;
-    closed(store.finish(&turn.lease, completed(Some("well"))).await.unwrap());
-    assert_eq!(texts(store, made).await.last().unwrap(), &(13, "well".to_owned()));
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("well")))
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        texts(store, made).await.last().unwrap(),
+        &(13, "well".to_owned())
+    );
     check_invariants(database).await;
 }
 
@@ -524,19 +903,63 @@ async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Sto
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_own".to_owned());
-    let made = closed(store.finish(&turn.lease, end.clone()).await.unwrap()).thread.id;
-    let unnamed = ExternalMessage { upstream_message_id: None, ..external(2, "x") };
-    let own = ExternalMessage { upstream_message_id: Some("m_own".to_owned()), ..external(2, "hi") };
+    let made = closed(store.finish(&turn.lease, end.clone()).await.unwrap())
+        .thread
+        .id;
+    let unnamed = ExternalMessage {
+        upstream_message_id: None,
+        ..external(2, "x")
+    };
+    let own = ExternalMessage {
+        upstream_message_id: Some("m_own".to_owned()),
+        ..external(2, "hi")
+    };
     let messages = [own, external(2, "a"), external(2, "a"), unnamed];
-    assert_eq!(store.insert_external_messages(made, None, &messages).await.unwrap(), 2);
-    assert_eq!(store.insert_external_messages(made, None, &messages).await.unwrap(), 0);
-    assert_eq!(store.insert_external_messages(made, None, &[]).await.unwrap(), 0);
-    assert_eq!(store.insert_external_messages(ThreadId::new(), None, &messages).await.unwrap(), 0);
-    assert_eq!(texts(store, made).await, expect(&[(1, "hello"), (2, "hi"), (3, "a"), (4, "x")]));
+    assert_eq!(
+        store
+            .insert_external_messages(made, None, &messages)
+            .await
+            .unwrap(),
+        2
+    );
+    assert_eq!(
+        store
+            .insert_external_messages(made, None, &messages)
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        store
+            .insert_external_messages(made, None, &[])
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        store
+            .insert_external_messages(ThreadId::new(), None, &messages)
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        texts(store, made).await,
+        expect(&[(1, "hello"), (2, "hi"), (3, "a"), (4, "x")])
+    );
     // What is known of one thread may be new in another.
     let other = exchange(store, &user("bob")).await.thread.id;
-    assert_eq!(store.insert_external_messages(other, None, &[external(1, "a")]).await.unwrap(), 1);
-    assert_eq!(texts(store, other).await, expect(&[(1, "hello"), (2, "a"), (3, "hi")]));
+    assert_eq!(
+        store
+            .insert_external_messages(other, None, &[external(1, "a")])
+            .await
+            .unwrap(),
+        1
+    );
+    assert_eq!(
+        texts(store, other).await,
+        expect(&[(1, "hello"), (2, "a"), (3, "hi")])
+    );
     check_invariants(database).await;
 }
 
@@ -545,17 +968,32 @@ async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Sto
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let made = turn.thread.id;
-    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    let stale = RunLease {
+        fence: turn.lease.fence - 1,
+        ..turn.lease
+    };
     for by in [None, Some(waiting), Some(stale)] {
-        assert_eq!(store.insert_external_messages(made, by, &[external(0, "a")]).await.unwrap(), 0);
+        assert_eq!(
+            store
+                .insert_external_messages(made, by, &[external(0, "a")])
+                .await
+                .unwrap(),
+            0
+        );
     }
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(
-        store.insert_external_messages(made, None, &[external(0, "a")]).await.unwrap(),
+        store
+            .insert_external_messages(made, None, &[external(0, "a")])
+            .await
+            .unwrap(),
         1,
         "who waits does not mind"
     );
-    let late = store.insert_external_messages(made, Some(turn.lease), &[external(0, "b")]).await.unwrap();
+    let late = store
+        .insert_external_messages(made, Some(turn.lease), &[external(0, "b")])
+        .await
+        .unwrap();
     assert_eq!(late, 0, "the run is over");
 }
 
@@ -573,17 +1011,29 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     let work = |turn: StartedRun, store: Arc<Store>, n: usize| {
         let begun = &begun;
         async move {
-            begun.lock().unwrap().extend(turn.input.iter().map(|message| message.id));
+            begun
+                .lock()
+                .unwrap()
+                .extend(turn.input.iter().map(|message| message.id));
             let mut input = turn.input.clone();
             if n.is_multiple_of(3) {
-                let (fresh, moved) =
-                    done(store.roll_over(&rollover(turn.thread.id, Some(turn.lease))).await.unwrap());
+                let (fresh, moved) = done(
+                    store
+                        .roll_over(&rollover(turn.thread.id, Some(turn.lease)))
+                        .await
+                        .unwrap(),
+                );
                 let moved = moved.unwrap();
                 assert_eq!((moved.run.thread_id, moved.thread.id), (fresh.id, fresh.id));
                 input = moved.input;
             }
             assert_eq!(input, turn.input);
-            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+            closed(
+                store
+                    .finish(&turn.lease, completed(Some("hi")))
+                    .await
+                    .unwrap(),
+            );
         }
     };
     let send = |n: usize| {
@@ -591,8 +1041,10 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
         let (key, work) = (&key, &work);
         async move {
             let strategy = [Enqueue, Merge, Enqueue, Interrupt, Merge][n % 5];
-            let request =
-                Admission { idempotency: Some(idempotency(&n.to_string())), ..said(key, "x", strategy) };
+            let request = Admission {
+                idempotency: Some(idempotency(&n.to_string())),
+                ..said(key, "x", strategy)
+            };
             match store.admit(request.clone()).await.unwrap() {
                 Admitted::Started(turn) => work(*turn, store, n).await,
                 Admitted::Merged { .. } => {}
@@ -621,7 +1073,9 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     let sends = futures_util::future::join_all((0..MESSAGES).map(send));
     let rolls = futures_util::future::join_all((0..2).map(roll));
     let all = async { tokio::join!(sends, rolls) };
-    tokio::time::timeout(Duration::from_mins(2), all).await.expect("every run gets its turn");
+    tokio::time::timeout(Duration::from_mins(2), all)
+        .await
+        .expect("every run gets its turn");
 
     let mut begun = begun.into_inner().unwrap();
     assert_eq!(begun.len(), MESSAGES);
@@ -629,7 +1083,10 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     begun.dedup();
     assert_eq!(begun.len(), MESSAGES, "none is doubled");
     let said = "SELECT count(*) FROM messages WHERE role = 'user'";
-    assert_eq!(database.number(said).await, i64::try_from(MESSAGES).unwrap());
+    assert_eq!(
+        database.number(said).await,
+        i64::try_from(MESSAGES).unwrap()
+    );
     assert!(database.number("SELECT count(*) FROM threads").await > 10);
     check_counts(&database).await;
     for store in replicas {
@@ -647,7 +1104,15 @@ async fn queue_order_survives_concurrent_rollovers() {
         let first = started(replicas[0].admit(admission(&key)).await.unwrap());
         let mut waiting = vec![];
         for n in 0..8 {
-            waiting.push(queued(replicas[n % 2].admit(enqueue(&key, &n.to_string())).await.unwrap()).0);
+            waiting.push(
+                queued(
+                    replicas[n % 2]
+                        .admit(enqueue(&key, &n.to_string()))
+                        .await
+                        .unwrap(),
+                )
+                .0,
+            );
         }
         let order = std::sync::Mutex::new(Vec::new());
         let claim = |n: usize| {
@@ -666,7 +1131,12 @@ async fn queue_order_survives_concurrent_rollovers() {
                     match store.start_queued(&lease).await.unwrap() {
                         QueuedStart::Started(turn) => {
                             order.lock().unwrap().push(n);
-                            closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+                            closed(
+                                store
+                                    .finish(&turn.lease, completed(Some("hi")))
+                                    .await
+                                    .unwrap(),
+                            );
                             return;
                         }
                         QueuedStart::NotYet => tokio::task::yield_now().await,
@@ -678,16 +1148,26 @@ async fn queue_order_survives_concurrent_rollovers() {
         let roll = async {
             for n in 0..12_usize {
                 if let Some((thread, _)) = seen(&replicas[n % 2], &key).await {
-                    replicas[n % 2].roll_over(&rollover(thread.id, None)).await.unwrap();
+                    replicas[n % 2]
+                        .roll_over(&rollover(thread.id, None))
+                        .await
+                        .unwrap();
                 }
                 if n == 2 {
-                    closed(replicas[0].finish(&first.lease, completed(None)).await.unwrap());
+                    closed(
+                        replicas[0]
+                            .finish(&first.lease, completed(None))
+                            .await
+                            .unwrap(),
+                    );
                 }
             }
         };
         let claims = futures_util::future::join_all((0..8).map(claim));
         let all = async { tokio::join!(claims, roll) };
-        tokio::time::timeout(Duration::from_mins(1), all).await.expect("every run gets its turn");
+        tokio::time::timeout(Duration::from_mins(1), all)
+            .await
+            .expect("every run gets its turn");
         assert_eq!(order.into_inner().unwrap(), [0, 1, 2, 3, 4, 6, 7]);
         let said = format!(
             "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id WHERE t.user_key = '{round}'"
@@ -717,7 +1197,10 @@ async fn calls_blocked_by_rollover_find_new_thread() {
         let old = first.thread.id;
         // The rollover has the runs, and waits for the thread.
         let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
-        let hold = format!("BEGIN; SELECT FROM threads WHERE id = '{}' FOR UPDATE", old.uuid());
+        let hold = format!(
+            "BEGIN; SELECT FROM threads WHERE id = '{}' FOR UPDATE",
+            old.uuid()
+        );
         holder.execute(sqlx::AssertSqlSafe(hold)).await.unwrap();
         let roll = rollover(old, by);
         let roll = store.roll_over(&roll);
@@ -741,19 +1224,26 @@ async fn calls_blocked_by_rollover_find_new_thread() {
                     };
                     let (end, ()) = tokio::join!(other.finish(&third, end.clone()), release);
                     let ended = closed(end.unwrap());
-                    assert_eq!((ended.thread.previous_thread, ended.thread.message_count), (Some(old), 1));
+                    assert_eq!(
+                        (ended.thread.previous_thread, ended.thread.message_count),
+                        (Some(old), 1)
+                    );
                     assert_eq!(ended.thread.backlog, 1);
                 }
                 2 => {
                     let merge = said(&key, "4", MultitaskStrategy::Merge);
                     let (merged, ()) = tokio::join!(other.admit(merge.clone()), release);
-                    let Admitted::Merged { thread, run } = merged.unwrap() else { panic!("not merged") };
+                    let Admitted::Merged { thread, run } = merged.unwrap() else {
+                        panic!("not merged")
+                    };
                     assert_eq!((thread.previous_thread, run.id), (Some(old), third.run_id));
-                    let merged = "SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) > 1";
+                    let merged =
+                        "SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) > 1";
                     assert_eq!(database.number(merged).await, 1, "it is in one run");
                 }
                 _ => {
-                    let (marked, ()) = tokio::join!(other.request_cancel(&key, first.run.id), release);
+                    let (marked, ()) =
+                        tokio::join!(other.request_cancel(&key, first.run.id), release);
                     assert_eq!(marked.unwrap().unwrap().status, RunStatus::Cancelling);
                 }
             }
@@ -763,7 +1253,10 @@ async fn calls_blocked_by_rollover_find_new_thread() {
         check_counts(&database).await;
         if round < 3 {
             let turn = claimed(store.start_queued(&second).await.unwrap());
-            assert_eq!((turn.thread.id, &turn.input[0].content), (fresh.id, &text("2")));
+            assert_eq!(
+                (turn.thread.id, &turn.input[0].content),
+                (fresh.id, &text("2"))
+            );
         }
     }
     for store in [store, other] {

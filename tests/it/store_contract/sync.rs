@@ -30,16 +30,31 @@ on_every_backend!(
 );
 
 fn say(key: &ConversationKey, words: &str) -> Admission {
-    Admission { message: InputMessage { id: MessageId::new(), content: text(words) }, ..admission(key) }
+    Admission {
+        message: InputMessage {
+            id: MessageId::new(),
+            content: text(words),
+        },
+        ..admission(key)
+    }
 }
 
 fn failed(said: UpstreamSync) -> RunEnd {
-    RunEnd { status: RunStatus::Failed, said, ..completed(None) }
+    RunEnd {
+        status: RunStatus::Failed,
+        said,
+        ..completed(None)
+    }
 }
 
 fn reply(words: &str, upstream: Option<&str>, sync: UpstreamSync) -> Reply {
     let upstream_message_id = upstream.map(ToOwned::to_owned);
-    Reply { id: MessageId::new(), content: text(words), upstream_message_id, sync }
+    Reply {
+        id: MessageId::new(),
+        content: text(words),
+        upstream_message_id,
+        sync,
+    }
 }
 
 fn unsettled_run(run: RunId) -> UnsettledRun {
@@ -48,7 +63,10 @@ fn unsettled_run(run: RunId) -> UnsettledRun {
         thread: Some(UpstreamThreadId("conv_1".to_owned())),
         upstream_run: Some(UpstreamRunId("resp_1".to_owned())),
         open_calls: pause(&["call_1"], 0).required_action.tool_calls,
-        baseline: Baseline { anchor: Some("msg_0".to_owned()), skip: 2 },
+        baseline: Baseline {
+            anchor: Some("msg_0".to_owned()),
+            skip: 2,
+        },
         inputs: 1,
         synced: false,
         remove: true,
@@ -56,11 +74,23 @@ fn unsettled_run(run: RunId) -> UnsettledRun {
 }
 
 /// Each message of the key's transcript: its text, its context, and how its run ended.
-async fn syncs(store: &Store, key: &ConversationKey) -> Vec<(String, UpstreamSync, Option<RunStatus>)> {
+async fn syncs(
+    store: &Store,
+    key: &ConversationKey,
+) -> Vec<(String, UpstreamSync, Option<RunStatus>)> {
     let lines = transcript(store, key).await;
-    let page = store.messages(ThreadName::Newest(key), false, &first_page()).await.unwrap().unwrap();
-    let words = lines.into_iter().map(|line| line.split_once(": ").unwrap().1.to_owned());
-    words.zip(page.data).map(|(words, message)| (words, message.sync, message.ended)).collect()
+    let page = store
+        .messages(ThreadName::Newest(key), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
+    let words = lines
+        .into_iter()
+        .map(|line| line.split_once(": ").unwrap().1.to_owned());
+    words
+        .zip(page.data)
+        .map(|(words, message)| (words, message.sync, message.ended))
+        .collect()
 }
 
 /// Admits a message on a free thread and ends its run.
@@ -75,7 +105,15 @@ async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
         [ContentPart::Text { text }] => text.clone(),
         other => panic!("{other:?}"),
     };
-    store.unsynced_messages(run, None, 1000).await.unwrap().data.into_iter().rev().map(text).collect()
+    store
+        .unsynced_messages(run, None, 1000)
+        .await
+        .unwrap()
+        .data
+        .into_iter()
+        .rev()
+        .map(text)
+        .collect()
 }
 
 async fn finish_records_context_of_its_messages(database: &TestDatabase, store: &Store) {
@@ -86,7 +124,11 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
     for said in [Present, Missing, Withheld, Unknown] {
         for replied in [Present, Missing, Withheld, Unknown] {
             let status = RunStatus::Cancelled;
-            let end = RunEnd { status, reply: Some(reply("reply", None, replied)), ..failed(said) };
+            let end = RunEnd {
+                status,
+                reply: Some(reply("reply", None, replied)),
+                ..failed(said)
+            };
             let finished = turn(store, &key, "message", &end).await;
             missing += i64::from(said == Missing) + i64::from(replied == Missing);
             assert_eq!(finished.thread.backlog, missing, "{said} {replied}");
@@ -104,13 +146,27 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
 async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let finished = turn(store, &key, "1", &completed(Some("one"))).await;
-    assert_eq!((finished.thread.backlog, &finished.thread.unsettled_run), (0, &None));
+    assert_eq!(
+        (finished.thread.backlog, &finished.thread.unsettled_run),
+        (0, &None)
+    );
     // Nothing forbids one that completed but is not known upstream.
-    let end = RunEnd { said: UpstreamSync::Missing, ..completed(Some("two")) };
+    let end = RunEnd {
+        said: UpstreamSync::Missing,
+        ..completed(Some("two"))
+    };
     assert_eq!(turn(store, &key, "2", &end).await.thread.backlog, 1);
-    let wanted = [("1", "present"), ("one", "present"), ("2", "missing"), ("two", "present")];
+    let wanted = [
+        ("1", "present"),
+        ("one", "present"),
+        ("2", "missing"),
+        ("two", "present"),
+    ];
     for ((words, context, ended), wanted) in syncs(store, &key).await.iter().zip(wanted) {
-        assert_eq!((words.as_str(), context.as_str(), *ended), (wanted.0, wanted.1, None));
+        assert_eq!(
+            (words.as_str(), context.as_str(), *ended),
+            (wanted.0, wanted.1, None)
+        );
     }
     check_invariants(database).await;
 }
@@ -121,14 +177,26 @@ async fn messages_of_unstarted_run_get_context_too(database: &TestDatabase, stor
     let mut missing = 0;
     for said in [UpstreamSync::Withheld, UpstreamSync::Missing] {
         let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
-        let merge = Admission { strategy: MultitaskStrategy::Merge, ..say(&key, "3") };
-        assert!(matches!(store.admit(merge.clone()).await.unwrap(), Admitted::Merged { .. }));
+        let merge = Admission {
+            strategy: MultitaskStrategy::Merge,
+            ..say(&key, "3")
+        };
+        assert!(matches!(
+            store.admit(merge.clone()).await.unwrap(),
+            Admitted::Merged { .. }
+        ));
         let finished = closed(store.finish(&waiting, failed(said)).await.unwrap());
         missing += if said == UpstreamSync::Missing { 2 } else { 0 };
         assert_eq!(finished.thread.backlog, missing);
         let all = syncs(store, &key).await;
         let failed = Some(RunStatus::Failed);
-        assert_eq!(all[all.len() - 2..], [("2".to_owned(), said, failed), ("3".to_owned(), said, failed)]);
+        assert_eq!(
+            all[all.len() - 2..],
+            [
+                ("2".to_owned(), said, failed),
+                ("3".to_owned(), said, failed)
+            ]
+        );
         assert_eq!(all[0], ("1".to_owned(), UpstreamSync::Present, None));
     }
     check_invariants(database).await;
@@ -140,7 +208,10 @@ async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase,
     turn(store, &key, "1", &failed(Missing)).await;
     turn(store, &key, "2", &failed(Withheld)).await;
     turn(store, &key, "3", &failed(Unknown)).await;
-    let partial = RunEnd { reply: Some(reply("four", None, Missing)), ..failed(Present) };
+    let partial = RunEnd {
+        reply: Some(reply("four", None, Missing)),
+        ..failed(Present)
+    };
     turn(store, &key, "4", &partial).await;
     turn(store, &user("bob"), "other", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
@@ -148,13 +219,22 @@ async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase,
     assert_eq!(unsynced_messages(store, now.run.id).await, ["1", "four"]);
     assert_eq!(unsynced_messages(store, RunId::new()).await, [""; 0]);
     // Nothing went along: it stays.
-    let own = RunEnd { reply: Some(reply("five", None, Missing)), ..failed(Missing) };
+    let own = RunEnd {
+        reply: Some(reply("five", None, Missing)),
+        ..failed(Missing)
+    };
     let finished = closed(store.finish(&now.lease, own.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 4);
     let next = started(store.admit(say(&key, "6")).await.unwrap());
-    assert_eq!(unsynced_messages(store, next.run.id).await, ["1", "four", "5", "five"]);
+    assert_eq!(
+        unsynced_messages(store, next.run.id).await,
+        ["1", "four", "5", "five"]
+    );
     let (waiting, ..) = queued(store.admit(say(&key, "7")).await.unwrap());
-    assert_eq!(unsynced_messages(store, waiting.run_id).await, ["1", "four", "5", "five"]);
+    assert_eq!(
+        unsynced_messages(store, waiting.run_id).await,
+        ["1", "four", "5", "five"]
+    );
     check_invariants(database).await;
 }
 
@@ -167,20 +247,35 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
     let others = turn(store, &user("bob"), "other", &failed(Missing)).await;
 
     // The run itself may have been left out all the same.
-    let end = RunEnd { synced: true, reply: Some(reply("four", None, Missing)), ..failed(Missing) };
+    let end = RunEnd {
+        synced: true,
+        reply: Some(reply("four", None, Missing)),
+        ..failed(Missing)
+    };
     let finished = turn(store, &key, "4", &end).await;
     assert_eq!(finished.thread.backlog, 2);
     let told = |all: Vec<(String, UpstreamSync, Option<RunStatus>)>| {
-        all.into_iter().map(|(words, context, _)| (words, context)).collect::<Vec<_>>()
+        all.into_iter()
+            .map(|(words, context, _)| (words, context))
+            .collect::<Vec<_>>()
     };
     let wanted = |context| {
-        [("1", Present), ("2", Withheld), ("3", Present), ("4", context), ("four", context)]
-            .map(|(words, context)| (words.to_owned(), context))
+        [
+            ("1", Present),
+            ("2", Withheld),
+            ("3", Present),
+            ("4", context),
+            ("four", context),
+        ]
+        .map(|(words, context)| (words.to_owned(), context))
     };
     assert_eq!(told(syncs(store, &key).await), wanted(Missing));
     check_invariants(database).await;
 
-    let end = RunEnd { synced: true, ..completed(Some("five")) };
+    let end = RunEnd {
+        synced: true,
+        ..completed(Some("five"))
+    };
     let finished = turn(store, &key, "5", &end).await;
     assert_eq!(finished.thread.backlog, 0);
     assert_eq!(told(syncs(store, &key).await)[..5], wanted(Present));
@@ -194,9 +289,17 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
     turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, failed(UpstreamSync::Missing)).await.unwrap());
+    closed(
+        store
+            .finish(&waiting, failed(UpstreamSync::Missing))
+            .await
+            .unwrap(),
+    );
     assert_eq!(unsynced_messages(store, now.run.id).await, ["1"]);
-    let end = RunEnd { synced: true, ..completed(Some("two")) };
+    let end = RunEnd {
+        synced: true,
+        ..completed(Some("two"))
+    };
     let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
     assert_eq!(finished.thread.backlog, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
@@ -204,8 +307,16 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
 
     // A run that has no messages yet comes after all others.
     let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
-    let end = RunEnd { synced: true, ..failed(UpstreamSync::Missing) };
-    assert_eq!(closed(store.finish(&waiting, end.clone()).await.unwrap()).thread.backlog, 1);
+    let end = RunEnd {
+        synced: true,
+        ..failed(UpstreamSync::Missing)
+    };
+    assert_eq!(
+        closed(store.finish(&waiting, end.clone()).await.unwrap())
+            .thread
+            .backlog,
+        1
+    );
     check_invariants(database).await;
 }
 
@@ -214,8 +325,17 @@ async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, s
     turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
-    closed(store.finish(&waiting, failed(UpstreamSync::Missing)).await.unwrap());
-    let end = RunEnd { synced: true, discard: true, ..failed(UpstreamSync::Missing) };
+    closed(
+        store
+            .finish(&waiting, failed(UpstreamSync::Missing))
+            .await
+            .unwrap(),
+    );
+    let end = RunEnd {
+        synced: true,
+        discard: true,
+        ..failed(UpstreamSync::Missing)
+    };
     let finished = closed(store.finish(&now.lease, end).await.unwrap());
     assert_eq!(finished.thread.backlog, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
@@ -225,88 +345,207 @@ async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, s
 
 async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let left = |run| RunEnd { unsettled_run: Some(unsettled_run(run)), ..failed(UpstreamSync::Unknown) };
+    let left = |run| RunEnd {
+        unsettled_run: Some(unsettled_run(run)),
+        ..failed(UpstreamSync::Unknown)
+    };
     let (one, two) = (RunId::new(), RunId::new());
-    assert_eq!(turn(store, &key, "1", &left(one)).await.thread.unsettled_run, Some(unsettled_run(one)));
-    assert_eq!(seen(store, &key).await.unwrap().0.unsettled_run, Some(unsettled_run(one)));
+    assert_eq!(
+        turn(store, &key, "1", &left(one))
+            .await
+            .thread
+            .unsettled_run,
+        Some(unsettled_run(one))
+    );
+    assert_eq!(
+        seen(store, &key).await.unwrap().0.unsettled_run,
+        Some(unsettled_run(one))
+    );
     let finished = turn(store, &key, "2", &completed(None)).await;
-    assert_eq!(finished.thread.unsettled_run, Some(unsettled_run(one)), "the end does not say");
-    assert_eq!(turn(store, &key, "3", &left(two)).await.thread.unsettled_run, Some(unsettled_run(two)));
-    let both = RunEnd { synced: true, ..left(one) };
-    assert_eq!(turn(store, &key, "4", &both).await.thread.unsettled_run, Some(unsettled_run(one)));
-    let synced = RunEnd { synced: true, ..completed(None) };
-    assert_eq!(turn(store, &key, "5", &synced).await.thread.unsettled_run, None);
+    assert_eq!(
+        finished.thread.unsettled_run,
+        Some(unsettled_run(one)),
+        "the end does not say"
+    );
+    assert_eq!(
+        turn(store, &key, "3", &left(two))
+            .await
+            .thread
+            .unsettled_run,
+        Some(unsettled_run(two))
+    );
+    let both = RunEnd {
+        synced: true,
+        ..left(one)
+    };
+    assert_eq!(
+        turn(store, &key, "4", &both).await.thread.unsettled_run,
+        Some(unsettled_run(one))
+    );
+    let synced = RunEnd {
+        synced: true,
+        ..completed(None)
+    };
+    assert_eq!(
+        turn(store, &key, "5", &synced).await.thread.unsettled_run,
+        None
+    );
 }
 
 async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, store: &Store) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for (found, missing) in [(Present, 0), (Missing, 1), (Withheld, 1)] {
-        let end = RunEnd { reply: Some(reply("reply", None, Withheld)), ..failed(Unknown) };
+        let end = RunEnd {
+            reply: Some(reply("reply", None, Withheld)),
+            ..failed(Unknown)
+        };
         let earlier = turn(store, &key, "message", &end).await.run.id;
-        let end = RunEnd { unsettled_run: Some(unsettled_run(earlier)), ..completed(Some("other")) };
+        let end = RunEnd {
+            unsettled_run: Some(unsettled_run(earlier)),
+            ..completed(Some("other"))
+        };
         turn(store, &key, "other", &end).await;
         let other = turn(store, &key, "unknown", &failed(Unknown)).await.run.id;
         let now = started(store.admit(say(&key, "now")).await.unwrap());
         let (waiting, ..) = queued(store.admit(say(&key, "waits")).await.unwrap());
-        let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-        assert!(!store.record_settlement(&stale, earlier, found).await.unwrap());
-        assert!(!store.record_settlement(&waiting, earlier, found).await.unwrap(), "it is not active");
+        let stale = RunLease {
+            fence: now.lease.fence - 1,
+            ..now.lease
+        };
+        assert!(
+            !store
+                .record_settlement(&stale, earlier, found)
+                .await
+                .unwrap()
+        );
+        assert!(
+            !store
+                .record_settlement(&waiting, earlier, found)
+                .await
+                .unwrap(),
+            "it is not active"
+        );
         for _ in 0..2 {
-            assert!(store.record_settlement(&now.lease, earlier, found).await.unwrap());
+            assert!(
+                store
+                    .record_settlement(&now.lease, earlier, found)
+                    .await
+                    .unwrap()
+            );
         }
         let (thread, _) = seen(store, &key).await.unwrap();
-        assert_eq!((thread.backlog, thread.unsettled_run), (missing, None), "{found}");
-        let page = PageRequest { ascending: false, ..first_page() };
+        assert_eq!(
+            (thread.backlog, thread.unsettled_run),
+            (missing, None),
+            "{found}"
+        );
+        let page = PageRequest {
+            ascending: false,
+            ..first_page()
+        };
         let of = |run| move |message: &&Message| message.run_id == Some(run);
-        let data = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap().data;
+        let data = store
+            .messages(ThreadName::Newest(&key), false, &page)
+            .await
+            .unwrap()
+            .unwrap()
+            .data;
         let syncs: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.sync).collect();
         assert_eq!(syncs, [Withheld, found], "only what was not known");
         assert!(data.iter().filter(of(other)).all(|it| it.sync == Unknown));
         check_invariants(database).await;
 
-        assert!(store.record_settlement(&now.lease, other, Present).await.unwrap());
+        assert!(
+            store
+                .record_settlement(&now.lease, other, Present)
+                .await
+                .unwrap()
+        );
         closed(store.finish(&now.lease, completed(None)).await.unwrap());
-        assert!(!store.record_settlement(&now.lease, other, Missing).await.unwrap(), "it has ended");
+        assert!(
+            !store
+                .record_settlement(&now.lease, other, Missing)
+                .await
+                .unwrap(),
+            "it has ended"
+        );
         claimed(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(None)).await.unwrap());
     }
     check_invariants(database).await;
 }
 
-async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatabase, store: &Store) {
+async fn backlog_sent_with_unsettled_run_is_settled_present(
+    database: &TestDatabase,
+    store: &Store,
+) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
         let key = user(found.as_str());
         turn(store, &key, "1", &failed(Missing)).await;
-        let partial = RunEnd { reply: Some(reply("two", None, Missing)), ..failed(Withheld) };
+        let partial = RunEnd {
+            reply: Some(reply("two", None, Missing)),
+            ..failed(Withheld)
+        };
         turn(store, &key, "2", &partial).await;
         let forgotten = turn(store, &key, "3", &failed(Unknown)).await.run.id;
-        let others = turn(store, &session("bob", found.as_str()), "other", &failed(Missing)).await;
+        let others = turn(
+            store,
+            &session("bob", found.as_str()),
+            "other",
+            &failed(Missing),
+        )
+        .await;
 
         let now = started(store.admit(say(&key, "4")).await.unwrap());
         let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
         closed(store.finish(&waiting, failed(Missing)).await.unwrap());
         let end = RunEnd {
-            unsettled_run: Some(UnsettledRun { synced: true, ..unsettled_run(now.run.id) }),
+            unsettled_run: Some(UnsettledRun {
+                synced: true,
+                ..unsettled_run(now.run.id)
+            }),
             reply: Some(reply("four", None, Unknown)),
             ..failed(Unknown)
         };
-        assert_eq!(closed(store.finish(&now.lease, end.clone()).await.unwrap()).thread.backlog, 3);
+        assert_eq!(
+            closed(store.finish(&now.lease, end.clone()).await.unwrap())
+                .thread
+                .backlog,
+            3
+        );
         turn(store, &key, "6", &failed(Missing)).await;
 
         let next = started(store.admit(say(&key, "7")).await.unwrap());
         assert_eq!(next.thread.backlog, 4);
         let before = syncs(store, &key).await;
-        let stale = RunLease { fence: next.lease.fence - 1, ..next.lease };
+        let stale = RunLease {
+            fence: next.lease.fence - 1,
+            ..next.lease
+        };
         assert!(!store.took_along(&stale, now.run.id).await.unwrap());
-        assert!(!store.record_settlement(&stale, now.run.id, found).await.unwrap());
+        assert!(
+            !store
+                .record_settlement(&stale, now.run.id, found)
+                .await
+                .unwrap()
+        );
         assert_eq!(syncs(store, &key).await, before);
         for _ in 0..2 {
             assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
-            assert!(store.record_settlement(&next.lease, now.run.id, found).await.unwrap());
+            assert!(
+                store
+                    .record_settlement(&next.lease, now.run.id, found)
+                    .await
+                    .unwrap()
+            );
             let (thread, _) = seen(store, &key).await.unwrap();
-            assert_eq!((thread.backlog, thread.unsettled_run), (2 + own, None), "{found}");
+            assert_eq!(
+                (thread.backlog, thread.unsettled_run),
+                (2 + own, None),
+                "{found}"
+            );
             let wanted = [
                 ("1", Present),
                 ("2", Withheld),
@@ -319,13 +558,24 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
                 ("7", Present),
             ];
             let all = syncs(store, &key).await;
-            let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
-            assert_eq!(all, wanted, "what came later did not go along; what is not known stays so");
+            let all: Vec<_> = all
+                .iter()
+                .map(|(words, context, _)| (words.as_str(), *context))
+                .collect();
+            assert_eq!(
+                all, wanted,
+                "what came later did not go along; what is not known stays so"
+            );
             check_invariants(database).await;
         }
         // It alone is not known any more, and nothing was missing before it that is not sent.
         assert!(store.took_along(&next.lease, forgotten).await.unwrap());
-        assert!(store.record_settlement(&next.lease, forgotten, Missing).await.unwrap());
+        assert!(
+            store
+                .record_settlement(&next.lease, forgotten, Missing)
+                .await
+                .unwrap()
+        );
         let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
         let (bob, _) = seen(store, &others.thread.key).await.unwrap();
@@ -335,7 +585,10 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(database: &TestDatab
 }
 
 /// Of such a run no message is left that could say where it stood.
-async fn backlog_sent_with_discarded_run_is_settled_present(database: &TestDatabase, store: &Store) {
+async fn backlog_sent_with_discarded_run_is_settled_present(
+    database: &TestDatabase,
+    store: &Store,
+) {
     use UpstreamSync::{Missing, Present};
     let key = user("alice");
     turn(store, &key, "1", &failed(Missing)).await;
@@ -343,32 +596,67 @@ async fn backlog_sent_with_discarded_run_is_settled_present(database: &TestDatab
     database.age_starts(Duration::from_secs(1)).await;
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     closed(store.finish(&waiting, failed(Missing)).await.unwrap());
-    let left = UnsettledRun { synced: true, ..unsettled_run(now.run.id) };
-    let end = RunEnd { discard: true, unsettled_run: Some(left), ..failed(Missing) };
+    let left = UnsettledRun {
+        synced: true,
+        ..unsettled_run(now.run.id)
+    };
+    let end = RunEnd {
+        discard: true,
+        unsettled_run: Some(left),
+        ..failed(Missing)
+    };
     closed(store.finish(&now.lease, end.clone()).await.unwrap());
     turn(store, &key, "4", &failed(Missing)).await;
     let next = started(store.admit(say(&key, "5")).await.unwrap());
     for _ in 0..2 {
         assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
-        assert!(store.record_settlement(&next.lease, now.run.id, Missing).await.unwrap());
+        assert!(
+            store
+                .record_settlement(&next.lease, now.run.id, Missing)
+                .await
+                .unwrap()
+        );
         let all = syncs(store, &key).await;
-        let all: Vec<_> = all.iter().map(|(words, context, _)| (words.as_str(), *context)).collect();
-        assert_eq!(all, [("1", Present), ("3", Missing), ("4", Missing), ("5", Present)]);
+        let all: Vec<_> = all
+            .iter()
+            .map(|(words, context, _)| (words.as_str(), *context))
+            .collect();
+        assert_eq!(
+            all,
+            [
+                ("1", Present),
+                ("3", Missing),
+                ("4", Missing),
+                ("5", Present)
+            ]
+        );
         assert_eq!(seen(store, &key).await.unwrap().0.backlog, 2);
         check_invariants(database).await;
     }
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3", "4"]);
 }
 
-async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDatabase, store: &Store) {
+async fn seeded_upstream_thread_contains_all_earlier_messages(
+    database: &TestDatabase,
+    store: &Store,
+) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
-    let ids = |words: &str| RunEnd { reply: Some(reply(words, Some(words), Present)), ..completed(None) };
+    let ids = |words: &str| RunEnd {
+        reply: Some(reply(words, Some(words), Present)),
+        ..completed(None)
+    };
     turn(store, &key, "1", &ids("one")).await;
     turn(store, &key, "2", &failed(Missing)).await;
-    let partial = RunEnd { reply: Some(reply("three", Some("m3"), Missing)), ..failed(Unknown) };
+    let partial = RunEnd {
+        reply: Some(reply("three", Some("m3"), Missing)),
+        ..failed(Unknown)
+    };
     turn(store, &key, "3", &partial).await;
-    let withheld = RunEnd { unsettled_run: Some(unsettled_run(RunId::new())), ..failed(Withheld) };
+    let withheld = RunEnd {
+        unsettled_run: Some(unsettled_run(RunId::new())),
+        ..failed(Withheld)
+    };
     turn(store, &key, "4", &withheld).await;
     let others = turn(store, &user("bob"), "other", &ids("bob")).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
@@ -378,26 +666,59 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(database: &TestDat
     let id = UpstreamThreadId("conv_2".to_owned());
     let before = seen(store, &key).await.unwrap().0;
     assert_eq!(before.backlog, 3);
-    let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
+    let stale = RunLease {
+        fence: now.lease.fence - 1,
+        ..now.lease
+    };
     assert!(!bind(store, &stale, &id, true).await);
     assert_eq!(seen(store, &key).await.unwrap().0, before);
     // To learn where a thread lives makes nothing known of what it holds.
     assert!(bind(store, &now.lease, &id, false).await);
     let bound = seen(store, &key).await.unwrap().0;
-    assert_eq!((bound.backlog, &bound.unsettled_run), (3, &before.unsettled_run));
+    assert_eq!(
+        (bound.backlog, &bound.unsettled_run),
+        (3, &before.unsettled_run)
+    );
 
     for _ in 0..2 {
         assert!(bind(store, &now.lease, &id, true).await);
         let (thread, _) = seen(store, &key).await.unwrap();
-        assert_eq!((thread.upstream_thread_id.as_ref(), thread.unsettled_run), (Some(&id), None));
-        assert_eq!(thread.backlog, 1, "what came after the run's own is not in it");
-        let all: Vec<_> = syncs(store, &key).await.into_iter().map(|it| it.1).collect();
-        assert_eq!(all, [Present, Present, Present, Present, Present, Withheld, Present, Missing]);
-        let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
+        assert_eq!(
+            (thread.upstream_thread_id.as_ref(), thread.unsettled_run),
+            (Some(&id), None)
+        );
+        assert_eq!(
+            thread.backlog, 1,
+            "what came after the run's own is not in it"
+        );
+        let all: Vec<_> = syncs(store, &key)
+            .await
+            .into_iter()
+            .map(|it| it.1)
+            .collect();
+        assert_eq!(
+            all,
+            [
+                Present, Present, Present, Present, Present, Withheld, Present, Missing
+            ]
+        );
+        let page = store
+            .messages(ThreadName::Newest(&key), false, &first_page())
+            .await
+            .unwrap()
+            .unwrap();
         assert!(page.data.iter().all(|it| it.upstream_message_id.is_none()));
     }
-    let page = store.messages(ThreadName::Newest(&user("bob")), false, &first_page()).await.unwrap().unwrap();
-    assert_eq!(page.data[1], others.message.unwrap(), "no other thread is touched");
+    let page = store
+        .messages(ThreadName::Newest(&user("bob")), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        page.data[1],
+        others.message.unwrap(),
+        "no other thread is touched"
+    );
     check_invariants(database).await;
 }
 
@@ -405,32 +726,79 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     for said in [Present, Missing, Withheld, Unknown] {
-        let end = RunEnd { reply: Some(reply("reply", Some("msg_1"), Present)), ..failed(said) };
+        let end = RunEnd {
+            reply: Some(reply("reply", Some("msg_1"), Present)),
+            ..failed(said)
+        };
         turn(store, &key, "message", &end).await;
     }
     let turn = started(store.admit(say(&key, "and now?")).await.unwrap());
     assert!(
-        !store.withhold_earlier(&RunLease { fence: 2, ..turn.lease }, &Withholding::default()).await.unwrap()
+        !store
+            .withhold_earlier(
+                &RunLease {
+                    fence: 2,
+                    ..turn.lease
+                },
+                &Withholding::default()
+            )
+            .await
+            .unwrap()
     );
-    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 1, "the lease was lost");
+    assert_eq!(
+        seen(store, &key).await.unwrap().0.backlog,
+        1,
+        "the lease was lost"
+    );
     for _ in 0..2 {
-        assert!(store.withhold_earlier(&turn.lease, &Withholding::default()).await.unwrap());
+        assert!(
+            store
+                .withhold_earlier(&turn.lease, &Withholding::default())
+                .await
+                .unwrap()
+        );
     }
-    let mut syncs: Vec<_> = syncs(store, &key).await.into_iter().map(|(_, context, _)| context).collect();
+    let mut syncs: Vec<_> = syncs(store, &key)
+        .await
+        .into_iter()
+        .map(|(_, context, _)| context)
+        .collect();
     assert_eq!(syncs.pop(), Some(Present));
     assert_eq!(syncs, [Withheld; 8]);
     assert_eq!(seen(store, &key).await.unwrap().0.backlog, 0);
-    assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline::default());
+    assert_eq!(
+        store.baseline(turn.run.id).await.unwrap(),
+        Baseline::default()
+    );
     check_invariants(database).await;
 }
 
 /// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
 async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun {
-    for (n, said) in
-        [UpstreamSync::Missing, UpstreamSync::Present, UpstreamSync::Missing].into_iter().enumerate()
+    for (n, said) in [
+        UpstreamSync::Missing,
+        UpstreamSync::Present,
+        UpstreamSync::Missing,
+    ]
+    .into_iter()
+    .enumerate()
     {
-        let reply = reply(&format!("reply {n}"), Some(&format!("m{n}")), UpstreamSync::Present);
-        turn(store, key, &format!("say {n}"), &RunEnd { said, reply: Some(reply), ..completed(None) }).await;
+        let reply = reply(
+            &format!("reply {n}"),
+            Some(&format!("m{n}")),
+            UpstreamSync::Present,
+        );
+        turn(
+            store,
+            key,
+            &format!("say {n}"),
+            &RunEnd {
+                said,
+                reply: Some(reply),
+                ..completed(None)
+            },
+        )
+        .await;
     }
     started(store.admit(say(key, "now")).await.unwrap())
 }
@@ -439,20 +807,48 @@ async fn messages_before_position_can_be_withheld(database: &TestDatabase, store
     use UpstreamSync::{Missing, Present, Withheld};
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
-    let what = Withholding { before: Some(4), ..Withholding::default() };
-    assert!(!store.withhold_earlier(&RunLease { fence: 2, ..now.lease }, &what).await.unwrap());
+    let what = Withholding {
+        before: Some(4),
+        ..Withholding::default()
+    };
+    assert!(
+        !store
+            .withhold_earlier(
+                &RunLease {
+                    fence: 2,
+                    ..now.lease
+                },
+                &what
+            )
+            .await
+            .unwrap()
+    );
     for _ in 0..2 {
         assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
-        let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
-        let wanted = [Withheld, Withheld, Withheld, Present, Missing, Present, Present];
+        let seen = syncs(store, &key)
+            .await
+            .into_iter()
+            .map(|(_, context, _)| context);
+        let wanted = [
+            Withheld, Withheld, Withheld, Present, Missing, Present, Present,
+        ];
         assert_eq!(seen.collect::<Vec<_>>(), wanted);
         check_invariants(database).await;
     }
     // The run's own are never withheld by it.
-    let all = Withholding { before: Some(i64::MAX), ..Withholding::default() };
+    let all = Withholding {
+        before: Some(i64::MAX),
+        ..Withholding::default()
+    };
     assert!(store.withhold_earlier(&now.lease, &all).await.unwrap());
-    let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
-    assert_eq!(seen.collect::<Vec<_>>(), [&[Withheld; 6][..], &[Present]].concat());
+    let seen = syncs(store, &key)
+        .await
+        .into_iter()
+        .map(|(_, context, _)| context);
+    assert_eq!(
+        seen.collect::<Vec<_>>(),
+        [&[Withheld; 6][..], &[Present]].concat()
+    );
     assert_eq!(store.earlier(now.run.id, None, 10).await.unwrap().data, []);
     check_invariants(database).await;
 }
@@ -462,12 +858,28 @@ async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: 
     let key = user("alice");
     let now = three_runs_and_one(store, &key).await;
     let baseline = store.baseline(now.run.id).await.unwrap();
-    let what = Withholding { before: Some(5), missing_only: true, carried: None };
+    let what = Withholding {
+        before: Some(5),
+        missing_only: true,
+        carried: None,
+    };
     assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
-    let seen = syncs(store, &key).await.into_iter().map(|(_, context, _)| context);
-    assert_eq!(seen.collect::<Vec<_>>(), [Withheld, Present, Present, Present, Missing, Present, Present]);
+    let seen = syncs(store, &key)
+        .await
+        .into_iter()
+        .map(|(_, context, _)| context);
+    assert_eq!(
+        seen.collect::<Vec<_>>(),
+        [
+            Withheld, Present, Present, Present, Missing, Present, Present
+        ]
+    );
     assert_eq!(unsynced_messages(store, now.run.id).await, ["say 2"]);
-    assert_eq!(store.baseline(now.run.id).await.unwrap(), baseline, "what is upstream keeps its id");
+    assert_eq!(
+        store.baseline(now.run.id).await.unwrap(),
+        baseline,
+        "what is upstream keeps its id"
+    );
     check_invariants(database).await;
 }
 
@@ -476,22 +888,64 @@ async fn earlier_messages_page_backwards(_: &TestDatabase, store: &Store) {
     let now = three_runs_and_one(store, &key).await;
     queued(store.admit(say(&key, "later")).await.unwrap());
     let run = now.run.id;
-    let positions = |messages: Vec<Message>| messages.iter().map(|it| it.position).collect::<Vec<_>>();
-    assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3, 2, 1]);
-    assert_eq!(positions(store.earlier(run, None, 2).await.unwrap().data), [6, 5]);
-    assert_eq!(positions(store.earlier(run, Some(5), 2).await.unwrap().data), [4, 3]);
-    assert_eq!(positions(store.earlier(run, Some(99), 1).await.unwrap().data), [6], "not its own");
-    assert_eq!(positions(store.earlier(run, Some(1), 2).await.unwrap().data), [0; 0]);
-    assert_eq!(positions(store.unsynced_messages(run, None, 10).await.unwrap().data), [5, 1]);
-    assert_eq!(positions(store.unsynced_messages(run, None, 1).await.unwrap().data), [5]);
-    assert_eq!(positions(store.unsynced_messages(run, Some(5), 1).await.unwrap().data), [1]);
-    let what = Withholding { before: Some(3), ..Withholding::default() };
+    let positions =
+        |messages: Vec<Message>| messages.iter().map(|it| it.position).collect::<Vec<_>>();
+    assert_eq!(
+        positions(store.earlier(run, None, 10).await.unwrap().data),
+        [6, 5, 4, 3, 2, 1]
+    );
+    assert_eq!(
+        positions(store.earlier(run, None, 2).await.unwrap().data),
+        [6, 5]
+    );
+    assert_eq!(
+        positions(store.earlier(run, Some(5), 2).await.unwrap().data),
+        [4, 3]
+    );
+    assert_eq!(
+        positions(store.earlier(run, Some(99), 1).await.unwrap().data),
+        [6],
+        "not its own"
+    );
+    assert_eq!(
+        positions(store.earlier(run, Some(1), 2).await.unwrap().data),
+        [0; 0]
+    );
+    assert_eq!(
+        positions(store.unsynced_messages(run, None, 10).await.unwrap().data),
+        [5, 1]
+    );
+    assert_eq!(
+        positions(store.unsynced_messages(run, None, 1).await.unwrap().data),
+        [5]
+    );
+    assert_eq!(
+        positions(store.unsynced_messages(run, Some(5), 1).await.unwrap().data),
+        [1]
+    );
+    let what = Withholding {
+        before: Some(3),
+        ..Withholding::default()
+    };
     assert!(store.withhold_earlier(&now.lease, &what).await.unwrap());
-    assert_eq!(positions(store.earlier(run, None, 10).await.unwrap().data), [6, 5, 4, 3]);
-    assert_eq!(positions(store.unsynced_messages(run, None, 10).await.unwrap().data), [5]);
+    assert_eq!(
+        positions(store.earlier(run, None, 10).await.unwrap().data),
+        [6, 5, 4, 3]
+    );
+    assert_eq!(
+        positions(store.unsynced_messages(run, None, 10).await.unwrap().data),
+        [5]
+    );
     for nobody in [RunId::new(), RunId::new()] {
         assert_eq!(store.earlier(nobody, None, 10).await.unwrap().data, []);
-        assert_eq!(store.unsynced_messages(nobody, None, 10).await.unwrap().data, []);
+        assert_eq!(
+            store
+                .unsynced_messages(nobody, None, 10)
+                .await
+                .unwrap()
+                .data,
+            []
+        );
     }
 }
 
@@ -508,7 +962,11 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
         let before = known.last().copied();
         let page = store.earlier(run, before, 100).await.unwrap().data;
         known.extend(page.iter().map(|it| it.position));
-        let page = store.unsynced_messages(run, before, 100).await.unwrap().data;
+        let page = store
+            .unsynced_messages(run, before, 100)
+            .await
+            .unwrap()
+            .data;
         lacking.extend(page.iter().map(|it| it.position));
         assert_eq!(known, lacking);
         assert_eq!(known.len(), if before.is_none() { 4 } else { 6 });
@@ -519,35 +977,69 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
 async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, store: &Store) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
-    let replied =
-        |id: Option<&str>, context| RunEnd { reply: Some(reply("x", id, context)), ..completed(None) };
-    let baseline = |anchor: Option<&str>, skip| Baseline { anchor: anchor.map(ToOwned::to_owned), skip };
-    assert_eq!(store.baseline(RunId::new()).await.unwrap(), Baseline::default());
+    let replied = |id: Option<&str>, context| RunEnd {
+        reply: Some(reply("x", id, context)),
+        ..completed(None)
+    };
+    let baseline = |anchor: Option<&str>, skip| Baseline {
+        anchor: anchor.map(ToOwned::to_owned),
+        skip,
+    };
+    assert_eq!(
+        store.baseline(RunId::new()).await.unwrap(),
+        Baseline::default()
+    );
     for (said, end, wanted) in [
         (Present, replied(None, Present), baseline(None, 0)),
         (Present, replied(None, Present), baseline(None, 1)),
         (Missing, replied(None, Present), baseline(None, 2)),
         (Present, replied(Some("m4"), Present), baseline(None, 2)),
         (Present, replied(None, Present), baseline(Some("m4"), 0)),
-        (Withheld, replied(Some("m6"), Missing), baseline(Some("m4"), 1)),
-        (Unknown, replied(Some("m7"), Unknown), baseline(Some("m4"), 1)),
+        (
+            Withheld,
+            replied(Some("m6"), Missing),
+            baseline(Some("m4"), 1),
+        ),
+        (
+            Unknown,
+            replied(Some("m7"), Unknown),
+            baseline(Some("m4"), 1),
+        ),
         (Present, replied(None, Present), baseline(Some("m4"), 1)),
-        (Present, replied(Some("m9"), Present), baseline(Some("m4"), 2)),
+        (
+            Present,
+            replied(Some("m9"), Present),
+            baseline(Some("m4"), 2),
+        ),
         (Present, replied(None, Present), baseline(Some("m9"), 0)),
     ] {
         let now = started(store.admit(say(&key, "x")).await.unwrap());
         assert_eq!(store.baseline(now.run.id).await.unwrap(), wanted);
-        closed(store.finish(&now.lease, RunEnd { said, ..end }).await.unwrap());
+        closed(
+            store
+                .finish(&now.lease, RunEnd { said, ..end })
+                .await
+                .unwrap(),
+        );
     }
     // A run without a message yet comes after all.
     started(store.admit(say(&key, "x")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "y")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "z")).await.unwrap());
-    assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 2));
+    assert_eq!(
+        store.baseline(waiting.run_id).await.unwrap(),
+        baseline(Some("m9"), 2)
+    );
     // What others add afterwards does not matter.
     closed(store.finish(&cancelled, failed(Present)).await.unwrap());
-    assert_eq!(store.baseline(waiting.run_id).await.unwrap(), baseline(Some("m9"), 3));
-    assert_eq!(store.baseline(cancelled.run_id).await.unwrap(), baseline(Some("m9"), 2));
+    assert_eq!(
+        store.baseline(waiting.run_id).await.unwrap(),
+        baseline(Some("m9"), 3)
+    );
+    assert_eq!(
+        store.baseline(cancelled.run_id).await.unwrap(),
+        baseline(Some("m9"), 2)
+    );
 }
 
 async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store) {
@@ -556,7 +1048,12 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     let (next, ..) = queued(store.admit(say(&key, "4")).await.unwrap());
-    closed(store.finish(&cancelled, failed(UpstreamSync::Missing)).await.unwrap());
+    closed(
+        store
+            .finish(&cancelled, failed(UpstreamSync::Missing))
+            .await
+            .unwrap(),
+    );
     let end = RunEnd {
         status: RunStatus::Cancelled,
         discard: true,
@@ -565,20 +1062,46 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
         ..completed(Some("two"))
     };
     let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
-    assert_eq!((finished.run.status, finished.run.discarded), (RunStatus::Cancelled, true));
-    assert_eq!((&finished.message, finished.thread.message_count), (&None, 3));
-    assert_eq!((finished.thread.backlog, &finished.thread.unsettled_run), (1, &end.unsettled_run));
-    assert_eq!(closed(store.finish(&now.lease, end.clone()).await.unwrap()), finished, "again is harmless");
-    assert_eq!(store.run(&key, now.run.id).await.unwrap().unwrap(), (finished.run, None));
-    assert_eq!(transcript(store, &key).await, ["user: 1", "assistant: one", "user: 3"]);
+    assert_eq!(
+        (finished.run.status, finished.run.discarded),
+        (RunStatus::Cancelled, true)
+    );
+    assert_eq!(
+        (&finished.message, finished.thread.message_count),
+        (&None, 3)
+    );
+    assert_eq!(
+        (finished.thread.backlog, &finished.thread.unsettled_run),
+        (1, &end.unsettled_run)
+    );
+    assert_eq!(
+        closed(store.finish(&now.lease, end.clone()).await.unwrap()),
+        finished,
+        "again is harmless"
+    );
+    assert_eq!(
+        store.run(&key, now.run.id).await.unwrap().unwrap(),
+        (finished.run, None)
+    );
+    assert_eq!(
+        transcript(store, &key).await,
+        ["user: 1", "assistant: one", "user: 3"]
+    );
     check_invariants(database).await;
 
     // No position is given twice, not even that of the last message.
     let turn = claimed(store.start_queued(&next).await.unwrap());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     exchange(store, &key).await;
-    let page = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
-    assert_eq!(page.data.iter().map(|it| it.position).collect::<Vec<_>>(), [1, 2, 4, 6, 7]);
+    let page = store
+        .messages(ThreadName::Newest(&key), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        page.data.iter().map(|it| it.position).collect::<Vec<_>>(),
+        [1, 2, 4, 6, 7]
+    );
     check_invariants(database).await;
 }
 
@@ -586,9 +1109,15 @@ async fn discarding_queued_run_changes_no_counts(database: &TestDatabase, store:
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
-    let end = RunEnd { discard: true, ..failed(UpstreamSync::Missing) };
+    let end = RunEnd {
+        discard: true,
+        ..failed(UpstreamSync::Missing)
+    };
     let finished = closed(store.finish(&waiting, end.clone()).await.unwrap());
-    assert_eq!((finished.thread.message_count, finished.thread.backlog), (1, 0));
+    assert_eq!(
+        (finished.thread.message_count, finished.thread.backlog),
+        (1, 0)
+    );
     assert!(finished.run.discarded);
     assert_eq!(transcript(store, &key).await, ["user: 1"]);
     check_invariants(database).await;
@@ -599,20 +1128,41 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
     let now = started(store.admit(say(&key, "1")).await.unwrap());
     let (rollback, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
     store.cancel_active(&rollback, true).await.unwrap().unwrap();
-    let before = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
-    let end =
-        RunEnd { synced: true, unsettled_run: Some(unsettled_run(now.run.id)), ..completed(Some("one")) };
+    let before = (
+        seen(store, &key).await,
+        store.run(&key, now.run.id).await.unwrap(),
+    );
+    let end = RunEnd {
+        synced: true,
+        unsettled_run: Some(unsettled_run(now.run.id)),
+        ..completed(Some("one"))
+    };
     for end in [&end, &failed(UpstreamSync::Missing)] {
-        assert_eq!(store.finish(&now.lease, end.clone()).await.unwrap(), Closing::MustDiscard);
+        assert_eq!(
+            store.finish(&now.lease, end.clone()).await.unwrap(),
+            Closing::MustDiscard
+        );
     }
-    let after = (seen(store, &key).await, store.run(&key, now.run.id).await.unwrap());
+    let after = (
+        seen(store, &key).await,
+        store.run(&key, now.run.id).await.unwrap(),
+    );
     assert_eq!(before, after);
     assert_eq!(store.events(now.run.id, 0).await.unwrap(), []);
     assert_eq!(transcript(store, &key).await, ["user: 1"]);
-    let stale = RunLease { fence: now.lease.fence - 1, ..now.lease };
-    assert_eq!(store.finish(&stale, end.clone()).await.unwrap(), Closing::Lost);
+    let stale = RunLease {
+        fence: now.lease.fence - 1,
+        ..now.lease
+    };
+    assert_eq!(
+        store.finish(&stale, end.clone()).await.unwrap(),
+        Closing::Lost
+    );
 
-    let discarded = RunEnd { discard: true, ..end };
+    let discarded = RunEnd {
+        discard: true,
+        ..end
+    };
     let finished = closed(store.finish(&now.lease, discarded.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.message), (0, None));
     claimed(store.start_queued(&rollback).await.unwrap());

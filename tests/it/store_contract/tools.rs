@@ -40,17 +40,38 @@ async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
     let wanted = pause(&["call_1", "call_2"], 0);
     let paused = waiting(store.pause(&turn.lease, &wanted).await.unwrap());
 
-    assert_eq!((paused.thread.id, paused.thread.run_count), (turn.thread.id, 2));
-    assert_eq!((paused.activity.state, paused.activity.queue_depth), (ThreadState::RequiresAction, 1));
+    assert_eq!(
+        (paused.thread.id, paused.thread.run_count),
+        (turn.thread.id, 2)
+    );
+    assert_eq!(
+        (paused.activity.state, paused.activity.queue_depth),
+        (ThreadState::RequiresAction, 1)
+    );
     assert_eq!(paused.run.status, RunStatus::RequiresAction);
-    assert_eq!(paused.run.required_action.as_ref(), Some(&wanted.required_action));
+    assert_eq!(
+        paused.run.required_action.as_ref(),
+        Some(&wanted.required_action)
+    );
     assert_eq!(paused.run.upstream_run_id, wanted.upstream_run_id);
     assert_eq!(paused.run.usage, wanted.usage);
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
-    assert_eq!(seen(store, &key).await.unwrap(), (paused.thread, paused.activity));
-    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap(), (paused.run, None));
-    assert_eq!(store.start_queued(&next).await.unwrap(), QueuedStart::NotYet);
-    assert_eq!(store.start_queued(&turn.lease).await.unwrap(), QueuedStart::Lost);
+    assert_eq!(
+        seen(store, &key).await.unwrap(),
+        (paused.thread, paused.activity)
+    );
+    assert_eq!(
+        store.run(&key, turn.run.id).await.unwrap().unwrap(),
+        (paused.run, None)
+    );
+    assert_eq!(
+        store.start_queued(&next).await.unwrap(),
+        QueuedStart::NotYet
+    );
+    assert_eq!(
+        store.start_queued(&turn.lease).await.unwrap(),
+        QueuedStart::Lost
+    );
     check_invariants(database).await;
 }
 
@@ -60,13 +81,27 @@ async fn pause_is_idempotent(_: &TestDatabase, store: &Store) {
     let turn = started(store.admit(request.clone()).await.unwrap());
     let first = pause(&["call_1"], 0);
     let paused = waiting(store.pause(&turn.lease, &first).await.unwrap());
-    assert_eq!(waiting(store.pause(&turn.lease, &first).await.unwrap()), paused);
+    assert_eq!(
+        waiting(store.pause(&turn.lease, &first).await.unwrap()),
+        paused
+    );
 
     // The answer came before the repetition: the run does not wait for it again.
     let answer = answer(&["call_1"]);
-    let answered = resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
-    assert_eq!(waiting(store.pause(&turn.lease, &first).await.unwrap()), answered);
-    let resume = Request::Resume { run: turn.run.id, outputs: answer.outputs };
+    let answered = resumed(
+        store
+            .answer_tools(&key, turn.run.id, &answer)
+            .await
+            .unwrap(),
+    );
+    assert_eq!(
+        waiting(store.pause(&turn.lease, &first).await.unwrap()),
+        answered
+    );
+    let resume = Request::Resume {
+        run: turn.run.id,
+        outputs: answer.outputs,
+    };
     assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [first.events]);
 }
@@ -76,22 +111,55 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (next, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let calls = pause(&["call_1"], 0);
-    let stale = RunLease { fence: turn.lease.fence - 1, ..turn.lease };
+    let stale = RunLease {
+        fence: turn.lease.fence - 1,
+        ..turn.lease
+    };
     assert_eq!(store.pause(&stale, &calls).await.unwrap(), Paused::Lost);
-    assert_eq!(store.pause(&next, &calls).await.unwrap(), Paused::Lost, "it has not started");
+    assert_eq!(
+        store.pause(&next, &calls).await.unwrap(),
+        Paused::Lost,
+        "it has not started"
+    );
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
     let others = pause(&["call_2"], 5);
-    assert_eq!(store.pause(&turn.lease, &others).await.unwrap(), Paused::Lost, "it waits for others");
+    assert_eq!(
+        store.pause(&turn.lease, &others).await.unwrap(),
+        Paused::Lost,
+        "it waits for others"
+    );
 
-    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
-    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
+    store
+        .request_cancel(&key, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        store.pause(&turn.lease, &calls).await.unwrap(),
+        Paused::Cancelling
+    );
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Lost, "it has ended");
+    assert_eq!(
+        store.pause(&turn.lease, &calls).await.unwrap(),
+        Paused::Lost,
+        "it has ended"
+    );
 
     let turn = claimed(store.start_queued(&next).await.unwrap());
-    store.request_cancel(&key, turn.run.id).await.unwrap().unwrap();
-    assert_eq!(store.pause(&turn.lease, &calls).await.unwrap(), Paused::Cancelling);
-    assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [], "nothing was recorded");
+    store
+        .request_cancel(&key, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        store.pause(&turn.lease, &calls).await.unwrap(),
+        Paused::Cancelling
+    );
+    assert_eq!(
+        store.events(turn.run.id, 0).await.unwrap(),
+        [],
+        "nothing was recorded"
+    );
 }
 
 async fn tool_outputs_must_match_pending_calls(_: &TestDatabase, store: &Store) {
@@ -99,15 +167,45 @@ async fn tool_outputs_must_match_pending_calls(_: &TestDatabase, store: &Store) 
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let fitting = answer(&["call_1", "call_2"]);
     let id = turn.run.id;
-    assert_eq!(store.answer_tools(&key, id, &fitting).await.unwrap(), Answered::NotWaiting, "not yet");
-    let paused = waiting(store.pause(&turn.lease, &pause(&["call_1", "call_2"], 0)).await.unwrap());
-    for other in [answer(&["call_1"]), answer(&["call_2", "call_1"]), answer(&["call_1", "call_2", "call_3"])]
-    {
-        assert_eq!(store.answer_tools(&key, id, &other).await.unwrap(), Answered::NotWaiting);
+    assert_eq!(
+        store.answer_tools(&key, id, &fitting).await.unwrap(),
+        Answered::NotWaiting,
+        "not yet"
+    );
+    let paused = waiting(
+        store
+            .pause(&turn.lease, &pause(&["call_1", "call_2"], 0))
+            .await
+            .unwrap(),
+    );
+    for other in [
+        answer(&["call_1"]),
+        answer(&["call_2", "call_1"]),
+        answer(&["call_1", "call_2", "call_3"]),
+    ] {
+        assert_eq!(
+            store.answer_tools(&key, id, &other).await.unwrap(),
+            Answered::NotWaiting
+        );
     }
-    assert_eq!(store.answer_tools(&user("bob"), id, &fitting).await.unwrap(), Answered::NotWaiting);
-    assert_eq!(store.answer_tools(&key, RunId::new(), &fitting).await.unwrap(), Answered::NotWaiting);
-    assert_eq!(store.run(&key, id).await.unwrap().unwrap(), (paused.run, None));
+    assert_eq!(
+        store
+            .answer_tools(&user("bob"), id, &fitting)
+            .await
+            .unwrap(),
+        Answered::NotWaiting
+    );
+    assert_eq!(
+        store
+            .answer_tools(&key, RunId::new(), &fitting)
+            .await
+            .unwrap(),
+        Answered::NotWaiting
+    );
+    assert_eq!(
+        store.run(&key, id).await.unwrap().unwrap(),
+        (paused.run, None)
+    );
     resumed(store.answer_tools(&key, id, &fitting).await.unwrap());
 }
 
@@ -116,18 +214,36 @@ async fn tool_outputs_after_deadline_or_cancel_are_refused(database: &TestDataba
     let calls = pause(&["call_1"], 0);
     let turn = started(store.admit(admission(&key)).await.unwrap());
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
-    database.execute("UPDATE runs SET deadline_at = started_at").await;
-    let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    database
+        .execute("UPDATE runs SET deadline_at = started_at")
+        .await;
+    let late = store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     assert_eq!(late, Answered::NotWaiting, "its deadline has passed");
     assert_eq!(
-        store.run(&key, turn.run.id).await.unwrap().unwrap().0.required_action,
+        store
+            .run(&key, turn.run.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .0
+            .required_action,
         Some(calls.required_action.clone())
     );
 
     let turn = started(store.admit(admission(&other)).await.unwrap());
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
-    store.request_cancel(&other, turn.run.id).await.unwrap().unwrap();
-    let late = store.answer_tools(&other, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    store
+        .request_cancel(&other, turn.run.id)
+        .await
+        .unwrap()
+        .unwrap();
+    let late = store
+        .answer_tools(&other, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     assert_eq!(late, Answered::NotWaiting, "somebody wants it to end");
 }
 
@@ -135,17 +251,37 @@ async fn concurrent_tool_outputs_are_accepted_once(database: &TestDatabase, stor
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     queued(store.admit(admission(&key)).await.unwrap());
-    waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
+    waiting(
+        store
+            .pause(&turn.lease, &pause(&["call_1"], 0))
+            .await
+            .unwrap(),
+    );
     let answer = answer(&["call_1"]);
     let answers = (0..8).map(|_| store.answer_tools(&key, turn.run.id, &answer));
     let answers: Vec<_> = futures_util::future::join_all(answers).await;
-    let mut taken = answers.into_iter().map(Result::unwrap).filter(|it| *it != Answered::NotWaiting);
+    let mut taken = answers
+        .into_iter()
+        .map(Result::unwrap)
+        .filter(|it| *it != Answered::NotWaiting);
     let resumed = resumed(taken.next().unwrap());
     assert_eq!(taken.next(), None);
-    assert_eq!((resumed.run.status, &resumed.run.required_action), (RunStatus::InProgress, &None));
-    assert_eq!((resumed.activity.state, resumed.activity.queue_depth), (ThreadState::Active, 1));
-    assert_eq!(seen(store, &key).await.unwrap(), (resumed.thread, resumed.activity));
-    assert_eq!(store.run(&key, turn.run.id).await.unwrap().unwrap().0, resumed.run);
+    assert_eq!(
+        (resumed.run.status, &resumed.run.required_action),
+        (RunStatus::InProgress, &None)
+    );
+    assert_eq!(
+        (resumed.activity.state, resumed.activity.queue_depth),
+        (ThreadState::Active, 1)
+    );
+    assert_eq!(
+        seen(store, &key).await.unwrap(),
+        (resumed.thread, resumed.activity)
+    );
+    assert_eq!(
+        store.run(&key, turn.run.id).await.unwrap().unwrap().0,
+        resumed.run
+    );
     check_invariants(database).await;
 }
 
@@ -153,13 +289,27 @@ async fn tool_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: 
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut odd = pause(&["call_1"], 0);
-    odd.required_action.tool_calls[0].arguments.push_str("\0 \u{fffd} \\u0000 \\\"");
+    odd.required_action.tool_calls[0]
+        .arguments
+        .push_str("\0 \u{fffd} \\u0000 \\\"");
     let paused = waiting(store.pause(&turn.lease, &odd).await.unwrap());
     // The caller answers what it was shown.
     let shown = paused.run.required_action.unwrap();
-    let outputs = vec![ToolOutput { tool_call_id: "call_1".to_owned(), output: "\0".to_owned() }];
-    let answer = ToolAnswer { expected: shown, outputs, idempotency: None };
-    resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
+    let outputs = vec![ToolOutput {
+        tool_call_id: "call_1".to_owned(),
+        output: "\0".to_owned(),
+    }];
+    let answer = ToolAnswer {
+        expected: shown,
+        outputs,
+        idempotency: None,
+    };
+    resumed(
+        store
+            .answer_tools(&key, turn.run.id, &answer)
+            .await
+            .unwrap(),
+    );
 }
 
 async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
@@ -168,22 +318,51 @@ async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
     let turn = started(store.admit(request.clone()).await.unwrap());
     let id = |call: &str| Some(UpstreamRunId(format!("resp_{call}")));
     // The id of the last one was not heard.
-    for (call, first, upstream_run_id) in
-        [("call_1", 0, id("call_1")), ("call_2", 4, id("call_2")), ("call_3", 8, None)]
-    {
-        let usage =
-            Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: first.try_into().unwrap() });
-        let pause = Pause { upstream_run_id, usage, ..pause(&[call], first) };
+    for (call, first, upstream_run_id) in [
+        ("call_1", 0, id("call_1")),
+        ("call_2", 4, id("call_2")),
+        ("call_3", 8, None),
+    ] {
+        let usage = Some(Usage {
+            input_tokens: 1,
+            output_tokens: 2,
+            total_tokens: first.try_into().unwrap(),
+        });
+        let pause = Pause {
+            upstream_run_id,
+            usage,
+            ..pause(&[call], first)
+        };
         let paused = waiting(store.pause(&turn.lease, &pause).await.unwrap());
-        assert_eq!(paused.run.upstream_run_id, pause.upstream_run_id.or(id("call_2")));
+        assert_eq!(
+            paused.run.upstream_run_id,
+            pause.upstream_run_id.or(id("call_2"))
+        );
         assert_eq!(paused.run.usage, usage);
-        assert_eq!(store.requests(request.replica).await.unwrap(), [], "the last outputs were sent");
+        assert_eq!(
+            store.requests(request.replica).await.unwrap(),
+            [],
+            "the last outputs were sent"
+        );
         let answer = answer(&[call]);
-        resumed(store.answer_tools(&key, turn.run.id, &answer).await.unwrap());
-        let resume = Request::Resume { run: turn.run.id, outputs: answer.outputs };
+        resumed(
+            store
+                .answer_tools(&key, turn.run.id, &answer)
+                .await
+                .unwrap(),
+        );
+        let resume = Request::Resume {
+            run: turn.run.id,
+            outputs: answer.outputs,
+        };
         assert_eq!(store.requests(request.replica).await.unwrap(), [resume]);
     }
-    let finished = closed(store.finish(&turn.lease, completed(Some("done"))).await.unwrap());
+    let finished = closed(
+        store
+            .finish(&turn.lease, completed(Some("done")))
+            .await
+            .unwrap(),
+    );
     assert_eq!(finished.run.upstream_run_id, id("call_2"));
     assert_eq!(store.requests(request.replica).await.unwrap(), []);
     check_invariants(database).await;
@@ -192,44 +371,134 @@ async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
 async fn requests_reach_run_owner_until_fulfilled(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let (a, b, c) = (user("a"), user("b"), user("c"));
-    let mine = started(store.admit(Admission { replica: me, ..admission(&a) }).await.unwrap());
-    let (waits, ..) = queued(store.admit(Admission { replica: me, ..admission(&a) }).await.unwrap());
-    let tools = started(store.admit(Admission { replica: me, ..admission(&b) }).await.unwrap());
-    let others = started(store.admit(Admission { replica: other, ..admission(&c) }).await.unwrap());
+    let mine = started(
+        store
+            .admit(Admission {
+                replica: me,
+                ..admission(&a)
+            })
+            .await
+            .unwrap(),
+    );
+    let (waits, ..) = queued(
+        store
+            .admit(Admission {
+                replica: me,
+                ..admission(&a)
+            })
+            .await
+            .unwrap(),
+    );
+    let tools = started(
+        store
+            .admit(Admission {
+                replica: me,
+                ..admission(&b)
+            })
+            .await
+            .unwrap(),
+    );
+    let others = started(
+        store
+            .admit(Admission {
+                replica: other,
+                ..admission(&c)
+            })
+            .await
+            .unwrap(),
+    );
     assert_eq!(store.requests(me).await.unwrap(), []);
 
-    store.request_cancel(&a, mine.run.id).await.unwrap().unwrap();
+    store
+        .request_cancel(&a, mine.run.id)
+        .await
+        .unwrap()
+        .unwrap();
     let cancel = |run, discard| Request::Cancel { run, discard };
-    assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, false)]);
+    assert_eq!(
+        store.requests(me).await.unwrap(),
+        [cancel(mine.run.id, false)]
+    );
     store.cancel_active(&waits, true).await.unwrap().unwrap();
-    assert_eq!(store.requests(me).await.unwrap(), [cancel(mine.run.id, true)]);
-    let discarded = RunEnd { status: RunStatus::Cancelled, discard: true, ..completed(None) };
+    assert_eq!(
+        store.requests(me).await.unwrap(),
+        [cancel(mine.run.id, true)]
+    );
+    let discarded = RunEnd {
+        status: RunStatus::Cancelled,
+        discard: true,
+        ..completed(None)
+    };
     closed(store.finish(&mine.lease, discarded.clone()).await.unwrap());
     assert_eq!(store.requests(me).await.unwrap(), []);
 
-    waiting(store.pause(&tools.lease, &pause(&["call_1"], 0)).await.unwrap());
-    store.request_cancel(&c, others.run.id).await.unwrap().unwrap();
-    assert_eq!(store.requests(me).await.unwrap(), [], "neither a question nor another's");
+    waiting(
+        store
+            .pause(&tools.lease, &pause(&["call_1"], 0))
+            .await
+            .unwrap(),
+    );
+    store
+        .request_cancel(&c, others.run.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        store.requests(me).await.unwrap(),
+        [],
+        "neither a question nor another's"
+    );
     let answer = answer(&["call_1"]);
     resumed(store.answer_tools(&b, tools.run.id, &answer).await.unwrap());
-    let resume = Request::Resume { run: tools.run.id, outputs: answer.outputs };
+    let resume = Request::Resume {
+        run: tools.run.id,
+        outputs: answer.outputs,
+    };
     assert_eq!(store.requests(me).await.unwrap(), [resume]);
     // Who wants it to end does not want it to go on.
-    store.request_cancel(&b, tools.run.id).await.unwrap().unwrap();
-    assert_eq!(store.requests(me).await.unwrap(), [cancel(tools.run.id, false)]);
-    assert_eq!(store.requests(other).await.unwrap(), [cancel(others.run.id, false)]);
+    store
+        .request_cancel(&b, tools.run.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        store.requests(me).await.unwrap(),
+        [cancel(tools.run.id, false)]
+    );
+    assert_eq!(
+        store.requests(other).await.unwrap(),
+        [cancel(others.run.id, false)]
+    );
 }
 
 async fn paused_run_can_finish(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    waiting(store.pause(&turn.lease, &pause(&["call_1"], 0)).await.unwrap());
-    let end = RunEnd { status: RunStatus::Expired, ..completed(Some("as far as it came")) };
+    waiting(
+        store
+            .pause(&turn.lease, &pause(&["call_1"], 0))
+            .await
+            .unwrap(),
+    );
+    let end = RunEnd {
+        status: RunStatus::Expired,
+        ..completed(Some("as far as it came"))
+    };
     let finished = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    assert_eq!((finished.run.status, &finished.run.required_action), (RunStatus::Expired, &None));
-    assert_eq!(finished.run.upstream_run_id, pause(&[], 0).upstream_run_id, "it keeps what it had");
+    assert_eq!(
+        (finished.run.status, &finished.run.required_action),
+        (RunStatus::Expired, &None)
+    );
+    assert_eq!(
+        finished.run.upstream_run_id,
+        pause(&[], 0).upstream_run_id,
+        "it keeps what it had"
+    );
     assert_eq!(finished.activity.state, ThreadState::Idle);
-    let late = store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+    let late = store
+        .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+        .await
+        .unwrap();
     assert_eq!(late, Answered::NotWaiting);
     check_invariants(database).await;
 }
@@ -245,25 +514,51 @@ async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
     let end_of_first = first.events.end();
     assert_eq!(end_of_first, 12, "one, ten bytes of text, one");
     waiting(store.pause(&turn.lease, &first).await.unwrap());
-    resumed(store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap());
+    resumed(
+        store
+            .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+            .await
+            .unwrap(),
+    );
     let rest = |last| EventBatch {
         first: end_of_first,
         events: vec![delta("more \"\u{1f980}\""), delta("queued"), delta(last)],
     };
-    let end = RunEnd { events: rest("a\0b"), ..completed(Some("hi")) };
+    let end = RunEnd {
+        events: rest("a\0b"),
+        ..completed(Some("hi"))
+    };
     for _ in 0..2 {
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
     // A character that cannot be stored has another of the same length in its place.
     let both = [first.events, rest("a\u{1a}b")];
     assert_eq!(both[1].end(), 32);
-    for (from, skipped) in [(0, 0), (1, 0), (11, 0), (12, 1), (31, 1), (32, 1), (i64::MAX, 1)] {
-        assert_eq!(store.events(turn.run.id, from).await.unwrap(), both[skipped..], "from {from}");
+    for (from, skipped) in [
+        (0, 0),
+        (1, 0),
+        (11, 0),
+        (12, 1),
+        (31, 1),
+        (32, 1),
+        (i64::MAX, 1),
+    ] {
+        assert_eq!(
+            store.events(turn.run.id, from).await.unwrap(),
+            both[skipped..],
+            "from {from}"
+        );
     }
 
     // A run without events tells where the numbers of what the record says go on.
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let end = RunEnd { events: EventBatch { first: 1, events: vec![] }, ..completed(None) };
+    let end = RunEnd {
+        events: EventBatch {
+            first: 1,
+            events: vec![],
+        },
+        ..completed(None)
+    };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), [end.events]);
 }

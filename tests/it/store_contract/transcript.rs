@@ -21,7 +21,9 @@ async fn readiness_requires_current_schema(database: &TestDatabase, store: &Stor
         Err(StoreError::Schema(text)) => text,
         other => panic!("{other:?}"),
     };
-    database.execute("UPDATE _sqlx_migrations SET version = version + 1000").await;
+    database
+        .execute("UPDATE _sqlx_migrations SET version = version + 1000")
+        .await;
     assert!(schema_error(store.ready().await).contains("newer"));
     database.execute("DELETE FROM _sqlx_migrations").await;
     assert!(schema_error(store.ready().await).contains("run `threadkeeper migrate`"));
@@ -32,11 +34,26 @@ async fn readiness_requires_current_schema(database: &TestDatabase, store: &Stor
 async fn unknown_key_reads_as_none(_: &TestDatabase, store: &Store) {
     let key = user("nobody");
     assert_eq!(seen(store, &key).await, None);
-    assert_eq!(store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap(), None);
+    assert_eq!(
+        store
+            .messages(ThreadName::Newest(&key), false, &first_page())
+            .await
+            .unwrap(),
+        None
+    );
     assert_eq!(store.runs(&key, &first_page()).await.unwrap(), None);
     assert_eq!(store.run(&key, RunId::new()).await.unwrap(), None);
-    let after = PageRequest { after: Some(MessageId::new()), ..first_page() };
-    assert_eq!(store.messages(ThreadName::Newest(&key), false, &after).await.unwrap(), None);
+    let after = PageRequest {
+        after: Some(MessageId::new()),
+        ..first_page()
+    };
+    assert_eq!(
+        store
+            .messages(ThreadName::Newest(&key), false, &after)
+            .await
+            .unwrap(),
+        None
+    );
 }
 
 async fn transcript_is_paged(_: &TestDatabase, store: &Store) {
@@ -45,7 +62,11 @@ async fn transcript_is_paged(_: &TestDatabase, store: &Store) {
         exchange(store, &key).await;
     }
     exchange(store, &user("bob")).await;
-    let all = store.messages(ThreadName::Newest(&key), false, &first_page()).await.unwrap().unwrap();
+    let all = store
+        .messages(ThreadName::Newest(&key), false, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!((all.data.len(), all.has_more), (6, false));
     let id = |position: usize| all.data[position - 1].id;
 
@@ -66,8 +87,17 @@ async fn transcript_is_paged(_: &TestDatabase, store: &Store) {
         (2, false, None, Some(3), vec![5, 4], true),
         (2, false, None, Some(4), vec![6, 5], false),
     ] {
-        let page = PageRequest { limit, ascending, after: after.map(id), before: before.map(id) };
-        let got = store.messages(ThreadName::Newest(&key), false, &page).await.unwrap().unwrap();
+        let page = PageRequest {
+            limit,
+            ascending,
+            after: after.map(id),
+            before: before.map(id),
+        };
+        let got = store
+            .messages(ThreadName::Newest(&key), false, &page)
+            .await
+            .unwrap()
+            .unwrap();
         let positions: Vec<_> = got.data.iter().map(|message| message.position).collect();
         assert_eq!((positions, got.has_more), (wanted, has_more), "{page:?}");
     }
@@ -79,11 +109,21 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
     // Of a quarter of what a page holds, but for the sixth. A database may know how to make some of them short.
     let quarter = PAGE_BYTES / 4;
     let noise = (0..quarter / 4).fold((String::new(), 1_u64), |(text, n), _| {
-        let n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let n = n
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (format!("{text}{:04x}", n >> 48), n)
     });
     let (noise, silence) = (&noise.0, &"x".repeat(quarter));
-    for said in [noise, silence, silence, noise, silence, &silence.repeat(5), noise] {
+    for said in [
+        noise,
+        silence,
+        silence,
+        noise,
+        silence,
+        &silence.repeat(5),
+        noise,
+    ] {
         let message = ImportedMessage {
             id: MessageId::new(),
             role: Role::User,
@@ -98,7 +138,10 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
     loop {
         let after = all.last().map_or(0, |message: &Message| message.position);
         let step = store.transcript(thread, after, 100).await.unwrap();
-        let lengths: Vec<_> = step.iter().map(|message| message.content[0].size()).collect();
+        let lengths: Vec<_> = step
+            .iter()
+            .map(|message| message.content[0].size())
+            .collect();
         match after {
             0 => assert_eq!(lengths[2..], [quarter; 4]),
             6 => assert_eq!(lengths, [quarter, 5 * quarter]),
@@ -115,10 +158,18 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
     let mut places = Vec::new();
     let mut behind = (thread, 0);
     loop {
-        let page = store.transcripts(&[thread, short], behind, 100).await.unwrap();
+        let page = store
+            .transcripts(&[thread, short], behind, 100)
+            .await
+            .unwrap();
         let last = page.data.last().unwrap();
         behind = (last.thread_id, last.position);
-        places.push(page.data.iter().map(|message| message.position).collect::<Vec<_>>());
+        places.push(
+            page.data
+                .iter()
+                .map(|message| message.position)
+                .collect::<Vec<_>>(),
+        );
         if !page.has_more {
             break;
         }
@@ -143,10 +194,23 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
         (100, false, None, Some(4), vec![8, 7, 6, 5], true),
     ] {
         for across in [false, true] {
-            let page = PageRequest { limit, ascending, after: after.map(id), before: before.map(id) };
-            let got = store.messages(ThreadName::Newest(&key), across, &page).await.unwrap().unwrap();
+            let page = PageRequest {
+                limit,
+                ascending,
+                after: after.map(id),
+                before: before.map(id),
+            };
+            let got = store
+                .messages(ThreadName::Newest(&key), across, &page)
+                .await
+                .unwrap()
+                .unwrap();
             let positions: Vec<_> = got.data.iter().map(|message| message.position).collect();
-            assert_eq!((&positions, got.has_more), (&wanted, has_more), "{across} {page:?}");
+            assert_eq!(
+                (&positions, got.has_more),
+                (&wanted, has_more),
+                "{across} {page:?}"
+            );
         }
     }
 }
@@ -170,7 +234,12 @@ async fn run_list_is_paged(_: &TestDatabase, store: &Store) {
         (2, false, None, Some(4), vec![6, 5], false),
         (2, true, None, Some(6), vec![4, 5], true),
     ] {
-        let page = PageRequest { limit, ascending, after: after.map(id), before: before.map(id) };
+        let page = PageRequest {
+            limit,
+            ascending,
+            after: after.map(id),
+            before: before.map(id),
+        };
         let got = store.runs(&key, &page).await.unwrap().unwrap();
         let more = got.has_more;
         assert_eq!((seqs(got), more), (wanted, has_more), "{page:?}");
@@ -182,24 +251,46 @@ async fn cursor_of_other_list_is_unknown(_: &TestDatabase, store: &Store) {
     exchange(store, &mine).await;
     let others = exchange(store, &other).await;
     let message = others.message.unwrap().id;
-    for (after, before) in [(Some(message), None), (None, Some(message)), (Some(MessageId::new()), None)] {
-        let page = PageRequest { after, before, ..first_page() };
+    for (after, before) in [
+        (Some(message), None),
+        (None, Some(message)),
+        (Some(MessageId::new()), None),
+    ] {
+        let page = PageRequest {
+            after,
+            before,
+            ..first_page()
+        };
         assert!(matches!(
-            store.messages(ThreadName::Newest(&mine), false, &page).await,
+            store
+                .messages(ThreadName::Newest(&mine), false, &page)
+                .await,
             Err(StoreError::UnknownCursor)
         ));
     }
     for (after, before) in [(Some(others.run.id), None), (None, Some(RunId::new()))] {
-        let page = PageRequest { after, before, ..first_page() };
-        assert!(matches!(store.runs(&mine, &page).await, Err(StoreError::UnknownCursor)));
+        let page = PageRequest {
+            after,
+            before,
+            ..first_page()
+        };
+        assert!(matches!(
+            store.runs(&mine, &page).await,
+            Err(StoreError::UnknownCursor)
+        ));
     }
 }
 
 async fn closed_store_reports_unavailable(_: &TestDatabase, store: &Store) {
     store.close().await;
-    assert!(matches!(store.ready().await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(
+        store.ready().await,
+        Err(StoreError::Unavailable(_))
+    ));
     assert!(matches!(
         store.admit(admission(&user("a"))).await,
-        Err(threadkeeper::store::NotWritten::Unsent(StoreError::Unavailable(_)))
+        Err(threadkeeper::store::NotWritten::Unsent(
+            StoreError::Unavailable(_)
+        ))
     ));
 }

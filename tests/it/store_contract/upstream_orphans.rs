@@ -1,7 +1,9 @@
 //! What is, or may be, at an upstream besides the threads' own.
 
 use threadkeeper::domain::{Baseline, Deletion};
-use threadkeeper::store::{DeletionTarget, Made, ORPHAN_AFTER, OrphanKind, OrphanName, UpstreamOrphan};
+use threadkeeper::store::{
+    DeletionTarget, Made, ORPHAN_AFTER, OrphanKind, OrphanName, UpstreamOrphan,
+};
 
 use super::deletion::{gone_upstream, request};
 use super::retention::{HOUR, earlier, thread};
@@ -25,7 +27,10 @@ on_every_backend!(
 /// A turn of a replica that lives.
 async fn turn(store: &Store, key: &ConversationKey) -> StartedRun {
     let admission = admission(key);
-    store.renew_replica(admission.replica, "127.0.0.1:1", HOUR).await.unwrap();
+    store
+        .renew_replica(admission.replica, "127.0.0.1:1", HOUR)
+        .await
+        .unwrap();
     started(store.admit(admission.clone()).await.unwrap())
 }
 
@@ -35,7 +40,13 @@ fn upstream(id: &str) -> UpstreamThreadId {
 
 /// The ids upstream of a thread's upstream orphans.
 async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
-    store.upstream_orphans(thread, true, 100).await.unwrap().into_iter().map(|it| it.upstream_id).collect()
+    store
+        .upstream_orphans(thread, true, 100)
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|it| it.upstream_id)
+        .collect()
 }
 
 async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, store: &Store) {
@@ -53,15 +64,30 @@ async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, st
         attempts: 0,
     };
     let expected = [expected];
-    assert_eq!(store.upstream_orphans(turn.thread.id, false, 10).await.unwrap(), expected);
+    assert_eq!(
+        store
+            .upstream_orphans(turn.thread.id, false, 10)
+            .await
+            .unwrap(),
+        expected
+    );
     assert!(store.makes_upstream_thread(turn.thread.id).await.unwrap());
     assert_eq!(store.due_upstream_orphans(10).await.unwrap(), []);
     assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), []);
     earlier(database, "upstream_orphans", &["due_at"], ORPHAN_AFTER).await;
     assert_eq!(store.due_upstream_orphans(10).await.unwrap(), expected);
-    assert!(!store.makes_upstream_thread(turn.thread.id).await.unwrap(), "the time for it is over");
-    assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), expected);
-    assert!(!store.makes_upstream_thread(turn.thread.id).await.unwrap(), "the janitor's look is none");
+    assert!(
+        !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
+        "the time for it is over"
+    );
+    assert_eq!(
+        store.lease_upstream_orphans(10, HOUR).await.unwrap(),
+        expected
+    );
+    assert!(
+        !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
+        "the janitor's look is none"
+    );
 }
 
 /// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
@@ -79,12 +105,32 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     store.resolve(intents[0], Made::Unknown).await.unwrap();
     assert!(makes().await);
-    assert_eq!(store.due_upstream_orphans(10).await.unwrap(), [], "what was on its way may take effect late");
+    assert_eq!(
+        store.due_upstream_orphans(10).await.unwrap(),
+        [],
+        "what was on its way may take effect late"
+    );
     let made = upstream("t_1");
-    let binding = |intent| Binding { id: made.clone(), intent, seeded: true, carried_users: 0 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, binding(intents[1])).await.unwrap(), Bound::Lost);
+    let binding = |intent| Binding {
+        id: made.clone(),
+        intent,
+        seeded: true,
+        carried_users: 0,
+    };
+    assert_eq!(
+        store
+            .bind_upstream_thread(&turn.lease, binding(intents[1]))
+            .await
+            .unwrap(),
+        Bound::Lost
+    );
     assert!(makes().await);
-    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].upstream_id.as_deref(), Some("t_1"));
+    assert_eq!(
+        store.due_upstream_orphans(10).await.unwrap()[0]
+            .upstream_id
+            .as_deref(),
+        Some("t_1")
+    );
     earlier(database, "replicas", &["expires_at"], HOUR).await;
     assert!(!makes().await, "its maker is dead");
     // The next one's thread is erased by then.
@@ -94,7 +140,10 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     gone_upstream(store, thread).await;
     assert!(store.conclude(thread, 10).await.unwrap());
     assert_eq!(
-        store.bind_upstream_thread(&turn.lease, binding(intents[2])).await.unwrap(),
+        store
+            .bind_upstream_thread(&turn.lease, binding(intents[2]))
+            .await
+            .unwrap(),
         Bound::Unrecorded
     );
     check_invariants(database).await;
@@ -104,8 +153,14 @@ async fn intent_requires_active_lease(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    let other = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
-    let unknown = RunLease { run_id: RunId::new(), fence: 1 };
+    let other = RunLease {
+        fence: turn.lease.fence + 1,
+        ..turn.lease
+    };
+    let unknown = RunLease {
+        run_id: RunId::new(),
+        fence: 1,
+    };
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     for lease in [turn.lease, other, unknown, waiting] {
         assert!(!store.intend(&lease, OrphanId::new()).await.unwrap());
@@ -120,19 +175,39 @@ async fn resolved_intent_leaves_only_created_upstream_thread(_: &TestDatabase, s
         assert!(store.intend(&turn.lease, intent).await.unwrap());
     }
     store.resolve(nothing, Made::Nothing).await.unwrap();
-    store.resolve(something, Made::Unused(&upstream("t_1"))).await.unwrap();
-    store.resolve(OrphanId::new(), Made::Unused(&upstream("t_2"))).await.unwrap();
+    store
+        .resolve(something, Made::Unused(&upstream("t_1")))
+        .await
+        .unwrap();
+    store
+        .resolve(OrphanId::new(), Made::Unused(&upstream("t_2")))
+        .await
+        .unwrap();
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
-    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].name, OrphanName::Row(something));
+    assert_eq!(
+        store.due_upstream_orphans(10).await.unwrap()[0].name,
+        OrphanName::Row(something)
+    );
 }
 
 async fn bound_upstream_thread_is_no_orphan(_: &TestDatabase, store: &Store) {
     let turn = turn(store, &user("alice")).await;
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
-    let binding = Binding { id: upstream("t_1"), intent, seeded: false, carried_users: 0 };
+    let binding = Binding {
+        id: upstream("t_1"),
+        intent,
+        seeded: false,
+        carried_users: 0,
+    };
     for _ in 0..2 {
-        assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
+        assert_eq!(
+            store
+                .bind_upstream_thread(&turn.lease, binding.clone())
+                .await
+                .unwrap(),
+            Bound::Done
+        );
         assert_eq!(left(store, turn.thread.id).await, []);
     }
     let found = thread(store, turn.thread.id).await.unwrap();
@@ -143,24 +218,61 @@ async fn binding_under_lost_lease_leaves_upstream_orphan(_: &TestDatabase, store
     let turn = turn(store, &user("alice")).await;
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
-    let lost = RunLease { fence: turn.lease.fence + 1, ..turn.lease };
+    let lost = RunLease {
+        fence: turn.lease.fence + 1,
+        ..turn.lease
+    };
     for seeded in [false, true] {
-        let binding = Binding { id: upstream("t_1"), intent, seeded, carried_users: 1 };
-        assert_eq!(store.bind_upstream_thread(&lost, binding.clone()).await.unwrap(), Bound::Lost);
+        let binding = Binding {
+            id: upstream("t_1"),
+            intent,
+            seeded,
+            carried_users: 1,
+        };
+        assert_eq!(
+            store
+                .bind_upstream_thread(&lost, binding.clone())
+                .await
+                .unwrap(),
+            Bound::Lost
+        );
         assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
     }
-    assert_eq!(store.due_upstream_orphans(10).await.unwrap()[0].name, OrphanName::Row(intent));
+    assert_eq!(
+        store.due_upstream_orphans(10).await.unwrap()[0].name,
+        OrphanName::Row(intent)
+    );
     assert_eq!(thread(store, turn.thread.id).await.unwrap(), turn.thread);
     // What was bound before the lease was lost is in use.
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
-    let binding = Binding { id: upstream("t_2"), intent, seeded: false, carried_users: 0 };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, binding.clone()).await.unwrap(), Bound::Done);
-    assert_eq!(store.bind_upstream_thread(&lost, binding.clone()).await.unwrap(), Bound::Lost);
+    let binding = Binding {
+        id: upstream("t_2"),
+        intent,
+        seeded: false,
+        carried_users: 0,
+    };
+    assert_eq!(
+        store
+            .bind_upstream_thread(&turn.lease, binding.clone())
+            .await
+            .unwrap(),
+        Bound::Done
+    );
+    assert_eq!(
+        store
+            .bind_upstream_thread(&lost, binding.clone())
+            .await
+            .unwrap(),
+        Bound::Lost
+    );
     assert_eq!(left(store, turn.thread.id).await, [Some("t_1".to_owned())]);
 }
 
-async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(database: &TestDatabase, store: &Store) {
+async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let turn = turn(store, &user("alice")).await;
     for (id, seeded, expected) in [
         ("t_1", false, vec![]),
@@ -174,7 +286,12 @@ async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(database: &
         assert_eq!(left(store, turn.thread.id).await, expected);
     }
     let due = store.lease_upstream_orphans(10, HOUR).await.unwrap();
-    assert!(due.len() == 2 && due.iter().all(|it| it.kind == OrphanKind::Thread && it.upstream == "main"));
+    assert!(
+        due.len() == 2
+            && due
+                .iter()
+                .all(|it| it.kind == OrphanKind::Thread && it.upstream == "main")
+    );
     check_invariants(database).await;
 }
 
@@ -182,33 +299,68 @@ async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = turn(store, &key).await;
     for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
-        let pause =
-            Pause { upstream_run_id: Some(UpstreamRunId(id.to_owned())), ..pause(&["call_1"], n * 10) };
+        let pause = Pause {
+            upstream_run_id: Some(UpstreamRunId(id.to_owned())),
+            ..pause(&["call_1"], n * 10)
+        };
         for _ in 0..2 {
             store.pause(&turn.lease, &pause).await.unwrap();
         }
-        store.answer_tools(&key, turn.run.id, &answer(&["call_1"])).await.unwrap();
+        store
+            .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
+            .await
+            .unwrap();
     }
     let end = |id: Option<&str>| RunEnd {
         upstream_run_id: id.map(|id| UpstreamRunId(id.to_owned())),
-        events: EventBatch { first: 100, events: vec![] },
+        events: EventBatch {
+            first: 100,
+            events: vec![],
+        },
         ..completed(None)
     };
     for _ in 0..2 {
-        closed(store.finish(&turn.lease, end(Some("resp_4"))).await.unwrap());
+        closed(
+            store
+                .finish(&turn.lease, end(Some("resp_4")))
+                .await
+                .unwrap(),
+        );
     }
-    let ids = |ids: &[&str]| ids.iter().map(|id| Some((*id).to_owned())).collect::<Vec<_>>();
-    assert_eq!(left(store, turn.thread.id).await, ids(&["resp_1", "resp_2", "resp_3", "resp_4"]));
-    let orphans = store.upstream_orphans(turn.thread.id, true, 10).await.unwrap();
-    assert!(orphans.iter().all(|it| it.name == OrphanName::Run(turn.run.id) && it.kind == OrphanKind::Run));
-    assert_eq!(store.upstream_orphans(turn.thread.id, false, 10).await.unwrap(), []);
+    let ids = |ids: &[&str]| {
+        ids.iter()
+            .map(|id| Some((*id).to_owned()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        left(store, turn.thread.id).await,
+        ids(&["resp_1", "resp_2", "resp_3", "resp_4"])
+    );
+    let orphans = store
+        .upstream_orphans(turn.thread.id, true, 10)
+        .await
+        .unwrap();
+    assert!(
+        orphans
+            .iter()
+            .all(|it| it.name == OrphanName::Run(turn.run.id) && it.kind == OrphanKind::Run)
+    );
+    assert_eq!(
+        store
+            .upstream_orphans(turn.thread.id, false, 10)
+            .await
+            .unwrap(),
+        []
+    );
 
     // A run that keeps its id, and one that ends without any.
     for last in [Some("run_1"), None] {
         let key = user(last.unwrap_or("none"));
         let turn = self::turn(store, &key).await;
-        let pause =
-            Pause { upstream_run_id: Some(UpstreamRunId("run_1".to_owned())), ..pause(&["call_1"], 0) };
+        let pause = Pause {
+            upstream_run_id: Some(UpstreamRunId("run_1".to_owned())),
+            ..pause(&["call_1"], 0)
+        };
         store.pause(&turn.lease, &pause).await.unwrap();
         closed(store.finish(&turn.lease, end(last)).await.unwrap());
         assert_eq!(left(store, turn.thread.id).await, ids(&["run_1"]));
@@ -221,16 +373,33 @@ async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
         let turn = turn(store, &key).await;
         let id = |round: i32| UpstreamRunId(format!("resp_{n}_{round}"));
         store
-            .pause(&turn.lease, &Pause { upstream_run_id: Some(id(1)), ..pause(&["call_1"], 0) })
+            .pause(
+                &turn.lease,
+                &Pause {
+                    upstream_run_id: Some(id(1)),
+                    ..pause(&["call_1"], 0)
+                },
+            )
             .await
             .unwrap();
-        let mut end = RunEnd { upstream_run_id: Some(id(2)), ..completed(None) };
+        let mut end = RunEnd {
+            upstream_run_id: Some(id(2)),
+            ..completed(None)
+        };
         end.events.first = 4;
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
     let made = seen(store, &key).await.unwrap().0.id;
     for (limit, found) in [(1, 2), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)] {
-        assert_eq!(store.upstream_orphans(made, true, limit).await.unwrap().len(), found, "{limit}");
+        assert_eq!(
+            store
+                .upstream_orphans(made, true, limit)
+                .await
+                .unwrap()
+                .len(),
+            found,
+            "{limit}"
+        );
     }
 }
 
@@ -240,15 +409,28 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
     for _ in 0..5 {
         let intent = OrphanId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
-        store.resolve(intent, Made::Unused(&upstream(&intent.to_string()))).await.unwrap();
+        store
+            .resolve(intent, Made::Unused(&upstream(&intent.to_string())))
+            .await
+            .unwrap();
         // Each waits longer than the next.
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         intents.push(OrphanName::Row(intent));
     }
-    let names = |found: Vec<UpstreamOrphan>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
-    assert_eq!(names(store.due_upstream_orphans(2).await.unwrap()), intents[..2]);
-    assert_eq!(names(store.lease_upstream_orphans(2, HOUR).await.unwrap()), intents[..2]);
-    assert_eq!(names(store.lease_upstream_orphans(10, HOUR).await.unwrap()), intents[2..]);
+    let names =
+        |found: Vec<UpstreamOrphan>| found.into_iter().map(|it| it.name).collect::<Vec<_>>();
+    assert_eq!(
+        names(store.due_upstream_orphans(2).await.unwrap()),
+        intents[..2]
+    );
+    assert_eq!(
+        names(store.lease_upstream_orphans(2, HOUR).await.unwrap()),
+        intents[..2]
+    );
+    assert_eq!(
+        names(store.lease_upstream_orphans(10, HOUR).await.unwrap()),
+        intents[2..]
+    );
     assert_eq!(store.lease_upstream_orphans(10, HOUR).await.unwrap(), []);
     earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
     let row = |name: &OrphanName| match name {
@@ -256,17 +438,36 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
         OrphanName::Run(_) => panic!("{name:?}"),
     };
     let id_of = |name: &OrphanName| row(name).to_string();
-    store.reschedule_upstream_orphan(row(&intents[0]), Some(&id_of(&intents[0])), None).await.unwrap();
-    store.reschedule_upstream_orphan(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR)).await.unwrap();
-    assert_eq!(names(store.due_upstream_orphans(10).await.unwrap()), intents[2..]);
+    store
+        .reschedule_upstream_orphan(row(&intents[0]), Some(&id_of(&intents[0])), None)
+        .await
+        .unwrap();
+    store
+        .reschedule_upstream_orphan(row(&intents[1]), Some(&id_of(&intents[1])), Some(HOUR))
+        .await
+        .unwrap();
+    assert_eq!(
+        names(store.due_upstream_orphans(10).await.unwrap()),
+        intents[2..]
+    );
     earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
     let due = store.due_upstream_orphans(10).await.unwrap();
-    let attempts = |name| due.iter().find(|it| it.name == intents[name]).map(|it| it.attempts);
-    assert_eq!((attempts(0), attempts(1), attempts(2)), (None, Some(1), Some(0)));
+    let attempts = |name| {
+        due.iter()
+            .find(|it| it.name == intents[name])
+            .map(|it| it.attempts)
+    };
+    assert_eq!(
+        (attempts(0), attempts(1), attempts(2)),
+        (None, Some(1), Some(0))
+    );
 }
 
 /// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
-async fn upstream_orphan_resolved_during_janitor_pass_stays_due(database: &TestDatabase, store: &Store) {
+async fn upstream_orphan_resolved_during_janitor_pass_stays_due(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let turn = turn(store, &user("alice")).await;
     for n in 0..3 {
         let intent = OrphanId::new();
@@ -274,16 +475,31 @@ async fn upstream_orphan_resolved_during_janitor_pass_stays_due(database: &TestD
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         let claimed = store.lease_upstream_orphans(10, HOUR).await.unwrap();
         assert_eq!((claimed.len(), &claimed[0].upstream_id), (1, &None));
-        store.resolve(intent, Made::Unused(&upstream(&format!("t_{n}")))).await.unwrap();
+        store
+            .resolve(intent, Made::Unused(&upstream(&format!("t_{n}"))))
+            .await
+            .unwrap();
         match n {
-            0 => store.reschedule_upstream_orphan(intent, None, None).await.unwrap(),
-            1 => store.reschedule_upstream_orphan(intent, None, Some(HOUR)).await.unwrap(),
+            0 => store
+                .reschedule_upstream_orphan(intent, None, None)
+                .await
+                .unwrap(),
+            1 => store
+                .reschedule_upstream_orphan(intent, None, Some(HOUR))
+                .await
+                .unwrap(),
             _ => store.keep_upstream_orphan(intent, None).await.unwrap(),
         }
         let due = store.lease_upstream_orphans(10, HOUR).await.unwrap();
         assert_eq!(due.len(), 1, "{n}");
-        assert_eq!((due[0].upstream_id.clone(), due[0].attempts), (Some(format!("t_{n}")), 0));
-        store.reschedule_upstream_orphan(intent, due[0].upstream_id.as_deref(), None).await.unwrap();
+        assert_eq!(
+            (due[0].upstream_id.clone(), due[0].attempts),
+            (Some(format!("t_{n}")), 0)
+        );
+        store
+            .reschedule_upstream_orphan(intent, due[0].upstream_id.as_deref(), None)
+            .await
+            .unwrap();
     }
 }
 
@@ -297,8 +513,20 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
         seeded: true,
         carried_users,
     };
-    assert_eq!(store.bind_upstream_thread(&turn.lease, seed(&id, 3)).await.unwrap(), Bound::Done);
-    assert_eq!(store.baseline(turn.run.id).await.unwrap(), Baseline { anchor: None, skip: 3 });
+    assert_eq!(
+        store
+            .bind_upstream_thread(&turn.lease, seed(&id, 3))
+            .await
+            .unwrap(),
+        Bound::Done
+    );
+    assert_eq!(
+        store.baseline(turn.run.id).await.unwrap(),
+        Baseline {
+            anchor: None,
+            skip: 3
+        }
+    );
     // A binding that is not seeded leaves that alone.
     assert!(bind(store, &turn.lease, &id, false).await);
     let mut end = completed(Some("hi"));
@@ -306,7 +534,22 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     let next = self::turn(store, &key).await;
     let anchor = Some("m_1".to_owned());
-    assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor, skip: 0 });
-    assert_eq!(store.bind_upstream_thread(&next.lease, seed(&other, 2)).await.unwrap(), Bound::Done);
-    assert_eq!(store.baseline(next.run.id).await.unwrap(), Baseline { anchor: None, skip: 2 + 1 });
+    assert_eq!(
+        store.baseline(next.run.id).await.unwrap(),
+        Baseline { anchor, skip: 0 }
+    );
+    assert_eq!(
+        store
+            .bind_upstream_thread(&next.lease, seed(&other, 2))
+            .await
+            .unwrap(),
+        Bound::Done
+    );
+    assert_eq!(
+        store.baseline(next.run.id).await.unwrap(),
+        Baseline {
+            anchor: None,
+            skip: 2 + 1
+        }
+    );
 }

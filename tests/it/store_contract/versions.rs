@@ -22,7 +22,13 @@ const FIXTURES: &[(i64, &str, &str)] = &[(
 fn every_schema_version_has_fixture() {
     for migrator in [&POSTGRES, &SQLITE] {
         let versions: Vec<i64> = migrator.iter().map(|migration| migration.version).collect();
-        assert_eq!(versions, FIXTURES.iter().map(|(version, ..)| *version).collect::<Vec<_>>());
+        assert_eq!(
+            versions,
+            FIXTURES
+                .iter()
+                .map(|(version, ..)| *version)
+                .collect::<Vec<_>>()
+        );
     }
 }
 
@@ -54,10 +60,13 @@ async fn migrate_adds_missing_functions_beside_other_versions() {
     let ours = database.texts(functions).await;
     assert_eq!(ours.len(), 3, "{ours:?}");
     let others = "threadkeeper_admit_000000000000";
-    let made =
-        format!("CREATE FUNCTION {others}(items jsonb) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'");
+    let made = format!(
+        "CREATE FUNCTION {others}(items jsonb) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint'"
+    );
     database.execute(&made).await;
-    database.execute(&format!("DROP FUNCTION {}", ours[0])).await;
+    database
+        .execute(&format!("DROP FUNCTION {}", ours[0]))
+        .await;
     let missing = store.ready().await.unwrap_err();
     assert!(
         matches!(&missing, StoreError::Schema(text) if text.contains("run `threadkeeper migrate`")),
@@ -82,13 +91,22 @@ async fn is_read(database: &TestDatabase) {
     let alice = user("alice");
     let said = transcript(&store, &alice).await;
     assert_eq!(
-        said.iter().filter(|line| line.starts_with("user: ")).collect::<Vec<_>>(),
+        said.iter()
+            .filter(|line| line.starts_with("user: "))
+            .collect::<Vec<_>>(),
         ["user: Hello", "user: Hello again"]
     );
-    let repeated = store.repeated(&alice, "k1", Duration::from_hours(1_000_000)).await.unwrap();
+    let repeated = store
+        .repeated(&alice, "k1", Duration::from_hours(1_000_000))
+        .await
+        .unwrap();
     assert_eq!(repeated.unwrap().run.status, RunStatus::Completed);
     let bob = topic("bob", "cats & dogs");
-    let page = store.messages(ThreadName::Newest(&bob), true, &first_page()).await.unwrap().unwrap();
+    let page = store
+        .messages(ThreadName::Newest(&bob), true, &first_page())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(page.data.len(), 4, "of the thread before too");
     let (current, _) = seen(&store, &bob).await.unwrap();
     assert!(current.previous_thread.is_some());
@@ -99,33 +117,61 @@ async fn is_read(database: &TestDatabase) {
         unfinished.iter().map(|run| run.status).collect::<Vec<_>>(),
         [RunStatus::RequiresAction, RunStatus::Queued]
     );
-    assert_eq!(unfinished[0].required_action.as_ref().unwrap().tool_calls[0].name, "look");
+    assert_eq!(
+        unfinished[0].required_action.as_ref().unwrap().tool_calls[0].name,
+        "look"
+    );
     assert!(!store.events(unfinished[0].id, 0).await.unwrap().is_empty());
     let (carols, _) = seen(&store, &carol).await.unwrap();
     assert_eq!(
-        store.upstream_orphans(carols.id, false, 10).await.unwrap()[0].upstream_id.as_deref(),
+        store.upstream_orphans(carols.id, false, 10).await.unwrap()[0]
+            .upstream_id
+            .as_deref(),
         Some("conv_left")
     );
     // The replica that worked on them is gone.
     database.execute("DELETE FROM replicas").await;
-    let orphans = store.adopt_orphans(ReplicaId::new(), &[], 10).await.unwrap();
+    let orphans = store
+        .adopt_orphans(ReplicaId::new(), &[], 10)
+        .await
+        .unwrap();
     assert_eq!(orphans.len(), 2);
     for orphan in orphans {
         closed(store.finish(&orphan.lease, completed(None)).await.unwrap());
     }
-    let more = Admission { upstream: "sim".to_owned(), ..admission(&carol) };
+    let more = Admission {
+        upstream: "sim".to_owned(),
+        ..admission(&carol)
+    };
     let turn = started(store.admit(more.clone()).await.unwrap());
-    closed(store.finish(&turn.lease, completed(Some("hi"))).await.unwrap());
+    closed(
+        store
+            .finish(&turn.lease, completed(Some("hi")))
+            .await
+            .unwrap(),
+    );
     check_invariants(database).await;
 
     assert_eq!(store.good_keys().await.unwrap()[0].prefix, "tk_fixture");
     assert_ne!(store.fingerprint_key([0; 32]).await.unwrap(), [0; 32]);
-    let receipts = Pruning { receipts: Some(Duration::ZERO), ..Pruning::default() };
-    assert_eq!(store.prunable(&receipts, 10).await.unwrap(), Pruned { receipts: 1, ..Pruned::default() });
+    let receipts = Pruning {
+        receipts: Some(Duration::ZERO),
+        ..Pruning::default()
+    };
+    assert_eq!(
+        store.prunable(&receipts, 10).await.unwrap(),
+        Pruned {
+            receipts: 1,
+            ..Pruned::default()
+        }
+    );
     store.close().await;
 }
 
-on_every_backend!(newer_schema_serves_compatible_binaries, unversioned_schema_is_refused_untouched);
+on_every_backend!(
+    newer_schema_serves_compatible_binaries,
+    unversioned_schema_is_refused_untouched
+);
 
 /// During a rolling upgrade the old replicas go on, and may start again, on the new schema.
 async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store: &Store) {
@@ -145,7 +191,9 @@ async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store:
 
     // Until it is contracted.
     database
-        .execute(&format!("UPDATE schema_versions SET compatible_since = {later} WHERE version = {later}"))
+        .execute(&format!(
+            "UPDATE schema_versions SET compatible_since = {later} WHERE version = {later}"
+        ))
         .await;
     for refused in [store.ready().await, store.migrate().await] {
         assert!(
@@ -157,7 +205,10 @@ async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store:
 
 async fn unversioned_schema_is_refused_untouched(database: &TestDatabase, store: &Store) {
     exchange(store, &user("alice")).await;
-    store.renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_hours(1)).await.unwrap();
+    store
+        .renew_replica(ReplicaId::new(), "127.0.0.1:1", Duration::from_hours(1))
+        .await
+        .unwrap();
     database.execute("DROP TABLE schema_versions").await;
     store.close().await;
     let store = database.store().await;

@@ -45,7 +45,9 @@ time_t time(time_t *at) {
 
 /// Has the process that this command starts see a clock that is so many seconds off.
 pub(crate) fn shift(command: &mut Command, seconds: i64) {
-    command.env("LD_PRELOAD", shim()).env("CLOCK_SHIFT_SECONDS", seconds.to_string());
+    command
+        .env("LD_PRELOAD", shim())
+        .env("CLOCK_SHIFT_SECONDS", seconds.to_string());
 }
 
 /// The library that moves a process's clock. It takes the C compiler that building SQLite takes, too.
@@ -53,12 +55,22 @@ fn shim() -> PathBuf {
     static BUILT: OnceLock<TempDir> = OnceLock::new();
     let folder = BUILT.get_or_init(|| {
         let folder = TempDir::new().unwrap();
-        let (source, library) = (folder.path().join("clock.c"), folder.path().join("clock.so"));
+        let (source, library) = (
+            folder.path().join("clock.c"),
+            folder.path().join("clock.so"),
+        );
         std::fs::write(&source, SHIM).unwrap();
-        let built =
-            Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).output();
+        let built = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .arg(&library)
+            .arg(&source)
+            .output();
         let built = built.unwrap();
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        assert!(
+            built.status.success(),
+            "{}",
+            String::from_utf8_lossy(&built.stderr)
+        );
         folder
     });
     folder.path().join("clock.so")

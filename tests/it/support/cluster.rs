@@ -53,7 +53,13 @@ impl Cluster {
         let binaries = binaries().unwrap_or_else(|text| panic!("{text}"));
         let account = Account::for_server().unwrap_or_else(|text| panic!("{text}"));
         make(&folder, &binaries, &account).expect("the cluster can be made");
-        let mut cluster = Self { folder, binaries, account, settings, server: None };
+        let mut cluster = Self {
+            folder,
+            binaries,
+            account,
+            settings,
+            server: None,
+        };
         cluster.start_again();
         cluster
     }
@@ -80,8 +86,14 @@ impl Cluster {
             Stop::Fast => "-INT",
             Stop::Immediate => "-QUIT",
         };
-        let told = Command::new("kill").arg(signal).arg(server.id().to_string()).status();
-        assert!(told.expect("the signal can be sent").success(), "the server is gone");
+        let told = Command::new("kill")
+            .arg(signal)
+            .arg(server.id().to_string())
+            .status();
+        assert!(
+            told.expect("the signal can be sent").success(),
+            "the server is gone"
+        );
         server.wait().expect("it is our child");
     }
 

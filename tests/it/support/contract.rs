@@ -24,10 +24,18 @@ static CONTRACT: LazyLock<Document> = LazyLock::new(|| {
     }
     // As they are, for what is put together of several.
     let open = document["components"]["schemas"].clone();
-    for schema in document["components"]["schemas"].as_object_mut().unwrap().values_mut() {
+    for schema in document["components"]["schemas"]
+        .as_object_mut()
+        .unwrap()
+        .values_mut()
+    {
         close(schema);
     }
-    for response in document["components"]["responses"].as_object_mut().unwrap().values_mut() {
+    for response in document["components"]["responses"]
+        .as_object_mut()
+        .unwrap()
+        .values_mut()
+    {
         close(response);
     }
     let components = document["components"].take();
@@ -50,7 +58,11 @@ fn close(schema: &mut Value) {
             }
             for (name, field) in fields.iter_mut().filter(|(name, _)| *name != "allOf") {
                 if name == "properties" {
-                    field.as_object_mut().into_iter().flatten().for_each(|(_, property)| close(property));
+                    field
+                        .as_object_mut()
+                        .into_iter()
+                        .flatten()
+                        .for_each(|(_, property)| close(property));
                 } else {
                     close(field);
                 }
@@ -69,7 +81,13 @@ fn close(schema: &mut Value) {
 /// # Panics
 /// The document does not tell of it.
 #[track_caller]
-pub(crate) fn check(method: &Method, path: &str, status: StatusCode, headers: &HeaderMap, body: &str) {
+pub(crate) fn check(
+    method: &Method,
+    path: &str,
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &str,
+) {
     if let Err(error) = checked(method, path, status, headers, Some(body)) {
         panic!("{method} {path} is answered against the contract: {error}");
     }
@@ -102,13 +120,21 @@ pub(crate) fn checked_event(event: &Event) -> Result<(), String> {
     if !event.id.is_empty() {
         whole["id"] = event.id.clone().into();
     }
-    CONTRACT.check("event", &json!({"$ref": "#/components/schemas/Event"}), &whole)
+    CONTRACT.check(
+        "event",
+        &json!({"$ref": "#/components/schemas/Event"}),
+        &whole,
+    )
 }
 
 /// What is wrong with the body of a request to an operation.
 pub(crate) fn checked_request(method: &str, template: &str, body: &Value) -> Result<(), String> {
     let key = format!("{method} {template}");
-    CONTRACT.check(&format!("{key} request"), &CONTRACT.operation(&key)?["request"], body)
+    CONTRACT.check(
+        &format!("{key} request"),
+        &CONTRACT.operation(&key)?["request"],
+        body,
+    )
 }
 
 /// What is wrong with an answer.
@@ -120,15 +146,25 @@ pub(crate) fn checked(
     body: Option<&str>,
 ) -> Result<(), String> {
     let path = path.split('?').next().unwrap_or_default();
-    let asked = if *method == Method::HEAD { &Method::GET } else { method };
+    let asked = if *method == Method::HEAD {
+        &Method::GET
+    } else {
+        method
+    };
     let response = if let Some(template) = CONTRACT.template(asked.as_str(), path) {
         let key = format!("{asked} {template}");
         let declared = CONTRACT.operation(&key)?["responses"].get(status.as_str());
         declared.ok_or_else(|| format!("{key} does not answer with {status}: {body:?}"))?
     } else {
         let methods = ["GET", "POST", "PATCH", "DELETE"];
-        let is_there = methods.iter().any(|method| CONTRACT.template(method, path).is_some());
-        let wanted = if is_there { "405.open.method-not-allowed" } else { "404.open.not-found" };
+        let is_there = methods
+            .iter()
+            .any(|method| CONTRACT.template(method, path).is_some());
+        let wanted = if is_there {
+            "405.open.method-not-allowed"
+        } else {
+            "404.open.not-found"
+        };
         if !wanted.starts_with(status.as_str()) {
             return Err(format!("{status} instead of {wanted}"));
         }
@@ -137,20 +173,30 @@ pub(crate) fn checked(
     let response = CONTRACT.resolved(response);
     check_headers(response, headers)?;
     check_caching(headers)?;
-    let kind = headers.get("content-type").map(|kind| kind.to_str().unwrap_or_default());
+    let kind = headers
+        .get("content-type")
+        .map(|kind| kind.to_str().unwrap_or_default());
     let Some(kind) = kind else {
         let is_empty = body.is_none_or(str::is_empty);
         let may_be = response.get("content").is_none() || *method == Method::HEAD;
-        return if is_empty && may_be { Ok(()) } else { Err(format!("{status} without a type: {body:?}")) };
+        return if is_empty && may_be {
+            Ok(())
+        } else {
+            Err(format!("{status} without a type: {body:?}"))
+        };
     };
     let essence = kind.split(';').next().unwrap_or_default();
-    let Some(content) = response["content"].get(essence) else { return Err(format!("{status} as {kind}")) };
+    let Some(content) = response["content"].get(essence) else {
+        return Err(format!("{status} as {kind}"));
+    };
     let (schema, what) = (&content["schema"], content["schema"].to_string());
-    let Some(body) = body.filter(|_| *method != Method::HEAD) else { return Ok(()) };
+    let Some(body) = body.filter(|_| *method != Method::HEAD) else {
+        return Ok(());
+    };
     match essence {
-        "application/x-ndjson" => {
-            body.lines().try_for_each(|line| CONTRACT.check(&what, schema, &json(line)?))
-        }
+        "application/x-ndjson" => body
+            .lines()
+            .try_for_each(|line| CONTRACT.check(&what, schema, &json(line)?)),
         "text/event-stream" => Ok(()),
         kind if kind.ends_with("json") => CONTRACT.check(&what, schema, &json(body)?),
         _ => CONTRACT.check(&what, schema, &body.into()),
@@ -164,13 +210,23 @@ fn json(text: &str) -> Result<Value, String> {
 /// Nothing is stored on its way, and a stream is not held back.
 fn check_caching(headers: &HeaderMap) -> Result<(), String> {
     let values = |name: &str| -> Vec<_> {
-        headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect()
+        headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .collect()
     };
     let is_stream = values("content-type") == ["text/event-stream"];
-    let wanted = if is_stream { ["no-store, no-transform"] } else { ["no-store"] };
+    let wanted = if is_stream {
+        ["no-store, no-transform"]
+    } else {
+        ["no-store"]
+    };
     let (caching, buffering) = (values("cache-control"), values("x-accel-buffering"));
     if caching != wanted || is_stream != (buffering == ["no"]) {
-        return Err(format!("cache-control {caching:?}, x-accel-buffering {buffering:?}"));
+        return Err(format!(
+            "cache-control {caching:?}, x-accel-buffering {buffering:?}"
+        ));
     }
     Ok(())
 }
@@ -179,13 +235,26 @@ fn check_caching(headers: &HeaderMap) -> Result<(), String> {
 fn check_headers(response: &Value, headers: &HeaderMap) -> Result<(), String> {
     let declared = &response["headers"];
     for name in CONTRACT.names_of("headers") {
-        let value = headers.get(name).map(|value| value.to_str().unwrap_or_default());
-        match (declared.get(name).map(|header| CONTRACT.resolved(header)), value) {
-            (None, Some(value)) => return Err(format!("the header {name} ({value}) is not declared")),
-            (Some(header), None) if header["required"] == true => return Err(format!("no header {name}")),
+        let value = headers
+            .get(name)
+            .map(|value| value.to_str().unwrap_or_default());
+        match (
+            declared.get(name).map(|header| CONTRACT.resolved(header)),
+            value,
+        ) {
+            (None, Some(value)) => {
+                return Err(format!("the header {name} ({value}) is not declared"));
+            }
+            (Some(header), None) if header["required"] == true => {
+                return Err(format!("no header {name}"));
+            }
             (_, None) => {}
             (Some(header), Some(value)) => {
-                CONTRACT.check(&header["schema"].to_string(), &header["schema"], &value.into())?;
+                CONTRACT.check(
+                    &header["schema"].to_string(),
+                    &header["schema"],
+                    &value.into(),
+                )?;
             }
         }
     }

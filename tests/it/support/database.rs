@@ -40,7 +40,9 @@ enum Place {
 impl TestDatabase {
     /// On the server of `DATABASE_URL` (its role needs CREATEDB), or on the cluster of this test run.
     pub(crate) async fn postgres() -> Self {
-        let url = std::env::var("DATABASE_URL").ok().filter(|url| url.starts_with("postgres"));
+        let url = std::env::var("DATABASE_URL")
+            .ok()
+            .filter(|url| url.starts_with("postgres"));
         let own = url.is_none();
         let url = url.unwrap_or_else(|| shared::url().to_owned());
         let server: PgConnectOptions = url.parse().expect("DATABASE_URL is a Postgres URL");
@@ -51,40 +53,75 @@ impl TestDatabase {
         // Copying files is the faster way where nothing is synced to a disk.
         let strategy = if own { "STRATEGY FILE_COPY" } else { "" };
         connection
-            .execute(AssertSqlSafe(format!("CREATE DATABASE {name} TEMPLATE {template} {strategy}")))
+            .execute(AssertSqlSafe(format!(
+                "CREATE DATABASE {name} TEMPLATE {template} {strategy}"
+            )))
             .await
             .expect("a database can be made");
         let mut of_test = url::Url::parse(&url).expect("a connection URL is a URL");
         of_test.set_path(&name);
-        Self { place: Place::Postgres { server: Some(Box::new(server)), name, url: of_test.into() } }
+        Self {
+            place: Place::Postgres {
+                server: Some(Box::new(server)),
+                name,
+                url: of_test.into(),
+            },
+        }
     }
 
     /// With the migrations up to a version alone.
     pub(crate) async fn postgres_at(migrator: &Migrator, version: i64) -> Self {
         let database = Self::postgres().await;
-        database.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
-        up_to(migrator, version).run(&mut database.pg().await).await.expect("the migrations apply");
+        database
+            .execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+            .await;
+        up_to(migrator, version)
+            .run(&mut database.pg().await)
+            .await
+            .expect("the migrations apply");
         database
     }
 
     /// The same in a file.
     pub(crate) async fn sqlite_at(migrator: &Migrator, version: i64) -> Self {
         let folder = TempDir::new_in(shared::scratch()).expect("a temporary folder");
-        let database = Self { place: Place::Sqlite { folder } };
+        let database = Self {
+            place: Place::Sqlite { folder },
+        };
         let options: SqliteConnectOptions = database.url().parse().expect("the URL that we made");
-        let mut file = options.create_if_missing(true).connect().await.expect("a new file opens");
-        up_to(migrator, version).run(&mut file).await.expect("the migrations apply");
+        let mut file = options
+            .create_if_missing(true)
+            .connect()
+            .await
+            .expect("a new file opens");
+        up_to(migrator, version)
+            .run(&mut file)
+            .await
+            .expect("the migrations apply");
         database
     }
 
     /// On a cluster of the test's own.
     pub(crate) async fn on(cluster: &Cluster) -> Self {
         let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
-        let server: PgConnectOptions = cluster.url("postgres").parse().expect("the URL that we made");
+        let server: PgConnectOptions = cluster
+            .url("postgres")
+            .parse()
+            .expect("the URL that we made");
         let make = AssertSqlSafe(format!("CREATE DATABASE {name}"));
-        connect(&server).await.execute(make).await.expect("a database can be made");
+        connect(&server)
+            .await
+            .execute(make)
+            .await
+            .expect("a database can be made");
         let url = cluster.url(&name);
-        let database = Self { place: Place::Postgres { server: None, name, url } };
+        let database = Self {
+            place: Place::Postgres {
+                server: None,
+                name,
+                url,
+            },
+        };
         migrate(&database.url()).await;
         database
     }
@@ -97,8 +134,12 @@ impl TestDatabase {
     /// In a file of its own, somewhere in a folder.
     pub(crate) async fn sqlite_in(folder: &Path) -> Self {
         let folder = TempDir::new_in(folder).expect("a temporary folder");
-        let database = Self { place: Place::Sqlite { folder } };
-        let store = Store::open(&database.config()).await.expect("a new file opens");
+        let database = Self {
+            place: Place::Sqlite { folder },
+        };
+        let store = Store::open(&database.config())
+            .await
+            .expect("a new file opens");
         store.migrate().await.expect("the migrations apply");
         store.close().await;
         database
@@ -108,23 +149,33 @@ impl TestDatabase {
     pub(crate) fn url(&self) -> String {
         match &self.place {
             Place::Postgres { url, .. } => url.clone(),
-            Place::Sqlite { folder } => format!("sqlite:{}", folder.path().join("threadkeeper.db").display()),
+            Place::Sqlite { folder } => {
+                format!("sqlite:{}", folder.path().join("threadkeeper.db").display())
+            }
         }
     }
 
     /// Default settings with this database's URL. Nobody is refused for want of time, as this machine may be busy.
     pub(crate) fn config(&self) -> StoreConfig {
         let max_wait = Duration::from_secs(30);
-        StoreConfig { url: Some(self.url().into()), max_wait, ..StoreConfig::default() }
+        StoreConfig {
+            url: Some(self.url().into()),
+            max_wait,
+            ..StoreConfig::default()
+        }
     }
 
     /// A store on this database. On Postgres each call is another replica's; on SQLite there can be one at a time.
     pub(crate) async fn store(&self) -> Arc<Store> {
         match &self.place {
-            Place::Postgres { .. } => {
-                Arc::new(Store::open(&self.config()).await.expect("the test server answers"))
+            Place::Postgres { .. } => Arc::new(
+                Store::open(&self.config())
+                    .await
+                    .expect("the test server answers"),
+            ),
+            Place::Sqlite { .. } => {
+                Arc::new(Store::open(&self.config()).await.expect("the file opens"))
             }
-            Place::Sqlite { .. } => Arc::new(Store::open(&self.config()).await.expect("the file opens")),
         }
     }
 
@@ -166,7 +217,9 @@ impl TestDatabase {
 
     /// The time by the database's clock.
     pub(crate) async fn clock(&self) -> Timestamp {
-        let micros = self.number(&format!("SELECT {}", self.micros(self.now()))).await;
+        let micros = self
+            .number(&format!("SELECT {}", self.micros(self.now())))
+            .await;
         chrono::DateTime::from_timestamp_micros(micros).expect("a time")
     }
 
@@ -198,13 +251,17 @@ impl TestDatabase {
             Place::Postgres { .. } => format!("- {ms} * interval '1 millisecond'"),
             Place::Sqlite { .. } => format!("- {ms}"),
         };
-        self.execute(&format!("UPDATE idempotency_keys SET created_at = created_at {shift}")).await;
+        self.execute(&format!(
+            "UPDATE idempotency_keys SET created_at = created_at {shift}"
+        ))
+        .await;
     }
 
     /// Lets all runs have been admitted so much earlier.
     pub(crate) async fn age_runs(&self, by: Duration) {
         let by = self.interval(by);
-        self.execute(&format!("UPDATE runs SET created_at = created_at - {by}")).await;
+        self.execute(&format!("UPDATE runs SET created_at = created_at - {by}"))
+            .await;
     }
 
     /// Lets all that has happened to the runs so far have happened so much earlier.
@@ -249,9 +306,14 @@ impl TestDatabase {
             ("idempotency_keys", "run_id"),
             ("runs", "id"),
         ];
-        let updates = columns
-            .map(|(table, column)| format!("UPDATE {table} SET {column} = {}", id.replace("old", column)));
-        self.execute(&format!("{before}; {}", updates.join("; "))).await;
+        let updates = columns.map(|(table, column)| {
+            format!(
+                "UPDATE {table} SET {column} = {}",
+                id.replace("old", column)
+            )
+        });
+        self.execute(&format!("{before}; {}", updates.join("; ")))
+            .await;
     }
 
     /// Lets an idempotency key have been used so much earlier.
@@ -284,14 +346,21 @@ impl TestDatabase {
 
     /// Runs statements that must work.
     pub(crate) async fn execute(&self, sql: &str) {
-        self.try_execute(sql).await.expect("the test's statement works");
+        self.try_execute(sql)
+            .await
+            .expect("the test's statement works");
     }
 
     /// Keeps everybody from a table until what this gives is dropped. Postgres only.
     pub(crate) async fn lock(&self, table: &str) -> PgConnection {
         let mut connection = self.pg().await;
-        let lock = AssertSqlSafe(format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"));
-        connection.execute(lock).await.expect("a table can be locked");
+        let lock = AssertSqlSafe(format!(
+            "BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"
+        ));
+        connection
+            .execute(lock)
+            .await
+            .expect("a table can be locked");
         connection
     }
 
@@ -308,8 +377,16 @@ impl TestDatabase {
     pub(crate) async fn number(&self, sql: &str) -> i64 {
         let sql = AssertSqlSafe(sql);
         match &self.place {
-            Place::Postgres { .. } => sqlx::query_scalar(sql).fetch_one(&mut self.pg().await).await,
-            Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_one(&mut self.lite().await).await,
+            Place::Postgres { .. } => {
+                sqlx::query_scalar(sql)
+                    .fetch_one(&mut self.pg().await)
+                    .await
+            }
+            Place::Sqlite { .. } => {
+                sqlx::query_scalar(sql)
+                    .fetch_one(&mut self.lite().await)
+                    .await
+            }
         }
         .expect("the test's query works")
     }
@@ -318,8 +395,16 @@ impl TestDatabase {
     pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
         let sql = AssertSqlSafe(sql);
         match &self.place {
-            Place::Postgres { .. } => sqlx::query_scalar(sql).fetch_all(&mut self.pg().await).await,
-            Place::Sqlite { .. } => sqlx::query_scalar(sql).fetch_all(&mut self.lite().await).await,
+            Place::Postgres { .. } => {
+                sqlx::query_scalar(sql)
+                    .fetch_all(&mut self.pg().await)
+                    .await
+            }
+            Place::Sqlite { .. } => {
+                sqlx::query_scalar(sql)
+                    .fetch_all(&mut self.lite().await)
+                    .await
+            }
         }
         .expect("the test's query works")
     }
@@ -330,12 +415,17 @@ impl TestDatabase {
         let mut plans = Vec::new();
         for statement in script.split(';') {
             if statement.contains("CREATE TEMP TABLE") {
-                sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *connection).await.expect("a table");
+                sqlx::raw_sql(AssertSqlSafe(statement))
+                    .execute(&mut *connection)
+                    .await
+                    .expect("a table");
                 continue;
             }
             let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {statement}"));
-            let steps: Vec<(i64, i64, i64, String)> =
-                sqlx::query_as(explain).fetch_all(&mut *connection).await.expect("a plan");
+            let steps: Vec<(i64, i64, i64, String)> = sqlx::query_as(explain)
+                .fetch_all(&mut *connection)
+                .await
+                .expect("a plan");
             plans.push((statement, steps.into_iter().map(|step| step.3).collect()));
         }
         plans
@@ -366,7 +456,10 @@ impl TestDatabase {
                         .await
                         .expect("each column has a text");
                     all.extend(
-                        values.into_iter().flatten().map(|value| (format!("{table}.{column}"), value)),
+                        values
+                            .into_iter()
+                            .flatten()
+                            .map(|value| (format!("{table}.{column}"), value)),
                     );
                 }
             }
@@ -386,7 +479,10 @@ impl TestDatabase {
                         .await
                         .expect("each column has bytes");
                     all.extend(
-                        values.into_iter().flatten().map(|value| (format!("{table}.{column}"), value)),
+                        values
+                            .into_iter()
+                            .flatten()
+                            .map(|value| (format!("{table}.{column}"), value)),
                     );
                 }
                 for file in std::fs::read_dir(folder.path()).expect("the folder can be listed") {
@@ -403,10 +499,16 @@ impl TestDatabase {
 
     /// Where in its tables the database holds a text.
     pub(crate) async fn holding(&self, needle: &str) -> Vec<String> {
-        let holds = |value: &[u8]| value.windows(needle.len()).any(|part| part == needle.as_bytes());
+        let holds = |value: &[u8]| {
+            value
+                .windows(needle.len())
+                .any(|part| part == needle.as_bytes())
+        };
         let all = self.everything().await.into_iter();
         let columns = all.filter(|(place, value)| !place.contains('/') && holds(value));
-        columns.map(|(column, value)| format!("{column}: {}", String::from_utf8_lossy(&value))).collect()
+        columns
+            .map(|(column, value)| format!("{column}: {}", String::from_utf8_lossy(&value)))
+            .collect()
     }
 
     pub(crate) async fn pg(&self) -> PgConnection {
@@ -417,35 +519,58 @@ impl TestDatabase {
     async fn lite(&self) -> SqliteConnection {
         let options: SqliteConnectOptions = self.url().parse().expect("the URL that we made");
         let options = options.busy_timeout(Duration::from_secs(5));
-        SqliteConnection::connect_with(&options).await.expect("the file opens")
+        SqliteConnection::connect_with(&options)
+            .await
+            .expect("the file opens")
     }
 }
 
 impl Drop for TestDatabase {
     fn drop(&mut self) {
-        let Place::Postgres { server: Some(server), name, .. } = &self.place else {
+        let Place::Postgres {
+            server: Some(server),
+            name,
+            ..
+        } = &self.place
+        else {
             return;
         };
         let (server, name) = (server.clone(), name.clone());
         // This may be the thread of a runtime, which cannot be blocked on; another thread's can.
         let dropper = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("a runtime for the clean-up").block_on(async {
-                let mut connection = connect(&server).await;
-                connection
-                    .execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")))
-                    .await
-                    .expect("the test's database can be dropped");
-            });
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime
+                .expect("a runtime for the clean-up")
+                .block_on(async {
+                    let mut connection = connect(&server).await;
+                    connection
+                        .execute(AssertSqlSafe(format!(
+                            "DROP DATABASE IF EXISTS {name} WITH (FORCE)"
+                        )))
+                        .await
+                        .expect("the test's database can be dropped");
+                });
         });
         let result = dropper.join();
         // A second panic while the test's own unwinds would hide the first.
-        assert!(result.is_ok() || std::thread::panicking(), "the database {:?} is left over", self.url());
+        assert!(
+            result.is_ok() || std::thread::panicking(),
+            "the database {:?} is left over",
+            self.url()
+        );
     }
 }
 
 fn up_to(migrator: &Migrator, version: i64) -> Migrator {
-    Migrator::with_migrations(migrator.iter().filter(|it| it.version <= version).cloned().collect())
+    Migrator::with_migrations(
+        migrator
+            .iter()
+            .filter(|it| it.version <= version)
+            .cloned()
+            .collect(),
+    )
 }
 
 async fn connect(options: &PgConnectOptions) -> PgConnection {
@@ -457,7 +582,10 @@ async fn connect(options: &PgConnectOptions) -> PgConnection {
 
 /// Makes tables and functions as the gateway does.
 async fn migrate(url: &str) {
-    let config = StoreConfig { url: Some(url.into()), ..StoreConfig::default() };
+    let config = StoreConfig {
+        url: Some(url.into()),
+        ..StoreConfig::default()
+    };
     let store = Store::open(&config).await.expect("the database opens");
     store.migrate().await.expect("the migrations apply");
     store.close().await;
@@ -478,30 +606,50 @@ async fn template(server: &PgConnectOptions, url: &str) -> &'static str {
         let digest = sha2::Digest::finalize(hash);
         let hex = Uuid::from_slice(&digest[..16]).expect("16 bytes").simple();
         let name = format!("threadkeeper_template_{hex}");
-        make_template(server, url, &name).await.expect("the migrations apply");
+        make_template(server, url, &name)
+            .await
+            .expect("the migrations apply");
         name
     })
     .await
 }
 
 /// Builds under another name first, so that a killed test leaves no half-made template.
-async fn make_template(server: &PgConnectOptions, url: &str, name: &str) -> Result<(), sqlx::Error> {
+async fn make_template(
+    server: &PgConnectOptions,
+    url: &str,
+    name: &str,
+) -> Result<(), sqlx::Error> {
     /// Chosen at random; all test processes agree on it.
     const LOCK: i64 = 0x7468_7264_6b70_7274;
     let mut connection = connect(server).await;
-    sqlx::query("SELECT pg_advisory_lock($1)").bind(LOCK).execute(&mut connection).await?;
-    let found: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
-        .bind(name)
-        .fetch_one(&mut connection)
+    sqlx::query("SELECT pg_advisory_lock($1)")
+        .bind(LOCK)
+        .execute(&mut connection)
         .await?;
+    let found: bool =
+        sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)")
+            .bind(name)
+            .fetch_one(&mut connection)
+            .await?;
     if !found {
         let draft = format!("{name}_draft");
-        connection.execute(AssertSqlSafe(format!("DROP DATABASE IF EXISTS {draft} WITH (FORCE)"))).await?;
-        connection.execute(AssertSqlSafe(format!("CREATE DATABASE {draft}"))).await?;
+        connection
+            .execute(AssertSqlSafe(format!(
+                "DROP DATABASE IF EXISTS {draft} WITH (FORCE)"
+            )))
+            .await?;
+        connection
+            .execute(AssertSqlSafe(format!("CREATE DATABASE {draft}")))
+            .await?;
         let mut url = url::Url::parse(url).expect("a connection URL is a URL");
         url.set_path(&draft);
         migrate(url.as_str()).await;
-        connection.execute(AssertSqlSafe(format!("ALTER DATABASE {draft} RENAME TO {name}"))).await?;
+        connection
+            .execute(AssertSqlSafe(format!(
+                "ALTER DATABASE {draft} RENAME TO {name}"
+            )))
+            .await?;
     }
     // The lock ends with the session.
     connection.close().await

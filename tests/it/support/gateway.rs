@@ -45,9 +45,19 @@ impl Answer {
     /// Status and problem type of a refusal.
     #[track_caller]
     pub(crate) fn problem(&self) -> (u16, &str) {
-        assert_eq!(self.headers["content-type"], "application/problem+json", "{self:?}");
-        let name = self.body["type"].as_str().unwrap().strip_prefix("urn:threadkeeper:problem:").unwrap();
-        assert_eq!(self.body["request_id"], self.headers["x-request-id"].to_str().unwrap());
+        assert_eq!(
+            self.headers["content-type"], "application/problem+json",
+            "{self:?}"
+        );
+        let name = self.body["type"]
+            .as_str()
+            .unwrap()
+            .strip_prefix("urn:threadkeeper:problem:")
+            .unwrap();
+        assert_eq!(
+            self.body["request_id"],
+            self.headers["x-request-id"].to_str().unwrap()
+        );
         assert_eq!(self.body["status"], self.status.as_u16());
         (self.status.as_u16(), name)
     }
@@ -80,9 +90,13 @@ impl Gateway {
     /// The binary, with an environment that holds nothing of the test's own settings.
     pub(crate) fn command(args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_threadkeeper"));
-        command.args(args).env_remove("DATABASE_URL").env_remove("RUST_LOG").stdin(Stdio::null());
-        for (name, _) in
-            std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("THREADKEEPER_"))
+        command
+            .args(args)
+            .env_remove("DATABASE_URL")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        for (name, _) in std::env::vars_os()
+            .filter(|(name, _)| name.to_string_lossy().starts_with("THREADKEEPER_"))
         {
             command.env_remove(name);
         }
@@ -93,7 +107,11 @@ impl Gateway {
 
     /// Starts a command that ends up listening, and waits until it does.
     pub(crate) async fn spawn(mut command: Command, config: TempDir) -> Self {
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let stderr = child.stderr.take().unwrap();
         let logs: Arc<Mutex<Vec<String>>> = Arc::default();
         let (listening, listens) = mpsc::channel();
@@ -108,13 +126,28 @@ impl Gateway {
                 sink.lock().unwrap().push(line);
             }
         });
-        let address = tokio::task::spawn_blocking(move || listens.recv_timeout(PATIENCE)).await.unwrap();
+        let address = tokio::task::spawn_blocking(move || listens.recv_timeout(PATIENCE))
+            .await
+            .unwrap();
         let Ok(address) = address else {
             drop(child.kill());
-            panic!("the gateway did not start:\n{}", logs.lock().unwrap().join("\n"));
+            panic!(
+                "the gateway did not start:\n{}",
+                logs.lock().unwrap().join("\n")
+            );
         };
-        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap();
-        Self { child, url: format!("http://{address}"), logs, client, _config: config }
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(PATIENCE)
+            .build()
+            .unwrap();
+        Self {
+            child,
+            url: format!("http://{address}"),
+            logs,
+            client,
+            _config: config,
+        }
     }
 
     /// Of the process.
@@ -141,7 +174,11 @@ impl Gateway {
             contract::check(&method, &path, status, &headers, &text);
         }
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        Answer { status, headers, body }
+        Answer {
+            status,
+            headers,
+            body,
+        }
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
@@ -153,7 +190,8 @@ impl Gateway {
     }
 
     pub(crate) async fn patch(&self, path: &str, body: &Value) -> Answer {
-        self.send(self.request(Method::PATCH, path).json(body)).await
+        self.send(self.request(Method::PATCH, path).json(body))
+            .await
     }
 
     pub(crate) async fn delete(&self, path: &str) -> Answer {
@@ -162,7 +200,8 @@ impl Gateway {
 
     /// Deletes and waits as long as the preference says.
     pub(crate) async fn delete_after(&self, path: &str, prefer: &str) -> Answer {
-        self.send(self.request(Method::DELETE, path).header("prefer", prefer)).await
+        self.send(self.request(Method::DELETE, path).header("prefer", prefer))
+            .await
     }
 
     /// Posts, and does not wait for the answer.
@@ -181,7 +220,10 @@ impl Gateway {
         async move {
             let response = request.send().await.unwrap();
             let (status, headers) = (response.status(), response.headers().clone());
-            let (path, body) = (response.url().path().to_owned(), response.text().await.unwrap());
+            let (path, body) = (
+                response.url().path().to_owned(),
+                response.text().await.unwrap(),
+            );
             contract::check(&Method::POST, &path, status, &headers, &body);
             assert_eq!(status, StatusCode::OK, "{body}");
             serde_json::from_str(&body).unwrap()
@@ -190,7 +232,10 @@ impl Gateway {
 
     /// The events of a run, after the one with this id.
     pub(crate) async fn events(&self, scope: &str, run: &str, after: Option<&str>) -> EventReader {
-        EventReader::new(self.open_events(&format!("{scope}/runs/{run}/events"), after).await)
+        EventReader::new(
+            self.open_events(&format!("{scope}/runs/{run}/events"), after)
+                .await,
+        )
     }
 
     /// Asks for events at this path, after the one with this id.
@@ -207,9 +252,18 @@ impl Gateway {
     /// Posts a message with `stream: true`.
     pub(crate) async fn stream(&self, scope: &str, text: &str) -> EventReader {
         let body = serde_json::json!({"content": text, "stream": true});
-        let response =
-            self.request(Method::POST, &format!("{scope}/messages")).json(&body).send().await.unwrap();
-        assert_eq!(response.status(), StatusCode::OK, "{:?}", response.text().await);
+        let response = self
+            .request(Method::POST, &format!("{scope}/messages"))
+            .json(&body)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(
+            response.status(),
+            StatusCode::OK,
+            "{:?}",
+            response.text().await
+        );
         EventReader::new(response)
     }
 
@@ -221,7 +275,10 @@ impl Gateway {
             if wanted(&answer) {
                 return answer;
             }
-            assert!(start.elapsed() < PATIENCE, "{path} never became as wanted: {answer:?}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{path} never became as wanted: {answer:?}"
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -265,8 +322,11 @@ impl Gateway {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
         threads.into_iter().all(|thread| {
             // One that has just ended does nothing either. The name in parentheses may hold anything.
-            let status = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
-            status.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+            let status =
+                std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+            status
+                .rsplit_once(") ")
+                .is_none_or(|(_, rest)| rest.starts_with('T'))
         })
     }
 
@@ -277,7 +337,13 @@ impl Gateway {
 
     fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     /// Waits until the process has ended by itself.
@@ -299,7 +365,14 @@ impl Drop for Gateway {
         drop(self.child.wait());
         if std::thread::panicking() {
             let logs = self.logs();
-            let tail = logs.iter().rev().take(40).rev().map(String::as_str).collect::<Vec<_>>().join("\n");
+            let tail = logs
+                .iter()
+                .rev()
+                .take(40)
+                .rev()
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join("\n");
             eprintln!("the gateway's last log lines:\n{tail}");
         } else if let Some(line) = self.logs().iter().find(|line| line.contains("panic")) {
             panic!("the gateway panicked: {line}");
@@ -320,7 +393,11 @@ impl EventReader {
     pub(crate) fn new(response: Response) -> Self {
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let path = response.url().path();
-        let method = if path.ends_with("/events") { Method::GET } else { Method::POST };
+        let method = if path.ends_with("/events") {
+            Method::GET
+        } else {
+            Method::POST
+        };
         contract::check_head(&method, path, response.status(), response.headers());
         Self {
             bytes: response.bytes_stream().boxed(),
@@ -353,16 +430,27 @@ impl EventReader {
                     continue;
                 }
                 let data = serde_json::from_str(&field("data:")).unwrap();
-                let event = Event { id: field("id:"), name: field("event:"), data };
+                let event = Event {
+                    id: field("id:"),
+                    name: field("event:"),
+                    data,
+                };
                 contract::check_event(&event);
                 return Ok(Some(event));
             }
             let chunk = tokio::time::timeout(PATIENCE, self.bytes.next()).await;
-            let Some(chunk) = chunk.expect("the stream went silent") else { return Ok(None) };
+            let Some(chunk) = chunk.expect("the stream went silent") else {
+                return Ok(None);
+            };
             self.pending.extend_from_slice(&chunk?);
             // A chunk may end within a character.
-            let whole = self.pending.utf8_chunks().next().map_or(0, |chunk| chunk.valid().len());
-            self.buffer.push_str(std::str::from_utf8(&self.pending[..whole]).unwrap());
+            let whole = self
+                .pending
+                .utf8_chunks()
+                .next()
+                .map_or(0, |chunk| chunk.valid().len());
+            self.buffer
+                .push_str(std::str::from_utf8(&self.pending[..whole]).unwrap());
             self.pending.drain(..whole);
         }
     }
@@ -396,7 +484,11 @@ impl EventReader {
 
 /// The text of the deltas.
 pub(crate) fn text_of(events: &[Event]) -> String {
-    events.iter().filter(|e| e.name == "message.delta").map(|e| e.data["text"].as_str().unwrap()).collect()
+    events
+        .iter()
+        .filter(|e| e.name == "message.delta")
+        .map(|e| e.data["text"].as_str().unwrap())
+        .collect()
 }
 
 /// The same events with pieces of text in a row as one: a log that is read again may have other pieces.
@@ -420,13 +512,17 @@ pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
 
 /// The text of a message.
 pub(crate) fn text(message: &Value) -> &str {
-    message["content"][0]["text"].as_str().unwrap_or_else(|| panic!("no text in {message:#}"))
+    message["content"][0]["text"]
+        .as_str()
+        .unwrap_or_else(|| panic!("no text in {message:#}"))
 }
 
 fn address_in(line: &str) -> Option<String> {
     let start = line.find("127.0.0.1:").or_else(|| line.find("0.0.0.0:"))?;
-    let address: String =
-        line[start..].chars().take_while(|c| c.is_ascii_digit() || *c == '.' || *c == ':').collect();
+    let address: String = line[start..]
+        .chars()
+        .take_while(|c| c.is_ascii_digit() || *c == '.' || *c == ':')
+        .collect();
     Some(address.replace("0.0.0.0:", "127.0.0.1:"))
 }
 

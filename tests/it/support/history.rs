@@ -19,7 +19,10 @@ pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
     let mut after = String::new();
     let and = if list.contains('?') { '&' } else { '?' };
     loop {
-        let page = gateway.get(&format!("{list}{and}order=asc&limit=100{after}")).await.ok();
+        let page = gateway
+            .get(&format!("{list}{and}order=asc&limit=100{after}"))
+            .await
+            .ok();
         entries.extend(page["data"].as_array().unwrap().clone());
         if page["has_more"] == false {
             return entries;
@@ -31,11 +34,14 @@ pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
 /// Roles and texts of all that the model may know.
 pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
     let messages = messages(gateway, scope).await;
-    let known = messages.iter().filter(|message| message["visible_to_model"] == true);
+    let known = messages
+        .iter()
+        .filter(|message| message["visible_to_model"] == true);
     joined(known.map(|message| {
         let parts = message["content"].as_array().unwrap().iter();
-        let text: String =
-            parts.map(|part| part["text"].as_str().or(part["refusal"].as_str()).unwrap()).collect();
+        let text: String = parts
+            .map(|part| part["text"].as_str().or(part["refusal"].as_str()).unwrap())
+            .collect();
         (message["role"].as_str().unwrap().to_owned(), text)
     }))
 }
@@ -49,14 +55,21 @@ pub(crate) async fn upstream(scene: &Scene, gateway: &Gateway, scope: &str) -> V
 
 /// Transcript and upstream say the same.
 pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
-    let (here, there) = (transcript(gateway, scope).await, upstream(scene, gateway, scope).await);
-    let first = here.iter().zip(&there).position(|(here, there)| here != there);
+    let (here, there) = (
+        transcript(gateway, scope).await,
+        upstream(scene, gateway, scope).await,
+    );
+    let first = here
+        .iter()
+        .zip(&there)
+        .position(|(here, there)| here != there);
     let at = first.unwrap_or(here.len().min(there.len()));
     if here != there {
         tell(scene, gateway, scope, &there).await;
     }
-    let around =
-        |lines: &[Line]| lines[at.saturating_sub(3).min(lines.len())..(at + 4).min(lines.len())].to_vec();
+    let around = |lines: &[Line]| {
+        lines[at.saturating_sub(3).min(lines.len())..(at + 4).min(lines.len())].to_vec()
+    };
     assert!(
         here == there,
         "{scope}: the transcript is not what the upstream has, from line {at} on:\nhere {:#?}\nthere {:#?}",
@@ -81,7 +94,13 @@ pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
 /// report of a failure.
 async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
     for message in messages(gateway, scope).await {
-        let run = gateway.get(&format!("{scope}/runs/{}", message["run_id"].as_str().unwrap())).await.body;
+        let run = gateway
+            .get(&format!(
+                "{scope}/runs/{}",
+                message["run_id"].as_str().unwrap()
+            ))
+            .await
+            .body;
         let run = &run["run"];
         println!(
             "{} {} known={} | {} {} {} {} | {}",
@@ -92,10 +111,16 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
             run["status"],
             run["error"]["code"],
             run["multitask_strategy"],
-            message["content"].to_string().chars().take(90).collect::<String>(),
+            message["content"]
+                .to_string()
+                .chars()
+                .take(90)
+                .collect::<String>(),
         );
         let text = message["content"][0]["text"].as_str().unwrap_or_default();
-        if message["visible_to_model"] == true && !there.iter().any(|(_, known)| known.contains(text)) {
+        if message["visible_to_model"] == true
+            && !there.iter().any(|(_, known)| known.contains(text))
+        {
             let id = run["id"].as_str().unwrap();
             let user = scope.rsplit('/').next().unwrap();
             for context in ["present", "missing", "unknown"] {
@@ -106,7 +131,11 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
                 );
                 println!("  {context}: {}", scene.database.number(&sql).await);
             }
-            gateway.logs().iter().filter(|line| line.contains(id)).for_each(|line| println!("  LOG {line}"));
+            gateway
+                .logs()
+                .iter()
+                .filter(|line| line.contains(id))
+                .for_each(|line| println!("  LOG {line}"));
         }
     }
 }

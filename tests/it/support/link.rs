@@ -31,7 +31,10 @@ pub(crate) struct Valve {
 
 impl Valve {
     pub(crate) fn new() -> Self {
-        Self { weather: watch::Sender::new(Weather::default()), connections: Arc::default() }
+        Self {
+            weather: watch::Sender::new(Weather::default()),
+            connections: Arc::default(),
+        }
     }
 
     pub(crate) fn set(&self, weather: Weather) {
@@ -58,7 +61,10 @@ impl Valve {
             (tokio::io::split(client), tokio::io::split(server));
         let carried = async {
             // Either side may leave at any time.
-            let _ = tokio::try_join!(self.carry(from_client, to_server), self.carry(from_server, to_client));
+            let _ = tokio::try_join!(
+                self.carry(from_client, to_server),
+                self.carry(from_server, to_client)
+            );
         };
         tokio::select! {
             () = cut.cancelled() => {}
@@ -77,7 +83,11 @@ impl Valve {
             let length = from.read(&mut piece).await?;
             let delay = {
                 let gone = |_| std::io::Error::other("the way is gone");
-                weather.wait_for(|weather| !weather.swallows).await.map_err(gone)?.delay
+                weather
+                    .wait_for(|weather| !weather.swallows)
+                    .await
+                    .map_err(gone)?
+                    .delay
             };
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
@@ -107,8 +117,10 @@ impl Target {
     pub(super) fn of_postgres(url: &str) -> Self {
         let url = Url::parse(url).unwrap();
         let port = url.port().unwrap_or(5432);
-        let socket =
-            url.query_pairs().find(|(name, _)| name == "host").map(|(_, folder)| folder.into_owned());
+        let socket = url
+            .query_pairs()
+            .find(|(name, _)| name == "host")
+            .map(|(_, folder)| folder.into_owned());
         match socket {
             Some(folder) => Self::Unix(PathBuf::from(folder).join(format!(".s.PGSQL.{port}"))),
             None => Self::Tcp(format!("{}:{port}", url.host_str().unwrap_or("127.0.0.1"))),
@@ -145,19 +157,28 @@ impl Link {
     /// Another way to the upstream of this URL.
     pub(crate) async fn to_upstream(url: &str) -> Self {
         let target = Url::parse(url).unwrap();
-        let place = Target::Tcp(format!("{}:{}", target.host_str().unwrap(), target.port().unwrap()));
+        let place = Target::Tcp(format!(
+            "{}:{}",
+            target.host_str().unwrap(),
+            target.port().unwrap()
+        ));
         Self::open(target, place, None).await
     }
 
     async fn open(mut url: Url, target: Target, query: Option<&str>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         url.set_host(Some("127.0.0.1")).unwrap();
-        url.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        url.set_port(Some(listener.local_addr().unwrap().port()))
+            .unwrap();
         url.set_query(query);
         let valve = Valve::new();
         let mut task = JoinSet::new();
         task.spawn(accept(listener, target, valve.clone()));
-        Self { url: url.into(), valve, _task: task }
+        Self {
+            url: url.into(),
+            valve,
+            _task: task,
+        }
     }
 }
 
@@ -178,7 +199,10 @@ async fn accept(listener: TcpListener, target: Target, valve: Valve) {
 }
 
 /// The next connection; what has ended meanwhile is forgotten.
-pub(crate) async fn next_client(listener: &TcpListener, connections: &mut JoinSet<()>) -> TcpStream {
+pub(crate) async fn next_client(
+    listener: &TcpListener,
+    connections: &mut JoinSet<()>,
+) -> TcpStream {
     loop {
         tokio::select! {
             Some(ended) = connections.join_next() => ended.unwrap(),

@@ -13,12 +13,30 @@ static ASSISTANTS: LazyLock<Document> = LazyLock::new(|| {
     Document::load(
         include_str!("../../specs/assistants.json"),
         &[
-            Exception::Null("ListMessagesResponse/properties/first_id", "null on an empty page"),
-            Exception::Null("ListMessagesResponse/properties/last_id", "null on an empty page"),
-            Exception::Null("ListRunsResponse/properties/first_id", "null on an empty page"),
-            Exception::Null("ListRunsResponse/properties/last_id", "null on an empty page"),
-            Exception::Null("ListRunStepsResponse/properties/first_id", "null on an empty page"),
-            Exception::Null("ListRunStepsResponse/properties/last_id", "null on an empty page"),
+            Exception::Null(
+                "ListMessagesResponse/properties/first_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ListMessagesResponse/properties/last_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ListRunsResponse/properties/first_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ListRunsResponse/properties/last_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ListRunStepsResponse/properties/first_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ListRunStepsResponse/properties/last_id",
+                "null on an empty page",
+            ),
         ],
     )
 });
@@ -27,17 +45,36 @@ static RESPONSES: LazyLock<Document> = LazyLock::new(|| {
     Document::load(
         include_str!("../../specs/responses.json"),
         &[
-            Exception::Null("Response/allOf/2/properties/usage", "null until the response has ended"),
-            Exception::Null("ConversationItemList/properties/first_id", "null on an empty page"),
-            Exception::Null("ConversationItemList/properties/last_id", "null on an empty page"),
-            Exception::Null("ResponseItemList/properties/first_id", "null on an empty page"),
-            Exception::Null("ResponseItemList/properties/last_id", "null on an empty page"),
+            Exception::Null(
+                "Response/allOf/2/properties/usage",
+                "null until the response has ended",
+            ),
+            Exception::Null(
+                "ConversationItemList/properties/first_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ConversationItemList/properties/last_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ResponseItemList/properties/first_id",
+                "null on an empty page",
+            ),
+            Exception::Null(
+                "ResponseItemList/properties/last_id",
+                "null on an empty page",
+            ),
             Exception::Error(
                 "DELETE /responses/{response_id}",
                 "404",
                 "declared as a bare error, sent in an `error` wrapper like all others",
             ),
-            Exception::Error("POST /responses/{response_id}/cancel", "404", "as for DELETE"),
+            Exception::Error(
+                "POST /responses/{response_id}/cancel",
+                "404",
+                "as for DELETE",
+            ),
         ],
     )
 });
@@ -76,13 +113,16 @@ impl Document {
             match exception {
                 Exception::Null(place, reason) => {
                     let schema = root.pointer_mut(&format!("/$defs/{place}"));
-                    let schema = schema.unwrap_or_else(|| panic!("{place} ({reason}) is not there any more"));
+                    let schema = schema
+                        .unwrap_or_else(|| panic!("{place} ({reason}) is not there any more"));
                     *schema = json!({"anyOf": [schema.take(), {"type": "null"}]});
                 }
                 Exception::Error(operation, status, reason) => {
                     let error = root["error"].clone();
                     let answer = root["operations"][*operation]["responses"].get_mut(*status);
-                    *answer.unwrap_or_else(|| panic!("{operation} ({reason}) is not there any more")) = error;
+                    *answer.unwrap_or_else(|| {
+                        panic!("{operation} ({reason}) is not there any more")
+                    }) = error;
                 }
             }
         }
@@ -90,13 +130,19 @@ impl Document {
     }
 
     pub(super) fn new(root: Value, definitions: &'static [&'static str]) -> Self {
-        Self { root, definitions, validators: Mutex::default() }
+        Self {
+            root,
+            definitions,
+            validators: Mutex::default(),
+        }
     }
 
     /// The path template that a concrete path below the base belongs to: `/threads/{thread_id}/runs`.
     pub(crate) fn template(&self, method: &str, path: &str) -> Option<String> {
         let operations = self.root["operations"].as_object()?;
-        let templates = operations.keys().filter_map(|key| key.strip_prefix(method)?.strip_prefix(' '));
+        let templates = operations
+            .keys()
+            .filter_map(|key| key.strip_prefix(method)?.strip_prefix(' '));
         // Nothing stands for a placeholder, but not at the end.
         let matches = |template: &&str| {
             if path.ends_with('/') {
@@ -108,18 +154,28 @@ impl Document {
                 && path.split('/').count() == template.split('/').count()
         };
         // `/threads/runs` before `/threads/{thread_id}`: fewer placeholders win.
-        templates.filter(matches).min_by_key(|template| template.matches('{').count()).map(str::to_owned)
+        templates
+            .filter(matches)
+            .min_by_key(|template| template.matches('{').count())
+            .map(str::to_owned)
     }
 
     /// A request's JSON body; null if it has none.
-    pub(crate) fn check_request(&self, method: &str, template: &str, body: &Value) -> Result<(), String> {
+    pub(crate) fn check_request(
+        &self,
+        method: &str,
+        template: &str,
+        body: &Value,
+    ) -> Result<(), String> {
         let key = format!("{method} {template}");
         let operation = self.operation(&key)?;
         match (operation.get("request"), body) {
             (None, Value::Null) => Ok(()),
             (None, _) => Err(format!("{key} takes no body")),
             // Bodies are optional where nothing in them is required.
-            (Some(schema), Value::Null) => self.check(&format!("{key} request"), schema, &json!({})),
+            (Some(schema), Value::Null) => {
+                self.check(&format!("{key} request"), schema, &json!({}))
+            }
             (Some(schema), body) => self.check(&format!("{key} request"), schema, body),
         }
     }
@@ -152,7 +208,11 @@ impl Document {
         for branch in branches {
             let property = |property: &str| branch["properties"][property]["enum"][0].as_str();
             if property("event") == Some(name) {
-                return self.check(&format!("event {name}"), &branch["properties"]["data"], data);
+                return self.check(
+                    &format!("event {name}"),
+                    &branch["properties"]["data"],
+                    data,
+                );
             }
             if property("type") == Some(name) {
                 return self.check(&format!("event {name}"), branch, data);
@@ -163,7 +223,10 @@ impl Document {
 
     /// The members of a union, at any depth.
     fn branches<'a>(&'a self, schema: &'a Value, found: &mut Vec<&'a Value>) {
-        if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
+        if let Some(name) = schema["$ref"]
+            .as_str()
+            .and_then(|name| name.strip_prefix("#/$defs/"))
+        {
             self.branches(&self.root["$defs"][name], found);
         } else if let Some(members) = schema["anyOf"].as_array() {
             for member in members {
@@ -175,13 +238,19 @@ impl Document {
     }
 
     pub(super) fn operation(&self, key: &str) -> Result<&Value, String> {
-        self.root["operations"].get(key).ok_or_else(|| format!("there is no operation {key}"))
+        self.root["operations"]
+            .get(key)
+            .ok_or_else(|| format!("there is no operation {key}"))
     }
 
     /// What a value refers to, or the value itself.
     pub(super) fn resolved<'a>(&'a self, value: &'a Value) -> &'a Value {
-        let place = value["$ref"].as_str().and_then(|reference| reference.strip_prefix('#'));
-        place.map_or(value, |place| self.root.pointer(place).expect("references lead somewhere"))
+        let place = value["$ref"]
+            .as_str()
+            .and_then(|reference| reference.strip_prefix('#'));
+        place.map_or(value, |place| {
+            self.root.pointer(place).expect("references lead somewhere")
+        })
     }
 
     pub(super) fn component(&self, kind: &str, name: &str) -> &Value {
@@ -190,19 +259,28 @@ impl Document {
 
     /// The names of the components of a kind.
     pub(super) fn names_of(&self, kind: &str) -> impl Iterator<Item = &str> {
-        self.root["components"][kind].as_object().into_iter().flatten().map(|(name, _)| name.as_str())
+        self.root["components"][kind]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(name, _)| name.as_str())
     }
 
     /// One validator is made for each `what`.
     pub(super) fn check(&self, what: &str, schema: &Value, instance: &Value) -> Result<(), String> {
         let validator = {
-            let mut validators = self.validators.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut validators = self
+                .validators
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let make = || {
                 let mut whole = json!({"allOf": [schema]});
                 for place in self.definitions {
                     whole[place] = self.root[place].clone();
                 }
-                Arc::new(jsonschema::draft202012::new(&whole).expect("the document's schemas are valid"))
+                Arc::new(
+                    jsonschema::draft202012::new(&whole).expect("the document's schemas are valid"),
+                )
             };
             Arc::clone(validators.entry(what.to_owned()).or_insert_with(make))
         };
@@ -210,6 +288,10 @@ impl Document {
             .iter_errors(instance)
             .map(|error| format!("at '{}': {error}", error.instance_path()))
             .collect();
-        if errors.is_empty() { Ok(()) } else { Err(format!("{what}: {}\nin {instance}", errors.join("; "))) }
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{what}: {}\nin {instance}", errors.join("; ")))
+        }
     }
 }

@@ -51,7 +51,9 @@ impl Pooler {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut pooled = Url::parse(url).unwrap();
         pooled.set_host(Some("127.0.0.1")).unwrap();
-        pooled.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        pooled
+            .set_port(Some(listener.local_addr().unwrap().port()))
+            .unwrap();
         // It refuses TLS, and the driver goes on without it.
         pooled.set_query(Some("sslmode=prefer"));
         let servers = Servers::of(url);
@@ -65,7 +67,10 @@ impl Pooler {
                 clients.spawn(async move { drop(serve(client, servers).await) });
             }
         });
-        Self { url: pooled.into(), _task: task }
+        Self {
+            url: pooled.into(),
+            _task: task,
+        }
     }
 }
 
@@ -93,8 +98,15 @@ impl Servers {
             back.send(None).unwrap();
         }
         let parsed = Url::parse(url).unwrap();
-        let (user, name) = (parsed.username().to_owned(), parsed.path().trim_start_matches('/').to_owned());
-        let database = Database { target: Target::of_postgres(url), user, name };
+        let (user, name) = (
+            parsed.username().to_owned(),
+            parsed.path().trim_start_matches('/').to_owned(),
+        );
+        let database = Database {
+            target: Target::of_postgres(url),
+            user,
+            name,
+        };
         Self {
             free: Arc::new(Mutex::new(free)),
             back,
@@ -104,8 +116,17 @@ impl Servers {
     }
 
     async fn lend(&self) -> io::Result<Loan> {
-        let free = self.free.lock().await.recv().await.expect("this one holds a sender");
-        let mut loan = Loan { server: free, back: self.back.clone() };
+        let free = self
+            .free
+            .lock()
+            .await
+            .recv()
+            .await
+            .expect("this one holds a sender");
+        let mut loan = Loan {
+            server: free,
+            back: self.back.clone(),
+        };
         if loan.server.is_none() {
             loan.server = Some(Server::open(&self.database).await?);
         }
@@ -114,7 +135,10 @@ impl Servers {
 
     async fn greeting(&self) -> io::Result<&[u8]> {
         let first = async || Ok(self.lend().await?.server().greeting.clone());
-        self.greeting.get_or_try_init(first).await.map(Vec::as_slice)
+        self.greeting
+            .get_or_try_init(first)
+            .await
+            .map(Vec::as_slice)
     }
 }
 
@@ -126,14 +150,18 @@ struct Loan {
 
 impl Loan {
     fn server(&mut self) -> &mut Server {
-        self.server.as_mut().expect("a connection is lent until the loan is dropped")
+        self.server
+            .as_mut()
+            .expect("a connection is lent until the loan is dropped")
     }
 }
 
 impl Drop for Loan {
     fn drop(&mut self) {
         // Without a receiver the pooler is gone.
-        let _ = self.back.send(self.server.take().filter(|server| server.is_idle));
+        let _ = self
+            .back
+            .send(self.server.take().filter(|server| server.is_idle));
     }
 }
 
@@ -148,12 +176,18 @@ async fn serve(client: TcpStream, servers: Servers) -> io::Result<()> {
             _ => return Ok(()),
         }
     };
-    if let Some(name) = parameters.iter().find(|name| !KNOWN_PARAMETERS.contains(&name.as_str())) {
+    if let Some(name) = parameters
+        .iter()
+        .find(|name| !KNOWN_PARAMETERS.contains(&name.as_str()))
+    {
         let error = format!("SFATAL\0C08P01\0Munsupported startup parameter: {name}\0\0");
         return to.write_all(&message(b'E', &[error.as_bytes()])).await;
     }
     to.write_all(servers.greeting().await?).await?;
-    let mut client = Client { to, statements: HashMap::new() };
+    let mut client = Client {
+        to,
+        statements: HashMap::new(),
+    };
     // Held while a transaction is open.
     let mut held = None;
     loop {
@@ -182,7 +216,9 @@ async fn read_startup(from: &mut BufReader<OwnedReadHalf>) -> io::Result<(i32, V
     from.read_exact(&mut rest).await?;
     let texts: Vec<_> = rest.split(|byte| *byte == 0).collect();
     // The last of them are the end of the list.
-    let names = texts.chunks(2).map(|two| String::from_utf8_lossy(two[0]).into_owned());
+    let names = texts
+        .chunks(2)
+        .map(|two| String::from_utf8_lossy(two[0]).into_owned());
     Ok((code, names.filter(|name| !name.is_empty()).collect()))
 }
 
@@ -226,7 +262,10 @@ impl Prepared {
     fn new(body: &[u8]) -> Self {
         let mut hasher = DefaultHasher::new();
         body.hash(&mut hasher);
-        Self { name: format!("pooler_{:016x}", hasher.finish()).into_bytes(), body: body.to_vec() }
+        Self {
+            name: format!("pooler_{:016x}", hasher.finish()).into_bytes(),
+            body: body.to_vec(),
+        }
     }
 
     fn parse(&self) -> Vec<u8> {
@@ -280,10 +319,19 @@ impl Server {
                 b'S' | b'K' | b'N' | b'Z' => true,
                 _ => false,
             };
-            assert!(is_welcome, "the server does not let a pooler in: {}", String::from_utf8_lossy(&message));
+            assert!(
+                is_welcome,
+                "the server does not let a pooler in: {}",
+                String::from_utf8_lossy(&message)
+            );
             greeting.extend(message);
             if kind == b'Z' {
-                return Ok(Self { socket, greeting, prepared: HashSet::new(), is_idle: true });
+                return Ok(Self {
+                    socket,
+                    greeting,
+                    prepared: HashSet::new(),
+                    is_idle: true,
+                });
             }
         }
     }
@@ -336,8 +384,7 @@ impl Server {
         (sent, due): (&mut Vec<u8>, &mut VecDeque<DueThread>),
     ) -> io::Result<()> {
         let lacks = |statement: &Prepared, due: &VecDeque<DueThread>| {
-            let is_sent =
-                |due: &DueThread| matches!(due, DueThread::Parsed { name, .. } if *name == statement.name);
+            let is_sent = |due: &DueThread| matches!(due, DueThread::Parsed { name, .. } if *name == statement.name);
             !self.prepared.contains(&statement.name) && !due.iter().any(is_sent)
         };
         match (kind, named(kind, &asked[5..])) {
@@ -345,7 +392,10 @@ impl Server {
                 let statement = Prepared::new(rest);
                 if lacks(&statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed { name: statement.name.clone(), is_shown: true });
+                    due.push_back(DueThread::Parsed {
+                        name: statement.name.clone(),
+                        is_shown: true,
+                    });
                 } else {
                     due.push_back(DueThread::Made(b'1'));
                 }
@@ -359,11 +409,15 @@ impl Server {
                 return Ok(());
             }
             (_, Some(Named { before, name, rest })) => {
-                let unknown = || io::Error::new(io::ErrorKind::InvalidData, "no such prepared statement");
+                let unknown =
+                    || io::Error::new(io::ErrorKind::InvalidData, "no such prepared statement");
                 let statement = statements.get(name).ok_or_else(unknown)?;
                 if lacks(statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed { name: statement.name.clone(), is_shown: false });
+                    due.push_back(DueThread::Parsed {
+                        name: statement.name.clone(),
+                        is_shown: false,
+                    });
                 }
                 sent.extend(message(kind, &[before, &statement.name, b"\0", rest]));
             }
@@ -376,7 +430,12 @@ impl Server {
             b'E' => b"CIs",
             b'C' => b"3",
             b'S' | b'Q' => b"Z",
-            _ => return Err(io::Error::new(io::ErrorKind::Unsupported, "no message that sqlx sends")),
+            _ => {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "no message that sqlx sends",
+                ));
+            }
         }));
         Ok(())
     }
@@ -400,7 +459,11 @@ fn named(kind: u8, body: &[u8]) -> Option<Named<'_>> {
     };
     let (before, from) = body.split_at(at);
     let end = from.iter().position(|byte| *byte == 0)?;
-    (end > 0).then(|| Named { before, name: &from[..end], rest: &from[end + 1..] })
+    (end > 0).then(|| Named {
+        before,
+        name: &from[..end],
+        rest: &from[end + 1..],
+    })
 }
 
 fn message(kind: u8, body: &[&[u8]]) -> Vec<u8> {

@@ -27,8 +27,13 @@ pub(crate) fn url() -> &'static str {
 }
 
 pub(super) fn url_of(socket: &Path, database: &str) -> String {
-    let folder = socket.to_str().expect("the temporary folder's name is UTF-8");
-    format!("postgres://postgres@localhost/{database}?host={}", folder.replace('/', "%2F"))
+    let folder = socket
+        .to_str()
+        .expect("the temporary folder's name is UTF-8");
+    format!(
+        "postgres://postgres@localhost/{database}?host={}",
+        folder.replace('/', "%2F")
+    )
 }
 
 /// Gives the folder of the cluster's socket.
@@ -37,7 +42,11 @@ fn start_or_join() -> Result<PathBuf, String> {
     let account = Account::for_server()?;
     let run = run_folder().map_err(|error| format!("no folder for the test cluster: {error}"))?;
     let attempt = || -> io::Result<PathBuf> {
-        let lock = File::options().create(true).truncate(false).write(true).open(run.join("lock"))?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(run.join("lock"))?;
         lock.lock()?;
         let marker = run.join("started");
         if !marker.exists() {
@@ -46,16 +55,25 @@ fn start_or_join() -> Result<PathBuf, String> {
         }
         Ok(run.join("socket"))
     };
-    attempt().map_err(|error| format!("the test cluster in {} does not start: {error}", run.display()))
+    attempt().map_err(|error| {
+        format!(
+            "the test cluster in {} does not start: {error}",
+            run.display()
+        )
+    })
 }
 
 /// Where `initdb` and `postgres` are.
 pub(super) fn binaries() -> Result<PathBuf, String> {
-    let complete = |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
+    let complete =
+        |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
     if let Some(folder) = std::env::var_os(OVERRIDE).map(PathBuf::from) {
-        return Some(folder.clone())
-            .filter(complete)
-            .ok_or_else(|| format!("{OVERRIDE} names {}, which lacks initdb or postgres", folder.display()));
+        return Some(folder.clone()).filter(complete).ok_or_else(|| {
+            format!(
+                "{OVERRIDE} names {}, which lacks initdb or postgres",
+                folder.display()
+            )
+        });
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut debian: Vec<(u32, PathBuf)> = fs::read_dir("/usr/lib/postgresql")
@@ -63,7 +81,10 @@ pub(super) fn binaries() -> Result<PathBuf, String> {
         .flatten()
         .filter_map(|entry| {
             let entry = entry.ok()?;
-            Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin")))
+            Some((
+                entry.file_name().to_str()?.parse().ok()?,
+                entry.path().join("bin"),
+            ))
         })
         .collect();
     debian.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
@@ -90,27 +111,36 @@ impl Account {
         if own_uid() != 0 {
             return Ok(Self { other: None });
         }
-        let passwd = fs::read_to_string("/etc/passwd").map_err(|error| format!("/etc/passwd: {error}"))?;
+        let passwd =
+            fs::read_to_string("/etc/passwd").map_err(|error| format!("/etc/passwd: {error}"))?;
         let find = |name: &str| {
             passwd.lines().find_map(|line| {
                 let mut fields = line.split(':');
                 let found = fields.next() == Some(name);
                 let mut ids = fields.skip(1).filter_map(|field| field.parse().ok());
-                if found { ids.next().zip(ids.next()) } else { None }
+                if found {
+                    ids.next().zip(ids.next())
+                } else {
+                    None
+                }
             })
         };
         match find("postgres").or_else(|| find("nobody")) {
             Some(ids) => Ok(Self { other: Some(ids) }),
-            None => {
-                Err("Postgres does not run as root, and there is no account postgres or nobody".to_owned())
-            }
+            None => Err(
+                "Postgres does not run as root, and there is no account postgres or nobody"
+                    .to_owned(),
+            ),
         }
     }
 
     /// A command under this account, in a folder that it can enter, deaf to the terminal.
     fn command(&self, program: PathBuf, log: &File) -> io::Result<Command> {
         let mut command = Command::new(program);
-        command.current_dir("/").stdin(Stdio::null()).process_group(0);
+        command
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .process_group(0);
         command.stdout(log.try_clone()?).stderr(log.try_clone()?);
         if let Some((uid, gid)) = self.other {
             command.uid(uid).gid(gid);
@@ -134,15 +164,25 @@ fn run_folder() -> io::Result<PathBuf> {
     let parent = parent_id();
     let stat = fs::read_to_string(format!("/proc/{parent}/stat"))?;
     // The name in parentheses may hold anything, so count from its end: the starting time is field 22.
-    let started = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(19)).unwrap_or("0");
-    let folder = scratch().join(format!("threadkeeper-test-{}-{parent}-{started}", own_uid()));
+    let started = stat
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().nth(19))
+        .unwrap_or("0");
+    let folder = scratch().join(format!(
+        "threadkeeper-test-{}-{parent}-{started}",
+        own_uid()
+    ));
     match DirBuilder::new().mode(0o711).create(&folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
     let found = fs::symlink_metadata(&folder)?;
     if !found.is_dir() || found.uid() != own_uid() {
-        return Err(io::Error::other(format!("{} is not ours", folder.display())));
+        return Err(io::Error::other(format!(
+            "{} is not ours",
+            folder.display()
+        )));
     }
     // The umask may have taken the right to pass, which the server's account needs.
     fs::set_permissions(&folder, Permissions::from_mode(0o711))?;
@@ -152,13 +192,25 @@ fn run_folder() -> io::Result<PathBuf> {
 /// Memory, if there is enough of it: a new database takes a tenth of the time there.
 pub(super) fn scratch() -> PathBuf {
     let memory = Path::new("/dev/shm");
-    let free =
-        Command::new("df").args(["-Pk"]).arg(memory).stderr(Stdio::null()).output().ok().and_then(|out| {
+    let free = Command::new("df")
+        .args(["-Pk"])
+        .arg(memory)
+        .stderr(Stdio::null())
+        .output()
+        .ok()
+        .and_then(|out| {
             let text = String::from_utf8(out.stdout).ok()?;
-            text.lines().nth(1)?.split_whitespace().nth(3)?.parse::<u64>().ok()
+            text.lines()
+                .nth(1)?
+                .split_whitespace()
+                .nth(3)?
+                .parse::<u64>()
+                .ok()
         });
     let probe = memory.join(format!("threadkeeper-probe-{}", std::process::id()));
-    let writable = File::create(&probe).and_then(|_| fs::remove_file(&probe)).is_ok();
+    let writable = File::create(&probe)
+        .and_then(|_| fs::remove_file(&probe))
+        .is_ok();
     if writable && free.is_some_and(|kib| kib >= 1024 * 1024) {
         memory.to_owned()
     } else {
@@ -168,12 +220,21 @@ pub(super) fn scratch() -> PathBuf {
 
 fn own_uid() -> u32 {
     static UID: OnceLock<u32> = OnceLock::new();
-    *UID.get_or_init(|| fs::metadata("/proc/self").expect("/proc tells about this process").uid())
+    *UID.get_or_init(|| {
+        fs::metadata("/proc/self")
+            .expect("/proc tells about this process")
+            .uid()
+    })
 }
 
 fn start(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
     make(run, binaries, account)?;
-    launch(run, binaries, account, &["synchronous_commit=off", "max_connections=300"])?;
+    launch(
+        run,
+        binaries,
+        account,
+        &["synchronous_commit=off", "max_connections=300"],
+    )?;
     watch(run, parent_id())
 }
 
@@ -192,18 +253,45 @@ pub(super) fn make(run: &Path, binaries: &Path, account: &Account) -> io::Result
         .command(binaries.join("initdb"), &log)?
         .arg("-D")
         .arg(&data)
-        .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"])
+        .args([
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-locale",
+            "--no-sync",
+        ])
         .status()?;
-    if made.success() { Ok(()) } else { Err(failed(run, "initdb failed")) }
+    if made.success() {
+        Ok(())
+    } else {
+        Err(failed(run, "initdb failed"))
+    }
 }
 
 /// Starts the server of a cluster and waits until it takes connections.
-pub(super) fn launch(run: &Path, binaries: &Path, account: &Account, settings: &[&str]) -> io::Result<Child> {
+pub(super) fn launch(
+    run: &Path,
+    binaries: &Path,
+    account: &Account,
+    settings: &[&str],
+) -> io::Result<Child> {
     let data = run.join("data");
     let log = File::options().append(true).open(run.join("log"))?;
     let mut command = account.command(binaries.join("postgres"), &log)?;
-    command.arg("-D").arg(&data).arg("-k").arg(run.join("socket"));
-    let common = ["listen_addresses=", "fsync=off", "full_page_writes=off", "autovacuum=off"];
+    command
+        .arg("-D")
+        .arg(&data)
+        .arg("-k")
+        .arg(run.join("socket"));
+    let common = [
+        "listen_addresses=",
+        "fsync=off",
+        "full_page_writes=off",
+        "autovacuum=off",
+    ];
     for setting in common.iter().chain(settings) {
         command.args(["-c", setting]);
     }
@@ -214,7 +302,11 @@ pub(super) fn launch(run: &Path, binaries: &Path, account: &Account, settings: &
     let ready = || {
         let text = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
         let is_ours = text.lines().next() == Some(&pid);
-        is_ours && text.lines().nth(7).is_some_and(|line| line.trim() == "ready")
+        is_ours
+            && text
+                .lines()
+                .nth(7)
+                .is_some_and(|line| line.trim() == "ready")
     };
     while !ready() {
         if server.try_wait()?.is_some() {

@@ -45,7 +45,9 @@ impl DatabaseTap {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut tapped = target.clone();
         tapped.set_host(Some("127.0.0.1")).unwrap();
-        tapped.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        tapped
+            .set_port(Some(listener.local_addr().unwrap().port()))
+            .unwrap();
         tapped.set_query(Some("sslmode=disable"));
         let trips: Arc<AtomicUsize> = Arc::default();
         let (counter, gate) = (Arc::clone(&trips), gate.clone());
@@ -64,8 +66,13 @@ impl DatabaseTap {
                     // Either side may leave at any time.
                     let _ = if let Some(folder) = socket {
                         let path = PathBuf::from(folder).join(format!(".s.PGSQL.{port}"));
-                        relay(client, UnixStream::connect(path).await.unwrap(), &counter, (&gate, steps))
-                            .await
+                        relay(
+                            client,
+                            UnixStream::connect(path).await.unwrap(),
+                            &counter,
+                            (&gate, steps),
+                        )
+                        .await
                     } else {
                         let host = target.host_str().unwrap_or("localhost");
                         relay(
@@ -79,7 +86,11 @@ impl DatabaseTap {
                 });
             }
         });
-        Self { url: tapped.into(), trips, _task: task }
+        Self {
+            url: tapped.into(),
+            trips,
+            _task: task,
+        }
     }
 
     /// How often a client has asked and waited for an answer.
@@ -97,7 +108,8 @@ async fn relay(
     client.set_nodelay(true)?;
     let (from_client, mut to_client) = tokio::io::split(client);
     let (from_server, mut to_server) = tokio::io::split(server);
-    let (mut from_client, mut from_server) = (BufReader::new(from_client), BufReader::new(from_server));
+    let (mut from_client, mut from_server) =
+        (BufReader::new(from_client), BufReader::new(from_server));
     let is_withheld = AtomicBool::new(false);
     let questions = async {
         // The start-up message has no type.
@@ -121,7 +133,10 @@ async fn relay(
                 trips.fetch_add(1, Ordering::SeqCst);
             }
             asked = kind != b'S' && kind != b'Q';
-            if !asked && std::mem::take(&mut executes) && (statements.may_change() || steps == Steps::All) {
+            if !asked
+                && std::mem::take(&mut executes)
+                && (statements.may_change() || steps == Steps::All)
+            {
                 let step = gate.step(|| statements.last.clone()).await?;
                 is_withheld.store(step.is_withheld, Ordering::SeqCst);
             }
@@ -157,7 +172,9 @@ async fn relay(
 }
 
 /// The next message, which has a type.
-pub(super) async fn next_message(from: &mut (impl AsyncRead + Unpin)) -> std::io::Result<(u8, Vec<u8>)> {
+pub(super) async fn next_message(
+    from: &mut (impl AsyncRead + Unpin),
+) -> std::io::Result<(u8, Vec<u8>)> {
     let kind = from.read_u8().await?;
     let length = from.read_i32().await?;
     let mut message = vec![kind];
@@ -173,7 +190,9 @@ type Asked = (String, String);
 
 fn asked(bytes: &[u8]) -> Asked {
     let text = String::from_utf8_lossy(bytes);
-    let named = text.strip_prefix("/* ").and_then(|rest| rest.split_once(" */"));
+    let named = text
+        .strip_prefix("/* ")
+        .and_then(|rest| rest.split_once(" */"));
     let said = named.map_or(&*text, |(_, said)| said);
     let words: Vec<&str> = said.split_whitespace().take(12).collect();
     let name = named.map_or_else(|| words.join(" "), |(name, _)| name.to_owned());
@@ -251,13 +270,23 @@ impl HttpTap {
         let target = Url::parse(url).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut tapped = target.clone();
-        tapped.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+        tapped
+            .set_port(Some(listener.local_addr().unwrap().port()))
+            .unwrap();
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        let way = Way { target: target.origin().ascii_serialization(), client, gate: gate.clone(), steps };
+        let way = Way {
+            target: target.origin().ascii_serialization(),
+            client,
+            gate: gate.clone(),
+            steps,
+        };
         let router = Router::new().fallback(pass).with_state(way);
         let mut task = JoinSet::new();
         task.spawn(async move { axum::serve(listener, router).await.unwrap() });
-        Self { url: tapped.into(), _task: task }
+        Self {
+            url: tapped.into(),
+            _task: task,
+        }
     }
 }
 
@@ -277,7 +306,11 @@ async fn pass(
     }
     headers.remove(header::HOST);
     headers.remove(header::CONNECTION);
-    let request = way.client.request(method, format!("{}{uri}", way.target)).headers(headers).body(body);
+    let request = way
+        .client
+        .request(method, format!("{}{uri}", way.target))
+        .headers(headers)
+        .body(body);
     let Ok(answer) = request.send().await else {
         return StatusCode::BAD_GATEWAY.into_response();
     };

@@ -25,11 +25,24 @@ pub(crate) struct Routes {
 impl Routes {
     /// Of a gateway with the configuration of a scene and further settings (TOML).
     pub(crate) async fn new(scene: &Scene, more: &str) -> Self {
-        let file = ConfigFile::Text { name: "gateway.toml".to_owned(), text: scene.config(more) };
+        let file = ConfigFile::Text {
+            name: "gateway.toml".to_owned(),
+            text: scene.config(more),
+        };
         let listen = "127.0.0.1:0".parse().ok();
-        let sources = Sources { file: Some(file), listen, ..Sources::default() };
-        let app = App::build(Config::load_for_serve(sources).unwrap()).await.unwrap();
-        Self { router: app.router(), client: reqwest::Client::new(), _app: app }
+        let sources = Sources {
+            file: Some(file),
+            listen,
+            ..Sources::default()
+        };
+        let app = App::build(Config::load_for_serve(sources).unwrap())
+            .await
+            .unwrap();
+        Self {
+            router: app.router(),
+            client: reqwest::Client::new(),
+            _app: app,
+        }
     }
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -39,13 +52,19 @@ impl Routes {
     pub(crate) async fn send(&self, request: RequestBuilder) -> Answer {
         let request = request.build().unwrap();
         let (method, path) = (request.method().clone(), request.url().path().to_owned());
-        let request = Request::<reqwest::Body>::try_from(request).unwrap().map(Body::new);
+        let request = Request::<reqwest::Body>::try_from(request)
+            .unwrap()
+            .map(Body::new);
         let Ok(response) = self.router.clone().oneshot(request).await;
         let (head, body) = response.into_parts();
         let text = String::from_utf8(to_bytes(body, MAX_ANSWER).await.unwrap().into()).unwrap();
         contract::check(&method, &path, head.status, &head.headers, &text);
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        Answer { status: head.status, headers: head.headers, body }
+        Answer {
+            status: head.status,
+            headers: head.headers,
+            body,
+        }
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {

@@ -53,12 +53,20 @@ impl Scene {
 
     /// On the store that the seed of this run of the tests chooses for the protocol.
     pub(crate) async fn by_chance(protocol: Protocol) -> Self {
-        let backend = if seed() >> (protocol as u32) & 1 == 0 { Backend::Sqlite } else { Backend::Postgres };
+        let backend = if seed() >> (protocol as u32) & 1 == 0 {
+            Backend::Sqlite
+        } else {
+            Backend::Postgres
+        };
         println!("on {backend:?}");
         Self::new(protocol, backend).await
     }
 
-    pub(crate) async fn with(protocol: Protocol, backend: Backend, config: SimulatorConfig) -> Self {
+    pub(crate) async fn with(
+        protocol: Protocol,
+        backend: Backend,
+        config: SimulatorConfig,
+    ) -> Self {
         let database = match backend {
             Backend::Sqlite => TestDatabase::sqlite().await,
             Backend::Postgres => TestDatabase::postgres().await,
@@ -73,13 +81,29 @@ impl Scene {
         backend: Backend,
         config: SimulatorConfig,
     ) -> Self {
-        let config = SimulatorConfig { conversations: protocol != Protocol::Chain, ..config };
-        let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
-        let (handle, upstream_url, stop) =
-            (simulator.handle(), simulator.base_url(), CancellationToken::new());
+        let config = SimulatorConfig {
+            conversations: protocol != Protocol::Chain,
+            ..config
+        };
+        let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0)))
+            .await
+            .unwrap();
+        let (handle, upstream_url, stop) = (
+            simulator.handle(),
+            simulator.base_url(),
+            CancellationToken::new(),
+        );
         let mut tasks = JoinSet::new();
         tasks.spawn(simulator.run(stop.clone()));
-        Self { protocol, backend, database, simulator: handle, upstream_url, stop, _tasks: tasks }
+        Self {
+            protocol,
+            backend,
+            database,
+            simulator: handle,
+            upstream_url,
+            stop,
+            _tasks: tasks,
+        }
     }
 
     /// A gateway with the settings that every test wants.
@@ -113,7 +137,11 @@ impl Scene {
     pub(crate) async fn add_items(&self, conversation: &str, items: &serde_json::Value) {
         let url = format!("{}/conversations/{conversation}/items", self.upstream_url);
         let request = reqwest::Client::new().post(url).bearer_auth("sk-other");
-        let answer = request.json(&serde_json::json!({"items": items})).send().await.unwrap();
+        let answer = request
+            .json(&serde_json::json!({"items": items}))
+            .send()
+            .await
+            .unwrap();
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
@@ -121,14 +149,26 @@ impl Scene {
     pub(crate) async fn write(&self, thread: &str, role: &str, text: &str) {
         let client = reqwest::Client::new();
         let (url, body) = if self.protocol == Protocol::Assistants {
-            (format!("threads/{thread}/messages"), serde_json::json!({"role": role, "content": text}))
+            (
+                format!("threads/{thread}/messages"),
+                serde_json::json!({"role": role, "content": text}),
+            )
         } else {
-            let kind = if role == "user" { "input_text" } else { "output_text" };
+            let kind = if role == "user" {
+                "input_text"
+            } else {
+                "output_text"
+            };
             let part = serde_json::json!({"type": kind, "text": text});
             let item = serde_json::json!({"type": "message", "role": role, "content": [part]});
-            (format!("conversations/{thread}/items"), serde_json::json!({"items": [item]}))
+            (
+                format!("conversations/{thread}/items"),
+                serde_json::json!({"items": [item]}),
+            )
         };
-        let request = client.post(format!("{}/{url}", self.upstream_url)).bearer_auth("sk-other");
+        let request = client
+            .post(format!("{}/{url}", self.upstream_url))
+            .bearer_auth("sk-other");
         let request = request.header("openai-beta", "assistants=v2").json(&body);
         let answer = request.send().await.unwrap();
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
@@ -136,16 +176,28 @@ impl Scene {
 
     /// Deletes a thread or conversation, as somebody else may.
     pub(crate) async fn delete_thread(&self, thread: &str) {
-        let kind = if self.protocol == Protocol::Assistants { "threads" } else { "conversations" };
+        let kind = if self.protocol == Protocol::Assistants {
+            "threads"
+        } else {
+            "conversations"
+        };
         let url = format!("{}/{kind}/{thread}", self.upstream_url);
         let request = reqwest::Client::new().delete(url).bearer_auth("sk-other");
-        let answer = request.header("openai-beta", "assistants=v2").send().await.unwrap();
+        let answer = request
+            .header("openai-beta", "assistants=v2")
+            .send()
+            .await
+            .unwrap();
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
     /// A fault for the next `times` requests of a kind.
     pub(crate) fn fault(&self, on: &str, fault: &str, times: u32) {
-        let fault = threadkeeper::simulator::Fault { on: on.to_owned(), fault: fault.to_owned(), times };
+        let fault = threadkeeper::simulator::Fault {
+            on: on.to_owned(),
+            fault: fault.to_owned(),
+            times,
+        };
         self.simulator.add_fault(fault).unwrap();
     }
 
@@ -162,7 +214,11 @@ impl Scene {
             Protocol::Responses | Protocol::Chain => ("responses", "model = \"test-model\""),
         };
         let conversations = self.protocol != Protocol::Chain || kind == "assistants";
-        let conversations = if conversations { "" } else { "conversations = false" };
+        let conversations = if conversations {
+            ""
+        } else {
+            "conversations = false"
+        };
         format!(
             "{more}\n[store]\nurl = {store:?}\nmax_wait = \"30s\"\n\
              [upstreams.simulated]\nkind = \"{kind}\"\nbase_url = \"{url}\"\napi_key = \"sk-planted-key\"\n{conversations}\n{upstream}\n\
@@ -174,7 +230,11 @@ impl Scene {
 
     /// The ids of all threads or conversations at the simulator that are not deleted.
     pub(crate) fn upstream_threads(&self) -> Vec<String> {
-        let threads = self.simulator.threads().into_iter().filter(|thread| !thread.deleted);
+        let threads = self
+            .simulator
+            .threads()
+            .into_iter()
+            .filter(|thread| !thread.deleted);
         threads.map(|thread| thread.id).collect()
     }
 }
@@ -185,8 +245,15 @@ impl Drop for Scene {
         self.stop.cancel();
         if !std::thread::panicking() {
             let stats = self.simulator.stats();
-            assert!(stats.max_generating_runs_per_thread <= 1, "two runs at once on a thread: {stats:?}");
-            assert_eq!(stats.violations, Vec::<String>::new(), "the gateway broke a rule of the upstream");
+            assert!(
+                stats.max_generating_runs_per_thread <= 1,
+                "two runs at once on a thread: {stats:?}"
+            );
+            assert_eq!(
+                stats.violations,
+                Vec::<String>::new(),
+                "the gateway broke a rule of the upstream"
+            );
         }
     }
 }

@@ -19,7 +19,10 @@ const HEAD: usize = 8;
 
 impl Default for Needles {
     fn default() -> Self {
-        Self { patterns: HashMap::new(), beginnings: vec![false; 1 << 16] }
+        Self {
+            patterns: HashMap::new(),
+            beginnings: vec![false; 1 << 16],
+        }
     }
 }
 
@@ -30,7 +33,10 @@ fn beginning(bytes: &[u8]) -> usize {
 impl Needles {
     /// Looks for each piece of `text` of `length` characters: as it is, and as it may have been encoded.
     pub(crate) fn add(&mut self, name: &str, text: &str, length: usize) {
-        assert!(text.len() >= length && length >= HEAD, "{name} is too short to be told from other texts");
+        assert!(
+            text.len() >= length && length >= HEAD,
+            "{name} is too short to be told from other texts"
+        );
         for piece in text.as_bytes().windows(length) {
             for (form, pattern) in forms(piece) {
                 self.beginnings[beginning(&pattern)] = true;
@@ -46,12 +52,18 @@ impl Needles {
     /// What is found, if anything is: what it is, and what stands around it.
     pub(crate) fn find(&self, text: &[u8]) -> Option<String> {
         let begins = |(_, head): &(usize, &[u8])| self.beginnings[beginning(head)];
-        text.windows(HEAD).enumerate().filter(begins).find_map(|(at, head)| {
-            let (_, what) =
-                self.patterns.get(head)?.iter().find(|(pattern, _)| text[at..].starts_with(pattern))?;
-            let around = &text[at.saturating_sub(200)..text.len().min(at + 200)];
-            Some(format!("{what}: …{}…", String::from_utf8_lossy(around)))
-        })
+        text.windows(HEAD)
+            .enumerate()
+            .filter(begins)
+            .find_map(|(at, head)| {
+                let (_, what) = self
+                    .patterns
+                    .get(head)?
+                    .iter()
+                    .find(|(pattern, _)| text[at..].starts_with(pattern))?;
+                let around = &text[at.saturating_sub(200)..text.len().min(at + 200)];
+                Some(format!("{what}: …{}…", String::from_utf8_lossy(around)))
+            })
     }
 }
 
@@ -70,7 +82,13 @@ fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     };
     let percent = |digits: &dyn Fn(u8) -> String| {
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.*".contains(byte);
-        let one = |byte: &u8| if is_plain(byte) { char::from(*byte).into() } else { digits(*byte) };
+        let one = |byte: &u8| {
+            if is_plain(byte) {
+                char::from(*byte).into()
+            } else {
+                digits(*byte)
+            }
+        };
         piece.iter().map(one).collect::<String>()
     };
     let hex = each(&|all, byte| write!(all, "{byte:02x}").expect("a string takes all"));
@@ -79,17 +97,29 @@ fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
         ("as it is", piece.to_vec()),
         ("escaped", escaped.into_bytes()),
         ("escaped twice", twice.into_bytes()),
-        ("percent-encoded", percent(&|byte| format!("%{byte:02X}")).into_bytes()),
-        ("percent-encoded", percent(&|byte| format!("%{byte:02x}")).into_bytes()),
+        (
+            "percent-encoded",
+            percent(&|byte| format!("%{byte:02X}")).into_bytes(),
+        ),
+        (
+            "percent-encoded",
+            percent(&|byte| format!("%{byte:02x}")).into_bytes(),
+        ),
         ("in hexadecimal", hex.to_uppercase().into_bytes()),
         ("in hexadecimal", hex.into_bytes()),
-        ("as a list of numbers", list.trim_end_matches(", ").as_bytes().to_vec()),
+        (
+            "as a list of numbers",
+            list.trim_end_matches(", ").as_bytes().to_vec(),
+        ),
     ];
     // Where it begins within a group of three bytes decides how it is written; digits that its neighbours share are left out.
     for before in 0..3 {
         let shifted = [&vec![0; before], piece].concat();
         let (begin, end) = ((before * 8).div_ceil(6), shifted.len() * 8 / 6);
-        for encoded in [STANDARD_NO_PAD.encode(&shifted), URL_SAFE_NO_PAD.encode(&shifted)] {
+        for encoded in [
+            STANDARD_NO_PAD.encode(&shifted),
+            URL_SAFE_NO_PAD.encode(&shifted),
+        ] {
             all.push(("in base64", encoded.as_bytes()[begin..end].to_vec()));
         }
     }
@@ -99,9 +129,12 @@ fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
 /// A text of 40 letters and digits that nothing else holds, always the same for a name. None of them are hexadecimal.
 pub(crate) fn planted(name: &str) -> String {
     const LETTERS: &[u8; 32] = b"ghjkmnpqrstvwxyzGHJKMNPQRSTVWXYZ";
-    let digest = |part: u8| <sha2::Sha256 as sha2::Digest>::digest([name.as_bytes(), &[part]].concat());
+    let digest =
+        |part: u8| <sha2::Sha256 as sha2::Digest>::digest([name.as_bytes(), &[part]].concat());
     let bytes = digest(0).into_iter().chain(digest(1)).take(40);
-    bytes.map(|byte| char::from(LETTERS[usize::from(byte % 32)])).collect()
+    bytes
+        .map(|byte| char::from(LETTERS[usize::from(byte % 32)]))
+        .collect()
 }
 
 #[test]
@@ -109,7 +142,9 @@ fn a_needle_is_found_in_whatever_form() {
     let secret = format!("sk-{}\"\\/+%", planted("a secret"));
     let mut needles = Needles::default();
     needles.add("the secret", &secret, 8);
-    let hex: String = secret.bytes().fold(String::new(), |all, byte| format!("{all}{byte:02x}"));
+    let hex: String = secret
+        .bytes()
+        .fold(String::new(), |all, byte| format!("{all}{byte:02x}"));
     let written = [
         secret.clone(),
         secret[..8].to_owned(),
@@ -126,7 +161,12 @@ fn a_needle_is_found_in_whatever_form() {
         format!("{:?}", secret.as_bytes()),
     ];
     for text in written {
-        assert!(needles.find(format!("before {text} after").as_bytes()).is_some(), "{text}");
+        assert!(
+            needles
+                .find(format!("before {text} after").as_bytes())
+                .is_some(),
+            "{text}"
+        );
     }
     for harmless in [&secret[..7], &planted("another"), "sk-", ""] {
         assert_eq!(needles.find(harmless.as_bytes()), None, "{harmless}");

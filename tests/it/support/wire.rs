@@ -39,14 +39,26 @@ impl Event {
 
 impl Sim {
     pub(crate) async fn start(config: SimulatorConfig) -> Self {
-        let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let simulator = Simulator::bind(config, SocketAddr::from(([127, 0, 0, 1], 0)))
+            .await
+            .unwrap();
         let stop = CancellationToken::new();
         let (base, handle) = (simulator.base_url(), simulator.handle());
         let root = format!("http://{}", simulator.addr());
         let mut server = JoinSet::new();
         server.spawn(simulator.run(stop.clone()));
-        let client = reqwest::Client::builder().tcp_nodelay(true).build().unwrap();
-        Self { base, root, handle, client, _server: server, _stop: stop.drop_guard() }
+        let client = reqwest::Client::builder()
+            .tcp_nodelay(true)
+            .build()
+            .unwrap();
+        Self {
+            base,
+            root,
+            handle,
+            client,
+            _server: server,
+            _stop: stop.drop_guard(),
+        }
     }
 
     pub(crate) async fn instant() -> Self {
@@ -61,10 +73,22 @@ impl Sim {
             .header("OpenAI-Beta", "assistants=v2")
     }
 
-    pub(crate) async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> (u16, Value) {
+    pub(crate) async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> (u16, Value) {
         let request = self.request(method, path);
-        let request = if let Some(body) = body { request.json(body) } else { request };
-        let response = tokio::time::timeout(PATIENCE, request.send()).await.unwrap().unwrap();
+        let request = if let Some(body) = body {
+            request.json(body)
+        } else {
+            request
+        };
+        let response = tokio::time::timeout(PATIENCE, request.send())
+            .await
+            .unwrap()
+            .unwrap();
         let status = response.status().as_u16();
         (status, response.json().await.unwrap())
     }
@@ -104,12 +128,18 @@ impl Sim {
 
     /// All events of a POST's stream.
     pub(crate) async fn events(&self, path: &str, body: Value) -> Vec<Event> {
-        self.open(path, &body).await.rest().await.expect("the stream ends properly")
+        self.open(path, &body)
+            .await
+            .rest()
+            .await
+            .expect("the stream ends properly")
     }
 
     /// Statistics as soon as `reached` is true of them.
     pub(crate) async fn wait_for(&self, reached: impl FnMut(&Stats) -> bool) -> Stats {
-        tokio::time::timeout(PATIENCE, self.handle.wait_for(reached)).await.expect("this happens in time")
+        tokio::time::timeout(PATIENCE, self.handle.wait_for(reached))
+            .await
+            .expect("this happens in time")
     }
 
     pub(crate) async fn thread(&self) -> String {
@@ -123,7 +153,10 @@ impl Sim {
 
 /// The id of an object.
 pub(crate) fn id(object: &Value) -> String {
-    object["id"].as_str().expect("the object has an id").to_owned()
+    object["id"]
+        .as_str()
+        .expect("the object has an id")
+        .to_owned()
 }
 
 /// Names of events, deltas in a row counted once.
@@ -142,10 +175,20 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) async fn of(request: RequestBuilder) -> Self {
-        let response = tokio::time::timeout(PATIENCE, request.send()).await.unwrap().unwrap();
+        let response = tokio::time::timeout(PATIENCE, request.send())
+            .await
+            .unwrap()
+            .unwrap();
         assert_eq!(response.status(), 200);
-        let content_type = response.headers()["content-type"].to_str().unwrap().to_owned();
-        Self { content_type, body: response.bytes_stream().boxed(), pending: Vec::new() }
+        let content_type = response.headers()["content-type"]
+            .to_str()
+            .unwrap()
+            .to_owned();
+        Self {
+            content_type,
+            body: response.bytes_stream().boxed(),
+            pending: Vec::new(),
+        }
     }
 
     /// The next event, `None` at the proper end, an error if the connection broke.
@@ -154,7 +197,9 @@ impl Stream {
             if let Some(event) = self.take() {
                 return Ok(Some(event));
             }
-            match tokio::time::timeout(PATIENCE, self.body.next()).await.expect("the stream goes on in time")
+            match tokio::time::timeout(PATIENCE, self.body.next())
+                .await
+                .expect("the stream goes on in time")
             {
                 None => return Ok(None),
                 Some(chunk) => self.pending.extend_from_slice(&chunk?),
@@ -165,8 +210,11 @@ impl Stream {
     /// The next event of that name.
     pub(crate) async fn until(&mut self, name: &str) -> Event {
         loop {
-            let event =
-                self.next().await.unwrap().unwrap_or_else(|| panic!("the stream ended before {name}"));
+            let event = self
+                .next()
+                .await
+                .unwrap()
+                .unwrap_or_else(|| panic!("the stream ended before {name}"));
             if event.name == name {
                 return event;
             }
@@ -193,15 +241,28 @@ impl Stream {
     fn take(&mut self) -> Option<Event> {
         loop {
             let text = &self.pending;
-            let ends =
-                |gap: &[u8]| text.windows(gap.len()).position(|at| at == gap).map(|at| (at, gap.len()));
-            let (end, gap) = [ends(b"\n\n"), ends(b"\r\n\r\n")].into_iter().flatten().min()?;
+            let ends = |gap: &[u8]| {
+                text.windows(gap.len())
+                    .position(|at| at == gap)
+                    .map(|at| (at, gap.len()))
+            };
+            let (end, gap) = [ends(b"\n\n"), ends(b"\r\n\r\n")]
+                .into_iter()
+                .flatten()
+                .min()?;
             let block: Vec<u8> = self.pending.drain(..end + gap).collect();
             let block = String::from_utf8(block).unwrap();
-            let field =
-                |name: &str| block.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned);
+            let field = |name: &str| {
+                block
+                    .lines()
+                    .find_map(|line| line.strip_prefix(name))
+                    .map(str::to_owned)
+            };
             if let Some(data) = field("data: ") {
-                return Some(Event { name: field("event: ").unwrap_or_default(), data });
+                return Some(Event {
+                    name: field("event: ").unwrap_or_default(),
+                    data,
+                });
             }
         }
     }

@@ -25,7 +25,10 @@ async fn answer_of(
     if custom {
         assistant.tools = vec![json!({"type": "custom", "name": "h"})];
     }
-    let output = |id: &str| ToolOutput { tool_call_id: id.to_owned(), output: "1".to_owned() };
+    let output = |id: &str| ToolOutput {
+        tool_call_id: id.to_owned(),
+        output: "1".to_owned(),
+    };
     let upstream_run = upstream_run.map(|id| UpstreamRunId(id.to_owned()));
     let request = AnswerTools {
         run: RunId::new(),
@@ -44,9 +47,15 @@ async fn run_continues_after_tool_outputs() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
         let asked = scene.say("weather? [[sim: tools=2 reasoning]]").await;
-        assert_eq!((asked.ended.status, asked.ended.tool_calls.len()), (RunStatus::RequiresAction, 2));
+        assert_eq!(
+            (asked.ended.status, asked.ended.tool_calls.len()),
+            (RunStatus::RequiresAction, 2)
+        );
         let again = scene.answer(&asked, "[[sim: tool=other]] rain").await;
-        assert_eq!((again.ended.status, again.ended.tool_calls.len()), (RunStatus::RequiresAction, 1));
+        assert_eq!(
+            (again.ended.status, again.ended.tool_calls.len()),
+            (RunStatus::RequiresAction, 1)
+        );
         let done = scene.answer(&again, "4 °C").await;
         assert_eq!(done.ended.status, RunStatus::Completed, "{flavour:?}");
         let expected = "You said: weather?. The tools answered: rain; rain; 4 °C. (This is turn 1 of this conversation.)";
@@ -62,14 +71,20 @@ async fn run_continues_after_tool_outputs() {
 #[tokio::test]
 async fn failed_lookup_before_tool_outputs_is_unambiguous() {
     let failed = || json_answer(503, &[("retry-after-ms", "1")], "");
-    for plays in [(0..5).map(|_| Play::Silence).collect::<Vec<_>>(), (0..5).map(|_| failed()).collect()] {
+    for plays in [
+        (0..5).map(|_| Play::Silence).collect::<Vec<_>>(),
+        (0..5).map(|_| failed()).collect(),
+    ] {
         let server = Scripted::start(plays).await;
         let mut settings = config(UpstreamKind::Responses, &server.url);
         settings.call_timeout = Duration::from_millis(50);
         let error = answer(&*adapter(&settings), true).await.err().unwrap();
         assert!(matches!(error, UpstreamError::Connect), "{error:?}");
         assert!(
-            server.targets().iter().all(|target| target == "GET /responses/r_0"),
+            server
+                .targets()
+                .iter()
+                .all(|target| target == "GET /responses/r_0"),
             "{:?}",
             server.targets()
         );
@@ -91,13 +106,23 @@ async fn custom_tool_calls_get_custom_tool_outputs() {
     let upstream = responses(&server);
     read(answer(&*upstream, true).await.unwrap()).await;
     read(answer(&*upstream, false).await.unwrap()).await;
-    assert_eq!(server.targets(), ["GET /responses/r_0", "POST /responses", "POST /responses"]);
+    assert_eq!(
+        server.targets(),
+        ["GET /responses/r_0", "POST /responses", "POST /responses"]
+    );
     let kinds = |at: usize| {
         let body = &server.requests()[at].body;
         [0, 1].map(|item| body["input"][item]["type"].as_str().unwrap().to_owned())
     };
-    assert_eq!(kinds(1), ["function_call_output", "custom_tool_call_output"]);
-    assert_eq!(kinds(2), ["function_call_output", "function_call_output"], "nobody is asked without need");
+    assert_eq!(
+        kinds(1),
+        ["function_call_output", "custom_tool_call_output"]
+    );
+    assert_eq!(
+        kinds(2),
+        ["function_call_output", "function_call_output"],
+        "nobody is asked without need"
+    );
 }
 
 #[tokio::test]
@@ -107,7 +132,13 @@ async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
         let error = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
         json_answer(400, &[], &error.to_string())
     };
-    let run = |status: &str| json_answer(200, &[], &json!({"id": "r_0", "status": status}).to_string());
+    let run = |status: &str| {
+        json_answer(
+            200,
+            &[],
+            &json!({"id": "r_0", "status": status}).to_string(),
+        )
+    };
     let server = Scripted::start(vec![
         refused("expired"),
         run("expired"),
@@ -123,9 +154,15 @@ async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
         assert!(error.is_ambiguous(), "to be looked up: {error:?}");
     }
     let error = answer(&*upstream, false).await.err().unwrap();
-    assert!(matches!(error, UpstreamError::Refused { status: 400, .. }), "{error:?}");
+    assert!(
+        matches!(error, UpstreamError::Refused { status: 400, .. }),
+        "{error:?}"
+    );
     assert_eq!(server.requests().len(), 6);
-    assert_eq!(server.targets()[0], "POST /threads/t_1/runs/r_0/submit_tool_outputs");
+    assert_eq!(
+        server.targets()[0],
+        "POST /threads/t_1/runs/r_0/submit_tool_outputs"
+    );
 }
 
 #[tokio::test]
@@ -140,7 +177,13 @@ async fn tool_outputs_without_response_id_use_conversation_items() {
     ])
     .await;
     read(answer_of(&*responses(&server), None, true).await.unwrap()).await;
-    assert_eq!(server.targets(), ["GET /conversations/t_1/items?limit=100&order=desc", "POST /responses"]);
+    assert_eq!(
+        server.targets(),
+        [
+            "GET /conversations/t_1/items?limit=100&order=desc",
+            "POST /responses"
+        ]
+    );
     let body = &server.requests()[1].body;
     assert_eq!(body["conversation"], "t_1");
     assert_eq!(body["input"][1]["type"], "custom_tool_call_output");

@@ -22,16 +22,27 @@ async fn own_blocking_run_is_cancelled() {
     let mut scene = Scene::new(Flavour::Assistants).await;
     scene.sim.handle.hold();
     let mut events = scene.start("forgotten").await.unwrap();
-    assert!(matches!(events.next().await, Some(Ok(UpstreamEvent::Accepted(_)))));
+    assert!(matches!(
+        events.next().await,
+        Some(Ok(UpstreamEvent::Accepted(_)))
+    ));
     drop(events);
     let blocking = blocking(&mut scene).await.unwrap();
-    scene.upstream.clear(scene.thread.as_ref().unwrap(), Some(&blocking), false).await.unwrap();
+    scene
+        .upstream
+        .clear(scene.thread.as_ref().unwrap(), Some(&blocking), false)
+        .await
+        .unwrap();
     assert_eq!(scene.sim.handle.stats().runs_ended["cancelled"], 1);
     scene.sim.handle.release();
     scene.say("next").await;
     // A run that has ended, or never was, blocks nothing.
     for run in [&blocking, &UpstreamRunId("run_0".to_owned())] {
-        scene.upstream.clear(scene.thread.as_ref().unwrap(), Some(run), false).await.unwrap();
+        scene
+            .upstream
+            .clear(scene.thread.as_ref().unwrap(), Some(run), false)
+            .await
+            .unwrap();
     }
     scene.assert_sound();
 }
@@ -44,17 +55,35 @@ async fn foreign_blocking_run_is_awaited_or_cancelled() {
     let run = blocking(&mut scene).await.unwrap();
     let clearing = scene.upstream.clear(&thread, Some(&run), false);
     let stop = async {
-        scene.sim.wait_for(|stats| stats.requests_by_operation.get("get_run") >= Some(&3)).await;
+        scene
+            .sim
+            .wait_for(|stats| stats.requests_by_operation.get("get_run") >= Some(&3))
+            .await;
         scene.sim.handle.stop_foreign_run(thread.as_str());
     };
     let (cleared, ()) = tokio::join!(clearing, stop);
     cleared.unwrap();
-    assert_eq!(scene.sim.handle.stats().requests_by_operation.get("cancel_run"), None);
+    assert_eq!(
+        scene
+            .sim
+            .handle
+            .stats()
+            .requests_by_operation
+            .get("cancel_run"),
+        None
+    );
 
     scene.sim.handle.start_foreign_run(thread.as_str()).unwrap();
     let run = blocking(&mut scene).await.unwrap();
-    scene.upstream.clear(&thread, Some(&run), true).await.unwrap();
-    assert_eq!(scene.sim.handle.stats().requests_by_operation["cancel_run"], 1);
+    scene
+        .upstream
+        .clear(&thread, Some(&run), true)
+        .await
+        .unwrap();
+    assert_eq!(
+        scene.sim.handle.stats().requests_by_operation["cancel_run"],
+        1
+    );
     scene.say("next").await;
 }
 
@@ -64,8 +93,16 @@ async fn unknown_blocker_is_awaited_briefly() {
         let scene = Scene::new(flavour).await;
         let requests = scene.sim.handle.stats().requests;
         let started = Instant::now();
-        scene.upstream.clear(scene.thread.as_ref().unwrap(), None, true).await.unwrap();
-        assert!((400..1500).contains(&started.elapsed().as_millis()), "{:?}", started.elapsed());
+        scene
+            .upstream
+            .clear(scene.thread.as_ref().unwrap(), None, true)
+            .await
+            .unwrap();
+        assert!(
+            (400..1500).contains(&started.elapsed().as_millis()),
+            "{:?}",
+            started.elapsed()
+        );
         assert_eq!(scene.sim.handle.stats().requests, requests);
     }
 }

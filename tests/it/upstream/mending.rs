@@ -15,7 +15,8 @@ use super::scripted::{Play, Scripted, Step, json_answer, sse};
 use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, thread, turn};
 
 const OPEN: &str = "No tool output found for function call call_1.";
-const ORPHAN: &str = "Item 'rs_1' of type 'reasoning' was provided without its required following item.";
+const ORPHAN: &str =
+    "Item 'rs_1' of type 'reasoning' was provided without its required following item.";
 
 fn refused(message: &str) -> Play {
     let error = json!({"message": message, "type": "invalid_request_error", "param": "input", "code": null});
@@ -24,7 +25,11 @@ fn refused(message: &str) -> Play {
 
 /// Items, newest first.
 fn items(items: &Value) -> Play {
-    json_answer(200, &[], &json!({"data": items, "has_more": false}).to_string())
+    json_answer(
+        200,
+        &[],
+        &json!({"data": items, "has_more": false}).to_string(),
+    )
 }
 
 fn call(id: &str) -> Value {
@@ -47,22 +52,36 @@ async fn refused_turn_is_unambiguous_when_repair_fails() {
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.call_timeout = Duration::from_millis(50);
-    let error = turn(&*adapter(&settings), Some(&thread())).await.unwrap_err();
+    let error = turn(&*adapter(&settings), Some(&thread()))
+        .await
+        .unwrap_err();
     assert!(matches!(error, UpstreamError::Connect), "{error:?}");
-    assert!(server.targets()[1..].iter().all(|target| target.starts_with("GET ")), "{:?}", server.targets());
+    assert!(
+        server.targets()[1..]
+            .iter()
+            .all(|target| target.starts_with("GET ")),
+        "{:?}",
+        server.targets()
+    );
 }
 
 #[tokio::test]
 async fn open_calls_are_closed_with_next_message() {
-    let custom =
-        json!({"type": "custom_tool_call", "id": "ctc_2", "call_id": "call_2", "name": "h", "input": ""});
-    let server = Scripted::start(vec![refused(OPEN), items(&json!([custom, call("call_1")])), good()]).await;
+    let custom = json!({"type": "custom_tool_call", "id": "ctc_2", "call_id": "call_2", "name": "h", "input": ""});
+    let server = Scripted::start(vec![
+        refused(OPEN),
+        items(&json!([custom, call("call_1")])),
+        good(),
+    ])
+    .await;
     let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
     assert_eq!(lines(&events), EXPECTED);
     let requests = server.requests();
     let output = |kind: &str, id: &str| json!({"type": kind, "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
-    let mut expected =
-        vec![output("function_call_output", "call_1"), output("custom_tool_call_output", "call_2")];
+    let mut expected = vec![
+        output("function_call_output", "call_1"),
+        output("custom_tool_call_output", "call_2"),
+    ];
     expected.extend(requests[0].body["input"].as_array().unwrap().clone());
     assert_eq!(requests[2].body["input"], Value::from(expected));
     let without_input = |body: &Value| {
@@ -70,7 +89,10 @@ async fn open_calls_are_closed_with_next_message() {
         body["input"].take();
         body
     };
-    assert_eq!(without_input(&requests[0].body), without_input(&requests[2].body));
+    assert_eq!(
+        without_input(&requests[0].body),
+        without_input(&requests[2].body)
+    );
 }
 
 #[tokio::test]
@@ -93,7 +115,10 @@ async fn repairs_are_tried_in_order_once_each() {
         good(),
     ])
     .await;
-    assert_eq!(lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()), EXPECTED);
+    assert_eq!(
+        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        EXPECTED
+    );
     let targets = server.targets();
     assert_eq!(
         targets[4..7],
@@ -104,15 +129,28 @@ async fn repairs_are_tried_in_order_once_each() {
     assert_eq!(requests[7].body, requests[0].body);
 
     // Still refused: the caller makes the conversation again.
-    let plays = vec![refused(OPEN), list(), refused(OPEN), list(), ok(), ok(), refused(ORPHAN)];
+    let plays = vec![
+        refused(OPEN),
+        list(),
+        refused(OPEN),
+        list(),
+        ok(),
+        ok(),
+        refused(ORPHAN),
+    ];
     let server = Scripted::start(plays).await;
-    let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+    let error = turn(&*responses(&server), Some(&thread()))
+        .await
+        .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     assert_eq!(server.requests().len(), 7);
 
     // An orphan is not answered but deleted at once, even one that is further back.
     let server = Scripted::start(vec![refused(ORPHAN), items(&json!([])), ok(), good()]).await;
-    assert_eq!(lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()), EXPECTED);
+    assert_eq!(
+        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        EXPECTED
+    );
     assert_eq!(server.targets()[2], "DELETE /conversations/t_1/items/rs_1");
 }
 
@@ -127,25 +165,42 @@ async fn unrepairable_thread_counts_as_gone() {
     ])
     .await;
     for _ in 0..2 {
-        let error = turn(&*responses(&server), Some(&thread())).await.unwrap_err();
+        let error = turn(&*responses(&server), Some(&thread()))
+            .await
+            .unwrap_err();
         assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     }
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
     let error = turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
-    assert!(matches!(error, UpstreamError::ThreadGone), "a chain has no items to mend: {error:?}");
+    assert!(
+        matches!(error, UpstreamError::ThreadGone),
+        "a chain has no items to mend: {error:?}"
+    );
     assert_eq!(server.requests().len(), 5);
 }
 
 #[tokio::test]
 async fn damaged_conversation_takes_next_turn() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
-        for text in ["x [[sim: tools=2]]", "x [[sim: tools=23 reasoning]]", "x [[sim: dangling_reasoning]]"] {
+        for text in [
+            "x [[sim: tools=2]]",
+            "x [[sim: tools=23 reasoning]]",
+            "x [[sim: dangling_reasoning]]",
+        ] {
             let scene = Scene::new(flavour).await;
             scene.say(text).await;
             let next = scene.say("next").await;
-            assert_eq!(next.ended.status, RunStatus::Completed, "{flavour:?} {text}");
-            assert!(next.streamed.starts_with("You said: next."), "{}", next.streamed);
+            assert_eq!(
+                next.ended.status,
+                RunStatus::Completed,
+                "{flavour:?} {text}"
+            );
+            assert!(
+                next.streamed.starts_with("You said: next."),
+                "{}",
+                next.streamed
+            );
             let texts = &scene.sim.handle.threads()[0].user_texts;
             assert_eq!(texts.iter().filter(|text| *text == "next").count(), 1);
             scene.assert_sound();
@@ -157,7 +212,10 @@ async fn damaged_conversation_takes_next_turn() {
 async fn damage_reported_after_acceptance_is_repaired_in_stream() {
     for append_unfinished in [false, true] {
         for flavour in [Flavour::Conversations, Flavour::Background] {
-            let config = SimulatorConfig { append_unfinished, ..SimulatorConfig::default() };
+            let config = SimulatorConfig {
+                append_unfinished,
+                ..SimulatorConfig::default()
+            };
             let scene = Scene::with(flavour, config, |_| ()).await;
             scene.say("x [[sim: tools=1 reasoning]]").await;
             scene.plant("create_response", "fail_text=open_call");
@@ -188,8 +246,19 @@ async fn damage_reported_after_acceptance_is_repaired_in_stream() {
 #[tokio::test]
 async fn repeated_damage_failure_reports_thread_gone() {
     let scene = Scene::new(Flavour::Conversations).await;
-    let events: Vec<_> = scene.start("x [[sim: fail_text=open_call]]").await.unwrap().collect().await;
-    assert!(matches!(events[0], Ok(threadkeeper::upstream::UpstreamEvent::Accepted(_))));
-    assert!(matches!(events[1..], [Err(UpstreamError::ThreadGone)]), "{events:?}");
+    let events: Vec<_> = scene
+        .start("x [[sim: fail_text=open_call]]")
+        .await
+        .unwrap()
+        .collect()
+        .await;
+    assert!(matches!(
+        events[0],
+        Ok(threadkeeper::upstream::UpstreamEvent::Accepted(_))
+    ));
+    assert!(
+        matches!(events[1..], [Err(UpstreamError::ThreadGone)]),
+        "{events:?}"
+    );
     read(scene.start("y").await.unwrap()).await;
 }

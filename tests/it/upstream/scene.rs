@@ -3,8 +3,8 @@
 use futures_util::StreamExt;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    Baseline, ContentPart, Message, MessageId, Metadata, Role, RunId, ThreadId, ToolCall, ToolOutput,
-    UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId,
+    Baseline, ContentPart, Message, MessageId, Metadata, Role, RunId, ThreadId, ToolCall,
+    ToolOutput, UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId,
 };
 use threadkeeper::simulator::{Fault, SimulatorConfig};
 use threadkeeper::store::InputMessage;
@@ -44,7 +44,11 @@ impl Flavour {
     }
 
     fn kind(self) -> UpstreamKind {
-        if self == Self::Assistants { UpstreamKind::Assistants } else { UpstreamKind::Responses }
+        if self == Self::Assistants {
+            UpstreamKind::Assistants
+        } else {
+            UpstreamKind::Responses
+        }
     }
 }
 
@@ -78,7 +82,11 @@ impl Scene {
         simulator: SimulatorConfig,
         change: impl FnOnce(&mut UpstreamConfig),
     ) -> Self {
-        let sim = Sim::start(SimulatorConfig { conversations: !flavour.is_chain(), ..simulator }).await;
+        let sim = Sim::start(SimulatorConfig {
+            conversations: !flavour.is_chain(),
+            ..simulator
+        })
+        .await;
         let mut settings = config(flavour.kind(), &sim.base);
         settings.conversations = !flavour.is_chain();
         settings.background = flavour.is_background();
@@ -87,9 +95,20 @@ impl Scene {
         let thread = upstream.create_thread(&owner(), &[]).await.unwrap();
         assert_eq!(thread.is_none(), flavour.is_chain());
         let mut assistant = profile();
-        assistant.assistant_id = assistant.assistant_id.filter(|_| flavour == Flavour::Assistants);
+        assistant.assistant_id = assistant
+            .assistant_id
+            .filter(|_| flavour == Flavour::Assistants);
         let (run, history, baseline) = (RunId::new(), Vec::new(), Baseline::default());
-        Self { flavour, sim, upstream, thread, run, history, baseline, assistant }
+        Self {
+            flavour,
+            sim,
+            upstream,
+            thread,
+            run,
+            history,
+            baseline,
+            assistant,
+        }
     }
 
     /// Another run, whose messages begin there.
@@ -98,14 +117,19 @@ impl Scene {
     }
 
     pub(super) async fn start(&self, text: &str) -> Result<EventStream, UpstreamError> {
-        let content = vec![ContentPart::Text { text: text.to_owned() }];
+        let content = vec![ContentPart::Text {
+            text: text.to_owned(),
+        }];
         let request = StartRun {
             run: self.run,
             thread: self.thread.as_ref(),
             owner: &owner(),
             history: &self.history,
             assistant: &self.assistant,
-            input: &[InputMessage { id: MessageId::new(), content }],
+            input: &[InputMessage {
+                id: MessageId::new(),
+                content,
+            }],
             metadata: &Metadata::default(),
         };
         self.upstream.start(request).await
@@ -117,9 +141,15 @@ impl Scene {
     }
 
     /// Answers all calls of a turn with the same text.
-    pub(super) async fn try_answer(&self, asked: &Said, output: &str) -> Result<EventStream, UpstreamError> {
-        let output =
-            |call: &ToolCall| ToolOutput { tool_call_id: call.id.clone(), output: output.to_owned() };
+    pub(super) async fn try_answer(
+        &self,
+        asked: &Said,
+        output: &str,
+    ) -> Result<EventStream, UpstreamError> {
+        let output = |call: &ToolCall| ToolOutput {
+            tool_call_id: call.id.clone(),
+            output: output.to_owned(),
+        };
         let outputs: Vec<ToolOutput> = asked.ended.tool_calls.iter().map(output).collect();
         let request = AnswerTools {
             run: self.run,
@@ -153,12 +183,24 @@ impl Scene {
 
     /// The next request of this kind fails so.
     pub(super) fn plant(&self, on: &str, fault: &str) {
-        self.sim.handle.add_fault(Fault { on: on.to_owned(), fault: fault.to_owned(), times: 1 }).unwrap();
+        self.sim
+            .handle
+            .add_fault(Fault {
+                on: on.to_owned(),
+                fault: fault.to_owned(),
+                times: 1,
+            })
+            .unwrap();
     }
 
     /// No rule was broken, and every request was one of the published protocol.
     pub(super) fn assert_sound(&self) {
-        assert_eq!(self.sim.handle.stats().violations, [""; 0], "{:?}", self.flavour);
+        assert_eq!(
+            self.sim.handle.stats().violations,
+            [""; 0],
+            "{:?}",
+            self.flavour
+        );
         assert_requests_are_valid(self.flavour.kind(), &self.sim);
     }
 }
@@ -174,7 +216,11 @@ pub(super) async fn read(events: EventStream) -> Said {
         }
     }
     let nobody = UpstreamRunId(String::new());
-    Said { accepted: said.0.unwrap_or(nobody), streamed: said.1, ended: said.2.unwrap() }
+    Said {
+        accepted: said.0.unwrap_or(nobody),
+        streamed: said.1,
+        ended: said.2.unwrap(),
+    }
 }
 
 pub(super) fn text_of(content: &[ContentPart]) -> String {
@@ -194,7 +240,9 @@ pub(super) fn earlier(role: Role, text: &str) -> Message {
         thread_id: ThreadId::new(),
         position: 1,
         role,
-        content: vec![ContentPart::Text { text: text.to_owned() }],
+        content: vec![ContentPart::Text {
+            text: text.to_owned(),
+        }],
         run_id: Some(RunId::new()),
         upstream_message_id: None,
         sync: UpstreamSync::Missing,

@@ -58,15 +58,29 @@ pub(super) struct Scripted {
 
 impl Scripted {
     pub(super) async fn start(plays: Vec<Play>) -> Self {
-        let script = Arc::new(Script { plays: Mutex::new(plays.into()), seen: Mutex::default() });
+        let script = Arc::new(Script {
+            plays: Mutex::new(plays.into()),
+            seen: Mutex::default(),
+        });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap());
-        let app = axum::Router::new().fallback(answer).with_state(Arc::clone(&script));
+        let app = axum::Router::new()
+            .fallback(answer)
+            .with_state(Arc::clone(&script));
         let mut server = JoinSet::new();
         server.spawn(async move {
-            axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>()).await.unwrap();
+            axum::serve(
+                listener,
+                app.into_make_service_with_connect_info::<SocketAddr>(),
+            )
+            .await
+            .unwrap();
         });
-        Self { url, script, _server: server }
+        Self {
+            url,
+            script,
+            _server: server,
+        }
     }
 
     pub(super) fn requests(&self) -> Vec<Arc<Seen>> {
@@ -74,13 +88,18 @@ impl Scripted {
     }
 
     pub(super) fn targets(&self) -> Vec<String> {
-        self.requests().iter().map(|seen| seen.target.clone()).collect()
+        self.requests()
+            .iter()
+            .map(|seen| seen.target.clone())
+            .collect()
     }
 }
 
 /// An answer with a JSON content type, whatever the body is.
 pub(super) fn json_answer(status: u16, headers: &[(&str, &str)], body: &str) -> Play {
-    let mut answer = Response::builder().status(status).header("content-type", "application/json");
+    let mut answer = Response::builder()
+        .status(status)
+        .header("content-type", "application/json");
     for (name, value) in headers {
         answer = answer.header(*name, *value);
     }
@@ -111,7 +130,9 @@ pub(super) fn sse(steps: Vec<Step>) -> Play {
             }
         }
     }));
-    let answer = Response::builder().header("content-type", "text/event-stream; charset=utf-8").body(body);
+    let answer = Response::builder()
+        .header("content-type", "text/event-stream; charset=utf-8")
+        .body(body);
     Play::Answer(Box::new(answer.unwrap()))
 }
 
@@ -123,10 +144,24 @@ async fn answer(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response<Body>, Infallible> {
-    let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+    let body = if body.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(&body).unwrap()
+    };
     let target = format!("{method} {}", uri.path_and_query().unwrap());
-    script.seen.lock().unwrap().push(Arc::new(Seen { target, headers, body, peer }));
-    let play = script.plays.lock().unwrap().pop_front().expect("more requests than the script has answers");
+    script.seen.lock().unwrap().push(Arc::new(Seen {
+        target,
+        headers,
+        body,
+        peer,
+    }));
+    let play = script
+        .plays
+        .lock()
+        .unwrap()
+        .pop_front()
+        .expect("more requests than the script has answers");
     match play {
         Play::Answer(answer) => Ok(*answer),
         Play::Late(time, answer) => {

@@ -3,7 +3,9 @@
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
-use threadkeeper::domain::{Baseline, ContentPart, Role, RunId, RunStatus, ToolCall, UnsettledRun, Usage};
+use threadkeeper::domain::{
+    Baseline, ContentPart, Role, RunId, RunStatus, ToolCall, UnsettledRun, Usage,
+};
 use threadkeeper::upstream::{Settled, UpstreamEvent};
 
 use super::scene::{ALL, Flavour, Scene, earlier, text_of};
@@ -20,7 +22,11 @@ fn messages() -> Play {
 #[tokio::test]
 async fn settling_cancels_a_run_and_waits_for_its_end() {
     let status = |status: &str| {
-        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
+        json_answer(
+            200,
+            &[("openai-poll-after-ms", "1")],
+            &format!(r#"{{"id":"r_1","status":"{status}"}}"#),
+        )
     };
     let server = Scripted::start(vec![
         status("cancelling"),
@@ -34,7 +40,10 @@ async fn settling_cancels_a_run_and_waits_for_its_end() {
         messages(),
     ])
     .await;
-    let settled = assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
+    let settled = assistants(&server)
+        .settle(&unsettled_run(RunId::new(), Some("r_1")))
+        .await
+        .unwrap();
     assert_eq!(
         server.targets(),
         [
@@ -49,8 +58,14 @@ async fn settling_cancels_a_run_and_waits_for_its_end() {
         unsure: false,
         said: true,
         status: Some(RunStatus::Cancelled),
-        usage: Some(Usage { input_tokens: 1, output_tokens: 2, total_tokens: 3 }),
-        content: vec![ContentPart::Text { text: "Hel".to_owned() }],
+        usage: Some(Usage {
+            input_tokens: 1,
+            output_tokens: 2,
+            total_tokens: 3,
+        }),
+        content: vec![ContentPart::Text {
+            text: "Hel".to_owned(),
+        }],
         upstream_message_id: Some("msg_1".to_owned()),
         thread: None,
     };
@@ -60,7 +75,11 @@ async fn settling_cancels_a_run_and_waits_for_its_end() {
 #[tokio::test]
 async fn settling_retries_while_run_requires_action() {
     let status = |status: &str| {
-        json_answer(200, &[("openai-poll-after-ms", "1")], &format!(r#"{{"id":"r_1","status":"{status}"}}"#))
+        json_answer(
+            200,
+            &[("openai-poll-after-ms", "1")],
+            &format!(r#"{{"id":"r_1","status":"{status}"}}"#),
+        )
     };
     let refused = || {
         json_answer(
@@ -69,10 +88,18 @@ async fn settling_retries_while_run_requires_action() {
             r#"{"error":{"message":"Cannot cancel run with status 'requires_action'.","type":"invalid_request_error","param":null,"code":null}}"#,
         )
     };
-    let server =
-        Scripted::start(vec![refused(), status("requires_action"), refused(), status("expired"), messages()])
-            .await;
-    let settled = assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
+    let server = Scripted::start(vec![
+        refused(),
+        status("requires_action"),
+        refused(),
+        status("expired"),
+        messages(),
+    ])
+    .await;
+    let settled = assistants(&server)
+        .settle(&unsettled_run(RunId::new(), Some("r_1")))
+        .await
+        .unwrap();
     assert_eq!(settled.status, Some(RunStatus::Expired));
     assert_eq!(server.requests().len(), 5);
 }
@@ -92,7 +119,10 @@ async fn settling_finds_a_run_by_our_tag() {
         messages(),
     ])
     .await;
-    assistants(&server).settle(&unsettled_run(run, None)).await.unwrap();
+    assistants(&server)
+        .settle(&unsettled_run(run, None))
+        .await
+        .unwrap();
     assert_eq!(
         server.targets(),
         [
@@ -111,21 +141,36 @@ async fn settling_on_missing_thread_is_done() {
         let body = json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": null}});
         Scripted::start(vec![json_answer(404, &[], &body.to_string())])
     };
-    assistants(&gone("Thread").await).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
-    responses(&gone("Conversation").await).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
+    assistants(&gone("Thread").await)
+        .settle(&unsettled_run(RunId::new(), Some("r_1")))
+        .await
+        .unwrap();
+    responses(&gone("Conversation").await)
+        .settle(&unsettled_run(RunId::new(), None))
+        .await
+        .unwrap();
 
     let server = Scripted::start(vec![]).await;
-    let nothing = UnsettledRun { thread: None, ..unsettled_run(RunId::new(), None) };
+    let nothing = UnsettledRun {
+        thread: None,
+        ..unsettled_run(RunId::new(), None)
+    };
     assistants(&server).settle(&nothing).await.unwrap();
     responses(&server).settle(&nothing).await.unwrap();
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
-    adapter(&chain).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
+    adapter(&chain)
+        .settle(&unsettled_run(RunId::new(), None))
+        .await
+        .unwrap();
     assert_eq!(server.requests().len(), 0);
 
     // A 404 of the endpoint says nothing about the thread.
     let server = Scripted::start(vec![json_answer(404, &[], "Not Found")]).await;
-    assistants(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap_err();
+    assistants(&server)
+        .settle(&unsettled_run(RunId::new(), Some("r_1")))
+        .await
+        .unwrap_err();
 }
 
 #[tokio::test]
@@ -144,7 +189,11 @@ async fn settling_closes_unanswered_calls() {
         json_answer(200, &[], r#"{"data":[]}"#),
     ])
     .await;
-    let known = |id: &str| ToolCall { id: id.to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() };
+    let known = |id: &str| ToolCall {
+        id: id.to_owned(),
+        name: "f".to_owned(),
+        arguments: "{}".to_owned(),
+    };
     let unsettled_run = UnsettledRun {
         open_calls: vec![known("call_2"), known("call_4")],
         ..unsettled_run(RunId::new(), None)
@@ -171,7 +220,10 @@ async fn many_open_calls_are_closed_in_several_requests() {
     let ok = || json_answer(200, &[], r#"{"data":[]}"#);
     let list = json_answer(200, &[], &json!({"data": calls}).to_string());
     let server = Scripted::start(vec![list, ok(), ok(), ok()]).await;
-    responses(&server).settle(&unsettled_run(RunId::new(), None)).await.unwrap();
+    responses(&server)
+        .settle(&unsettled_run(RunId::new(), None))
+        .await
+        .unwrap();
     let sizes: Vec<usize> = server.requests()[1..]
         .iter()
         .map(|request| request.body["items"].as_array().unwrap().len())
@@ -182,7 +234,13 @@ async fn many_open_calls_are_closed_in_several_requests() {
 /// The texts that the thread holds, oldest first.
 fn held(scene: &Scene) -> Vec<String> {
     let thread = scene.thread.as_ref().unwrap();
-    scene.sim.handle.thread_history(thread.as_str()).into_iter().map(|(_, text)| text).collect()
+    scene
+        .sim
+        .handle
+        .thread_history(thread.as_str())
+        .into_iter()
+        .map(|(_, text)| text)
+        .collect()
 }
 
 #[tokio::test]
@@ -192,9 +250,17 @@ async fn settling_completed_run_reports_completed() {
         let said = scene.say("hello").await;
         for known in [true, false] {
             let id = known.then_some(&said.accepted);
-            let settled = scene.upstream.settle(&scene.unsettled_run(id)).await.unwrap();
+            let settled = scene
+                .upstream
+                .settle(&scene.unsettled_run(id))
+                .await
+                .unwrap();
             if flavour.is_chain() && !known {
-                assert_eq!(settled, Settled::default(), "a response cannot be found without its id");
+                assert_eq!(
+                    settled,
+                    Settled::default(),
+                    "a response cannot be found without its id"
+                );
                 continue;
             }
             assert!(settled.said, "{flavour:?}");
@@ -216,9 +282,16 @@ async fn settling_completed_run_reports_completed() {
 async fn settling_cancelled_run_reports_kept_text() {
     for flavour in ALL {
         let scene = Scene::new(flavour).await;
-        let mut events = scene.start("stop [[sim: tokens=50 rate=10s]]").await.unwrap();
-        let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
-        let Some(Ok(UpstreamEvent::Text(text))) = events.next().await else { panic!("no text") };
+        let mut events = scene
+            .start("stop [[sim: tokens=50 rate=10s]]")
+            .await
+            .unwrap();
+        let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
+            panic!("not accepted")
+        };
+        let Some(Ok(UpstreamEvent::Text(text))) = events.next().await else {
+            panic!("no text")
+        };
         drop(events);
         let left = scene.unsettled_run(Some(&id));
         let settled = scene.upstream.settle(&left).await.unwrap();
@@ -232,9 +305,17 @@ async fn settling_cancelled_run_reports_kept_text() {
         assert_eq!(settled.status, status, "{flavour:?}");
         assert_eq!(settled.said, flavour == Flavour::Assistants);
         assert_eq!(settled.thread, None);
-        let partial: String = if flavour == Flavour::Assistants { text } else { String::new() };
+        let partial: String = if flavour == Flavour::Assistants {
+            text
+        } else {
+            String::new()
+        };
         assert_eq!(text_of(&settled.content), partial);
-        assert_eq!(scene.upstream.settle(&left).await.unwrap(), settled, "{flavour:?}: harmless to repeat");
+        assert_eq!(
+            scene.upstream.settle(&left).await.unwrap(),
+            settled,
+            "{flavour:?}: harmless to repeat"
+        );
         scene.assert_sound();
     }
 }
@@ -250,7 +331,11 @@ async fn closed_calls_are_not_reported_as_waiting() {
         };
         let settled = scene.upstream.settle(&left).await.unwrap();
         let expected = (flavour == Flavour::Assistants).then_some(RunStatus::Cancelled);
-        assert_eq!((settled.status, settled.thread), (expected, None), "{flavour:?}");
+        assert_eq!(
+            (settled.status, settled.thread),
+            (expected, None),
+            "{flavour:?}"
+        );
         assert_eq!(settled.said, !flavour.is_chain());
         assert_eq!(scene.say("next").await.ended.status, RunStatus::Completed);
         scene.assert_sound();
@@ -259,28 +344,54 @@ async fn closed_calls_are_not_reported_as_waiting() {
 
 #[tokio::test]
 async fn removal_takes_all_items_of_run() {
-    for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Background] {
+    for flavour in [
+        Flavour::Assistants,
+        Flavour::Conversations,
+        Flavour::Background,
+    ] {
         let mut scene = Scene::new(flavour).await;
         let first = scene.say("one").await;
         let before = held(&scene);
-        scene.next_run(Baseline { anchor: first.ended.upstream_message_id, skip: 0 });
+        scene.next_run(Baseline {
+            anchor: first.ended.upstream_message_id,
+            skip: 0,
+        });
         let asked = scene.say("two [[sim: tools=2 reasoning]]").await;
         let answered = scene.answer(&asked, "[[sim: reasoning]] done").await;
         assert_eq!(answered.ended.status, RunStatus::Completed);
 
         // With the run's id and without, and again: what is gone is gone.
-        let left = UnsettledRun { remove: true, ..scene.unsettled_run(Some(&answered.accepted)) };
-        for left in [&left, &UnsettledRun { upstream_run: None, ..left.clone() }] {
+        let left = UnsettledRun {
+            remove: true,
+            ..scene.unsettled_run(Some(&answered.accepted))
+        };
+        for left in [
+            &left,
+            &UnsettledRun {
+                upstream_run: None,
+                ..left.clone()
+            },
+        ] {
             scene.upstream.settle(left).await.unwrap();
             scene.upstream.remove(left).await.unwrap();
             assert_eq!(held(&scene), before, "{flavour:?}");
         }
         if flavour != Flavour::Assistants {
-            let path = format!("/conversations/{}/items?limit=100", scene.thread.as_ref().unwrap());
-            assert_eq!(scene.sim.get(&path).await["data"].as_array().unwrap().len(), 2);
+            let path = format!(
+                "/conversations/{}/items?limit=100",
+                scene.thread.as_ref().unwrap()
+            );
+            assert_eq!(
+                scene.sim.get(&path).await["data"].as_array().unwrap().len(),
+                2
+            );
         }
         let next = scene.say("three").await;
-        assert!(next.streamed.contains("turn 2"), "{flavour:?}: {}", next.streamed);
+        assert!(
+            next.streamed.contains("turn 2"),
+            "{flavour:?}: {}",
+            next.streamed
+        );
         scene.assert_sound();
     }
 }
@@ -290,7 +401,10 @@ async fn run_with_open_calls_is_removed_without_closing() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         let scene = Scene::new(flavour).await;
         let asked = scene.say("one [[sim: tools=23 reasoning]]").await;
-        let left = UnsettledRun { remove: true, ..scene.unsettled_run(Some(&asked.accepted)) };
+        let left = UnsettledRun {
+            remove: true,
+            ..scene.unsettled_run(Some(&asked.accepted))
+        };
         scene.upstream.settle(&left).await.unwrap();
         scene.upstream.remove(&left).await.unwrap();
         let stats = scene.sim.handle.stats();
@@ -303,22 +417,38 @@ async fn run_with_open_calls_is_removed_without_closing() {
 #[tokio::test]
 async fn removal_keeps_seeded_history() {
     let mut scene = Scene::new(Flavour::Conversations).await;
-    scene.history = vec![earlier(Role::User, "before"), earlier(Role::Assistant, "yes")];
+    scene.history = vec![
+        earlier(Role::User, "before"),
+        earlier(Role::Assistant, "yes"),
+    ];
     let said = scene.say("now").await;
     assert!(said.streamed.contains("turn 2"));
-    scene.next_run(Baseline { anchor: None, skip: 1 });
-    scene.upstream.remove(&scene.unsettled_run(None)).await.unwrap();
+    scene.next_run(Baseline {
+        anchor: None,
+        skip: 1,
+    });
+    scene
+        .upstream
+        .remove(&scene.unsettled_run(None))
+        .await
+        .unwrap();
     assert_eq!(held(&scene), ["before", "yes"]);
-    scene.upstream.remove(&scene.unsettled_run(None)).await.unwrap();
+    scene
+        .upstream
+        .remove(&scene.unsettled_run(None))
+        .await
+        .unwrap();
     assert_eq!(held(&scene), ["before", "yes"]);
 }
 
 #[tokio::test]
 async fn removal_waits_for_lock_and_accepts_missing_items() {
-    let item = |id: &str, role: &str| json!({"type": "message", "id": id, "role": role, "content": []});
+    let item =
+        |id: &str, role: &str| json!({"type": "message", "id": id, "role": role, "content": []});
     let list = json!({"data": [item("m_4", "assistant"), item("m_3", "user"), item("m_2", "assistant")], "has_more": true});
     let locked = json!({"error": {"message": "m", "code": "conversation_locked"}});
-    let gone = json!({"error": {"message": "Item with id 'm_3' not found in conversation.", "type": "x"}});
+    let gone =
+        json!({"error": {"message": "Item with id 'm_3' not found in conversation.", "type": "x"}});
     let server = Scripted::start(vec![
         json_answer(200, &[], &list.to_string()),
         json_answer(400, &[], &locked.to_string()),
@@ -326,8 +456,14 @@ async fn removal_waits_for_lock_and_accepts_missing_items() {
         json_answer(404, &[], &gone.to_string()),
     ])
     .await;
-    let baseline = Baseline { anchor: Some("m_2".to_owned()), skip: 0 };
-    let left = UnsettledRun { baseline, ..unsettled_run(RunId::new(), None) };
+    let baseline = Baseline {
+        anchor: Some("m_2".to_owned()),
+        skip: 0,
+    };
+    let left = UnsettledRun {
+        baseline,
+        ..unsettled_run(RunId::new(), None)
+    };
     responses(&server).remove(&left).await.unwrap();
     assert_eq!(
         server.targets(),
@@ -342,12 +478,17 @@ async fn removal_waits_for_lock_and_accepts_missing_items() {
 
 #[tokio::test]
 async fn unknown_baseline_removes_nothing() {
-    let list =
-        json!({"data": [{"type": "message", "id": "m_4", "role": "user", "content": []}], "has_more": false});
+    let list = json!({"data": [{"type": "message", "id": "m_4", "role": "user", "content": []}], "has_more": false});
     let page = || json_answer(200, &[], &list.to_string());
     let server = Scripted::start(vec![page(), page()]).await;
-    let baseline = Baseline { anchor: Some("m_2".to_owned()), skip: 0 };
-    let left = UnsettledRun { baseline, ..unsettled_run(RunId::new(), None) };
+    let baseline = Baseline {
+        anchor: Some("m_2".to_owned()),
+        skip: 0,
+    };
+    let left = UnsettledRun {
+        baseline,
+        ..unsettled_run(RunId::new(), None)
+    };
     responses(&server).remove(&left).await.unwrap_err();
     responses(&server).settle(&left).await.unwrap_err();
     assert_eq!(server.requests().len(), 2);
@@ -357,9 +498,16 @@ async fn unknown_baseline_removes_nothing() {
 async fn long_conversation_is_read_in_pages() {
     let mut scene = Scene::new(Flavour::Conversations).await;
     let first = scene.say("one").await;
-    scene.next_run(Baseline { anchor: first.ended.upstream_message_id, skip: 0 });
+    scene.next_run(Baseline {
+        anchor: first.ended.upstream_message_id,
+        skip: 0,
+    });
     let last = scene.say("two [[sim: tools=120]]").await;
-    let settled = scene.upstream.settle(&scene.unsettled_run(Some(&last.accepted))).await.unwrap();
+    let settled = scene
+        .upstream
+        .settle(&scene.unsettled_run(Some(&last.accepted)))
+        .await
+        .unwrap();
     assert!(settled.said);
     assert_eq!(scene.say("three").await.ended.status, RunStatus::Completed);
     scene.assert_sound();
@@ -370,10 +518,15 @@ async fn settling_without_item_list_uses_response_content() {
     let done = json!({"id": "r_1", "status": "completed", "output": [
         {"type": "message", "id": "m_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hi"}]},
     ]});
-    let server =
-        Scripted::start(vec![json_answer(200, &[], &done.to_string()), json_answer(404, &[], "Not Found")])
-            .await;
-    let settled = responses(&server).settle(&unsettled_run(RunId::new(), Some("r_1"))).await.unwrap();
+    let server = Scripted::start(vec![
+        json_answer(200, &[], &done.to_string()),
+        json_answer(404, &[], "Not Found"),
+    ])
+    .await;
+    let settled = responses(&server)
+        .settle(&unsettled_run(RunId::new(), Some("r_1")))
+        .await
+        .unwrap();
     assert!(settled.said && settled.status == Some(RunStatus::Completed));
     assert_eq!(text_of(&settled.content), "Hi");
 }
@@ -384,7 +537,9 @@ async fn settling_waits_for_ineffective_cancel() {
         let scene = Scene::new(flavour).await;
         scene.sim.handle.hold();
         let mut events = scene.start("x [[sim: stuck_cancel]]").await.unwrap();
-        let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
+        let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
+            panic!("not accepted")
+        };
         drop(events);
         let left = scene.unsettled_run(Some(&id));
         let settling = scene.upstream.settle(&left);

@@ -7,8 +7,8 @@ use futures_util::StreamExt;
 use serde_json::json;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
 use threadkeeper::domain::{
-    ContentPart, ImageFile, ImageUrl, MessageId, Metadata, RunId, RunStatus, ToolCall, UnsettledRun,
-    UpstreamRunId, UpstreamThreadId,
+    ContentPart, ImageFile, ImageUrl, MessageId, Metadata, RunId, RunStatus, ToolCall,
+    UnsettledRun, UpstreamRunId, UpstreamThreadId,
 };
 use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::store::InputMessage;
@@ -32,7 +32,9 @@ pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
         let path = request.path.trim_start_matches("/v1");
         let template = document.template(&request.method, path);
         let template = template.unwrap_or_else(|| panic!("nothing at {} {path}", request.method));
-        document.check_request(&request.method, &template, &request.body).unwrap();
+        document
+            .check_request(&request.method, &template, &request.body)
+            .unwrap();
     }
 }
 
@@ -48,13 +50,21 @@ fn settings(kind: UpstreamKind, sim: &Sim) -> UpstreamConfig {
 }
 
 async fn thread_on(upstream: &dyn Upstream) -> UpstreamThreadId {
-    upstream.create_thread(&owner(), &[]).await.unwrap().unwrap()
+    upstream
+        .create_thread(&owner(), &[])
+        .await
+        .unwrap()
+        .unwrap()
 }
 
 /// One turn, which must end.
 async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &str) -> Said {
-    let content = vec![ContentPart::Text { text: text.to_owned() }];
-    let events = turn_with(upstream, thread, &profile_of(upstream), content).await.unwrap();
+    let content = vec![ContentPart::Text {
+        text: text.to_owned(),
+    }];
+    let events = turn_with(upstream, thread, &profile_of(upstream), content)
+        .await
+        .unwrap();
     let mut said = (None, String::new(), None);
     for event in events {
         match event.unwrap() {
@@ -63,7 +73,11 @@ async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &
             UpstreamEvent::Ended(ended) => said.2 = Some(*ended),
         }
     }
-    Said { accepted: said.0.unwrap(), streamed: said.1, ended: said.2.unwrap() }
+    Said {
+        accepted: said.0.unwrap(),
+        streamed: said.1,
+        ended: said.2.unwrap(),
+    }
 }
 
 fn profile_of(upstream: &dyn Upstream) -> AssistantConfig {
@@ -86,8 +100,16 @@ fn text_of(ended: &Ended) -> String {
         .collect()
 }
 
-fn unsettled_run(thread: &UpstreamThreadId, run: RunId, upstream_run: Option<UpstreamRunId>) -> UnsettledRun {
-    UnsettledRun { thread: Some(thread.clone()), upstream_run, ..super::unsettled_run(run, None) }
+fn unsettled_run(
+    thread: &UpstreamThreadId,
+    run: RunId,
+    upstream_run: Option<UpstreamRunId>,
+) -> UnsettledRun {
+    UnsettledRun {
+        thread: Some(thread.clone()),
+        upstream_run,
+        ..super::unsettled_run(run, None)
+    }
 }
 
 #[tokio::test]
@@ -96,14 +118,25 @@ async fn turns_on_known_thread_take_one_valid_request() {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
         let thread = thread_on(&*upstream).await;
-        for (at, dialect) in ["", "[[sim: crlf]]", "[[sim: split comments]]", "[[sim: unknown_events]]"]
-            .into_iter()
-            .enumerate()
+        for (at, dialect) in [
+            "",
+            "[[sim: crlf]]",
+            "[[sim: split comments]]",
+            "[[sim: unknown_events]]",
+        ]
+        .into_iter()
+        .enumerate()
         {
             let said = say(&*upstream, Some(&thread), &format!("hello 🙂 {dialect}")).await;
             assert_eq!(said.ended.status, RunStatus::Completed);
-            let expected = format!("You said: hello 🙂. (This is turn {} of this conversation.)", at + 1);
-            assert_eq!((said.streamed.as_str(), text_of(&said.ended)), (expected.as_str(), expected.clone()));
+            let expected = format!(
+                "You said: hello 🙂. (This is turn {} of this conversation.)",
+                at + 1
+            );
+            assert_eq!(
+                (said.streamed.as_str(), text_of(&said.ended)),
+                (expected.as_str(), expected.clone())
+            );
             assert!(said.ended.usage.is_some() && said.ended.upstream_message_id.is_some());
             assert_eq!(said.ended.thread, None);
         }
@@ -132,7 +165,12 @@ async fn threads_and_runs_carry_ownership_tags() {
         }
         say(&*upstream, Some(&thread), "hello").await;
         let body = &sim.handle.recorded()[1].body;
-        assert!(body["metadata"]["threadkeeper_run"].as_str().unwrap().starts_with("run_"));
+        assert!(
+            body["metadata"]["threadkeeper_run"]
+                .as_str()
+                .unwrap()
+                .starts_with("run_")
+        );
     }
 }
 
@@ -148,15 +186,25 @@ async fn every_run_outcome_is_reported() {
             ("[[sim: mid_error]]", RunStatus::Failed, "("),
             ("[[sim: mid_error=nested]]", RunStatus::Failed, "("),
         ] {
-            let ended = say(&*upstream, Some(&thread), &format!("a b c {text}")).await.ended;
+            let ended = say(&*upstream, Some(&thread), &format!("a b c {text}"))
+                .await
+                .ended;
             assert_eq!(ended.status, status, "{kind:?} {text}");
             let message = ended.error.unwrap().message;
             assert!(message.contains(reason), "{kind:?} {text}: {message}");
         }
-        let refusal = say(&*upstream, Some(&thread), "x [[sim: refusal]]").await.ended;
-        assert!(matches!(refusal.content[..], [ContentPart::Refusal { .. }]), "{refusal:?}");
+        let refusal = say(&*upstream, Some(&thread), "x [[sim: refusal]]")
+            .await
+            .ended;
+        assert!(
+            matches!(refusal.content[..], [ContentPart::Refusal { .. }]),
+            "{refusal:?}"
+        );
         let parts = say(&*upstream, Some(&thread), "x [[sim: parts=3]]").await;
-        assert_eq!((parts.ended.content.len(), text_of(&parts.ended)), (3, parts.streamed));
+        assert_eq!(
+            (parts.ended.content.len(), text_of(&parts.ended)),
+            (3, parts.streamed)
+        );
     }
 }
 
@@ -176,24 +224,36 @@ async fn every_input_form_is_accepted() {
             }
         }];
         assistant.parameters = json!({"temperature": 0.5}).as_object().unwrap().clone();
-        let text = |text: &str| ContentPart::Text { text: text.to_owned() };
+        let text = |text: &str| ContentPart::Text {
+            text: text.to_owned(),
+        };
         let image = |detail: Option<&str>| ContentPart::ImageUrl {
             image_url: ImageUrl {
                 url: "https://example.org/1.png".to_owned(),
                 detail: detail.map(str::to_owned),
             },
         };
-        let file =
-            ContentPart::ImageFile { image_file: ImageFile { file_id: "file_1".to_owned(), detail: None } };
+        let file = ContentPart::ImageFile {
+            image_file: ImageFile {
+                file_id: "file_1".to_owned(),
+                detail: None,
+            },
+        };
         let input = [
-            InputMessage { id: MessageId::new(), content: vec![text("one")] },
+            InputMessage {
+                id: MessageId::new(),
+                content: vec![text("one")],
+            },
             InputMessage {
                 id: MessageId::new(),
                 content: vec![text("two"), image(None), image(Some("low")), file],
             },
         ];
-        let pairs = (0..10).map(|at| (format!("{at:064}"), "x".repeat(512))).collect();
-        let metadata = Metadata::try_from(std::collections::BTreeMap::from_iter::<Vec<_>>(pairs)).unwrap();
+        let pairs = (0..10)
+            .map(|at| (format!("{at:064}"), "x".repeat(512)))
+            .collect();
+        let metadata =
+            Metadata::try_from(std::collections::BTreeMap::from_iter::<Vec<_>>(pairs)).unwrap();
         let request = StartRun {
             run: RunId::new(),
             thread: Some(&thread),
@@ -204,7 +264,10 @@ async fn every_input_form_is_accepted() {
             metadata: &metadata,
         };
         let events: Vec<_> = upstream.start(request).await.unwrap().collect().await;
-        assert!(matches!(events.last(), Some(Ok(UpstreamEvent::Ended(_)))), "{kind:?}: {events:?}");
+        assert!(
+            matches!(events.last(), Some(Ok(UpstreamEvent::Ended(_)))),
+            "{kind:?}: {events:?}"
+        );
         assert_eq!(sim.handle.threads()[0].user_texts.len(), 2);
         assert_requests_are_valid(kind, &sim);
     }
@@ -216,9 +279,14 @@ async fn refusals_and_broken_streams_are_distinguished() {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
         let thread = thread_on(&*upstream).await;
-        let content = |text: &str| vec![ContentPart::Text { text: text.to_owned() }];
+        let content = |text: &str| {
+            vec![ContentPart::Text {
+                text: text.to_owned(),
+            }]
+        };
         let profile = profile_of(&*upstream);
-        let started = async |text: &str| turn_with(&*upstream, Some(&thread), &profile, content(text)).await;
+        let started =
+            async |text: &str| turn_with(&*upstream, Some(&thread), &profile, content(text)).await;
 
         for (text, expected) in [
             (
@@ -245,13 +313,27 @@ async fn refusals_and_broken_streams_are_distinguished() {
                 matches!(last, Err(UpstreamError::Broken { timeout: false })),
                 "{kind:?} {text}: {last:?}"
             );
-            upstream.settle(&unsettled_run(&thread, RunId::new(), accepted(&events))).await.unwrap();
+            upstream
+                .settle(&unsettled_run(&thread, RunId::new(), accepted(&events)))
+                .await
+                .unwrap();
         }
-        assert_eq!(say(&*upstream, Some(&thread), "still here").await.ended.status, RunStatus::Completed);
+        assert_eq!(
+            say(&*upstream, Some(&thread), "still here")
+                .await
+                .ended
+                .status,
+            RunStatus::Completed
+        );
 
         let unknown = UpstreamThreadId(format!("{}0", thread.as_str()));
-        let error = turn_with(&*upstream, Some(&unknown), &profile, content("x")).await.unwrap_err();
-        assert!(matches!(error, UpstreamError::ThreadGone), "{kind:?}: {error:?}");
+        let error = turn_with(&*upstream, Some(&unknown), &profile, content("x"))
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, UpstreamError::ThreadGone),
+            "{kind:?}: {error:?}"
+        );
     }
 }
 
@@ -270,8 +352,14 @@ async fn wrong_api_key_is_refused() {
             ..SimulatorConfig::default()
         })
         .await;
-        let error = adapter(&settings(kind, &sim)).create_thread(&owner(), &[]).await.unwrap_err();
-        assert!(matches!(error, UpstreamError::Refused { status: 401, .. }), "{error:?}");
+        let error = adapter(&settings(kind, &sim))
+            .create_thread(&owner(), &[])
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(error, UpstreamError::Refused { status: 401, .. }),
+            "{error:?}"
+        );
         let mut right = settings(kind, &sim);
         right.api_key = Some("right".to_owned().into());
         adapter(&right).create_thread(&owner(), &[]).await.unwrap();
@@ -285,14 +373,23 @@ async fn foreign_run_makes_thread_busy() {
         let upstream = adapter(&settings(kind, &sim));
         let thread = thread_on(&*upstream).await;
         let blocking = sim.handle.start_foreign_run(thread.as_str()).unwrap();
-        let content = vec![ContentPart::Text { text: "x".to_owned() }];
+        let content = vec![ContentPart::Text {
+            text: "x".to_owned(),
+        }];
         let profile = profile_of(&*upstream);
-        let error = turn_with(&*upstream, Some(&thread), &profile, content).await.unwrap_err();
-        let UpstreamError::Busy { blocking_run } = error else { panic!("{error:?}") };
+        let error = turn_with(&*upstream, Some(&thread), &profile, content)
+            .await
+            .unwrap_err();
+        let UpstreamError::Busy { blocking_run } = error else {
+            panic!("{error:?}")
+        };
         let expected = (kind == UpstreamKind::Assistants).then_some(UpstreamRunId(blocking));
         assert_eq!(blocking_run, expected);
         sim.handle.stop_foreign_run(thread.as_str());
-        assert_eq!(say(&*upstream, Some(&thread), "x").await.ended.status, RunStatus::Completed);
+        assert_eq!(
+            say(&*upstream, Some(&thread), "x").await.ended.status,
+            RunStatus::Completed
+        );
         assert_eq!(
             sim.handle.thread_history(thread.as_str()).len(),
             2,
@@ -306,14 +403,21 @@ async fn abandoned_run_is_settled_with_or_without_id() {
     for kind in KINDS {
         for known in [true, false] {
             let delay = Duration::from_millis(30);
-            let sim = Sim::start(SimulatorConfig { cancel_delay: delay, ..SimulatorConfig::default() }).await;
+            let sim = Sim::start(SimulatorConfig {
+                cancel_delay: delay,
+                ..SimulatorConfig::default()
+            })
+            .await;
             let upstream = adapter(&settings(kind, &sim));
             let thread = thread_on(&*upstream).await;
             sim.handle.hold();
-            let (run, assistant, metadata) = (RunId::new(), profile_of(&*upstream), Metadata::default());
+            let (run, assistant, metadata) =
+                (RunId::new(), profile_of(&*upstream), Metadata::default());
             let input = [InputMessage {
                 id: MessageId::new(),
-                content: vec![ContentPart::Text { text: "x".to_owned() }],
+                content: vec![ContentPart::Text {
+                    text: "x".to_owned(),
+                }],
             }];
             let request = StartRun {
                 run,
@@ -325,7 +429,9 @@ async fn abandoned_run_is_settled_with_or_without_id() {
                 metadata: &metadata,
             };
             let mut stream = upstream.start(request).await.unwrap();
-            let Some(Ok(UpstreamEvent::Accepted(id))) = stream.next().await else { panic!("not accepted") };
+            let Some(Ok(UpstreamEvent::Accepted(id))) = stream.next().await else {
+                panic!("not accepted")
+            };
             drop(stream);
             let left = unsettled_run(&thread, run, known.then_some(id));
             upstream.settle(&left).await.unwrap();
@@ -333,9 +439,20 @@ async fn abandoned_run_is_settled_with_or_without_id() {
             sim.handle.release();
             sim.handle.wait_for(|stats| stats.active_runs == 0).await;
             let ended = sim.handle.stats().runs_ended;
-            let expected = if kind == UpstreamKind::Assistants { "cancelled" } else { "abandoned" };
-            assert_eq!(ended.keys().collect::<Vec<_>>(), [expected], "known: {known}");
-            assert_eq!(say(&*upstream, Some(&thread), "next").await.ended.status, RunStatus::Completed);
+            let expected = if kind == UpstreamKind::Assistants {
+                "cancelled"
+            } else {
+                "abandoned"
+            };
+            assert_eq!(
+                ended.keys().collect::<Vec<_>>(),
+                [expected],
+                "known: {known}"
+            );
+            assert_eq!(
+                say(&*upstream, Some(&thread), "next").await.ended.status,
+                RunStatus::Completed
+            );
             assert_eq!(sim.handle.stats().violations, [""; 0]);
             assert_requests_are_valid(kind, &sim);
         }
@@ -352,17 +469,35 @@ async fn unanswered_function_calls_are_settled() {
             let said = say(&*upstream, Some(&thread), "x [[sim: tools=23]]").await;
             assert_eq!(said.ended.status, RunStatus::RequiresAction);
             assert_eq!(said.ended.tool_calls.len(), 23);
-            let ids: BTreeSet<_> = said.ended.tool_calls.iter().map(|call| call.id.as_str()).collect();
+            let ids: BTreeSet<_> = said
+                .ended
+                .tool_calls
+                .iter()
+                .map(|call| call.id.as_str())
+                .collect();
             assert_eq!(ids.len(), 23);
-            let open_calls: Vec<ToolCall> = if told { said.ended.tool_calls.clone() } else { Vec::new() };
-            let left =
-                UnsettledRun { open_calls, ..unsettled_run(&thread, RunId::new(), Some(said.accepted)) };
+            let open_calls: Vec<ToolCall> = if told {
+                said.ended.tool_calls.clone()
+            } else {
+                Vec::new()
+            };
+            let left = UnsettledRun {
+                open_calls,
+                ..unsettled_run(&thread, RunId::new(), Some(said.accepted))
+            };
             upstream.settle(&left).await.unwrap();
             upstream.settle(&left).await.unwrap();
             let before = sim.handle.stats().requests;
-            assert_eq!(say(&*upstream, Some(&thread), "next").await.ended.status, RunStatus::Completed);
+            assert_eq!(
+                say(&*upstream, Some(&thread), "next").await.ended.status,
+                RunStatus::Completed
+            );
             let stats = sim.handle.stats();
-            assert_eq!((stats.requests, &stats.violations[..]), (before + 1, &[][..]), "{kind:?}");
+            assert_eq!(
+                (stats.requests, &stats.violations[..]),
+                (before + 1, &[][..]),
+                "{kind:?}"
+            );
             assert_requests_are_valid(kind, &sim);
         }
     }
@@ -374,32 +509,57 @@ async fn open_calls_are_repaired_at_next_turn() {
     let upstream = adapter(&settings(UpstreamKind::Responses, &sim));
     let thread = thread_on(&*upstream).await;
     say(&*upstream, Some(&thread), "x [[sim: tools=2]]").await;
-    assert_eq!(say(&*upstream, Some(&thread), "next").await.ended.status, RunStatus::Completed);
+    assert_eq!(
+        say(&*upstream, Some(&thread), "next").await.ended.status,
+        RunStatus::Completed
+    );
     let texts = &sim.handle.threads()[0].user_texts;
     assert_eq!(texts.iter().filter(|text| *text == "next").count(), 1);
 }
 
 #[tokio::test]
 async fn chain_keeps_completed_and_drops_broken_turns() {
-    let sim = Sim::start(SimulatorConfig { conversations: false, ..SimulatorConfig::default() }).await;
+    let sim = Sim::start(SimulatorConfig {
+        conversations: false,
+        ..SimulatorConfig::default()
+    })
+    .await;
     let mut settings = settings(UpstreamKind::Responses, &sim);
     settings.conversations = false;
     let upstream = adapter(&settings);
     assert_eq!(upstream.create_thread(&owner(), &[]).await.unwrap(), None);
     let first = say(&*upstream, None, "one").await.ended.thread.unwrap();
-    let broken = say(&*upstream, Some(&first), "lost [[sim: tools=1]]").await.ended;
-    assert_eq!((broken.status, broken.thread), (RunStatus::RequiresAction, None));
-    assert_eq!(say(&*upstream, Some(&first), "lost [[sim: fail]]").await.ended.thread, None);
+    let broken = say(&*upstream, Some(&first), "lost [[sim: tools=1]]")
+        .await
+        .ended;
+    assert_eq!(
+        (broken.status, broken.thread),
+        (RunStatus::RequiresAction, None)
+    );
+    assert_eq!(
+        say(&*upstream, Some(&first), "lost [[sim: fail]]")
+            .await
+            .ended
+            .thread,
+        None
+    );
     let second = say(&*upstream, Some(&first), "two").await.ended;
     assert!(text_of(&second).contains("turn 2"), "{second:?}");
     let history = sim.handle.thread_history(second.thread.unwrap().as_str());
-    let users: Vec<&str> =
-        history.iter().filter(|(role, _)| role == "user").map(|(_, text)| text.as_str()).collect();
+    let users: Vec<&str> = history
+        .iter()
+        .filter(|(role, _)| role == "user")
+        .map(|(_, text)| text.as_str())
+        .collect();
     assert_eq!(users, ["one", "two"]);
     assert_requests_are_valid(UpstreamKind::Responses, &sim);
 
     let unknown = UpstreamThreadId("resp_0000".to_owned());
-    let content = vec![ContentPart::Text { text: "x".to_owned() }];
-    let error = turn_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content).await.unwrap_err();
+    let content = vec![ContentPart::Text {
+        text: "x".to_owned(),
+    }];
+    let error = turn_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
+        .await
+        .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
 }

@@ -5,7 +5,9 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use threadkeeper::domain::{RunStatus, ToolCall, UnsettledRun, UpstreamRunId};
 use threadkeeper::simulator::{SimulatorConfig, Stats};
-use threadkeeper::upstream::{EventStream, Items, RateLimiter, Recovered, UpstreamError, UpstreamEvent};
+use threadkeeper::upstream::{
+    EventStream, Items, RateLimiter, Recovered, UpstreamError, UpstreamEvent,
+};
 
 use super::recovery::{BROKEN, name, recover, running};
 use super::scene::{ALL, Flavour, Scene, read, text_of};
@@ -16,15 +18,22 @@ const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
 
 async fn scene(flavour: Flavour, window: Duration) -> Scene {
-    Scene::with(flavour, SimulatorConfig::default(), |settings| settings.lock_window = window).await
+    Scene::with(flavour, SimulatorConfig::default(), |settings| {
+        settings.lock_window = window
+    })
+    .await
 }
 
 /// What its owner saw of a run before it died: the id, and texts until these are there.
 async fn shown(events: &mut EventStream, texts: usize) -> (UpstreamRunId, String) {
-    let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else { panic!("not accepted") };
+    let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
+        panic!("not accepted")
+    };
     let mut text = String::new();
     for _ in 0..texts {
-        let Some(Ok(UpstreamEvent::Text(more))) = events.next().await else { panic!("no text") };
+        let Some(Ok(UpstreamEvent::Text(more))) = events.next().await else {
+            panic!("no text")
+        };
         text.push_str(&more);
     }
     (id, text)
@@ -33,7 +42,11 @@ async fn shown(events: &mut EventStream, texts: usize) -> (UpstreamRunId, String
 /// Somebody has looked for the run so many times.
 fn looked(stats: &Stats, times: u64) -> bool {
     let looks = ["list_runs", "list_items", "get_response"];
-    looks.iter().filter_map(|look| stats.requests_by_operation.get(*look)).sum::<u64>() >= times
+    looks
+        .iter()
+        .filter_map(|look| stats.requests_by_operation.get(*look))
+        .sum::<u64>()
+        >= times
 }
 
 #[tokio::test]
@@ -51,8 +64,15 @@ async fn unsent_run_is_absent_where_verifiable() {
             "{flavour:?}"
         );
         if !flavour.is_chain() {
-            let no_thread = UnsettledRun { thread: None, ..scene.unsettled_run(None) };
-            assert_eq!(name(&recover(&scene, &no_thread, &BROKEN).await), "absent", "{flavour:?}");
+            let no_thread = UnsettledRun {
+                thread: None,
+                ..scene.unsettled_run(None)
+            };
+            assert_eq!(
+                name(&recover(&scene, &no_thread, &BROKEN).await),
+                "absent",
+                "{flavour:?}"
+            );
             scene.assert_sound();
         }
     }
@@ -60,7 +80,11 @@ async fn unsent_run_is_absent_where_verifiable() {
 
 #[tokio::test]
 async fn late_arriving_request_is_found_after_takeover() {
-    for flavour in [Flavour::Assistants, Flavour::Conversations, Flavour::Background] {
+    for flavour in [
+        Flavour::Assistants,
+        Flavour::Conversations,
+        Flavour::Background,
+    ] {
         let scene = scene(flavour, LONG).await;
         let late = async {
             scene.sim.wait_for(|stats| looked(stats, 1)).await;
@@ -81,11 +105,19 @@ async fn run_of_deleted_thread_is_unknown_with_id() {
         let scene = scene(flavour, SHORT).await;
         scene
             .upstream
-            .delete_thread(scene.thread.as_ref().unwrap(), &RateLimiter::UNBOUND, &mut Items::default())
+            .delete_thread(
+                scene.thread.as_ref().unwrap(),
+                &RateLimiter::UNBOUND,
+                &mut Items::default(),
+            )
             .await
             .unwrap();
         let known = scene.unsettled_run(Some(&UpstreamRunId("r_1".to_owned())));
-        assert_eq!(name(&recover(&scene, &known, &BROKEN).await), "unknown", "{flavour:?}");
+        assert_eq!(
+            name(&recover(&scene, &known, &BROKEN).await),
+            "unknown",
+            "{flavour:?}"
+        );
         assert_eq!(
             name(&recover(&scene, &scene.unsettled_run(None), &BROKEN).await),
             "absent",
@@ -98,13 +130,24 @@ async fn run_of_deleted_thread_is_unknown_with_id() {
 async fn running_background_response_replays_from_beginning_after_takeover() {
     for flavour in [Flavour::Background, Flavour::BackgroundChain] {
         let scene = scene(flavour, SHORT).await;
-        let mut events = scene.start("a b c d e [[sim: silent_after=4]]").await.unwrap();
+        let mut events = scene
+            .start("a b c d e [[sim: silent_after=4]]")
+            .await
+            .unwrap();
         let (id, before) = shown(&mut events, 4).await;
         drop(events);
         let mut events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
-        assert_eq!(shown(&mut events, 4).await, (id.clone(), before), "{flavour:?}");
+        assert_eq!(
+            shown(&mut events, 4).await,
+            (id.clone(), before),
+            "{flavour:?}"
+        );
         assert_eq!(scene.sim.handle.stats().active_runs, 1, "and it goes on");
-        scene.upstream.settle(&scene.unsettled_run(Some(&id))).await.unwrap();
+        scene
+            .upstream
+            .settle(&scene.unsettled_run(Some(&id)))
+            .await
+            .unwrap();
         assert_eq!(read(events).await.ended.status, RunStatus::Cancelled);
 
         // To its end.
@@ -113,7 +156,10 @@ async fn running_background_response_replays_from_beginning_after_takeover() {
         let events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
         scene.sim.handle.release();
         let said = read(events).await;
-        assert_eq!((said.accepted, said.ended.status), (id, RunStatus::Completed));
+        assert_eq!(
+            (said.accepted, said.ended.status),
+            (id, RunStatus::Completed)
+        );
         assert_eq!(said.streamed, text_of(&said.ended.content));
         scene.assert_sound();
     }
@@ -123,7 +169,11 @@ async fn running_background_response_replays_from_beginning_after_takeover() {
 async fn takeover_awaits_background_response_without_id() {
     let scene = scene(Flavour::Background, LONG).await;
     scene.sim.handle.hold();
-    scene.start("hello [[sim: drop=after]]").await.err().unwrap();
+    scene
+        .start("hello [[sim: drop=after]]")
+        .await
+        .err()
+        .unwrap();
     let release = async {
         scene.sim.wait_for(|stats| looked(stats, 1)).await;
         scene.sim.handle.release();
@@ -172,7 +222,11 @@ async fn abandoned_response_with_known_id_is_not_resent() {
         );
         assert_eq!(scene.sim.handle.stats().runs_ended["abandoned"], 1);
         // Nothing of it is left.
-        let expected = if flavour.is_chain() { "unknown" } else { "absent" };
+        let expected = if flavour.is_chain() {
+            "unknown"
+        } else {
+            "absent"
+        };
         assert_eq!(
             name(&recover(&scene, &scene.unsettled_run(None), &BROKEN).await),
             expected,
@@ -210,10 +264,18 @@ async fn answering_round_is_found_with_or_without_id() {
         let asked = scene.say("weather? [[sim: tools=1]]").await;
         let done = scene.answer(&asked, "[[sim: tool=other]] rain").await;
         let open_calls = asked.ended.tool_calls.clone();
-        let of_round = |id| UnsettledRun { open_calls: open_calls.clone(), ..scene.unsettled_run(Some(id)) };
+        let of_round = |id| UnsettledRun {
+            open_calls: open_calls.clone(),
+            ..scene.unsettled_run(Some(id))
+        };
         let found = read(running(&scene, &of_round(&done.accepted), &BROKEN).await).await;
         assert_eq!(found.ended.status, RunStatus::RequiresAction, "{flavour:?}");
-        let names = |calls: &[ToolCall]| calls.iter().map(|call| call.name.clone()).collect::<Vec<_>>();
+        let names = |calls: &[ToolCall]| {
+            calls
+                .iter()
+                .map(|call| call.name.clone())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(names(&found.ended.tool_calls), ["other"]);
         // Only what asked is known.
         let sent = of_round(&asked.accepted);
@@ -249,7 +311,15 @@ async fn run_started_late_by_owner_is_followed() {
     let held = scene.start("again").await.unwrap();
     scene.plant("get_run", "status=500");
     let error = scene.start("again").await.err().unwrap();
-    assert!(matches!(error, UpstreamError::Busy { blocking_run: Some(_) }), "{error:?}");
+    assert!(
+        matches!(
+            error,
+            UpstreamError::Busy {
+                blocking_run: Some(_)
+            }
+        ),
+        "{error:?}"
+    );
     drop(held);
 }
 
@@ -264,11 +334,13 @@ async fn takeover_reports_outcome_of_finished_run() {
             let scene = scene(flavour, SHORT).await;
             let said = scene.say(text).await;
             let found =
-                read(running(&scene, &scene.unsettled_run(Some(&said.accepted)), &BROKEN).await).await;
+                read(running(&scene, &scene.unsettled_run(Some(&said.accepted)), &BROKEN).await)
+                    .await;
             assert_eq!(found.ended.status, status, "{flavour:?}");
             let without_id = recover(&scene, &scene.unsettled_run(None), &BROKEN).await;
             match (flavour, status) {
-                (Flavour::Chain | Flavour::BackgroundChain, _) | (Flavour::Background, RunStatus::Failed) => {
+                (Flavour::Chain | Flavour::BackgroundChain, _)
+                | (Flavour::Background, RunStatus::Failed) => {
                     assert_eq!(name(&without_id), "unknown", "{flavour:?} {status}");
                     continue;
                 }
@@ -279,7 +351,9 @@ async fn takeover_reports_outcome_of_finished_run() {
                 }
                 (Flavour::Assistants | Flavour::Conversations | Flavour::Background, _) => {}
             }
-            let Recovered::Running(events) = without_id else { panic!("{flavour:?} {status}") };
+            let Recovered::Running(events) = without_id else {
+                panic!("{flavour:?} {status}")
+            };
             assert_eq!(read(events).await.ended.status, status, "{flavour:?}");
             scene.assert_sound();
         }

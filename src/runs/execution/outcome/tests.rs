@@ -20,7 +20,10 @@ impl Case {
             &self.verdict,
             &self.traces,
             &self.progress,
-            EventBatch { first: 3, events: Vec::new() },
+            EventBatch {
+                first: 3,
+                events: Vec::new(),
+            },
         )
     }
 
@@ -34,17 +37,25 @@ impl Case {
 
     /// It was cut off here and had completed all the same.
     fn is_late(&self) -> bool {
-        let completed = self.seen().is_some_and(|settled| settled.status == Some(RunStatus::Completed));
+        let completed = self
+            .seen()
+            .is_some_and(|settled| settled.status == Some(RunStatus::Completed));
         completed && self.verdict.cut_off && !self.verdict.discard
     }
 }
 
 fn text(text: &str) -> ContentPart {
-    ContentPart::Text { text: text.to_owned() }
+    ContentPart::Text {
+        text: text.to_owned(),
+    }
 }
 
 fn usage(tokens: u64) -> Usage {
-    Usage { input_tokens: tokens, output_tokens: tokens, total_tokens: 2 * tokens }
+    Usage {
+        input_tokens: tokens,
+        output_tokens: tokens,
+        total_tokens: 2 * tokens,
+    }
 }
 
 fn thread(id: &str) -> UpstreamThreadId {
@@ -64,21 +75,45 @@ fn a_usage() -> impl Strategy<Value = Option<Usage>> {
 }
 
 fn ends() -> Vec<RunStatus> {
-    RunStatus::ALL.iter().copied().filter(|status| status.is_final()).collect()
+    RunStatus::ALL
+        .iter()
+        .copied()
+        .filter(|status| status.is_final())
+        .collect()
 }
 
 /// What only a run that the upstream ended by itself can have moved or named is there for such a one alone.
 fn a_verdict() -> impl Strategy<Value = LocalOutcome> {
     let error = option::of(select(RunErrorCode::ALL));
-    (select(ends()), error, any::<(bool, bool)>(), a_thread("seen"), a_message("msg_seen")).prop_map(
-        |(status, code, (cut_off, discard), thread, upstream_message_id)| {
-            let cut_off = cut_off && status != RunStatus::Completed;
-            let error = code.map(|code| RunError { code, message: "why".to_owned() });
-            let (thread, upstream_message_id) =
-                if cut_off { (None, None) } else { (thread, upstream_message_id) };
-            LocalOutcome { status, error, cut_off, thread, upstream_message_id, discard }
-        },
+    (
+        select(ends()),
+        error,
+        any::<(bool, bool)>(),
+        a_thread("seen"),
+        a_message("msg_seen"),
     )
+        .prop_map(
+            |(status, code, (cut_off, discard), thread, upstream_message_id)| {
+                let cut_off = cut_off && status != RunStatus::Completed;
+                let error = code.map(|code| RunError {
+                    code,
+                    message: "why".to_owned(),
+                });
+                let (thread, upstream_message_id) = if cut_off {
+                    (None, None)
+                } else {
+                    (thread, upstream_message_id)
+                };
+                LocalOutcome {
+                    status,
+                    error,
+                    cut_off,
+                    thread,
+                    upstream_message_id,
+                    discard,
+                }
+            },
+        )
 }
 
 fn a_settled() -> impl Strategy<Value = Settled> {
@@ -90,16 +125,18 @@ fn a_settled() -> impl Strategy<Value = Settled> {
         a_message("msg_found"),
         a_thread("found"),
     )
-        .prop_map(|(said, status, usage, content, upstream_message_id, thread)| Settled {
-            said,
-            unsure: false,
-            status,
-            usage,
-            content,
-            upstream_message_id,
-            // A chain that the run moved holds what was said.
-            thread: thread.filter(|_| said),
-        })
+        .prop_map(
+            |(said, status, usage, content, upstream_message_id, thread)| Settled {
+                said,
+                unsure: false,
+                status,
+                usage,
+                content,
+                upstream_message_id,
+                // A chain that the run moved holds what was said.
+                thread: thread.filter(|_| said),
+            },
+        )
 }
 
 fn an_unsettled_run() -> UnsettledRun {
@@ -118,27 +155,45 @@ fn an_unsettled_run() -> UnsettledRun {
 fn a_progress() -> impl Strategy<Value = Progress> {
     let reach = select(vec![Delivery::NotSent, Delivery::Sent, Delivery::Accepted]);
     let run = option::of(Just(UpstreamRunId("run".to_owned())));
-    (reach, run, vec(Just(text("seen")), 0..4), any::<Index>(), a_usage(), any::<bool>()).prop_map(
-        |(reach, upstream_run, content, before, usage, synced)| {
+    (
+        reach,
+        run,
+        vec(Just(text("seen")), 0..4),
+        any::<Index>(),
+        a_usage(),
+        any::<bool>(),
+    )
+        .prop_map(|(reach, upstream_run, content, before, usage, synced)| {
             let mut progress = Progress::default();
             (progress.delivery, progress.upstream_run) = (reach, upstream_run);
             progress.rounds_before = before.index(content.len() + 1);
             (progress.content, progress.usage, progress.synced) = (content, usage, synced);
             progress
-        },
-    )
+        })
 }
 
 fn a_case() -> impl Strategy<Value = Case> {
-    (a_verdict(), a_progress(), a_settled(), 0..4).prop_map(|(verdict, progress, settled, which)| {
-        let traces = match which {
-            _ if verdict.is_clean() && which < 2 => UpstreamState::Clean,
-            0 => UpstreamState::None,
-            1 => UpstreamState::Unknown(UnsettledRun { remove: verdict.discard, ..an_unsettled_run() }),
-            _ => UpstreamState::Seen { settled, removed: verdict.discard },
-        };
-        Case { verdict, traces, progress }
-    })
+    (a_verdict(), a_progress(), a_settled(), 0..4).prop_map(
+        |(verdict, progress, settled, which)| {
+            let traces = match which {
+                _ if verdict.is_clean() && which < 2 => UpstreamState::Clean,
+                0 => UpstreamState::None,
+                1 => UpstreamState::Unknown(UnsettledRun {
+                    remove: verdict.discard,
+                    ..an_unsettled_run()
+                }),
+                _ => UpstreamState::Seen {
+                    settled,
+                    removed: verdict.discard,
+                },
+            };
+            Case {
+                verdict,
+                traces,
+                progress,
+            }
+        },
+    )
 }
 
 proptest! {

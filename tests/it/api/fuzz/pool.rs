@@ -34,8 +34,13 @@ impl Pool {
         let scope = scope_of(path);
         for prefix in PREFIXES {
             for (at, _) in body.match_indices(prefix).take(KEPT) {
-                let Some(id) = body.get(at..at + prefix.len() + 32) else { continue };
-                if !id[prefix.len()..].bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                let Some(id) = body.get(at..at + prefix.len() + 32) else {
+                    continue;
+                };
+                if !id[prefix.len()..]
+                    .bytes()
+                    .all(|byte| byte.is_ascii_hexdigit())
+                {
                     continue;
                 }
                 keep(known.ids.entry(prefix).or_default(), id.to_owned());
@@ -47,9 +52,14 @@ impl Pool {
         let Some(scope) = scope else { return };
         let answer: Value = serde_json::from_str(body).unwrap_or_default();
         let run = &answer["run"];
-        if let (Some(id), Some(calls)) = (run["id"].as_str(), run["required_action"]["tool_calls"].as_array())
-        {
-            let calls = calls.iter().map(|call| call["id"].as_str().unwrap().to_owned()).collect();
+        if let (Some(id), Some(calls)) = (
+            run["id"].as_str(),
+            run["required_action"]["tool_calls"].as_array(),
+        ) {
+            let calls = calls
+                .iter()
+                .map(|call| call["id"].as_str().unwrap().to_owned())
+                .collect();
             keep(&mut known.asked, (scope.to_owned(), id.to_owned(), calls));
         }
     }
@@ -62,12 +72,24 @@ impl Pool {
     /// A conversation of the kind that has so many segments in its path, and a run of it.
     pub(super) fn run(&self, segments: usize, rng: &mut impl Rng) -> Option<(String, String)> {
         let known = self.known.lock().unwrap();
-        known.runs.iter().filter(|(scope, _)| scope.split('/').count() == segments).choose(rng).cloned()
+        known
+            .runs
+            .iter()
+            .filter(|(scope, _)| scope.split('/').count() == segments)
+            .choose(rng)
+            .cloned()
     }
 
-    pub(super) fn asked(&self, segments: usize, rng: &mut impl Rng) -> Option<(String, String, Vec<String>)> {
+    pub(super) fn asked(
+        &self,
+        segments: usize,
+        rng: &mut impl Rng,
+    ) -> Option<(String, String, Vec<String>)> {
         let known = self.known.lock().unwrap();
-        let fits = known.asked.iter().filter(|(scope, _, _)| scope.split('/').count() == segments);
+        let fits = known
+            .asked
+            .iter()
+            .filter(|(scope, _, _)| scope.split('/').count() == segments);
         // The newest waits most likely.
         let newest = fits.rev().take(3).collect::<Vec<_>>();
         newest.choose(rng).map(|it| (*it).clone())

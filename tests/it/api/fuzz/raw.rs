@@ -18,8 +18,12 @@ pub(super) struct Response {
 /// Sends these bytes on a connection of their own, and reads the answer to its end. Of a stream of events only what comes
 /// soon.
 pub(super) async fn send(address: &str, bytes: &[u8]) -> Result<Response, String> {
-    let mut connection = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
-    connection.set_nodelay(true).map_err(|error| error.to_string())?;
+    let mut connection = TcpStream::connect(address)
+        .await
+        .map_err(|error| error.to_string())?;
+    connection
+        .set_nodelay(true)
+        .map_err(|error| error.to_string())?;
     let (mut reads, mut writes) = connection.split();
     // It may be answered, and closed, before all of it was sent.
     let sends = async { drop(writes.write_all(bytes).await) };
@@ -52,24 +56,40 @@ fn parse(mut bytes: &[u8], may_be_cut: bool) -> Result<Response, String> {
         let end = find(bytes, b"\r\n\r\n").ok_or_else(unreadable)?;
         let head = std::str::from_utf8(&bytes[..end]).map_err(|_| unreadable())?;
         let mut lines = head.split("\r\n");
-        let status = lines.next().and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
-        let status = StatusCode::from_u16(status.ok_or_else(unreadable)?).map_err(|_| unreadable())?;
+        let status = lines
+            .next()
+            .and_then(|line| line.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok());
+        let status =
+            StatusCode::from_u16(status.ok_or_else(unreadable)?).map_err(|_| unreadable())?;
         let mut headers = HeaderMap::new();
         for line in lines {
             let (name, value) = line.split_once(':').ok_or_else(unreadable)?;
             let name = name.parse::<HeaderName>().map_err(|_| unreadable())?;
-            headers.append(name, value.trim().parse::<HeaderValue>().map_err(|_| unreadable())?);
+            headers.append(
+                name,
+                value
+                    .trim()
+                    .parse::<HeaderValue>()
+                    .map_err(|_| unreadable())?,
+            );
         }
         bytes = &bytes[end + 4..];
         if status.is_informational() {
             continue;
         }
-        let body = if headers.get("transfer-encoding").is_some_and(|it| it == "chunked") {
+        let body = if headers
+            .get("transfer-encoding")
+            .is_some_and(|it| it == "chunked")
+        {
             unchunked(bytes, may_be_cut)?
         } else {
             bytes.to_vec()
         };
-        return Ok(Response { status, headers, body });
+        return Ok(Response {
+            status,
+            headers,
+            body,
+        });
     }
 }
 
@@ -87,13 +107,20 @@ fn unchunked(mut bytes: &[u8], may_be_cut: bool) -> Result<Vec<u8>, String> {
                 bytes = &bytes[from + size + 2..];
             }
             _ if may_be_cut => return Ok(body),
-            _ => return Err(format!("the answer broke off after {}", body.escape_ascii())),
+            _ => {
+                return Err(format!(
+                    "the answer broke off after {}",
+                    body.escape_ascii()
+                ));
+            }
         }
     }
 }
 
 fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes.windows(wanted.len()).position(|window| window == wanted)
+    bytes
+        .windows(wanted.len())
+        .position(|window| window == wanted)
 }
 
 fn contains(bytes: &[u8], wanted: &[u8]) -> bool {

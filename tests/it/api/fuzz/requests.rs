@@ -13,21 +13,84 @@ use super::{ALICE, OPERATOR};
 use crate::support::contract;
 
 /// Few, so that requests meet.
-const KEYS: [&str; 7] = ["alice", "bob", "carol", "é 日本", "a/b%c?d#e", "%2e", "auth0|5f7c"];
+const KEYS: [&str; 7] = [
+    "alice",
+    "bob",
+    "carol",
+    "é 日本",
+    "a/b%c?d#e",
+    "%2e",
+    "auth0|5f7c",
+];
 /// In the place of a key or an id; not all of it is a path.
 const ODD_SEGMENTS: [&str; 20] = [
-    "", ".", "..", "%", "%z", "%zz", "%ff", "%00", "%0a", "%2F", "%2e%2e", "%F0%9F", "%C0%AF", "+", ";a=b",
-    "a:b", "run_0", "%ED%A0%80", "%C2%85", "a%7Fb",
+    "",
+    ".",
+    "..",
+    "%",
+    "%z",
+    "%zz",
+    "%ff",
+    "%00",
+    "%0a",
+    "%2F",
+    "%2e%2e",
+    "%F0%9F",
+    "%C0%AF",
+    "+",
+    ";a=b",
+    "a:b",
+    "run_0",
+    "%ED%A0%80",
+    "%C2%85",
+    "a%7Fb",
 ];
-const ODD_TARGETS: [&str; 8] =
-    ["/", "//", "/v1", "/v1/users", "/v1/users/", "/v1//users/alice/thread", "*", "/openapi.json/../healthz"];
-const ODD_ENDS: [&str; 9] = ["/", "/x", "%20", " x", "\u{e9}", "\u{1}", "#fragment", "\\", "\"<>`{}|^"];
+const ODD_TARGETS: [&str; 8] = [
+    "/",
+    "//",
+    "/v1",
+    "/v1/users",
+    "/v1/users/",
+    "/v1//users/alice/thread",
+    "*",
+    "/openapi.json/../healthz",
+];
+const ODD_ENDS: [&str; 9] = [
+    "/",
+    "/x",
+    "%20",
+    " x",
+    "\u{e9}",
+    "\u{1}",
+    "#fragment",
+    "\\",
+    "\"<>`{}|^",
+];
 const ODD_METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "PUT", "TRACE", "get", "PROPFIND"];
-const ODD_QUERIES: [&str; 9] =
-    ["=", "&&", "a=b", "limit=1&limit=2", "%zz=%ff", "after=", "limit=%00", "order=%F0%9F", "x"];
+const ODD_QUERIES: [&str; 9] = [
+    "=",
+    "&&",
+    "a=b",
+    "limit=1&limit=2",
+    "%zz=%ff",
+    "after=",
+    "limit=%00",
+    "order=%F0%9F",
+    "x",
+];
 const ODD_VALUES: [&str; 12] = [
-    "", "\0", "a\0b", "-1", "0", "99999999999999999999", "1e3", "+262142-12-31T23:59:59Z",
-    "-262143-01-01T00:00:00Z", "-0001-01-01T00:00:00Z", "2026-02-30T00:00:00Z", "\u{202e}",
+    "",
+    "\0",
+    "a\0b",
+    "-1",
+    "0",
+    "99999999999999999999",
+    "1e3",
+    "+262142-12-31T23:59:59Z",
+    "-262143-01-01T00:00:00Z",
+    "-0001-01-01T00:00:00Z",
+    "2026-02-30T00:00:00Z",
+    "\u{202e}",
 ];
 const PREFERENCES: [&str; 11] = [
     "respond-async",
@@ -58,12 +121,28 @@ const ODD_CREDENTIALS: [&str; 10] = [
     "bearer  x  y",
     "",
 ];
-const ACCEPTED: [&str; 6] =
-    ["text/event-stream", "application/json", "*/*", "text/event-stream;q=0", "", ",;,"];
-const ODD_TYPES: [&str; 6] =
-    ["text/plain", "application/jsonx", "multipart/form-data", "", "application/", "\u{e9}"];
-const TYPES: [&str; 4] =
-    ["application/json", "application/vnd.x+json", "application/json; charset=x", "APPLICATION/JSON"];
+const ACCEPTED: [&str; 6] = [
+    "text/event-stream",
+    "application/json",
+    "*/*",
+    "text/event-stream;q=0",
+    "",
+    ",;,",
+];
+const ODD_TYPES: [&str; 6] = [
+    "text/plain",
+    "application/jsonx",
+    "multipart/form-data",
+    "",
+    "application/",
+    "\u{e9}",
+];
+const TYPES: [&str; 4] = [
+    "application/json",
+    "application/vnd.x+json",
+    "application/json; charset=x",
+    "APPLICATION/JSON",
+];
 /// Nothing that the gateway reads, or so it should be.
 const FURTHER: [(&str, &str); 13] = [
     ("x-request-id", "an id"),
@@ -102,7 +181,11 @@ impl Operation {
         let mut all = Vec::new();
         for (path, methods) in document["paths"].as_object().unwrap() {
             for (method, about) in methods.as_object().unwrap() {
-                all.push(Self { method: method.to_uppercase(), path: path.clone(), about: about.clone() });
+                all.push(Self {
+                    method: method.to_uppercase(),
+                    path: path.clone(),
+                    about: about.clone(),
+                });
             }
         }
         all
@@ -134,7 +217,11 @@ pub(super) struct Generator<'a> {
 impl<'a> Generator<'a> {
     pub(super) fn new(rng: &'a mut StdRng, document: &'a Value, pool: &'a Pool) -> Self {
         Self {
-            values: Values { rng, document, pool },
+            values: Values {
+                rng,
+                document,
+                pool,
+            },
             may_be_no_http: false,
             is_good: true,
             wrong_body: None,
@@ -164,12 +251,17 @@ impl<'a> Generator<'a> {
         let mut operation = operations.choose(self.values.rng).unwrap();
         // What makes what others are about.
         if self.chance(0.25) {
-            let messages =
-                operations.iter().filter(|it| it.method == "POST" && it.path.ends_with("/messages"));
+            let messages = operations
+                .iter()
+                .filter(|it| it.method == "POST" && it.path.ends_with("/messages"));
             operation = self.one(&messages.collect::<Vec<_>>());
         }
         let (path, calls) = self.path(operation);
-        let method = if self.chance(0.03) { self.odd(&ODD_METHODS) } else { &operation.method };
+        let method = if self.chance(0.03) {
+            self.odd(&ODD_METHODS)
+        } else {
+            &operation.method
+        };
         let method = method.to_owned();
         let is_another = method != operation.method;
         let query = self.query(operation);
@@ -206,7 +298,9 @@ impl<'a> Generator<'a> {
         {
             let segments = scope.split('/').count();
             let asked = self.values.pool.asked(segments, self.values.rng);
-            let known = match asked.filter(|_| rest == "/tool_outputs" || self.values.rng.random_bool(0.2)) {
+            let known = match asked
+                .filter(|_| rest == "/tool_outputs" || self.values.rng.random_bool(0.2))
+            {
                 Some((scope, run, ids)) => {
                     calls = Some(ids);
                     Some((scope, run))
@@ -267,14 +361,24 @@ impl<'a> Generator<'a> {
 
     fn query(&mut self, operation: &Operation) -> String {
         let mut pairs = Vec::new();
-        for parameter in operation.about["parameters"].as_array().into_iter().flatten() {
+        for parameter in operation.about["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
             if parameter["in"] != "query" || !self.chance(0.3) {
                 continue;
             }
             let name = parameter["name"].as_str().unwrap();
             let value = self.values.of(&parameter["schema"]);
-            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            let text = if self.chance(0.2) { self.odd(&ODD_VALUES).to_owned() } else { text };
+            let text = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            let text = if self.chance(0.2) {
+                self.odd(&ODD_VALUES).to_owned()
+            } else {
+                text
+            };
             pairs.push(format!("{name}={}", encoded(&text)));
         }
         // One of them is enough.
@@ -283,14 +387,25 @@ impl<'a> Generator<'a> {
         if self.chance(0.04) {
             pairs.push(self.odd(&ODD_QUERIES).to_owned());
         }
-        if pairs.is_empty() { String::new() } else { format!("?{}", pairs.join("&")) }
+        if pairs.is_empty() {
+            String::new()
+        } else {
+            format!("?{}", pairs.join("&"))
+        }
     }
 
-    fn body(&mut self, operation: &Operation, schema: &Value, calls: Option<Vec<String>>) -> Vec<u8> {
+    fn body(
+        &mut self,
+        operation: &Operation,
+        schema: &Value,
+        calls: Option<Vec<String>>,
+    ) -> Vec<u8> {
         let mut value = self.values.of(schema);
         // Outputs that fit, or a message that asks for calls.
         if let Some(calls) = calls.filter(|_| value.get("tool_outputs").is_some()) {
-            let outputs = calls.iter().map(|call| json!({"tool_call_id": call, "output": self.one(&TEXTS)}));
+            let outputs = calls
+                .iter()
+                .map(|call| json!({"tool_call_id": call, "output": self.one(&TEXTS)}));
             value["tool_outputs"] = outputs.collect();
         }
         // A name that is not configured is refused.
@@ -304,14 +419,17 @@ impl<'a> Generator<'a> {
         if self.chance(0.25) {
             self.values.spoil(&mut value);
         }
-        self.wrong_body = contract::checked_request(&operation.method, &operation.path, &value).err();
+        self.wrong_body =
+            contract::checked_request(&operation.method, &operation.path, &value).err();
         self.is_good &= self.wrong_body.is_none();
         value.to_string().into_bytes()
     }
 
     fn headers(&mut self, head: &mut Vec<u8>, operation: &Operation) {
-        let mut lines: Vec<(&str, String)> =
-            vec![("host", "gateway".to_owned()), ("connection", "close".to_owned())];
+        let mut lines: Vec<(&str, String)> = vec![
+            ("host", "gateway".to_owned()),
+            ("connection", "close".to_owned()),
+        ];
         if self.chance(0.93) {
             let credential = if self.chance(0.9) { OPERATOR } else { ALICE };
             lines.push(("authorization", format!("Bearer {credential}")));
@@ -320,7 +438,11 @@ impl<'a> Generator<'a> {
             lines.retain(|(name, _)| *name != "authorization" || self.values.rng.random_bool(0.2));
             lines.push(("authorization", self.one(&ODD_CREDENTIALS).to_owned()));
         }
-        for parameter in operation.about["parameters"].as_array().into_iter().flatten() {
+        for parameter in operation.about["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
             let name = parameter["name"].as_str().unwrap();
             let is_required = parameter["required"] == true;
             if parameter["in"] != "header" || !self.chance(if is_required { 0.98 } else { 0.3 }) {
@@ -331,7 +453,9 @@ impl<'a> Generator<'a> {
                 "threadkeeper-user" | "threadkeeper-session" | "threadkeeper-topic" => {
                     // A conversation has one of them.
                     self.is_good &= name != "threadkeeper-topic"
-                        || !lines.iter().any(|(name, _)| *name == "threadkeeper-session");
+                        || !lines
+                            .iter()
+                            .any(|(name, _)| *name == "threadkeeper-session");
                     self.segment()
                 }
                 "prefer" => self.one(&PREFERENCES).to_owned(),
@@ -353,7 +477,11 @@ impl<'a> Generator<'a> {
             lines.push(("accept", self.one(&ACCEPTED).to_owned()));
         }
         if operation.about.get("requestBody").is_some() || self.chance(0.05) {
-            let kind = if self.chance(0.04) { self.odd(&ODD_TYPES) } else { self.one(&TYPES) };
+            let kind = if self.chance(0.04) {
+                self.odd(&ODD_TYPES)
+            } else {
+                self.one(&TYPES)
+            };
             lines.push(("content-type", kind.to_owned()));
         }
         if self.chance(0.1) {
@@ -381,7 +509,11 @@ impl<'a> Generator<'a> {
             self.is_good = false;
             self.values.id("run_")
         });
-        let n = if self.chance(0.8) { self.one(&EVENT_NUMBERS) } else { self.odd(&ODD_EVENT_NUMBERS) };
+        let n = if self.chance(0.8) {
+            self.one(&EVENT_NUMBERS)
+        } else {
+            self.odd(&ODD_EVENT_NUMBERS)
+        };
         format!("{run}:{n}")
     }
 
@@ -393,7 +525,10 @@ impl<'a> Generator<'a> {
         };
         match self.values.rng.random_range(0..200) {
             // Half of it never comes.
-            0 => write(&mut head, &format!("content-length: {}\r\n\r\n", body.len() + 10)),
+            0 => write(
+                &mut head,
+                &format!("content-length: {}\r\n\r\n", body.len() + 10),
+            ),
             1 => {
                 self.no_http();
                 write(&mut head, "transfer-encoding: chunked\r\n\r\nzz\r\n");
@@ -407,13 +542,26 @@ impl<'a> Generator<'a> {
                 write(&mut head, "content-length: -1\r\n\r\n");
             }
             4..20 => {
-                write(&mut head, &format!("transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len()));
+                write(
+                    &mut head,
+                    &format!("transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len()),
+                );
                 head.extend_from_slice(&body);
                 // An empty one is the end already.
-                write(&mut head, if body.is_empty() { "\r\n" } else { "\r\n0\r\n\r\n" });
+                write(
+                    &mut head,
+                    if body.is_empty() {
+                        "\r\n"
+                    } else {
+                        "\r\n0\r\n\r\n"
+                    },
+                );
                 return head;
             }
-            _ => write(&mut head, &format!("content-length: {}\r\n\r\n", body.len())),
+            _ => write(
+                &mut head,
+                &format!("content-length: {}\r\n\r\n", body.len()),
+            ),
         }
         head.extend_from_slice(&body);
         head

@@ -46,7 +46,11 @@ impl Values<'_> {
         for several in ["enum", "oneOf"] {
             if let Some(all) = schema[several].as_array() {
                 let one = all.choose(self.rng).unwrap();
-                return if several == "enum" { one.clone() } else { self.of(one) };
+                return if several == "enum" {
+                    one.clone()
+                } else {
+                    self.of(one)
+                };
             }
         }
         let kind = match &schema["type"] {
@@ -59,9 +63,16 @@ impl Values<'_> {
             "boolean" => self.rng.random_bool(0.5).into(),
             "null" => Value::Null,
             "array" => {
-                let (least, most) = (size(schema, "minItems").unwrap_or(0), size(schema, "maxItems"));
-                let length = self.rng.random_range(least..=most.unwrap_or(64).min(least + 3));
-                let length = most.filter(|_| self.rng.random_bool(0.05)).unwrap_or(length);
+                let (least, most) = (
+                    size(schema, "minItems").unwrap_or(0),
+                    size(schema, "maxItems"),
+                );
+                let length = self
+                    .rng
+                    .random_range(least..=most.unwrap_or(64).min(least + 3));
+                let length = most
+                    .filter(|_| self.rng.random_bool(0.05))
+                    .unwrap_or(length);
                 (0..length).map(|_| self.of(&schema["items"])).collect()
             }
             _ => self.object(schema),
@@ -79,7 +90,10 @@ impl Values<'_> {
         if schema["additionalProperties"].is_object() {
             let most = size(schema, "maxProperties").unwrap_or(4);
             for _ in 0..*[0, 1, 2, most].choose(self.rng).unwrap() {
-                object.insert(self.text(&schema["propertyNames"]), self.of(&schema["additionalProperties"]));
+                object.insert(
+                    self.text(&schema["propertyNames"]),
+                    self.of(&schema["additionalProperties"]),
+                );
             }
         }
         object.into()
@@ -91,34 +105,57 @@ impl Values<'_> {
             return self.id(prefix);
         }
         if schema["format"] == "date-time" {
-            let times = ["2026-11-22T09:00:00Z", "1970-01-01T00:00:00Z", "9999-12-31T23:59:59.999999999Z"];
+            let times = [
+                "2026-11-22T09:00:00Z",
+                "1970-01-01T00:00:00Z",
+                "9999-12-31T23:59:59.999999999Z",
+            ];
             return (*times.choose(self.rng).unwrap()).to_owned();
         }
         let most = size(schema, "maxLength");
         let is_key = pattern.contains("\\u001f");
         let text = match self.rng.random_range(0..12) {
-            0..=1 if most.is_none() => format!("{} [[sim: tool=f]]", TEXTS.choose(self.rng).unwrap()),
+            0..=1 if most.is_none() => {
+                format!("{} [[sim: tool=f]]", TEXTS.choose(self.rng).unwrap())
+            }
             // As long as may be, keys by bytes and all else by characters.
             2 if is_key => "k".repeat(most.unwrap_or(3000)),
             2 => "é".repeat(most.unwrap_or(3000)),
             _ => (*TEXTS.choose(self.rng).unwrap()).to_owned(),
         };
-        let text: String = text.chars().filter(|c| !(is_key && c.is_control())).collect();
+        let text: String = text
+            .chars()
+            .filter(|c| !(is_key && c.is_control()))
+            .collect();
         let text = if text.is_empty() { "k" } else { &text };
         text.chars().take(most.unwrap_or(usize::MAX)).collect()
     }
 
     /// One that was told, or one that never was.
     pub(super) fn id(&mut self, prefix: &str) -> String {
-        let known = if self.rng.random_bool(0.9) { self.pool.id(prefix, self.rng) } else { None };
+        let known = if self.rng.random_bool(0.9) {
+            self.pool.id(prefix, self.rng)
+        } else {
+            None
+        };
         known.unwrap_or_else(|| format!("{prefix}{:032x}", self.rng.random::<u128>()))
     }
 
     fn number(&mut self, schema: &Value) -> Value {
         let least = schema["minimum"].as_i64().unwrap_or(i64::MIN);
         let most = schema["maximum"].as_i64().unwrap_or(i64::MAX);
-        let all = [least, least.saturating_add(1), 1000, 60_000, most.saturating_sub(1), most];
-        let fits = all.into_iter().filter(|it| (least..=most).contains(it)).collect::<Vec<_>>();
+        let all = [
+            least,
+            least.saturating_add(1),
+            1000,
+            60_000,
+            most.saturating_sub(1),
+            most,
+        ];
+        let fits = all
+            .into_iter()
+            .filter(|it| (least..=most).contains(it))
+            .collect::<Vec<_>>();
         (*fits.choose(self.rng).unwrap()).into()
     }
 
@@ -128,20 +165,31 @@ impl Values<'_> {
         collect(value, String::new(), &mut places);
         let place = places.choose(self.rng).unwrap().clone();
         let junk = self.junk();
-        let Some(at) = value.pointer_mut(&place) else { return };
+        let Some(at) = value.pointer_mut(&place) else {
+            return;
+        };
         match (self.rng.random_range(0..4), at) {
             (0, Value::Object(fields)) => {
                 fields.insert((*TEXTS.choose(self.rng).unwrap()).to_owned(), junk);
             }
             (1, Value::Object(fields)) => {
-                let name = fields.keys().cloned().collect::<Vec<_>>().choose(self.rng).cloned();
+                let name = fields
+                    .keys()
+                    .cloned()
+                    .collect::<Vec<_>>()
+                    .choose(self.rng)
+                    .cloned();
                 fields.remove(&name.unwrap_or_default());
             }
             (0, Value::Array(items)) => items.push(junk),
             (1, Value::Array(items)) => items.clear(),
             (2, Value::Array(items)) => {
-                let again =
-                    items.iter().cycle().take(100 * usize::from(!items.is_empty())).cloned().collect();
+                let again = items
+                    .iter()
+                    .cycle()
+                    .take(100 * usize::from(!items.is_empty()))
+                    .cloned()
+                    .collect();
                 *items = again;
             }
             (_, at) => *at = junk,
@@ -163,7 +211,8 @@ impl Values<'_> {
             10 => json!([]),
             11 => json!({}),
             12 => (0..self.rng.random_range(1..100)).fold(json!(1), |inner, _| json!([inner])),
-            _ => (0..self.rng.random_range(1..60)).fold(json!(1), |inner, _| json!({"content": inner})),
+            _ => (0..self.rng.random_range(1..60))
+                .fold(json!(1), |inner, _| json!({"content": inner})),
         }
     }
 
@@ -173,8 +222,12 @@ impl Values<'_> {
         let at = self.rng.random_range(0..=bytes.len());
         match self.rng.random_range(0..14) {
             0 => bytes.truncate(at),
-            1 => bytes.splice(1..1, *br#""content":"once","content":"twice","#).for_each(drop),
-            2 => bytes.splice(1..1, *br#""stream":true,"stream":true,"#).for_each(drop),
+            1 => bytes
+                .splice(1..1, *br#""content":"once","content":"twice","#)
+                .for_each(drop),
+            2 => bytes
+                .splice(1..1, *br#""stream":true,"stream":true,"#)
+                .for_each(drop),
             3 => bytes.splice(at..at, *b"\xff\xc0\x80").for_each(drop),
             4 => bytes.splice(at..at, *b"\\ud800").for_each(drop),
             5 => bytes.splice(at..at, *b"\0").for_each(drop),
@@ -192,7 +245,9 @@ impl Values<'_> {
 }
 
 fn size(schema: &Value, name: &str) -> Option<usize> {
-    schema[name].as_u64().and_then(|it| usize::try_from(it).ok())
+    schema[name]
+        .as_u64()
+        .and_then(|it| usize::try_from(it).ok())
 }
 
 /// Pointers to all values in a value.

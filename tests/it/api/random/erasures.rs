@@ -25,8 +25,22 @@ const ROUNDS: usize = 12;
 const SETTINGS: &str = "[threads]\nmax_messages = 5\ncarry_over_messages = 3\n[runs]\nsettle_timeout = \"2s\"\n\
                         [janitor]\ninterval = \"50ms\"\ncalls_per_second = 10000\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
-const STRATEGIES: [&str; 7] = ["enqueue", "enqueue", "merge", "merge", "interrupt", "rollback", "reject"];
-const TURNS: [&str; 5] = ["", "tokens=10 rate=2ms", "tokens=40 rate=2ms", "tool=f", "fail"];
+const STRATEGIES: [&str; 7] = [
+    "enqueue",
+    "enqueue",
+    "merge",
+    "merge",
+    "interrupt",
+    "rollback",
+    "reject",
+];
+const TURNS: [&str; 5] = [
+    "",
+    "tokens=10 rate=2ms",
+    "tokens=40 rate=2ms",
+    "tool=f",
+    "fail",
+];
 
 /// One user's conversation.
 struct User<'a> {
@@ -42,7 +56,10 @@ struct User<'a> {
 
 async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
     // What was made and never heard of again can be found where threads can be listed.
-    let config = SimulatorConfig { list_threads: true, ..SimulatorConfig::default() };
+    let config = SimulatorConfig {
+        list_threads: true,
+        ..SimulatorConfig::default()
+    };
     let scene = Scene::with(scene.protocol, scene.backend, config).await;
     let seed = seed();
     let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
@@ -72,20 +89,34 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
     // The files of a database keep what was deleted until they are written over.
     everything.retain(|(place, _)| !place.contains('/'));
     for text in &erased {
-        let held = |value: &[u8]| value.windows(text.len()).any(|part| part == text.as_bytes());
-        let here: Vec<&String> =
-            everything.iter().filter(|(_, value)| held(value)).map(|(place, _)| place).collect();
+        let held = |value: &[u8]| {
+            value
+                .windows(text.len())
+                .any(|part| part == text.as_bytes())
+        };
+        let here: Vec<&String> = everything
+            .iter()
+            .filter(|(_, value)| held(value))
+            .map(|(place, _)| place)
+            .collect();
         assert!(here.is_empty(), "{text} is still in {here:?}");
         // A response that was cut off before its id was heard is told of in the receipt: nobody can delete it.
         let there = scene.simulator.holds_text(text);
-        let there: Vec<&String> = there.iter().filter(|place| !place.contains("response")).collect();
+        let there: Vec<&String> = there
+            .iter()
+            .filter(|place| !place.contains("response"))
+            .collect();
         assert!(there.is_empty(), "{text} is still upstream: {there:?}");
     }
     if scene.protocol != Protocol::Chain {
         let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";
         let named: BTreeSet<String> = scene.database.texts(named).await.into_iter().collect();
         let there: BTreeSet<String> = scene.upstream_threads().into_iter().collect();
-        assert_eq!(there.difference(&named).collect::<Vec<_>>(), Vec::<&String>::new(), "nobody names them");
+        assert_eq!(
+            there.difference(&named).collect::<Vec<_>>(),
+            Vec::<&String>::new(),
+            "nobody names them"
+        );
     }
 }
 
@@ -108,7 +139,10 @@ async fn all_is_done(scene: &Scene) {
         if left.iter().all(|left| *left == 0) {
             return;
         }
-        assert!(begun.elapsed() < PATIENCE, "runs, deletions, threads, archives, orphans left: {left:?}");
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "runs, deletions, threads, archives, orphans left: {left:?}"
+        );
         sleep(Duration::from_millis(100)).await;
     }
 }
@@ -120,11 +154,18 @@ impl<'a> User<'a> {
             match self.rng.random_range(0..4) {
                 0 => {
                     // Somebody's next turn makes the upstream thread again, from the transcript.
-                    self.scene.fault("start", "status=404 code=previous_response_not_found", 1);
+                    self.scene
+                        .fault("start", "status=404 code=previous_response_not_found", 1);
                     self.scene.fault("create_thread", "latency=120ms", 1);
                 }
-                1 => self.scene.fault("create_thread", "drop=after latency=60ms", 1),
-                2 => drop(self.gateway.post(&self.path("thread/rollover"), &json!({})).await),
+                1 => self
+                    .scene
+                    .fault("create_thread", "drop=after latency=60ms", 1),
+                2 => drop(
+                    self.gateway
+                        .post(&self.path("thread/rollover"), &json!({}))
+                        .await,
+                ),
                 _ => {}
             }
             self.talk().await;
@@ -139,7 +180,9 @@ impl<'a> User<'a> {
 
     /// Some messages at once. Those that are acknowledged are kept in mind.
     async fn talk(&mut self) {
-        let sends: Vec<_> = (0..self.rng.random_range(1..5)).map(|_| self.message()).collect();
+        let sends: Vec<_> = (0..self.rng.random_range(1..5))
+            .map(|_| self.message())
+            .collect();
         let acknowledged = join_all(sends).await;
         self.kept.extend(acknowledged.into_iter().flatten());
     }
@@ -157,7 +200,9 @@ impl<'a> User<'a> {
         let request = self.gateway.request(Method::POST, &self.path("messages"));
         let gateway = self.gateway;
         async move {
-            let answer = gateway.send(request.header("prefer", "respond-async").json(&body)).await;
+            let answer = gateway
+                .send(request.header("prefer", "respond-async").json(&body))
+                .await;
             match answer.status {
                 StatusCode::ACCEPTED | StatusCode::OK => Some(text),
                 StatusCode::CONFLICT => None,
@@ -174,10 +219,17 @@ impl<'a> User<'a> {
         let rolls = self.rng.random_bool(0.5);
         let archives = self.rng.random_bool(0.15);
         let had = std::mem::take(&mut self.kept);
-        let deletes = self
+        let deletes = self.gateway.request(
+            Method::DELETE,
+            &self.path(if archives {
+                "thread?archive=true"
+            } else {
+                "thread"
+            }),
+        );
+        let rollover = self
             .gateway
-            .request(Method::DELETE, &self.path(if archives { "thread?archive=true" } else { "thread" }));
-        let rollover = self.gateway.request(Method::POST, &self.path("thread/rollover"));
+            .request(Method::POST, &self.path("thread/rollover"));
         let gateway = self.gateway;
         let beside = self.message();
         let deletion = async {
@@ -192,8 +244,16 @@ impl<'a> User<'a> {
         };
         let (answer, beside, ()) = join3(deletion, beside, rollover).await;
         let is_taken = matches!(answer.status.as_u16(), 200 | 202);
-        assert!(is_taken || (had.is_empty() && answer.status == StatusCode::NOT_FOUND), "{answer:?}");
-        if archives { &mut self.kept } else { &mut self.erased }.extend(had);
+        assert!(
+            is_taken || (had.is_empty() && answer.status == StatusCode::NOT_FOUND),
+            "{answer:?}"
+        );
+        if archives {
+            &mut self.kept
+        } else {
+            &mut self.erased
+        }
+        .extend(had);
         // Whether it came before or after the deletion is open: it is erased with the next one at the latest.
         self.kept.extend(beside);
     }

@@ -14,7 +14,12 @@ const SENTINEL: &str = "NOTIFY threadkeeper, 'sentinel'";
 
 /// The first that is told.
 async fn told(ear: &mut PgListener) -> String {
-    timeout(PATIENCE, ear.recv()).await.expect("something is told").unwrap().payload().to_owned()
+    timeout(PATIENCE, ear.recv())
+        .await
+        .expect("something is told")
+        .unwrap()
+        .payload()
+        .to_owned()
 }
 
 /// Two messages at once: the end of the first is news to those who wait for the thread.
@@ -46,5 +51,7 @@ async fn single_replica_sends_no_notifications() {
             }
         }
     };
-    timeout(PATIENCE + Duration::from_secs(10), heard).await.expect("a replica with peers tells them");
+    timeout(PATIENCE + Duration::from_secs(10), heard)
+        .await
+        .expect("a replica with peers tells them");
 }

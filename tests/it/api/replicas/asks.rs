@@ -21,7 +21,10 @@ on_shared_scene!(
 
 async fn two(scene: &Scene) -> (Gateway, Gateway) {
     let upstream = "lock_window = \"500ms\"\n";
-    tokio::join!(scene.gateway_both(LONG, upstream), scene.gateway_both(LONG, upstream))
+    tokio::join!(
+        scene.gateway_both(LONG, upstream),
+        scene.gateway_both(LONG, upstream)
+    )
 }
 
 async fn goes_on(scene: &Scene, gateways: [&Gateway; 2]) {
@@ -38,7 +41,11 @@ async fn active_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let half = Half::at(&scene, &owner, "a long story").await;
     let begun = Instant::now();
     let cancelled = cancel(&other, &half.run).await.ok();
-    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PROMPT,
+        "cancelled after {:?}",
+        begun.elapsed()
+    );
     assert_eq!(cancelled["run"]["status"], "cancelled");
     let said = half.text();
     let rest = half.stream.rest().await;
@@ -56,7 +63,10 @@ async fn replicas_discover_each_other_after_missed_notification() {
     let direct = format!("[store]\ndirect_url = {:?}\n", link.url);
     let first = Gateway::start(&scene.config(LONG).replace("[store]\n", &direct)).await;
     let ends = "SELECT CAST(max(expires_at) AS text) FROM replicas WHERE id IN (SELECT min(id::text)::uuid FROM replicas)";
-    link.valve.set(Weather { refuses: true, ..Weather::default() });
+    link.valve.set(Weather {
+        refuses: true,
+        ..Weather::default()
+    });
     link.valve.cut();
     let owner = scene.gateway_with(LONG).await;
     let half = Half::at(&scene, &owner, "a long story").await;
@@ -67,8 +77,15 @@ async fn replicas_discover_each_other_after_missed_notification() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     cancel(&first, &half.run).await.ok();
-    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
-    assert_eq!(half.stream.rest().await.last().unwrap().name, "run.cancelled");
+    assert!(
+        begun.elapsed() < PROMPT,
+        "cancelled after {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        half.stream.rest().await.last().unwrap().name,
+        "run.cancelled"
+    );
 }
 
 async fn queued_run_cancelled_promptly_from_other_replica(scene: Scene) {
@@ -80,7 +97,11 @@ async fn queued_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let cancelled = cancel(&other, &super::run_of(&queued)).await.ok();
     assert_eq!(cancelled["run"]["status"], "cancelled");
     assert_eq!(second.rest().await.last().unwrap().name, "run.cancelled");
-    assert!(begun.elapsed() < PROMPT, "cancelled after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PROMPT,
+        "cancelled after {:?}",
+        begun.elapsed()
+    );
     scene.simulator.release();
     assert_eq!(first.rest().await.last().unwrap().name, "run.completed");
     goes_on(&scene, [&owner, &other]).await;
@@ -92,8 +113,15 @@ async fn tool_outputs_posted_at_other_replica_are_answered(scene: Scene) {
     let (path, body) = outputs(SCOPE, &asked);
     let begun = Instant::now();
     let answer = other.post(&path, &body).await.ok();
-    assert!(begun.elapsed() < PROMPT, "answered after {:?}", begun.elapsed());
-    assert_eq!((&answer["run"]["id"], &answer["run"]["status"]), (&asked["run"]["id"], &json!("completed")));
+    assert!(
+        begun.elapsed() < PROMPT,
+        "answered after {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        (&answer["run"]["id"], &answer["run"]["status"]),
+        (&asked["run"]["id"], &json!("completed"))
+    );
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
     goes_on(&scene, [&owner, &other]).await;
 }
@@ -106,7 +134,11 @@ async fn interrupt_from_other_replica_runs_next(scene: Scene) {
     let (interrupt, _) = begin(&other, "interrupt", "stop it").await;
     let said = half.text();
     let rest = half.stream.rest().await;
-    assert!(begun.elapsed() < PROMPT, "interrupted after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PROMPT,
+        "interrupted after {:?}",
+        begun.elapsed()
+    );
     assert_eq!(rest.last().unwrap().name, "run.cancelled");
     assert_eq!(completed(&rest), said);
     scene.simulator.release();
@@ -115,7 +147,10 @@ async fn interrupt_from_other_replica_runs_next(scene: Scene) {
         assert_eq!(events.last().unwrap().name, "run.completed");
         assert!(text_of(&events).contains(said));
     }
-    assert_eq!(heard(&other, SCOPE).await, ["a long story", "stop it", "me too"]);
+    assert_eq!(
+        heard(&other, SCOPE).await,
+        ["a long story", "stop it", "me too"]
+    );
     goes_on(&scene, [&owner, &other]).await;
 }
 
@@ -126,14 +161,22 @@ async fn rollback_from_other_replica_replaces_active_run(scene: Scene) {
     let begun = Instant::now();
     let (rollback, _) = begin(&other, "rollback", "forget it").await;
     let rest = half.stream.rest().await;
-    assert!(begun.elapsed() < PROMPT, "rolled back after {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PROMPT,
+        "rolled back after {:?}",
+        begun.elapsed()
+    );
     assert_eq!(rest.last().unwrap().name, "run.cancelled");
     assert_eq!(rest.last().unwrap().data["run"]["rolled_back"], true);
     scene.simulator.release();
     assert_eq!(rollback.rest().await.last().unwrap().name, "run.completed");
     assert_eq!(heard(&other, SCOPE).await, ["hello", "forget it"]);
     if scene.protocol != Protocol::Chain {
-        assert_eq!(scene.simulator.holds_text("a long story"), [""; 0], "at the upstream");
+        assert_eq!(
+            scene.simulator.holds_text("a long story"),
+            [""; 0],
+            "at the upstream"
+        );
     }
     goes_on(&scene, [&owner, &other]).await;
 }

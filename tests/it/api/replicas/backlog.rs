@@ -37,7 +37,10 @@ async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
     assert_same(scene, gateway, SCOPE).await;
     let there = upstream(scene, gateway, SCOPE).await;
     for (role, text) in &there {
-        let times = there.iter().filter(|line| **line == (role.clone(), text.clone())).count();
+        let times = there
+            .iter()
+            .filter(|line| **line == (role.clone(), text.clone()))
+            .count();
         assert!(role != "user" || times == 1, "{times} times `{text}`");
     }
 }
@@ -76,7 +79,11 @@ async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
         Protocol::Responses | Protocol::Chain => ("delete_item", 1),
     };
     let add = |fault: &str, times| {
-        let fault = Fault { on: operation.to_owned(), fault: fault.to_owned(), times };
+        let fault = Fault {
+            on: operation.to_owned(),
+            fault: fault.to_owned(),
+            times,
+        };
         scene.simulator.add_fault(fault).unwrap();
     };
     add("latency=1ms", before);
@@ -92,7 +99,10 @@ async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
 async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
     let (owner, other) = with_a_backlog(&scene).await;
     let asked = ask(&owner, SCOPE).await;
-    let run = asked["run"]["id"].as_str().unwrap().trim_start_matches("run_");
+    let run = asked["run"]["id"]
+        .as_str()
+        .unwrap()
+        .trim_start_matches("run_");
     let mut holder = scene.database.pg().await;
     let hold = format!("BEGIN; SELECT FROM messages WHERE run_id = '{run}' FOR UPDATE");
     holder.execute(sqlx::AssertSqlSafe(hold)).await.unwrap();
@@ -102,14 +112,21 @@ async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
     drop(holder);
     let ended = format!("SELECT count(*) FROM runs WHERE id = '{run}' AND finished_at IS NOT NULL");
     counted(&scene, &ended, 1).await;
-    assert_eq!(other.get(&format!("{SCOPE}/thread")).await.status, StatusCode::OK);
+    assert_eq!(
+        other.get(&format!("{SCOPE}/thread")).await.status,
+        StatusCode::OK
+    );
     nothing_is_said_again(&scene, &other).await;
 }
 
 /// Waits until the upstream thread does not hold a text. A chain never did.
 async fn until_removed(scene: &Scene, gateway: &Gateway, said: &str) {
     let start = Instant::now();
-    while upstream(scene, gateway, SCOPE).await.iter().any(|(_, text)| text.contains(said)) {
+    while upstream(scene, gateway, SCOPE)
+        .await
+        .iter()
+        .any(|(_, text)| text.contains(said))
+    {
         assert!(start.elapsed() < PATIENCE, "`{said}` stays at the upstream");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -42,7 +42,11 @@ async fn shared() -> Scene {
 }
 
 fn time(of: &Value, name: &str) -> Timestamp {
-    of[name].as_str().unwrap_or_else(|| panic!("no {name}: {of:#}")).parse().unwrap()
+    of[name]
+        .as_str()
+        .unwrap_or_else(|| panic!("no {name}: {of:#}"))
+        .parse()
+        .unwrap()
 }
 
 /// The clocks are really off, or the rest of this proves nothing.
@@ -69,13 +73,19 @@ async fn lists_are_chronological_despite_clock_skew() {
     let gateways = three(&scene, LONG).await;
     let mut made = Vec::new();
     for n in 0..9 {
-        let answer = gateways[n % 3].say(&format!("/v1/users/alice/topics/t{n}"), "hello").await;
+        let answer = gateways[n % 3]
+            .say(&format!("/v1/users/alice/topics/t{n}"), "hello")
+            .await;
         made.push(answer["thread"]["id"].as_str().unwrap().to_owned());
-        gateways[n % 3].say("/v1/users/bob", &format!("message {n}")).await;
+        gateways[n % 3]
+            .say("/v1/users/bob", &format!("message {n}"))
+            .await;
     }
     for gateway in &gateways {
         let ids = |list: Vec<Value>| -> Vec<_> {
-            list.iter().map(|it| it["id"].as_str().unwrap().to_owned()).collect()
+            list.iter()
+                .map(|it| it["id"].as_str().unwrap().to_owned())
+                .collect()
         };
         assert_eq!(ids(all(gateway, "/v1/users/alice/threads").await), made);
         assert_eq!(ids(all(gateway, "/v1/threads?user=alice").await), made);
@@ -97,17 +107,28 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
     let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\ninterval = \"1s\"\n");
     let gateways = three(&scene, &settings).await;
     let says = async |n: usize, scope: &str| {
-        gateways[n].say(scope, "hello").await["thread"]["id"].as_str().unwrap().to_owned()
+        gateways[n].say(scope, "hello").await["thread"]["id"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     };
     for (n, maker) in ["zero", "one", "two"].into_iter().enumerate() {
         let scope = format!("/v1/users/{maker}/sessions/s");
         let first = says(n, &scope).await;
         for other in 0..3 {
-            assert_eq!(says(other, &scope).await, first, "it lives, for {other} too");
+            assert_eq!(
+                says(other, &scope).await,
+                first,
+                "it lives, for {other} too"
+            );
         }
         scene.database.age_threads(29 * MINUTE).await;
         for other in 0..3 {
-            assert_eq!(says(other, &scope).await, first, "it still lives, for {other} too");
+            assert_eq!(
+                says(other, &scope).await,
+                first,
+                "it still lives, for {other} too"
+            );
         }
         scene.database.age_threads(2 * MINUTE).await;
         let fresh = says((n + 1) % 3, &scope).await;
@@ -125,48 +146,102 @@ async fn deadlines_keep_their_length_despite_clock_skew() {
         let late = gateway.post("/v1/users/alice/messages", &body).await;
         assert_eq!(late.problem(), (504, "upstream-timeout"));
         let took = begun.elapsed();
-        assert!((Duration::from_millis(1500)..Duration::from_secs(20)).contains(&took), "{took:?}");
+        assert!(
+            (Duration::from_millis(1500)..Duration::from_secs(20)).contains(&took),
+            "{took:?}"
+        );
         let runs = gateway.get("/v1/users/alice/runs?limit=1").await.ok();
         let run = &runs["data"][0];
         assert_eq!(run["status"], "expired", "{run:#}");
         let worked = time(run, "finished_at") - time(run, "started_at");
-        assert!(worked >= TimeDelta::milliseconds(1500) && worked < TimeDelta::seconds(20), "{worked}");
-        let tools = gateway.say("/v1/users/bob", "weather? [[sim: tool=get_weather]]").await;
-        assert_eq!(tools["run"]["status"], "requires_action", "it waits as long as it may");
-        let path = format!("/v1/users/bob/runs/{}/cancel", tools["run"]["id"].as_str().unwrap());
-        gateway.send(gateway.request(Method::POST, &path)).await.ok();
+        assert!(
+            worked >= TimeDelta::milliseconds(1500) && worked < TimeDelta::seconds(20),
+            "{worked}"
+        );
+        let tools = gateway
+            .say("/v1/users/bob", "weather? [[sim: tool=get_weather]]")
+            .await;
+        assert_eq!(
+            tools["run"]["status"], "requires_action",
+            "it waits as long as it may"
+        );
+        let path = format!(
+            "/v1/users/bob/runs/{}/cancel",
+            tools["run"]["id"].as_str().unwrap()
+        );
+        gateway
+            .send(gateway.request(Method::POST, &path))
+            .await
+            .ok();
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retention_is_exact_despite_clock_skew() {
     let scene = shared().await;
-    let settings =
-        format!("{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n");
+    let settings = format!(
+        "{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n"
+    );
     let gateways = three(&scene, &settings).await;
     let clean_up = async || {
         for gateway in &gateways {
-            gateway.send(gateway.request(Method::POST, "/v1/admin/cleanup")).await.ok();
+            gateway
+                .send(gateway.request(Method::POST, "/v1/admin/cleanup"))
+                .await
+                .ok();
         }
     };
     let mut runs = Vec::new();
     for (n, gateway) in gateways.iter().enumerate() {
-        let answer = gateway.say("/v1/users/alice", &format!("message {n} [[sim: incomplete]]")).await;
-        runs.push(format!("/v1/users/alice/runs/{}", answer["run"]["id"].as_str().unwrap()));
+        let answer = gateway
+            .say(
+                "/v1/users/alice",
+                &format!("message {n} [[sim: incomplete]]"),
+            )
+            .await;
+        runs.push(format!(
+            "/v1/users/alice/runs/{}",
+            answer["run"]["id"].as_str().unwrap()
+        ));
     }
     clean_up().await;
     for run in &runs {
         let read = gateways[0].get(run).await.ok();
         assert!(text(&read["message"]).contains("message"), "{read:#}");
     }
-    assert_eq!(scene.database.number("SELECT count(DISTINCT run_id) FROM run_events").await, 3);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(DISTINCT run_id) FROM run_events")
+            .await,
+        3
+    );
     // An id tells when it was made, so that is moved, too.
     scene.database.backdate_runs(Duration::from_mins(29)).await;
     clean_up().await;
-    assert_eq!(scene.database.number("SELECT count(*) FROM runs").await, 3, "they are kept");
-    assert_eq!(scene.database.number("SELECT count(*) FROM run_events").await, 0, "these are not");
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM runs").await,
+        3,
+        "they are kept"
+    );
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM run_events")
+            .await,
+        0,
+        "these are not"
+    );
     scene.database.backdate_runs(Duration::from_mins(2)).await;
     clean_up().await;
-    assert_eq!(scene.database.number("SELECT count(*) FROM runs").await, 0, "all are gone");
-    assert_eq!(heard(&gateways[1], "/v1/users/alice").await.len(), 3, "what was said stays");
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM runs").await,
+        0,
+        "all are gone"
+    );
+    assert_eq!(
+        heard(&gateways[1], "/v1/users/alice").await.len(),
+        3,
+        "what was said stays"
+    );
 }

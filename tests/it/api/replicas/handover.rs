@@ -7,7 +7,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
-    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, heard, outputs, whole,
+    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, heard, outputs,
+    whole,
 };
 use crate::support::gateway::{Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -26,15 +27,26 @@ fn settings(grace: &str) -> String {
 
 /// Where a run outlives its client, and can be followed to its end.
 fn upstream(scene: &Scene) -> &'static str {
-    if scene.protocol == Protocol::Assistants { "" } else { "background = true\n" }
+    if scene.protocol == Protocol::Assistants {
+        ""
+    } else {
+        "background = true\n"
+    }
 }
 
 /// The hint with which a stream ends that is to be read on elsewhere: where, and after which event.
 #[track_caller]
 fn hint(events: &[Event]) -> (String, Option<String>) {
     let last = events.last().expect("it says why it ends");
-    assert_eq!((last.name.as_str(), last.id.as_str()), ("stream.reconnect", ""), "{events:#?}");
-    (last.data["events"].as_str().unwrap().to_owned(), last.data["after"].as_str().map(str::to_owned))
+    assert_eq!(
+        (last.name.as_str(), last.id.as_str()),
+        ("stream.reconnect", ""),
+        "{events:#?}"
+    );
+    (
+        last.data["events"].as_str().unwrap().to_owned(),
+        last.data["after"].as_str().map(str::to_owned),
+    )
 }
 
 async fn resume(gateway: &Gateway, (path, after): &(String, Option<String>)) -> EventReader {
@@ -52,7 +64,10 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     let request = owner.request(Method::POST, "/v1/users/carol/messages");
     let waits = owner.send(request.json(&json!({"content": "and I?"})));
     let stopped = async {
-        scene.simulator.wait_for(|stats| stats.runs_started == 3).await;
+        scene
+            .simulator
+            .wait_for(|stats| stats.runs_started == 3)
+            .await;
         let begun = Instant::now();
         owner.terminate();
         let not_ready = owner.until("/readyz", |answer| answer.status == 503).await;
@@ -73,24 +88,53 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     hint(&follower.rest().await);
     let in_line = in_line.rest().await;
     let (path, _) = hint(&in_line);
-    assert_eq!(path, format!("{SCOPE}/runs/{}/events", super::run_of(&queued)));
+    assert_eq!(
+        path,
+        format!("{SCOPE}/runs/{}/events", super::run_of(&queued))
+    );
     assert!(owner_exits(&mut owner).await);
-    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL AND fence > 1", 4).await;
-    assert!(begun.elapsed() < PROMPT, "taken over after {:?}", begun.elapsed());
-    assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 1, "its session is given up");
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE finished_at IS NULL AND fence > 1",
+        4,
+    )
+    .await;
+    assert!(
+        begun.elapsed() < PROMPT,
+        "taken over after {:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM replicas").await,
+        1,
+        "its session is given up"
+    );
 
-    let rest =
-        resume(&other, &(format!("{SCOPE}/runs/{}/events", half.run), Some(half.last().to_owned()))).await;
+    let rest = resume(
+        &other,
+        &(
+            format!("{SCOPE}/runs/{}/events", half.run),
+            Some(half.last().to_owned()),
+        ),
+    )
+    .await;
     let second = resume(&other, &hint(&in_line)).await;
     scene.simulator.release();
     half.seen.extend(rest.rest().await);
     assert_ascending(&half.seen);
     assert_eq!(half.seen.last().unwrap().name, "run.completed");
-    assert_eq!(text_of(&half.seen), completed(&half.seen), "what came before and after is the whole reply");
+    assert_eq!(
+        text_of(&half.seen),
+        completed(&half.seen),
+        "what came before and after is the whole reply"
+    );
     let second = second.rest().await;
     assert_eq!(second.last().unwrap().name, "run.completed");
     assert!(text_of(&second).contains("me too"));
-    let carol = other.until(&place, |answer| answer.body["run"]["status"] == "completed").await.ok();
+    let carol = other
+        .until(&place, |answer| answer.body["run"]["status"] == "completed")
+        .await
+        .ok();
     assert!(whole(&carol["message"]).contains("and I?"));
     let (path, body) = outputs("/v1/users/bob", &asked);
     let bob = other.post(&path, &body).await.ok();
@@ -99,8 +143,16 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     other.say(SCOPE, "and now?").await;
     assert_same(&scene, &other, SCOPE).await;
     // To answer a call is a run of its own, but with Assistants.
-    let runs = if scene.protocol == Protocol::Assistants { 5 } else { 6 };
-    assert_eq!(scene.simulator.stats().runs_started, runs, "nothing was sent twice");
+    let runs = if scene.protocol == Protocol::Assistants {
+        5
+    } else {
+        6
+    };
+    assert_eq!(
+        scene.simulator.stats().runs_started,
+        runs,
+        "nothing was sent twice"
+    );
 }
 
 /// With little time for what runs to end.
@@ -115,17 +167,27 @@ async fn owner_exits(gateway: &mut Gateway) -> bool {
 async fn runs_ending_within_grace_are_not_handed_over() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let settings = settings("30s");
-    let (mut owner, other) = tokio::join!(scene.gateway_with(&settings), scene.gateway_with(&settings));
+    let (mut owner, other) =
+        tokio::join!(scene.gateway_with(&settings), scene.gateway_with(&settings));
     let half = Half::at(&scene, &owner, "tell me").await;
     // What waits in line goes over at once; it need not wait for the end of the grace time.
     let (in_line, _) = begin(&owner, "enqueue", "me too").await;
     owner.terminate();
     owner.until("/readyz", |answer| answer.status == 503).await;
-    let refused = owner.post("/v1/users/bob/messages", &json!({"content": "hi"})).await;
+    let refused = owner
+        .post("/v1/users/bob/messages", &json!({"content": "hi"}))
+        .await;
     assert_eq!(refused.problem(), (503, "draining"));
     assert!(refused.headers.contains_key("retry-after"));
-    other.say("/v1/users/bob", "hi there [[sim: hold_after=1000]]").await;
-    counted(&scene, "SELECT count(*) FROM runs WHERE status = 'queued' AND fence > 1", 1).await;
+    other
+        .say("/v1/users/bob", "hi there [[sim: hold_after=1000]]")
+        .await;
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE status = 'queued' AND fence > 1",
+        1,
+    )
+    .await;
     scene.simulator.release();
     let shown = [half.seen, half.stream.rest().await].concat();
     assert_eq!(text_of(&shown), completed(&shown));
@@ -140,7 +202,11 @@ async fn runs_ending_within_grace_are_not_handed_over() {
     }
     assert!(owner.exit().await.success());
     let fences = "SELECT count(*) FROM runs WHERE fence > 1";
-    assert_eq!(scene.database.number(fences).await, 1, "only what waited was handed over");
+    assert_eq!(
+        scene.database.number(fences).await,
+        1,
+        "only what waited was handed over"
+    );
     assert_same(&scene, &other, SCOPE).await;
 }
 
@@ -156,19 +222,40 @@ async fn unfinished_runs_of_single_gateway_resume_in_successor(scene: Scene) {
     let in_line_hint = hint(&in_line.rest().await);
     half.seen.pop();
     assert!(gateway.exit().await.success());
-    assert_eq!(scene.database.number("SELECT count(*) FROM replicas").await, 0, "its session is given up");
+    assert_eq!(
+        scene.database.number("SELECT count(*) FROM replicas").await,
+        0,
+        "its session is given up"
+    );
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
-    assert_eq!(scene.database.number(unfinished).await, 2, "nothing is ended that can go on");
+    assert_eq!(
+        scene.database.number(unfinished).await,
+        2,
+        "nothing is ended that can go on"
+    );
 
     let begun = Instant::now();
     let again = scene.gateway_both(SETTINGS, upstream(&scene)).await;
     let (rest, second) = tokio::join!(resume(&again, &half_hint), resume(&again, &in_line_hint));
-    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL AND fence > 1", 2).await;
-    assert!(begun.elapsed() < PROMPT, "taken over after {:?}", begun.elapsed());
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE finished_at IS NULL AND fence > 1",
+        2,
+    )
+    .await;
+    assert!(
+        begun.elapsed() < PROMPT,
+        "taken over after {:?}",
+        begun.elapsed()
+    );
     scene.simulator.release();
     half.seen.extend(rest.rest().await);
     assert_ascending(&half.seen);
-    assert_eq!(text_of(&half.seen), completed(&half.seen), "what came before and after is the whole reply");
+    assert_eq!(
+        text_of(&half.seen),
+        completed(&half.seen),
+        "what came before and after is the whole reply"
+    );
     assert_eq!(second.rest().await.last().unwrap().name, "run.completed");
     assert_eq!(heard(&again, SCOPE).await, ["tell me", "me too"]);
     again.say(SCOPE, "and now?").await;
@@ -189,7 +276,13 @@ async fn unfinished_runs_without_transcript_fail_on_shutdown(scene: Scene) {
         assert_eq!(end.data["run"]["error"]["code"], "gateway_stopped");
     }
     assert!(gateway.exit().await.success());
-    assert_eq!(scene.database.number("SELECT count(*) FROM runs WHERE finished_at IS NULL").await, 0);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM runs WHERE finished_at IS NULL")
+            .await,
+        0
+    );
     scene.simulator.release();
     let again = Gateway::start(&config).await;
     let answer = again.say(SCOPE, "and now?").await;

@@ -21,24 +21,48 @@ async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
         let mut stream = gateways[n % 3].stream(SCOPE, &format!("message {n}")).await;
         let first = stream.next().await.unwrap();
         let place = (n > 0).then_some(n);
-        assert_eq!(first.data["position"].as_u64(), place.map(|n| n as u64), "{first:?}");
+        assert_eq!(
+            first.data["position"].as_u64(),
+            place.map(|n| n as u64),
+            "{first:?}"
+        );
         streams.push(stream);
     }
     scene.simulator.release();
-    for (n, events) in join_all(streams.into_iter().map(EventReader::rest)).await.iter().enumerate() {
-        assert_eq!(events.last().unwrap().name, "run.completed", "message {n}: {events:#?}");
-        assert!(text_of(events).contains(&format!("message {n}. (This is turn {} of", n + 1)), "{events:#?}");
+    for (n, events) in join_all(streams.into_iter().map(EventReader::rest))
+        .await
+        .iter()
+        .enumerate()
+    {
+        assert_eq!(
+            events.last().unwrap().name,
+            "run.completed",
+            "message {n}: {events:#?}"
+        );
+        assert!(
+            text_of(events).contains(&format!("message {n}. (This is turn {} of", n + 1)),
+            "{events:#?}"
+        );
     }
     let wanted: Vec<_> = (0..12).map(|n| format!("message {n}")).collect();
     assert_eq!(heard(&gateways[1], SCOPE).await, wanted);
     let runs = all(&gateways[2], &format!("{SCOPE}/runs")).await;
     for two in runs.windows(2) {
-        let (ended, began) =
-            (two[0]["finished_at"].as_str().unwrap(), two[1]["started_at"].as_str().unwrap());
-        assert!(ended <= began, "a run began before the one before it had ended: {two:#?}");
+        let (ended, began) = (
+            two[0]["finished_at"].as_str().unwrap(),
+            two[1]["started_at"].as_str().unwrap(),
+        );
+        assert!(
+            ended <= began,
+            "a run began before the one before it had ended: {two:#?}"
+        );
     }
     let stats = scene.simulator.stats();
-    assert_eq!((stats.max_active_runs_per_thread, stats.lock_refusals), (1, 0), "{stats:?}");
+    assert_eq!(
+        (stats.max_active_runs_per_thread, stats.lock_refusals),
+        (1, 0),
+        "{stats:?}"
+    );
     assert_same(&scene, &gateways[0], SCOPE).await;
 }
 
@@ -48,13 +72,18 @@ async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
 async fn waiting_run_on_other_replica_is_woken_promptly() {
     const USERS: usize = 16;
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let gateways = [scene.gateway_with(LONG).await, scene.gateway_with(LONG).await];
+    let gateways = [
+        scene.gateway_with(LONG).await,
+        scene.gateway_with(LONG).await,
+    ];
     scene.simulator.hold();
     let mut streams = Vec::new();
     for user in 0..USERS {
         for turn in 0..2 {
             let gateway = &gateways[(user + turn) % 2];
-            let mut stream = gateway.stream(&format!("/v1/users/{user}"), &format!("turn {turn}")).await;
+            let mut stream = gateway
+                .stream(&format!("/v1/users/{user}"), &format!("turn {turn}"))
+                .await;
             stream.next().await.unwrap();
             streams.push(stream);
         }
@@ -78,7 +107,10 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
 async fn turns_alternate_between_replicas_without_pauses() {
     const TURNS: u32 = 20;
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let gateways = [scene.gateway_with(LONG).await, scene.gateway_with(LONG).await];
+    let gateways = [
+        scene.gateway_with(LONG).await,
+        scene.gateway_with(LONG).await,
+    ];
     scene.simulator.hold();
     let mut streams = Vec::new();
     for n in 0..TURNS as usize {
@@ -92,7 +124,11 @@ async fn turns_alternate_between_replicas_without_pauses() {
         assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     }
     let slow_poll = Duration::from_millis(500);
-    assert!(begun.elapsed() < TURNS * slow_poll, "{TURNS} turns took {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < TURNS * slow_poll,
+        "{TURNS} turns took {:?}",
+        begun.elapsed()
+    );
 }
 
 /// A gateway that hears nothing of the others: it listens at another database, as behind a pooler that does not pass on
@@ -111,7 +147,9 @@ async fn missed_notifications_are_compensated_by_polling() {
     let mut streams = vec![one.stream(SCOPE, &half_way("tell me")).await];
     let run = super::run_of(&streams[0].next().await.unwrap());
     for n in 1..5 {
-        let mut stream = [&one, &other][n % 2].stream(SCOPE, &format!("turn {n}")).await;
+        let mut stream = [&one, &other][n % 2]
+            .stream(SCOPE, &format!("turn {n}"))
+            .await;
         assert_eq!(stream.next().await.unwrap().data["position"], json!(n));
         streams.push(stream);
     }
@@ -124,6 +162,10 @@ async fn missed_notifications_are_compensated_by_polling() {
         assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     }
     assert_eq!(follower.rest().await.last().unwrap().name, "run.completed");
-    assert!(begun.elapsed() < PATIENCE / 2, "5 turns took {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < PATIENCE / 2,
+        "5 turns took {:?}",
+        begun.elapsed()
+    );
     assert_same(&scene, &other, SCOPE).await;
 }

@@ -27,8 +27,10 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let tap = DatabaseTap::gated(&scene.database.url(), &database, Steps::All).await;
     let http = HttpTap::gated(&scene.upstream_url, &upstream, Steps::All).await;
     let config = scene.config_with(SHORT, "lock_window = \"500ms\"\n");
-    let (one, other) =
-        (config.replace(&scene.database.url(), &tap.url), config.replace(&scene.upstream_url, &http.url));
+    let (one, other) = (
+        config.replace(&scene.database.url(), &tap.url),
+        config.replace(&scene.upstream_url, &http.url),
+    );
     let (one, other) = tokio::join!(Gateway::start(&one), Gateway::start(&other));
     one.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &one, "tell me").await;
@@ -51,10 +53,19 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     assert_eq!(not_ready.problem(), (503, "store-unavailable"));
     for path in [SCOPE, "/v1/users/bob"] {
         let begun = Instant::now();
-        let refused = one.post(&format!("{path}/messages"), &json!({"content": "are you there?"})).await;
+        let refused = one
+            .post(
+                &format!("{path}/messages"),
+                &json!({"content": "are you there?"}),
+            )
+            .await;
         assert_eq!(refused.problem(), (503, "store-unavailable"));
         assert!(refused.headers.contains_key("retry-after"), "{refused:?}");
-        assert!(begun.elapsed() < REFUSED_WITHIN, "refused after {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < REFUSED_WITHIN,
+            "refused after {:?}",
+            begun.elapsed()
+        );
     }
     // The others go on.
     scene.simulator.release();
@@ -62,19 +73,31 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let lost = scene.protocol != Protocol::Assistants;
     let end = if lost { "run.failed" } else { "run.completed" };
     assert_eq!(elsewhere.last().unwrap().name, end, "{elsewhere:#?}");
-    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL", 0).await;
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE finished_at IS NULL",
+        0,
+    )
+    .await;
     other.say(SCOPE, "and now?").await;
 
     // Healed, it is as before, by itself.
     database.open();
     one.until("/readyz", |answer| answer.status == 200).await;
     let shown = half.stream.rest().await;
-    assert_eq!(shown.last(), elsewhere.last(), "its readers hear the end all the same");
+    assert_eq!(
+        shown.last(),
+        elsewhere.last(),
+        "its readers hear the end all the same"
+    );
     let in_line = in_line.rest().await;
     assert!(text_of(&in_line).contains("me too"), "{in_line:#?}");
     let answer = one.say(SCOPE, "there again").await;
     assert!(text(&answer["message"]).contains("there again"));
-    assert_eq!(heard(&one, SCOPE).await, ["hello", "tell me", "me too", "and now?", "there again"]);
+    assert_eq!(
+        heard(&one, SCOPE).await,
+        ["hello", "tell me", "me too", "and now?", "there again"]
+    );
     assert_same(&scene, &one, SCOPE).await;
     assert_eq!(scene.simulator.stats().runs_started, 5, "nothing ran twice");
 }
@@ -88,12 +111,24 @@ async fn cut_off_replica_stops_before_session_lapses() {
     let gate = Gate::default();
     let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
     let settings = format!("[replica]\nsession_ttl = \"{}s\"\n", LIFE.as_secs());
-    let gateway = Gateway::start(&scene.config(&settings).replace(&scene.database.url(), &tap.url)).await;
+    let gateway = Gateway::start(
+        &scene
+            .config(&settings)
+            .replace(&scene.database.url(), &tap.url),
+    )
+    .await;
     let _half = Half::at(&scene, &gateway, "tell me").await;
     cut_off(&gate);
-    scene.simulator.wait_for(|stats| stats.runs_ended.contains_key("abandoned")).await;
+    scene
+        .simulator
+        .wait_for(|stats| stats.runs_ended.contains_key("abandoned"))
+        .await;
     let alive = "SELECT count(*) FROM replicas WHERE expires_at > clock_timestamp()";
-    assert_eq!(scene.database.number(alive).await, 1, "its session has lapsed before it let go");
+    assert_eq!(
+        scene.database.number(alive).await,
+        1,
+        "its session has lapsed before it let go"
+    );
 }
 
 /// Nobody else is there: its runs go on once the database is back, whoever they belonged to.
@@ -102,14 +137,19 @@ async fn single_replica_resumes_runs_after_database_outage() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let gate = Gate::default();
     let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
-    let gateway = Gateway::start(&scene.config(SHORT).replace(&scene.database.url(), &tap.url)).await;
+    let gateway =
+        Gateway::start(&scene.config(SHORT).replace(&scene.database.url(), &tap.url)).await;
     let half = Half::at(&scene, &gateway, "tell me").await;
     let (in_line, _) = begin(&gateway, "enqueue", "me too").await;
     cut_off(&gate);
-    gateway.until("/readyz", |answer| answer.status == 503).await;
+    gateway
+        .until("/readyz", |answer| answer.status == 503)
+        .await;
     tokio::time::sleep(TTL).await;
     gate.open();
-    gateway.until("/readyz", |answer| answer.status == 200).await;
+    gateway
+        .until("/readyz", |answer| answer.status == 200)
+        .await;
     scene.simulator.release();
     let shown = [half.seen, half.stream.rest().await].concat();
     assert_eq!(shown.last().unwrap().name, "run.completed", "{shown:#?}");
@@ -125,7 +165,9 @@ async fn startup_waits_for_lost_database() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gate = Gate::default();
     let tap = DatabaseTap::gated(&scene.database.url(), &gate, Steps::All).await;
-    let config = scene.config_with(SHORT, "").replace(&scene.database.url(), &tap.url);
+    let config = scene
+        .config_with(SHORT, "")
+        .replace(&scene.database.url(), &tap.url);
     let mut steps = 0;
     loop {
         gate.set(steps + 1, Moment::Before);
@@ -136,9 +178,14 @@ async fn startup_waits_for_lost_database() {
         }
         gate.open();
         let gateway = start.await;
-        gateway.say(&format!("/v1/users/after-{steps}"), "hello").await;
+        gateway
+            .say(&format!("/v1/users/after-{steps}"), "hello")
+            .await;
         steps += 1;
     }
     gate.open();
-    assert!(steps >= 4, "a schema, a session and a look at both take more than {steps} steps");
+    assert!(
+        steps >= 4,
+        "a schema, a session and a look at both take more than {steps} steps"
+    );
 }

@@ -15,7 +15,10 @@ const STUCK: Duration = Duration::from_secs(5);
 const ACQUIRE: Duration = Duration::from_secs(1);
 
 async fn gateway(scene: &Scene, settings: &str) -> Gateway {
-    let pool = format!("[store]\nmax_connections = 2\nacquire_timeout = \"{}ms\"\n", ACQUIRE.as_millis());
+    let pool = format!(
+        "[store]\nmax_connections = 2\nacquire_timeout = \"{}ms\"\n",
+        ACQUIRE.as_millis()
+    );
     Gateway::start(&scene.config(settings).replace("[store]\n", &pool)).await
 }
 
@@ -23,13 +26,22 @@ async fn gateway(scene: &Scene, settings: &str) -> Gateway {
 async fn few_connections_serve_many_requests() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateways = [gateway(&scene, LONG).await, gateway(&scene, LONG).await];
-    let all =
-        (0..60).map(|n| gateways[n % 2].say(&format!("/v1/users/user-{}", n % 12), &format!("message {n}")));
+    let all = (0..60).map(|n| {
+        gateways[n % 2].say(
+            &format!("/v1/users/user-{}", n % 12),
+            &format!("message {n}"),
+        )
+    });
     for (n, answer) in join_all(all).await.iter().enumerate() {
         assert!(text(&answer["message"]).contains(&format!("message {n}")));
     }
     for user in 0..12 {
-        assert_same(&scene, &gateways[user % 2], &format!("/v1/users/user-{user}")).await;
+        assert_same(
+            &scene,
+            &gateways[user % 2],
+            &format!("/v1/users/user-{user}"),
+        )
+        .await;
     }
 }
 
@@ -37,11 +49,16 @@ async fn few_connections_serve_many_requests() {
 #[tokio::test(flavor = "multi_thread")]
 async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
-    let (one, other) = (gateway(&scene, super::SHORT).await, gateway(&scene, super::SHORT).await);
+    let (one, other) = (
+        gateway(&scene, super::SHORT).await,
+        gateway(&scene, super::SHORT).await,
+    );
     scene.simulator.hold();
     let mut running = Vec::new();
     for n in 0..6 {
-        let mut stream = one.stream(&format!("/v1/users/running-{n}"), "tell me").await;
+        let mut stream = one
+            .stream(&format!("/v1/users/running-{n}"), "tell me")
+            .await;
         stream.next().await.unwrap();
         running.push(stream);
     }
@@ -60,7 +77,9 @@ async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
         let refused = join_all((0..30).map(|n| async move {
             let body = json!({"content": "hello"});
             // The first connection is in use until its statement is; who comes behind is refused.
-            let answer = one_of(n).post(&format!("/v1/users/new-{n}/messages"), &body).await;
+            let answer = one_of(n)
+                .post(&format!("/v1/users/new-{n}/messages"), &body)
+                .await;
             (answer, begun.elapsed())
         }));
         refused.await
@@ -78,10 +97,17 @@ async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
     }
     assert!(said < refused.len(), "there is no lack of connections");
     for stream in running {
-        assert_eq!(stream.rest().await.last().unwrap().name, "run.completed", "what ran has ended");
+        assert_eq!(
+            stream.rest().await.last().unwrap().name,
+            "run.completed",
+            "what ran has ended"
+        );
     }
     assert_eq!(
-        scene.database.number("SELECT count(*) FROM runs WHERE fence > 1").await,
+        scene
+            .database
+            .number("SELECT count(*) FROM runs WHERE fence > 1")
+            .await,
         0,
         "no session has lapsed"
     );

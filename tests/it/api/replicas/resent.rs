@@ -45,21 +45,37 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
     }
     let before = scene.simulator.stats().runs_started;
     gate.set(1, moment);
-    let said = owner.post_in_background(&format!("{SCOPE}/messages"), &json!({"content": "tell me"}));
+    let said =
+        owner.post_in_background(&format!("{SCOPE}/messages"), &json!({"content": "tell me"}));
     gate.caught().await;
     owner.kill();
     drop(said);
     let steps = gate.open();
     let runs = format!("{SCOPE}/runs?limit=1");
-    let ended = other.until(&runs, |answer| answer.body["data"][0]["finished_at"].is_string()).await.ok();
+    let ended = other
+        .until(&runs, |answer| {
+            answer.body["data"][0]["finished_at"].is_string()
+        })
+        .await
+        .ok();
     let run = &ended["data"][0];
-    let other_answer = other.get(&format!("{SCOPE}/runs/{}", run["id"].as_str().unwrap())).await.ok();
+    let other_answer = other
+        .get(&format!("{SCOPE}/runs/{}", run["id"].as_str().unwrap()))
+        .await
+        .ok();
     // Of a response whose id nobody was told a server without conversations says nothing, so there it is not sent again.
     let can_be_told = scene.protocol != Protocol::Chain;
     if can_be_told {
         assert_eq!(run["status"], "completed", "{steps:?}: {run:#}");
-        assert!(text(&other_answer["message"]).contains("tell me"), "{other_answer:#}");
-        assert_eq!(scene.simulator.stats().runs_started, before + 1, "it ran once");
+        assert!(
+            text(&other_answer["message"]).contains("tell me"),
+            "{other_answer:#}"
+        );
+        assert_eq!(
+            scene.simulator.stats().runs_started,
+            before + 1,
+            "it ran once"
+        );
     } else {
         assert_eq!(
             (&run["status"], &run["error"]["code"]),
@@ -68,13 +84,20 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
         );
         assert_eq!(other_answer["message"], Value::Null);
     }
-    let wanted: &[&str] =
-        if has_thread { &["hello", "tell me", "and now?"] } else { &["tell me", "and now?"] };
+    let wanted: &[&str] = if has_thread {
+        &["hello", "tell me", "and now?"]
+    } else {
+        &["tell me", "and now?"]
+    };
     other.say(SCOPE, "and now?").await;
     assert_eq!(heard(&other, SCOPE).await, wanted);
     assert_same(&scene, &other, SCOPE).await;
     if can_be_told {
-        let thread = scene.simulator.threads().into_iter().filter(|thread| !thread.user_texts.is_empty());
+        let thread = scene
+            .simulator
+            .threads()
+            .into_iter()
+            .filter(|thread| !thread.user_texts.is_empty());
         let texts: Vec<_> = thread.flat_map(|thread| thread.user_texts).collect();
         assert_eq!(texts, wanted, "nothing arrived twice");
     }
@@ -88,8 +111,17 @@ async fn live_replica_keeps_its_runs() {
     let (owner, other) = tokio::join!(scene.gateway_with(SHORT), scene.gateway_with(SHORT));
     let half = super::Half::at(&scene, &owner, "tell me").await;
     tokio::time::sleep(TTL + Duration::from_secs(1)).await;
-    assert_eq!(scene.database.number("SELECT count(*) FROM runs WHERE fence > 1").await, 0);
+    assert_eq!(
+        scene
+            .database
+            .number("SELECT count(*) FROM runs WHERE fence > 1")
+            .await,
+        0
+    );
     scene.simulator.release();
-    assert_eq!(half.stream.rest().await.last().unwrap().name, "run.completed");
+    assert_eq!(
+        half.stream.rest().await.last().unwrap().name,
+        "run.completed"
+    );
     assert_same(&scene, &other, SCOPE).await;
 }

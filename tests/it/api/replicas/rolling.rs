@@ -36,11 +36,13 @@ async fn hasty_rolling_restart_neither_loses_nor_doubles_messages(scene: Scene) 
 }
 
 async fn roll(scene: Scene, grace: &str, upstream: &str) {
-    let settings = format!("[replica]\nsession_ttl = \"30s\"\n[server]\nshutdown_grace = \"{grace}\"\n");
+    let settings =
+        format!("[replica]\nsession_ttl = \"30s\"\n[server]\nshutdown_grace = \"{grace}\"\n");
     let start = || scene.gateway_both(&settings, upstream);
     let mut gateways = join_all((0..REPLICAS).map(|_| start())).await;
     let balancer = Balancer::default();
-    *balancer.replicas.lock().unwrap() = gateways.iter().map(|it| it.address().to_owned()).collect();
+    *balancer.replicas.lock().unwrap() =
+        gateways.iter().map(|it| it.address().to_owned()).collect();
     let over = AtomicBool::new(false);
     let users = join_all((0..USERS).map(|user| talk(&balancer, user, &over)));
     let restarts = async {
@@ -51,9 +53,13 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
             gateway.terminate();
             assert!(gateway.exit().await.success());
             *gateway = start().await;
-            gateway.address().clone_into(&mut balancer.replicas.lock().unwrap()[n]);
+            gateway
+                .address()
+                .clone_into(&mut balancer.replicas.lock().unwrap()[n]);
         }
-        balancer.until_answered(balancer.answered.load(Ordering::SeqCst) + USERS).await;
+        balancer
+            .until_answered(balancer.answered.load(Ordering::SeqCst) + USERS)
+            .await;
         over.store(true, Ordering::SeqCst);
         gateways
     };
@@ -61,15 +67,30 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
     for (user, said) in said.iter().enumerate() {
         let scope = format!("/v1/users/user-{user}");
         let words: Vec<_> = said.iter().map(|(word, _)| word.clone()).collect();
-        assert_eq!(heard(&gateways[0], &scope).await, words, "all that was said, once, in order");
+        assert_eq!(
+            heard(&gateways[0], &scope).await,
+            words,
+            "all that was said, once, in order"
+        );
         let replies = messages(&gateways[1], &scope).await;
-        let replies = replies.iter().filter(|message| message["role"] == "assistant").map(whole);
+        let replies = replies
+            .iter()
+            .filter(|message| message["role"] == "assistant")
+            .map(whole);
         let told: Vec<_> = said.iter().map(|(_, reply)| reply.clone()).collect();
-        assert_eq!(replies.collect::<Vec<_>>(), told, "each reply, once, as it was told");
+        assert_eq!(
+            replies.collect::<Vec<_>>(),
+            told,
+            "each reply, once, as it was told"
+        );
         assert_same(&scene, &gateways[2], &scope).await;
     }
     let all: usize = said.iter().map(Vec::len).sum();
-    assert_eq!(scene.simulator.stats().runs_started, all as u64, "each message ran once");
+    assert_eq!(
+        scene.simulator.stats().runs_started,
+        all as u64,
+        "each message ran once"
+    );
 }
 
 /// A user who talks until it is over. What was said, and what was replied.
@@ -79,15 +100,24 @@ async fn talk(balancer: &Balancer, user: usize, over: &AtomicBool) -> Vec<(Strin
         let word = format!("word {} of {user}", said.len());
         let scope = format!("/v1/users/user-{user}");
         let streams = said.len().is_multiple_of(2);
-        let body = json!({"content": format!("{word} [[sim: tokens=24 rate=30ms]]"), "stream": streams});
+        let body =
+            json!({"content": format!("{word} [[sim: tokens=24 rate=30ms]]"), "stream": streams});
         let key = format!("key-{}", said.len());
         let response = balancer.send(|client, address| {
             let request = client.post(format!("http://{address}{scope}/messages"));
             request.header("idempotency-key", &key).json(&body)
         });
         let response = response.await;
-        assert!(response.status().is_success(), "{:?}", response.text().await);
-        let reply = if streams { balancer.streamed(response).await } else { balancer.told(response).await };
+        assert!(
+            response.status().is_success(),
+            "{:?}",
+            response.text().await
+        );
+        let reply = if streams {
+            balancer.streamed(response).await
+        } else {
+            balancer.told(response).await
+        };
         assert!(reply.contains(&word), "{word}: {reply}");
         said.push((word, reply));
         balancer.answered.fetch_add(1, Ordering::SeqCst);
@@ -115,10 +145,17 @@ impl Balancer {
                 replicas[self.next.fetch_add(1, Ordering::SeqCst) % replicas.len()].clone()
             };
             // One connection for each request, so that none is reused that is being closed.
-            match request(&self.client, &address).header("connection", "close").send().await {
+            match request(&self.client, &address)
+                .header("connection", "close")
+                .send()
+                .await
+            {
                 Ok(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE => {
                     let body: Value = response.json().await.unwrap();
-                    assert_eq!(body["type"], "urn:threadkeeper:problem:draining", "{body:#}");
+                    assert_eq!(
+                        body["type"], "urn:threadkeeper:problem:draining",
+                        "{body:#}"
+                    );
                 }
                 Ok(response) => return response,
                 // The last moment of a process: it is not in time to refuse.
@@ -137,8 +174,9 @@ impl Balancer {
         let place = response.headers()["location"].to_str().unwrap().to_owned();
         let start = Instant::now();
         loop {
-            let get =
-                self.send(|client, address| client.request(Method::GET, format!("http://{address}{place}")));
+            let get = self.send(|client, address| {
+                client.request(Method::GET, format!("http://{address}{place}"))
+            });
             let answer: Value = get.await.json().await.unwrap();
             if answer["run"]["finished_at"].is_string() {
                 assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
@@ -161,7 +199,11 @@ impl Balancer {
             if end.name != "stream.reconnect" {
                 assert_eq!(end.name, "run.completed", "{events:#?}");
                 let text = text_of(&events);
-                assert_eq!(text, super::completed(&events), "what was told is the whole reply, once");
+                assert_eq!(
+                    text,
+                    super::completed(&events),
+                    "what was told is the whole reply, once"
+                );
                 return text;
             }
             events.pop();

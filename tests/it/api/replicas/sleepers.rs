@@ -21,7 +21,12 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     scene.simulator.release();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 2).await;
     let elsewhere = follower.rest().await;
-    counted(&scene, "SELECT count(*) FROM runs WHERE finished_at IS NULL", 0).await;
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE finished_at IS NULL",
+        0,
+    )
+    .await;
     other.say(SCOPE, "and now?").await;
     let before = messages(&other, SCOPE).await;
     let runs = other.get(&format!("{SCOPE}/runs")).await.ok();
@@ -35,11 +40,20 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
         assert_eq!(text_of(&shown), completed(&shown));
     }
     assert_eq!(in_line.rest().await.last().unwrap().name, "run.completed");
-    sleeper.until("/readyz", |answer| answer.status == 200).await;
-    assert_eq!(messages(&sleeper, SCOPE).await, before, "the transcript is as it was");
+    sleeper
+        .until("/readyz", |answer| answer.status == 200)
+        .await;
+    assert_eq!(
+        messages(&sleeper, SCOPE).await,
+        before,
+        "the transcript is as it was"
+    );
     assert_eq!(other.get(&format!("{SCOPE}/runs")).await.ok(), runs);
     sleeper.say(SCOPE, "there again").await;
-    assert_eq!(heard(&other, SCOPE).await, ["hello", "tell me", "me too", "and now?", "there again"]);
+    assert_eq!(
+        heard(&other, SCOPE).await,
+        ["hello", "tell me", "me too", "and now?", "there again"]
+    );
     let replies = messages(&other, SCOPE).await;
     let of_run = |message: &&serde_json::Value| {
         message["role"] == "assistant" && message["run_id"] == half.run.as_str()

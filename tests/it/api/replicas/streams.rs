@@ -6,7 +6,9 @@ use reqwest::{Method, StatusCode};
 use serde_json::json;
 use threadkeeper::store::Notification;
 
-use super::{Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole};
+use super::{
+    Half, LONG, SCOPE, ask, assert_ascending, completed, counted, half_way, outputs, whole,
+};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::{Scene, on_shared_scene};
 
@@ -30,12 +32,21 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     // While the upstream says no more.
     let mut follower = other.events(SCOPE, &half.run, None).await;
     let mut elsewhere = follower.until_told(&half.text()).await;
-    assert_eq!((&elsewhere[0].name, &elsewhere[0].id), (&half.seen[0].name, &half.seen[0].id));
+    assert_eq!(
+        (&elsewhere[0].name, &elsewhere[0].id),
+        (&half.seen[0].name, &half.seen[0].id)
+    );
     assert_eq!(text_of(&elsewhere), half.text());
-    assert_eq!(elsewhere.last().unwrap().id, half.last(), "text has the same numbers everywhere");
+    assert_eq!(
+        elsewhere.last().unwrap().id,
+        half.last(),
+        "text has the same numbers everywhere"
+    );
     // From wherever the owner's reader was.
     for at in [0, half.seen.len() / 2] {
-        let mut later = other.events(SCOPE, &half.run, Some(&half.seen[at].id)).await;
+        let mut later = other
+            .events(SCOPE, &half.run, Some(&half.seen[at].id))
+            .await;
         let rest = text_of(&half.seen[at + 1..]);
         assert_eq!(text_of(&later.until_told(&rest).await), rest);
     }
@@ -46,7 +57,11 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     assert_eq!(shown.last().unwrap().name, "run.completed");
     assert_eq!(text_of(&elsewhere), text_of(&shown));
     assert_eq!(text_of(&elsewhere), completed(&shown));
-    assert_eq!(elsewhere[elsewhere.len() - 2..], shown[shown.len() - 2..], "both end alike");
+    assert_eq!(
+        elsewhere[elsewhere.len() - 2..],
+        shown[shown.len() - 2..],
+        "both end alike"
+    );
     assert_ascending(&elsewhere);
 }
 
@@ -54,12 +69,18 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let store = scene.database.store().await;
     let mut notifications = store.notifications();
-    assert_eq!(notifications.next().await, Some(Notification::Missed), "it listens");
+    assert_eq!(
+        notifications.next().await,
+        Some(Notification::Missed),
+        "it listens"
+    );
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
     let run = Notification::Followed(half.run.parse().unwrap());
     let heard = async { while notifications.next().await.expect("notifications go on") != run {} };
-    tokio::time::timeout(PATIENCE, heard).await.expect("the owner is told");
+    tokio::time::timeout(PATIENCE, heard)
+        .await
+        .expect("the owner is told");
     scene.simulator.release();
     let (seen, shown) = tokio::join!(follower.rest(), half.stream.rest());
     assert_eq!(text_of(&seen), text_of(&[half.seen, shown].concat()));
@@ -68,12 +89,18 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
 
 async fn reader_resumes_on_any_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
-    let shown = owner.stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]").await.rest().await;
+    let shown = owner
+        .stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]")
+        .await
+        .rest()
+        .await;
     let run = super::run_of(&shown[0]);
     assert_ascending(&shown);
     for (at, seen) in shown.iter().enumerate() {
         for gateway in [&owner, &other] {
-            let rest = gateway.open_events(&format!("{SCOPE}/runs/{run}/events"), Some(&seen.id)).await;
+            let rest = gateway
+                .open_events(&format!("{SCOPE}/runs/{run}/events"), Some(&seen.id))
+                .await;
             if at + 1 == shown.len() {
                 assert_eq!(rest.status(), StatusCode::NO_CONTENT);
                 continue;
@@ -86,27 +113,46 @@ async fn reader_resumes_on_any_replica(scene: Scene) {
     }
 }
 
-async fn repeat(gateway: &Gateway, header: (&'static str, &str), content: &str) -> reqwest::Response {
+async fn repeat(
+    gateway: &Gateway,
+    header: (&'static str, &str),
+    content: &str,
+) -> reqwest::Response {
     let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
-    let request = request.header("idempotency-key", "k1").header(header.0, header.1);
-    let response = request.json(&json!({"content": content})).send().await.unwrap();
+    let request = request
+        .header("idempotency-key", "k1")
+        .header(header.0, header.1);
+    let response = request
+        .json(&json!({"content": content}))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.headers()["idempotent-replayed"], "true");
     response
 }
 
 async fn json_of(response: reqwest::Response) -> Answer {
     let (status, headers) = (response.status(), response.headers().clone());
-    Answer { status, headers, body: response.json().await.unwrap() }
+    Answer {
+        status,
+        headers,
+        body: response.json().await.unwrap(),
+    }
 }
 
 async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     scene.simulator.hold();
     let content = half_way("tell me");
-    let first = owner.request(Method::POST, &format!("{SCOPE}/messages")).header("idempotency-key", "k1");
+    let first = owner
+        .request(Method::POST, &format!("{SCOPE}/messages"))
+        .header("idempotency-key", "k1");
     let first = owner.send(first.json(&json!({"content": content})));
     let replays = async {
-        scene.simulator.wait_for(|stats| stats.runs_started == 1).await;
+        scene
+            .simulator
+            .wait_for(|stats| stats.runs_started == 1)
+            .await;
         // Live as a stream, while the owner has nothing to answer yet …
         let stream = repeat(&other, ("accept", "text/event-stream"), &content).await;
         let mut stream = EventReader::new(stream);
@@ -116,12 +162,16 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
         assert_eq!(taken.status, StatusCode::ACCEPTED, "{taken:?}");
         assert_eq!(taken.body["run"]["status"], "in_progress", "{taken:?}");
         let place = taken.headers["location"].to_str().unwrap().to_owned();
-        assert_eq!(other.get(&place).await.ok()["run"]["id"], taken.body["run"]["id"]);
-        // … and whole, for who does.
-        let answers = join_all(
-            ["wait=50", "handling=strict"]
-                .map(|wish| async { json_of(repeat(&other, ("prefer", wish), &content).await).await.ok() }),
+        assert_eq!(
+            other.get(&place).await.ok()["run"]["id"],
+            taken.body["run"]["id"]
         );
+        // … and whole, for who does.
+        let answers = join_all(["wait=50", "handling=strict"].map(|wish| async {
+            json_of(repeat(&other, ("prefer", wish), &content).await)
+                .await
+                .ok()
+        }));
         let (answers, rest) = tokio::join!(answers, async {
             scene.simulator.release();
             stream.rest().await
@@ -131,7 +181,10 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
     let (first, (answers, events)) = tokio::join!(first, replays);
     let first = first.ok();
     for answer in answers {
-        assert_eq!((&answer["run"], &answer["message"]), (&first["run"], &first["message"]));
+        assert_eq!(
+            (&answer["run"], &answer["message"]),
+            (&first["run"], &first["message"])
+        );
     }
     assert_eq!(text_of(&events), whole(&first["message"]));
     assert_eq!(events.last().unwrap().data["run"], first["run"]);
@@ -145,13 +198,22 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let run = asked["run"]["id"].as_str().unwrap();
     let mut follower = other.events(SCOPE, run, None).await;
     let mut seen = Vec::new();
-    while seen.last().is_none_or(|event: &crate::support::gateway::Event| event.name != "run.requires_action")
+    while seen
+        .last()
+        .is_none_or(|event: &crate::support::gateway::Event| event.name != "run.requires_action")
     {
         seen.push(follower.next().await.unwrap());
     }
     let (path, mut body) = outputs(SCOPE, &asked);
     body["stream"] = json!(true);
-    let answered = EventReader::new(other.request(Method::POST, &path).json(&body).send().await.unwrap());
+    let answered = EventReader::new(
+        other
+            .request(Method::POST, &path)
+            .json(&body)
+            .send()
+            .await
+            .unwrap(),
+    );
     let (answered, rest) = tokio::join!(answered.rest(), follower.rest());
     assert_eq!(answered.last().unwrap().name, "run.completed");
     assert!(text_of(&answered).contains("4 °C"), "{answered:#?}");
@@ -170,7 +232,12 @@ async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
     let asked = ask(&owner, SCOPE).await;
     let (path, mut body) = outputs(SCOPE, &asked);
     body["stream"] = json!(true);
-    let give = || other.request(Method::POST, &path).header("idempotency-key", "outputs").json(&body);
+    let give = || {
+        other
+            .request(Method::POST, &path)
+            .header("idempotency-key", "outputs")
+            .json(&body)
+    };
     // Their first time, and again when all is over.
     for _ in 0..2 {
         let locked = scene.database.lock("run_events").await;
@@ -181,6 +248,9 @@ async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
         drop(locked);
         let told = EventReader::new(give().send().await.unwrap()).rest().await;
         assert!(text_of(&told).contains("4 °C"), "{told:#?}");
-        assert!(told.iter().all(|event| event.name != "run.requires_action"), "{told:#?}");
+        assert!(
+            told.iter().all(|event| event.name != "run.requires_action"),
+            "{told:#?}"
+        );
     }
 }

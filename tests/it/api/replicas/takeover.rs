@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, heard, outputs, run_of};
+use super::{
+    Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, heard, outputs, run_of,
+};
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{assert_same, upstream};
 use crate::support::scene::Scene;
@@ -69,7 +71,10 @@ async fn record_nothing(scene: &Scene) {
 }
 
 async fn record_again(scene: &Scene) {
-    scene.database.execute("DROP TRIGGER no_events ON run_events; DROP TRIGGER no_upstream ON runs").await;
+    scene
+        .database
+        .execute("DROP TRIGGER no_events ON run_events; DROP TRIGGER no_upstream ON runs")
+        .await;
 }
 
 async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate) {
@@ -99,8 +104,19 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     assert_eq!(half.stream.until_broken().await, [], "no end that is none");
     drop(in_line);
     // Its reader comes back before anybody has noticed.
-    let resumed = other.events(SCOPE, &half.run, Some(half.seen.last().map_or("", |event| &event.id))).await;
-    counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1 AND seq IN (2, 3)", 2).await;
+    let resumed = other
+        .events(
+            SCOPE,
+            &half.run,
+            Some(half.seen.last().map_or("", |event| &event.id)),
+        )
+        .await;
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE fence > 1 AND seq IN (2, 3)",
+        2,
+    )
+    .await;
     let took = killed.elapsed();
     assert!(took < TTL + PROMISED + BUSY, "taken over after {took:?}");
     scene.simulator.release();
@@ -120,7 +136,11 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     match fate {
         Fate::Whole => {
             assert_eq!(end.name, "run.completed", "{end:#?}");
-            assert_eq!(text_of(&shown), completed(&shown), "what came before and after is the whole reply");
+            assert_eq!(
+                text_of(&shown),
+                completed(&shown),
+                "what came before and after is the whole reply"
+            );
             assert_eq!(text_of(&elsewhere), completed(&shown));
         }
         Fate::Lost | Fate::Either => {
@@ -145,14 +165,26 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
     let said = ["hello", "tell me", "me too", "me last", "and now?"];
     assert_eq!(heard(gateway, SCOPE).await, said);
     let runs = gateway.get(&format!("{SCOPE}/runs?order=asc")).await.ok();
-    let statuses: Vec<_> =
-        runs["data"].as_array().unwrap().iter().map(|run| run["status"].as_str().unwrap()).collect();
-    let second = if fate == Fate::Whole { "completed" } else { "failed" };
-    assert_eq!(statuses, ["completed", second, "completed", "completed", "completed"]);
+    let statuses: Vec<_> = runs["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|run| run["status"].as_str().unwrap())
+        .collect();
+    let second = if fate == Fate::Whole {
+        "completed"
+    } else {
+        "failed"
+    };
+    assert_eq!(
+        statuses,
+        ["completed", second, "completed", "completed", "completed"]
+    );
     for said in said {
         let there = upstream(scene, gateway, SCOPE).await.into_iter();
-        let times =
-            there.filter(|(role, text)| role == "user" && text.split(" [[").next() == Some(said)).count();
+        let times = there
+            .filter(|(role, text)| role == "user" && text.split(" [[").next() == Some(said))
+            .count();
         // What was lost may have left nothing there.
         assert!(
             times == 1 || (times == 0 && fate == Fate::Lost && said == "tell me"),
@@ -160,7 +192,11 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
         );
     }
     assert_same(scene, gateway, SCOPE).await;
-    assert_eq!(scene.simulator.stats().active_runs, 0, "nothing goes on upstream");
+    assert_eq!(
+        scene.simulator.stats().active_runs,
+        0,
+        "nothing goes on upstream"
+    );
 }
 
 /// A run of a replica that died is followed where it goes on, also by who asks for it for the first time.
@@ -175,7 +211,11 @@ async fn run_survives_repeated_takeovers() {
     for round in 1..=2 {
         let next = scene.gateway_both(SHORT, upstream).await;
         let mut follower = next.events(SCOPE, &half.run, None).await;
-        assert_eq!(text_of(&follower.until_told(&half.text()).await), half.text(), "round {round}");
+        assert_eq!(
+            text_of(&follower.until_told(&half.text()).await),
+            half.text(),
+            "round {round}"
+        );
         std::mem::replace(&mut owner, next).kill();
         let taken = format!("SELECT count(*) FROM runs WHERE fence = {}", round + 1);
         counted(&scene, &taken, 1).await;
@@ -204,16 +244,24 @@ async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     record_again(&scene).await;
     let follower = other.events(SCOPE, &half.run, None).await;
     let refused = scene.simulator.wait_for(|stats| stats.lock_refusals > 0);
-    tokio::time::timeout(PATIENCE, refused).await.expect("it is sent again");
+    tokio::time::timeout(PATIENCE, refused)
+        .await
+        .expect("it is sent again");
     scene.simulator.release();
     let told = follower.rest().await;
     assert_eq!(told.last().unwrap().name, "run.completed");
     assert_eq!(text_of(&told), completed(&told));
     sleeper.thaw();
-    assert_eq!(half.stream.rest().await.last(), told.last(), "both tell the same end");
+    assert_eq!(
+        half.stream.rest().await.last(),
+        told.last(),
+        "both tell the same end"
+    );
     other.say(SCOPE, "and now?").await;
     let there = upstream(&scene, &other, SCOPE).await.into_iter();
-    let times = there.filter(|(role, text)| role == "user" && text.starts_with("tell me")).count();
+    let times = there
+        .filter(|(role, text)| role == "user" && text.starts_with("tell me"))
+        .count();
     assert_eq!(times, 1);
     assert_same(&scene, &other, SCOPE).await;
 }
@@ -231,12 +279,25 @@ async fn takeover_of_cancelling_run_delivers_unseen_text() {
     owner.freeze();
     let path = format!("{SCOPE}/runs/{}/cancel", half.run);
     let stopping = other.post_in_background(&path, &json!({}));
-    counted(&scene, "SELECT count(*) FROM runs WHERE status = 'cancelling'", 1).await;
+    counted(
+        &scene,
+        "SELECT count(*) FROM runs WHERE status = 'cancelling'",
+        1,
+    )
+    .await;
     owner.kill();
     record_again(&scene).await;
     // Its reader had seen the beginning alone.
-    let seen = half.seen.iter().find(|event| event.name == "message.delta").unwrap();
-    let rest = other.events(SCOPE, &half.run, Some(&seen.id)).await.rest().await;
+    let seen = half
+        .seen
+        .iter()
+        .find(|event| event.name == "message.delta")
+        .unwrap();
+    let rest = other
+        .events(SCOPE, &half.run, Some(&seen.id))
+        .await
+        .rest()
+        .await;
     stopping.join_all().await;
     assert_eq!(rest.last().unwrap().name, "run.cancelled", "{rest:#?}");
     let shown = text_of(std::slice::from_ref(seen)) + &text_of(&rest);
@@ -255,7 +316,10 @@ async fn takeover_finds_tool_calls_of_unrecorded_response() {
     record_nothing(&scene).await;
     scene.simulator.hold();
     let (_stream, first) = begin(&owner, "enqueue", "weather? [[sim: tool=get_weather]]").await;
-    scene.simulator.wait_for(|stats| stats.active_runs == 1).await;
+    scene
+        .simulator
+        .wait_for(|stats| stats.active_runs == 1)
+        .await;
     owner.kill();
     record_again(&scene).await;
     scene.simulator.release();

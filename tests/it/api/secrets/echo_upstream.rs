@@ -24,7 +24,11 @@ impl EchoUpstream {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let mut task = JoinSet::new();
-        task.spawn(async move { axum::serve(listener, Router::new().fallback(repeat)).await.unwrap() });
+        task.spawn(async move {
+            axum::serve(listener, Router::new().fallback(repeat))
+                .await
+                .unwrap()
+        });
         Self { url, _task: task }
     }
 }
@@ -32,15 +36,24 @@ impl EchoUpstream {
 async fn repeat(request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let body = body.collect().await.unwrap().to_bytes();
-    let key = parts.headers["authorization"].to_str().unwrap().strip_prefix("Bearer ").unwrap();
-    let heard = format!("{} {:?} {}", parts.uri, parts.headers, String::from_utf8_lossy(&body));
+    let key = parts.headers["authorization"]
+        .to_str()
+        .unwrap()
+        .strip_prefix("Bearer ")
+        .unwrap();
+    let heard = format!(
+        "{} {:?} {}",
+        parts.uri,
+        parts.headers,
+        String::from_utf8_lossy(&body)
+    );
     let headers = format!("{key} {}", parts.headers["authorization"].to_str().unwrap());
-    let error =
-        json!({"code": key, "type": key, "param": key, "message": format!("{key} {headers} {heard}")});
+    let error = json!({"code": key, "type": key, "param": key, "message": format!("{key} {headers} {heard}")});
     let mut segments = parts.uri.path().split('/').skip(1);
     let (says, what) = (segments.next().unwrap(), segments.next().unwrap());
-    let makes_thread =
-        parts.method == Method::POST && parts.uri.path().split('/').count() == 3 && what != "responses";
+    let makes_thread = parts.method == Method::POST
+        && parts.uri.path().split('/').count() == 3
+        && what != "responses";
     let mut response = Response::new(Body::empty());
     let mut kind = "application/json";
     let body = match says {
@@ -53,11 +66,18 @@ async fn repeat(request: Request) -> Response {
                 [("thread.run.created", begun), ("thread.run.failed", failed)]
             } else {
                 [
-                    ("response.created", json!({"type": "response.created", "response": begun})),
-                    ("response.failed", json!({"type": "response.failed", "response": failed})),
+                    (
+                        "response.created",
+                        json!({"type": "response.created", "response": begun}),
+                    ),
+                    (
+                        "response.failed",
+                        json!({"type": "response.failed", "response": failed}),
+                    ),
                 ]
             };
-            let event = |(name, data): (&str, Value)| format!(": {heard}\nevent: {name}\ndata: {data}\n\n");
+            let event =
+                |(name, data): (&str, Value)| format!(": {heard}\nevent: {name}\ndata: {data}\n\n");
             events.map(event).concat()
         }
         "garbage" => heard,
@@ -66,12 +86,21 @@ async fn repeat(request: Request) -> Response {
             json!({"error": error}).to_string()
         }
     };
-    for name in
-        ["x-request-id", "apim-request-id", "retry-after", "location", "server", "openai-poll-after-ms"]
-    {
-        response.headers_mut().insert(name, HeaderValue::from_str(key).unwrap());
+    for name in [
+        "x-request-id",
+        "apim-request-id",
+        "retry-after",
+        "location",
+        "server",
+        "openai-poll-after-ms",
+    ] {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_str(key).unwrap());
     }
-    response.headers_mut().insert("content-type", HeaderValue::from_static(kind));
+    response
+        .headers_mut()
+        .insert("content-type", HeaderValue::from_static(kind));
     *response.body_mut() = body.into();
     response
 }

@@ -85,7 +85,10 @@ impl World {
         }
         let env = BTreeMap::from([
             ("DATABASE_URL", database),
-            ("THREADKEEPER_UPSTREAMS__SIMULATED__API_KEY", secret("upstreams.simulated.api_key")),
+            (
+                "THREADKEEPER_UPSTREAMS__SIMULATED__API_KEY",
+                secret("upstreams.simulated.api_key"),
+            ),
         ]);
         let (mut secrets, mut words) = (Needles::default(), Needles::default());
         for name in SECRETS {
@@ -98,8 +101,18 @@ impl World {
             words.add(name, &word(name), PIECE);
         }
         let token = signed(&word("a subject"));
-        secrets.add("the signature of a token", token.rsplit('.').next().unwrap(), PIECE);
-        Self { folder, config, env, secrets, words }
+        secrets.add(
+            "the signature of a token",
+            token.rsplit('.').next().unwrap(),
+            PIECE,
+        );
+        Self {
+            folder,
+            config,
+            env,
+            secrets,
+            words,
+        }
     }
 
     /// The binary, with this configuration, in folders of its own.
@@ -109,7 +122,10 @@ impl World {
         let mut command = Gateway::command(args);
         command.arg("--config").arg(file);
         let temp = self.folder.path().join("temp");
-        command.envs(&self.env).env("TMPDIR", temp).current_dir(self.folder.path().join("work"));
+        command
+            .envs(&self.env)
+            .env("TMPDIR", temp)
+            .current_dir(self.folder.path().join("work"));
         command.env("RUST_BACKTRACE", "1");
         command
     }
@@ -123,7 +139,11 @@ impl World {
         let Output { stdout, stderr, .. } = self.command(config, args).output().unwrap();
         let text = [stdout, stderr].concat();
         assert_eq!(self.secrets.find(&text), None, "{args:?} tells a secret");
-        assert_eq!(self.words_but_tenant(&text), None, "{args:?} tells what was said");
+        assert_eq!(
+            self.words_but_tenant(&text),
+            None,
+            "{args:?} tells what was said"
+        );
         String::from_utf8(text).unwrap()
     }
 
@@ -136,11 +156,19 @@ impl World {
     /// A key that is recorded. It is told on standard output, and from then on looked for.
     pub(super) fn make_key(&mut self, scope: &str) -> String {
         let args = ["keys", "create", "--scope", scope, "--label", "a label"];
-        let Output { stdout, stderr, status } = self.command(&self.config, &args).output().unwrap();
+        let Output {
+            stdout,
+            stderr,
+            status,
+        } = self.command(&self.config, &args).output().unwrap();
         assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
         let key = String::from_utf8(stdout).unwrap().trim().to_owned();
         self.secrets.add("a recorded key", &key[16..], HEX_PIECE);
-        assert_eq!(self.secrets.find(&stderr), None, "keys create tells a secret");
+        assert_eq!(
+            self.secrets.find(&stderr),
+            None,
+            "keys create tells a secret"
+        );
         key
     }
 
@@ -148,7 +176,9 @@ impl World {
     pub(super) async fn serve(&self) -> Gateway {
         let serve = self.command(&self.config, &["serve", "--listen", "127.0.0.1:0"]);
         let mut command = Command::new("sh");
-        command.args(["-c", "exec \"$@\" > \"$0\""]).arg(self.folder.path().join("stdout"));
+        command
+            .args(["-c", "exec \"$@\" > \"$0\""])
+            .arg(self.folder.path().join("stdout"));
         command.arg(serve.get_program()).args(serve.get_args());
         for (name, value) in serve.get_envs() {
             match value {
@@ -169,28 +199,54 @@ impl World {
             assert_eq!(self.secrets.find(bytes), None, "an answer tells a secret");
         }
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
-        Answer { status, headers, body }
+        Answer {
+            status,
+            headers,
+            body,
+        }
     }
 
-    pub(super) async fn say(&self, gateway: &Gateway, key: &str, user: &str, content: &str) -> Answer {
+    pub(super) async fn say(
+        &self,
+        gateway: &Gateway,
+        key: &str,
+        user: &str,
+        content: &str,
+    ) -> Answer {
         let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
-        self.ask(request.bearer_auth(key).json(&json!({"content": content}))).await
+        self.ask(request.bearer_auth(key).json(&json!({"content": content})))
+            .await
     }
 
     /// Looks through all that a gateway has logged.
     pub(super) fn logged(&self, gateway: &Gateway) {
         let lines = gateway.logs();
-        assert!(lines.iter().any(|line| line.contains("answered")), "nothing was logged");
+        assert!(
+            lines.iter().any(|line| line.contains("answered")),
+            "nothing was logged"
+        );
         for line in lines {
-            assert_eq!(self.secrets.find(line.as_bytes()), None, "a secret is logged");
-            assert_eq!(self.words.find(line.as_bytes()), None, "what was said is logged");
+            assert_eq!(
+                self.secrets.find(line.as_bytes()),
+                None,
+                "a secret is logged"
+            );
+            assert_eq!(
+                self.words.find(line.as_bytes()),
+                None,
+                "what was said is logged"
+            );
         }
     }
 
     /// Looks through all files that processes have left, besides the export and what was given to them.
     pub(super) fn search_files(&self) {
         let stdout = std::fs::read(self.folder.path().join("stdout")).unwrap();
-        assert_eq!(String::from_utf8(stdout).unwrap(), "", "`serve` writes to standard output");
+        assert_eq!(
+            String::from_utf8(stdout).unwrap(),
+            "",
+            "`serve` writes to standard output"
+        );
         for name in ["work", "temp"] {
             let files = files_below(&self.folder.path().join(name));
             assert_eq!(files, Vec::<PathBuf>::new(), "files that nobody asked for");
@@ -199,7 +255,10 @@ impl World {
 }
 
 fn files_below(folder: &Path) -> Vec<PathBuf> {
-    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+    std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect()
 }
 
 /// A token of this subject.

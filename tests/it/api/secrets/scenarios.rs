@@ -42,7 +42,10 @@ pub(super) fn mistakes(world: &World) {
     for line in lines {
         for command in ["check-config", "serve"] {
             let told = world.run_with(&line, &[command]);
-            assert!(told.contains("threadkeeper: "), "{command} takes {line}: {told}");
+            assert!(
+                told.contains("threadkeeper: "),
+                "{command} takes {line}: {told}"
+            );
         }
     }
     for name in [
@@ -58,14 +61,21 @@ pub(super) fn mistakes(world: &World) {
         for command in ["check-config", "migrate"] {
             let mut command = world.command(&world.config, &[command]);
             let Output { stdout, stderr, .. } = command.env(name, &key).output().unwrap();
-            assert_eq!(world.secrets.find(&[stdout, stderr].concat()), None, "{name} is told");
+            assert_eq!(
+                world.secrets.find(&[stdout, stderr].concat()),
+                None,
+                "{name} is told"
+            );
         }
     }
     // A server that lets nobody in, and parameters that are none.
     for rest in ["", "?sslmode=KEY", "?pasword=KEY"] {
-        let url = format!("postgres://u:KEY@127.0.0.1:9/d{rest}").replace("KEY", &planted("the password"));
+        let url = format!("postgres://u:KEY@127.0.0.1:9/d{rest}")
+            .replace("KEY", &planted("the password"));
         let mut serve = world.command(&world.config, &["serve"]);
-        serve.env("DATABASE_URL", &url).env("THREADKEEPER_STORE__STARTUP_TIMEOUT", "50ms");
+        serve
+            .env("DATABASE_URL", &url)
+            .env("THREADKEEPER_STORE__STARTUP_TIMEOUT", "50ms");
         let Output { stderr, .. } = serve.output().unwrap();
         assert_eq!(world.secrets.find(&stderr), None, "the URL is told");
         assert!(!stderr.is_empty());
@@ -89,34 +99,62 @@ pub(super) async fn conversations(world: &World, gateway: &Gateway, key: &str) {
         let metadata = json!({word("a name of metadata"): word("a value of metadata")});
         for content in [json!(said), json!([{"type": "text", "text": said}])] {
             let body = json!({"content": content, "metadata": metadata});
-            let request = gateway.request(Method::POST, &messages).bearer_auth(key).json(&body);
+            let request = gateway
+                .request(Method::POST, &messages)
+                .bearer_auth(key)
+                .json(&body);
             let request = request.header("idempotency-key", word("an idempotency key"));
             let answer = world.ask(request).await;
             assert!([200, 422].contains(&answer.status.as_u16()), "{answer:?}");
         }
-        let streamed = json!({"content": format!("{said} [[sim: comments tokens=20]]"), "stream": true});
+        let streamed =
+            json!({"content": format!("{said} [[sim: comments tokens=20]]"), "stream": true});
         let events = send(Method::POST, &messages, streamed).await;
-        assert!(events.body.as_str().unwrap().contains("run.completed"), "{events:?}");
+        assert!(
+            events.body.as_str().unwrap().contains("run.completed"),
+            "{events:?}"
+        );
         let asks = json!({"content": format!("{said} [[sim: tool=get_weather]]")});
         let asks = send(Method::POST, &messages, asks).await.ok();
         let run = format!("{scope}/runs/{}", asks["run"]["id"].as_str().unwrap());
         let call = &asks["run"]["required_action"]["tool_calls"][0];
-        assert!(call["arguments"].as_str().unwrap().contains(&said), "{asks:#}");
+        assert!(
+            call["arguments"].as_str().unwrap().contains(&said),
+            "{asks:#}"
+        );
         let outputs = format!("{run}/tool_outputs");
-        let output =
-            |id: &Value| json!({"tool_outputs": [{"tool_call_id": id, "output": word("an output")}]});
+        let output = |id: &Value| json!({"tool_outputs": [{"tool_call_id": id, "output": word("an output")}]});
         send(Method::POST, &outputs, output(&json!(word("an output")))).await;
         send(Method::POST, &outputs, output(&call["id"])).await.ok();
         send(Method::POST, &outputs, output(&call["id"])).await;
         let body = json!({"content": format!("{said} [[sim: silent_after=2]]")});
-        let request = gateway.request(Method::POST, &messages).bearer_auth(key).json(&body);
+        let request = gateway
+            .request(Method::POST, &messages)
+            .bearer_auth(key)
+            .json(&body);
         world.ask(request.header("prefer", "respond-async")).await;
-        send(Method::POST, &format!("{scope}/thread/cancel"), json!({})).await.ok();
-        for failing in ["fail", "status=401", "status=500", "incomplete", "refusal", "cut=3", "mid_error"] {
+        send(Method::POST, &format!("{scope}/thread/cancel"), json!({}))
+            .await
+            .ok();
+        for failing in [
+            "fail",
+            "status=401",
+            "status=500",
+            "incomplete",
+            "refusal",
+            "cut=3",
+            "mid_error",
+        ] {
             let body = json!({"content": format!("{said} [[sim: {failing}]]")});
             send(Method::POST, &messages, body).await;
         }
-        send(Method::PATCH, &format!("{scope}/thread"), json!({"metadata": metadata})).await.ok();
+        send(
+            Method::PATCH,
+            &format!("{scope}/thread"),
+            json!({"metadata": metadata}),
+        )
+        .await
+        .ok();
         send(Method::POST, &format!("{scope}/thread/rollover"), json!({})).await;
         for path in ["/messages", "/thread", "/runs"] {
             get(&format!("{scope}{path}")).await.ok();
@@ -134,16 +172,29 @@ pub(super) async fn conversations(world: &World, gateway: &Gateway, key: &str) {
             json!({"content": said, "multitask_strategy": wrong}),
             json!(wrong),
         ] {
-            assert!(send(Method::POST, &messages, body).await.status.is_client_error());
+            assert!(
+                send(Method::POST, &messages, body)
+                    .await
+                    .status
+                    .is_client_error()
+            );
         }
         let broken = gateway.request(Method::POST, &messages).bearer_auth(key);
         let broken = broken.header("content-type", "application/json");
-        world.ask(broken.body(format!("{{\"content\": \"{wrong}"))).await;
-        let repeated =
-            gateway.request(Method::POST, &messages).bearer_auth(key).json(&json!({"content": said}));
+        world
+            .ask(broken.body(format!("{{\"content\": \"{wrong}")))
+            .await;
+        let repeated = gateway
+            .request(Method::POST, &messages)
+            .bearer_auth(key)
+            .json(&json!({"content": said}));
         let twice = repeated.header("idempotency-key", word("another idempotency key"));
-        world.ask(twice.header("idempotency-key", word("another idempotency key"))).await;
-        let lost = gateway.request(Method::GET, &format!("{run}/events")).bearer_auth(key);
+        world
+            .ask(twice.header("idempotency-key", word("another idempotency key")))
+            .await;
+        let lost = gateway
+            .request(Method::GET, &format!("{run}/events"))
+            .bearer_auth(key);
         world.ask(lost.header("last-event-id", &wrong)).await;
         for path in [
             format!("{scope}/runs/{wrong}"),
@@ -167,7 +218,10 @@ pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoke
     let filed = secret("auth.keys.filed");
     let subject = word("a subject");
     for key in [&filed, good, &signed(&subject)] {
-        world.say(gateway, key, &subject, &word("what is said")).await.ok();
+        world
+            .say(gateway, key, &subject, &word("what is said"))
+            .await
+            .ok();
     }
     let forged = signed(&subject).replace('.', ".e30");
     let strange = secret("a key that opens nothing");
@@ -179,7 +233,13 @@ pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoke
         &format!("{}x", signed(&subject)),
         &format!("{strange}.a.b"),
     ] {
-        assert_eq!(world.say(gateway, key, &subject, &word("what is said")).await.status, 401);
+        assert_eq!(
+            world
+                .say(gateway, key, &subject, &word("what is said"))
+                .await
+                .status,
+            401
+        );
     }
     let path = format!("/v1/users/{}/threads", word("a user"));
     let get = |path: &str| gateway.request(Method::GET, path);
@@ -189,31 +249,56 @@ pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoke
         get(&path).bearer_auth(&filed).bearer_auth(&strange),
         get(&path).header("authorization", &strange),
         get(&path).header("authorization", format!("Bearer\t{strange}")),
-        get(&path).header("cookie", format!("key={strange}")).header("x-api-key", &strange),
+        get(&path)
+            .header("cookie", format!("key={strange}"))
+            .header("x-api-key", &strange),
     ] {
         assert_eq!(world.ask(request).await.status, 401);
     }
     // In an address.
     let plain = planted("a key that opens nothing");
-    world.ask(get(&format!("{path}?access_token={plain}")).bearer_auth(good)).await;
-    world.ask(get(&format!("/healthz?access_token={plain}"))).await;
-    world.ask(get(&format!("/v1/{plain}?access_token={plain}"))).await;
+    world
+        .ask(get(&format!("{path}?access_token={plain}")).bearer_auth(good))
+        .await;
+    world
+        .ask(get(&format!("/healthz?access_token={plain}")))
+        .await;
+    world
+        .ask(get(&format!("/v1/{plain}?access_token={plain}")))
+        .await;
 }
 
 /// Upstreams that are not there, or say what they were told.
 pub(super) async fn bad_upstreams(world: &World, gateway: &Gateway, key: &str) {
-    for name in
-        ["down"].into_iter().map(str::to_owned).chain(PARROT_SAYS.map(|says| format!("parrot-{says}")))
+    for name in ["down"]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(PARROT_SAYS.map(|says| format!("parrot-{says}")))
     {
         let path = format!("/v1/users/{}-{name}/messages", word("a user"));
         for stream in [false, true] {
-            let body = json!({"content": word("what is said"), "assistant": name, "stream": stream});
-            let answer = world.ask(gateway.request(Method::POST, &path).bearer_auth(key).json(&body)).await;
-            let failed = answer.status == StatusCode::OK && answer.body.to_string().contains("run.failed");
-            assert!(answer.status.is_server_error() || failed, "{name}: {answer:?}");
+            let body =
+                json!({"content": word("what is said"), "assistant": name, "stream": stream});
+            let answer = world
+                .ask(
+                    gateway
+                        .request(Method::POST, &path)
+                        .bearer_auth(key)
+                        .json(&body),
+                )
+                .await;
+            let failed =
+                answer.status == StatusCode::OK && answer.body.to_string().contains("run.failed");
+            assert!(
+                answer.status.is_server_error() || failed,
+                "{name}: {answer:?}"
+            );
         }
         let list = path.replace("/messages", "/runs");
-        world.ask(gateway.request(Method::GET, &list).bearer_auth(key)).await.ok();
+        world
+            .ask(gateway.request(Method::GET, &list).bearer_auth(key))
+            .await
+            .ok();
     }
 }
 
@@ -221,36 +306,66 @@ pub(super) async fn bad_upstreams(world: &World, gateway: &Gateway, key: &str) {
 pub(super) async fn rough_requests(world: &World, gateway: &Gateway) {
     let (key, said) = (secret("a key that opens nothing"), word("what is said"));
     for request in [
-        format!("GET /{said} HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {key}\r\nbad header {key}\r\n\r\n"),
+        format!(
+            "GET /{said} HTTP/1.1\r\nhost: h\r\nauthorization: Bearer {key}\r\nbad header {key}\r\n\r\n"
+        ),
         format!("GET /{said} HTTP/9\r\nauthorization: Bearer {key}\r\n\r\n"),
         format!("{key} {said}\r\n\r\n"),
-        format!("POST /v1/users/{said}/messages HTTP/1.1\r\nhost: h\r\ncontent-length: {key}\r\n\r\n{said}"),
-        format!("GET / HTTP/1.1\r\nhost: h\r\nx: {}\r\n\r\n", key.repeat(1000)),
+        format!(
+            "POST /v1/users/{said}/messages HTTP/1.1\r\nhost: h\r\ncontent-length: {key}\r\n\r\n{said}"
+        ),
+        format!(
+            "GET / HTTP/1.1\r\nhost: h\r\nx: {}\r\n\r\n",
+            key.repeat(1000)
+        ),
         format!(
             "GET /healthz HTTP/1.1\r\nhost: h\r\nconnection: close\r\nx-request-id: {said}-{key}\r\n\r\n"
         ),
     ] {
-        let mut connection = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
+        let mut connection = tokio::net::TcpStream::connect(gateway.address())
+            .await
+            .unwrap();
         connection.write_all(request.as_bytes()).await.unwrap();
         connection.shutdown().await.unwrap();
         let mut answer = Vec::new();
         // It may be cut off, since not all of the request was read.
         let _ = connection.read_to_end(&mut answer).await;
-        assert_eq!(world.secrets.find(&answer), None, "an answer tells a secret");
+        assert_eq!(
+            world.secrets.find(&answer),
+            None,
+            "an answer tells a secret"
+        );
     }
 }
 
 pub(super) async fn deletions(world: &World, gateway: &Gateway, key: &str) {
     let user = format!("/v1/users/{}", word("a user"));
-    let delete = gateway.request(Method::DELETE, &format!("{user}/topics/{}/thread", word("a topic")));
-    let deleted = world.ask(delete.bearer_auth(key).header("prefer", "wait=1")).await;
+    let delete = gateway.request(
+        Method::DELETE,
+        &format!("{user}/topics/{}/thread", word("a topic")),
+    );
+    let deleted = world
+        .ask(delete.bearer_auth(key).header("prefer", "wait=1"))
+        .await;
     let receipt = format!("/v1/deletions/{}", deleted.body["id"].as_str().unwrap());
-    world.ask(gateway.request(Method::GET, &receipt).bearer_auth(key)).await.ok();
+    world
+        .ask(gateway.request(Method::GET, &receipt).bearer_auth(key))
+        .await
+        .ok();
     for name in ["down", "parrot-401"] {
-        let request = gateway.request(Method::DELETE, &format!("{user}-{name}")).bearer_auth(key);
+        let request = gateway
+            .request(Method::DELETE, &format!("{user}-{name}"))
+            .bearer_auth(key);
         world.ask(request.header("prefer", "respond-async")).await;
     }
-    world.ask(gateway.request(Method::POST, "/v1/admin/cleanup").bearer_auth(key)).await.ok();
+    world
+        .ask(
+            gateway
+                .request(Method::POST, "/v1/admin/cleanup")
+                .bearer_auth(key),
+        )
+        .await
+        .ok();
 }
 
 /// Lines that cannot be brought along, each for what is said in it.
@@ -264,7 +379,8 @@ pub(super) fn broken_lines() -> String {
         json!({"type": "thread", "key": {"user": "u"}, "created_at": wrong}).to_string(),
         json!({"type": "message", "role": wrong, "content": wrong}).to_string(),
         json!({"type": "message", "role": "user", "content": [{"type": wrong}]}).to_string(),
-        json!({"type": "message", "role": "user", "content": {&wrong: 1}, "thread_id": wrong}).to_string(),
+        json!({"type": "message", "role": "user", "content": {&wrong: 1}, "thread_id": wrong})
+            .to_string(),
         format!("{{\"type\": \"message\", {wrong}"),
         wrong,
     ];
