@@ -159,7 +159,9 @@ async fn look_for_requests(ctx: &Context, limit: Duration) {
     let requests = match timeout(limit, ctx.store.requests(ctx.replica)).await {
         Ok(Ok(requests)) => requests,
         Ok(Err(error)) => {
-            return tracing::error!(error = %Chain(&error), "cannot read the requests about this replica's runs");
+            Err(_) => {
+                return tracing::error!("reading the requests about this replica's runs took too long");
+            }
         }
         Err(_) => return tracing::error!("reading the requests about this replica's runs took too long"),
     };

@@ -77,7 +77,7 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
         };
         let active = ctx.registry.goes_on(orphan.lease, stored.log.end);
         span.in_scope(
-                || tracing::warn!(status = %orphan.run.status, "took over a run without a live owner"),
+            || tracing::warn!(status = %orphan.run.status, "took over a run without a live owner"),
         );
         let was_refused = ctx.registry.was_refused(run);
         if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
