@@ -54,7 +54,7 @@ async fn flush_batch(ctx: &Context, batch: &[RunProgress]) {
         Ok(Err(error)) => {
             return tracing::warn!(error = %Chain(&error), "cannot write the events of active runs yet");
         }
-        Err(_) => return tracing::warn!("writing the events of active runs took too long"),
+        Err(_) => return tracing::warn!("cannot write the events of active runs in time"),
     };
     for RunProgress {
         lease,

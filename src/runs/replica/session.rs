@@ -129,7 +129,7 @@ pub(in crate::runs) async fn retire(ctx: &Context) {
         Ok(Err(error)) => {
             tracing::warn!(error = %Chain(&error), "cannot end this replica's session");
         }
-        Err(_) => tracing::warn!("ending this replica's session took too long"),
+        Err(_) => tracing::warn!("cannot end this replica's session in time"),
     }
 }
 
@@ -159,11 +159,9 @@ async fn look_for_requests(ctx: &Context, limit: Duration) {
     let requests = match timeout(limit, ctx.store.requests(ctx.replica)).await {
         Ok(Ok(requests)) => requests,
         Ok(Err(error)) => {
-            Err(_) => {
-                return tracing::error!("reading the requests about this replica's runs took too long");
-            }
+            return tracing::error!(error = %Chain(&error), "cannot read requests from other replicas");
         }
-        Err(_) => return tracing::error!("reading the requests about this replica's runs took too long"),
+        Err(_) => return tracing::error!("cannot read requests from other replicas in time"),
     };
     for request in requests {
         match request {

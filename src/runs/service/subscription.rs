@@ -199,7 +199,7 @@ impl RunSubscription {
             match ask().await {
                 Ok(found) => return found,
                 Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "cannot read a run that asks for tool outputs yet");
+                    tracing::warn!(error = %Chain(&error), "cannot read a run that asks for tool outputs");
                 }
             }
             tokio::select! {

@@ -47,8 +47,8 @@ pub struct Resumed {
 }
 
 const BACKEND_ANSWERS: Error = Error::Forbidden(
-    "only a backend with an API key may send the outputs of this run's function calls; a user's own token may send them \
-     if the assistant's configuration has `client_tools = true`",
+    "only a backend with an API key may send the outputs of this run's function calls; \
+     a user's own token may, if the assistant's configuration has `client_tools = true`",
 );
 
 /// Hands a run the outputs of the function calls that it waits for. When this returns, the outputs
