@@ -703,7 +703,7 @@ mod tests {
                 "{from}"
             );
         }
-        assert!(follow.answer(6).await.is_none(), "the reader has seen the end");
+        assert!(follow.answer(6).await.is_none(), "the end was seen before");
     }
 
     #[tokio::test]
