@@ -142,7 +142,8 @@ impl Failure {
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
-                let message = "the gateway process that worked on the run died; an unrecorded reply is lost";
+                let message =
+                    "the gateway process that worked on the run died; an unrecorded reply is lost";
                 failed(RunErrorCode::ReplicaLost, message.to_owned())
             }
             Self::NotRecorded => {

@@ -334,7 +334,7 @@ impl Round<'_> {
                 .await?
             {
                 Recovered::Running(events) => {
-                    tracing::warn!(error = %Chain(&error), "the upstream has the run after all; following it");
+                    tracing::warn!(error = %Chain(&error), "the upstream has the run; following its stream");
                     Ok(Next::Follow(events))
                 }
                 Recovered::Absent => {
