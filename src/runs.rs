@@ -1,10 +1,13 @@
 //! The use cases: submit a message, answer its function calls, follow or cancel its run, read the
 //! result. HTTP is above; the store and the upstreams are below.
 //!
-//! The modules have an order, and each uses only the modules after it: `service` (what a caller
-//! may ask), `replica` (what this process does as one of several), `execution` (one run, from its
-//! admission to its end), `reconcile`, `redaction`, `context`, `registry`, `log`, `notifications`,
-//! `breaker`, `backoff`.
+//! The modules have an order, and each uses only the modules after it:
+//!
+//! 1. `service`: what a caller may ask.
+//! 2. `replica`: what this process does as one of several.
+//! 3. `execution`: one run, from its admission to its end.
+//! 4. `reconcile`, `redaction`, `context`, `registry`, `log`, `notifications`, `breaker`,
+//!    `backoff`.
 
 mod backoff;
 mod breaker;
@@ -276,7 +279,7 @@ impl Runs {
     }
 
     /// Makes all tasks let go of their runs, so that other replicas or the next process can
-    /// continue them, if the store keeps the content that this takes.
+    /// continue them. Does nothing if the store does not keep the content that this takes.
     pub fn let_go(&self) {
         session::let_go(&self.ctx);
     }

@@ -80,7 +80,7 @@ impl RunStatus {
 text_enum!(
     /// What a new message does on a busy thread.
     MultitaskStrategy {
-        /// Waits for its start behind the others.
+        /// Waits for its start behind the other runs.
         Enqueue = "enqueue",
         /// Is refused.
         Reject = "reject",

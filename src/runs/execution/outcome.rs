@@ -109,8 +109,8 @@ pub(in crate::runs) enum UpstreamState {
 /// - A message whose run never reached the model is withheld from the model for good.
 /// - So is a message whose run the upstream reported as failed, unless the thread has the message.
 ///   It would break every later run.
-/// - Any other message that the thread lacks is sent with the next run, so that in the end the
-///   upstream thread and the transcript say the same.
+/// - Any other message that the thread lacks is sent with the next run. So the upstream thread and
+///   the transcript say the same in the end.
 pub(in crate::runs) fn decide_outcome(
     local: &LocalOutcome,
     upstream: &UpstreamState,

@@ -20,9 +20,9 @@ use crate::runs::redaction;
 use crate::runs::registry::ActiveRun;
 use crate::store::{Notification, QueuedStart, RunLease, StartedRun};
 
-/// First pause before the first run of a queue asks the store again, while a run that is not in
-/// this queue is active on its thread. The pause doubles up to the longest one, because the
-/// process that ends that run notifies this one.
+/// First pause between two claims of the start by the first run of a queue. A run that is not in
+/// this queue is active on its thread then. The pause doubles up to the longest one, because the
+/// process that ends the active run notifies this one.
 const FIRST_CLAIM_POLL: Duration = Duration::from_millis(100);
 const LONGEST_CLAIM_POLL: Duration = Duration::from_secs(1);
 

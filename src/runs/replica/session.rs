@@ -133,8 +133,8 @@ pub(in crate::runs) async fn retire(ctx: &Context) {
     }
 }
 
-/// Makes all tasks let go of their runs, so that other replicas or the next process can continue
-/// them, if the store keeps the content that this takes.
+/// Makes all tasks let go of their runs, so that other replicas or the next process can
+/// continue them. Does nothing if the store does not keep the content that this takes.
 pub(in crate::runs) fn let_go(ctx: &Context) {
     if ctx.store.keeps_content() {
         ctx.registry.let_go();
