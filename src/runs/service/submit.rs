@@ -160,7 +160,7 @@ fn assistant<'a>(
         .collect();
     let known = known.join(", ");
     Err(Error::Invalid(format!(
-        "there is no assistant of this name; choose one of: {known}"
+        "there is no assistant of this name; there are: {known}"
     )))
 }
 
