@@ -166,7 +166,7 @@ fn ended(finished: Finished, retry_after: Option<Duration>) -> RunResult {
 }
 
 /// Ends what still works of the run at the upstream, within a bound, and removes it if the run is
-/// discarded. Returns `None` if the task was told to let go of the run: then the next owner
+/// discarded. Returns `None` if the task had to let go of the run: then the next owner
 /// settles the traces.
 async fn settle(
     ctx: &Context,
