@@ -74,7 +74,7 @@ pub fn routes() -> Vec<Route> {
     all().table.into_iter().map(|(route, _)| route).collect()
 }
 
-/// The document, for who checks answers against it.
+/// The OpenAPI document, for who checks answers against it.
 pub fn openapi() -> Value {
     openapi::document(&all().table)
 }
