@@ -1,5 +1,5 @@
-//! The adapters over real sockets: against scripted servers for what a hostile or odd one may do, and against the
-//! simulator for whole turns.
+//! The adapters over real sockets: scripted servers play hostile or odd ones, and the simulator
+//! serves whole runs.
 
 mod answers;
 mod background;
@@ -81,7 +81,7 @@ fn profile() -> AssistantConfig {
     }
 }
 
-/// Starts a run with one text and reads it to its end.
+/// Starts a run with one text and reads its events to the end.
 async fn turn(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
@@ -128,7 +128,8 @@ fn unsettled_run(run: RunId, upstream_run: Option<&str>) -> UnsettledRun {
     }
 }
 
-/// A line per event: `accepted x`, `text x`, `ended status [parts] message`, `error x`.
+/// Returns a line for each event: `accepted x`, `text x`, `ended status [parts] message`, `error
+/// x`.
 fn lines(events: &[Result<UpstreamEvent, UpstreamError>]) -> Vec<String> {
     events
         .iter()
@@ -226,7 +227,7 @@ async fn terminal_event_ends_turn_before_body_ends() {
     assert_eq!(lines(&events), EXPECTED);
     assert!(
         started.elapsed() < Duration::from_secs(4),
-        "the drain is bounded"
+        "the adapter stops reading after a bounded time"
     );
 }
 
@@ -310,7 +311,7 @@ async fn redirect_is_not_followed() {
     assert_eq!(server.requests().len(), 1);
 }
 
-/// Status, headers, body, and the error that they mean.
+/// Status, headers and body of a refusal, and the error that they mean.
 type Refusal<'a> = (u16, Vec<(&'a str, &'a str)>, String, &'a str);
 
 #[tokio::test]
@@ -386,7 +387,7 @@ async fn response_without_event_stream_is_protocol_error() {
     }
 }
 
-/// A limit that every silence in a test is longer than.
+/// A limit that is shorter than any silence in these tests.
 const SHORT: Duration = Duration::from_millis(50);
 const LONG: Duration = Duration::from_millis(300);
 const SILENCE: Step = Step::Pause(LONG);
@@ -459,16 +460,16 @@ async fn silent_recovery_lookup_times_out_without_outage() {
         matches!(error, UpstreamError::Broken { timeout: true }),
         "{error:?}"
     );
-    // A busy machine may give one up before it is seen.
+    // A busy machine may give a connection up before the server has read its request.
     assert!(
         (1..=5).contains(&server.requests().len()),
         "{:?}",
         server.targets()
     );
-    assert!(!error.tells_outage(), "a server that thinks is not broken");
+    assert!(!error.tells_outage(), "a slow server does not count as an outage");
 }
 
-/// What a run's answer may be that tells an error, and nothing more of a run.
+/// Returns all forms of an answer that contains an error and nothing else of a run.
 fn bare(error: &Value) -> Vec<Play> {
     let event = format!("data: {}\n\n", json!({"error": error}));
     let stream = |text: &str| sse(vec![Step::Bytes(text.into())]);
@@ -490,7 +491,7 @@ fn bare(error: &Value) -> Vec<Play> {
     ]
 }
 
-/// Accepts a run and begins its reply.
+/// Returns the events that accept a run and begin its reply.
 fn begun(kind: UpstreamKind) -> String {
     let transcript = if kind == UpstreamKind::Assistants {
         ASSISTANTS_TURN
@@ -736,7 +737,7 @@ async fn chain_continues_from_last_completed_response() {
     );
     let thread_of = |events: &[Result<UpstreamEvent, UpstreamError>]| match events.last() {
         Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
-        other => panic!("not ended: {other:?}"),
+        other => panic!("the run did not end: {other:?}"),
     };
     let first = thread_of(&turn(&*upstream, None).await.unwrap()).unwrap();
     assert_eq!(first.as_str(), "r_1");
@@ -750,8 +751,9 @@ async fn chain_continues_from_last_completed_response() {
     assert_eq!(requests[1].body["previous_response_id"], "r_1");
 }
 
-/// Without certificates an https upstream must say so, and a plain one must work. The certificates are found by way of
-/// the environment, so the test runs itself as a process that has none.
+/// Without CA certificates, an https upstream must be refused with that reason, and an http one
+/// must work. The environment says where the certificates are, so the test starts itself as a
+/// process without any.
 #[test]
 fn missing_ca_certificates_are_reported_for_https_only() {
     const MARK: &str = "THREADKEEPER_TEST_WITHOUT_CERTIFICATES";

@@ -1,4 +1,4 @@
-//! What must hold when all is quiet.
+//! The invariants that must hold once no fault is active and no work is left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -13,19 +13,20 @@ use super::world::{Teller, World};
 use crate::support::gateway::Gateway;
 use crate::support::history::{Line, joined, messages, transcript};
 
-/// Within which the rest is worked off once everything is well.
+/// Longest time for the remaining work once all faults are over.
 const QUIET: Duration = Duration::from_mins(2);
-/// Carries the id of the run that a request is for.
+/// Name of the upstream tag with the id of a request's run.
 const RUN_TAG: &str = "threadkeeper_run";
-/// Runs of each user whose events are read once more.
+/// Number of each user's runs whose events are read a second time.
 const READ_AGAIN: usize = 4;
 
-/// Waits until the database and the upstream agree that nothing goes on.
+/// Waits until neither the database nor the upstream has unfinished work.
 pub(super) async fn quiet(world: &World) {
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     let deleting = "SELECT count(*) FROM threads WHERE lifecycle = 'deleting'";
     let database = &world.scene.database;
-    // What failed is tried again after a while, and what the dead had claimed when their claim is over. That is now.
+    // Failed work is retried after a while. Work that a dead replica had leased waits for the end
+    // of the lease. Both are due now.
     database.age_looks(Duration::from_mins(5)).await;
     let begun = Instant::now();
     loop {
@@ -51,7 +52,7 @@ pub(super) async fn quiet(world: &World) {
     }
 }
 
-/// What was said is what was acknowledged, here and upstream.
+/// Checks that transcript and upstream thread contain exactly a user's acknowledged messages.
 pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     let scope = &user.talk.scope;
     let fault = |what: String| world.fault(Teller::User(user.number), what);
@@ -60,7 +61,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     let upstream = thread["upstream_thread_id"].as_str().unwrap_or_default();
     let there = joined(world.scene.simulator.thread_history(upstream).into_iter());
     let here = transcript(gateway, scope).await;
-    // A fresh thread begins upstream with the last that was said in the one before.
+    // After a rollover, the upstream thread begins with the last messages of the thread before.
     let is_same = if thread["previous_thread"].is_string() {
         there.ends_with(&here)
     } else {
@@ -105,7 +106,8 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
         }
         if sent.is_erased(user.deletions()) {
             world.count("messages: erased");
-            // A response that was cut off before its id was heard can be deleted by nobody, and the receipt tells of it.
+            // A response that was cut off before its id arrived cannot be deleted by anybody. The
+            // receipt of the deletion says so.
             let left = world.scene.simulator.holds_text(&sent.plan.token);
             let left: Vec<&String> = left
                 .iter()
@@ -144,10 +146,11 @@ fn is_of(message: &Value, sent: &Sent) -> bool {
     message["role"] == "user" && text_of(message).contains(&sent.plan.token)
 }
 
-/// How many times a message may be in the transcript.
+/// Returns how many times a message may be in the transcript.
 fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
     let mut expected = match sent.fate {
-        // A request of one who does not wait may have come after the deletion, if it was not answered.
+        // A hectic user does not wait, so an unanswered request may have arrived after the
+        // deletion.
         _ if sent.generation < user.deletions()
             && sent.had_silence
             && user.habit == Habit::Hectic =>
@@ -157,14 +160,14 @@ fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
         _ if sent.generation < user.deletions() => vec![0],
         Fate::Acknowledged => match run {
             Some(run) if run["run"]["rolled_back"] == true => vec![0],
-            // Refused once it had its turn: something held the upstream thread.
+            // The run was refused when it started: something else held the upstream thread.
             Some(run)
                 if run["run"]["error"]["code"] == "upstream_busy"
                     && sent.plan.strategy == "reject" =>
             {
                 vec![0]
             }
-            // Whether another one rolled it back is not known.
+            // Whether another run rolled this one back is not known.
             None if !user.habit.is_orderly() => vec![0, 1],
             _ => vec![1],
         },
@@ -178,7 +181,7 @@ fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
     expected
 }
 
-/// The run is final, has its reply, and showed its readers what it said.
+/// Checks that the run is final, has one reply, and showed its text to its reader.
 fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Value]) {
     let (run, token) = (&answer["run"], &sent.plan.token);
     let fault = |what: String| world.fault(Teller::User(user.number), what);
@@ -197,7 +200,7 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
         if replies != 1 {
             fault(format!("{token}: {replies} replies in the transcript"));
         }
-        // One that was merged into another's run is answered with that one.
+        // A message that was merged into another's run gets that run's reply.
         if !text.contains(token) && user.habit.is_orderly() {
             fault(format!("{token}: the reply of another message: {text}"));
         }
@@ -215,7 +218,7 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
             seen.message
         ));
     }
-    // One that was to stop and was done before tells what it had not shown with its message.
+    // A run that completed before its Stop may show the rest of its text only in its message.
     let is_whole = status == "completed" && !matches!(sent.plan.whim, Whim::Stops(_));
     if is_whole && seen.text != text {
         fault(format!(
@@ -230,7 +233,7 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     }
 }
 
-/// Who comes late sees the same as who was there.
+/// Checks that a late reader sees the same events as the first one.
 async fn read_again(world: &World, gateway: &Gateway, user: &User) {
     let followed = user
         .sent
@@ -275,7 +278,7 @@ async fn read_again(world: &World, gateway: &Gateway, user: &User) {
     }
 }
 
-/// The first line in which both differ, with those around it.
+/// Returns the first line in which the two differ, with the lines around it.
 fn difference(here: &[Line], there: &[Line]) -> String {
     let first = here
         .iter()
@@ -292,10 +295,11 @@ fn difference(here: &[Line], there: &[Line]) -> String {
     )
 }
 
-/// Nothing is left in the database that nobody owns, and nothing upstream that nobody names.
+/// Checks that the database has no rows without an owner, and the upstream no threads without a
+/// name here.
 pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     let database = &world.scene.database;
-    // An intent that nobody heard of again is left alone for ten minutes.
+    // The janitor leaves an unacknowledged creation alone for ten minutes.
     database.age_looks(Duration::from_mins(11)).await;
     let owed =
         "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
@@ -381,7 +385,7 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     upstream(world);
 }
 
-/// What the upstream has seen of all of them together.
+/// Checks the counters of the upstream, which concern all users.
 fn upstream(world: &World) {
     let stats = world.scene.simulator.stats();
     let seen = [
@@ -405,7 +409,7 @@ fn upstream(world: &World) {
             );
         }
     }
-    // What answers function calls is another request of the same run.
+    // Tool outputs are another request of the same run.
     let answered = world
         .scene
         .simulator
