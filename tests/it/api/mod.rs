@@ -1,4 +1,4 @@
-//! The real binary, over HTTP.
+//! The real binary over HTTP.
 
 mod access;
 mod bodies;

@@ -1,4 +1,4 @@
-//! Bad input gets a typed problem that tells how to mend it.
+//! Bad input gets a typed problem that says how to mend it.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -192,7 +192,7 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
     assert_eq!(
         gateway.get("/v1/users/alice/thread").await.problem(),
         (404, "not-found"),
-        "nothing was stored"
+        "no refused request stored anything"
     );
 }
 

@@ -1,4 +1,4 @@
-//! The exact shapes of answers, one of each kind, so that a change of them is seen, and read here.
+//! The exact shapes of answers, one of each kind, so that a change of them is seen here.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -224,7 +224,7 @@ async fn stream_tells_each_event_with_its_data() {
             seen.push(json!({"event": event.name, "data": event.data}));
         }
     }
-    // The data of the end are those of an answer.
+    // The data of the last event are those of an answer.
     assert_shape!(json!(seen), @r#"
     [
       {
@@ -571,7 +571,7 @@ async fn problem_tells_how_to_mend_request() {
     "#);
 }
 
-/// Ids and times are new each time; everything else is exact.
+/// Replaces ids and times, which differ each time. Everything else must match exactly.
 fn redact(value: &mut Value) {
     match value {
         Value::Object(fields) => {

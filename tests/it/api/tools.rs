@@ -1,4 +1,4 @@
-//! Function calls: the run waits for its caller's outputs and goes on with them.
+//! Function calls: the run waits for its caller's outputs and continues with them.
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -85,13 +85,13 @@ async fn run_waits_for_tool_outputs_and_continues(scene: Scene) {
         .ok();
     assert_eq!(
         read["run"], asked["run"],
-        "the answer is what another request reads back"
+        "another request reads the same answer"
     );
 
     let answer = give(&gateway, &asked, "4 °C").await.ok();
     assert_eq!(
         answer["run"]["id"], asked["run"]["id"],
-        "it is the same run"
+        "the run is the same"
     );
     assert_eq!(
         (&answer["run"]["status"], &answer["thread"]["state"]),
@@ -125,7 +125,7 @@ async fn run_may_request_tool_calls_repeatedly(scene: Scene) {
     assert_eq!(
         late.problem(),
         (422, "invalid-request"),
-        "these are not the calls that it waits for"
+        "the run does not wait for these calls"
     );
     let answer = give(&gateway, &second, "4 °C").await.ok();
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
@@ -146,7 +146,7 @@ async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
     assert_eq!(
         names,
         ["run.started", "run.requires_action"],
-        "the stream ends with the wait"
+        "the stream ends with the pause"
     );
     let wait = events.pop().unwrap();
     let asked = &wait.data;
@@ -164,7 +164,7 @@ async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
         events
             .iter()
             .all(|event| event.name != "run.requires_action"),
-        "only what came after"
+        "the stream has only the later events"
     );
     let n = |event: &crate::support::gateway::Event| {
         event.id.rsplit_once(':').unwrap().1.parse::<u64>().unwrap()
@@ -277,7 +277,7 @@ async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-/// The operation by which outputs reach the simulator.
+/// Returns the operation that sends outputs to the simulator.
 fn answers(scene: &Scene) -> &'static str {
     if scene.protocol == Protocol::Assistants {
         "submit_tool_outputs"
@@ -330,7 +330,7 @@ async fn wait_for_tool_outputs_can_be_cancelled(scene: Scene) {
     assert_eq!(scene.simulator.stats().active_runs, 0);
 }
 
-/// So that the next process need not wait long for the one before to count as dead.
+/// With this session the next process soon counts the one before as dead.
 const SHORT: &str = "[replica]\nsession_ttl = \"900ms\"\n";
 
 async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
@@ -387,7 +387,8 @@ async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
         .await
         .ok();
     if scene.protocol == Protocol::Chain {
-        // Whether they arrived cannot be told there, so they are not sent again.
+        // Without a look-up the gateway cannot know whether they arrived, so it does not send
+        // them again.
         assert_eq!(read["run"]["error"]["code"], "stream_broken", "{read:#}");
     } else {
         assert!(text(&read["message"]).contains("4 °C"), "{read:#}");
@@ -428,12 +429,12 @@ async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
     assert_eq!(
         gateway.get(&run).await.ok()["run"],
         asked["run"],
-        "it waits as before"
+        "the run waits as before"
     );
     let answer = give(gateway, asked, "4 °C").await.ok();
     assert_eq!(answer["run"]["status"], "completed");
     assert!(text(&answer["message"]).contains("4 °C"));
-    // The whole story can be read in the new process, beginning in the old one.
+    // The new process shows all events, including those of the old process.
     let events = gateway
         .request(Method::GET, &format!("{run}/events"))
         .send()

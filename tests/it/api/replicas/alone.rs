@@ -1,4 +1,4 @@
-//! A replica that has no peers.
+//! A replica without peers sends no notifications.
 
 use std::time::Duration;
 
@@ -12,22 +12,22 @@ use crate::support::scene::{Backend, Protocol, Scene};
 const SCOPE: &str = "/v1/users/alice";
 const SENTINEL: &str = "NOTIFY threadkeeper, 'sentinel'";
 
-/// The first that is told.
+/// Returns the first notification.
 async fn told(ear: &mut PgListener) -> String {
     timeout(PATIENCE, ear.recv())
         .await
-        .expect("something is told")
+        .expect("a notification arrives")
         .unwrap()
         .payload()
         .to_owned()
 }
 
-/// Two messages at once: the end of the first is news to those who wait for the thread.
+/// Sends two messages at once. The end of the first run is news for the queued one.
 async fn both(gateway: &Gateway) {
     tokio::join!(gateway.say(SCOPE, "one"), gateway.say(SCOPE, "two"));
 }
 
-/// A commit that notifies waits for all others that do, on the whole server.
+/// On a Postgres server, a commit that notifies waits for all other commits that notify.
 #[tokio::test(flavor = "multi_thread")]
 async fn single_replica_sends_no_notifications() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -41,7 +41,7 @@ async fn single_replica_sends_no_notifications() {
     assert_eq!(told(&mut ear).await, "sentinel");
 
     let _other = scene.gateway_with(SHORT).await;
-    // As soon as it knows of the other one, that is told.
+    // The replica notifies as soon as it knows of the other one.
     let heard = async {
         loop {
             both(&gateway).await;
@@ -53,5 +53,5 @@ async fn single_replica_sends_no_notifications() {
     };
     timeout(PATIENCE + Duration::from_secs(10), heard)
         .await
-        .expect("a replica with peers tells them");
+        .expect("a replica with peers notifies them");
 }

@@ -1,5 +1,5 @@
-//! What is asked of a run at a replica that does not work on it. The sessions are renewed so rarely that only news from
-//! replica to replica explain that it is done promptly.
+//! Requests for a run at a replica that does not own it. Sessions are renewed so rarely that only
+//! notifications explain a prompt reaction.
 
 use std::time::{Duration, Instant};
 
@@ -50,12 +50,13 @@ async fn active_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let said = half.text();
     let rest = half.stream.rest().await;
     assert_eq!(rest.last().unwrap().name, "run.cancelled");
-    assert_eq!(completed(&rest), said, "what came so far stays");
+    assert_eq!(completed(&rest), said, "the partial reply is kept");
     assert_eq!(rest.last().unwrap().data["run"], cancelled["run"]);
     goes_on(&scene, [&owner, &other]).await;
 }
 
-/// Who starts says so once. Another replica that does not hear it looks for others as soon as it can hear again.
+/// A replica announces its start once. A replica that misses this looks for others as soon as it
+/// can listen again.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_discover_each_other_after_missed_notification() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -175,7 +176,7 @@ async fn rollback_from_other_replica_replaces_active_run(scene: Scene) {
         assert_eq!(
             scene.simulator.holds_text("a long story"),
             [""; 0],
-            "at the upstream"
+            "the removed message is still upstream"
         );
     }
     goes_on(&scene, [&owner, &other]).await;

@@ -1,4 +1,4 @@
-//! A machine whose clock is an hour off.
+//! Machines whose clock is an hour off.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 const HOUR: i64 = 3600;
 
-/// A gateway whose machine's clock is so far off.
+/// Starts a gateway whose clock is off by `seconds`.
 async fn off_by(scene: &Scene, seconds: i64, settings: &str) -> Gateway {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
@@ -27,7 +27,7 @@ async fn off_by(scene: &Scene, seconds: i64, settings: &str) -> Gateway {
     Gateway::spawn(command, folder).await
 }
 
-/// One that is right, one that is ahead, one that is behind.
+/// Starts three gateways: one with the right time, one ahead, and one behind.
 async fn three(scene: &Scene, settings: &str) -> [Gateway; 3] {
     let (right, ahead, behind) = tokio::join!(
         scene.gateway_with(settings),
@@ -49,7 +49,7 @@ fn time(of: &Value, name: &str) -> Timestamp {
         .unwrap()
 }
 
-/// The clocks are really off, or the rest of this proves nothing.
+/// If this fails, the other tests prove nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn gateway_clock_shift_takes_effect() {
     let scene = shared().await;
@@ -57,7 +57,7 @@ async fn gateway_clock_shift_takes_effect() {
     let mut times = Vec::new();
     for gateway in [&behind, &right, &ahead] {
         gateway.say("/v1/users/alice", "hello").await;
-        let line = gateway.logs().into_iter().next_back().expect("it logs");
+        let line = gateway.logs().into_iter().next_back().expect("the gateway logs its start");
         let line: Value = serde_json::from_str(&line).unwrap();
         times.push(time(&line, "timestamp"));
     }
@@ -119,7 +119,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
             assert_eq!(
                 says(other, &scope).await,
                 first,
-                "it lives, for {other} too"
+                "the thread lives, at {other} too"
             );
         }
         scene.database.age_threads(29 * MINUTE).await;
@@ -127,12 +127,12 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
             assert_eq!(
                 says(other, &scope).await,
                 first,
-                "it still lives, for {other} too"
+                "the thread still lives, at {other} too"
             );
         }
         scene.database.age_threads(2 * MINUTE).await;
         let fresh = says((n + 1) % 3, &scope).await;
-        assert_ne!(fresh, first, "it has expired");
+        assert_ne!(fresh, first, "the thread has expired");
         assert_eq!(says((n + 2) % 3, &scope).await, fresh);
     }
 }
@@ -163,7 +163,7 @@ async fn deadlines_keep_their_length_despite_clock_skew() {
             .await;
         assert_eq!(
             tools["run"]["status"], "requires_action",
-            "it waits as long as it may"
+            "the run waits as long as it may"
         );
         let path = format!(
             "/v1/users/bob/runs/{}/cancel",
@@ -216,13 +216,13 @@ async fn retention_is_exact_despite_clock_skew() {
             .await,
         3
     );
-    // An id tells when it was made, so that is moved, too.
+    // An id contains its time, so the ids are moved, too.
     scene.database.backdate_runs(Duration::from_mins(29)).await;
     clean_up().await;
     assert_eq!(
         scene.database.number("SELECT count(*) FROM runs").await,
         3,
-        "they are kept"
+        "the runs are kept"
     );
     assert_eq!(
         scene
@@ -230,7 +230,7 @@ async fn retention_is_exact_despite_clock_skew() {
             .number("SELECT count(*) FROM run_events")
             .await,
         0,
-        "these are not"
+        "the runs are pruned"
     );
     scene.database.backdate_runs(Duration::from_mins(2)).await;
     clean_up().await;
@@ -242,6 +242,6 @@ async fn retention_is_exact_despite_clock_skew() {
     assert_eq!(
         heard(&gateways[1], "/v1/users/alice").await.len(),
         3,
-        "what was said stays"
+        "the messages stay"
     );
 }

@@ -66,8 +66,8 @@ async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
     assert_same(&scene, &gateways[0], SCOPE).await;
 }
 
-/// Runs wait at one replica for runs of another one until both look rarely. Asking once a second they would start half a
-/// second late, on the average.
+/// Runs wait at one replica for runs of another one until both poll rarely. With polls once a
+/// second they would start half a second late on average.
 #[tokio::test(flavor = "multi_thread")]
 async fn waiting_run_on_other_replica_is_woken_promptly() {
     const USERS: usize = 16;
@@ -88,7 +88,7 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
             streams.push(stream);
         }
     }
-    // Their pauses have grown by then.
+    // The pauses between polls have grown by then.
     tokio::time::sleep(Duration::from_secs(3)).await;
     scene.simulator.release();
     for stream in streams {
@@ -100,7 +100,7 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
     let mut delays: Vec<i64> = delays.iter().map(|delay| delay.parse().unwrap()).collect();
     delays.sort_unstable();
     assert_eq!(delays.len(), USERS);
-    assert!(delays[USERS / 2] < 250, "waiters start late: {delays:?} ms");
+    assert!(delays[USERS / 2] < 250, "waiting runs start late: {delays:?} ms");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -131,8 +131,8 @@ async fn turns_alternate_between_replicas_without_pauses() {
     );
 }
 
-/// A gateway that hears nothing of the others: it listens at another database, as behind a pooler that does not pass on
-/// what is told.
+/// Starts a gateway that gets no notifications. It listens on another database, as behind a
+/// pooler that drops notifications.
 async fn deaf(scene: &Scene, elsewhere: &TestDatabase) -> Gateway {
     let direct = format!("[store]\ndirect_url = {:?}\n", elsewhere.url());
     Gateway::start(&scene.config(LONG).replace("[store]\n", &direct)).await
@@ -153,7 +153,7 @@ async fn missed_notifications_are_compensated_by_polling() {
         assert_eq!(stream.next().await.unwrap().data["position"], json!(n));
         streams.push(stream);
     }
-    // Its text comes live all the same.
+    // The text still arrives live.
     let mut follower = other.events(SCOPE, &run, None).await;
     follower.until_told("You said: tell me.").await;
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! A process that is stopped for longer than its session lives, and then goes on as if nothing had been.
+//! A process that is frozen for longer than its session lives, and then continues.
 
 use super::{Half, SCOPE, SHORT, begin, completed, counted, heard};
 use crate::support::gateway::text_of;
@@ -8,7 +8,8 @@ use crate::support::scene::{Protocol, Scene, on_shared_scene};
 on_shared_scene!(frozen_replica_waking_after_takeover_changes_nothing);
 
 async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
-    // Foreground: what the sleeper was sent meanwhile lies in its socket, so it can read all of the reply when it wakes up.
+    // The response is not in the background. The frozen process's socket keeps what arrives, so
+    // it can read the whole reply when it wakes up.
     let upstream = "lock_window = \"500ms\"\n";
     let start = || scene.gateway_both(SHORT, upstream);
     let (sleeper, other) = tokio::join!(start(), start());
@@ -32,7 +33,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     let runs = other.get(&format!("{SCOPE}/runs")).await.ok();
 
     sleeper.thaw();
-    // Its readers hear what became of the run, not what the sleeper believes.
+    // Its readers see how the run ended, not what the frozen process believes.
     let shown = half.stream.rest().await;
     assert_eq!(shown.last(), elsewhere.last());
     if scene.protocol == Protocol::Assistants {
@@ -46,7 +47,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     assert_eq!(
         messages(&sleeper, SCOPE).await,
         before,
-        "the transcript is as it was"
+        "the transcript is unchanged"
     );
     assert_eq!(other.get(&format!("{SCOPE}/runs")).await.ok(), runs);
     sleeper.say(SCOPE, "there again").await;

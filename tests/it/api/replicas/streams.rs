@@ -1,4 +1,4 @@
-//! Any replica shows any run, while it goes on and after its end.
+//! Any replica shows any run, during the run and afterwards.
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
@@ -29,7 +29,7 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     let (owner, other) = two(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "tell me").await;
-    // While the upstream says no more.
+    // The upstream sends no more for now.
     let mut follower = other.events(SCOPE, &half.run, None).await;
     let mut elsewhere = follower.until_told(&half.text()).await;
     assert_eq!(
@@ -40,9 +40,9 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     assert_eq!(
         elsewhere.last().unwrap().id,
         half.last(),
-        "text has the same numbers everywhere"
+        "text has the same numbers at every replica"
     );
-    // From wherever the owner's reader was.
+    // A reader may continue after any event of the owner's stream.
     for at in [0, half.seen.len() / 2] {
         let mut later = other
             .events(SCOPE, &half.run, Some(&half.seen[at].id))
@@ -60,7 +60,7 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     assert_eq!(
         elsewhere[elsewhere.len() - 2..],
         shown[shown.len() - 2..],
-        "both end alike"
+        "both streams end alike"
     );
     assert_ascending(&elsewhere);
 }
@@ -72,15 +72,15 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     assert_eq!(
         notifications.next().await,
         Some(Notification::Missed),
-        "it listens"
+        "the owner listens"
     );
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
     let run = Notification::Followed(half.run.parse().unwrap());
-    let heard = async { while notifications.next().await.expect("notifications go on") != run {} };
+    let heard = async { while notifications.next().await.expect("notifications continue") != run {} };
     tokio::time::timeout(PATIENCE, heard)
         .await
-        .expect("the owner is told");
+        .expect("the owner is notified");
     scene.simulator.release();
     let (seen, shown) = tokio::join!(follower.rest(), half.stream.rest());
     assert_eq!(text_of(&seen), text_of(&[half.seen, shown].concat()));
@@ -157,7 +157,7 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
         let stream = repeat(&other, ("accept", "text/event-stream"), &content).await;
         let mut stream = EventReader::new(stream);
         let seen = stream.until_told("You said: tell me.").await;
-        // … with where to look, for who does not wait long …
+        // … with a link to the result, for a caller that does not wait long …
         let taken = json_of(repeat(&other, ("prefer", "wait=1"), &content).await).await;
         assert_eq!(taken.status, StatusCode::ACCEPTED, "{taken:?}");
         assert_eq!(taken.body["run"]["status"], "in_progress", "{taken:?}");
@@ -166,7 +166,7 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
             other.get(&place).await.ok()["run"]["id"],
             taken.body["run"]["id"]
         );
-        // … and whole, for who does.
+        // … and whole, for a caller that does.
         let answers = join_all(["wait=50", "handling=strict"].map(|wish| async {
             json_of(repeat(&other, ("prefer", wish), &content).await)
                 .await
@@ -191,7 +191,7 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-/// Outputs that are posted elsewhere are answered as they are by the owner, in all forms.
+/// Outputs that are posted at another replica get the same answers as at the owner, in all forms.
 async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let asked = ask(&owner, SCOPE).await;
@@ -217,7 +217,7 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let (answered, rest) = tokio::join!(answered.rest(), follower.rest());
     assert_eq!(answered.last().unwrap().name, "run.completed");
     assert!(text_of(&answered).contains("4 °C"), "{answered:#?}");
-    assert_eq!(text_of(&rest), text_of(&answered), "only what came after");
+    assert_eq!(text_of(&rest), text_of(&answered), "the stream has only the later events");
     assert_eq!(rest.last(), answered.last());
     assert_ascending(&[seen, rest].concat());
     assert_eq!(
@@ -226,7 +226,8 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     );
 }
 
-/// Also where the log cannot be read just then, from which it is known where that is.
+/// The answer leaves out earlier events even if the log, which says where they end, cannot be
+/// read at that moment.
 async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
     let (owner, other) = two(&scene).await;
     let asked = ask(&owner, SCOPE).await;
@@ -238,7 +239,7 @@ async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
             .header("idempotency-key", "outputs")
             .json(&body)
     };
-    // Their first time, and again when all is over.
+    // The outputs are sent for the first time, and again after the end.
     for _ in 0..2 {
         let locked = scene.database.lock("run_events").await;
         let cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks
