@@ -108,7 +108,9 @@ fn request(path: &str) -> String {
 }
 
 async fn within<T>(work: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, work).await.expect("the step ends in time")
+    timeout(PATIENCE, work)
+        .await
+        .expect("the step ends in time")
 }
 
 /// Reads until `end` has arrived. Returns everything that was read.

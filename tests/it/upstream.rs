@@ -466,7 +466,10 @@ async fn silent_recovery_lookup_times_out_without_outage() {
         "{:?}",
         server.targets()
     );
-    assert!(!error.tells_outage(), "a slow server does not count as an outage");
+    assert!(
+        !error.tells_outage(),
+        "a slow server does not count as an outage"
+    );
 }
 
 /// Returns all forms of an answer that contains an error and nothing else of a run.

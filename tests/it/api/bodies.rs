@@ -44,9 +44,7 @@ async fn all_then_read(gateway: &Gateway, request: &[u8]) -> String {
     let sent = timeout(PATIENCE, connection.write_all(request))
         .await
         .expect("the request is sent in time");
-    sent.unwrap_or_else(|error| {
-        panic!("the connection broke before the answer was read: {error}")
-    });
+    sent.unwrap_or_else(|error| panic!("the connection broke before the answer was read: {error}"));
     rest(connection).await
 }
 

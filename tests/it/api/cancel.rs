@@ -243,7 +243,11 @@ async fn every_reader_sees_cancellation_of_run(scene: Scene) {
             .send()
     };
     let mut other = EventReader::new(follow(&gateway).await.unwrap());
-    assert_eq!(other.next().await.unwrap(), started, "both readers see the same events");
+    assert_eq!(
+        other.next().await.unwrap(),
+        started,
+        "both readers see the same events"
+    );
     for _ in 0..3 {
         assert_eq!(other.next().await, own.next().await);
     }
@@ -403,7 +407,11 @@ async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
         cancel(&gateway, &stop).await.ok()["run"]["status"],
         "cancelled"
     );
-    assert_eq!(scene.simulator.stats().active_runs, 1, "the response continues");
+    assert_eq!(
+        scene.simulator.stats().active_runs,
+        1,
+        "the response continues"
+    );
     let third = gateway.say(SCOPE, "third").await;
     assert!(text(&third["message"]).contains("third"), "{third:#}");
     works_again(&gateway, &scene).await;

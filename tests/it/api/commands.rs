@@ -164,7 +164,10 @@ async fn probe_reports_upstream_capabilities_and_cleans_up() {
             "{text}"
         );
         for id in scene.upstream_threads() {
-            assert!(text.contains(&id), "the output names what stays upstream: {text}");
+            assert!(
+                text.contains(&id),
+                "the output names what stays upstream: {text}"
+            );
         }
         scene.simulator.clear_faults();
 

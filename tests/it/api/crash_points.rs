@@ -287,7 +287,10 @@ impl World {
             if let Some(found) = wanted().await {
                 return found;
             }
-            assert!(start.elapsed() < PATIENCE, "this did not happen in time: {what}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "this did not happen in time: {what}"
+            );
             self.scene.database.age_looks(LONG).await;
             gateway
                 .send(gateway.request(Method::POST, "/v1/admin/cleanup"))
@@ -456,7 +459,10 @@ impl Story {
             .number("SELECT count(*) FROM deletions")
             .await
             > self.deletions;
-        assert!(is_begun || !answered, "a deletion that was acknowledged is recorded");
+        assert!(
+            is_begun || !answered,
+            "a deletion that was acknowledged is recorded"
+        );
         if !is_begun {
             self.cancel_all(gateway).await;
             assert_eq!(
@@ -493,7 +499,11 @@ impl Story {
         }
         if world.operation == DeleteToArchive {
             self.cancel_all(gateway).await;
-            assert_eq!(self.heard(gateway).await, self.said, "the transcript is kept");
+            assert_eq!(
+                self.heard(gateway).await,
+                self.said,
+                "the transcript is kept"
+            );
             for gone in ["three", "four", "five", "six"] {
                 assert_eq!(world.scene.simulator.holds_text(&self.text(gone)), [""; 0]);
             }
@@ -538,7 +548,10 @@ impl Story {
                 .number("SELECT count(*) FROM runs")
                 .await
                 > self.runs;
-            assert!(admitted || !answered, "a rollover that was acknowledged is recorded");
+            assert!(
+                admitted || !answered,
+                "a rollover that was acknowledged is recorded"
+            );
             if admitted {
                 self.said.push(self.text("five"));
             }
@@ -641,10 +654,7 @@ impl Story {
         // Entries for the content of a listed thing do not count.
         let things = left.iter().filter(|place| !place.contains(" of ")).count();
         let told = things <= usize::try_from(unknown).unwrap();
-        assert!(
-            excused && told,
-            "{left:#?} is left upstream: {receipt:#}"
-        );
+        assert!(excused && told, "{left:#?} is left upstream: {receipt:#}");
     }
 
     /// Cancels all unfinished runs.

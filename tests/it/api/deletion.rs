@@ -92,7 +92,10 @@ async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
         assert!(old["upstream_items"].as_u64().unwrap() >= 6, "{old:#}");
     }
     if scene.protocol != Protocol::Assistants {
-        assert_eq!(old["upstream_responses"], 4, "each round of a run is one response");
+        assert_eq!(
+            old["upstream_responses"], 4,
+            "each round of a run is one response"
+        );
     }
     let id = receipt["id"].as_str().unwrap();
     let again = gateway.get(&format!("/v1/deletions/{id}")).await.ok();

@@ -397,7 +397,11 @@ async fn erasure_gives_up_after_configured_time(scene: Scene) {
             .await;
         gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
     };
-    assert_eq!(look().await["failed"], 1, "the upstream's limit of a day has begun");
+    assert_eq!(
+        look().await["failed"],
+        1,
+        "the upstream's limit of a day has begun"
+    );
     assert_eq!(gateway.get(&place).await.ok()["status"], "in_progress");
     // Moves the limit a day back.
     let until = thread["upstream_tried_until"].as_str().unwrap();

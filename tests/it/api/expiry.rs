@@ -397,7 +397,10 @@ async fn ttl_patched_while_janitor_works_is_kept() {
         .await
         == 0
     {
-        assert!(start.elapsed() < PATIENCE, "the janitor did not take the thread in time");
+        assert!(
+            start.elapsed() < PATIENCE,
+            "the janitor did not take the thread in time"
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let patched = gateway

@@ -515,7 +515,10 @@ async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> 
             kind => {
                 assert_eq!(&line["thread_id"], thread);
                 let (_, runs, messages) = got.last_mut().unwrap();
-                assert!(kind == "message" || *messages == 0, "runs come before messages");
+                assert!(
+                    kind == "message" || *messages == 0,
+                    "runs come before messages"
+                );
                 *if kind == "run" { runs } else { messages } += 1;
             }
         }

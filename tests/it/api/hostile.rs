@@ -342,7 +342,11 @@ async fn endless_lists_are_contained(way: Way) {
     let verified = gateway
         .get(&format!("{}/thread?verify=upstream", scope("alice")))
         .await;
-    assert!(since.elapsed() < BOUND, "the answer took {:?}", since.elapsed());
+    assert!(
+        since.elapsed() < BOUND,
+        "the answer took {:?}",
+        since.elapsed()
+    );
     assert_eq!(verified.ok()["verified"]["upstream_thread"], "cannot_tell");
     watch.small("a comparison");
     way.scene.simulator.clear_faults();

@@ -309,8 +309,7 @@ async fn dot_segments_are_refused_as_keys() {
     gateway.get("/v1/users/alice/thread").await.ok();
 }
 
-/// An ignored parameter might have been meant to limit the request, for example a misspelt
-/// `dry_run`.
+/// An ignored parameter might have been meant to limit the effect of the request.
 #[tokio::test(flavor = "multi_thread")]
 async fn authenticated_routes_refuse_unknown_query_parameters() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;

@@ -145,7 +145,10 @@ async fn message_rate_limit_is_separate_from_requests() {
             .unwrap()
             .parse()
             .unwrap();
-        assert!((1000..=1200).contains(&wait), "the rate is one in 20 minutes: {wait}");
+        assert!(
+            (1000..=1200).contains(&wait),
+            "the rate is one in 20 minutes: {wait}"
+        );
         assert_eq!(
             refused.headers["ratelimit"],
             format!("\"user-messages\";r=0;t={wait}")
@@ -294,7 +297,10 @@ async fn concurrent_event_readers_are_limited() {
     drop(one);
     let begun = Instant::now();
     while gateway.open_events(&path, None).await.status() != 200 {
-        assert!(begun.elapsed() < PATIENCE, "a reader that left still has a permit");
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "a reader that left still has a permit"
+        );
         sleep(Duration::from_millis(50)).await;
     }
     scene.simulator.release();

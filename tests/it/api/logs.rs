@@ -111,7 +111,11 @@ async fn upstream_failure_is_logged_once_with_upstream_name() {
         let mut own = lines.iter().filter(|line| line.contains(&named));
         let line = own.next().unwrap_or_else(|| panic!("{name}: {lines:#?}"));
         assert!(line.contains(words[1]) && line.contains("WARN"), "{line}");
-        assert_eq!(own.next(), None, "one line for each kind, however often it happens");
+        assert_eq!(
+            own.next(),
+            None,
+            "one line for each kind, however often it happens"
+        );
     }
     let planted: Vec<_> = gateway
         .logs()

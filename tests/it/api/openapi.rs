@@ -98,7 +98,10 @@ fn operations_are_complete_and_consistent() {
     for (path, method, operation) in operations(&document) {
         let what = format!("{method} {path}");
         let id = operation["operationId"].as_str().unwrap();
-        assert!(ids.insert(id.to_owned()), "{what}: another operation has the id {id}, too");
+        assert!(
+            ids.insert(id.to_owned()),
+            "{what}: another operation has the id {id}, too"
+        );
         assert!(
             operation["summary"]
                 .as_str()

@@ -200,7 +200,11 @@ async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
 async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "drop=after", 1);
     gateway.say("/v1/users/alice", "hello").await;
-    assert_eq!(scene.upstream_threads().len(), 2, "the answer of one creation is lost");
+    assert_eq!(
+        scene.upstream_threads().len(),
+        2,
+        "the answer of one creation is lost"
+    );
     assert_eq!(
         clean_up(gateway).await["upstream_orphans_deleted"],
         0,

@@ -333,7 +333,11 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
             kept,
             "a transaction keeps its connection"
         );
-        assert_ne!(backend(&mut other).await, kept, "no other client gets that connection");
+        assert_ne!(
+            backend(&mut other).await,
+            kept,
+            "no other client gets that connection"
+        );
     }
     // A client that leaves during a transaction loses the connection for all.
     drop(transaction);

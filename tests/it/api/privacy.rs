@@ -74,7 +74,11 @@ impl Names {
             "the gateway logged nothing"
         );
         for line in lines {
-            assert_eq!(self.needles.find(line.as_bytes()), None, "a key is logged in clear");
+            assert_eq!(
+                self.needles.find(line.as_bytes()),
+                None,
+                "a key is logged in clear"
+            );
         }
     }
 }
@@ -219,7 +223,10 @@ fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
     let lines = String::from_utf8(output.stdout).unwrap();
     let told: Vec<_> = lines
         .lines()
-        .map(|line| line.split_once(' ').expect("a line has a kind and a fingerprint"))
+        .map(|line| {
+            line.split_once(' ')
+                .expect("a line has a kind and a fingerprint")
+        })
         .collect();
     assert_eq!(
         told.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(),

@@ -177,7 +177,11 @@ async fn first_messages_at_two_replicas_create_one_thread() {
             .map(|answer| answer["thread"]["id"].to_string())
             .collect();
         assert_eq!(threads.len(), 1, "there is one gateway thread");
-        assert_eq!(scene.upstream_threads().len(), 1, "there is one upstream thread");
+        assert_eq!(
+            scene.upstream_threads().len(),
+            1,
+            "there is one upstream thread"
+        );
         let stats = scene.simulator.stats();
         assert_eq!(
             (

@@ -285,7 +285,10 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
         answer
     };
     assert!(text(&answer.ok()["message"]).contains("now!"));
-    assert!(!scene.simulator.stop_foreign_run(&thread), "the other client's run is cancelled");
+    assert!(
+        !scene.simulator.stop_foreign_run(&thread),
+        "the other client's run is cancelled"
+    );
     assert_eq!(heard(&scene, &gateway, "now!").await, 1);
 
     // Other servers report the lock with a 409.
@@ -460,7 +463,11 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
         .iter()
         .filter(|message| message["visible_to_model"] == false)
         .collect();
-    assert_eq!(withheld.len(), 7, "the messages stay in the transcript, marked");
+    assert_eq!(
+        withheld.len(),
+        7,
+        "the messages stay in the transcript, marked"
+    );
     assert!(
         withheld
             .iter()

@@ -116,7 +116,10 @@ async fn thread_rolls_over_on_request(scene: Scene) {
         (&json!(0), &json!(0))
     );
     let again = gateway.post(&rollover, &json!({})).await.ok();
-    assert_eq!(again["id"], fresh["id"], "an empty thread is not rolled over");
+    assert_eq!(
+        again["id"], fresh["id"],
+        "an empty thread is not rolled over"
+    );
     let next = gateway.say(SCOPE, "three").await;
     assert_eq!(next["thread"]["id"], fresh["id"]);
     assert_eq!(heard(&scene, &gateway).await, ["two", "three"]);

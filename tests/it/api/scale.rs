@@ -266,7 +266,10 @@ async fn first_look(scene: &Scene) {
     let began = Instant::now();
     let canary = "SELECT count(*) FROM threads WHERE tenant = 'default' AND user_key = 'canary' AND lifecycle = 'current'";
     while scene.database.number(canary).await > 0 {
-        assert!(began.elapsed() < PATIENCE, "the janitor looks at the thread in time");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "the janitor looks at the thread in time"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     println!("looked through all threads {:.1?} later", began.elapsed());

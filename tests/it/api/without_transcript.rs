@@ -74,7 +74,10 @@ async fn assert_silent(scene: &Scene, gateway: &Gateway) {
 /// Checks that the upstream thread has no empty message.
 async fn assert_nothing_empty_was_sent(scene: &Scene, gateway: &Gateway) {
     for (role, text) in upstream(scene, gateway, SCOPE).await {
-        assert!(!text.is_empty(), "the upstream thread has an empty message of the {role}");
+        assert!(
+            !text.is_empty(),
+            "the upstream thread has an empty message of the {role}"
+        );
     }
     for request in scene.simulator.recorded() {
         let body = request.body.to_string();

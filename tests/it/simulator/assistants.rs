@@ -8,7 +8,7 @@ use threadkeeper::simulator::SimulatorConfig;
 
 use crate::support::wire::{PATIENCE, Sim, id, names};
 
-/// A run request whose user message is `text`.
+/// A request for a run whose user message is `text`.
 fn turn(text: &str) -> Value {
     json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": text}]})
 }
@@ -19,7 +19,7 @@ fn streamed(text: &str) -> Value {
     body
 }
 
-/// Polls a run until it has that status.
+/// Polls a run until it has this status.
 async fn run_with(sim: &Sim, path: &str, status: &str) -> Value {
     let poll = async {
         loop {
@@ -32,7 +32,7 @@ async fn run_with(sim: &Sim, path: &str, status: &str) -> Value {
     };
     tokio::time::timeout(PATIENCE, poll)
         .await
-        .unwrap_or_else(|_| panic!("{path} does not become {status}"))
+        .unwrap_or_else(|_| panic!("{path} never became {status}"))
 }
 
 #[tokio::test]
@@ -221,7 +221,7 @@ async fn conflicts_name_active_run() {
         (2, 1)
     );
     assert_eq!(seen.violations, Vec::<String>::new());
-    // What was refused has left no trace.
+    // A refused request has left no trace.
     assert_eq!(sim.handle.threads()[0].user_texts, ["One"]);
     sim.events(&format!("/threads/{thread}/runs"), streamed("Four"))
         .await;
@@ -261,7 +261,7 @@ async fn unenforced_locks_still_count_overlaps() {
     sim.handle.release();
     let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
     assert_eq!(stats.runs_ended["completed"], 3);
-    // Runs on different threads are no overlap.
+    // Runs on different threads do not overlap.
     let sim = Sim::instant().await;
     sim.handle.hold();
     for _ in 0..3 {
@@ -625,7 +625,7 @@ async fn assistant_message_parts_join_into_one_text() {
     assert_eq!(
         texts,
         ["Part 1.Part 2.", "Part 1. Part 2."],
-        "as in messages of their own"
+        "the parts are as in separate messages"
     );
 }
 
@@ -812,7 +812,7 @@ async fn foreign_run_holds_thread_until_stopped() {
     assert!(sim.handle.stop_foreign_run(&thread));
     sim.events(&format!("/threads/{thread}/runs"), streamed("Mine"))
         .await;
-    // It can be cancelled like any other.
+    // A foreign run can be cancelled like any other.
     let run = sim.handle.start_foreign_run(&thread).unwrap();
     let path = format!("/threads/{thread}/runs/{run}");
     sim.post(&format!("{path}/cancel"), json!({})).await;

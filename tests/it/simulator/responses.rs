@@ -26,7 +26,7 @@ fn background(mut body: Value) -> Value {
 fn text(response: &Value) -> &str {
     response["output"][0]["content"][0]["text"]
         .as_str()
-        .unwrap_or_else(|| panic!("no text in {response}"))
+        .unwrap_or_else(|| panic!("{response} has no text"))
 }
 
 #[tokio::test]
@@ -222,7 +222,7 @@ async fn disconnect_abandons_foreground_response() {
         let started = sim.handle.stats().runs_started;
         tokio::select! {
             answer = request => {
-                // The stream's head is there at once, its end is not.
+                // The head of the stream arrives at once, its end does not.
                 assert!(stream);
                 drop(answer.unwrap());
             }

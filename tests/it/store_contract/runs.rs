@@ -1,4 +1,4 @@
-//! From the queue to the end of a run.
+//! Runs from the queue to the end.
 
 use threadkeeper::domain::{
     Role, RunError, RunErrorCode, RunStatus, ThreadState, UpstreamRunId, UpstreamThreadId, Usage,
@@ -49,7 +49,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     assert_eq!(
         store.start_queued(&third).await.unwrap(),
         QueuedStart::NotYet,
-        "the second waits before it"
+        "the run before it is queued, too"
     );
 
     let turn = claimed(store.start_queued(&second).await.unwrap());
@@ -93,7 +93,7 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
     assert_eq!(
         claimed(store.start_queued(&first.lease).await.unwrap()),
         first,
-        "it has started, and that is the answer"
+        "the run has started, and the start says so"
     );
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease {
@@ -105,21 +105,21 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
     assert_eq!(
         store.start_queued(&first.lease).await.unwrap(),
         QueuedStart::Lost,
-        "it has ended"
+        "the run has ended"
     );
     assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
     let turn = claimed(store.start_queued(&second).await.unwrap());
     assert_eq!(
         claimed(store.start_queued(&second).await.unwrap()),
         turn,
-        "a claim whose answer was lost can be repeated"
+        "a start whose acknowledgement was lost can be repeated"
     );
     assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(
         store.start_queued(&second).await.unwrap(),
         QueuedStart::Lost,
-        "it has ended"
+        "the run has ended"
     );
 }
 
@@ -374,22 +374,22 @@ async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
     assert!(!bind(store, &stale, &id, false).await);
     assert!(
         !bind(store, &waiting, &id, false).await,
-        "it has not started"
+        "the run has not started"
     );
     assert_eq!(seen(store, &key).await.unwrap().0.upstream_thread_id, None);
     assert!(bind(store, &turn.lease, &id, false).await);
     assert!(
         bind(store, &turn.lease, &id, false).await,
-        "again is harmless"
+        "a repeat is harmless"
     );
 
-    // An end that says nothing of it leaves it alone.
+    // A finish without an upstream thread does not change it.
     let finished = closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
     assert!(
         !bind(store, &turn.lease, &late, false).await,
-        "it has ended"
+        "the run has ended"
     );
     let next = claimed(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
@@ -430,7 +430,7 @@ async fn database_refuses_second_active_run(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-/// Drops calls after 0, 1, 2, … polls, wherever that finds them.
+/// Drops calls after 0, 1, 2, … polls, at whichever step that is.
 async fn dropped_call_is_atomic(database: &TestDatabase, store: &Store) {
     async fn drop_after<F: Future>(polls: usize, call: F) -> Option<F::Output> {
         let mut call = std::pin::pin!(call);
@@ -464,7 +464,7 @@ async fn dropped_call_is_atomic(database: &TestDatabase, store: &Store) {
                 .await
                 .is_none(),
         );
-        // Closing waits for what is still under way.
+        // Closing waits for statements under way.
         store.close().await;
 
         let store = database.store().await;

@@ -1,4 +1,4 @@
-//! What is upstream and what is not, and what is taken out of the transcript.
+//! The sync state of messages, and messages that are removed from the transcript.
 
 use threadkeeper::domain::{Baseline, UnsettledRun, UpstreamThreadId};
 use threadkeeper::store::{PAGE_BYTES, Withholding};
@@ -73,7 +73,7 @@ fn unsettled_run(run: RunId) -> UnsettledRun {
     }
 }
 
-/// Each message of the key's transcript: its text, its context, and how its run ended.
+/// Returns each message of the key's transcript: its text, its sync state, and how its run ended.
 async fn syncs(
     store: &Store,
     key: &ConversationKey,
@@ -93,13 +93,13 @@ async fn syncs(
         .collect()
 }
 
-/// Admits a message on a free thread and ends its run.
+/// Admits a message on a free thread and finishes its run.
 async fn turn(store: &Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
     let turn = started(store.admit(say(key, words)).await.unwrap());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap())
 }
 
-/// The texts of a run's unsynced messages.
+/// Returns the texts of a run's unsynced messages.
 async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
     let text = |message: Message| match &message.content[..] {
         [ContentPart::Text { text }] => text.clone(),
@@ -150,7 +150,7 @@ async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, st
         (finished.thread.backlog, &finished.thread.unsettled_run),
         (0, &None)
     );
-    // Nothing forbids one that completed but is not known upstream.
+    // A run may complete although the upstream thread lacks its messages.
     let end = RunEnd {
         said: UpstreamSync::Missing,
         ..completed(Some("two"))
@@ -218,7 +218,7 @@ async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase,
     assert_eq!(now.thread.backlog, 2);
     assert_eq!(unsynced_messages(store, now.run.id).await, ["1", "four"]);
     assert_eq!(unsynced_messages(store, RunId::new()).await, [""; 0]);
-    // Nothing went along: it stays.
+    // No unsynced message was sent with this run, so all stay.
     let own = RunEnd {
         reply: Some(reply("five", None, Missing)),
         ..failed(Missing)
@@ -246,7 +246,7 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
     turn(store, &key, "3", &failed(Unknown)).await;
     let others = turn(store, &user("bob"), "other", &failed(Missing)).await;
 
-    // The run itself may have been left out all the same.
+    // The run's own messages may still be missing.
     let end = RunEnd {
         synced: true,
         reply: Some(reply("four", None, Missing)),
@@ -280,7 +280,7 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
     assert_eq!(finished.thread.backlog, 0);
     assert_eq!(told(syncs(store, &key).await)[..5], wanted(Present));
     let (bob, _) = seen(store, &user("bob")).await.unwrap();
-    assert_eq!(bob, others.thread, "no other thread is touched");
+    assert_eq!(bob, others.thread, "no other thread changes");
     check_invariants(database).await;
 }
 
@@ -305,7 +305,7 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
     let next = started(store.admit(say(&key, "4")).await.unwrap());
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
 
-    // A run that has no messages yet comes after all others.
+    // A run without messages counts as the last.
     let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
     let end = RunEnd {
         synced: true,
@@ -365,7 +365,7 @@ async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &
     assert_eq!(
         finished.thread.unsettled_run,
         Some(unsettled_run(one)),
-        "the end does not say"
+        "the finish does not name an unsettled run"
     );
     assert_eq!(
         turn(store, &key, "3", &left(two))
@@ -424,7 +424,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
                 .record_settlement(&waiting, earlier, found)
                 .await
                 .unwrap(),
-            "it is not active"
+            "the run is not active"
         );
         for _ in 0..2 {
             assert!(
@@ -452,7 +452,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
             .unwrap()
             .data;
         let syncs: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.sync).collect();
-        assert_eq!(syncs, [Withheld, found], "only what was not known");
+        assert_eq!(syncs, [Withheld, found], "only unknown messages change");
         assert!(data.iter().filter(of(other)).all(|it| it.sync == Unknown));
         check_invariants(database).await;
 
@@ -468,7 +468,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
                 .record_settlement(&now.lease, other, Missing)
                 .await
                 .unwrap(),
-            "it has ended"
+            "the run has ended"
         );
         claimed(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(None)).await.unwrap());
@@ -564,11 +564,11 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
                 .collect();
             assert_eq!(
                 all, wanted,
-                "what came later did not go along; what is not known stays so"
+                "later messages were not sent, and unknown ones stay unknown"
             );
             check_invariants(database).await;
         }
-        // It alone is not known any more, and nothing was missing before it that is not sent.
+        // Only this run is unsettled now, and no message before it is unsynced.
         assert!(store.took_along(&next.lease, forgotten).await.unwrap());
         assert!(
             store
@@ -579,12 +579,12 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
         let (thread, _) = seen(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
         let (bob, _) = seen(store, &others.thread.key).await.unwrap();
-        assert_eq!(bob, others.thread, "no other thread is touched");
+        assert_eq!(bob, others.thread, "no other thread changes");
         check_invariants(database).await;
     }
 }
 
-/// Of such a run no message is left that could say where it stood.
+/// A discarded run has no messages left that show its position.
 async fn backlog_sent_with_discarded_run_is_settled_present(
     database: &TestDatabase,
     store: &Store,
@@ -672,7 +672,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
     };
     assert!(!bind(store, &stale, &id, true).await);
     assert_eq!(seen(store, &key).await.unwrap().0, before);
-    // To learn where a thread lives makes nothing known of what it holds.
+    // Binding an upstream thread that is not seeded says nothing about its content.
     assert!(bind(store, &now.lease, &id, false).await);
     let bound = seen(store, &key).await.unwrap().0;
     assert_eq!(
@@ -689,7 +689,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
         );
         assert_eq!(
             thread.backlog, 1,
-            "what came after the run's own is not in it"
+            "the upstream thread lacks messages after the run's own"
         );
         let all: Vec<_> = syncs(store, &key)
             .await
@@ -717,7 +717,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
     assert_eq!(
         page.data[1],
         others.message.unwrap(),
-        "no other thread is touched"
+        "no other thread changes"
     );
     check_invariants(database).await;
 }
@@ -748,7 +748,7 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     assert_eq!(
         seen(store, &key).await.unwrap().0.backlog,
         1,
-        "the lease was lost"
+        "another owner has the lease"
     );
     for _ in 0..2 {
         assert!(
@@ -773,7 +773,8 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-/// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
+/// Makes six messages of three runs, of which the upstream lacks the first two, and starts
+/// another run.
 async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun {
     for (n, said) in [
         UpstreamSync::Missing,
@@ -835,7 +836,7 @@ async fn messages_before_position_can_be_withheld(database: &TestDatabase, store
         assert_eq!(seen.collect::<Vec<_>>(), wanted);
         check_invariants(database).await;
     }
-    // The run's own are never withheld by it.
+    // A run's own messages are never withheld by it.
     let all = Withholding {
         before: Some(i64::MAX),
         ..Withholding::default()
@@ -878,7 +879,7 @@ async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: 
     assert_eq!(
         store.baseline(now.run.id).await.unwrap(),
         baseline,
-        "what is upstream keeps its id"
+        "messages that are upstream keep their id"
     );
     check_invariants(database).await;
 }
@@ -905,7 +906,7 @@ async fn earlier_messages_page_backwards(_: &TestDatabase, store: &Store) {
     assert_eq!(
         positions(store.earlier(run, Some(99), 1).await.unwrap().data),
         [6],
-        "not its own"
+        "the run's own message is not included"
     );
     assert_eq!(
         positions(store.earlier(run, Some(1), 2).await.unwrap().data),
@@ -1022,7 +1023,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
                 .unwrap(),
         );
     }
-    // A run without a message yet comes after all.
+    // A run without a message counts as the last.
     started(store.admit(say(&key, "x")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "y")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "z")).await.unwrap());
@@ -1030,7 +1031,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
         store.baseline(waiting.run_id).await.unwrap(),
         baseline(Some("m9"), 2)
     );
-    // What others add afterwards does not matter.
+    // Messages that other clients add later do not matter.
     closed(store.finish(&cancelled, failed(Present)).await.unwrap());
     assert_eq!(
         store.baseline(waiting.run_id).await.unwrap(),
@@ -1077,7 +1078,7 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
     assert_eq!(
         closed(store.finish(&now.lease, end.clone()).await.unwrap()),
         finished,
-        "again is harmless"
+        "a repeat is harmless"
     );
     assert_eq!(
         store.run(&key, now.run.id).await.unwrap().unwrap(),

@@ -1,4 +1,4 @@
-//! What is, or may be, at an upstream besides the threads' own.
+//! Upstream orphans: what an upstream has, or may have, besides the threads in use.
 
 use threadkeeper::domain::{Baseline, Deletion};
 use threadkeeper::store::{
@@ -24,7 +24,7 @@ on_every_backend!(
     baseline_skips_carried_messages_without_anchor,
 );
 
-/// A turn of a replica that lives.
+/// Starts a run of a live replica.
 async fn turn(store: &Store, key: &ConversationKey) -> StartedRun {
     let admission = admission(key);
     store
@@ -38,7 +38,7 @@ fn upstream(id: &str) -> UpstreamThreadId {
     UpstreamThreadId(id.to_owned())
 }
 
-/// The ids upstream of a thread's upstream orphans.
+/// Returns the upstream ids of a thread's orphans.
 async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
     store
         .upstream_orphans(thread, true, 100)
@@ -78,7 +78,7 @@ async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, st
     assert_eq!(store.due_upstream_orphans(10).await.unwrap(), expected);
     assert!(
         !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
-        "the time for it is over"
+        "the time for an answer is over"
     );
     assert_eq!(
         store.lease_upstream_orphans(10, HOUR).await.unwrap(),
@@ -86,11 +86,11 @@ async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, st
     );
     assert!(
         !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
-        "the janitor's look is none"
+        "the janitor's lease does not count as a creation"
     );
 }
 
-/// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
+/// The run was cut off and has ended. A deletion of the thread waits until the id is known.
 async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     database: &TestDatabase,
     store: &Store,
@@ -108,7 +108,7 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     assert_eq!(
         store.due_upstream_orphans(10).await.unwrap(),
         [],
-        "what was on its way may take effect late"
+        "a request without an answer may still take effect"
     );
     let made = upstream("t_1");
     let binding = |intent| Binding {
@@ -132,8 +132,8 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
         Some("t_1")
     );
     earlier(database, "replicas", &["expires_at"], HOUR).await;
-    assert!(!makes().await, "its maker is dead");
-    // The next one's thread is erased by then.
+    assert!(!makes().await, "the replica that sent the request is dead");
+    // The thread is erased before the next answer.
     let key = turn.thread.key.clone();
     let erase = request(DeletionTarget::Key(key), Deletion::Erase);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
@@ -243,7 +243,7 @@ async fn binding_under_lost_lease_leaves_upstream_orphan(_: &TestDatabase, store
         OrphanName::Row(intent)
     );
     assert_eq!(thread(store, turn.thread.id).await.unwrap(), turn.thread);
-    // What was bound before the lease was lost is in use.
+    // An upstream thread that was bound before the lease was lost is in use.
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding {
@@ -353,7 +353,7 @@ async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
         []
     );
 
-    // A run that keeps its id, and one that ends without any.
+    // One run keeps its id, and one ends without any.
     for last in [Some("run_1"), None] {
         let key = user(last.unwrap_or("none"));
         let turn = self::turn(store, &key).await;
@@ -413,7 +413,7 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
             .resolve(intent, Made::Unused(&upstream(&intent.to_string())))
             .await
             .unwrap();
-        // Each waits longer than the next.
+        // Each orphan has been due longer than the next one.
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         intents.push(OrphanName::Row(intent));
     }
@@ -463,7 +463,8 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
     );
 }
 
-/// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
+/// The janitor looks for a thread of which only the intent is known. Meanwhile the answer to its
+/// creation arrives.
 async fn upstream_orphan_resolved_during_janitor_pass_stays_due(
     database: &TestDatabase,
     store: &Store,
@@ -527,7 +528,7 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
             skip: 3
         }
     );
-    // A binding that is not seeded leaves that alone.
+    // A binding that is not seeded does not change the skipped messages.
     assert!(bind(store, &turn.lease, &id, false).await);
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_1".to_owned());

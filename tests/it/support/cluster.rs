@@ -96,7 +96,9 @@ impl Cluster {
             told.expect("the signal can be sent").success(),
             "the server was gone before it was stopped"
         );
-        server.wait().expect("the server is a child of this process");
+        server
+            .wait()
+            .expect("the server is a child of this process");
     }
 
     /// Starts the server after a [`stop`](Self::stop) and waits until it takes connections.

@@ -291,7 +291,10 @@ impl Gateway {
     pub(crate) async fn logged(&self, wanted: impl Fn(&str) -> bool) {
         let start = Instant::now();
         while !self.logs().iter().any(|line| wanted(line)) {
-            assert!(start.elapsed() < PATIENCE, "the gateway never logged the wanted line");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the gateway never logged the wanted line"
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

@@ -115,8 +115,9 @@ impl Document {
             match exception {
                 Exception::Null(place, reason) => {
                     let schema = root.pointer_mut(&format!("/$defs/{place}"));
-                    let schema = schema
-                        .unwrap_or_else(|| panic!("{place} ({reason}): the document no longer has this"));
+                    let schema = schema.unwrap_or_else(|| {
+                        panic!("{place} ({reason}): the document no longer has this")
+                    });
                     *schema = json!({"anyOf": [schema.take(), {"type": "null"}]});
                 }
                 Exception::Error(operation, status, reason) => {
@@ -254,7 +255,9 @@ impl Document {
             .as_str()
             .and_then(|reference| reference.strip_prefix('#'));
         place.map_or(value, |place| {
-            self.root.pointer(place).expect("the reference has a target")
+            self.root
+                .pointer(place)
+                .expect("the reference has a target")
         })
     }
 

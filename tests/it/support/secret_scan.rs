@@ -42,7 +42,9 @@ impl Needles {
         for piece in text.as_bytes().windows(length) {
             for (form, pattern) in forms(piece) {
                 self.beginnings[beginning(&pattern)] = true;
-                let head = pattern[..HEAD].try_into().expect("a pattern has at least this length");
+                let head = pattern[..HEAD]
+                    .try_into()
+                    .expect("a pattern has at least this length");
                 let same_head = self.patterns.entry(head).or_default();
                 if !same_head.iter().any(|(other, _)| *other == pattern) {
                     same_head.push((pattern, format!("{name}, {form}")));

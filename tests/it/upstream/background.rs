@@ -1,4 +1,4 @@
-//! Streams of background responses that break and go on.
+//! Streams of background responses that break and resume.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ fn background(server: &Scripted) -> Box<dyn Upstream> {
     adapter(&settings)
 }
 
-/// The first events of the usual turn.
+/// The first events of the usual run.
 fn first(events: usize) -> Vec<u8> {
     RESPONSES_TURN
         .split_inclusive("\n\n")
@@ -34,7 +34,7 @@ fn cut_after(events: usize) -> Play {
     sse(vec![Step::Bytes(first(events)), Step::Cut])
 }
 
-/// The rest of the turn.
+/// The remaining events of the run.
 fn rest(events: usize) -> Play {
     sse(vec![Step::Bytes(rest_of(events))])
 }
@@ -51,7 +51,7 @@ fn response(status: &str) -> Play {
     response_that_asks(status, "1")
 }
 
-/// `after`: milliseconds after which the server wants to be asked again.
+/// A response whose server asks for the next poll after `after` milliseconds.
 fn response_that_asks(status: &str, after: &str) -> Play {
     let done = json!({"id": "r_1", "status": status, "output": if status == "completed" {
         json!([{"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hello!"}]}])
@@ -156,7 +156,8 @@ async fn unresumable_stream_falls_back_to_polling() {
         )])
     };
     let whole_error = || json_answer(200, &[], r#"{"error":{"message":"expired"}}"#);
-    // Refused, no event stream, a stream without anything in it, an error in it, and a stream without numbers.
+    // The resumed stream is refused, has another content type, is empty, contains an error, or
+    // has no numbers.
     let unnumbered = String::from_utf8(first(3))
         .unwrap()
         .replace("sequence_number", "x");
@@ -204,7 +205,7 @@ async fn unresumable_stream_falls_back_to_polling() {
             response("completed"),
         ],
         vec![unnumbered(), response("in_progress"), response("completed")],
-        // A day is not waited for.
+        // The adapter does not wait for a day.
         vec![
             cut_after(3),
             refused(),
@@ -226,7 +227,7 @@ async fn taken_over(server: &Scripted) -> Vec<String> {
     let broken = UpstreamError::Broken { timeout: false };
     match background(server).recover(&sent, &broken).await.unwrap() {
         Recovered::Running(events) => lines(&events.collect::<Vec<_>>().await),
-        Recovered::Absent | Recovered::Unknown => panic!("it is running"),
+        Recovered::Absent | Recovered::Unknown => panic!("the response is in progress"),
     }
 }
 
@@ -241,7 +242,7 @@ async fn recovered_background_response_streams_from_beginning() {
     ];
     assert_eq!(server.targets(), expected);
 
-    // What is over needs no stream.
+    // A finished response needs no stream.
     let server = Scripted::start(vec![response("completed")]).await;
     assert_eq!(
         taken_over(&server).await,
@@ -358,7 +359,7 @@ async fn silent_resume_and_unanswered_poll_are_waited_for() {
     }
     assert_eq!(server.requests().len(), 4);
 
-    // As often as there is no answer, which is more often than it may fail.
+    // There is no answer more often than a request may fail.
     let mut plays = vec![cut_after(3), json_answer(400, &[], "{}")];
     plays.extend((0..7).map(|_| Play::Silence));
     plays.push(response("completed"));
@@ -395,7 +396,7 @@ async fn external_cancel_ends_background_stream() {
         .await
         .unwrap();
     let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-        panic!("not accepted")
+        panic!("the run was not accepted")
     };
     scene
         .sim

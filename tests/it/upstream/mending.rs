@@ -1,4 +1,4 @@
-//! Conversations that an earlier turn left damaged.
+//! Conversations that an earlier run left damaged.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ fn refused(message: &str) -> Play {
     json_answer(400, &[], &json!({"error": error}).to_string())
 }
 
-/// Items, newest first.
+/// A list of items, newest first.
 fn items(items: &Value) -> Play {
     json_answer(
         200,
@@ -44,7 +44,8 @@ fn ok() -> Play {
     json_answer(200, &[], "{}")
 }
 
-/// The turn was refused, and what is to be mended cannot be seen: then nothing of it is there.
+/// The run was refused, and the conversation cannot be read for repairs. So nothing of the run is
+/// upstream.
 #[tokio::test]
 async fn refused_turn_is_unambiguous_when_repair_fails() {
     let mut plays = vec![refused(OPEN)];
@@ -128,7 +129,7 @@ async fn repairs_are_tried_in_order_once_each() {
     assert_eq!(requests[2].body["input"].as_array().unwrap().len(), 2);
     assert_eq!(requests[7].body, requests[0].body);
 
-    // Still refused: the caller makes the conversation again.
+    // The run is still refused, so the caller must recreate the conversation.
     let plays = vec![
         refused(OPEN),
         list(),
@@ -145,7 +146,8 @@ async fn repairs_are_tried_in_order_once_each() {
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     assert_eq!(server.requests().len(), 7);
 
-    // An orphan is not answered but deleted at once, even one that is further back.
+    // An orphaned output gets no answer; the adapter deletes it at once, even one that is further
+    // back.
     let server = Scripted::start(vec![refused(ORPHAN), items(&json!([])), ok(), good()]).await;
     assert_eq!(
         lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
@@ -175,7 +177,7 @@ async fn unrepairable_thread_counts_as_gone() {
     let error = turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
     assert!(
         matches!(error, UpstreamError::ThreadGone),
-        "a chain has no items to mend: {error:?}"
+        "a chain has no items to repair: {error:?}"
     );
     assert_eq!(server.requests().len(), 5);
 }

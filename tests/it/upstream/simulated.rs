@@ -1,4 +1,4 @@
-//! Whole turns against the simulator, which enforces the protocols' rules.
+//! Whole runs against the simulator, which enforces the rules of the protocols.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use crate::support::wire::Sim;
 
 const KINDS: [UpstreamKind; 2] = [UpstreamKind::Assistants, UpstreamKind::Responses];
 
-/// Every request that the adapters have made is one of the published protocol.
+/// Asserts that every request of the adapters matches the published protocol.
 pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
     let document = match kind {
         UpstreamKind::Assistants => openapi::assistants(),
@@ -31,14 +31,15 @@ pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
     for request in requests {
         let path = request.path.trim_start_matches("/v1");
         let template = document.template(&request.method, path);
-        let template = template.unwrap_or_else(|| panic!("nothing at {} {path}", request.method));
+        let template =
+            template.unwrap_or_else(|| panic!("the specification lacks {} {path}", request.method));
         document
             .check_request(&request.method, &template, &request.body)
             .unwrap();
     }
 }
 
-/// What a turn gave.
+/// The result of a run.
 struct Said {
     accepted: UpstreamRunId,
     streamed: String,
@@ -57,7 +58,7 @@ async fn thread_on(upstream: &dyn Upstream) -> UpstreamThreadId {
         .unwrap()
 }
 
-/// One turn, which must end.
+/// Sends a message and reads its run to the end.
 async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &str) -> Said {
     let content = vec![ContentPart::Text {
         text: text.to_owned(),
@@ -95,7 +96,7 @@ fn text_of(ended: &Ended) -> String {
         .map(|part| match part {
             ContentPart::Text { text } => text.clone(),
             ContentPart::Refusal { refusal } => format!("({refusal})"),
-            other => panic!("no text: {other:?}"),
+            other => panic!("the part is no text: {other:?}"),
         })
         .collect()
 }
@@ -393,7 +394,7 @@ async fn foreign_run_makes_thread_busy() {
         assert_eq!(
             sim.handle.thread_history(thread.as_str()).len(),
             2,
-            "nothing of the refused turn is left"
+            "nothing of the refused run is upstream"
         );
     }
 }
@@ -430,7 +431,7 @@ async fn abandoned_run_is_settled_with_or_without_id() {
             };
             let mut stream = upstream.start(request).await.unwrap();
             let Some(Ok(UpstreamEvent::Accepted(id))) = stream.next().await else {
-                panic!("not accepted")
+                panic!("the run was not accepted")
             };
             drop(stream);
             let left = unsettled_run(&thread, run, known.then_some(id));

@@ -57,7 +57,11 @@ async fn gateway_clock_shift_takes_effect() {
     let mut times = Vec::new();
     for gateway in [&behind, &right, &ahead] {
         gateway.say("/v1/users/alice", "hello").await;
-        let line = gateway.logs().into_iter().next_back().expect("the gateway logs its start");
+        let line = gateway
+            .logs()
+            .into_iter()
+            .next_back()
+            .expect("the gateway logs its start");
         let line: Value = serde_json::from_str(&line).unwrap();
         times.push(time(&line, "timestamp"));
     }

@@ -100,7 +100,10 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
     let mut delays: Vec<i64> = delays.iter().map(|delay| delay.parse().unwrap()).collect();
     delays.sort_unstable();
     assert_eq!(delays.len(), USERS);
-    assert!(delays[USERS / 2] < 250, "waiting runs start late: {delays:?} ms");
+    assert!(
+        delays[USERS / 2] < 250,
+        "waiting runs start late: {delays:?} ms"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,7 +44,11 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     upstream.caught().await;
     if scene.protocol != Protocol::Assistants {
         let abandoned = scene.simulator.stats().runs_ended.get("abandoned").copied();
-        assert_eq!(abandoned, Some(1), "the former owner does not read any more");
+        assert_eq!(
+            abandoned,
+            Some(1),
+            "the former owner does not read any more"
+        );
     }
     upstream.open();
 
@@ -187,8 +191,5 @@ async fn startup_waits_for_lost_database() {
         steps += 1;
     }
     gate.open();
-    assert!(
-        steps >= 4,
-        "a start needs more than {steps} steps"
-    );
+    assert!(steps >= 4, "a start needs more than {steps} steps");
 }

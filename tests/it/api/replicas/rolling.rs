@@ -184,7 +184,10 @@ impl Balancer {
                 assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
                 return whole(&answer["message"]);
             }
-            assert!(start.elapsed() < PATIENCE, "the run never ended: {answer:#}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the run never ended: {answer:#}"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -77,7 +77,8 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
     let run = Notification::Followed(half.run.parse().unwrap());
-    let heard = async { while notifications.next().await.expect("notifications continue") != run {} };
+    let heard =
+        async { while notifications.next().await.expect("notifications continue") != run {} };
     tokio::time::timeout(PATIENCE, heard)
         .await
         .expect("the owner is notified");
@@ -217,7 +218,11 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let (answered, rest) = tokio::join!(answered.rest(), follower.rest());
     assert_eq!(answered.last().unwrap().name, "run.completed");
     assert!(text_of(&answered).contains("4 °C"), "{answered:#?}");
-    assert_eq!(text_of(&rest), text_of(&answered), "the stream has only the later events");
+    assert_eq!(
+        text_of(&rest),
+        text_of(&answered),
+        "the stream has only the later events"
+    );
     assert_eq!(rest.last(), answered.last());
     assert_ascending(&[seen, rest].concat());
     assert_eq!(

@@ -104,7 +104,11 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     if known == Known::Nothing {
         record_again(&scene).await;
     }
-    assert_eq!(half.stream.until_broken().await, [], "the stream does not end before the run");
+    assert_eq!(
+        half.stream.until_broken().await,
+        [],
+        "the stream does not end before the run"
+    );
     drop(in_line);
     // The reader reconnects before any replica has noticed the kill.
     let resumed = other
@@ -152,7 +156,11 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
                 ("run.failed", &Value::from("replica_lost"))
             );
             if known == Known::Id {
-                assert_eq!(text_of(&shown), completed(&shown), "the text before the kill stays");
+                assert_eq!(
+                    text_of(&shown),
+                    completed(&shown),
+                    "the text before the kill stays"
+                );
                 assert_eq!(text_of(&elsewhere), completed(&shown));
             }
         }

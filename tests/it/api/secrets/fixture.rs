@@ -196,7 +196,11 @@ impl World {
         let (status, headers) = (response.status(), response.headers().clone());
         let text = response.text().await.unwrap();
         for bytes in [format!("{headers:?}").as_bytes(), text.as_bytes()] {
-            assert_eq!(self.secrets.find(bytes), None, "an answer contains a secret");
+            assert_eq!(
+                self.secrets.find(bytes),
+                None,
+                "an answer contains a secret"
+            );
         }
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
         Answer {
@@ -250,7 +254,11 @@ impl World {
         );
         for name in ["work", "temp"] {
             let files = files_below(&self.folder.path().join(name));
-            assert_eq!(files, Vec::<PathBuf>::new(), "the processes left unexpected files");
+            assert_eq!(
+                files,
+                Vec::<PathBuf>::new(),
+                "the processes left unexpected files"
+            );
         }
     }
 }

@@ -77,7 +77,11 @@ pub(super) fn mistakes(world: &World) {
             .env("DATABASE_URL", &url)
             .env("THREADKEEPER_STORE__STARTUP_TIMEOUT", "50ms");
         let Output { stderr, .. } = serve.output().unwrap();
-        assert_eq!(world.secrets.find(&stderr), None, "the error contains the password");
+        assert_eq!(
+            world.secrets.find(&stderr),
+            None,
+            "the error contains the password"
+        );
         assert!(!stderr.is_empty());
     }
 }
