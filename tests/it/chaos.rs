@@ -205,7 +205,7 @@ async fn stop_all(world: &World) {
         if left.runs > may_be_left || left.lines > 0 {
             world.fault(
                 Teller::Nobody,
-                format!("{process} has tasks or places in line left: {left:?}"),
+                format!("{process} has tasks or tickets left: {left:?}"),
             );
         }
     }))
@@ -216,7 +216,10 @@ async fn stop_all(world: &World) {
         .number("SELECT count(*) FROM replicas WHERE expires_at > now()")
         .await;
     if left != 0 {
-        world.fault(Teller::Nobody, format!("{left} replicas seem to live"));
+        world.fault(
+            Teller::Nobody,
+            format!("{left} replicas still have a session"),
+        );
     }
 }
 
@@ -229,7 +232,7 @@ struct Left {
 }
 
 /// Returns the work that was left according to the log, and the number of tasks that may be left.
-/// One task looks for each message that was refused because of the database, in case it was
+/// For each message that was refused because of the database, one task looks whether it was
 /// recorded all the same.
 fn left_over(log: &[String]) -> (Left, usize) {
     let lines: Vec<Value> = log

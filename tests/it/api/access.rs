@@ -714,7 +714,7 @@ async fn user_token_opens_only_its_own_user() {
     }
 }
 
-/// Neither ids in paths nor cursors of lists reach another user's things.
+/// Ids in paths and cursors of lists do not reach another user's things.
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_reveals_nothing_of_other_users() {
     for backend in [Backend::Sqlite, Backend::Postgres] {

@@ -215,7 +215,7 @@ async fn reader_joins_run_in_progress(scene: Scene) {
     let run = run_of(&seen[0]);
     let whole = EventReader::new(open(&gateway, &run, None).await);
     let later = EventReader::new(open(&gateway, &run, Some(&seen[5].id)).await);
-    // The first reader leaves; the others read on.
+    // The first reader leaves; the others continue.
     drop(original);
     let (whole, later) = tokio::join!(whole.rest(), later.rest());
     assert_eq!(whole[..6], seen);

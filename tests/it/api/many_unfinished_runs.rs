@@ -42,7 +42,7 @@ async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
     let read = scene.database.number(read).await;
     assert!(
         read > 0 && read <= 2 * TURNS * MOST,
-        "{read} entries in {} turns",
+        "{read} entries in {} runs",
         2 * TURNS
     );
     let scans = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'runs'";

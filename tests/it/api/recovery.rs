@@ -518,7 +518,7 @@ async fn cancelled_run_is_settled_once_upstream_returns(scene: Scene) {
 
 async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     if scene.protocol != Protocol::Responses {
-        return; // nobody else can write to a chain, and a thread has no such items
+        return; // no other client can write to a chain, and a thread has no such items
     }
     let gateway = scene.gateway().await;
     say(&gateway, "hello").await.ok();

@@ -1,4 +1,4 @@
-//! A gateway whose database role has few privileges.
+//! A gateway with a database role that has few privileges.
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor};

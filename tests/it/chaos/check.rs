@@ -69,7 +69,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     };
     if !is_same {
         fault(format!(
-            "the transcript is not what the upstream has: {}",
+            "transcript and upstream thread differ: {}",
             difference(&here, &there)
         ));
     }
@@ -121,7 +121,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
             }
         }
         if sent.fate == Fate::Unknown && !places.is_empty() {
-            world.count("messages: unknown, and taken");
+            world.count("messages: unknown, and accepted");
         }
         let (Some(run), [message]) = (run, places.as_slice()) else {
             continue;
@@ -208,13 +208,13 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     let Some(seen) = &sent.seen else { return };
     if seen.end.as_deref() != Some(&*format!("run.{status}")) {
         fault(format!(
-            "{token}: its reader saw {:?}, it is {status}",
+            "{token}: its reader saw the end {:?}, the run is {status}",
             seen.end
         ));
     }
     if status == "completed" && seen.message.as_deref() != Some(&text) {
         fault(format!(
-            "{token}: its reader was told {:?}, it said {text:?}",
+            "{token}: its reader got the message {:?}, the transcript has {text:?}",
             seen.message
         ));
     }
@@ -222,12 +222,12 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     let is_whole = status == "completed" && !matches!(sent.plan.whim, Whim::Stops(_));
     if is_whole && seen.text != text {
         fault(format!(
-            "{token}: its reader saw {:?}, it said {text:?}",
+            "{token}: its reader saw the text {:?}, the transcript has {text:?}",
             seen.text
         ));
     } else if !seen.text.starts_with(&text) && !text.starts_with(&seen.text) {
         fault(format!(
-            "{token}: its reader saw {:?}, which is no part of {text:?}",
+            "{token}: its reader saw the text {:?}, which is no part of {text:?}",
             seen.text
         ));
     }
@@ -310,14 +310,14 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
         let there: BTreeSet<String> = world.scene.upstream_threads().into_iter().collect();
         let owed = database.number(owed).await;
         if named == there && owed == 0 {
-            world.took("until all was cleaned up", begun.elapsed());
+            world.took("until all upstream orphans were deleted", begun.elapsed());
             break;
         }
         if begun.elapsed() > QUIET {
             let nameless: Vec<_> = there.difference(&named).collect();
             let missing: Vec<_> = named.difference(&there).collect();
             let what = format!(
-                "{owed} orphans; upstream threads without a name {nameless:?}, missing {missing:?}"
+                "{owed} orphans; upstream threads without an owner {nameless:?}, missing {missing:?}"
             );
             world.fault(Teller::Nobody, what);
             break;
@@ -327,18 +327,18 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     let living = i64::try_from(replicas).unwrap();
     let none: [(&str, i64, &str); 8] = [
         (
-            "living replicas",
+            "live replicas",
             living,
             "SELECT count(*) FROM replicas WHERE expires_at > now()",
         ),
         (
-            "unsettled messages",
+            "messages that the upstream may lack",
             0,
             "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
             WHERE t.lifecycle = 'current' AND m.upstream_sync IN ('missing', 'unknown')",
         ),
         (
-            "threads with a backlog or a unsettled_run",
+            "threads with unsynced messages or an unsettled run",
             0,
             "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (unsynced_messages > 0 OR unsettled_run IS NOT NULL)",
         ),
@@ -355,13 +355,13 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
             WHERE run_count <> (SELECT count(*) FROM runs r WHERE r.thread_id = t.id)",
         ),
         (
-            "messages of no run",
+            "messages of a missing run",
             0,
             "SELECT count(*) FROM messages m \
             WHERE m.run_id IS NOT NULL AND NOT EXISTS (SELECT FROM runs r WHERE r.id = m.run_id)",
         ),
         (
-            "runs with something left to send",
+            "runs with tool outputs or calls left",
             0,
             "SELECT count(*) FROM runs WHERE tool_outputs IS NOT NULL OR required_action IS NOT NULL",
         ),

@@ -76,7 +76,7 @@ impl Client {
             let text = response.text().await?;
             if let Err(error) = contract::checked(&method, &path, status, &headers, Some(&text)) {
                 self.fault(format!(
-                    "{method} {path} is answered against the contract: {error}"
+                    "{method} {path}: the answer breaks the OpenAPI document: {error}"
                 ));
             }
             let body = serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text));
@@ -112,11 +112,11 @@ impl Client {
         if status == StatusCode::INTERNAL_SERVER_ERROR
             || (status.is_client_error() && kind.is_empty())
         {
-            self.fault(format!("an answer that must not be: {answer:?}"));
+            self.fault(format!("unexpected answer: {answer:?}"));
         }
         if status == StatusCode::SERVICE_UNAVAILABLE && !answer.headers.contains_key("retry-after")
         {
-            self.fault(format!("503 without a hint when to come back: {answer:?}"));
+            self.fault(format!("503 without Retry-After: {answer:?}"));
         }
     }
 
@@ -137,7 +137,7 @@ impl Client {
                 Reply::Answer(answer) if answer.body["run_id"].is_string() => return Some(answer),
                 Reply::Answer(_) | Reply::Broken(_) => self.pause().await,
                 Reply::Stream(_) => {
-                    self.fault(format!("{what}: a stream that nobody asked for"));
+                    self.fault(format!("{what}: an unrequested stream"));
                     return None;
                 }
             }

@@ -39,10 +39,10 @@ impl Seen {
             return wrong("an event of another run");
         }
         if self.last.is_some_and(|last| last >= number) {
-            return wrong("an event whose number was told before");
+            return wrong("an event with an earlier number");
         }
         if self.message.is_some() && !is_end(&event.name) {
-            return wrong("more after the message");
+            return wrong("an event after the completed message");
         }
         match event.name.as_str() {
             "message.delta" => self.text += event.data["text"].as_str().unwrap_or_default(),

@@ -49,7 +49,7 @@ impl Conversation {
             attempts += 1;
             match client.ask(self.request(&sent.plan)).await {
                 Reply::Broken(why) => {
-                    client.tell(format!("{} has no answer: {why}", sent.plan.token));
+                    client.tell(format!("{} got no answer: {why}", sent.plan.token));
                     sent.had_silence = true;
                 }
                 Reply::Stream(reader) => {
@@ -58,7 +58,7 @@ impl Conversation {
                         break;
                     }
                     client.tell(format!(
-                        "{} broke off before its run was told",
+                        "the stream of {} broke off before it named the run",
                         sent.plan.token
                     ));
                 }
@@ -103,11 +103,7 @@ impl Conversation {
         while begun.elapsed() < PERSEVERANCE {
             match client.ask(self.request(&sent.plan)).await {
                 Reply::Answer(answer) => {
-                    client.tell(format!(
-                        "{} is answered {}",
-                        sent.plan.token,
-                        brief(&answer)
-                    ));
+                    client.tell(format!("answer to {}: {}", sent.plan.token, brief(&answer)));
                     sent.run = answer.body["run"]["id"].as_str().map(str::to_owned);
                     match answer.status.as_u16() {
                         200 | 202 => sent.fate = Fate::Acknowledged,
@@ -119,7 +115,7 @@ impl Conversation {
                         503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
                         _ => {
                             client.fault(format!(
-                                "{} is answered {}",
+                                "unexpected answer to {}: {}",
                                 sent.plan.token,
                                 brief(&answer)
                             ));
@@ -129,7 +125,7 @@ impl Conversation {
                     }
                 }
                 Reply::Broken(_) => sent.had_silence = true,
-                Reply::Stream(_) => client.fault("a stream that nobody asked for"),
+                Reply::Stream(_) => client.fault("an unrequested stream"),
             }
             if sent.fate != Fate::Unknown {
                 return sent;
@@ -161,7 +157,7 @@ impl Conversation {
     async fn answered(&self, sent: &mut Sent, answer: &Answer) -> bool {
         let token = sent.plan.token.clone();
         self.client
-            .tell(format!("{token} is answered {}", brief(answer)));
+            .tell(format!("answer to {token}: {}", brief(answer)));
         if answer.headers.contains_key("idempotent-replayed") {
             self.client.world.count("messages: replayed");
         }
@@ -197,10 +193,8 @@ impl Conversation {
                 true
             }
             _ => {
-                self.client.fault(format!(
-                    "{token} has an answer that must not be: {}",
-                    brief(answer)
-                ));
+                self.client
+                    .fault(format!("unexpected answer to {token}: {}", brief(answer)));
                 sent.had_silence = true;
                 true
             }
@@ -256,8 +250,10 @@ impl Conversation {
     fn is_gone(&self, answer: &Answer) -> bool {
         let is_gone = answer.status == StatusCode::NOT_FOUND;
         if is_gone && !self.may_be_deleted {
-            self.client
-                .fault(format!("something is gone: {}", brief(answer)));
+            self.client.fault(format!(
+                "something that exists was not found: {}",
+                brief(answer)
+            ));
         }
         is_gone
     }
@@ -311,7 +307,7 @@ impl Conversation {
                     if seen.run.is_none() {
                         return false;
                     }
-                    client.world.count("streams: taken up again");
+                    client.world.count("streams: resumed");
                     client.tell(format!(
                         "the stream of {} broke after {:?}",
                         sent.plan.token,
@@ -336,17 +332,15 @@ impl Conversation {
             Reply::Stream(stream) => *reader = Some(stream),
             Reply::Answer(answer) if answer.status == StatusCode::NO_CONTENT => {
                 self.client.fault(format!(
-                    "{path} ended for one who saw {:?}, not the end",
+                    "{path}: the stream has ended for a reader that saw {:?} last, and not the end",
                     seen.last
                 ));
                 return Some(Look::Gone);
             }
             Reply::Answer(answer) if self.is_gone(&answer) => return Some(Look::Gone),
             Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                self.client.fault(format!(
-                    "{path} has an answer that must not be: {}",
-                    brief(&answer)
-                ));
+                self.client
+                    .fault(format!("unexpected answer to {path}: {}", brief(&answer)));
                 return Some(Look::Gone);
             }
             Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -367,7 +361,9 @@ impl Conversation {
             let event = match timeout(SILENCE, reader.next_or_broken()).await {
                 Ok(Ok(Some(event))) => event,
                 Ok(Ok(None)) => {
-                    self.client.world.count("streams: ended without a word");
+                    self.client
+                        .world
+                        .count("streams: ended without an end event");
                     return Some(Look::Broken);
                 }
                 Ok(Err(_)) => return Some(Look::Broken),
@@ -402,7 +398,7 @@ impl Conversation {
         // A stream that has shown no event gives no event to continue after.
         if *hint != wanted && !(hint["after"].is_null() && hint["events"] == wanted["events"]) {
             self.client
-                .fault(format!("the hint {hint} instead of {wanted}"));
+                .fault(format!("the hint is {hint} instead of {wanted}"));
         }
     }
 
@@ -439,14 +435,18 @@ impl Conversation {
                 Reply::Stream(reader) => return Some(reader),
                 // The run may have ended, or have got its outputs before.
                 Reply::Answer(answer) if [200, 202, 404, 409].contains(&answer.status.as_u16()) => {
-                    self.client
-                        .tell(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client.tell(format!(
+                        "answer to the outputs of {run}: {}",
+                        brief(&answer)
+                    ));
                     return None;
                 }
                 Reply::Answer(answer) if answer.body["run_id"].is_string() => return None,
                 Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                    self.client
-                        .fault(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client.fault(format!(
+                        "unexpected answer to the outputs of {run}: {}",
+                        brief(&answer)
+                    ));
                     return None;
                 }
                 Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -465,12 +465,12 @@ impl Conversation {
             .insist(&path, || self.client.request(Method::POST, &path))
             .await
         {
-            self.client.world.count("runs: asked to stop");
+            self.client.world.count("runs: cancelled by their user");
             self.client
-                .tell(format!("{run} is stopped: {}", brief(&answer)));
+                .tell(format!("cancels {run}: {}", brief(&answer)));
             if answer.status != StatusCode::OK && !self.is_gone(&answer) {
                 self.client
-                    .fault(format!("a cancel is answered {}", brief(&answer)));
+                    .fault(format!("unexpected answer to a cancel: {}", brief(&answer)));
             }
         }
     }

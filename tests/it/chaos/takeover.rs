@@ -65,7 +65,7 @@ impl Watch {
                 world.tell(
                     Teller::Monkey,
                     format!(
-                        "{} runs of the dead moved again after {took:?}",
+                        "{} runs of a killed replica continued after {took:?}",
                         self.runs.len()
                     ),
                 );

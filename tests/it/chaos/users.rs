@@ -178,27 +178,30 @@ impl User {
     async fn delete(&mut self) {
         let client = &self.talk.client;
         let path = format!("{}/thread", self.talk.scope);
-        client.tell("deletes all that was said");
+        client.tell("deletes the conversation");
         let begun = Instant::now();
         while begun.elapsed() < PERSEVERANCE {
             match client.ask(client.request(Method::DELETE, &path)).await {
                 Reply::Answer(answer) if [200, 202, 404].contains(&answer.status.as_u16()) => {
-                    client.tell(format!("the deletion is answered {}", brief(&answer)));
+                    client.tell(format!("answer to the deletion: {}", brief(&answer)));
                     client.world.count("threads: deleted");
                     self.deletions += 1;
                     return;
                 }
                 // A request whose client has given up may still arrive.
                 Reply::Broken(why) => {
-                    client.tell(format!("the deletion has no answer: {why}"));
+                    client.tell(format!("the deletion got no answer: {why}"));
                     self.talk.may_be_deleted = true;
                 }
                 Reply::Answer(answer) if answer.status == 503 => self.talk.may_be_deleted = true,
                 Reply::Answer(answer) => {
-                    client.fault(format!("a deletion is answered {}", brief(&answer)));
+                    client.fault(format!(
+                        "unexpected answer to a deletion: {}",
+                        brief(&answer)
+                    ));
                     return;
                 }
-                Reply::Stream(_) => return client.fault("a deletion is answered with a stream"),
+                Reply::Stream(_) => return client.fault("the answer to a deletion is a stream"),
             }
             client.pause().await;
         }
@@ -212,7 +215,7 @@ impl User {
             let sent = self.talk.send(plan, self.deletions).await;
             if sent.fate != Fate::Acknowledged {
                 self.talk.client.fault(format!(
-                    "{} was not taken although all is well",
+                    "{} was not accepted although no fault was active",
                     sent.plan.token
                 ));
             }

@@ -1,6 +1,6 @@
 //! The query plans of Postgres. The store sends each statement, and the test reads its plan from
-//! the server's log by way of `auto_explain`, a module that comes with the server. Without the
-//! module no connection can be made, and the test fails.
+//! the server's log. The module `auto_explain`, which comes with the server, writes the plans.
+//! Without it no connection can be made, and the test fails.
 //!
 //! A connection plans a statement once and keeps the plan. So the test plans the statements under
 //! one state of the statistics, and judges the plans once the tables have other content.

@@ -229,7 +229,7 @@ fn own_uid() -> u32 {
     static UID: OnceLock<u32> = OnceLock::new();
     *UID.get_or_init(|| {
         fs::metadata("/proc/self")
-            .expect("/proc tells about this process")
+            .expect("/proc describes this process")
             .uid()
     })
 }

@@ -129,7 +129,7 @@ async fn turns_alternate_between_replicas_without_pauses() {
     let slow_poll = Duration::from_millis(500);
     assert!(
         begun.elapsed() < TURNS * slow_poll,
-        "{TURNS} turns took {:?}",
+        "{TURNS} runs took {:?}",
         begun.elapsed()
     );
 }
@@ -167,7 +167,7 @@ async fn missed_notifications_are_compensated_by_polling() {
     assert_eq!(follower.rest().await.last().unwrap().name, "run.completed");
     assert!(
         begun.elapsed() < PATIENCE / 2,
-        "5 turns took {:?}",
+        "5 runs took {:?}",
         begun.elapsed()
     );
     assert_same(&scene, &other, SCOPE).await;
