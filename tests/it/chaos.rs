@@ -108,10 +108,10 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
     let users = talk(&world, &scale).await;
     all_ready(&world).await;
     check::quiet(&world).await;
-    let users = take_leave(users).await;
+    let users = send_last_messages(users).await;
     check::quiet(&world).await;
 
-    check::unsettled_runs(&world, world.fleet.len()).await;
+    check::nothing_left(&world, world.fleet.len()).await;
     let gateway = world.fleet.lock(0).await;
     stream::iter(&users)
         .for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user))
@@ -183,9 +183,9 @@ async fn all_ready(world: &World) {
 }
 
 /// Lets each user send two last messages, now that everything works.
-async fn take_leave(users: Vec<User>) -> Vec<User> {
+async fn send_last_messages(users: Vec<User>) -> Vec<User> {
     let leaving = users.into_iter().map(|mut user| async move {
-        user.take_leave().await;
+        user.send_last_messages().await;
         user
     });
     stream::iter(leaving).buffered(16).collect().await

@@ -271,7 +271,7 @@ fn closed(closing: Closing) -> Finished {
     }
 }
 
-fn claimed(claim: QueuedStart) -> StartedRun {
+fn started_from_queue(claim: QueuedStart) -> StartedRun {
     match claim {
         QueuedStart::Started(turn) => *turn,
         other => panic!("expected a started run, not {other:?}"),
@@ -279,7 +279,7 @@ fn claimed(claim: QueuedStart) -> StartedRun {
 }
 
 /// Returns the newest thread of a key, and its activity.
-async fn seen(store: &Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
+async fn newest_thread(store: &Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
     let report = store.report(ThreadName::Newest(key)).await.unwrap()?;
     Some((report.thread, report.activity))
 }
@@ -333,7 +333,7 @@ async fn exchange(store: &Store, key: &ConversationKey) -> Finished {
 /// Returns roles and texts of a key's transcript. Asserts that positions ascend and that
 /// `message_count` is right.
 async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
-    let (thread, _) = seen(store, key).await.unwrap();
+    let (thread, _) = newest_thread(store, key).await.unwrap();
     let page = store
         .messages(ThreadName::Newest(key), false, &first_page())
         .await

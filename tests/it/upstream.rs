@@ -82,17 +82,17 @@ fn profile() -> AssistantConfig {
 }
 
 /// Starts a run with one text and reads its events to the end.
-async fn turn(
+async fn run_to_end(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
     let content = vec![ContentPart::Text {
         text: "hello".to_owned(),
     }];
-    turn_with(upstream, thread, &profile(), content).await
+    run_to_end_with(upstream, thread, &profile(), content).await
 }
 
-async fn turn_with(
+async fn run_to_end_with(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
     assistant: &AssistantConfig,
@@ -162,7 +162,7 @@ const EXPECTED: [&str; 4] = [
 ];
 
 #[tokio::test]
-async fn turn_is_one_request_in_any_sse_encoding() {
+async fn run_is_one_request_in_any_sse_encoding() {
     for (upstream_of, transcript) in [
         (
             assistants as fn(&Scripted) -> Box<dyn Upstream>,
@@ -191,7 +191,9 @@ async fn turn_is_one_request_in_any_sse_encoding() {
                     .map(|chunk| Step::Bytes(chunk.to_vec()))
                     .collect();
                 let server = Scripted::start(vec![sse(chunks)]).await;
-                let events = turn(&*upstream_of(&server), Some(&thread())).await.unwrap();
+                let events = run_to_end(&*upstream_of(&server), Some(&thread()))
+                    .await
+                    .unwrap();
                 assert_eq!(lines(&events), EXPECTED, "in pieces of {size}: {text}");
                 assert_eq!(server.requests().len(), 1);
             }
@@ -200,12 +202,12 @@ async fn turn_is_one_request_in_any_sse_encoding() {
 }
 
 #[tokio::test]
-async fn connections_are_reused_after_turn() {
+async fn connections_are_reused_after_run() {
     let play = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start((0..5).map(|_| play()).collect()).await;
     let upstream = responses(&server);
     for _ in 0..5 {
-        turn(&*upstream, Some(&thread())).await.unwrap();
+        run_to_end(&*upstream, Some(&thread())).await.unwrap();
     }
     let peers: std::collections::BTreeSet<_> = server
         .requests()
@@ -216,14 +218,16 @@ async fn connections_are_reused_after_turn() {
 }
 
 #[tokio::test]
-async fn terminal_event_ends_turn_before_body_ends() {
+async fn terminal_event_ends_run_before_body_ends() {
     let server = Scripted::start(vec![sse(vec![
         Step::Bytes(ASSISTANTS_TURN.into()),
         Step::Stall,
     ])])
     .await;
     let started = Instant::now();
-    let events = turn(&*assistants(&server), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*assistants(&server), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(lines(&events), EXPECTED);
     assert!(
         started.elapsed() < Duration::from_secs(4),
@@ -244,13 +248,13 @@ async fn headers_query_and_key_are_sent_as_configured() {
     settings.headers = BTreeMap::from([("X-Team".to_owned(), "tea".to_owned().into())]);
     settings.query = BTreeMap::from([("api-version".to_owned(), "2025-05-01".to_owned().into())]);
     let odd = UpstreamThreadId("a/b?c".to_owned());
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
 
     settings.kind = UpstreamKind::Responses;
     settings.auth = AuthScheme::ApiKey;
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
     settings.api_key = None;
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
 
     let requests = server.requests();
     assert_eq!(
@@ -360,7 +364,7 @@ async fn refusals_become_errors_without_upstream_text() {
     ];
     for (status, headers, body, expected) in cases {
         let server = Scripted::start(vec![json_answer(status, &headers, &body)]).await;
-        let error = turn(&*assistants(&server), Some(&thread()))
+        let error = run_to_end(&*assistants(&server), Some(&thread()))
             .await
             .unwrap_err();
         assert_eq!(format!("{error:?}"), expected);
@@ -377,7 +381,7 @@ async fn response_without_event_stream_is_protocol_error() {
             r#"{"id":"run_1","status":"queued"}"#,
         )])
         .await;
-        let error = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+        let error = run_to_end(&*adapter(&config(kind, &server.url)), Some(&thread()))
             .await
             .unwrap_err();
         assert!(
@@ -413,7 +417,7 @@ async fn silent_run_request_outlasts_call_timeout() {
         let upstream = adapter(&settings);
         for _ in turns() {
             assert_eq!(
-                lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+                lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
                 EXPECTED
             );
         }
@@ -510,7 +514,7 @@ fn begun(kind: UpstreamKind) -> String {
 }
 
 #[tokio::test]
-async fn stream_error_in_any_form_is_recognized() {
+async fn stream_error_in_any_form_is_recognised() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
         for (code, expected) in [
             (json!("content_filter"), "failed (content_filter)"),
@@ -531,7 +535,7 @@ async fn stream_error_in_any_form_is_recognized() {
                     let server = Scripted::start(vec![bare(&error).remove(form)]).await;
                     let mut settings = config(kind, &server.url);
                     settings.conversations = conversations;
-                    let told = match turn(&*adapter(&settings), Some(&thread())).await {
+                    let told = match run_to_end(&*adapter(&settings), Some(&thread())).await {
                         Ok(events) => match &events[..] {
                             [Ok(UpstreamEvent::Ended(ended))]
                                 if ended.status == RunStatus::Failed =>
@@ -568,7 +572,9 @@ async fn error_amid_reply_fails_run_in_any_form() {
                 let server = Scripted::start(vec![sse(vec![Step::Bytes(text.into_bytes())])]).await;
                 let mut settings = config(kind, &server.url);
                 settings.background = background;
-                let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+                let events = run_to_end(&*adapter(&settings), Some(&thread()))
+                    .await
+                    .unwrap();
                 assert_eq!(
                     lines(&events),
                     ["accepted r_1", "text Hel", "ended failed Hel"],
@@ -638,7 +644,7 @@ async fn stream_without_terminal_event_is_broken() {
         let half = &transcript[..transcript.rfind("event:").unwrap() + 20];
         for end in [Step::Cut, Step::Bytes(Vec::new())] {
             let server = Scripted::start(vec![sse(vec![Step::Bytes(half.into()), end])]).await;
-            let events = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+            let events = run_to_end(&*adapter(&config(kind, &server.url)), Some(&thread()))
                 .await
                 .unwrap();
             let lines = lines(&events);
@@ -661,7 +667,7 @@ async fn oversized_event_or_response_is_refused() {
     ])
     .await;
     let upstream = responses(&server);
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(
         error.to_string().contains("longer than 65536 bytes"),
         "{error}"
@@ -678,7 +684,7 @@ async fn refused_connection_differs_from_broken_call() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     drop(listener);
-    let error = turn(
+    let error = run_to_end(
         &*adapter(&config(UpstreamKind::Responses, &url)),
         Some(&thread()),
     )
@@ -690,7 +696,7 @@ async fn refused_connection_differs_from_broken_call() {
     );
 
     let server = Scripted::start(vec![Play::HangUp]).await;
-    let error = turn(&*responses(&server), Some(&thread()))
+    let error = run_to_end(&*responses(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(
@@ -710,9 +716,9 @@ async fn error_event_before_acceptance_fails_the_call() {
     let nested = json!({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}});
     let server = Scripted::start(vec![event(&flat), event(&nested)]).await;
     let upstream = responses(&server);
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(
         matches!(error, UpstreamError::Unavailable { status: 429, .. }),
         "{error:?}"
@@ -742,10 +748,10 @@ async fn chain_continues_from_last_completed_response() {
         Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
         other => panic!("the run did not end: {other:?}"),
     };
-    let first = thread_of(&turn(&*upstream, None).await.unwrap()).unwrap();
+    let first = thread_of(&run_to_end(&*upstream, None).await.unwrap()).unwrap();
     assert_eq!(first.as_str(), "r_1");
     assert_eq!(
-        thread_of(&turn(&*upstream, Some(&first)).await.unwrap()),
+        thread_of(&run_to_end(&*upstream, Some(&first)).await.unwrap()),
         None
     );
     let requests = server.requests();

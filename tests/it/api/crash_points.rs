@@ -131,9 +131,9 @@ impl Operation {
 }
 
 /// A text that is printed if the test fails.
-struct Told(String);
+struct FailureNote(String);
 
-impl Drop for Told {
+impl Drop for FailureNote {
     fn drop(&mut self) {
         if std::thread::panicking() {
             println!("{}", self.0);
@@ -239,16 +239,17 @@ impl World {
                 };
                 gateway.kill();
                 let steps = self.gate.open();
-                let killed = Told(format!("{}: {moment:?} step {n} of {steps:#?}", story.word));
+                let killed =
+                    FailureNote(format!("{}: {moment:?} step {n} of {steps:#?}", story.word));
                 reached |= answered.is_none();
                 kills += usize::from(answered.is_none());
                 // The dead process's work may be taken over at once.
                 self.scene.database.execute("DELETE FROM replicas").await;
-                self.scene.database.age_looks(LONG).await;
+                self.scene.database.age_due_times(LONG).await;
                 gateway = Gateway::start(&self.config).await;
                 story.check(self, &gateway, answered).await;
                 if self.operation == RollOverByMessage {
-                    story.can_be_deleted(self, &gateway, &steps).await;
+                    story.check_deletable(self, &gateway, &steps).await;
                 }
                 drop(killed);
             }
@@ -291,7 +292,7 @@ impl World {
                 start.elapsed() < PATIENCE,
                 "this did not happen in time: {what}"
             );
-            self.scene.database.age_looks(LONG).await;
+            self.scene.database.age_due_times(LONG).await;
             gateway
                 .send(gateway.request(Method::POST, "/v1/admin/cleanup"))
                 .await
@@ -441,10 +442,10 @@ impl Story {
     async fn check(&mut self, world: &World, gateway: &Gateway, answered: Option<()>) {
         match world.operation {
             DeleteConversation | DeleteToArchive | DeleteUser => {
-                self.is_deleted(world, gateway, answered.is_some()).await;
+                self.check_deleted(world, gateway, answered.is_some()).await;
             }
             RollOver | RollOverLater | RollOverByMessage => {
-                self.is_rolled_over(world, gateway, answered.is_some())
+                self.check_rolled_over(world, gateway, answered.is_some())
                     .await;
             }
         }
@@ -452,7 +453,7 @@ impl Story {
 
     /// Checks that a recorded deletion is finished, and that an unrecorded one has changed
     /// nothing.
-    async fn is_deleted(&mut self, world: &World, gateway: &Gateway, answered: bool) {
+    async fn check_deleted(&mut self, world: &World, gateway: &Gateway, answered: bool) {
         let is_begun = world
             .scene
             .database
@@ -466,7 +467,7 @@ impl Story {
         if !is_begun {
             self.cancel_all(gateway).await;
             assert_eq!(
-                self.heard(gateway).await,
+                self.user_messages(gateway).await,
                 self.said,
                 "each message is there once"
             );
@@ -500,7 +501,7 @@ impl Story {
         if world.operation == DeleteToArchive {
             self.cancel_all(gateway).await;
             assert_eq!(
-                self.heard(gateway).await,
+                self.user_messages(gateway).await,
                 self.said,
                 "the transcript is kept"
             );
@@ -539,7 +540,7 @@ impl Story {
 
     /// Checks that no message is lost or doubled by the rollover, and that the model knows the
     /// carried-over ones.
-    async fn is_rolled_over(&mut self, world: &World, gateway: &Gateway, answered: bool) {
+    async fn check_rolled_over(&mut self, world: &World, gateway: &Gateway, answered: bool) {
         self.cancel_all(gateway).await;
         if world.operation == RollOverByMessage {
             let admitted = world
@@ -573,7 +574,7 @@ impl Story {
             "exactly one thread is current"
         );
         assert_eq!(
-            self.heard(gateway).await,
+            self.user_messages(gateway).await,
             self.said,
             "each message is there once"
         );
@@ -626,7 +627,7 @@ impl Story {
 
     /// Checks that a deletion finds whatever a kill left. There are two exceptions, which the
     /// receipt counts: an upstream thread and a response whose id was never recorded.
-    async fn can_be_deleted(&self, world: &World, gateway: &Gateway, steps: &[String]) {
+    async fn check_deletable(&self, world: &World, gateway: &Gateway, steps: &[String]) {
         assert!(
             self.delete(gateway, DeleteConversation)
                 .await
@@ -676,7 +677,7 @@ impl Story {
     }
 
     /// Returns the user's messages without their directives.
-    async fn heard(&self, gateway: &Gateway) -> Vec<String> {
+    async fn user_messages(&self, gateway: &Gateway) -> Vec<String> {
         let all = self.messages(gateway).await;
         let users = all.iter().filter(|message| message["role"] == "user");
         users

@@ -427,7 +427,7 @@ async fn orphaned_upstream_threads_are_deleted_or_reported() {
         assert_eq!(scene.upstream_threads().len(), 3);
         if !list_threads {
             // The janitor deals with the orphans before the thread is deleted.
-            scene.database.age_looks(Duration::from_hours(3)).await;
+            scene.database.age_due_times(Duration::from_hours(3)).await;
             gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
         }
         let receipt = gateway.delete(THREAD).await.ok();
@@ -449,7 +449,7 @@ async fn orphaned_upstream_threads_are_deleted_or_reported() {
 }
 
 /// Sends a message, and deletes the conversation while the upstream thread is being created.
-async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
+async fn delete_during_creation(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "latency=1500ms", 1);
     let mut running = gateway.stream(SCOPE, "needle at last").await;
     running.next().await.unwrap();
@@ -483,7 +483,7 @@ async fn deletion_removes_upstream_thread_being_created(scene: Scene) {
         return;
     }
     let gateway = scene.gateway_with(BY_HAND).await;
-    delete_while_it_is_made(&scene, &gateway).await;
+    delete_during_creation(&scene, &gateway).await;
     nothing_is_left(&scene).await;
 }
 
@@ -496,7 +496,7 @@ async fn deletion_removes_upstream_thread_being_recreated(scene: Scene) {
     let last = converse(&gateway).await;
     let gone = last["thread"]["upstream_thread_id"].as_str().unwrap();
     scene.delete_thread(gone).await;
-    delete_while_it_is_made(&scene, &gateway).await;
+    delete_during_creation(&scene, &gateway).await;
     // Deleting a conversation directly leaves its items, which the gateway cannot find.
     let left = scene.simulator.holds_text("needle");
     assert!(left.iter().all(|it| it.contains(gone)), "{left:#?}");

@@ -13,7 +13,7 @@ on_each_protocol!(
     user_deletion_supports_archive_and_dry_run,
     erasure_completes_when_upstream_cannot_delete,
     differently_worded_not_found_counts_as_already_gone,
-    erasure_gives_up_after_configured_time,
+    upstream_erasure_stops_after_configured_time,
 );
 on_each_store!(thread_list_includes_all_threads_of_user);
 
@@ -368,7 +368,7 @@ async fn differently_worded_not_found_counts_as_already_gone(scene: Scene) {
     }
 }
 
-async fn erasure_gives_up_after_configured_time(scene: Scene) {
+async fn upstream_erasure_stops_after_configured_time(scene: Scene) {
     let gateway = scene
         .gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n"))
         .await;

@@ -109,7 +109,7 @@ async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
     let mut stream = gateway
         .stream(SCOPE, "tell me [[sim: tokens=40 hold_after=20]]")
         .await;
-    let mut original = stream.until_told("story").await;
+    let mut original = stream.until_text("story").await;
     let start = std::time::Instant::now();
     while stored(&scene).await == 0 {
         assert!(start.elapsed() < PATIENCE, "the log was never stored");

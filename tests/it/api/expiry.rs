@@ -289,7 +289,7 @@ async fn undeletable_thread_does_not_block_janitor(scene: Scene) {
 
 /// Leaves the run of an old thread active, since its upstream is silent, and uses a fresh thread
 /// meanwhile.
-async fn talk_on_a_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
+async fn use_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
     let busy = json!({"content": "two [[sim: tokens=40 rate=10ms]]", "stream": true});
     let first = gateway
         .request(reqwest::Method::POST, &format!("{scope}/messages"))
@@ -322,7 +322,7 @@ async fn fresh_thread_ignores_run_of_expired_thread(scene: Scene) {
     let body = json!({"content": "at once", "multitask_strategy": "reject"});
     let answer = gateway.post(&format!("{scope}/messages"), &body).await.ok();
     assert_ne!(id(&answer), thread, "the fresh thread has no active run");
-    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    use_fresh_thread(&gateway, scope, &thread).await;
     let run = format!("{scope}/runs/{}", started.data["run_id"].as_str().unwrap());
     assert_eq!(gateway.get(&run).await.ok()["run"]["status"], "in_progress");
     gateway
@@ -360,7 +360,7 @@ async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
         .delete_after(&format!("{scope}/thread"), "respond-async")
         .await;
     assert_eq!(answer.status, 202, "{:#}", answer.body);
-    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    use_fresh_thread(&gateway, scope, &thread).await;
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     assert_eq!(
         scene.database.number(unfinished).await,

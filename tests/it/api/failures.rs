@@ -19,10 +19,10 @@ on_each_protocol!(
     slow_upstream_is_awaited_without_retry,
     slow_upstream_thread_creation_is_not_retried,
     broken_connection_is_retried_at_most_once,
-    error_event_in_stream_is_taken_as_answer,
+    error_event_in_stream_counts_as_answer,
     foreign_upstream_lock_is_waited_out,
     foreign_upstream_lock_wait_ends_at_deadline,
-    stream_dialects_are_all_parsed,
+    every_sse_encoding_is_parsed,
     lost_upstream_thread_is_rebuilt_from_transcript,
 );
 on_each_store!(oversized_reply_fails_run);
@@ -403,7 +403,7 @@ async fn broken_connection_is_retried_at_most_once(scene: Scene) {
     }
 }
 
-async fn error_event_in_stream_is_taken_as_answer(scene: Scene) {
+async fn error_event_in_stream_counts_as_answer(scene: Scene) {
     // With a wait to see what became of the message, the run would miss its deadline.
     let gateway = scene.gateway_upstream("lock_window = \"10m\"\n").await;
     say(&gateway, "hello").await.ok();
@@ -499,7 +499,7 @@ async fn foreign_upstream_lock_wait_ends_at_deadline(scene: Scene) {
     works_again(&gateway).await;
 }
 
-async fn stream_dialects_are_all_parsed(scene: Scene) {
+async fn every_sse_encoding_is_parsed(scene: Scene) {
     let gateway = scene.gateway().await;
     let plain = say(&gateway, "wörld").await.ok();
     let mut dialects = vec![

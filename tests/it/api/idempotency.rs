@@ -17,7 +17,7 @@ on_each_protocol!(
     concurrent_retries_start_one_run,
     concurrent_retries_with_reject_strategy_share_one_run,
     idempotent_retry_of_merged_message_adds_nothing,
-    retried_tool_outputs_are_taken_once,
+    retried_tool_outputs_are_accepted_once,
     idempotent_retry_of_failed_run_returns_failure,
     idempotent_retry_reports_current_run_state,
     idempotent_retry_waits_past_answered_tool_calls,
@@ -229,7 +229,7 @@ async fn idempotent_retry_of_merged_message_adds_nothing(scene: Scene) {
     assert_eq!(thirds, 1);
 }
 
-async fn retried_tool_outputs_are_taken_once(scene: Scene) {
+async fn retried_tool_outputs_are_accepted_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = gateway
         .say(SCOPE, "weather? [[sim: tool=get_weather]]")
@@ -308,7 +308,7 @@ async fn give(gateway: &Gateway, asked: &Value, output: &str) {
 }
 
 /// Returns all events of the run.
-async fn story(gateway: &Gateway, asked: &Value) -> Vec<Event> {
+async fn all_events(gateway: &Gateway, asked: &Value) -> Vec<Event> {
     gateway
         .events(SCOPE, asked["run"]["id"].as_str().unwrap(), None)
         .await
@@ -362,7 +362,7 @@ async fn idempotent_retry_reports_current_run_state(scene: Scene) {
         );
         assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
         let events = stream(&gateway, "k1", content).await.rest().await;
-        assert_eq!(events, story(&gateway, &asked).await, "round {round}");
+        assert_eq!(events, all_events(&gateway, &asked).await, "round {round}");
         assert!(text_of(&events).contains("4 °C"));
         if round == 0 {
             gateway.kill();
@@ -425,7 +425,7 @@ async fn idempotent_retry_waits_past_answered_tool_calls(scene: Scene) {
     let ended = ended.ok();
     assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
     events.extend(rest);
-    assert_eq!(events, story(&gateway, &asked).await);
+    assert_eq!(events, all_events(&gateway, &asked).await);
 }
 
 async fn refused_request_does_not_use_idempotency_key(scene: Scene) {

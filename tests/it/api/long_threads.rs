@@ -17,17 +17,17 @@ mod gone {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_assistants_thread_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
+        long_thread_is_rebuilt(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_conversation_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
+        long_thread_is_rebuilt(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_chain_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Chain, Backend::Postgres, "resp_gone").await;
+        long_thread_is_rebuilt(Protocol::Chain, Backend::Postgres, "resp_gone").await;
     }
 }
 
@@ -48,19 +48,19 @@ async fn long_thread_without_upstream_thread_starts_with_newest_messages() {
         upstream: "simulated".to_owned(),
         ..imported(&user("alice"))
     };
-    goes_on_with_its_newest_messages(scene, &thread).await;
+    continues_with_newest_messages(scene, &thread).await;
 }
 
-async fn long_thread_is_made_anew(protocol: Protocol, backend: Backend, gone: &str) {
+async fn long_thread_is_rebuilt(protocol: Protocol, backend: Backend, gone: &str) {
     let thread = ImportedThread {
         upstream: "simulated".to_owned(),
         upstream_thread_id: Some(UpstreamThreadId(gone.to_owned())),
         ..imported(&user("alice"))
     };
-    goes_on_with_its_newest_messages(Scene::new(protocol, backend).await, &thread).await;
+    continues_with_newest_messages(Scene::new(protocol, backend).await, &thread).await;
 }
 
-async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread) {
+async fn continues_with_newest_messages(scene: Scene, thread: &ImportedThread) {
     fill(&scene, thread).await;
     let gateway = scene.gateway().await;
     gateway.get(&format!("{SCOPE}/thread")).await.ok();

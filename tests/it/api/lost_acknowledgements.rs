@@ -63,7 +63,7 @@ impl World {
         answer
     }
 
-    async fn heard(&self) -> Vec<String> {
+    async fn user_messages(&self) -> Vec<String> {
         let lines = upstream(&self.scene, &self.gateway, SCOPE)
             .await
             .into_iter();
@@ -75,7 +75,7 @@ impl World {
 }
 
 /// Checks that the message joins the queued run once, and that its sender learns so.
-async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
+async fn merge_is_applied_once(transcript: &str, moment: Moment) {
     let world = World::new(transcript).await;
     let gateway = &world.gateway;
     gateway.say(SCOPE, "hello").await;
@@ -101,25 +101,28 @@ async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
     active.rest().await;
     let ended = waiting.rest().await;
     assert_eq!(ended.last().unwrap().name, "run.completed", "{ended:#?}");
-    assert_eq!(world.heard().await, ["hello", "first", "second", "third"]);
+    assert_eq!(
+        world.user_messages().await,
+        ["hello", "first", "second", "third"]
+    );
     assert_eq!(all(gateway, &format!("{SCOPE}/runs")).await.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_answer_is_not_repeated() {
-    a_merge_is_taken_once("on", Moment::After).await;
+    merge_is_applied_once("on", Moment::After).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_request_is_retried() {
-    a_merge_is_taken_once("on", Moment::Before).await;
+    merge_is_applied_once("on", Moment::Before).await;
 }
 
 /// Without stored content, only this process knows the message. It is sent with the run all the
 /// same.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_answer_keeps_unstored_content() {
-    a_merge_is_taken_once("off", Moment::After).await;
+    merge_is_applied_once("off", Moment::After).await;
 }
 
 /// The sender of a message learns of the run that it joined, even if that run has ended by then.
@@ -154,7 +157,7 @@ async fn merge_with_lost_answer_found_by_idempotency_key() {
     world.scene.simulator.release();
     active.rest().await;
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(world.heard().await, ["first", "second", "third"]);
+    assert_eq!(world.user_messages().await, ["first", "second", "third"]);
 }
 
 /// The database stays away longer than the sender waits.
@@ -175,7 +178,7 @@ async fn merge_with_unknown_outcome_is_reported_as_such() {
     world.scene.simulator.release();
     active.rest().await;
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(world.heard().await, ["first", "second", "third"]);
+    assert_eq!(world.user_messages().await, ["first", "second", "third"]);
 }
 
 /// Without stored outputs only this process can send them to the upstream.
@@ -288,7 +291,7 @@ async fn merged_message_survives_refusal_of_first_message() {
         .await
         .ok();
     assert_eq!(ended["run"]["status"], "completed", "{ended:#}");
-    assert_eq!(world.heard().await, ["first", "third"]);
+    assert_eq!(world.user_messages().await, ["first", "third"]);
     // The first sender repeats its message, and must not get the run without it.
     let again = post(gateway, "k2", &second).await;
     assert!(
@@ -302,7 +305,7 @@ async fn merged_message_survives_refusal_of_first_message() {
         })
         .await
         .ok();
-    assert_eq!(world.heard().await, ["first", "third", "second"]);
+    assert_eq!(world.user_messages().await, ["first", "third", "second"]);
     // The other sender gets the run with its message.
     let again = post(gateway, "k3", &third).await;
     assert_eq!(again.body["run"]["id"], run, "{again:?}");

@@ -10,7 +10,7 @@ const TURNS: i64 = 20;
 const MOST: i64 = 100;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
+async fn run_cost_is_independent_of_unfinished_runs_elsewhere() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     scene.gateway().await.say(SCOPE, "hello").await;
     // These statistics describe a quiet time, so the server plans for one.

@@ -197,7 +197,7 @@ async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
 }
 
 /// Loses the answer to the creation of an upstream thread.
-async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
+async fn lose_creation_answer(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "drop=after", 1);
     gateway.say("/v1/users/alice", "hello").await;
     assert_eq!(
@@ -218,7 +218,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
         return;
     }
     let gateway = scene.gateway_with(BY_HAND).await;
-    lose_an_answer(&scene, &gateway).await;
+    lose_creation_answer(&scene, &gateway).await;
     let plan = gateway
         .post("/v1/admin/cleanup?dry_run=true", &json!({}))
         .await
@@ -237,7 +237,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     };
     let scene = Scene::with(scene.protocol, scene.backend, lists).await;
     let gateway = scene.gateway_with(BY_HAND).await;
-    lose_an_answer(&scene, &gateway).await;
+    lose_creation_answer(&scene, &gateway).await;
     assert_eq!(clean_up(&gateway).await["upstream_orphans_deleted"], 1);
     let thread = gateway.get("/v1/users/alice/thread").await.ok();
     assert_eq!(

@@ -18,20 +18,35 @@ const PICTURE_BYTES: usize = 8 * 1024 * 1024;
 /// Each protocol and each store, but not all combinations, since those would take minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_assistants_thread_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Assistants, Backend::Postgres, Backend::Sqlite).await;
+    picture_survives_rebuild_import_rollover(
+        Protocol::Assistants,
+        Backend::Postgres,
+        Backend::Sqlite,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_conversation_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Responses, Backend::Sqlite, Backend::Postgres).await;
+    picture_survives_rebuild_import_rollover(
+        Protocol::Responses,
+        Backend::Sqlite,
+        Backend::Postgres,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_chain_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Chain, Backend::Postgres, Backend::Sqlite).await;
+    picture_survives_rebuild_import_rollover(Protocol::Chain, Backend::Postgres, Backend::Sqlite)
+        .await;
 }
 
-async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, other: Backend) {
+async fn picture_survives_rebuild_import_rollover(
+    protocol: Protocol,
+    backend: Backend,
+    other: Backend,
+) {
     let scene = Scene::new(protocol, backend).await;
     let gateway = scene.gateway().await;
     let url = format!("data:image/jpeg;base64,{}", "A".repeat(PICTURE_BYTES));

@@ -19,8 +19,8 @@ use crate::support::pooler::Pooler;
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
 on_shared_scene!(
-    turns_of_many_users_are_answered,
-    busy_thread_honors_multitask_strategies,
+    messages_of_many_users_are_answered,
+    busy_thread_honours_multitask_strategies,
     two_gateways_serve_conversation_in_order,
 );
 
@@ -77,7 +77,7 @@ async fn assert_sound(scene: &Scene) {
     }
 }
 
-async fn turns_of_many_users_are_answered(scene: Scene) {
+async fn messages_of_many_users_are_answered(scene: Scene) {
     scene
         .database
         .execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
@@ -141,12 +141,12 @@ async fn thread_lists_are_complete() {
     assert_sound(&scene).await;
 }
 
-async fn busy_thread_honors_multitask_strategies(scene: Scene) {
+async fn busy_thread_honours_multitask_strategies(scene: Scene) {
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateway = gateway(&scene, &pooler).await;
     gateway.say(SCOPE, "hello").await;
     let (mut active, _) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
-    active.until_told("said: a").await;
+    active.until_text("said: a").await;
     let (waiting, queued) = begin(&gateway, "enqueue", "and I wait").await;
     assert_eq!(
         (queued.name.as_str(), &queued.data["position"]),

@@ -143,7 +143,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     let mut gateway = start(&scene, UPSTREAM).await;
     let mut requests = Vec::new();
     for scope in scopes() {
-        story(&scene, &gateway, &names, &scope).await;
+        converse(&scene, &gateway, &names, &scope).await;
         requests.extend(after(&scene, requests.len()));
     }
     let delete = names.ask(&gateway, Method::DELETE, &user());
@@ -171,7 +171,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     // A fingerprint stands for the key. It is always the same, and the command finds it by the
     // key.
     for kind in ["session", "topic"] {
-        for (kind, fingerprint) in told(&scene, kind) {
+        for (kind, fingerprint) in printed_fingerprints(&scene, kind) {
             assert_eq!(
                 tags(&requests, &kind),
                 BTreeSet::from([fingerprint.clone()]),
@@ -202,7 +202,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
 }
 
 /// Returns the fingerprints that the command prints for a session or a topic of the user.
-fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
+fn printed_fingerprints(scene: &Scene, kind: &str) -> Vec<(String, String)> {
     let folder = tempfile::TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, scene.config(SETTINGS)).unwrap();
@@ -260,7 +260,7 @@ async fn fingerprints_are_stable_per_database() {
 }
 
 /// Runs a conversation with all events that cause upstream requests.
-async fn story(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
+async fn converse(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
     let messages = format!("{scope}/messages");
     let say = |text: &str| names.post(gateway, &messages, json!({"content": text}));
     let first = say("hello").await;

@@ -59,7 +59,7 @@ fn start(scene: &Scene) -> &'static str {
 }
 
 /// Returns how often the upstream has a message.
-async fn heard(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
+async fn times_upstream(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
     let lines = upstream(scene, gateway, SCOPE).await;
     lines
         .iter()
@@ -81,7 +81,11 @@ async fn request_with_lost_answer_is_looked_up_before_retry(scene: Scene) {
             assert_eq!(answer.body["code"], "stream_broken");
         } else {
             assert!(text(&answer.ok()["message"]).contains(&content), "{when}");
-            assert_eq!(heard(&scene, &gateway, &content).await, 1, "{when}");
+            assert_eq!(
+                times_upstream(&scene, &gateway, &content).await,
+                1,
+                "{when}"
+            );
         }
     }
     say(&gateway, "and now?").await.ok();
@@ -100,7 +104,7 @@ async fn refused_request_is_retried_without_duplicates(scene: Scene) {
         let before = scene.simulator.stats().requests_by_operation[start(&scene)];
         let answer = say(&gateway, refusal).await.ok();
         assert!(text(&answer["message"]).contains(refusal));
-        assert_eq!(heard(&scene, &gateway, refusal).await, 1);
+        assert_eq!(times_upstream(&scene, &gateway, refusal).await, 1);
         assert_eq!(
             scene.simulator.stats().requests_by_operation[start(&scene)] - before,
             3
@@ -133,7 +137,7 @@ async fn broken_stream_is_followed_to_end_when_possible(scene: Scene) {
             text_of(&events),
             "the deltas give the whole text"
         );
-        assert_eq!(heard(&scene, &gateway, &content).await, 1);
+        assert_eq!(times_upstream(&scene, &gateway, &content).await, 1);
     }
     assert_same(&scene, &gateway, SCOPE).await;
     // Without background a response stops with its connection. The run fails, and its message is
@@ -289,12 +293,12 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
         !scene.simulator.stop_foreign_run(&thread),
         "the other client's run is cancelled"
     );
-    assert_eq!(heard(&scene, &gateway, "now!").await, 1);
+    assert_eq!(times_upstream(&scene, &gateway, "now!").await, 1);
 
     // Other servers report the lock with a 409.
     fault(&scene, start(&scene), "status=409 code=conflict", 2);
     assert!(text(&say(&gateway, "hello again").await.ok()["message"]).contains("hello again"));
-    assert_eq!(heard(&scene, &gateway, "hello again").await, 1);
+    assert_eq!(times_upstream(&scene, &gateway, "hello again").await, 1);
     assert_same(&scene, &gateway, SCOPE).await;
 }
 

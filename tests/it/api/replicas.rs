@@ -9,20 +9,20 @@ use serde_json::{Value, json};
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::Scene;
 
-mod alone;
-mod asks;
-mod backlog;
 mod clocks;
 mod files;
+mod frozen;
 mod handover;
 mod order;
 mod outages;
 mod pools;
+mod requests;
 mod resent;
 mod rolling;
-mod sleepers;
+mod single;
 mod streams;
 mod takeover;
+mod unsynced;
 
 const SCOPE: &str = "/v1/users/alice";
 
@@ -175,7 +175,7 @@ async fn counted(scene: &Scene, sql: &str, wanted: i64) {
 }
 
 /// Returns the users' messages in the order of the transcript, without directives.
-async fn heard(gateway: &Gateway, scope: &str) -> Vec<String> {
+async fn user_messages(gateway: &Gateway, scope: &str) -> Vec<String> {
     let all = crate::support::history::messages(gateway, scope).await;
     let users = all
         .iter()

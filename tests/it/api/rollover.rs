@@ -9,10 +9,10 @@ use crate::support::scene::{Protocol, Scene, on_each_protocol, on_every_scene};
 
 on_every_scene!(rollover_under_load_neither_loses_nor_doubles_messages);
 on_each_protocol!(
-    full_thread_rolls_over_before_next_turn,
+    full_thread_rolls_over_before_next_run,
     thread_rolls_over_on_request,
     rollover_waits_for_active_run,
-    rollover_archives_foreign_upstream_messages,
+    rollover_archives_external_messages,
     lost_upstream_thread_is_rebuilt_with_carried_over_messages,
     deadline_and_cancel_end_run_before_rollover,
 );
@@ -29,7 +29,7 @@ fn texts(messages: &[Value]) -> Vec<&str> {
 }
 
 /// Returns the user's lines in the upstream thread of the current thread.
-async fn heard(scene: &Scene, gateway: &Gateway) -> Vec<String> {
+async fn user_messages_upstream(scene: &Scene, gateway: &Gateway) -> Vec<String> {
     let report = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     let lines = scene
         .simulator
@@ -46,7 +46,7 @@ async fn transcript(gateway: &Gateway) -> Vec<Value> {
     all(gateway, &format!("{SCOPE}/messages?archived=true")).await
 }
 
-async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
+async fn full_thread_rolls_over_before_next_run(scene: Scene) {
     let settings =
         "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
@@ -72,7 +72,7 @@ async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
     // 25 messages are carried over, which is more than one upstream request may have.
     assert!(text(&next["message"]).contains("turn 26"), "{next:#}");
     let expected: Vec<String> = (5..=30).map(|n| format!("message {n}")).collect();
-    assert_eq!(heard(&scene, &gateway).await, expected);
+    assert_eq!(user_messages_upstream(&scene, &gateway).await, expected);
     let said = transcript(&gateway).await;
     assert_eq!(said.len(), 62);
     let users: Vec<&str> = texts(&said).into_iter().step_by(2).collect();
@@ -122,7 +122,10 @@ async fn thread_rolls_over_on_request(scene: Scene) {
     );
     let next = gateway.say(SCOPE, "three").await;
     assert_eq!(next["thread"]["id"], fresh["id"]);
-    assert_eq!(heard(&scene, &gateway).await, ["two", "three"]);
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway).await,
+        ["two", "three"]
+    );
     assert_eq!(transcript(&gateway).await.len(), 6);
     // All runs of the key can be found, including those of the archived thread.
     let run = gateway
@@ -183,7 +186,13 @@ async fn rollover_waits_for_active_run(scene: Scene) {
         gateway.get(&format!("{SCOPE}/thread")).await.ok()["rollover_pending"],
         false
     );
-    assert_eq!(heard(&scene, &gateway).await.last().unwrap(), "two");
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway)
+            .await
+            .last()
+            .unwrap(),
+        "two"
+    );
     assert_eq!(transcript(&gateway).await.len(), 6);
 }
 
@@ -241,7 +250,7 @@ async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
     // Two clean runs bring the upstream thread up to date, whatever was interrupted.
     gateway.say(SCOPE, "a").await;
     gateway.say(SCOPE, "b").await;
-    let last = heard(&scene, &gateway).await;
+    let last = user_messages_upstream(&scene, &gateway).await;
     assert!(
         last.ends_with(&["a".to_owned(), "b".to_owned()]),
         "{last:?}"
@@ -264,7 +273,7 @@ async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
     }
 }
 
-async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
+async fn rollover_archives_external_messages(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -300,7 +309,7 @@ async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
     );
     gateway.say(SCOPE, "four").await;
     assert_eq!(
-        heard(&scene, &gateway).await,
+        user_messages_upstream(&scene, &gateway).await,
         ["three", "four"],
         "the last three are the foreign message 119, `three`, and its reply"
     );
@@ -324,7 +333,10 @@ async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene
         .delete_thread(third["thread"]["upstream_thread_id"].as_str().unwrap())
         .await;
     gateway.say(SCOPE, "four").await;
-    assert_eq!(heard(&scene, &gateway).await, ["two", "three", "four"]);
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway).await,
+        ["two", "three", "four"]
+    );
     // A run that ends uncleanly is settled by the messages before it.
     gateway
         .post(
@@ -334,7 +346,7 @@ async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene
         .await;
     gateway.say(SCOPE, "six").await;
     gateway.say(SCOPE, "seven").await;
-    let heard = heard(&scene, &gateway).await;
+    let heard = user_messages_upstream(&scene, &gateway).await;
     assert_eq!(heard[..3], ["two", "three", "four"]);
     assert!(
         heard.ends_with(&["six".to_owned(), "seven".to_owned()]),

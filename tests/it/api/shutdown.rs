@@ -6,11 +6,11 @@ use crate::support::gateway::{text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    running_and_queued_turns_finish_before_shutdown,
+    active_and_queued_runs_finish_before_shutdown,
     runs_past_grace_time_are_left_to_successor,
 );
 
-async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
+async fn active_and_queued_runs_finish_before_shutdown(scene: Scene) {
     let mut gateway = scene.gateway().await;
     assert_eq!(
         gateway.get("/readyz").await.ok(),

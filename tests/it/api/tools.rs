@@ -13,14 +13,14 @@ on_each_protocol!(
     run_may_request_tool_calls_repeatedly,
     tool_outputs_support_streaming_and_async_replies,
     mismatched_tool_outputs_are_refused_with_reason,
-    concurrent_tool_outputs_are_taken_once,
+    concurrent_tool_outputs_are_accepted_once,
     wait_for_tool_outputs_expires_at_deadline,
     wait_for_tool_outputs_can_be_cancelled,
     wait_for_tool_outputs_survives_crash,
     wait_for_tool_outputs_survives_orderly_shutdown,
     submitted_tool_outputs_survive_crash_when_recoverable,
     tool_outputs_lost_after_takeover_are_looked_up,
-    message_queued_behind_tool_call_gets_its_turn,
+    message_queued_behind_tool_call_is_answered,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -243,7 +243,7 @@ async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
     assert_eq!(late.problem(), (409, "run-not-waiting"));
 }
 
-async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
+async fn concurrent_tool_outputs_are_accepted_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     scene.simulator.hold();
@@ -338,7 +338,7 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     gateway.kill();
     let gateway = scene.gateway_with(SHORT).await;
-    goes_on(&scene, &gateway, &asked).await;
+    run_continues(&scene, &gateway, &asked).await;
 }
 
 async fn wait_for_tool_outputs_survives_orderly_shutdown(scene: Scene) {
@@ -347,7 +347,7 @@ async fn wait_for_tool_outputs_survives_orderly_shutdown(scene: Scene) {
     gateway.terminate();
     assert!(gateway.exit().await.success());
     let gateway = scene.gateway_with(SHORT).await;
-    goes_on(&scene, &gateway, &asked).await;
+    run_continues(&scene, &gateway, &asked).await;
 }
 
 async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
@@ -424,7 +424,7 @@ async fn tool_outputs_lost_after_takeover_are_looked_up(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
+async fn run_continues(scene: &Scene, gateway: &Gateway, asked: &Value) {
     let run = path(asked).trim_end_matches("/tool_outputs").to_owned();
     assert_eq!(
         gateway.get(&run).await.ok()["run"],
@@ -455,7 +455,7 @@ async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
     assert_same(scene, gateway, SCOPE).await;
 }
 
-async fn message_queued_behind_tool_call_gets_its_turn(scene: Scene) {
+async fn message_queued_behind_tool_call_is_answered(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     let mut waiting = gateway.stream(SCOPE, "and me?").await;

@@ -11,7 +11,7 @@ use crate::support::history::{all, assert_same, messages, upstream};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    plain_turns_are_answered_and_not_stored,
+    plain_messages_are_answered_and_not_stored,
     queued_messages_are_not_stored,
     function_calls_are_not_stored,
     interrupted_replies_are_delivered_but_not_stored,
@@ -181,7 +181,7 @@ async fn users_upstream(scene: &Scene, gateway: &Gateway) -> Vec<String> {
         .collect()
 }
 
-async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
+async fn plain_messages_are_answered_and_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     let first = gateway.say(SCOPE, "needle one").await;
     assert!(

@@ -27,7 +27,7 @@ pub(super) async fn quiet(world: &World) {
     let database = &world.scene.database;
     // Failed work is retried after a while. Work that a dead replica had leased waits for the end
     // of the lease. Both are due now.
-    database.age_looks(Duration::from_mins(5)).await;
+    database.age_due_times(Duration::from_mins(5)).await;
     let begun = Instant::now();
     loop {
         let left = (
@@ -297,10 +297,10 @@ fn difference(here: &[Line], there: &[Line]) -> String {
 
 /// Checks that the database has no rows without an owner, and the upstream no threads without a
 /// name here.
-pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
+pub(super) async fn nothing_left(world: &World, replicas: usize) {
     let database = &world.scene.database;
     // The janitor leaves an unacknowledged creation alone for ten minutes.
-    database.age_looks(Duration::from_mins(11)).await;
+    database.age_due_times(Duration::from_mins(11)).await;
     let owed =
         "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
     let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";

@@ -122,7 +122,7 @@ impl Client {
 
     /// Repeats a request until its answer is not that of an unavailable service. The request must
     /// be safe to repeat. Returns `None` if there never was such an answer.
-    pub(super) async fn insist(
+    pub(super) async fn retry_until_answered(
         &self,
         what: &str,
         request: impl Fn() -> RequestBuilder,
@@ -147,7 +147,8 @@ impl Client {
     }
 
     pub(super) async fn get(&self, path: &str) -> Option<Answer> {
-        self.insist(path, || self.request(Method::GET, path)).await
+        self.retry_until_answered(path, || self.request(Method::GET, path))
+            .await
     }
 
     /// Waits before a request is repeated.

@@ -142,7 +142,7 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
 }
 
 fn log(world: &World, what: String) {
-    world.tell(Teller::Monkey, what);
+    world.tell(Teller::FaultInjector, what);
 }
 
 /// Returns a time between `least` and `most`.
@@ -289,13 +289,13 @@ pub(super) fn check_stop(world: &World, process: &str, stopped: &Stopped) {
     world.took("stop", stopped.took);
     if !stopped.status.success() {
         world.fault(
-            Teller::Monkey,
+            Teller::FaultInjector,
             format!("{process} was stopped and ended with {}", stopped.status),
         );
     }
     if stopped.took > GRACE + LAST_WORDS {
         world.fault(
-            Teller::Monkey,
+            Teller::FaultInjector,
             format!("{process} took {:?} to stop", stopped.took),
         );
     }

@@ -132,7 +132,7 @@ impl Fleet {
     /// Sends SIGKILL. The balancer must find out by itself.
     pub(super) fn kill(&self, replica: &mut Replica) {
         let gateway = replica.gateway.take().unwrap();
-        self.bury(replica, gateway.logs());
+        self.keep_log(replica, gateway.logs());
         gateway.kill();
     }
 
@@ -145,11 +145,11 @@ impl Fleet {
         let took = begun.elapsed();
         self.balancer.set(replica.place, None);
         let log = gateway.logs();
-        self.bury(replica, log.clone());
+        self.keep_log(replica, log.clone());
         Stopped { status, took, log }
     }
 
-    fn bury(&self, replica: &Replica, log: Vec<String>) {
+    fn keep_log(&self, replica: &Replica, log: Vec<String>) {
         self.logs.lock().unwrap().push((replica.process(), log));
     }
 

@@ -462,7 +462,7 @@ impl Conversation {
         let path = format!("{}/runs/{run}/cancel", self.scope);
         if let Some(answer) = self
             .client
-            .insist(&path, || self.client.request(Method::POST, &path))
+            .retry_until_answered(&path, || self.client.request(Method::POST, &path))
             .await
         {
             self.client.world.count("runs: cancelled by their user");

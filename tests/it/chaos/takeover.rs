@@ -63,7 +63,7 @@ impl Watch {
                     world.took("takeover without other trouble", took);
                 }
                 world.tell(
-                    Teller::Monkey,
+                    Teller::FaultInjector,
                     format!(
                         "{} runs of a killed replica continued after {took:?}",
                         self.runs.len()
@@ -73,7 +73,7 @@ impl Watch {
             }
             if took > BOUND {
                 let what = format!("{left} of the runs {:?} were never taken over", self.runs);
-                return world.fault(Teller::Monkey, what);
+                return world.fault(Teller::FaultInjector, what);
             }
             sleep(Duration::from_millis(50)).await;
         }

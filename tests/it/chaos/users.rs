@@ -209,7 +209,7 @@ impl User {
     }
 
     /// Sends messages that must be answered. They also bring what the upstream thread lacks.
-    pub(super) async fn take_leave(&mut self) {
+    pub(super) async fn send_last_messages(&mut self) {
         for _ in 0..2 {
             let plan = Plan::plain(self.number, self.sent.len(), self.assistant);
             let sent = self.talk.send(plan, self.deletions).await;

@@ -55,7 +55,7 @@ struct Notes {
 /// Whose story a line belongs to.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Teller {
-    Monkey,
+    FaultInjector,
     User(usize),
     /// A finding that concerns no single user.
     Nobody,
@@ -189,7 +189,7 @@ impl World {
                 concerned.push(*teller);
             }
         }
-        for teller in concerned.into_iter().chain([Teller::Monkey]) {
+        for teller in concerned.into_iter().chain([Teller::FaultInjector]) {
             let _ = writeln!(text, "\nThe story of {teller:?}:");
             for (at, what) in notes.stories.get(&teller).into_iter().flatten() {
                 let _ = writeln!(text, "  {:8.3} {what}", at.as_secs_f64());

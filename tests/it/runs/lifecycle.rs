@@ -117,7 +117,7 @@ fn said(message: &Message) -> String {
 fn lines(wanted: &[(&str, UpstreamSync)]) -> Vec<(String, UpstreamSync)> {
     wanted
         .iter()
-        .map(|(text, context)| ((*text).to_owned(), *context))
+        .map(|(text, sync)| ((*text).to_owned(), *sync))
         .collect()
 }
 
@@ -397,7 +397,7 @@ async fn deadline_passed_during_settling_sends_nothing() {
 }
 
 #[tokio::test]
-async fn backlog_of_abandoned_chain_run_is_resent() {
+async fn unsynced_messages_of_abandoned_chain_run_are_resent() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(true).await;
         upstream.settles(Settling::Absent);

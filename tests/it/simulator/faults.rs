@@ -264,7 +264,7 @@ async fn cut_directive_breaks_stream() {
 }
 
 #[tokio::test]
-async fn silent_directive_stalls_accepted_turn() {
+async fn silent_directive_stalls_accepted_run() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     for (directive, deltas) in [("silent", 0), ("silent_after=2", 2)] {
@@ -337,7 +337,7 @@ async fn bare_error_returns_error_with_status_200() {
 }
 
 #[tokio::test]
-async fn hold_after_pauses_turn_midway() {
+async fn hold_after_pauses_reply_midway() {
     let sim = Sim::instant().await;
     let text = "One two three [[sim: hold_after=2]]";
     let message = json!([{"role": "user", "content": text}]);
@@ -403,7 +403,7 @@ async fn stream_can_end_early_or_with_error() {
 }
 
 #[tokio::test]
-async fn every_sse_dialect_carries_same_text() {
+async fn every_sse_encoding_carries_same_text() {
     let sim = Sim::instant().await;
     let plain = text(&sim.events("/responses", response("Hé 🙂")).await);
     for dialect in [

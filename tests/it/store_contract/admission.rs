@@ -111,7 +111,7 @@ async fn first_message_starts_run_on_new_thread(_: &TestDatabase, store: &Store)
     );
     assert_eq!(turn.run.finished_at, None);
 
-    let (thread, activity) = seen(store, &key).await.unwrap();
+    let (thread, activity) = newest_thread(store, &key).await.unwrap();
     assert_eq!(thread, turn.thread);
     assert_eq!(
         (activity.state, activity.queue_depth),
@@ -158,14 +158,14 @@ async fn queued_runs_report_positions(_: &TestDatabase, store: &Store) {
         assert_eq!(position, place);
         leases.push(lease);
     }
-    let (_, activity) = seen(store, &key).await.unwrap();
+    let (_, activity) = newest_thread(store, &key).await.unwrap();
     assert_eq!(
         (activity.state, activity.queue_depth),
         (ThreadState::Active, 3)
     );
 
     closed(store.finish(&leases[0], completed(None)).await.unwrap());
-    claimed(store.start_queued(&leases[1]).await.unwrap());
+    started_from_queue(store.start_queued(&leases[1]).await.unwrap());
     let (_, _, _, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(position, 3);
 }
@@ -174,20 +174,20 @@ async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &S
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    let before = seen(store, &key).await.unwrap();
+    let before = newest_thread(store, &key).await.unwrap();
     let reject = || Admission {
         strategy: MultitaskStrategy::Reject,
         ..admission(&key)
     };
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
-    assert_eq!(seen(store, &key).await.unwrap(), before);
+    assert_eq!(newest_thread(store, &key).await.unwrap(), before);
 
     // A queued run keeps the thread busy, too.
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
 
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     closed(store.finish(&next.lease, completed(None)).await.unwrap());
     assert_eq!(started(store.admit(reject()).await.unwrap()).run.seq, 3);
     check_invariants(database).await;
@@ -315,7 +315,7 @@ async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, sto
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 
     database.age_threads(hour / 2).await;
-    let (thread, _) = seen(store, &key).await.unwrap();
+    let (thread, _) = newest_thread(store, &key).await.unwrap();
     assert_eq!(thread.lifecycle, Lifecycle::Current);
     assert_eq!(
         thread.id, old.thread.id,
@@ -449,7 +449,7 @@ async fn queued_run_survives_expiry_of_its_thread(database: &TestDatabase, store
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
         (turn.thread.id, turn.thread.lifecycle),
         (first.thread.id, Lifecycle::Archived)
@@ -501,7 +501,7 @@ async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, sto
     };
     let (lease, ..) = queued(store.admit(second.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 

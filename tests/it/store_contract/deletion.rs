@@ -10,7 +10,7 @@ use super::rollover::rollover;
 use super::*;
 
 on_every_backend!(
-    thread_under_erasure_takes_no_new_messages,
+    thread_under_erasure_accepts_no_new_messages,
     erasure_covers_all_threads_of_target,
     deletion_marks_threads_in_batches,
     deletion_of_empty_target_finishes_at_once,
@@ -25,7 +25,7 @@ on_every_backend!(
     deletion_waits_for_threads_of_overlapping_request,
     deletion_interrupted_between_batches_still_completes,
     upstream_removals_are_recorded,
-    unheard_upstream_runs_are_counted,
+    unacknowledged_upstream_requests_are_counted,
     deletion_receipt_is_paged,
     deletion_under_way_is_found_by_target,
     expired_deletion_receipt_is_pruned,
@@ -83,7 +83,7 @@ async fn archive(database: &TestDatabase, key: &ConversationKey) {
         .await;
 }
 
-async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, store: &Store) {
+async fn thread_under_erasure_accepts_no_new_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let active = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -319,16 +319,16 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&waiting).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&waiting).await.unwrap());
     for lease in [Some(turn.lease), None] {
-        let before = seen(store, &key).await.unwrap().0.id;
+        let before = newest_thread(store, &key).await.unwrap().0.id;
         let rolled = store.roll_over(&rollover(before, lease)).await.unwrap();
         assert!(
             matches!(rolled, Rolled::Done { .. } | Rolled::Later(_)),
             "{rolled:?}"
         );
     }
-    let fresh = seen(store, &key).await.unwrap().0;
+    let fresh = newest_thread(store, &key).await.unwrap().0;
     assert_eq!(fresh.previous_thread, Some(old));
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 2);
     let after = started(store.admit(admission(&key)).await.unwrap());
@@ -367,10 +367,10 @@ async fn rollover_between_deletion_batches_is_erased_too(database: &TestDatabase
     }
     let erase = erase_user(&keys[0]);
     assert_eq!(store.begin_deletion(&erase, 1).await.unwrap(), 1);
-    let mut current = seen(store, &keys[1]).await.unwrap().0;
+    let mut current = newest_thread(store, &keys[1]).await.unwrap().0;
     for _ in 0..2 {
         store.roll_over(&rollover(current.id, None)).await.unwrap();
-        current = seen(store, &keys[1]).await.unwrap().0;
+        current = newest_thread(store, &keys[1]).await.unwrap().0;
         exchange(store, &keys[1]).await;
     }
     while store.begin_deletion(&erase, 1).await.unwrap() > 0 {}
@@ -983,7 +983,7 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     }
 }
 
-async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
+async fn unacknowledged_upstream_requests_are_counted(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let thread = turn.thread.id;

@@ -39,7 +39,7 @@ impl Meter {
 }
 
 #[tokio::test]
-async fn turn_steps_take_one_round_trip_on_postgres() {
+async fn common_run_steps_take_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
     let tap = DatabaseTap::on(&database.url()).await;
     let config = StoreConfig {
@@ -75,7 +75,7 @@ async fn turn_steps_take_one_round_trip_on_postgres() {
         meter.one("a refusal");
         closed(store.finish(&turn.lease, end()).await.unwrap());
         meter.one("an end with another waiting");
-        claimed(store.start_queued(&waiting).await.unwrap());
+        started_from_queue(store.start_queued(&waiting).await.unwrap());
         meter.one("a claim");
         closed(store.finish(&waiting, end()).await.unwrap());
         meter.one("the last end");
@@ -167,7 +167,7 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
                 .unwrap(),
         );
         meter.one("a discarding end");
-        claimed(store.start_queued(&rollback).await.unwrap());
+        started_from_queue(store.start_queued(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
         store
             .unsynced_messages(rollback.run_id, None, 10)
@@ -260,7 +260,7 @@ async fn concurrent_idempotent_requests_create_one_run() {
 
 /// An earlier-ranked run arrives after a start began. If it was faster, the start is refused.
 #[tokio::test]
-async fn claim_overtaken_by_interrupt_is_deferred() {
+async fn start_overtaken_by_interrupt_is_deferred() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -280,7 +280,7 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
             ..admission(&key)
         };
         let (third, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
-        claimed(store.start_queued(&third).await.unwrap());
+        started_from_queue(store.start_queued(&third).await.unwrap());
         holder.execute("ROLLBACK").await.unwrap();
         third
     };
@@ -288,13 +288,13 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
     assert_eq!(overtaken.unwrap(), QueuedStart::NotYet);
     check_invariants(&database).await;
     closed(store.finish(&third, completed(None)).await.unwrap());
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
 }
 
 /// A queued run polls for its start. A poll that changes nothing must take no lock, since it
 /// would then get a transaction id, whose commit is flushed.
 #[tokio::test]
-async fn fruitless_claim_writes_nothing_on_postgres() {
+async fn refused_start_writes_nothing_on_postgres() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = database.store().await;
@@ -349,7 +349,7 @@ async fn merge_into_run_starting_meanwhile_is_queued() {
     assert_eq!((run.seq, position), (3, 1));
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&third).await.unwrap()).input,
+        started_from_queue(store.start_queued(&third).await.unwrap()).input,
         [merge.message]
     );
     check_invariants(&database).await;
@@ -584,7 +584,7 @@ async fn run_steps_read_bounded_rows() {
             .await
             .unwrap(),
     );
-    claimed(store.start_queued(&next).await.unwrap());
+    started_from_queue(store.start_queued(&next).await.unwrap());
     assert_eq!(
         store
             .unsynced_messages(next.run_id, None, 10)
@@ -613,7 +613,7 @@ async fn run_steps_read_bounded_rows() {
         ..completed(Some("x"))
     };
     closed(store.finish(&next, end.clone()).await.unwrap());
-    seen(&store, &key).await;
+    newest_thread(&store, &key).await;
     store.run(&key, next.run_id).await.unwrap();
     store.close().await;
 
@@ -666,7 +666,7 @@ async fn message_updates_no_thread_index() {
                 .await
                 .unwrap(),
         );
-        claimed(store.start_queued(&waiting).await.unwrap());
+        started_from_queue(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(Some("hi"))).await.unwrap());
     }
     store.close().await;
@@ -1110,7 +1110,7 @@ async fn sqlite_file_keeps_data_after_reopen() {
     drop(store);
     let store = database.store().await;
     assert_eq!(
-        seen(&store, &key).await.unwrap(),
+        newest_thread(&store, &key).await.unwrap(),
         (finished.thread, finished.activity)
     );
     assert_eq!(
@@ -1154,7 +1154,7 @@ async fn orphans_in_reopened_sqlite_file_are_adoptable_immediately() {
 /// A start whose caller gave up commits while the finish waits for the row. The finish must mark
 /// the messages of that start, too.
 #[tokio::test]
-async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
+async fn finish_marks_messages_of_start_committed_meanwhile_on_postgres() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");

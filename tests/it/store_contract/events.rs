@@ -119,7 +119,7 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
         ..completed(Some("hi"))
     };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    claimed(store.start_queued(&waits).await.unwrap());
+    started_from_queue(store.start_queued(&waits).await.unwrap());
     assert_eq!(
         store.events(turn.run.id, 12).await.unwrap(),
         [batches[3].clone(), texts(16, &["!"])]

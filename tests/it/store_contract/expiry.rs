@@ -45,7 +45,7 @@ async fn talk(store: &Store, request: Admission) -> Thread {
 }
 
 async fn thread(store: &Store, key: &ConversationKey) -> Thread {
-    seen(store, key).await.unwrap().0
+    newest_thread(store, key).await.unwrap().0
 }
 
 /// Asserts that two times are equal, except for the time between two reads of the clock.
@@ -246,7 +246,7 @@ async fn merged_message_ttl_sets_thread_expiry(database: &TestDatabase, store: &
 async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     let ttl = Some(Ttl::FromNow(MINUTE));
     let reject = Admission {
         strategy: MultitaskStrategy::Reject,
@@ -263,7 +263,7 @@ async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
         store.admit(other.clone()).await.unwrap(),
         Admitted::OtherUpstream("main".to_owned())
     );
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 }
 
 async fn merge_never_joins_run_of_expired_thread(database: &TestDatabase, store: &Store) {
@@ -437,12 +437,12 @@ async fn expired_thread_is_not_updated(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     talk(store, within(limits(HOUR), &key)).await;
     database.age_threads(HOUR).await;
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     let update = ThreadUpdate {
         life: Some(NewLife::Own(Ttl::FromNow(HOUR))),
         limits: limits(HOUR),
         metadata: None,
     };
     assert_eq!(store.update_thread(&key, &update).await.unwrap(), None);
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 }

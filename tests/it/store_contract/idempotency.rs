@@ -12,7 +12,7 @@ on_every_backend!(
     idempotency_key_resolves_to_its_run,
     merged_message_has_own_idempotency_key,
     refused_message_uses_no_idempotency_key,
-    idempotent_retry_is_recognized_before_refusal,
+    idempotent_retry_is_recognised_before_refusal,
     idempotency_key_is_scoped_to_conversation,
     idempotency_key_outlives_its_thread,
     idempotency_key_expires_after_ttl,
@@ -38,7 +38,7 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
     let key = user("alice");
     let turn = started(store.admit(once(&key, "k")).await.unwrap());
     queued(store.admit(once(&key, "other")).await.unwrap());
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     for strategy in MultitaskStrategy::ALL {
         let again = Admission {
             strategy: *strategy,
@@ -55,7 +55,7 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
             "{strategy}"
         );
     }
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 
     // This also holds on a free thread, and for a key without a thread.
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
@@ -69,7 +69,7 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
         Admitted::Repeated
     );
     assert_eq!(
-        seen(store, &key).await.unwrap().0.lifecycle,
+        newest_thread(store, &key).await.unwrap().0.lifecycle,
         Lifecycle::Archived
     );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
@@ -185,7 +185,7 @@ async fn refused_message_uses_no_idempotency_key(database: &TestDatabase, store:
     check_invariants(database).await;
 }
 
-async fn idempotent_retry_is_recognized_before_refusal(_: &TestDatabase, store: &Store) {
+async fn idempotent_retry_is_recognised_before_refusal(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject = || Admission {
         strategy: MultitaskStrategy::Reject,

@@ -15,7 +15,7 @@ on_every_backend!(
     imported_thread_continues_with_next_message,
     imported_messages_keep_order_and_fields,
     message_import_is_idempotent,
-    imported_messages_without_upstream_thread_form_backlog,
+    imported_messages_without_upstream_thread_are_unsynced,
     imported_messages_append_after_last_position,
     many_messages_import_in_one_call,
     batched_thread_import_equals_sequential_import,
@@ -252,7 +252,7 @@ async fn archived_thread_import_keeps_current_thread(database: &TestDatabase, st
     assert_eq!(import_thread(store, &two).await, Imported::Known(id));
     let three = archived(None, "2025-02-01T00:00:00Z", None);
     added(store, &three).await;
-    assert_eq!(seen(store, &key).await.unwrap().0.id, current.id);
+    assert_eq!(newest_thread(store, &key).await.unwrap().0.id, current.id);
     check_invariants(database).await;
 }
 
@@ -427,7 +427,7 @@ async fn message_import_is_idempotent(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn imported_messages_without_upstream_thread_form_backlog(
+async fn imported_messages_without_upstream_thread_are_unsynced(
     database: &TestDatabase,
     store: &Store,
 ) {
@@ -726,7 +726,7 @@ async fn one_message_each(
 ) -> Vec<(ThreadId, Vec<ImportedMessage>)> {
     let mut transcripts = Vec::new();
     for thread in threads {
-        let id = seen(store, &thread.key).await.unwrap().0.id;
+        let id = newest_thread(store, &thread.key).await.unwrap().0.id;
         transcripts.push((id, vec![message(Role::User, "hello")]));
     }
     transcripts

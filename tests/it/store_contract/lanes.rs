@@ -419,7 +419,7 @@ async fn repeated_merge_is_applied_once() {
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&waiting).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(turn.input.len(), 2);
     // The run has started by then.
     again().await;

@@ -30,7 +30,7 @@ fn some_notifications(runs: usize) -> Vec<Notification> {
 }
 
 #[tokio::test]
-async fn news_reaches_all_replicas_of_database() {
+async fn notifications_reach_all_replicas_of_database() {
     let (database, other) = (
         TestDatabase::postgres().await,
         TestDatabase::postgres().await,
@@ -98,7 +98,7 @@ async fn news_reaches_all_replicas_of_database() {
 }
 
 #[tokio::test]
-async fn interrupted_listener_reports_missed_news() {
+async fn interrupted_listener_reports_missed_notifications() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = Store::open(&database.config()).await.unwrap();
@@ -142,7 +142,7 @@ async fn interrupted_listener_reports_missed_news() {
 }
 
 #[tokio::test]
-async fn sqlite_store_delivers_no_news() {
+async fn sqlite_store_delivers_no_notifications() {
     let database = TestDatabase::sqlite().await;
     let store = database.store().await;
     let mut notifications = store.notifications();

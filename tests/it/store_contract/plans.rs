@@ -406,8 +406,8 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     };
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
-    claimed(store.start_queued(&first).await.unwrap());
-    claimed(store.start_queued(&first).await.unwrap());
+    started_from_queue(store.start_queued(&first).await.unwrap());
+    started_from_queue(store.start_queued(&first).await.unwrap());
     store
         .unsynced_messages(first.run_id, None, LIMIT)
         .await
@@ -452,7 +452,7 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
         .await
         .unwrap()
         .unwrap();
-    claimed(store.start_queued(&waiting).await.unwrap());
+    started_from_queue(store.start_queued(&waiting).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
     closed(

@@ -12,10 +12,10 @@ on_every_backend!(
     interrupt_on_free_thread_starts,
     merge_joins_last_queued_run,
     merge_joins_only_matching_run,
-    full_merged_run_takes_no_more_messages,
+    full_merged_run_accepts_no_more_messages,
     merge_without_queued_run_is_queued_alone,
-    interrupt_displaces_only_earlier_active_run,
-    discard_mark_of_displaced_run_stays,
+    interrupt_cancels_only_earlier_active_run,
+    discard_mark_of_cancelled_run_stays,
     cancel_marks_only_active_runs,
     queued_run_can_be_taken_over,
     withdrawal_keeps_merged_messages_queued,
@@ -74,7 +74,7 @@ async fn interrupt_and_rollback_go_before_queued_runs(database: &TestDatabase, s
             .unwrap();
         active = waiting.remove(at).1;
         assert_eq!(
-            claimed(store.start_queued(&active).await.unwrap()).input[0].content,
+            started_from_queue(store.start_queued(&active).await.unwrap()).input[0].content,
             text(next)
         );
     }
@@ -241,9 +241,9 @@ async fn withdrawal_keeps_merged_messages_queued(database: &TestDatabase, store:
         run_id: interrupt.unwrap().id,
         fence: 1,
     };
-    claimed(store.start_queued(&interrupt).await.unwrap());
+    started_from_queue(store.start_queued(&interrupt).await.unwrap());
     closed(store.finish(&interrupt, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, joins.map(|join| join.message));
     closed(store.finish(&lease, completed(Some("hi"))).await.unwrap());
     check_invariants(database).await;
@@ -310,7 +310,7 @@ async fn merge_joins_only_matching_run(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: &Store) {
+async fn full_merged_run_accepts_no_more_messages(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
@@ -328,7 +328,7 @@ async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: 
     let (_, _, next, position) = queued(store.admit(with(&key, Merge, "next")).await.unwrap());
     assert_eq!((next.seq, position), (3, 2));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&full).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&full).await.unwrap());
     let words: Vec<_> = (0..MAX_MERGED).map(|n| text(&n.to_string())).collect();
     assert_eq!(
         turn.input
@@ -337,7 +337,10 @@ async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: 
             .collect::<Vec<_>>(),
         words
     );
-    assert_eq!(claimed(store.start_queued(&full).await.unwrap()), turn);
+    assert_eq!(
+        started_from_queue(store.start_queued(&full).await.unwrap()),
+        turn
+    );
     check_invariants(database).await;
 }
 
@@ -367,7 +370,7 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
     assert_eq!(fresh.thread.previous_thread, Some(first.thread.id));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&second).await.unwrap())
+        started_from_queue(store.start_queued(&second).await.unwrap())
             .input
             .len(),
         1
@@ -375,7 +378,7 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, store: &Store) {
+async fn interrupt_cancels_only_earlier_active_run(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt};
     let key = user("alice");
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
@@ -415,7 +418,7 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
         None,
         "no run is active"
     );
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     assert_eq!(
         store.cancel_active(&second, true).await.unwrap(),
         None,
@@ -427,11 +430,11 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
     started(store.admit(admission(&user("bob"))).await.unwrap());
     closed(store.finish(&third, completed(None)).await.unwrap());
     assert_eq!(store.cancel_active(&second, true).await.unwrap(), None);
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn discard_mark_of_displaced_run_stays(_: &TestDatabase, store: &Store) {
+async fn discard_mark_of_cancelled_run_stays(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(

@@ -243,7 +243,7 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     let Some(run) = model.active.take() else {
         return;
     };
-    let context = |rng: &mut StdRng| {
+    let sync = |rng: &mut StdRng| {
         *[
             UpstreamSync::Present,
             UpstreamSync::Present,
@@ -255,13 +255,13 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     };
     let mut end = completed(rng.random_bool(0.75).then_some("hi"));
     end.events.first = run.pauses * 4;
-    end.said = context(rng);
+    end.said = sync(rng);
     end.synced = rng.random_bool(0.2);
     if rng.random_bool(0.5) {
         end.status = RunStatus::Failed;
     }
     if let Some(reply) = &mut end.reply {
-        reply.sync = context(rng);
+        reply.sync = sync(rng);
     }
     if run.discard {
         assert_eq!(

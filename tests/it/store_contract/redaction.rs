@@ -13,7 +13,7 @@ const SAID: &str = "planted";
 
 on_every_backend!(
     content_is_delivered_but_not_stored,
-    imported_and_foreign_content_is_not_stored,
+    imported_and_external_content_is_not_stored,
     takeover_of_redacted_run_loses_content,
     redacted_rollover_carries_no_messages,
 );
@@ -155,7 +155,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
         1,
         "the transcript does not replace the log"
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.input.len(), 2);
     assert!(
         next.input.iter().all(|message| message.content.is_empty()),
@@ -232,7 +232,7 @@ async fn turn_owner(database: &TestDatabase) -> ReplicaId {
     ReplicaId::from_uuid(owners[0].parse().unwrap())
 }
 
-async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, store: &Store) {
+async fn imported_and_external_content_is_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
     let imported = |sync| ImportedMessage {

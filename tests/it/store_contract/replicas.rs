@@ -15,7 +15,7 @@ on_every_backend!(
     concurrent_adopters_share_orphans,
     replica_adopts_its_own_stray_runs,
     orphan_carries_its_run_state,
-    run_taken_over_elsewhere_is_lost,
+    run_taken_over_elsewhere_is_reported,
     renewal_reports_peers_and_database_time,
     released_run_is_adoptable_immediately,
     adopted_merged_run_keeps_message_order,
@@ -117,7 +117,7 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
     };
     for orphan in &adopted {
         if orphan.run.status == RunStatus::Queued {
-            claimed(store.start_queued(&orphan.lease).await.unwrap());
+            started_from_queue(store.start_queued(&orphan.lease).await.unwrap());
         }
         closed(store.finish(&orphan.lease, end.clone()).await.unwrap());
     }
@@ -158,7 +158,7 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
     let before = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.runs(&key, &first_page()).await.unwrap(),
     );
 
@@ -181,7 +181,7 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
         QueuedStart::Lost
     );
     let after = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.runs(&key, &first_page()).await.unwrap(),
     );
     assert_eq!(before, after);
@@ -203,7 +203,7 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
         store.start_queued(&waiting).await.unwrap(),
         QueuedStart::Lost
     );
-    claimed(store.start_queued(&orphans[1].lease).await.unwrap());
+    started_from_queue(store.start_queued(&orphans[1].lease).await.unwrap());
     assert_eq!(
         transcript(store, &key).await,
         ["user: hello", "assistant: hi", "user: hello"]
@@ -390,7 +390,7 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
+async fn run_taken_over_elsewhere_is_reported(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let mine = busy(store, &user("a"), me).await.run.id;
     let (waiting, ..) = queued(
@@ -564,7 +564,7 @@ async fn adopted_merged_run_keeps_message_order(_: &TestDatabase, store: &Store)
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans[0].input, turn.input);

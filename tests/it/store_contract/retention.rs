@@ -16,14 +16,14 @@ use super::deletion::request;
 use super::*;
 
 on_every_backend!(
-    due_thread_is_claimed_by_one_janitor,
-    longest_due_threads_are_claimed_first,
-    stale_schedule_keeps_newer_due_time,
-    janitor_schedule_keeps_ttl_set_meanwhile,
+    due_thread_is_leased_by_one_janitor,
+    longest_due_threads_are_leased_first,
+    stale_reschedule_keeps_newer_due_time,
+    janitor_reschedule_keeps_ttl_set_meanwhile,
     deletion_begun_during_janitor_pass_keeps_its_hold,
-    unclaimed_schedule_only_moves_due_time_earlier,
+    reschedule_without_lease_only_moves_due_time_earlier,
     janitor_failures_are_counted_until_success,
-    review_sets_due_time_to_expiry,
+    changed_limits_set_due_time_to_expiry,
     only_expired_threads_are_archived,
     expired_thread_is_archived_and_its_runs_continue,
     archived_thread_is_discarded_after_retention,
@@ -141,7 +141,7 @@ pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
         .map(|report| report.thread)
 }
 
-async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
+async fn due_thread_is_leased_by_one_janitor(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread;
     assert_eq!(
         store.due_threads(10).await.unwrap(),
@@ -172,7 +172,7 @@ async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &Store) {
+async fn longest_due_threads_are_leased_first(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &user(&n.to_string())).await.thread.id);
@@ -219,7 +219,7 @@ async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &
     );
 }
 
-async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
+async fn stale_reschedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     let looked = lease(store).await;
@@ -277,7 +277,7 @@ const ENDS: [(Option<Duration>, Option<&str>); 3] = [
     (Some(Duration::from_hours(24)), Some("broken")),
 ];
 
-async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
+async fn janitor_reschedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         for by_message in [false, true] {
             let key = user(&format!("u{n}-{by_message}"));
@@ -351,7 +351,10 @@ async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDataba
 }
 
 /// A replica that got a request to delete works on threads whose due time is put off for it.
-async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase, store: &Store) {
+async fn reschedule_without_lease_only_moves_due_time_earlier(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     lease(store).await;
@@ -459,7 +462,7 @@ fn lifetimes() -> Lifetimes {
     }
 }
 
-async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) {
+async fn changed_limits_set_due_time_to_expiry(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let archived = exchange(store, &user("archived")).await.thread.id;
     database
@@ -599,7 +602,7 @@ async fn expired_thread_is_archived_and_its_runs_continue(database: &TestDatabas
     );
     // The runs of the archived thread continue.
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_ne!(exchange(store, &key).await.thread.id, first.thread.id);
     assert!(!store.expire(ThreadId::new(), Limits::NONE).await.unwrap());
@@ -860,7 +863,7 @@ async fn pruned_runs_leave_stored_responses_as_upstream_orphans(
 
 /// Two replicas lease many threads at once. Each thread goes to one of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_replicas_claim_disjoint_due_threads() {
+async fn two_replicas_lease_disjoint_due_threads() {
     const THREADS: usize = 60;
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];

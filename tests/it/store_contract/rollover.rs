@@ -14,7 +14,7 @@ use super::*;
 on_every_backend!(
     rollover_by_run_moves_run_and_its_messages,
     free_thread_is_rolled_over_at_once,
-    busy_thread_is_rolled_over_at_next_turn,
+    busy_thread_is_rolled_over_at_next_run,
     rollover_keeps_queue_order,
     rollover_renumbers_runs_without_gaps,
     only_active_run_rolls_its_thread_over,
@@ -25,9 +25,9 @@ on_every_backend!(
     erased_thread_carries_no_messages,
     moved_run_continues_its_lifecycle,
     idempotency_key_moves_with_its_run,
-    foreign_messages_are_inserted_at_their_positions,
-    foreign_messages_are_inserted_once,
-    foreign_messages_need_lease_of_active_run,
+    external_messages_are_inserted_at_their_positions,
+    external_messages_are_inserted_once,
+    external_messages_need_lease_of_active_run,
 );
 
 pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
@@ -222,7 +222,7 @@ async fn free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store: &Store) {
+async fn busy_thread_is_rolled_over_at_next_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(enqueue(&key, "next")).await.unwrap());
@@ -245,7 +245,7 @@ async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store:
             .await
             .unwrap(),
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert!(next.thread.rolls, "the next run sees the mark");
     let (fresh, moved) = done(
         store
@@ -274,7 +274,7 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
             queued(store.admit(said(&key, words, strategy)).await.unwrap()).0,
         ));
     }
-    let mut current = seen(store, &key).await.unwrap().0.id;
+    let mut current = newest_thread(store, &key).await.unwrap().0.id;
     let (fresh, _) = done(
         store
             .roll_over(&rollover(current, Some(active)))
@@ -313,7 +313,7 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
             .position(|(words, _)| *words == next)
             .unwrap();
         active = waiting.remove(at).1;
-        let turn = claimed(store.start_queued(&active).await.unwrap());
+        let turn = started_from_queue(store.start_queued(&active).await.unwrap());
         assert_eq!(turn.input[0].content, text(next));
         assert_eq!(turn.thread.id, current);
         let (fresh, turn) = done(
@@ -759,7 +759,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
     };
     let ended = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
-    let next = claimed(store.start_queued(&rollback).await.unwrap());
+    let next = started_from_queue(store.start_queued(&rollback).await.unwrap());
     assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
     assert_eq!(
         store
@@ -781,7 +781,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
 }
 
 async fn started_again(store: &Store, lease: &RunLease) -> StartedRun {
-    claimed(store.start_queued(lease).await.unwrap())
+    started_from_queue(store.start_queued(lease).await.unwrap())
 }
 
 async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
@@ -824,7 +824,7 @@ fn external(after: i64, words: &str) -> ExternalMessage {
     }
 }
 
-async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabase, store: &Store) {
+async fn external_messages_are_inserted_at_their_positions(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..2 {
         exchange(store, &key).await;
@@ -899,7 +899,7 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
     check_invariants(database).await;
 }
 
-async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Store) {
+async fn external_messages_are_inserted_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut end = completed(Some("hi"));
@@ -964,7 +964,7 @@ async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Store) {
+async fn external_messages_need_lease_of_active_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -1064,7 +1064,7 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
         let (store, key) = (&replicas[n % 2], &key);
         async move {
             for _ in 0..20 {
-                if let Some((thread, _)) = seen(store, key).await {
+                if let Some((thread, _)) = newest_thread(store, key).await {
                     store.roll_over(&rollover(thread.id, None)).await.unwrap();
                 }
                 tokio::task::yield_now().await;
@@ -1149,7 +1149,7 @@ async fn queue_order_survives_concurrent_rollovers() {
         };
         let roll = async {
             for n in 0..12_usize {
-                if let Some((thread, _)) = seen(&replicas[n % 2], &key).await {
+                if let Some((thread, _)) = newest_thread(&replicas[n % 2], &key).await {
                     replicas[n % 2]
                         .roll_over(&rollover(thread.id, None))
                         .await
@@ -1215,7 +1215,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
             match round {
                 0 => {
                     let (claim, ()) = tokio::join!(other.start_queued(&second), release);
-                    let turn = claimed(claim.unwrap());
+                    let turn = started_from_queue(claim.unwrap());
                     assert_eq!((turn.thread.previous_thread, turn.run.seq), (Some(old), 1));
                 }
                 1 => {
@@ -1258,7 +1258,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
         let (fresh, _) = done(rolled.unwrap());
         check_counts(&database).await;
         if round < 3 {
-            let turn = claimed(store.start_queued(&second).await.unwrap());
+            let turn = started_from_queue(store.start_queued(&second).await.unwrap());
             assert_eq!(
                 (turn.thread.id, &turn.input[0].content),
                 (fresh.id, &text("2"))

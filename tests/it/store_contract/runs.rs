@@ -8,8 +8,8 @@ use super::*;
 
 on_every_backend!(
     runs_start_in_order_of_admission,
-    claim_requires_current_lease_of_unfinished_run,
-    concurrent_claims_start_run_once,
+    start_requires_current_lease_of_unfinished_run,
+    concurrent_start_calls_start_run_once,
     finish_returns_all_recorded_fields,
     finish_is_idempotent,
     conflicting_finish_changes_nothing,
@@ -52,7 +52,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
         "the run before it is queued, too"
     );
 
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
         (turn.lease, turn.run.status, turn.run.seq),
         (second, RunStatus::InProgress, 2)
@@ -67,7 +67,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
         QueuedStart::NotYet
     );
     closed(store.finish(&second, completed(Some("two"))).await.unwrap());
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     closed(
         store
             .finish(&third, completed(Some("three")))
@@ -87,11 +87,11 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store: &Store) {
+async fn start_requires_current_lease_of_unfinished_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&first.lease).await.unwrap()),
+        started_from_queue(store.start_queued(&first.lease).await.unwrap()),
         first,
         "the run has started, and the start says so"
     );
@@ -108,9 +108,9 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
         "the run has ended"
     );
     assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&second).await.unwrap()),
+        started_from_queue(store.start_queued(&second).await.unwrap()),
         turn,
         "a start whose acknowledgement was lost can be repeated"
     );
@@ -123,7 +123,7 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
     );
 }
 
-async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_start_calls_start_run_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -131,7 +131,7 @@ async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store
     let claims = futures_util::future::join_all((0..8).map(|_| store.start_queued(&second))).await;
     let turns: Vec<_> = claims
         .into_iter()
-        .map(|claim| claimed(claim.unwrap()))
+        .map(|claim| started_from_queue(claim.unwrap()))
         .collect();
     assert!(turns.iter().all(|turn| *turn == turns[0]), "{turns:#?}");
     assert_eq!(transcript(store, &key).await.len(), 2);
@@ -204,7 +204,7 @@ async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
 
     // Another request reads the same.
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (finished.thread, finished.activity)
     );
     assert_eq!(
@@ -319,7 +319,7 @@ async fn cancelled_queued_run_keeps_its_message(database: &TestDatabase, store: 
             .await
             .unwrap(),
     );
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(
         lines,
@@ -376,7 +376,14 @@ async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
         !bind(store, &waiting, &id, false).await,
         "the run has not started"
     );
-    assert_eq!(seen(store, &key).await.unwrap().0.upstream_thread_id, None);
+    assert_eq!(
+        newest_thread(store, &key)
+            .await
+            .unwrap()
+            .0
+            .upstream_thread_id,
+        None
+    );
     assert!(bind(store, &turn.lease, &id, false).await);
     assert!(
         bind(store, &turn.lease, &id, false).await,
@@ -391,7 +398,7 @@ async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
         !bind(store, &turn.lease, &late, false).await,
         "the run has ended"
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
 

@@ -57,7 +57,7 @@ async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
     assert_eq!(paused.run.usage, wanted.usage);
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (paused.thread, paused.activity)
     );
     assert_eq!(
@@ -145,7 +145,7 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
         "the run has ended"
     );
 
-    let turn = claimed(store.start_queued(&next).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&next).await.unwrap());
     store
         .request_cancel(&key, turn.run.id)
         .await
@@ -279,7 +279,7 @@ async fn concurrent_tool_outputs_are_accepted_once(database: &TestDatabase, stor
         (ThreadState::Active, 1)
     );
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (resumed.thread, resumed.activity)
     );
     assert_eq!(

@@ -33,7 +33,7 @@ async fn readiness_requires_current_schema(database: &TestDatabase, store: &Stor
 
 async fn unknown_key_reads_as_none(_: &TestDatabase, store: &Store) {
     let key = user("nobody");
-    assert_eq!(seen(store, &key).await, None);
+    assert_eq!(newest_thread(store, &key).await, None);
     assert_eq!(
         store
             .messages(ThreadName::Newest(&key), false, &first_page())

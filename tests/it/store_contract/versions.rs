@@ -113,7 +113,7 @@ async fn is_read(database: &TestDatabase) {
         4,
         "the transcript includes the thread before"
     );
-    let (current, _) = seen(&store, &bob).await.unwrap();
+    let (current, _) = newest_thread(&store, &bob).await.unwrap();
     assert!(current.previous_thread.is_some());
 
     let carol = user("carol");
@@ -127,7 +127,7 @@ async fn is_read(database: &TestDatabase) {
         "look"
     );
     assert!(!store.events(unfinished[0].id, 0).await.unwrap().is_empty());
-    let (carols, _) = seen(&store, &carol).await.unwrap();
+    let (carols, _) = newest_thread(&store, &carol).await.unwrap();
     assert_eq!(
         store.upstream_orphans(carols.id, false, 10).await.unwrap()[0]
             .upstream_id

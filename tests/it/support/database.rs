@@ -331,7 +331,7 @@ impl TestDatabase {
     }
 
     /// Moves the due times of all threads and upstream orphans back by `by`.
-    pub(crate) async fn age_looks(&self, by: Duration) {
+    pub(crate) async fn age_due_times(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!(
             "UPDATE threads SET due_at = due_at - {by} WHERE due_at IS NOT NULL;

@@ -465,7 +465,7 @@ impl EventReader {
     }
 
     /// Returns the events up to the one whose deltas complete `text`.
-    pub(crate) async fn until_told(&mut self, text: &str) -> Vec<Event> {
+    pub(crate) async fn until_text(&mut self, text: &str) -> Vec<Event> {
         let mut events = Vec::new();
         while !text_of(&events).contains(text) {
             events.push(self.next().await.expect("the stream goes on"));

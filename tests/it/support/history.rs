@@ -66,7 +66,7 @@ pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
         .position(|(here, there)| here != there);
     let at = first.unwrap_or(here.len().min(there.len()));
     if here != there {
-        tell(scene, gateway, scope, &there).await;
+        print_report(scene, gateway, scope, &there).await;
     }
     let around = |lines: &[Line]| {
         lines[at.saturating_sub(3).min(lines.len())..(at + 4).min(lines.len())].to_vec()
@@ -93,7 +93,7 @@ pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
 
 /// Prints, for the report of a failure, the transcript with the result of each run. For messages
 /// that the upstream lacks it adds the run's log lines.
-async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
+async fn print_report(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
     for message in messages(gateway, scope).await {
         let run = gateway
             .get(&format!(
@@ -124,13 +124,13 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
         {
             let id = run["id"].as_str().unwrap();
             let user = scope.rsplit('/').next().unwrap();
-            for context in ["present", "missing", "unknown"] {
+            for state in ["present", "missing", "unknown"] {
                 let sql = format!(
                     "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
-                     WHERE t.user_key = '{user}' AND m.position = {} AND m.upstream_sync = '{context}'",
+                     WHERE t.user_key = '{user}' AND m.position = {} AND m.upstream_sync = '{state}'",
                     message["position"]
                 );
-                println!("  {context}: {}", scene.database.number(&sql).await);
+                println!("  {state}: {}", scene.database.number(&sql).await);
             }
             gateway
                 .logs()

@@ -279,7 +279,7 @@ impl Prepared {
 }
 
 /// An answer that the client is waiting for.
-enum DueThread {
+enum DueAnswer {
     /// An answer without a body, which the pooler makes itself.
     Made(u8),
     /// The server's answer that a connection has prepared a statement. The client sees it only if
@@ -353,7 +353,7 @@ impl Server {
         self.socket.flush().await?;
         let mut answers = Vec::new();
         while let Some(next) = due.front_mut() {
-            if let DueThread::Made(kind) = *next {
+            if let DueAnswer::Made(kind) = *next {
                 answers.extend(message(kind, &[]));
                 due.pop_front();
                 continue;
@@ -362,7 +362,7 @@ impl Server {
             match (kind, next) {
                 // After an error the server skips all messages up to its next ReadyForQuery.
                 (b'E', _) => drop(due.drain(..due.len() - 1)),
-                (b'1', DueThread::Parsed { name, is_shown }) => {
+                (b'1', DueAnswer::Parsed { name, is_shown }) => {
                     self.prepared.insert(std::mem::take(name));
                     let is_shown = *is_shown;
                     due.pop_front();
@@ -370,7 +370,7 @@ impl Server {
                         continue;
                     }
                 }
-                (_, DueThread::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
+                (_, DueAnswer::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
                 _ => {}
             }
             if kind == b'Z' {
@@ -388,10 +388,10 @@ impl Server {
         kind: u8,
         asked: Vec<u8>,
         statements: &mut HashMap<Vec<u8>, Prepared>,
-        (sent, due): (&mut Vec<u8>, &mut VecDeque<DueThread>),
+        (sent, due): (&mut Vec<u8>, &mut VecDeque<DueAnswer>),
     ) -> io::Result<()> {
-        let lacks = |statement: &Prepared, due: &VecDeque<DueThread>| {
-            let is_sent = |due: &DueThread| matches!(due, DueThread::Parsed { name, .. } if *name == statement.name);
+        let lacks = |statement: &Prepared, due: &VecDeque<DueAnswer>| {
+            let is_sent = |due: &DueAnswer| matches!(due, DueAnswer::Parsed { name, .. } if *name == statement.name);
             !self.prepared.contains(&statement.name) && !due.iter().any(is_sent)
         };
         match (kind, named(kind, &asked[5..])) {
@@ -399,12 +399,12 @@ impl Server {
                 let statement = Prepared::new(rest);
                 if lacks(&statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed {
+                    due.push_back(DueAnswer::Parsed {
                         name: statement.name.clone(),
                         is_shown: true,
                     });
                 } else {
-                    due.push_back(DueThread::Made(b'1'));
+                    due.push_back(DueAnswer::Made(b'1'));
                 }
                 statements.insert(name.to_vec(), statement);
                 return Ok(());
@@ -412,7 +412,7 @@ impl Server {
             // The statement stays prepared, since other clients may use it on the connection.
             (b'C', Some(Named { name, .. })) => {
                 statements.remove(name);
-                due.push_back(DueThread::Made(b'3'));
+                due.push_back(DueAnswer::Made(b'3'));
                 return Ok(());
             }
             (_, Some(Named { before, name, rest })) => {
@@ -421,7 +421,7 @@ impl Server {
                 let statement = statements.get(name).ok_or_else(unknown)?;
                 if lacks(statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed {
+                    due.push_back(DueAnswer::Parsed {
                         name: statement.name.clone(),
                         is_shown: false,
                     });
@@ -430,7 +430,7 @@ impl Server {
             }
             (_, None) => sent.extend(asked),
         }
-        due.push_back(DueThread::Relayed(match kind {
+        due.push_back(DueAnswer::Relayed(match kind {
             b'P' => b"1",
             b'B' => b"2",
             b'D' => b"Tn",

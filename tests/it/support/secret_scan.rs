@@ -144,7 +144,7 @@ pub(crate) fn planted(name: &str) -> String {
 }
 
 #[test]
-fn a_needle_is_found_in_whatever_form() {
+fn planted_text_is_found_in_any_encoding() {
     let secret = format!("sk-{}\"\\/+%", planted("a secret"));
     let mut needles = Needles::default();
     needles.add("the secret", &secret, 8);

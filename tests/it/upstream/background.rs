@@ -11,7 +11,7 @@ use threadkeeper::upstream::{Recovered, Upstream, UpstreamError, UpstreamEvent};
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, late, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn, unsettled_run};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, run_to_end, thread, unsettled_run};
 
 /// An adapter whose responses run in the background.
 fn background(server: &Scripted) -> Box<dyn Upstream> {
@@ -125,7 +125,11 @@ async fn replayed_events_are_ignored_after_resume() {
     let whole = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start(vec![cut_after(3), whole()]).await;
     assert_eq!(
-        lines(&turn(&*background(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*background(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     assert_eq!(
@@ -214,7 +218,9 @@ async fn unresumable_stream_falls_back_to_polling() {
         ],
     ] {
         let (count, server) = (plays.len(), Scripted::start(plays).await);
-        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        let events = run_to_end(&*background(&server), Some(&thread()))
+            .await
+            .unwrap();
         let expected = ["accepted r_1", "text Hel", "ended completed Hello!"];
         assert_eq!(lines(&events), expected, "{:?}", server.targets());
         assert_eq!(server.requests().len(), count);
@@ -308,10 +314,10 @@ async fn fruitless_resume_attempts_are_bounded() {
     settings.background = true;
     let upstream = adapter(&settings);
     assert_eq!(
-        lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+        lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
         EXPECTED
     );
-    let events = turn(&*upstream, Some(&thread())).await.unwrap();
+    let events = run_to_end(&*upstream, Some(&thread())).await.unwrap();
     let lines = lines(&events);
     assert_eq!(lines[..2], EXPECTED[..2]);
     assert!(
@@ -330,7 +336,9 @@ async fn refused_resume_is_reported_as_broken_stream() {
     ] {
         let again = json_answer(404, &[], &gone.to_string());
         let server = Scripted::start(vec![cut_after(3), answer, again]).await;
-        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        let events = run_to_end(&*background(&server), Some(&thread()))
+            .await
+            .unwrap();
         assert_eq!(lines(&events)[2..], ["error Broken { timeout: false }"]);
     }
 }
@@ -353,7 +361,7 @@ async fn silent_resume_and_unanswered_poll_are_waited_for() {
     let upstream = background(&server);
     for _ in 0..2 {
         assert_eq!(
-            lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+            lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
             EXPECTED
         );
     }
@@ -366,7 +374,9 @@ async fn silent_resume_and_unanswered_poll_are_waited_for() {
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     (settings.background, settings.call_timeout) = (true, Duration::from_millis(50));
-    let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*adapter(&settings), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(
         lines(&events),
         ["accepted r_1", "text Hel", "ended completed Hello!"]
@@ -381,7 +391,7 @@ async fn stream_cut_before_acceptance_is_ambiguous() {
         Step::Cut,
     ])])
     .await;
-    let error = turn(&*background(&server), Some(&thread()))
+    let error = run_to_end(&*background(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(error.is_ambiguous(), "{error:?}");

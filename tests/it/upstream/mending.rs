@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, thread, turn};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, run_to_end, thread};
 
 const OPEN: &str = "No tool output found for function call call_1.";
 const ORPHAN: &str =
@@ -47,13 +47,13 @@ fn ok() -> Play {
 /// The run was refused, and the conversation cannot be read for repairs. So nothing of the run is
 /// upstream.
 #[tokio::test]
-async fn refused_turn_is_unambiguous_when_repair_fails() {
+async fn refused_run_is_unambiguous_when_repair_fails() {
     let mut plays = vec![refused(OPEN)];
     plays.extend((0..5).map(|_| Play::Silence));
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.call_timeout = Duration::from_millis(50);
-    let error = turn(&*adapter(&settings), Some(&thread()))
+    let error = run_to_end(&*adapter(&settings), Some(&thread()))
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::Connect), "{error:?}");
@@ -75,7 +75,9 @@ async fn open_calls_are_closed_with_next_message() {
         good(),
     ])
     .await;
-    let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*responses(&server), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(lines(&events), EXPECTED);
     let requests = server.requests();
     let output = |kind: &str, id: &str| json!({"type": kind, "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
@@ -117,7 +119,11 @@ async fn repairs_are_tried_in_order_once_each() {
     ])
     .await;
     assert_eq!(
-        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*responses(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     let targets = server.targets();
@@ -140,7 +146,7 @@ async fn repairs_are_tried_in_order_once_each() {
         refused(ORPHAN),
     ];
     let server = Scripted::start(plays).await;
-    let error = turn(&*responses(&server), Some(&thread()))
+    let error = run_to_end(&*responses(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
@@ -150,7 +156,11 @@ async fn repairs_are_tried_in_order_once_each() {
     // back.
     let server = Scripted::start(vec![refused(ORPHAN), items(&json!([])), ok(), good()]).await;
     assert_eq!(
-        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*responses(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     assert_eq!(server.targets()[2], "DELETE /conversations/t_1/items/rs_1");
@@ -167,14 +177,16 @@ async fn unrepairable_thread_counts_as_gone() {
     ])
     .await;
     for _ in 0..2 {
-        let error = turn(&*responses(&server), Some(&thread()))
+        let error = run_to_end(&*responses(&server), Some(&thread()))
             .await
             .unwrap_err();
         assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     }
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
-    let error = turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*adapter(&chain), Some(&thread()))
+        .await
+        .unwrap_err();
     assert!(
         matches!(error, UpstreamError::ThreadGone),
         "a chain has no items to repair: {error:?}"
@@ -183,7 +195,7 @@ async fn unrepairable_thread_counts_as_gone() {
 }
 
 #[tokio::test]
-async fn damaged_conversation_takes_next_turn() {
+async fn damaged_conversation_accepts_next_message() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         for text in [
             "x [[sim: tools=2]]",

@@ -20,7 +20,7 @@ fn messages() -> Play {
 }
 
 #[tokio::test]
-async fn settling_cancels_a_run_and_waits_for_its_end() {
+async fn settling_cancels_run_and_waits_for_its_end() {
     let status = |status: &str| {
         json_answer(
             200,
@@ -105,7 +105,7 @@ async fn settling_retries_while_run_requires_action() {
 }
 
 #[tokio::test]
-async fn settling_finds_a_run_by_our_tag() {
+async fn settling_finds_run_by_gateway_tag() {
     let run = RunId::new();
     let list = json!({"object": "list", "data": [
         {"id": "r_9", "status": "in_progress", "metadata": {"threadkeeper_run": "run_other"}},
@@ -343,7 +343,7 @@ async fn closed_calls_are_not_reported_as_waiting() {
 }
 
 #[tokio::test]
-async fn removal_takes_all_items_of_run() {
+async fn removal_deletes_all_items_of_run() {
     for flavour in [
         Flavour::Assistants,
         Flavour::Conversations,

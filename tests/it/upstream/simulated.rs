@@ -14,7 +14,7 @@ use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{Ended, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
-use super::{adapter, config, owner, profile, turn_with};
+use super::{adapter, config, owner, profile, run_to_end_with};
 use crate::support::openapi;
 use crate::support::wire::Sim;
 
@@ -63,7 +63,7 @@ async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &
     let content = vec![ContentPart::Text {
         text: text.to_owned(),
     }];
-    let events = turn_with(upstream, thread, &profile_of(upstream), content)
+    let events = run_to_end_with(upstream, thread, &profile_of(upstream), content)
         .await
         .unwrap();
     let mut said = (None, String::new(), None);
@@ -114,7 +114,7 @@ fn unsettled_run(
 }
 
 #[tokio::test]
-async fn turns_on_known_thread_take_one_valid_request() {
+async fn runs_on_known_thread_take_one_valid_request() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -286,8 +286,9 @@ async fn refusals_and_broken_streams_are_distinguished() {
             }]
         };
         let profile = profile_of(&*upstream);
-        let started =
-            async |text: &str| turn_with(&*upstream, Some(&thread), &profile, content(text)).await;
+        let started = async |text: &str| {
+            run_to_end_with(&*upstream, Some(&thread), &profile, content(text)).await
+        };
 
         for (text, expected) in [
             (
@@ -328,7 +329,7 @@ async fn refusals_and_broken_streams_are_distinguished() {
         );
 
         let unknown = UpstreamThreadId(format!("{}0", thread.as_str()));
-        let error = turn_with(&*upstream, Some(&unknown), &profile, content("x"))
+        let error = run_to_end_with(&*upstream, Some(&unknown), &profile, content("x"))
             .await
             .unwrap_err();
         assert!(
@@ -378,7 +379,7 @@ async fn foreign_run_makes_thread_busy() {
             text: "x".to_owned(),
         }];
         let profile = profile_of(&*upstream);
-        let error = turn_with(&*upstream, Some(&thread), &profile, content)
+        let error = run_to_end_with(&*upstream, Some(&thread), &profile, content)
             .await
             .unwrap_err();
         let UpstreamError::Busy { blocking_run } = error else {
@@ -505,7 +506,7 @@ async fn unanswered_function_calls_are_settled() {
 }
 
 #[tokio::test]
-async fn open_calls_are_repaired_at_next_turn() {
+async fn open_calls_are_repaired_at_next_message() {
     let sim = Sim::instant().await;
     let upstream = adapter(&settings(UpstreamKind::Responses, &sim));
     let thread = thread_on(&*upstream).await;
@@ -519,7 +520,7 @@ async fn open_calls_are_repaired_at_next_turn() {
 }
 
 #[tokio::test]
-async fn chain_keeps_completed_and_drops_broken_turns() {
+async fn chain_keeps_completed_and_drops_broken_runs() {
     let sim = Sim::start(SimulatorConfig {
         conversations: false,
         ..SimulatorConfig::default()
@@ -559,7 +560,7 @@ async fn chain_keeps_completed_and_drops_broken_turns() {
     let content = vec![ContentPart::Text {
         text: "x".to_owned(),
     }];
-    let error = turn_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
+    let error = run_to_end_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");

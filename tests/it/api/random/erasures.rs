@@ -86,7 +86,7 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
         erased.len()
     );
 
-    all_is_done(&scene).await;
+    wait_until_done(&scene).await;
     let mut everything = scene.database.everything().await;
     // Database files keep deleted bytes until they are overwritten.
     everything.retain(|(place, _)| !place.contains('/'));
@@ -124,11 +124,11 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
 }
 
 /// Waits until every run has ended, every deletion is finished, and the janitor has no work left.
-async fn all_is_done(scene: &Scene) {
+async fn wait_until_done(scene: &Scene) {
     let begun = Instant::now();
     loop {
         // Failed and unacknowledged work is due again after minutes. This makes it due now.
-        scene.database.age_looks(Duration::from_mins(11)).await;
+        scene.database.age_due_times(Duration::from_mins(11)).await;
         let mut left = Vec::new();
         for sql in [
             "SELECT count(*) FROM runs WHERE finished_at IS NULL",

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use threadkeeper::domain::Timestamp;
 
-use super::{LONG, heard};
+use super::{LONG, user_messages};
 use crate::support::clock::shift;
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::all;
@@ -28,7 +28,7 @@ async fn off_by(scene: &Scene, seconds: i64, settings: &str) -> Gateway {
 }
 
 /// Starts three gateways: one with the right time, one ahead, and one behind.
-async fn three(scene: &Scene, settings: &str) -> [Gateway; 3] {
+async fn three_gateways(scene: &Scene, settings: &str) -> [Gateway; 3] {
     let (right, ahead, behind) = tokio::join!(
         scene.gateway_with(settings),
         off_by(scene, HOUR, settings),
@@ -53,7 +53,7 @@ fn time(of: &Value, name: &str) -> Timestamp {
 #[tokio::test(flavor = "multi_thread")]
 async fn gateway_clock_shift_takes_effect() {
     let scene = shared().await;
-    let [right, ahead, behind] = three(&scene, LONG).await;
+    let [right, ahead, behind] = three_gateways(&scene, LONG).await;
     let mut times = Vec::new();
     for gateway in [&behind, &right, &ahead] {
         gateway.say("/v1/users/alice", "hello").await;
@@ -74,7 +74,7 @@ async fn gateway_clock_shift_takes_effect() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_are_chronological_despite_clock_skew() {
     let scene = shared().await;
-    let gateways = three(&scene, LONG).await;
+    let gateways = three_gateways(&scene, LONG).await;
     let mut made = Vec::new();
     for n in 0..9 {
         let answer = gateways[n % 3]
@@ -94,7 +94,7 @@ async fn lists_are_chronological_despite_clock_skew() {
         assert_eq!(ids(all(gateway, "/v1/users/alice/threads").await), made);
         assert_eq!(ids(all(gateway, "/v1/threads?user=alice").await), made);
         let wanted: Vec<_> = (0..9).map(|n| format!("message {n}")).collect();
-        assert_eq!(heard(gateway, "/v1/users/bob").await, wanted);
+        assert_eq!(user_messages(gateway, "/v1/users/bob").await, wanted);
         let runs = all(gateway, "/v1/users/bob/runs").await;
         let times: Vec<_> = runs
             .iter()
@@ -109,7 +109,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
     const MINUTE: Duration = Duration::from_mins(1);
     let scene = shared().await;
     let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\ninterval = \"1s\"\n");
-    let gateways = three(&scene, &settings).await;
+    let gateways = three_gateways(&scene, &settings).await;
     let says = async |n: usize, scope: &str| {
         gateways[n].say(scope, "hello").await["thread"]["id"]
             .as_str()
@@ -144,7 +144,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
 #[tokio::test(flavor = "multi_thread")]
 async fn deadlines_keep_their_length_despite_clock_skew() {
     let scene = shared().await;
-    for gateway in three(&scene, LONG).await {
+    for gateway in three_gateways(&scene, LONG).await {
         let body = json!({"content": "hello [[sim: silent_after=2]]", "timeout_ms": 1500});
         let begun = Instant::now();
         let late = gateway.post("/v1/users/alice/messages", &body).await;
@@ -186,7 +186,7 @@ async fn retention_is_exact_despite_clock_skew() {
     let settings = format!(
         "{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n"
     );
-    let gateways = three(&scene, &settings).await;
+    let gateways = three_gateways(&scene, &settings).await;
     let clean_up = async || {
         for gateway in &gateways {
             gateway
@@ -244,7 +244,7 @@ async fn retention_is_exact_despite_clock_skew() {
         "all are gone"
     );
     assert_eq!(
-        heard(&gateways[1], "/v1/users/alice").await.len(),
+        user_messages(&gateways[1], "/v1/users/alice").await.len(),
         3,
         "the messages stay"
     );

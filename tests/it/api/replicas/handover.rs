@@ -7,8 +7,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
-    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, heard, outputs,
-    whole,
+    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, outputs,
+    user_messages, whole,
 };
 use crate::support::gateway::{Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -141,7 +141,7 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     let (path, body) = outputs("/v1/users/bob", &asked);
     let bob = other.post(&path, &body).await.ok();
     assert!(text(&bob["message"]).contains("4 °C"), "{bob:#}");
-    assert_eq!(heard(&other, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&other, SCOPE).await, ["tell me", "me too"]);
     other.say(SCOPE, "and now?").await;
     assert_same(&scene, &other, SCOPE).await;
     // Except with Assistants, tool outputs start another run upstream.
@@ -260,7 +260,7 @@ async fn unfinished_runs_of_single_gateway_resume_in_successor(scene: Scene) {
         "both parts give the whole reply"
     );
     assert_eq!(second.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(heard(&again, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&again, SCOPE).await, ["tell me", "me too"]);
     again.say(SCOPE, "and now?").await;
     assert_same(&scene, &again, SCOPE).await;
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Half, SCOPE, SHORT, TTL, begin, counted, heard};
+use super::{Half, SCOPE, SHORT, TTL, begin, counted, user_messages};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -36,7 +36,7 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let half = Half::at(&scene, &one, "tell me").await;
     let (in_line, _) = begin(&one, "enqueue", "me too").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
 
     // The first upstream request of the replica that takes the run over is stopped.
     upstream.set(1, Moment::Before);
@@ -99,7 +99,7 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let answer = one.say(SCOPE, "there again").await;
     assert!(text(&answer["message"]).contains("there again"));
     assert_eq!(
-        heard(&one, SCOPE).await,
+        user_messages(&one, SCOPE).await,
         ["hello", "tell me", "me too", "and now?", "there again"]
     );
     assert_same(&scene, &one, SCOPE).await;
@@ -161,7 +161,7 @@ async fn single_replica_resumes_runs_after_database_outage() {
     assert_eq!(shown.last().unwrap().name, "run.completed", "{shown:#?}");
     assert_eq!(text_of(&shown), super::completed(&shown));
     assert_eq!(in_line.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(heard(&gateway, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&gateway, SCOPE).await, ["tell me", "me too"]);
     assert_same(&scene, &gateway, SCOPE).await;
 }
 

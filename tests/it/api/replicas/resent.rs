@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{SCOPE, SHORT, TTL, heard};
+use super::{SCOPE, SHORT, TTL, user_messages};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::assert_same;
@@ -91,7 +91,7 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
         &["tell me", "and now?"]
     };
     other.say(SCOPE, "and now?").await;
-    assert_eq!(heard(&other, SCOPE).await, wanted);
+    assert_eq!(user_messages(&other, SCOPE).await, wanted);
     assert_same(&scene, &other, SCOPE).await;
     if can_be_told {
         let thread = scene

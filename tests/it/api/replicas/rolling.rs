@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::{heard, whole};
+use super::{user_messages, whole};
 use crate::support::gateway::{Event, EventReader, PATIENCE, text_of};
 use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene_by_chance};
@@ -69,7 +69,7 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
         let scope = format!("/v1/users/user-{user}");
         let words: Vec<_> = said.iter().map(|(word, _)| word.clone()).collect();
         assert_eq!(
-            heard(&gateways[0], &scope).await,
+            user_messages(&gateways[0], &scope).await,
             words,
             "each message is in the transcript once, in order"
         );
@@ -117,7 +117,7 @@ async fn talk(balancer: &Balancer, user: usize, over: &AtomicBool) -> Vec<(Strin
         let reply = if streams {
             balancer.streamed(response).await
         } else {
-            balancer.told(response).await
+            balancer.reply_of(response).await
         };
         assert!(reply.contains(&word), "{word}: {reply}");
         said.push((word, reply));
@@ -167,7 +167,7 @@ impl Balancer {
     }
 
     /// Returns the reply to a request that waits for it.
-    async fn told(&self, response: Response) -> String {
+    async fn reply_of(&self, response: Response) -> String {
         if response.status() == StatusCode::OK {
             let answer: Value = response.json().await.unwrap();
             return whole(&answer["message"]);

@@ -17,21 +17,21 @@ on_shared_scene!(
     follower_on_other_replica_notifies_owner,
     reader_resumes_on_any_replica,
     idempotent_retry_joins_run_on_other_replica,
-    tool_outputs_posted_elsewhere_are_streamed_live,
+    tool_outputs_posted_at_other_replica_are_streamed_live,
     reply_to_tool_outputs_excludes_earlier_events,
 );
 
-async fn two(scene: &Scene) -> (Gateway, Gateway) {
+async fn two_gateways(scene: &Scene) -> (Gateway, Gateway) {
     tokio::join!(scene.gateway_with(LONG), scene.gateway_with(LONG))
 }
 
 async fn reply_streams_live_on_every_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "tell me").await;
     // The upstream sends no more for now.
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    let mut elsewhere = follower.until_told(&half.text()).await;
+    let mut elsewhere = follower.until_text(&half.text()).await;
     assert_eq!(
         (&elsewhere[0].name, &elsewhere[0].id),
         (&half.seen[0].name, &half.seen[0].id)
@@ -48,7 +48,7 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
             .events(SCOPE, &half.run, Some(&half.seen[at].id))
             .await;
         let rest = text_of(&half.seen[at + 1..]);
-        assert_eq!(text_of(&later.until_told(&rest).await), rest);
+        assert_eq!(text_of(&later.until_text(&rest).await), rest);
     }
     scene.simulator.release();
     let (rest, more) = tokio::join!(half.stream.rest(), follower.rest());
@@ -66,7 +66,7 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
 }
 
 async fn follower_on_other_replica_notifies_owner(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let store = scene.database.store().await;
     let mut notifications = store.notifications();
     assert_eq!(
@@ -89,7 +89,7 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
 }
 
 async fn reader_resumes_on_any_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let shown = owner
         .stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]")
         .await
@@ -142,7 +142,7 @@ async fn json_of(response: reqwest::Response) -> Answer {
 }
 
 async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     scene.simulator.hold();
     let content = half_way("tell me");
     let first = owner
@@ -157,7 +157,7 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
         // Live as a stream, while the owner has nothing to answer yet …
         let stream = repeat(&other, ("accept", "text/event-stream"), &content).await;
         let mut stream = EventReader::new(stream);
-        let seen = stream.until_told("You said: tell me.").await;
+        let seen = stream.until_text("You said: tell me.").await;
         // … with a link to the result, for a caller that does not wait long …
         let taken = json_of(repeat(&other, ("prefer", "wait=1"), &content).await).await;
         assert_eq!(taken.status, StatusCode::ACCEPTED, "{taken:?}");
@@ -193,8 +193,8 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
 }
 
 /// Outputs that are posted at another replica get the same answers as at the owner, in all forms.
-async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+async fn tool_outputs_posted_at_other_replica_are_streamed_live(scene: Scene) {
+    let (owner, other) = two_gateways(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"].as_str().unwrap();
     let mut follower = other.events(SCOPE, run, None).await;
@@ -234,7 +234,7 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
 /// The answer leaves out earlier events even if the log, which says where they end, cannot be
 /// read at that moment.
 async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let (path, mut body) = outputs(SCOPE, &asked);
     body["stream"] = json!(true);

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::{
-    Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, heard, outputs, run_of,
+    Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, outputs, run_of,
+    user_messages,
 };
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{assert_same, upstream};
@@ -95,7 +96,7 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     let mut elsewhere = Vec::new();
     if known == Known::Id {
         // Other replicas have seen these events, so they are recorded.
-        elsewhere = follower.until_told(&half.text()).await;
+        elsewhere = follower.until_text(&half.text()).await;
     }
     let (in_line, _) = begin(&owner, "enqueue", "me too").await;
     let (last, _) = begin(&other, "enqueue", "me last").await;
@@ -175,7 +176,7 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
     let answer = gateway.say(SCOPE, "and now?").await;
     assert!(text(&answer["message"]).contains("and now?"));
     let said = ["hello", "tell me", "me too", "me last", "and now?"];
-    assert_eq!(heard(gateway, SCOPE).await, said);
+    assert_eq!(user_messages(gateway, SCOPE).await, said);
     let runs = gateway.get(&format!("{SCOPE}/runs?order=asc")).await.ok();
     let statuses: Vec<_> = runs["data"]
         .as_array()
@@ -224,7 +225,7 @@ async fn run_survives_repeated_takeovers() {
         let next = scene.gateway_both(SHORT, upstream).await;
         let mut follower = next.events(SCOPE, &half.run, None).await;
         assert_eq!(
-            text_of(&follower.until_told(&half.text()).await),
+            text_of(&follower.until_text(&half.text()).await),
             half.text(),
             "round {round}"
         );

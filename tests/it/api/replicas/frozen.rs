@@ -1,6 +1,6 @@
 //! A process that is frozen for longer than its session lives, and then continues.
 
-use super::{Half, SCOPE, SHORT, begin, completed, counted, heard};
+use super::{Half, SCOPE, SHORT, begin, completed, counted, user_messages};
 use crate::support::gateway::text_of;
 use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene};
@@ -17,7 +17,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     let half = Half::at(&scene, &sleeper, "tell me").await;
     let (in_line, _) = begin(&sleeper, "enqueue", "me too").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
     sleeper.freeze();
     scene.simulator.release();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 2).await;
@@ -52,7 +52,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     assert_eq!(other.get(&format!("{SCOPE}/runs")).await.ok(), runs);
     sleeper.say(SCOPE, "there again").await;
     assert_eq!(
-        heard(&other, SCOPE).await,
+        user_messages(&other, SCOPE).await,
         ["hello", "tell me", "me too", "and now?", "there again"]
     );
     let replies = messages(&other, SCOPE).await;

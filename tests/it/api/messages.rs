@@ -12,7 +12,7 @@ use crate::support::scene::{
 };
 
 on_every_scene!(
-    conversation_remembers_earlier_turns_across_restart,
+    conversation_remembers_earlier_messages_after_restart,
     message_on_known_thread_costs_one_upstream_call
 );
 on_each_protocol!(
@@ -76,7 +76,7 @@ async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
     assert_eq!(threads.len(), 3);
 }
 
-async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
+async fn conversation_remembers_earlier_messages_after_restart(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = gateway.say("/v1/users/alice", "one").await;
     let second = gateway.say("/v1/users/alice", "two").await;

@@ -13,8 +13,8 @@ const SCOPE: &str = "/v1/users/alice";
 const SENTINEL: &str = "NOTIFY threadkeeper, 'sentinel'";
 
 /// Returns the first notification.
-async fn told(ear: &mut PgListener) -> String {
-    timeout(PATIENCE, ear.recv())
+async fn next_notification(listener: &mut PgListener) -> String {
+    timeout(PATIENCE, listener.recv())
         .await
         .expect("a notification arrives")
         .unwrap()
@@ -23,7 +23,7 @@ async fn told(ear: &mut PgListener) -> String {
 }
 
 /// Sends two messages at once. The end of the first run is news for the queued one.
-async fn both(gateway: &Gateway) {
+async fn send_two(gateway: &Gateway) {
     tokio::join!(gateway.say(SCOPE, "one"), gateway.say(SCOPE, "two"));
 }
 
@@ -32,26 +32,26 @@ async fn both(gateway: &Gateway) {
 async fn single_replica_sends_no_notifications() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateway = scene.gateway_with(SHORT).await;
-    let mut ear = PgListener::connect(&scene.database.url()).await.unwrap();
-    ear.listen("threadkeeper").await.unwrap();
+    let mut listener = PgListener::connect(&scene.database.url()).await.unwrap();
+    listener.listen("threadkeeper").await.unwrap();
     for _ in 0..3 {
-        both(&gateway).await;
+        send_two(&gateway).await;
     }
     scene.database.execute(SENTINEL).await;
-    assert_eq!(told(&mut ear).await, "sentinel");
+    assert_eq!(next_notification(&mut listener).await, "sentinel");
 
     let _other = scene.gateway_with(SHORT).await;
     // The replica notifies as soon as it knows of the other one.
-    let heard = async {
+    let notified = async {
         loop {
-            both(&gateway).await;
+            send_two(&gateway).await;
             scene.database.execute(SENTINEL).await;
-            if told(&mut ear).await != "sentinel" {
+            if next_notification(&mut listener).await != "sentinel" {
                 break;
             }
         }
     };
-    timeout(PATIENCE + Duration::from_secs(10), heard)
+    timeout(PATIENCE + Duration::from_secs(10), notified)
         .await
         .expect("a replica with peers notifies them");
 }

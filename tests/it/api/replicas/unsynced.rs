@@ -21,7 +21,7 @@ on_every_shared_scene!(
 
 /// Starts two replicas and a thread with an unsynced message, if the protocol can have one. The
 /// next run sends that message, too.
-async fn with_a_backlog(scene: &Scene) -> (Gateway, Gateway) {
+async fn with_unsynced_message(scene: &Scene) -> (Gateway, Gateway) {
     let start = || scene.gateway_both(SHORT, "lock_window = \"500ms\"\n");
     let (owner, other) = tokio::join!(start(), start());
     owner.say(SCOPE, "hello").await;
@@ -33,7 +33,7 @@ async fn with_a_backlog(scene: &Scene) -> (Gateway, Gateway) {
 }
 
 /// Checks that the thread accepts the next messages, and that the upstream got each message once.
-async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
+async fn assert_messages_sent_once(scene: &Scene, gateway: &Gateway) {
     gateway.say(SCOPE, "and now?").await;
     gateway.say(SCOPE, "and then?").await;
     assert_same(scene, gateway, SCOPE).await;
@@ -48,32 +48,32 @@ async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
 }
 
 async fn unsynced_messages_not_resent_after_takeover_of_tool_call(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     owner.kill();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 1).await;
     let (path, body) = outputs(SCOPE, &asked);
     let answer = other.post(&path, &body).await.ok();
     assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
 async fn unsynced_messages_not_resent_after_run_lost_in_crash(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let half = Half::at(&scene, &owner, "tell me").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
     owner.kill();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 1).await;
     scene.simulator.release();
     follower.rest().await;
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
 /// The answer to the last removal is lost, and further requests are refused. So the next run
 /// looks again, and finds nothing to remove.
 async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
-    let (owner, _other) = with_a_backlog(&scene).await;
+    let (owner, _other) = with_unsynced_message(&scene).await;
     ask(&owner, SCOPE).await;
     // The function call is removed before the message that led to it. Assistants have no item for
     // a call.
@@ -95,12 +95,12 @@ async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
     let (stream, _) = begin(&owner, "rollback", "something else").await;
     assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     scene.simulator.clear_faults();
-    nothing_is_said_again(&scene, &owner).await;
+    assert_messages_sent_once(&scene, &owner).await;
 }
 
 /// The messages are removed upstream, and the process dies before it can record that.
 async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"]
         .as_str()
@@ -119,7 +119,7 @@ async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
         other.get(&format!("{SCOPE}/thread")).await.status,
         StatusCode::OK
     );
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
 /// Waits until the upstream thread lacks a text. A chain never had it.
