@@ -756,7 +756,7 @@ async fn failing_export_and_import_report_reason() {
     assert_eq!(
         std::fs::read_to_string(&file).unwrap(),
         "precious",
-        "a failed import of nothing loses nothing"
+        "a failed export leaves the earlier file"
     );
 
     let said = place.run("export", &[Path::new("--tenant"), Path::new("")], "");

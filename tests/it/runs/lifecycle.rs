@@ -390,7 +390,7 @@ async fn deadline_passed_during_settling_sends_nothing() {
                 "remove run of break",
                 "start [break] next"
             ],
-            "the run is sent with the earlier message, but without its late reply"
+            "the unsynced message is sent with the run, the expired one is not"
         );
     })
     .await;

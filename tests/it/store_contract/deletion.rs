@@ -597,7 +597,7 @@ async fn archive_can_be_escalated_to_erasure(database: &TestDatabase, store: &St
     );
     assert_eq!(
         due[0].thread.removed.items, 3,
-        "a finished receipt does not change"
+        "earlier removals still count"
     );
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());

@@ -670,7 +670,7 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let [Imported::Added(added), Imported::Taken(_)] =
         store.import_threads(&all).await.unwrap()[..]
     else {
-        panic!("a thread is due")
+        panic!("one thread is added, and the other id is taken")
     };
     store
         .threads_of(&elsewhere.tenant, &BTreeSet::from([added]))

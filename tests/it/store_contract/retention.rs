@@ -1064,7 +1064,7 @@ async fn keep(store: &Store) {
     store.lease_upstream_orphans(10, HOUR).await.unwrap();
 }
 
-/// Rolls a thread over during a run, so that the janitor has to deal with the old thread.
+/// Rolls a thread over and binds an upstream thread, as runs do while the janitor works.
 async fn roll_over(store: &Store, key: &ConversationKey) {
     let turn = started(store.admit(admission(key)).await.unwrap());
     queued(store.admit(admission(key)).await.unwrap());

@@ -601,7 +601,7 @@ async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) 
             ][..],
         ),
     ] {
-        // Each round works on a new thread.
+        // Each round makes a new request.
         let place = rollover(made, Some(turn.lease));
         let rollover = Rollover {
             carry_over,

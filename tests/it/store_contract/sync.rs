@@ -1046,7 +1046,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
         store.baseline(waiting.run_id).await.unwrap(),
         baseline(Some("m9"), 2)
     );
-    // Messages that other clients add later do not matter.
+    // Messages that other runs add later do not matter.
     closed(store.finish(&cancelled, failed(Present)).await.unwrap());
     assert_eq!(
         store.baseline(waiting.run_id).await.unwrap(),

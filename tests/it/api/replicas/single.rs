@@ -22,7 +22,7 @@ async fn next_notification(listener: &mut PgListener) -> String {
         .to_owned()
 }
 
-/// Sends two messages at once. The end of the first run is news for the queued one.
+/// Sends two messages at once. The queued run waits for the end of the first one.
 async fn send_two(gateway: &Gateway) {
     tokio::join!(gateway.say(SCOPE, "one"), gateway.say(SCOPE, "two"));
 }

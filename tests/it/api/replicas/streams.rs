@@ -72,7 +72,7 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
     assert_eq!(
         notifications.next().await,
         Some(Notification::Missed),
-        "the owner listens"
+        "the listener is connected"
     );
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
