@@ -728,6 +728,7 @@ fn unknown_upstream(
 mod tests {
     use super::super::load::{ConfigFile, Sources};
     use super::*;
+    use crate::config::problem::ConfigProblems;
 
     fn sources(text: &str) -> Sources {
         let file = ConfigFile::Text {
