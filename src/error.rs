@@ -27,7 +27,8 @@ pub enum Error {
     BodyTimeout,
     /// The bodies of other requests use all memory that this replica has for bodies.
     #[error(
-        "the large bodies of other requests use all memory of this replica for bodies: send the request again later"
+        "the large bodies of other requests use all memory of this replica for bodies: send the request \
+         again later"
     )]
     BodiesFull,
     /// The request has neither a key nor a token.
@@ -51,11 +52,13 @@ pub enum Error {
     #[error("{0}")]
     RateLimited(TooOften),
     #[error(
-        "this tenant has {limit} unfinished runs at this replica, the most that it may have: send the message again when one has ended"
+        "this tenant has {limit} unfinished runs at this replica, the most that it may have: send the \
+         message again when one has ended"
     )]
     TooManyRuns { limit: usize },
     #[error(
-        "{limit} readers follow the events of this run at this replica, the most that may: try again when one has left"
+        "{limit} readers follow the events of this run at this replica, the most that may: try again when \
+         one has left"
     )]
     TooManyReaders { limit: usize },
     /// This replica has its most unfinished runs, or messages arrive faster than it records them.
@@ -68,11 +71,13 @@ pub enum Error {
     #[error("this path does not take this method: the header `allow` names those that it takes")]
     MethodNotAllowed,
     #[error(
-        "the thread is busy with another run: send the message again when that run has ended, or with another `multitask_strategy`"
+        "the thread is busy with another run: send the message again when that run has ended, or with \
+         another `multitask_strategy`"
     )]
     ThreadBusy,
     #[error(
-        "this conversation is on the upstream `{thread}`, and the assistant `{assistant}` on another: choose an assistant of `{thread}`"
+        "this conversation is on the upstream `{thread}`, and the assistant `{assistant}` on another: \
+         choose an assistant of `{thread}`"
     )]
     OtherUpstream { thread: String, assistant: String },
     #[error(
@@ -80,7 +85,8 @@ pub enum Error {
     )]
     QueueFull { limit: usize },
     #[error(
-        "the thread's queue is full: its messages may have {limit} bytes together: send the message again when a run has ended"
+        "the thread's queue is full, because its messages may have {limit} bytes together: send the \
+         message again when a run has ended"
     )]
     QueueBytesFull { limit: usize },
     /// Another request used the idempotency key.
@@ -91,18 +97,21 @@ pub enum Error {
     RunNotWaiting(String),
     /// Tool outputs for a run of another replica, without a transcript that could hand them over.
     #[error(
-        "this gateway stores no transcript, so only the replica that works on the run can take its tool outputs, and this is another replica: send them again on a new connection"
+        "this gateway stores no transcript, so only the replica that works on the run can take its tool \
+         outputs, and this is another replica: send them again on a new connection"
     )]
     OtherReplica,
     #[error(
-        "most requests to the upstream failed lately, so the gateway sends it none for a while, and stored nothing: send the message again later"
+        "most requests to the upstream failed lately, so the gateway sends it none for a while, and \
+         stored nothing: send the request again later"
     )]
     UpstreamUnavailable { retry_after: Duration },
     /// A call to the upstream failed, which the request needed.
     #[error("a call to the upstream failed: {0}")]
     UpstreamFailed(#[source] UpstreamError),
     #[error(
-        "the upstream did not say in time which messages its thread has, and nothing was changed: send the request again later"
+        "the upstream did not say in time which messages its thread has, and nothing was changed: send the \
+         request again later"
     )]
     UpstreamTooSlow,
     /// The run failed or expired.
@@ -119,7 +128,8 @@ pub enum Error {
     #[error("send the request again later, because the database is not available")]
     StoreUnavailable(#[source] Option<StoreError>),
     #[error(
-        "the database failed while the gateway merged the message into a queued run, which may hold it now: send it again only with the same `idempotency-key`, or read the messages first"
+        "the database failed while the gateway merged the message into a queued run, which may hold it \
+         now: send it again only with the same `idempotency-key`, or read the messages first"
     )]
     MaybeMerged(#[source] StoreError),
     #[error("the gateway has a defect: report it with the `request_id`, which its log has too")]

@@ -22,7 +22,8 @@ use crate::lifecycle::Target;
 /// How to delete.
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct HowToDelete {
-    /// `true`: archive the current threads. Their transcripts stay here, read only, and nothing stays upstream.
+    /// `true`: archive the current threads. Their transcripts stay here, read only. Nothing stays
+    /// upstream.
     #[serde(default)]
     archive: bool,
     /// `true`: delete nothing, and answer with what the request would delete.
@@ -70,11 +71,13 @@ pub(super) fn deleted_doc(doc: Doc) -> Doc {
         .prefer()
         .gives_one_of::<DeletionView, DeletableView>(
             StatusCode::OK,
-            "The receipt: everything is deleted here, and upstream except what the receipt counts as left. With `dry_run`: what the request would delete.",
+            "The receipt: everything is deleted here, and upstream except what the receipt counts as left. \
+             With `dry_run`: what the request would delete.",
         )
         .gives::<DeletionView>(
             StatusCode::ACCEPTED,
-            "The receipt so far: the deletion takes longer than the caller waits (10 s), and goes on in the background.",
+            "The receipt so far: the deletion takes longer than the caller waits (10 s), and goes on in \
+             the background.",
         )
         .with_some(StatusCode::OK, &header::LOCATION)
         .with(StatusCode::ACCEPTED, &[&header::LOCATION])

@@ -497,7 +497,8 @@ mod tests {
         ]
     }
 
-    /// Each body is read within the rules of the domain, or refused with 400 or 422, and a second time likewise.
+    /// Each body is read within the rules of the domain, or refused with 400 or 422. A second reading
+    /// has the same result.
     fn is_read_or_refused(body: &[u8]) -> Result<(), TestCaseError> {
         let refused = |error: Error| {
             let is_typed = matches!(error, Error::Malformed(_) | Error::Invalid(_));

@@ -27,9 +27,9 @@ use crate::store::ThreadName;
 pub(super) fn create_doc() -> Doc {
     let doc = Doc::new("messages", "create_message", "Appends a message and runs the assistant.")
         .about(
-            "Answers when the run has ended or asks for function calls. With `stream`, answers with the run's \
-             events. With `prefer`, answers earlier and names the path of the run. The first message of a \
-             key creates its thread.",
+            "Answers when the run has ended or asks for function calls. With `stream`, answers with the \
+             events of the run. With `prefer`, answers earlier and names the path of the run. The first \
+             message of a key creates its thread.",
         )
         .body::<PostMessage>();
     answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, MAYBE_MERGED])

@@ -35,15 +35,15 @@ static DOCUMENT: LazyLock<Bytes> =
 
 const ABOUT: &str = "An HTTP gateway that keeps chatbot conversations: one thread for each key, one run at a time.
 
-A conversation belongs to a user, to a session of a user, or to a topic of a user. All three have the same resources. \
-Keys in paths are percent-encoded and compared byte for byte.
+A conversation belongs to a user, to a session of a user, or to a topic of a user. All three have the \
+same resources. Keys in paths are percent-encoded and compared byte for byte.
 
 A gateway that has neither API keys nor a token issuer in its configuration asks for no credentials.
 
-Every error is a problem document (RFC 9457). An unknown path gets a 404 `not-found`. A method that a path does not take \
-gets a 405 `method-not-allowed` with the header `allow`. `HEAD` works wherever `GET` does. `OPTIONS` works if pages of \
-other origins may call. A request head that is not HTTP, that is too large, or that has not exactly one `Host`, gets a \
-bare 400 or 431.";
+Every error is a problem document (RFC 9457). An unknown path gets a 404 `not-found`. A method that a \
+path does not take gets a 405 `method-not-allowed` with the header `allow`. `HEAD` works wherever `GET` \
+does. `OPTIONS` works if pages of other origins may call. A request head that is not HTTP, that is too \
+large, or that has not exactly one `Host`, gets a bare 400 or 431.";
 
 /// Groups of operations.
 const TAGS: [(&str, &str); 7] = [
@@ -186,7 +186,8 @@ impl Doc {
 
     /// Adds the header `prefer`.
     pub(super) fn prefer(self) -> Self {
-        let about = "How long to wait for the end (RFC 7240): `respond-async` or `wait=<seconds>`. Other preferences are ignored.";
+        let about = "How long to wait for the end (RFC 7240): `respond-async` or `wait=<seconds>`. Other \
+                     preferences are ignored.";
         self.header(&PREFER, &json!({"type": "string"}), about)
     }
 
@@ -474,13 +475,16 @@ impl Document {
                     "key": {
                         "type": "http",
                         "scheme": "bearer",
-                        "description": "An API key of the gateway. The scopes, in order: `read`, `chat`, `admin`, `operator`. Each opens its own calls and those of the scopes before it.",
+                        "description": "An API key of the gateway. The scopes, in order: `read`, `chat`, \
+                                        `admin`, `operator`. Each opens its own calls and those of the \
+                                        scopes before it.",
                     },
                     "token": {
                         "type": "http",
                         "scheme": "bearer",
                         "bearerFormat": "JWT",
-                        "description": "A token of the configured issuer. It has the scope `chat` for the user in its `sub`. A token of an admin has the scope `admin`.",
+                        "description": "A token of the configured issuer. It has the scope `chat` for the \
+                                        user in its `sub`. A token of an admin has the scope `admin`.",
                     },
                 },
             },
@@ -611,7 +615,8 @@ fn headers() -> Value {
         "type": "string",
         "pattern": "^Bearer( error=\"invalid_token\", error_description=\"[^\"]+\")?$",
     });
-    let about = "The scheme of credentials that the gateway takes. With an `error` (RFC 6750) if it refuses the key or token of the request.";
+    let about = "The scheme of credentials that the gateway takes. With an `error` (RFC 6750) if it \
+                 refuses the key or token of the request.";
     add(WWW_AUTHENTICATE.as_str(), true, challenge, about);
     let scope = json!({"type": "string", "pattern": "^Bearer error=\"insufficient_scope\", scope=\"[a-z]+\"$"});
     add(

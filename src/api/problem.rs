@@ -244,7 +244,7 @@ kinds! {
     UNPROCESSABLE = "invalid-request", "Invalid request", UNPROCESSABLE_ENTITY;
     /// The request has no key or token, or one that opens nothing.
     UNAUTHENTICATED = "unauthenticated", "Unauthenticated", UNAUTHORIZED;
-    /// The key does not open this call, the conversation is another user's, or a backend has to answer these calls.
+    /// The key or token does not open this, or only a backend may answer these function calls.
     FORBIDDEN = "forbidden", "Forbidden", FORBIDDEN;
     /// The thing does not exist, or the caller may not see it.
     NOT_FOUND = "not-found", "Not found", NOT_FOUND;
@@ -252,7 +252,7 @@ kinds! {
     METHOD_NOT_ALLOWED = "method-not-allowed", "Method not allowed", METHOD_NOT_ALLOWED;
     /// The body arrived too slowly.
     REQUEST_TIMEOUT = "request-timeout", "Request timeout", REQUEST_TIMEOUT;
-    /// With `multitask_strategy` `reject`: another run is unfinished, or another program holds the upstream thread.
+    /// With strategy `reject`: another run is unfinished, or another program holds the upstream thread.
     THREAD_BUSY = "thread-busy", "Thread busy", CONFLICT;
     /// The run does not wait for these tool outputs, or not any more.
     RUN_NOT_WAITING = "run-not-waiting", "Run not waiting", CONFLICT;
@@ -274,13 +274,13 @@ kinds! {
     QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;
     /// The gateway has a defect.
     INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
-    /// The upstream refused, failed or broke off, or the gateway sends it nothing because most requests failed lately.
+    /// The upstream refused, failed or broke off, or gets no requests because most of them failed lately.
     UPSTREAM_ERROR = "upstream-error", "Upstream error", BAD_GATEWAY;
     /// This replica is shutting down.
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
     /// The gateway cannot fetch the keys of the token issuer at present.
     ISSUER_UNAVAILABLE = "issuer-unavailable", "Issuer unavailable", SERVICE_UNAVAILABLE;
-    /// This replica has its most unfinished runs or large bodies, or messages arrive faster than it records them.
+    /// Too many unfinished runs or large bodies, or messages arrive faster than the replica records them.
     OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
     /// The database is away or has no free connection, or this replica has lost its session.
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
@@ -288,7 +288,7 @@ kinds! {
     MAYBE_MERGED = "maybe-merged", "Maybe merged", SERVICE_UNAVAILABLE;
     /// The process that worked on the run died, and the upstream does not know a better end.
     REPLICA_LOST = "replica-lost", "Replica lost", SERVICE_UNAVAILABLE;
-    /// The run met its deadline, its upstream thread stayed busy, or the upstream was silent or slow for too long.
+    /// The run met its deadline, its upstream thread stayed busy, or the upstream was too slow or silent.
     UPSTREAM_TIMEOUT = "upstream-timeout", "Upstream timeout", GATEWAY_TIMEOUT;
 }
 

@@ -66,7 +66,8 @@ pub(super) fn answer_doc(doc: Doc) -> Doc {
         .gives::<RunResponse>(StatusCode::OK, "The run has ended, or asks for function calls.")
         .streams::<EventView>(
             "text/event-stream",
-            "With `stream`, or if `Accept` prefers it: the events until then. The schema shows the fields of one event, with `data` parsed as JSON.",
+            "With `stream`, or if `Accept` prefers it: the events until then. The schema shows the fields \
+             of one event, with `data` parsed as JSON.",
         )
         .gives::<RunResponse>(
             StatusCode::ACCEPTED,

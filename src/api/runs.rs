@@ -96,9 +96,9 @@ pub(super) async fn cancel(
 pub(super) fn tool_outputs_doc() -> Doc {
     let doc = Doc::new("runs", "submit_tool_outputs", "Sends a run the outputs of its function calls.")
         .about(
-            "One request has all outputs. The run then goes on, and the gateway answers as it answers a message. \
-             A user's own token may send outputs only to a run of an assistant whose configuration has \
-             `client_tools = true`.",
+            "One request has all outputs. The run then goes on, and the gateway answers as it answers a \
+             message. A user's own token may send outputs only to a run of an assistant whose \
+             configuration has `client_tools = true`.",
         )
         .body::<PostOutputs>();
     answer_doc(doc).refuses(&[RUN_NOT_WAITING, OTHER_REPLICA])
@@ -173,7 +173,8 @@ pub(super) async fn events(
         Some((of, n)) if of == id => n.saturating_add(1),
         Some((of, _)) => {
             return Err(Error::Malformed(format!(
-                "`last-event-id` names the run {of}, and the path names the run {id}: send an id of this stream, or none"
+                "`last-event-id` names the run {of}, and the path names the run {id}: send an id of this \
+                 stream, or none"
             )));
         }
     };

@@ -112,7 +112,8 @@ pub(super) fn delete_doc() -> Doc {
         "Deletes the conversation, here and upstream.",
     )
     .about(
-        "The gateway cancels its active and queued runs. A message that arrives meanwhile starts a fresh thread.",
+        "The gateway cancels its active and queued runs. A message that arrives meanwhile starts a fresh \
+         thread.",
     );
     deleted_doc(doc).refuses(&[NOT_FOUND])
 }
@@ -131,8 +132,8 @@ pub(super) async fn delete(
 pub(super) fn roll_over_doc() -> Doc {
     Doc::new("threads", "roll_over_thread", "Archives the thread and starts a fresh one.")
         .about(
-            "The fresh thread begins with the last messages of the old one, which the model sees. Queued runs move \
-             to the fresh thread.",
+            "The fresh thread begins with the last messages of the old one, which the model sees. Queued \
+             runs move to the fresh thread.",
         )
         .gives::<ReportView>(StatusCode::OK, "The fresh thread.")
         .gives::<ReportView>(

@@ -30,8 +30,8 @@ pub(super) use threads::{
 #[serde(deny_unknown_fields)]
 pub(super) struct PostMessage {
     pub(super) content: Content,
-    /// Name of a configured assistant. If absent, the default assistant. A user's own token may name the default
-    /// assistant, and those whose configuration has `user_selectable = true`.
+    /// Name of a configured assistant. If absent, the default assistant. A user's own token may name
+    /// the default assistant, and those whose configuration has `user_selectable = true`.
     pub(super) assistant: Option<String>,
     /// What the message does on a busy thread; `enqueue` if absent.
     pub(super) multitask_strategy: Option<MultitaskStrategy>,
@@ -41,7 +41,8 @@ pub(super) struct PostMessage {
     pub(super) on_disconnect: Option<OnDisconnect>,
     /// Metadata of the run. The gateway keeps it with the run and sends it upstream.
     pub(super) metadata: Option<Metadata>,
-    /// Longest time from the start of the run to its end, with all waits for tool outputs; at most `runs.max_timeout`.
+    /// Longest time from the start of the run to its end, waits for tool outputs included; at most
+    /// `runs.max_timeout`.
     #[schema(minimum = 1)]
     pub(super) timeout_ms: Option<u64>,
     /// Time to live of the thread, from now on; at most `threads.max_ttl`.

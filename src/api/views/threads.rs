@@ -321,9 +321,10 @@ struct DeletedThreadView {
 struct RemovedView {
     #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
-    /// What happened to the upstream thread; `null` if its deletion is not done yet. The thread may remain there if the
-    /// server does not offer its deletion (`not_supported`), if the deletion failed for `janitor.give_up_after`
-    /// (`failed`), or if the configuration no longer names the server (`not_configured`).
+    /// What happened to the upstream thread; `null` if its deletion is not done yet. The thread may
+    /// remain there if the server does not offer its deletion (`not_supported`), if the deletion failed
+    /// for `janitor.give_up_after` (`failed`), or if the configuration no longer names the server
+    /// (`not_configured`).
     #[schema(required)]
     upstream_outcome: Option<UpstreamOutcome>,
     /// Items or messages deleted one by one.
@@ -332,10 +333,11 @@ struct RemovedView {
     upstream_responses: u64,
     /// Further upstream threads of this thread that were deleted.
     upstream_other_threads: u64,
-    /// Threads and responses that may remain under unknown ids, because the answers of the calls that created them were
-    /// lost.
+    /// Threads and responses that may remain under unknown ids, because the answers of the calls that
+    /// created them were lost.
     upstream_unknown: u64,
-    /// Upstream threads that may remain, because the server does not delete them or the gateway gave their deletion up.
+    /// Upstream threads that may remain, because the server does not delete them, or because the
+    /// gateway gave their deletion up.
     upstream_left_threads: u64,
     /// Items that may remain, for the same reasons.
     upstream_left_items: u64,
@@ -563,10 +565,9 @@ impl From<Plan> for PlanView {
                 ThreadAction::Archive,
                 "a request asked to archive it".to_owned(),
             ),
-            LifecycleTask::Delete(Deletion::Erase) => (
-                ThreadAction::Erase,
-                "its deletion is in progress".to_owned(),
-            ),
+            LifecycleTask::Delete(Deletion::Erase) => {
+                (ThreadAction::Erase, "its deletion has begun".to_owned())
+            }
             LifecycleTask::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
         };
         Self {
