@@ -87,8 +87,8 @@ Words in [[sim: …]] in the text of a user steer the run:
   [[sim: status=429 retry_after=2]] [[sim: cut=5]] [[sim: silent_after=3]] [[sim: no_terminal]]
 The same words steer the next requests, with any text, after
   curl --json '{\"on\": \"start\", \"fault\": \"status=500\", \"times\": 2}' http://127.0.0.1:9090/_simulator/faults
-With `chance=30` among them they affect 30 of 100 requests. The figures of the simulator are at /_simulator/stats.
-All words are in the comment at the top of src/simulator.rs.")]
+With `chance=30` among them they affect 30 of 100 requests.
+All words are in the comment at the top of src/simulator.rs. Statistics are at /_simulator/stats.")]
 pub struct SimulateArgs {
     /// Address to listen on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = listen)]

@@ -934,7 +934,8 @@ mod tests {
             "[limits]\nuser_messages = \"10/m\"\ntenant_requests = \"200/s burst 2000\"",
             &[],
         );
-        let form = "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute";
+        let form = "write it like \"10/m\" or \"20/s burst 100\"; write less than one a second as a number \
+                    a minute";
         for (written, told) in [
             ("10", "expected a rate, found a number"),
             ("0.5", "expected a rate, found a number"),
@@ -943,11 +944,14 @@ mod tests {
                 "\"0/m\"",
                 "a rate of 0 lets nothing through: leave the setting out to limit nothing",
             ),
-            ("\"0.5/s\"", "a rate begins with a whole number"),
-            ("\"10/fortnight\"", "the unit of a rate is s, m, h or d"),
+            ("\"0.5/s\"", "a rate must begin with a whole number"),
+            (
+                "\"10/fortnight\"",
+                "the unit of a rate must be s, m, h or d",
+            ),
             (
                 "\"10/m burst 0\"",
-                "the burst of a rate is a whole number, 1 or more",
+                "the burst of a rate must be a whole number, 1 or more",
             ),
         ] {
             let (_, all) = problems(&format!("[limits]\nuser_messages = {written}"));

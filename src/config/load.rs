@@ -615,7 +615,8 @@ mod tests {
                 "assistants.default.upstream (g.toml, line 15): expected text, found a number",
                 "log.format (g.toml, line 8): expected one of \"json\", \"pretty\"; did you mean \"json\"?",
                 "runs.max_queue (THREADKEEPER_RUNS__MAX_QUEUE): expected a whole number, 0 or more",
-                "server.listen (g.toml, line 4): is no address to listen on; host names are not looked up; \
+                "server.listen (g.toml, line 4): is not an address to listen on; host names are not looked \
+                 up; \
                  write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
                  \"0.0.0.0:8080\" for all interfaces",
                 "server.max_connections (g.toml, line 5): expected a whole number, 0 or more",
