@@ -1,7 +1,8 @@
-//! The HTTP surface: routes, and the middleware that every answer passes.
+//! The HTTP API: all routes, and the middleware of every answer.
 
 mod authorize;
 mod body;
+mod caller;
 mod canonical;
 mod cors;
 mod deletions;
@@ -19,20 +20,24 @@ mod request_log;
 mod run_response;
 mod runs;
 mod sse;
+mod state;
 mod threads;
 mod users;
 mod views;
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::Router;
-use axum::extract::{Extension, FromRef};
+use axum::extract::Extension;
 use axum::handler::Handler;
 use axum::http::Method;
+use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
+use bytes::Bytes;
+use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::authorize::Asks;
@@ -40,39 +45,13 @@ use self::keys::{CONVERSATION, Place, USERS};
 use self::limits::Counted;
 pub use self::limits::Limits;
 use self::openapi::Doc;
-pub use self::openapi::openapi;
+pub use self::openapi::Route;
 use self::request_log::Observed;
-use crate::auth::Auth;
-use crate::config::ServerConfig;
-use crate::domain::{Access, RunId};
+pub use self::state::AppState;
+use crate::domain::Access;
 use crate::error::Error;
-use crate::lifecycle::Janitor;
-use crate::locks::{Budget, KeyedSemaphore};
-use crate::runs::Runs;
 
-/// What handlers reach.
-#[derive(Clone, Debug)]
-pub struct AppState {
-    pub runs: Runs,
-    pub janitor: Janitor,
-    pub auth: Arc<Auth>,
-    pub limits: Arc<Limits>,
-    /// For those who follow a run's events.
-    pub readers: Arc<KeyedSemaphore<RunId>>,
-    /// Memory for the bodies of requests.
-    pub bodies: Budget,
-    pub server: Arc<ServerConfig>,
-    /// Addresses of clients are logged.
-    pub logs_clients: bool,
-}
-
-impl FromRef<AppState> for Arc<ServerConfig> {
-    fn from_ref(state: &AppState) -> Self {
-        Arc::clone(&state.server)
-    }
-}
-
-/// The three kinds of conversation, and any of them by headers, each with the same resources below it.
+/// The three kinds of conversation by path, and all of them by headers. All have the same resources.
 const SCOPES: [&str; 4] = [
     "/v1/users/{user}",
     "/v1/users/{user}/sessions/{session}",
@@ -80,15 +59,7 @@ const SCOPES: [&str; 4] = [
     CONVERSATION,
 ];
 
-/// A route, and what it asks of its callers; `None`: anybody may use it.
-#[derive(Clone, Debug)]
-pub struct Route {
-    pub method: Method,
-    pub path: String,
-    pub needs: Option<Access>,
-}
-
-/// Every route of the gateway.
+/// Returns the router with every route of the gateway.
 pub fn router(state: AppState) -> Router {
     let router = all().router.layer(Extension(state.clone()));
     let observed = Observed {
@@ -98,9 +69,23 @@ pub fn router(state: AppState) -> Router {
     finished(router, observed).with_state(state)
 }
 
-/// What there is to ask for.
+/// Returns the list of all routes.
 pub fn routes() -> Vec<Route> {
     all().table.into_iter().map(|(route, _)| route).collect()
+}
+
+/// Returns the OpenAPI document, for tests that check answers against it.
+pub fn openapi() -> Value {
+    openapi::document(&all().table)
+}
+
+/// The OpenAPI document. It depends on the version alone, not on the configuration.
+static DOCUMENT: LazyLock<Bytes> =
+    LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+
+/// Sends the OpenAPI document.
+async fn show_openapi() -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
 }
 
 fn all() -> Routes {
@@ -108,7 +93,7 @@ fn all() -> Routes {
     let mut routes = Routes::default();
     routes.open("/healthz", health::healthz, health::healthz_doc);
     routes.open("/readyz", health::readyz, health::readyz_doc);
-    routes.open("/openapi.json", openapi::show, openapi::show_doc);
+    routes.open("/openapi.json", show_openapi, openapi::show_doc);
     for scope in SCOPES {
         let at = |rest: &str| format!("{scope}{rest}");
         routes.add_message(at("/messages"), messages::create, messages::create_doc);
@@ -238,7 +223,7 @@ fn all() -> Routes {
     routes
 }
 
-/// Routes as they are added, each behind its guard, and with what its handler says of itself.
+/// Collects routes, each with its guard and the description of its handler.
 #[derive(Default)]
 struct Routes {
     router: Router<AppState>,
@@ -248,7 +233,7 @@ struct Routes {
 type Describe = fn() -> Doc;
 
 impl Routes {
-    /// Anybody may ask for this, with any query: load balancers and caches put theirs there.
+    /// Adds a `GET` that is open to everybody, with any query: load balancers and caches add their own.
     fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H, doc: Describe) {
         self.put(None, Method::GET, path.to_owned(), get(handler), doc);
     }
@@ -264,7 +249,7 @@ impl Routes {
         self.guard((needs, Counted::Request), method, path.into(), handler, doc);
     }
 
-    /// A `POST` that has a model answer.
+    /// Adds a `POST` that a model answers, which counts as a message.
     fn add_message<H: Handler<T, AppState>, T: 'static>(
         &mut self,
         path: String,
@@ -288,7 +273,7 @@ impl Routes {
         handler: H,
         doc: Describe,
     ) {
-        // All methods that are used here are among those that the filter knows.
+        // The filter knows all methods that are used here.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
         let asks = Asks {
             needs,
@@ -322,11 +307,11 @@ impl Routes {
     }
 }
 
-/// The routes with what every answer passes.
+/// Adds the fallbacks and the middleware of every answer.
 fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Observed) -> Router<S> {
     let origins = &observed.server.cors_origins;
     let router = router
-        .fallback(async || Error::NotFound("there is nothing at this path"))
+        .fallback(async || Error::NotFound("there is nothing at this path: see `/openapi.json`"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked));
     let router = if origins.is_empty() {
@@ -337,7 +322,7 @@ fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Obser
     router.layer(from_fn_with_state(observed, request_log::observe))
 }
 
-/// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
+/// Turns a panic into a problem. The hook has logged the panic. Its text may have content, so it is not sent.
 fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
     Error::Internal(None).into_response()
 }

@@ -1,4 +1,4 @@
-//! The words of the gateway as plain values: keys, ids, runs, messages. No I/O, no async.
+//! The gateway's terms as plain values: keys, ids, runs, messages. No I/O, no async.
 
 mod access;
 mod content;
@@ -39,5 +39,5 @@ pub use run::{
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};
 
-/// A point in time, UTC. Always read from the database, never from this process's clock.
+/// A point in time, UTC. The database's clock gives it, never this process's clock.
 pub type Timestamp = chrono::DateTime<chrono::Utc>;

@@ -1,12 +1,9 @@
 //! Builds `/openapi.json` from the description of each handler and from what is true of every route.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::LazyLock;
 
-use axum::http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderName, StatusCode};
-use axum::response::IntoResponse;
-use bytes::Bytes;
+use axum::http::header::{ALLOW, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderName, Method, StatusCode};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::path::ParameterIn;
@@ -16,7 +13,7 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 use super::extract::PageQuery;
 use super::keys::{self, Place};
 use super::limits::{LIMIT, POLICY};
-use super::prefer::{PREFER, PREFERENCE_APPLIED};
+use super::prefer::{PREFER, PREFERENCE_APPLIED, REPLAYED};
 use super::problem::{
     Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST,
     ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE,
@@ -24,14 +21,17 @@ use super::problem::{
     UNSUPPORTED_MEDIA_TYPE,
 };
 use super::request_log::REQUEST_ID;
-use super::run_response::REPLAYED;
 use super::views::ListView;
-use super::{Route, all};
 use crate::domain::{Access, DeletionId, KeyText, RunId, SessionKey, ThreadId, TopicKey, UserKey};
 
-/// The document. It depends on the version alone, not on the configuration.
-static DOCUMENT: LazyLock<Bytes> =
-    LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+pub(super) fn show_doc() -> Doc {
+    Doc::new("health", "openapi", "Shows this document.").gives_as(
+        StatusCode::OK,
+        "application/json",
+        &json!({"type": "object"}),
+        "The document, OpenAPI 3.1.",
+    )
+}
 
 const ABOUT: &str = "An HTTP gateway that keeps chatbot conversations: one thread for each key, one run at a time.
 
@@ -65,30 +65,24 @@ const TAGS: [(&str, &str); 7] = [
     ("health", "For load balancers, and this document."),
 ];
 
-/// Sends the document.
-pub(super) async fn show() -> impl IntoResponse {
-    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
-}
-
-pub(super) fn show_doc() -> Doc {
-    Doc::new("health", "openapi", "Shows this document.").gives_as(
-        StatusCode::OK,
-        "application/json",
-        &json!({"type": "object"}),
-        "The document, OpenAPI 3.1.",
-    )
-}
-
-/// Returns the document, for tests that check answers against it.
-pub fn openapi() -> Value {
+/// Returns the document about these routes.
+pub(super) fn document<'a>(routes: impl IntoIterator<Item = &'a (Route, fn() -> Doc)>) -> Value {
     let mut document = Document::default();
-    for (route, doc) in all().table {
-        document.add(&route, doc());
+    for (route, doc) in routes {
+        document.add(route, doc());
     }
     document.finish()
 }
 
 type Schemas = BTreeMap<String, Value>;
+
+/// A route, and the access that it needs. `None`: it is open to everybody.
+#[derive(Clone, Debug)]
+pub struct Route {
+    pub method: Method,
+    pub path: String,
+    pub needs: Option<Access>,
+}
 
 /// The description of one handler: what it takes and gives. A handler may have several routes.
 #[derive(Debug)]

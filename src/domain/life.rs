@@ -1,4 +1,4 @@
-//! How long a thread may be used, and what becomes of it afterwards.
+//! How long a thread may be used, and what happens to it afterwards.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use super::run::text_enum;
 use super::{Lifecycle, Scope, Thread, Timestamp, UpstreamThreadId};
 
-/// How long something may be used; without a limit, for ever.
+/// Limits on the use of a thread; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Limits {
-    /// From its creation.
+    /// Longest time since the thread's creation.
     pub max_age: Option<Duration>,
-    /// From its last activity.
+    /// Longest time since the thread's last activity.
     pub max_idle: Option<Duration>,
 }
 
@@ -24,10 +24,10 @@ impl Limits {
         max_idle: None,
     };
 
-    /// From that instant on it is not used any more.
+    /// Returns the instant at which the use ends.
     pub fn end(self, created_at: Timestamp, last_active_at: Timestamp) -> Option<Timestamp> {
         let after = |start: Timestamp, limit: Option<Duration>| {
-            // What lies beyond the calendar never comes.
+            // A limit that ends beyond the calendar is no limit.
             limit.and_then(|limit| {
                 start.checked_add_signed(chrono::TimeDelta::from_std(limit).ok()?)
             })
@@ -42,7 +42,7 @@ impl Limits {
     }
 }
 
-/// The limits of threads that have none of their own.
+/// The limits of threads that have no limits of their own.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Lifetimes {
     pub sessions: Limits,
@@ -58,7 +58,7 @@ impl Lifetimes {
         }
     }
 
-    /// From that instant on no new message goes to the thread.
+    /// Returns the instant from which the thread accepts no new message.
     pub fn expiry(&self, thread: &Thread) -> Option<Timestamp> {
         let limits = if thread.limits == Limits::NONE {
             self.of(&thread.key.scope)
@@ -69,17 +69,17 @@ impl Lifetimes {
     }
 }
 
-/// How long a caller wants a thread to live: this long from now on, or from its last activity on.
+/// How long a caller wants a thread to live: from now on, or from its last activity on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Ttl {
     FromNow(Duration),
     FromLastActivity(Duration),
 }
 
-/// How long a thread is to live from now on.
+/// A new lifetime for a thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum NewLife {
-    /// By the configured limits again.
+    /// The configured limits.
     AsConfigured,
     Own(Ttl),
 }
@@ -94,55 +94,57 @@ impl NewLife {
 }
 
 text_enum!(
-    /// What the deletion of a thread ends in.
+    /// How the deletion of a thread ends.
     Deletion {
-        /// Its transcript stays, read only; upstream all is gone.
+        /// The transcript stays, read only. Everything at the upstream is deleted.
         Archive = "archive",
-        /// Nothing of it stays.
+        /// Nothing of the thread stays.
         Erase = "erase",
     }
 );
 
 text_enum!(
-    /// What became of an upstream thread that was to be deleted.
+    /// How the deletion of an upstream thread ended.
     UpstreamOutcome {
         Deleted = "deleted",
-        /// The server did not have it (any more).
+        /// The server did not have it, or no longer.
         AlreadyGone = "already_gone",
-        /// There never was one.
+        /// There was no upstream thread.
         None = "none",
-        /// The configuration does not name its upstream any more, so nothing could be done there.
+        /// The configuration no longer names its upstream, so the gateway could not delete it.
         NotConfigured = "not_configured",
-        /// The server does not offer its deletion, so it may remain there.
+        /// The server has no request to delete it, so it may remain there.
         NotSupported = "not_supported",
         /// Its deletion failed for as long as `janitor.give_up_after`, so it may remain there.
         Failed = "failed",
     }
 );
 
-/// What was deleted of a thread at its upstream.
+/// What the gateway deleted of a thread at its upstream.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Removed {
     pub upstream_thread_id: Option<UpstreamThreadId>,
     /// `None`: not deleted yet.
     pub outcome: Option<UpstreamOutcome>,
-    /// Items or messages of it that were deleted one by one.
+    /// Items or messages of the thread that were deleted one by one.
     pub items: u64,
-    /// Stored responses.
+    /// Stored responses that were deleted.
     pub responses: u64,
-    /// Further threads that were made for it and never used, or given up.
+    /// Other upstream threads that were made for this thread and are no longer used, or never
+    /// were.
     pub other_threads: u64,
-    /// Threads and responses that may have been made for it, by a call whose answer was lost, and that the server cannot be
-    /// asked for.
+    /// Upstream threads and responses that may exist because the answer to their creation was
+    /// lost, and for which the server offers no search.
     pub unknown: u64,
-    /// What the server does not delete, or did not until it was given up.
+    /// What the server does not delete, or did not delete before the gateway gave up.
     #[serde(skip_serializing_if = "Left::is_empty")]
     pub left: Left,
-    /// What fails is given up then. Set by the first failure in a row.
+    /// The time at which the gateway gives up a failing deletion. The first failure in a row sets
+    /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tried_until: Option<Timestamp>,
-    /// Why the last step that was given up had failed.
+    /// Why the last step failed that the gateway gave up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
 }
@@ -151,7 +153,7 @@ pub struct Removed {
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Left {
-    /// Upstream threads, its own included.
+    /// Upstream threads, the thread's own included.
     pub threads: u64,
     pub items: u64,
     pub responses: u64,
@@ -163,32 +165,32 @@ impl Left {
     }
 }
 
-/// What the janitor does about a thread.
+/// The janitor's next task for a thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum LifecycleTask {
-    /// It has expired: archive it.
+    /// The thread has expired: archive it.
     Expire { since: Timestamp },
-    /// It is archived: delete its upstream copy, which is not needed any more.
+    /// The thread is archived: delete its upstream copy, which is no longer needed.
     ClearUpstream,
-    /// It was archived for long enough: erase it.
+    /// The thread's retention is over: erase it.
     Discard { since: Timestamp },
-    /// A deletion is under way: go on with it.
+    /// A deletion of the thread is under way: continue it.
     Delete(Deletion),
-    /// Nothing before that time; `None`: nothing any more.
+    /// Nothing before `until`; `None`: nothing ever.
     Nothing { until: Option<Timestamp> },
 }
 
-/// For how long archived threads are kept, and where.
+/// How long, and where, archived threads are kept.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct RetentionPolicy {
-    /// `None`: for ever.
+    /// Retention of the transcript; `None`: for ever.
     pub transcript: Option<Duration>,
-    /// The upstream copy is kept as long as the transcript.
+    /// Whether the upstream copy is kept as long as the transcript.
     pub upstream: bool,
 }
 
 impl LifecycleTask {
-    /// What is to be done about a thread at a time.
+    /// Returns the janitor's task for a thread at `now`.
     pub fn of(
         thread: &Thread,
         now: Timestamp,

@@ -7,24 +7,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use sqlx::FromRow;
 use uuid::Uuid;
 
-use super::connection::Failed;
-use super::lane::{Answer, Answers, Item, NotWritten, Write};
-use super::params::params;
+use super::backend::Backend;
+use super::errors::Failed;
+use super::errors::NotWritten;
+use super::errors::StoreError;
+use super::lane::{Answer, Answers, Item, Write};
 use super::pool::Connection;
 use super::redaction::Redaction;
-use super::rows::{
-    Found, RepeatedRow, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis,
-};
+use super::rows::{Found, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis};
 use super::statement::Statement;
-use super::{Backend, ORPHAN_AFTER, RunLease, StartedRun, Store, StoreError};
+use super::values::{Idempotency, InputMessage, ORPHAN_AFTER, RunLease, StartedRun};
 use crate::domain::{
-    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, OrphanId,
-    ReplicaId, Run, RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
+    ContentPart, ConversationKey, Limits, Metadata, MultitaskStrategy, OrphanId, ReplicaId, Run,
+    RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
 };
 
 static ADMIT: Statement = Statement::for_each_engine(
@@ -33,77 +33,10 @@ static ADMIT: Statement = Statement::for_each_engine(
     include_str!("sql/admit.sqlite.sql"),
 );
 
-/// The statement reads the table as it was before it deletes from it, hence the last condition.
-static FIND_REPEATED: Statement = Statement::for_each_engine(
-    "admission.find_repeated",
-    "WITH forgotten AS (
-        DELETE FROM idempotency_keys t
-        WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember}
-        RETURNING t.run_id
-    ), used AS MATERIALIZED (
-        SELECT t.run_id, t.request_hash FROM idempotency_keys t
-        WHERE {of_key} AND t.key = :idempotency_key AND NOT EXISTS (SELECT FROM forgotten)
-    )
-    SELECT u.request_hash, {thread t}, {run r}
-    FROM used u
-    CROSS JOIN LATERAL (SELECT * FROM runs o WHERE o.id = u.run_id LIMIT 1) r
-    CROSS JOIN LATERAL (SELECT * FROM threads o WHERE o.id = r.thread_id LIMIT 1) t",
-    "DELETE FROM idempotency_keys AS t
-    WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember};
-
-    SELECT k.request_hash, {thread t}, {run r}
-    FROM idempotency_keys k JOIN runs r ON r.id = k.run_id JOIN threads t ON t.id = r.thread_id
-    WHERE k.tenant = :tenant AND k.user_key = :user AND k.scope_kind = :scope_kind AND k.scope_name = :scope_name
-        AND k.key = :idempotency_key",
-);
-
-pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT, &FIND_REPEATED];
+pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT];
 
 /// Times that the key's thread may change hands under an admission before it gives up.
 const MAX_ATTEMPTS: u32 = 10;
-
-impl Store {
-    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived, and a fresh one that
-    /// names it takes its place), and admits the run, all in one step.
-    ///
-    /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
-    /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
-    /// [`Rollback`](MultitaskStrategy::Rollback) queue it before all that wait (what is active is for
-    /// [`displace`](Self::displace) to end); [`Merge`](MultitaskStrategy::Merge) adds the message to the last run in the
-    /// queue if that has the same assistant and metadata and room for another message, and queues it as `Enqueue` does if
-    /// not; [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored. A run that starts puts its message into
-    /// the transcript in the same step.
-    ///
-    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is stored. A use is forgotten as
-    /// [`repeated`](Self::repeated) says.
-    ///
-    /// It goes along with the admissions of others, if there are any, and waits for at most `store.max_wait` before it is sent.
-    /// Once it was sent, a lost answer is asked for again.
-    pub async fn admit(
-        &self,
-        admission: impl Into<Arc<Admission>>,
-    ) -> Result<Admitted, NotWritten> {
-        self.admissions.write(admission.into()).await
-    }
-
-    /// What an idempotency key of the conversation stands for. A use that is older than `remember` is forgotten by this
-    /// call. So is one whose run failed with [`NotRecorded`](crate::domain::RunErrorCode::NotRecorded): its sender was
-    /// told that the message was not taken, and a retry starts anew.
-    pub async fn repeated(
-        &self,
-        key: &ConversationKey,
-        idempotency_key: &str,
-        remember: Duration,
-    ) -> Result<Option<Repeated>, StoreError> {
-        let mut c = self.backend.writer().await?;
-        let values = params()
-            .key(key)
-            .set("idempotency_key", idempotency_key)
-            .set("remember", millis(remember));
-        let row: Option<RepeatedRow> = c.optional(&FIND_REPEATED, values).await?;
-        row.map(Repeated::try_from).transpose()
-    }
-}
 
 impl Item for Arc<Admission> {
     type Answer = Admitted;
@@ -426,30 +359,6 @@ pub struct Admission {
     pub idempotency: Option<Idempotency>,
     /// How long the use of an idempotency key counts.
     pub idempotency_ttl: Duration,
-}
-
-/// What makes a repeated request known.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Idempotency {
-    /// The caller's key, of the conversation's own.
-    pub key: String,
-    /// A hash of all that the request asks for.
-    pub request_hash: [u8; 32],
-}
-
-/// An earlier use of an idempotency key.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Repeated {
-    pub request_hash: [u8; 32],
-    pub thread: Thread,
-    pub run: Run,
-}
-
-/// A user's message on its way into a run.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct InputMessage {
-    pub id: MessageId,
-    pub content: Vec<ContentPart>,
 }
 
 /// What became of an [`Admission`].

@@ -7,11 +7,14 @@ use serde::Serialize;
 use sqlx::FromRow;
 use uuid::Uuid;
 
-use super::lane::{Answer, Answers, Item, NotWritten, Write};
+use super::backend::Backend;
+use super::errors::NotWritten;
+use super::errors::StoreError;
+use super::lane::{Answer, Answers, Item, Write};
 use super::pool::Connection;
 use super::rows::corrupt;
 use super::statement::Statement;
-use super::{Backend, RunLease, Store, StoreError};
+use super::values::RunLease;
 use crate::domain::{OrphanId, TenantKey, UpstreamThreadId};
 
 static BIND: Statement = Statement::for_each_engine(
@@ -22,30 +25,10 @@ static BIND: Statement = Statement::for_each_engine(
 
 pub(super) static STATEMENTS: &[&Statement] = &[&BIND];
 
-impl Store {
-    /// Records where the thread of a run lives upstream, and that what was [intended](Self::intend) is done.
-    ///
-    /// If the lease was lost, nothing of the thread changes, and what was made becomes an orphan where its
-    /// intent is still recorded. Goes along with those of others, if there are any. Harmless to repeat.
-    pub async fn bind_upstream_thread(
-        &self,
-        lease: &RunLease,
-        binding: Binding,
-    ) -> Result<Bound, StoreError> {
-        Ok(self
-            .bindings
-            .write(Leased {
-                lease: *lease,
-                binding,
-            })
-            .await?)
-    }
-}
-
 /// A binding for a run's thread.
 pub(super) struct Leased {
-    lease: RunLease,
-    binding: Binding,
+    pub(super) lease: RunLease,
+    pub(super) binding: Binding,
 }
 
 impl Item for Leased {

@@ -4,24 +4,17 @@ use std::future::Future;
 
 use serde::Serialize;
 use sqlx::FromRow;
-use sqlx::error::DatabaseError;
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::postgres::PgRow;
+use sqlx::sqlite::SqliteRow;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
 use super::engine::Engine;
-use super::errors::passes;
+use super::errors::{Failed, passes};
 use super::params::{Params, params};
-use super::pool::{Connection, State};
+use super::pool::{Connection, Raw, State};
 use super::statement::Statement;
-
-/// A connection to either database.
-pub(super) enum Raw {
-    Postgres(PgConnection),
-    Sqlite(SqliteConnection),
-}
 
 /// Rows that both databases give.
 pub(super) trait AnyRow:
@@ -32,33 +25,6 @@ pub(super) trait AnyRow:
 impl<T> AnyRow for T where
     T: for<'r> FromRow<'r, PgRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin
 {
-}
-
-/// Why a statement came to nothing.
-#[derive(Debug)]
-pub(super) struct Failed {
-    /// The statement's name.
-    pub(super) statement: &'static str,
-    pub(super) cause: sqlx::Error,
-}
-
-impl Failed {
-    /// The statement would have broken this constraint, and has changed nothing.
-    pub(super) fn breaks(&self, constraint: &str) -> bool {
-        self.cause
-            .as_database_error()
-            .and_then(DatabaseError::constraint)
-            == Some(constraint)
-    }
-
-    /// The statement names a table that is not there.
-    pub(super) fn lacks_table(&self) -> bool {
-        let cause = self.cause.as_database_error();
-        // SQLite has no code of its own for this.
-        cause.is_some_and(|it| {
-            it.code().as_deref() == Some("42P01") || it.message().starts_with("no such table")
-        })
-    }
 }
 
 impl Connection {

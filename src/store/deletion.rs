@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::params::{Params, params};
 use super::pool::Connection;
-use super::retention::delete_runs;
 use super::rows::{At, ThreadRow, millis};
+use super::runs::delete_runs;
 use super::statement::Statement;
 use super::{OrphanName, Store, StoreError};
 use crate::domain::{

@@ -1,11 +1,85 @@
 //! What the driver's errors mean for the callers of the store.
 
+use std::error::Error as StdError;
+
 use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use super::connection::Failed;
-use super::{NotWritten, StoreError};
+/// What goes wrong in the store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached, has no free connection in time or is shutting down. Worth a retry.
+    #[error("the database is not available")]
+    Unavailable(#[source] Box<dyn StdError + Send + Sync>),
+    /// The schema is not the one that this binary was built for.
+    #[error("{0}")]
+    Schema(String),
+    /// The database cannot be opened as configured. The text says how to mend it.
+    #[error("{0}")]
+    Open(String),
+    #[error("the cursor names nothing in this list")]
+    UnknownCursor,
+    /// A row holds what this binary cannot have written.
+    #[error("the database holds something unreadable: {0}")]
+    Corrupt(String),
+    /// It was not sent: more comes than the database can take, and it would have waited for too long.
+    #[error("more comes than the database can take")]
+    Overloaded,
+    #[error("a statement failed")]
+    Statement(#[source] Box<dyn StdError + Send + Sync>),
+}
+
+/// Why something was not written, or may not have been.
+#[derive(Debug, thiserror::Error)]
+pub enum NotWritten {
+    /// It was never sent.
+    #[error("not sent to the database")]
+    Unsent(#[source] StoreError),
+    /// The database refused it.
+    #[error("refused by the database")]
+    Refused(#[source] StoreError),
+    /// It was sent, and nobody knows what came of it.
+    #[error("the answer of the database was lost")]
+    Lost(#[source] StoreError),
+}
+
+impl From<NotWritten> for StoreError {
+    fn from(not_written: NotWritten) -> Self {
+        match not_written {
+            NotWritten::Unsent(error) | NotWritten::Refused(error) | NotWritten::Lost(error) => {
+                error
+            }
+        }
+    }
+}
+
+/// Why a statement came to nothing.
+#[derive(Debug)]
+pub(super) struct Failed {
+    /// The statement's name.
+    pub(super) statement: &'static str,
+    pub(super) cause: sqlx::Error,
+}
+
+impl Failed {
+    /// The statement would have broken this constraint, and has changed nothing.
+    pub(super) fn breaks(&self, constraint: &str) -> bool {
+        self.cause
+            .as_database_error()
+            .and_then(DatabaseError::constraint)
+            == Some(constraint)
+    }
+
+    /// The statement names a table that is not there.
+    pub(super) fn lacks_table(&self) -> bool {
+        let cause = self.cause.as_database_error();
+        // SQLite has no code of its own for this.
+        cause.is_some_and(|it| {
+            it.code().as_deref() == Some("42P01") || it.message().starts_with("no such table")
+        })
+    }
+}
 
 impl From<Failed> for StoreError {
     fn from(failed: Failed) -> Self {

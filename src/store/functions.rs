@@ -108,12 +108,16 @@ pub fn functions_called_by(sql: &str) -> impl Iterator<Item = String> {
         .map(|function| function.definition("public"))
 }
 
-/// The name in the database of a function of ours.
-pub(super) fn name_in_database(name: &str) -> Option<&'static str> {
-    FUNCTIONS
-        .iter()
-        .find(|function| function.name == name)
-        .map(|function| function.name_in_database())
+/// Puts the names that functions have in the database in the place of `{function …}`.
+pub(super) fn with_function_names(text: &str) -> String {
+    FUNCTIONS.iter().fold(text.to_owned(), |text, function| {
+        let word = format!("{{function {}}}", function.name);
+        if text.contains(&word) {
+            text.replace(&word, function.name_in_database())
+        } else {
+            text
+        }
+    })
 }
 
 #[cfg(test)]

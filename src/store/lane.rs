@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::StoreError;
+use super::errors::{NotWritten, StoreError};
 use crate::domain::TenantKey;
 
 /// The most items of a batch, and the most bytes. What is larger than that goes by itself.
@@ -64,30 +64,6 @@ pub(super) trait Write: Send + Sync + 'static {
 
 pub(super) type Answers<I> = Vec<Option<<I as Item>::Answer>>;
 pub(super) type Answer<I> = Result<<I as Item>::Answer, NotWritten>;
-
-/// Why something was not written, or may not have been.
-#[derive(Debug, thiserror::Error)]
-pub enum NotWritten {
-    /// It was never sent.
-    #[error("not sent to the database")]
-    Unsent(#[source] StoreError),
-    /// The database refused it.
-    #[error("refused by the database")]
-    Refused(#[source] StoreError),
-    /// It was sent, and nobody knows what came of it.
-    #[error("the answer of the database was lost")]
-    Lost(#[source] StoreError),
-}
-
-impl From<NotWritten> for StoreError {
-    fn from(not_written: NotWritten) -> Self {
-        match not_written {
-            NotWritten::Unsent(error) | NotWritten::Refused(error) | NotWritten::Lost(error) => {
-                error
-            }
-        }
-    }
-}
 
 /// What a lane may do at once, and how long it keeps callers waiting.
 #[derive(Clone, Copy, Debug)]

@@ -12,10 +12,11 @@ use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
+use super::backend::Backend;
 use super::params::params;
 use super::pool::ServerHealth;
 use super::statement::Statement;
-use super::{Backend, Store, StoreError};
+use super::{Store, StoreError};
 use crate::domain::{RunId, ThreadId};
 
 /// Names stand for a database each, so replicas on another database of the same server do not hear of it.

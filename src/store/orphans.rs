@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::params::params;
 use super::rows::{corrupt, millis};
 use super::statement::Statement;
+use super::values::ORPHAN_AFTER;
 use super::{RunLease, Store, StoreError};
 use crate::domain::{OrphanId, RunId, ThreadId, UpstreamThreadId};
 
@@ -351,9 +352,6 @@ pub struct UpstreamOrphan {
     pub upstream_id: Option<String>,
     pub attempts: i64,
 }
-
-/// How long an intent is left to the process that makes the upstream thread. That process gives up before.
-pub const ORPHAN_AFTER: Duration = Duration::from_mins(10);
 
 /// What an [intent](Store::intend) came to.
 #[derive(Clone, Copy, Debug)]

@@ -2,9 +2,13 @@
 
 use sqlx::FromRow;
 
+use super::errors::StoreError;
 use super::rows::MessageRow;
-use super::{PAGE_BYTES, StoreError};
 use crate::domain::{ContentPart, Message, Page, PageRequest};
+
+/// So many bytes of content, and the rest of the message that reaches them, are read of a transcript at a time: messages
+/// may have several MiB each, and what was read is in memory until its reader has taken it.
+pub const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 /// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

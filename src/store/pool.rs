@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use deadpool::Runtime;
 use deadpool::managed::{self, Manager, Metrics, PoolError, RecycleError, RecycleResult};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection as _};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -31,7 +31,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::StoreError;
-use super::connection::Raw;
 use super::errors::is_broken;
 
 /// A connection that was idle for so long is asked for a sign of life before it is used.
@@ -296,6 +295,12 @@ impl Connection {
             None => {}
         }
     }
+}
+
+/// A connection to either database.
+pub(super) enum Raw {
+    Postgres(PgConnection),
+    Sqlite(SqliteConnection),
 }
 
 impl Raw {

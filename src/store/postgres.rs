@@ -17,9 +17,10 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::log::LevelFilter;
 use url::Url;
 
+use super::StoreError;
+use super::backend::Backend;
 use super::errors::Said;
 use super::pool::{Dropped, Options, Pool, PoolSettings, ServerHealth};
-use super::{Backend, StoreError};
 use crate::config::StoreConfig;
 
 /// A statement that takes so long is logged with a warning.

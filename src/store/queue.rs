@@ -10,8 +10,9 @@ use super::pool::Connection;
 use super::rows::{Found, RunRow, ThreadAndRun, ThreadRow};
 use super::runs::started_before;
 use super::statement::Statement;
-use super::{InputMessage, Store, StoreError};
-use crate::domain::{ConversationKey, OrphanId, ReplicaId, Run, RunId, RunStatus, Thread};
+use super::values::{InputMessage, QueuedStart, RunLease, StartedRun};
+use super::{Store, StoreError};
+use crate::domain::{ConversationKey, ReplicaId, Run, RunId, RunStatus, Thread};
 
 static START_QUEUED: Statement = Statement::on_postgres(
     "queue.start_queued",
@@ -292,32 +293,4 @@ async fn mark_cancelling(
 ) -> Result<Option<RunRow>, StoreError> {
     let values = params().set("run", run.uuid()).set("discard", discard);
     Ok(c.optional(&MARK_CANCELLING, values).await?)
-}
-
-/// The right to write about a run. A run that changes hands gets a higher fence, and the old one is void.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub struct RunLease {
-    pub run_id: RunId,
-    pub fence: i64,
-}
-
-/// A run that may work now.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StartedRun {
-    pub lease: RunLease,
-    pub thread: Thread,
-    pub run: Run,
-    pub input: Vec<InputMessage>,
-    /// It is recorded under this id that the thread's upstream thread is about to be made.
-    pub intent: Option<OrphanId>,
-}
-
-/// What became of an attempt to start a queued run.
-#[derive(Clone, Debug, PartialEq)]
-pub enum QueuedStart {
-    Started(Box<StartedRun>),
-    /// Another run is active or waits before it.
-    NotYet,
-    /// The lease is lost or the run is not queued any more.
-    Lost,
 }

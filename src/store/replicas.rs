@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json as value};
 use sqlx::FromRow;
+use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{At, MessageRow, OrphanedRunRow, millis};
+use super::rows::{At, MessageRow, ThreadAndRun, millis};
 use super::statement::Statement;
 use super::{InputMessage, RunLease, Store, StoreError};
 use crate::domain::{
@@ -325,4 +326,44 @@ pub struct OrphanedRun {
     pub outputs_sent: bool,
     /// What it was to send is not known any more: it can only end.
     pub content_lost: bool,
+}
+
+/// A run that was taken over; it has its new fence.
+#[derive(FromRow)]
+struct OrphanedRunRow {
+    previous_owner: Option<Uuid>,
+    /// Milliseconds, and `None` for a run that has not started.
+    time_left: Option<i64>,
+    partial: Option<Json<Vec<ContentPart>>>,
+    tool_outputs: Option<Json<Vec<ToolOutput>>>,
+    outputs_sent: bool,
+    #[sqlx(flatten)]
+    both: ThreadAndRun,
+}
+
+impl TryFrom<OrphanedRunRow> for OrphanedRun {
+    type Error = StoreError;
+
+    fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
+        let fence = row.both.run.r_fence;
+        let (thread, run) = (
+            Thread::try_from(row.both.thread)?,
+            Run::try_from(row.both.run)?,
+        );
+        Ok(Self {
+            lease: RunLease {
+                run_id: run.id,
+                fence,
+            },
+            previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
+            thread,
+            run,
+            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
+            input: Vec::new(),
+            content: row.partial.map(|json| json.0).unwrap_or_default(),
+            outputs: row.tool_outputs.map(|json| json.0),
+            outputs_sent: row.outputs_sent,
+            content_lost: false,
+        })
+    }
 }

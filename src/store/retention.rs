@@ -8,12 +8,13 @@ use sqlx::FromRow;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::connection::Failed;
 use super::deletion::{cancel_active, lock_unfinished};
+use super::errors::Failed;
 use super::orphans::upstream_ids;
 use super::params::{Params, params};
 use super::pool::Connection;
 use super::rows::{At, ThreadRow, millis};
+use super::runs::delete_runs;
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{Lifetimes, Limits, OrphanId, Thread, ThreadId, Timestamp};
@@ -305,21 +306,6 @@ static ADD_ORPHANS: Statement = Statement::new(
     FROM {each :orphans}",
 );
 
-static DELETE_EVENTS_OF_RUNS: Statement = Statement::new(
-    "retention.delete_events_of_runs",
-    "DELETE FROM run_events WHERE run_id {in :runs}",
-);
-
-static DELETE_KEYS_OF_RUNS: Statement = Statement::new(
-    "retention.delete_keys_of_runs",
-    "DELETE FROM idempotency_keys WHERE run_id {in :runs}",
-);
-
-static DELETE_RUNS: Statement = Statement::new(
-    "retention.delete_runs",
-    "DELETE FROM runs WHERE id {in :runs}",
-);
-
 static COUNT_OLD_KEYS: Statement =
     Statement::variant("retention.count_old_keys", COUNT, &[OLD_KEYS]);
 
@@ -348,9 +334,6 @@ pub(super) static STATEMENTS: &[&Statement] = &[
     &DELETE_OLD_RECEIPTS,
     &LOCK_OLD_RUNS,
     &ADD_ORPHANS,
-    &DELETE_EVENTS_OF_RUNS,
-    &DELETE_KEYS_OF_RUNS,
-    &DELETE_RUNS,
     &COUNT_OLD_KEYS,
     &COUNT_OLD_EVENTS,
     &COUNT_OLD_RUNS,
@@ -456,18 +439,6 @@ struct OldRunRow {
     upstream: String,
     upstream_run_id: Option<String>,
     earlier_upstream_run_ids: Option<Json<Vec<String>>>,
-}
-
-/// Deletes runs, which the caller has locked, with what belongs to them. Their messages stay.
-pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u64, StoreError> {
-    if ids.is_empty() {
-        return Ok(0);
-    }
-    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone()))
-        .await?;
-    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone()))
-        .await?;
-    Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
 }
 
 /// A thread at which it is time to look.

@@ -16,14 +16,12 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{
-    Finished, InputMessage, OrphanedRun, Repeated, RunLease, StoreError, ThreadReport, Waiting,
-};
+use super::errors::StoreError;
 use crate::domain::{
     ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
-    ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
-    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UnsettledRun, UpstreamRunId,
-    UpstreamThreadId, Usage, UserKey,
+    RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity,
+    ThreadId, ThreadState, Timestamp, Ttl, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
+    UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -191,11 +189,11 @@ impl TryFrom<RunRow> for Run {
 #[derive(FromRow)]
 #[expect(clippy::struct_field_names, reason = "the names of the columns")]
 pub(super) struct MessageRow {
-    m_id: Uuid,
+    pub(super) m_id: Uuid,
     m_thread_id: Uuid,
     m_position: i64,
     m_role: String,
-    m_content: Json<Vec<ContentPart>>,
+    pub(super) m_content: Json<Vec<ContentPart>>,
     m_run_id: Option<Uuid>,
     m_upstream_message_id: Option<String>,
     m_upstream_sync: String,
@@ -218,17 +216,6 @@ impl TryFrom<MessageRow> for Message {
             sync: word(&row.m_upstream_sync)?,
             ended: row.m_run_outcome.as_deref().map(word).transpose()?,
             created_at: row.m_created_at.0,
-        })
-    }
-}
-
-impl TryFrom<MessageRow> for InputMessage {
-    type Error = StoreError;
-
-    fn try_from(row: MessageRow) -> Result<Self, StoreError> {
-        Ok(Self {
-            id: MessageId::from_uuid(row.m_id),
-            content: row.m_content.0,
         })
     }
 }
@@ -294,14 +281,6 @@ impl HasId for ThreadAndRun {
     const ID: &'static str = "r_id";
 }
 
-impl HasId for FinishedRow {
-    const ID: &'static str = "r_id";
-}
-
-impl HasId for WaitingRow {
-    const ID: &'static str = "r_id";
-}
-
 impl<'r, R, T> FromRow<'r, R> for Found<T>
 where
     R: Row,
@@ -312,30 +291,6 @@ where
     fn from_row(row: &'r R) -> sqlx::Result<Self> {
         let found = row.try_get::<Option<Uuid>, _>(T::ID)?.is_some();
         Ok(Self(if found { Some(T::from_row(row)?) } else { None }))
-    }
-}
-
-/// All that is told of a thread.
-#[derive(FromRow)]
-pub(super) struct ReportRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    last_run: Found<RunRow>,
-    next_thread: Option<Uuid>,
-}
-
-impl TryFrom<ReportRow> for ThreadReport {
-    type Error = StoreError;
-
-    fn try_from(row: ReportRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            last_run: row.last_run.0.map(Run::try_from).transpose()?,
-            next_thread: row.next_thread.map(ThreadId::from_uuid),
-        })
     }
 }
 
@@ -357,29 +312,6 @@ impl RunWithReply {
     }
 }
 
-#[derive(FromRow)]
-pub(super) struct FinishedRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    run: RunWithReply,
-}
-
-impl TryFrom<FinishedRow> for Finished {
-    type Error = StoreError;
-
-    fn try_from(row: FinishedRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        let (run, message) = row.run.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            run,
-            message,
-        })
-    }
-}
-
 /// A run and its thread.
 #[derive(FromRow)]
 pub(super) struct ThreadAndRun {
@@ -389,95 +321,9 @@ pub(super) struct ThreadAndRun {
     pub(super) run: RunRow,
 }
 
-/// A run that waits for tool outputs, or did a moment ago.
-#[derive(FromRow)]
-pub(super) struct WaitingRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    run: RunRow,
-}
-
-impl TryFrom<WaitingRow> for Waiting {
-    type Error = StoreError;
-
-    fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            run: row.run.try_into()?,
-        })
-    }
-}
-
-/// A run that an idempotency key stands for.
-#[derive(FromRow)]
-pub(super) struct RepeatedRow {
-    request_hash: Vec<u8>,
-    #[sqlx(flatten)]
-    both: ThreadAndRun,
-}
-
-impl TryFrom<RepeatedRow> for Repeated {
-    type Error = StoreError;
-
-    fn try_from(row: RepeatedRow) -> Result<Self, StoreError> {
-        let request_hash = row
-            .request_hash
-            .try_into()
-            .map_err(|_| corrupt("the hash of a request"))?;
-        Ok(Self {
-            request_hash,
-            thread: row.both.thread.try_into()?,
-            run: row.both.run.try_into()?,
-        })
-    }
-}
-
 impl From<At> for Timestamp {
     fn from(at: At) -> Self {
         at.0
-    }
-}
-
-/// A run that was taken over; it has its new fence.
-#[derive(FromRow)]
-pub(super) struct OrphanedRunRow {
-    previous_owner: Option<Uuid>,
-    /// Milliseconds, and `None` for a run that has not started.
-    time_left: Option<i64>,
-    partial: Option<Json<Vec<ContentPart>>>,
-    tool_outputs: Option<Json<Vec<ToolOutput>>>,
-    outputs_sent: bool,
-    #[sqlx(flatten)]
-    both: ThreadAndRun,
-}
-
-impl TryFrom<OrphanedRunRow> for OrphanedRun {
-    type Error = StoreError;
-
-    fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
-        let fence = row.both.run.r_fence;
-        let (thread, run) = (
-            Thread::try_from(row.both.thread)?,
-            Run::try_from(row.both.run)?,
-        );
-        Ok(Self {
-            lease: RunLease {
-                run_id: run.id,
-                fence,
-            },
-            previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
-            thread,
-            run,
-            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
-            input: Vec::new(),
-            content: row.partial.map(|json| json.0).unwrap_or_default(),
-            outputs: row.tool_outputs.map(|json| json.0),
-            outputs_sent: row.outputs_sent,
-            content_lost: false,
-        })
     }
 }
 

@@ -68,6 +68,19 @@ static LIST_SAID: Statement = Statement::new(
     "SELECT {message m} FROM messages m WHERE m.run_id = :run AND m.role = 'user' ORDER BY m.position",
 );
 
+static DELETE_EVENTS_OF_RUNS: Statement = Statement::new(
+    "runs.delete_events",
+    "DELETE FROM run_events WHERE run_id {in :runs}",
+);
+
+static DELETE_KEYS_OF_RUNS: Statement = Statement::new(
+    "runs.delete_idempotency_keys",
+    "DELETE FROM idempotency_keys WHERE run_id {in :runs}",
+);
+
+static DELETE_RUNS: Statement =
+    Statement::new("runs.delete", "DELETE FROM runs WHERE id {in :runs}");
+
 pub(super) static STATEMENTS: &[&Statement] = &[
     &FIND_CURSOR,
     &LIST_UPWARDS,
@@ -77,6 +90,9 @@ pub(super) static STATEMENTS: &[&Statement] = &[
     &READ_WITH_REPLY,
     &READ_LEASED,
     &LIST_SAID,
+    &DELETE_EVENTS_OF_RUNS,
+    &DELETE_KEYS_OF_RUNS,
+    &DELETE_RUNS,
 ];
 
 impl Store {
@@ -214,4 +230,16 @@ pub(super) async fn started_before(
 pub(super) async fn said(c: &mut Connection, run: RunId) -> Result<Vec<InputMessage>, StoreError> {
     let rows: Vec<MessageRow> = c.all(&LIST_SAID, params().set("run", run.uuid())).await?;
     rows.into_iter().map(InputMessage::try_from).collect()
+}
+
+/// Deletes runs, which the caller has locked, with what belongs to them. Their messages stay.
+pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u64, StoreError> {
+    if ids.is_empty() {
+        return Ok(0);
+    }
+    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
+    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
+    Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
 }

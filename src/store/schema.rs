@@ -7,14 +7,15 @@ use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions as _, Connection as _, Executor as _, FromRow};
 
-use super::connection::Failed;
+use super::backend::Backend;
 use super::engine::Engine;
+use super::errors::Failed;
 use super::errors::denial;
 use super::functions::FUNCTIONS;
 use super::params::params;
 use super::pool::Connection;
 use super::statement::Statement;
-use super::{Backend, Store, StoreError};
+use super::{Store, StoreError};
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");

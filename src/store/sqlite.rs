@@ -15,8 +15,9 @@ use sqlx::ConnectOptions as _;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use tracing::log::LevelFilter;
 
+use super::StoreError;
+use super::backend::Backend;
 use super::pool::{Dropped, Options, Pool, PoolSettings};
-use super::{Backend, StoreError};
 use crate::config::{StoreConfig, Synchronous};
 
 /// How long SQLite waits for a lock: only the check-pointing of its log and visitors such as a backup take any.

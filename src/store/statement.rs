@@ -7,6 +7,7 @@
 use std::sync::OnceLock;
 
 use super::engine::Engine;
+use super::functions::with_function_names;
 use super::words::expand;
 
 /// A named statement.
@@ -112,7 +113,10 @@ impl Statement {
             for (place, piece) in self.variant.iter().enumerate() {
                 text = text.replace(&format!("{{{place}}}"), piece);
             }
-            number_parameters(self.name, expand(engine, &text).trim())
+            number_parameters(
+                self.name,
+                expand(engine, &with_function_names(&text)).trim(),
+            )
         })
     }
 }

@@ -1,11 +1,12 @@
 //! Threads as callers and operators look at them and change them.
 
+use sqlx::FromRow;
 use uuid::Uuid;
 
 use super::paging::Span;
 use super::params::{Params, params};
 use super::pool::Connection;
-use super::rows::{ReportRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
+use super::rows::{Found, RunRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{
@@ -371,6 +372,30 @@ pub struct ThreadUpdate {
     pub life: Option<NewLife>,
     /// The configured limits of the key's scope.
     pub limits: Limits,
+}
+
+/// All that is told of a thread.
+#[derive(FromRow)]
+struct ReportRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    last_run: Found<RunRow>,
+    next_thread: Option<Uuid>,
+}
+
+impl TryFrom<ReportRow> for ThreadReport {
+    type Error = StoreError;
+
+    fn try_from(row: ReportRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            last_run: row.last_run.0.map(Run::try_from).transpose()?,
+            next_thread: row.next_thread.map(ThreadId::from_uuid),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{WaitingRow, corrupt, json, log_json, word};
+use super::rows::{HasId, RunRow, ThreadWithActivity, corrupt, json, log_json, word};
 use super::statement::Statement;
 use super::{Idempotency, RunLease, Store, StoreError};
 use crate::domain::{
@@ -371,4 +371,30 @@ pub enum Request {
         run: RunId,
         outputs: Vec<ToolOutput>,
     },
+}
+
+/// A run that waits for tool outputs, or did a moment ago.
+#[derive(FromRow)]
+struct WaitingRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    run: RunRow,
+}
+
+impl TryFrom<WaitingRow> for Waiting {
+    type Error = StoreError;
+
+    fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            run: row.run.try_into()?,
+        })
+    }
+}
+
+impl HasId for WaitingRow {
+    const ID: &'static str = "r_id";
 }

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::paging::{Filling, ListedRow, Span, cursor};
+use super::paging::{Filling, ListedRow, PAGE_BYTES, Span, cursor};
 use super::params::params;
 use super::pool::Connection;
 use super::statement::Statement;
@@ -268,7 +268,3 @@ const fn step_bytes(engine: Engine) -> i64 {
         Engine::Sqlite => PAGE_BYTES as i64,
     }
 }
-
-/// So many bytes of content, and the rest of the message that reaches them, are read of a transcript at a time: messages
-/// may have several MiB each, and what was read is in memory until its reader has taken it.
-pub const PAGE_BYTES: usize = 4 * 1024 * 1024;

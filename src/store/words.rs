@@ -4,7 +4,6 @@
 //! word's arguments may hold words, which are put in first.
 
 use super::engine::Engine;
-use super::functions::name_in_database;
 use crate::domain::RunErrorCode;
 
 /// Puts the words in, and takes comments out.
@@ -150,9 +149,6 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
             format!("CROSS JOIN LATERAL (SELECT f.* {query}) {alias}")
         }
         "by_index" => String::new(),
-        "function" => name_in_database(x)
-            .unwrap_or_else(|| panic!("no function is `{x}`"))
-            .to_owned(),
         _ => return None,
     })
 }
