@@ -230,7 +230,7 @@ pub struct FingerprintArgs {
     /// Tenant of the user.
     #[arg(long, value_name = "TENANT", default_value = "default")]
     pub tenant: String,
-    /// The user, as in the path of requests, but not percent-encoded.
+    /// The user, as in the path of requests but not percent-encoded.
     #[arg(long, value_name = "USER")]
     pub user: String,
     /// A session of the user.

@@ -139,9 +139,9 @@ pub enum Error {
 /// A message or request that a rate does not allow now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct TooOften {
-    /// `user` or `tenant`.
+    /// Owner of the rate: `user` or `tenant`.
     pub whose: &'static str,
-    /// `messages` or `requests`.
+    /// What the rate limits: `messages` or `requests`.
     pub what: &'static str,
     pub rate: Rate,
     pub retry_after: Duration,
