@@ -23,7 +23,7 @@ test-one name:
 fuzz-units cases:
     PROPTEST_CASES={{ cases }} cargo test --lib
 
-# Measures runs a second, overload, and the cost of refusals: `just bench arrivals`. It reports and never fails.
+# Measures runs a second, overload, and the cost of refusals: `just bench arrivals`. It never fails.
 bench *what:
     cargo bench --bench load -- {{ what }}
 
@@ -31,7 +31,7 @@ bench *what:
 image:
     docker build -t threadkeeper .
 
-# Sends valid and invalid requests made from /openapi.json, on each protocol and store, for this time: `just fuzz 10m`.
+# Sends requests made from /openapi.json, on each protocol and store, for this time: `just fuzz 10m`.
 fuzz time:
     THREADKEEPER_FUZZ_FOR={{ time }} cargo test fuzz:: -- --nocapture
 
@@ -39,6 +39,7 @@ fuzz time:
 chaos time:
     THREADKEEPER_CHAOS_FOR={{ time }} cargo test chaos:: -- --nocapture
 
-# Builds the site of the documents in target/book. Needs mdBook: `cargo install mdbook --locked --no-default-features`.
+# Needs mdBook: `cargo install mdbook --locked --no-default-features`.
+# Builds the site of the documents in target/book.
 book:
     mdbook build docs
