@@ -5,9 +5,11 @@ mod content;
 mod fingerprint;
 mod id;
 mod key;
-mod life;
+mod lifecycle;
+mod limits;
 mod metadata;
 mod records;
+mod removal;
 mod run;
 mod trace;
 mod transition;
@@ -24,14 +26,13 @@ pub use id::{
 pub use key::{
     ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey,
 };
-pub use life::{
-    Deletion, Left, LifecycleTask, Lifetimes, Limits, NewLife, Removed, RetentionPolicy, Ttl,
-    UpstreamOutcome,
-};
+pub use lifecycle::{LifecycleTask, Lifetimes, NewLife, RetentionPolicy, Ttl};
+pub use limits::Limits;
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{
     Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
 };
+pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub use run::{
     MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput,
     Usage,

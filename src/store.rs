@@ -1,7 +1,7 @@
 //! Threads, runs and transcripts of all tenants: the [`Store`], in Postgres or SQLite.
 //!
-//! Each method is one atomic step. All wall-clock time is the database's own: no method takes "now". Dropping a method's
-//! future may leave the step done or not done, never half done.
+//! Each method is one atomic step. The database's clock gives all wall-clock time: no method takes "now".
+//! If a caller drops a method's future, the step is either done or not done, never half done.
 
 mod admission;
 mod api_keys;
@@ -82,7 +82,7 @@ pub use tools::{Answered, Pause, Paused, Request, ToolAnswer, Waiting};
 pub use values::{Idempotency, InputMessage, ORPHAN_AFTER, QueuedStart, RunLease, StartedRun};
 pub use withdraw::{Withdrawal, Withdrawn};
 
-/// All statements as an engine is sent them. Some are for the other engine alone.
+/// Returns the statements of an engine, as the gateway sends them.
 pub fn statements(engine: Engine) -> impl Iterator<Item = &'static Sent> {
     let all = [
         admission::STATEMENTS,
@@ -114,8 +114,8 @@ pub fn statements(engine: Engine) -> impl Iterator<Item = &'static Sent> {
     all.map(move |statement| statement.sent(engine))
 }
 
-/// How much a lane may have on its way: one for what callers ask, and one for what runs at work need, which have connections
-/// of their own.
+/// Returns the limits of the lanes: first of the callers' lane, then of the lanes that active runs
+/// need. The two kinds use different pools.
 fn lanes(config: &StoreConfig, backend: &Backend) -> (Limits, Limits) {
     let (batches, alone) = match backend {
         Backend::Postgres { .. } => (BATCHES, config.max_connections / 4),
@@ -137,22 +137,26 @@ fn lanes(config: &StoreConfig, backend: &Backend) -> (Limits, Limits) {
     )
 }
 
-/// Batches of a lane that are on their way to Postgres at once: while one is being committed the next is carried out.
+/// The most batches of one lane that are sent to Postgres at the same time. While Postgres commits
+/// one, it executes the next.
 const BATCHES: usize = 2;
 
 impl Store {
     /// Opens the database of `store.url`, whatever its schema.
     ///
-    /// Postgres: waits up to `startup_timeout` for a server that is not up yet. Half of `max_connections` is set aside for
-    /// what must not wait behind a flood: a turn needs it as often as the rest. Two more connections keep the session and
-    /// receive notifications.
+    /// Postgres: waits up to `startup_timeout` for a server that is not up yet. Half of
+    /// `max_connections` is reserved for the work of runs, which must not wait behind a flood of
+    /// requests. It is half because a run needs these as often as the rest. Two more connections
+    /// keep the session and receive notifications.
     ///
-    /// SQLite: makes the file and its folder where they are missing. Sessions of earlier processes end here: the lock proves
-    /// that these are gone, so their runs can be adopted at once. Databases in memory are refused, since readers need a file.
+    /// SQLite: creates the file and its folder if they are missing. It deletes the sessions of
+    /// earlier processes. The file lock proves that those processes are gone, so their runs can be
+    /// adopted at once. A database in memory is refused, because the readers need a file.
     ///
     /// # Errors
-    /// [`StoreError::Open`] at once if waiting does not help: a bad URL, password or database name, a file that cannot be
-    /// opened or that another process has open. [`StoreError::Unavailable`] when the time is up.
+    /// - [`StoreError::Open`], at once, if waiting does not help: a bad URL, password or database
+    ///   name, or a file that cannot be opened or that another process has open.
+    /// - [`StoreError::Unavailable`] when `startup_timeout` is over.
     pub async fn open(config: &StoreConfig) -> Result<Self, StoreError> {
         let url = config
             .url
@@ -202,7 +206,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Nobody but this process has the file.
+    /// Deletes all sessions: only this process has the file open.
     async fn forget_sessions(&self) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
         if schema::is_ours(&mut c).await? {
@@ -212,12 +216,13 @@ impl Store {
         }
     }
 
-    /// Whether content is stored. If not, it is known only to the process that works on a run, until the run has ended.
+    /// Returns whether content is stored. If not, only the process that works on a run knows its
+    /// content, until the run ends.
     pub fn keeps_content(&self) -> bool {
         self.redaction.keeps_content()
     }
 
-    /// Closes the connections; later calls fail.
+    /// Closes the connections. Later calls fail.
     pub async fn close(&self) {
         self.closed.cancel();
         match &*self.backend {
@@ -232,7 +237,8 @@ impl Store {
             Backend::Sqlite {
                 writer, readers, ..
             } => {
-                // The readers first: the last connection to leave tidies the log away, which a reader may not.
+                // Close the readers first: the last connection to close cleans the write-ahead log
+                // up, which a reader must not do.
                 readers.close().await;
                 writer.close().await;
             }
@@ -243,7 +249,7 @@ impl Store {
             self.ends.close()
         );
         if let Backend::Sqlite { lock, .. } = &*self.backend {
-            // Ends with the file handle at the latest.
+            // If this fails, closing the file handle releases the lock.
             let _ = lock.unlock();
         }
     }

@@ -435,7 +435,7 @@ fn deleted(removed: &Removed) -> u64 {
     removed.items + removed.responses + removed.other_threads
 }
 
-/// Counts a upstream orphan that nobody tries to delete any more.
+/// Counts an upstream orphan that nobody tries to delete any more.
 fn leave(orphan: &UpstreamOrphan, removed: &mut Removed) {
     match (orphan.kind, &orphan.upstream_id) {
         (OrphanKind::Run, Some(_)) => removed.left.responses += 1,

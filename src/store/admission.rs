@@ -1,7 +1,8 @@
-//! Admission: a message becomes a run, in one statement where nothing unusual happens. And idempotency keys.
+//! Admission: a message becomes a run, usually in one statement. Also: idempotency keys.
 //!
-//! Each way takes the thread's row before it uses an idempotency key, so that of two requests with the same key the second
-//! finds the first one's use, and neither waits for the other while it holds what that one needs.
+//! Every admission locks the thread's row before it uses an idempotency key. So the second of two
+//! requests with the same key finds the first one's use. Neither waits for the other while it
+//! holds a lock that the other needs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,7 @@ static ADMIT: Statement = Statement::for_each_engine(
 
 pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT];
 
-/// Times that the key's thread may change hands under an admission before it gives up.
+/// The most attempts of one admission while the key's thread keeps changing.
 const MAX_ATTEMPTS: u32 = 10;
 
 impl Item for Arc<Admission> {
@@ -61,7 +62,7 @@ impl Item for Arc<Admission> {
     }
 }
 
-/// Writes admissions.
+/// Writes the admissions of a lane.
 pub(super) struct Admissions {
     pub(super) backend: Arc<Backend>,
     pub(super) redaction: Redaction,
@@ -86,8 +87,9 @@ impl Write for Admissions {
                 .admit_all(&mut c, std::slice::from_ref(item), true)
                 .await
             {
-                // Who brings threads from elsewhere does not hold the key of the thread that it makes, nor who answers calls
-                // the thread. The next look finds what they made.
+                // Two other writers do not lock the key: an import that creates the key's thread,
+                // and an answer to function calls that records an idempotency key. The next
+                // attempt finds what they committed.
                 Err(Failure::Failed(failed))
                     if failed.breaks("threads_current")
                         || failed.breaks("idempotency_keys_pkey") => {}
@@ -96,17 +98,17 @@ impl Write for Admissions {
                     return answers
                         .pop()
                         .flatten()
-                        .ok_or_else(|| corrupt("no answer").into());
+                        .ok_or_else(|| corrupt("no outcome of an admission").into());
                 }
             }
         }
         Err(NotWritten::Refused(StoreError::Unavailable(
-            "the key's thread kept changing".into(),
+            "the key's thread changed during every attempt".into(),
         )))
     }
 }
 
-/// Why nothing was admitted.
+/// The reason why nothing was admitted.
 enum Failure {
     Failed(Failed),
     Other(StoreError),
@@ -168,15 +170,15 @@ impl Admissions {
     }
 }
 
-/// An admission on its way.
+/// An admission that is being sent.
 struct Admit<'a> {
     admission: &'a Admission,
-    /// What is stored of the message, as JSON, and its id as it is spelled there.
+    /// The stored content of the message, as JSON, and its id as that JSON spells it.
     content: String,
     message_name: String,
 }
 
-/// An admission as the database takes it: see admit.function.sql.
+/// The fields of an item: see admit.function.sql.
 #[derive(Serialize)]
 struct Fields<'a> {
     tenant: &'a str,
@@ -255,7 +257,7 @@ impl Admit<'_> {
 }
 
 impl Admission {
-    /// What a row says that became of it.
+    /// Returns the outcome that a row reports.
     fn admitted(&self, row: AdmittedRow) -> Result<Admitted, StoreError> {
         let AdmittedRow {
             outcome,
@@ -273,7 +275,7 @@ impl Admission {
             ("recorded", Some(both)) => both,
             (other, _) => {
                 return Err(StoreError::Corrupt(format!(
-                    "an admission that is `{other}`"
+                    "the outcome `{other}` of an admission"
                 )));
             }
         };
@@ -299,8 +301,8 @@ impl Admission {
                 })))
             }
             RunStatus::Queued => {
-                let position =
-                    queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
+                let position = queue_position
+                    .ok_or_else(|| corrupt("a queued run without a place in the queue"))?;
                 Ok(Admitted::Queued {
                     lease,
                     thread: Box::new(thread),
@@ -309,7 +311,7 @@ impl Admission {
                 })
             }
             _ => Err(StoreError::Unavailable(
-                "the run has ended before its admission was heard of".into(),
+                "the run ended before the answer to its admission arrived".into(),
             )),
         }
     }
@@ -322,7 +324,7 @@ fn merged_into(thread: ThreadRow, run: RunRow) -> Result<Admitted, StoreError> {
     })
 }
 
-/// What became of an admission: see admit.function.sql.
+/// A row that reports an admission's outcome: see admit.function.sql.
 #[derive(FromRow)]
 struct AdmittedRow {
     outcome: String,
@@ -333,35 +335,36 @@ struct AdmittedRow {
     both: Found<ThreadAndRun>,
 }
 
-/// A message that asks for a run.
+/// A message that needs a run.
 #[derive(Clone, Debug)]
 pub struct Admission {
     pub key: ConversationKey,
-    /// Id of the thread, should one have to be made.
+    /// The id of the thread, if one has to be created.
     pub new_thread: ThreadId,
-    /// How long a thread of this scope may be used, unless it has limits of its own.
+    /// The configured limits of this scope. They hold for a thread without limits of its own.
     pub limits: Limits,
-    /// How long the caller wants it to live, from now on.
+    /// How long the caller wants the thread to live, from now on.
     pub ttl: Option<Ttl>,
-    /// Name of the assistant's upstream. A thread lives on the upstream of its first run.
+    /// The name of the assistant's upstream. A thread stays on the upstream of its first run.
     pub upstream: String,
     pub run_id: RunId,
     pub assistant: String,
     pub strategy: MultitaskStrategy,
     pub metadata: Metadata,
     pub message: InputMessage,
-    /// How long the run may take once it has started.
+    /// How long the run may take after it has started.
     pub timeout: Duration,
-    /// The replica that will work on it.
+    /// The replica that will work on the run.
     pub replica: ReplicaId,
-    /// An id for the row that says that the upstream thread of a fresh thread is about to be made. `None`: it needs none.
+    /// The id of the row that records the intent to create the upstream thread of a fresh thread.
+    /// `None`: the thread needs none.
     pub intent: Option<OrphanId>,
     pub idempotency: Option<Idempotency>,
-    /// How long the use of an idempotency key counts.
+    /// How long the use of an idempotency key is remembered.
     pub idempotency_ttl: Duration,
 }
 
-/// What became of an [`Admission`].
+/// The outcome of an [`Admission`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Admitted {
     Started(Box<StartedRun>),
@@ -369,10 +372,10 @@ pub enum Admitted {
         lease: RunLease,
         thread: Box<Thread>,
         run: Box<Run>,
-        /// 1 for the run that goes next.
+        /// The place in the queue: 1 for the run that starts next.
         position: i64,
     },
-    /// The message is one of this waiting run's now.
+    /// The message has joined this queued run.
     Merged {
         thread: Box<Thread>,
         run: Box<Run>,
@@ -385,8 +388,8 @@ pub enum Admitted {
     Repeated,
 }
 
-/// The most messages that one waiting run takes in by [`MultitaskStrategy::Merge`].
+/// The most messages that one queued run collects by [`MultitaskStrategy::Merge`].
 pub const MAX_MERGED: usize = 32;
 
-/// The most bytes of content that it takes in so, as JSON.
+/// The most bytes of content, as JSON, that one queued run collects by merging: 12 MiB.
 pub const MAX_MERGED_BYTES: usize = 12 * 1024 * 1024;

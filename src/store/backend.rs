@@ -8,33 +8,36 @@ use sqlx::postgres::PgConnectOptions;
 use super::errors::StoreError;
 use super::pool::{Connection, Pool, ServerHealth};
 
-/// Where the connections come from.
+/// The pools of connections to the database.
 pub(super) enum Backend {
     /// A server that any number of replicas share.
     Postgres {
-        /// Admissions, reads, and what else callers ask for. All that is called within a request, which is dropped when
-        /// its caller leaves, belongs here.
+        /// Connections for callers: admissions, reads and other requests. A call inside an HTTP
+        /// request belongs here, because it is dropped when the client leaves.
         general: Pool,
-        /// What ends runs and starts waiting ones: a flood of the rest cannot starve it. Only tasks of ours call it.
+        /// Connections for the gateway's own work on runs, above all starting and ending them. A
+        /// flood of requests cannot starve it. Only tasks of the gateway use them.
         vital: Pool,
-        /// A connection that only keeps the session alive: no statement that is stuck can end it.
+        /// One connection that renews the replica's session. A stuck statement elsewhere cannot
+        /// end the session.
         session: Pool,
         health: Arc<ServerHealth>,
-        /// The way to the server itself, where a pooler is in between.
+        /// The address of the server itself, in case a pooler is in between.
         direct: Box<PgConnectOptions>,
     },
-    /// A file of this process. One connection writes, so writing transactions come one after another and never meet; the
-    /// readers see what is committed.
+    /// A file that only this process uses. One connection writes, so write transactions run one
+    /// after another and never conflict. The readers see committed data.
     Sqlite {
         writer: Pool,
         readers: Pool,
-        /// Held for the life of the store: keeps a second process off the file.
+        /// A file lock, held for the life of the store. It keeps a second process off the database
+        /// file.
         lock: File,
     },
 }
 
 impl Backend {
-    /// For what a caller asks, which changes nothing.
+    /// Returns a connection for a caller's read.
     pub(super) async fn reader(&self) -> Result<Connection, StoreError> {
         match self {
             Self::Postgres { general, .. } => general.acquire().await,
@@ -42,7 +45,7 @@ impl Backend {
         }
     }
 
-    /// For what a caller asks.
+    /// Returns a connection for a caller's write.
     pub(super) async fn writer(&self) -> Result<Connection, StoreError> {
         match self {
             Self::Postgres { general, .. } => general.acquire().await,
@@ -50,7 +53,7 @@ impl Backend {
         }
     }
 
-    /// For what the task of a run reads, which must not wait behind what callers ask.
+    /// Returns a connection for a read by a run's task. Such a read must not queue behind callers.
     pub(super) async fn vital_reader(&self) -> Result<Connection, StoreError> {
         match self {
             Self::Postgres { vital, .. } => vital.acquire().await,
@@ -58,7 +61,7 @@ impl Backend {
         }
     }
 
-    /// For what starts and ends runs.
+    /// Returns a connection for a write of a run's task, such as its start or end.
     pub(super) async fn vital_writer(&self) -> Result<Connection, StoreError> {
         match self {
             Self::Postgres { vital, .. } => vital.acquire().await,
@@ -66,7 +69,7 @@ impl Backend {
         }
     }
 
-    /// For what keeps this process's session.
+    /// Returns a connection for renewing this process's session.
     pub(super) async fn session_writer(&self) -> Result<Connection, StoreError> {
         match self {
             Self::Postgres { session, .. } => session.acquire().await,

@@ -1,4 +1,4 @@
-//! The end of a run.
+//! Ending a run.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ static FINISH: Statement = Statement::for_each_engine(
 
 pub(super) static STATEMENTS: &[&Statement] = &[&FINISH];
 
-/// A run that is to end.
+/// A run that is to end, with its lease.
 pub(super) struct Ending {
     pub(super) lease: RunLease,
     pub(super) end: Arc<RunEnd>,
@@ -61,7 +61,7 @@ impl Item for Ending {
     }
 }
 
-/// Writes ends.
+/// Writes the ends of a lane.
 pub(super) struct Ends {
     pub(super) backend: Arc<Backend>,
     pub(super) redaction: Redaction,
@@ -97,7 +97,7 @@ impl Write for Ends {
     }
 }
 
-/// Ends one run, and waits for its rows.
+/// Ends one run, and waits for the locks of its rows.
 pub(super) async fn finish_in(
     c: &mut Connection,
     redaction: Redaction,
@@ -108,7 +108,7 @@ pub(super) async fn finish_in(
     answers
         .pop()
         .flatten()
-        .ok_or_else(|| corrupt("no answer").into())
+        .ok_or_else(|| corrupt("no outcome of a run's end").into())
 }
 
 async fn finish_all<'a>(
@@ -130,7 +130,7 @@ async fn finish_all<'a>(
         .collect::<Result<_, StoreError>>()?)
 }
 
-/// An end as the database takes it: see finish.function.sql.
+/// The fields of an item: see finish.function.sql.
 #[derive(Serialize)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -204,7 +204,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A value as JSON that the database can hold.
+/// Returns a value as JSON that the database can store.
 fn raw<T: Serialize>(value: Option<&T>) -> Result<Option<Box<RawValue>>, StoreError> {
     value.map(|value| raw_text(json(value)?)).transpose()
 }
@@ -213,7 +213,8 @@ fn raw_text(text: String) -> Result<Box<RawValue>, StoreError> {
     RawValue::from_string(text).map_err(|error| StoreError::Statement(error.into()))
 }
 
-/// What became of an end: see finish.function.sql. Only one that is finished has more than an outcome.
+/// A row that reports the outcome of an end: see finish.function.sql. Only a finished end has more
+/// than an outcome.
 struct EndedRow {
     outcome: String,
     finished: Option<FinishedRow>,
@@ -238,14 +239,15 @@ where
 }
 
 impl EndedRow {
-    /// `None`: it is held. The reply is told as it was given, also where its content is not stored.
+    /// Returns the outcome; `None`: the item is held. A reply is returned as the caller gave it,
+    /// also if its content is not stored.
     fn closing(self, end: &RunEnd) -> Result<Option<Closing>, StoreError> {
         let row = match (&*self.outcome, self.finished) {
             (_, Some(row)) => row,
             ("held", None) => return Ok(None),
             ("must_discard", None) => return Ok(Some(Closing::MustDiscard)),
             ("lost", None) => return Ok(Some(Closing::Lost)),
-            (other, None) => return Err(StoreError::Corrupt(format!("an end that is `{other}`"))),
+            (other, None) => return Err(StoreError::Corrupt(format!("a run's end `{other}`"))),
         };
         let mut finished = Finished::try_from(row)?;
         if let (Some(message), Some(reply)) = (&mut finished.message, &end.reply)
@@ -285,7 +287,7 @@ impl HasId for FinishedRow {
     const ID: &'static str = "r_id";
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunEnd {
     /// A final status.
@@ -293,31 +295,36 @@ pub struct RunEnd {
     pub error: Option<RunError>,
     pub usage: Option<Usage>,
     pub upstream_run_id: Option<UpstreamRunId>,
-    /// Requests, besides those [sent again](Store::sends_again), that may have left something upstream under an id that
-    /// [nobody heard](Store::unacknowledged_requests).
+    /// The number of requests that may have left something upstream under an id that the gateway
+    /// [never received](Store::unacknowledged_requests). Requests that were [sent
+    /// again](Store::sends_again) are not counted here.
     pub unacknowledged_requests: u32,
-    /// Where the thread stands upstream from now on, if this run moved it.
+    /// The thread's upstream thread from now on, if this run changed it.
     pub upstream_thread_id: Option<UpstreamThreadId>,
-    /// The reply, whole or, for a run that did not complete, as far as it came.
+    /// The reply: the whole of it or, if the run did not complete, the part that arrived.
     pub reply: Option<Reply>,
-    /// Where the run's user messages stand upstream.
+    /// The upstream state of the run's user messages.
     pub said: UpstreamSync,
-    /// All earlier messages that are not withheld are upstream now: the [unsynced messages](Store::unsynced_messages) went along with the
-    /// run, or the run began a new chain. What was missing or unknown is present, and an older unsettled run is void.
+    /// All earlier messages that are not withheld are upstream now. Either the [unsynced
+    /// messages](Store::unsynced_messages) were sent with the run, or the run began a new chain.
+    /// Missing and unknown messages become present, and an older unsettled run is void.
     pub synced: bool,
-    /// What is not known of the run's traces upstream. Otherwise the thread keeps what it has.
+    /// The part of the run's traces upstream that is not known. `None`: the thread keeps its
+    /// unsettled run.
     pub unsettled_run: Option<UnsettledRun>,
-    /// The run's messages are to be removed, and nothing of them is left upstream, or `unsettled_run` says what.
+    /// The run's messages are to be removed. Nothing of them is left upstream, or `unsettled_run`
+    /// says what is.
     pub discard: bool,
     /// The rest of the run's log.
     pub events: EventBatch,
-    /// The record tells all that the log says: that the run has started, and the text of its reply. So `events` has none, and
-    /// nothing is stored of the log; what was [recorded](Store::record) of it, up to `events.first`, is removed.
+    /// The other rows say all that the log says: that the run has started, and the text of its
+    /// reply. So `events` is empty, and no log is stored. The part that was
+    /// [recorded](Store::record), up to `events.first`, is removed.
     pub drops_log: bool,
 }
 
 impl RunEnd {
-    /// The run's user messages do not stand as they did when it began.
+    /// Returns whether the run's user messages have another state than at its start.
     fn marks_said(&self) -> bool {
         let as_begun = self.said == UpstreamSync::Present && self.status == RunStatus::Completed;
         !as_begun && !self.discard
@@ -333,11 +340,11 @@ pub struct Reply {
     pub sync: UpstreamSync,
 }
 
-/// What became of an attempt to end a run.
+/// The outcome of an attempt to end a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Closing {
     Finished(Box<Finished>),
-    /// Nothing changed: the run was marked to be discarded, and the end does not say that its traces are gone.
+    /// Nothing changed: the run is marked to be discarded, and the end does not discard it.
     MustDiscard,
     /// Nothing changed: the lease was lost.
     Lost,

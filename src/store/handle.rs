@@ -12,7 +12,7 @@ use super::finish::Ends;
 use super::lane::Lane;
 use super::redaction::Redaction;
 
-/// The database, with all that is stored in it. Cheap to share behind an `Arc`.
+/// A handle on the database. Share it behind an `Arc`.
 pub struct Store {
     pub(super) backend: Arc<Backend>,
     pub(super) admissions: Lane<Admissions>,
@@ -23,7 +23,7 @@ pub struct Store {
 }
 
 impl fmt::Debug for Store {
-    /// The driver's own text of the way to the server has the password in it.
+    /// Leaves the connection options out: the driver's text of them has the password in it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let engine = match &*self.backend {
             Backend::Postgres { .. } => "Postgres",

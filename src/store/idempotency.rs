@@ -11,7 +11,8 @@ use super::rows::{ThreadAndRun, corrupt, millis};
 use super::statement::Statement;
 use crate::domain::{ConversationKey, Run, Thread};
 
-/// The statement reads the table as it was before it deletes from it, hence the last condition.
+/// The whole statement reads the table as it was before its deletion, hence the last condition of
+/// `used`.
 static FIND_REPEATED: Statement = Statement::for_each_engine(
     "admission.find_repeated",
     "WITH forgotten AS (
@@ -38,9 +39,10 @@ static FIND_REPEATED: Statement = Statement::for_each_engine(
 pub(super) static STATEMENTS: &[&Statement] = &[&FIND_REPEATED];
 
 impl Store {
-    /// What an idempotency key of the conversation stands for. A use that is older than `remember` is forgotten by this
-    /// call. So is one whose run failed with [`NotRecorded`](crate::domain::RunErrorCode::NotRecorded): its sender was
-    /// told that the message was not taken, and a retry starts anew.
+    /// Returns the earlier use of an idempotency key of the conversation. This call forgets a use
+    /// that is older than `remember`. It also forgets a use whose run failed with
+    /// [`NotRecorded`](crate::domain::RunErrorCode::NotRecorded): the sender got an error for that
+    /// message, so a retry is a new message.
     pub async fn repeated(
         &self,
         key: &ConversationKey,
@@ -65,7 +67,7 @@ pub struct Repeated {
     pub run: Run,
 }
 
-/// A run that an idempotency key stands for.
+/// The run of an idempotency key, and the hash of its request.
 #[derive(FromRow)]
 struct RepeatedRow {
     request_hash: Vec<u8>,
@@ -80,7 +82,7 @@ impl TryFrom<RepeatedRow> for Repeated {
         let request_hash = row
             .request_hash
             .try_into()
-            .map_err(|_| corrupt("the hash of a request"))?;
+            .map_err(|_| corrupt("the hash of a request, of the wrong length"))?;
         Ok(Self {
             request_hash,
             thread: row.both.thread.try_into()?,

@@ -1,6 +1,7 @@
-//! From rows to values and back: what both backends share.
+//! Decoding rows into values of the domain, and encoding values, for both engines.
 //!
-//! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can hold all three.
+//! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can
+//! have all three.
 
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -220,7 +221,7 @@ impl TryFrom<MessageRow> for Message {
     }
 }
 
-/// What a thread is doing, as a statement tells it.
+/// The activity of a thread, as a statement returns it.
 #[derive(FromRow)]
 pub(super) struct ActivityRow {
     queue_depth: i64,
@@ -261,10 +262,10 @@ impl TryFrom<ThreadWithActivity> for (Thread, ThreadActivity) {
     }
 }
 
-/// Part of a row that an outer join may not have found: its id is NULL then.
+/// Part of a row that an outer join may leave empty. Its id is NULL then.
 pub(super) struct Found<T>(pub(super) Option<T>);
 
-/// What is recognised by the name of its id's column.
+/// A part of a row, with the name of its id's column.
 pub(super) trait HasId {
     const ID: &'static str;
 }
@@ -327,18 +328,21 @@ impl From<At> for Timestamp {
     }
 }
 
-/// How the messages of a run that ended so are marked: nothing for one that completed.
+/// Returns the mark for the messages of a run that ended with this status. Messages of a completed
+/// run have none.
 pub(super) fn ended(status: RunStatus) -> Option<&'static str> {
     (status != RunStatus::Completed).then_some(status.as_str())
 }
 
-/// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
-/// must not keep its run from ending. A value that was read back gives the same text again, so texts can be compared.
+/// Returns the JSON text of a value. NUL characters, which Postgres cannot store, become U+FFFD: a
+/// reply with one must not keep its run from ending. A value that was read back gives the same
+/// text again, so texts can be compared.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     nulless_json(value, "\u{fffd}")
 }
 
-/// The same of events, in which NUL characters become U+001A, as long as they are: the numbers of events count bytes.
+/// Returns the JSON text of events. NUL characters become U+001A, which is as long: the offsets of
+/// events count bytes.
 pub(super) fn log_json(events: &[LoggedEvent]) -> Result<String, StoreError> {
     nulless_json(&events, "\\u001a")
 }
@@ -352,21 +356,22 @@ fn nulless_json<T: Serialize>(value: &T, substitute: &str) -> Result<String, Sto
     })
 }
 
-/// An upstream's id of a run as a parameter of a statement that is about other runs too: without one that no Postgres can
-/// hold, which would fail all of them.
+/// Returns an upstream's id of a run as a parameter. It leaves out an id with a NUL character,
+/// which Postgres cannot store. Such an id would fail the statement for all its runs.
 pub(super) fn storable(id: Option<&UpstreamRunId>) -> Option<&str> {
     id.map(UpstreamRunId::as_str)
         .filter(|id| !id.contains('\0'))
 }
 
-/// Milliseconds for a statement that adds them to a time, at most a thousand years.
+/// Returns a duration in milliseconds, at most a thousand years, so that a statement can add it to
+/// a time.
 pub(super) fn millis(duration: Duration) -> i64 {
     const MAX: i64 = 1000 * 365 * 24 * 3600 * 1000;
     i64::try_from(duration.as_millis()).unwrap_or(MAX).min(MAX)
 }
 
-/// A caller's wish for a thread's life as two parameters, of which one is set at most: milliseconds from now, and from
-/// the last activity on.
+/// Returns the caller's limit for a thread as two parameters, of which at most one is set:
+/// milliseconds from now, and milliseconds from the last activity.
 pub(super) fn ttl_millis(ttl: Option<Ttl>) -> (Option<i64>, Option<i64>) {
     match ttl {
         Some(Ttl::FromNow(ttl)) => (Some(millis(ttl)), None),
@@ -380,7 +385,7 @@ fn duration(millis: i64) -> Duration {
     Duration::from_millis(millis.try_into().unwrap_or(0))
 }
 
-/// In hexadecimal.
+/// Returns bytes in hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes
         .iter()
@@ -396,15 +401,16 @@ pub(super) fn corrupt(what: &str) -> StoreError {
 
 pub(super) fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
     text.parse()
-        .map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
+        .map_err(|unknown: String| StoreError::Corrupt(format!("the unknown word `{unknown}`")))
 }
 
-/// Replaces the escape `\u0000` in a JSON text, but not what only looks like it behind a `\\`.
+/// Replaces the escape `\u0000` in a JSON text, but not text that only looks like it behind a
+/// `\\`.
 fn without_nul(json: &str, substitute: &str) -> String {
     let mut out = String::with_capacity(json.len());
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
-        // An escape is two characters long at least, all ASCII.
+        // An escape has at least two characters, all ASCII.
         let (escape, next) = if rest[at..].starts_with("\\u0000") {
             (substitute, 6)
         } else {

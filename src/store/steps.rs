@@ -12,22 +12,28 @@ use super::handle::Store;
 use super::values::RunLease;
 
 impl Store {
-    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived, and a fresh one that
-    /// names it takes its place), and admits the run, all in one step.
+    /// Records a new run in one step. It finds or creates the key's current thread, and admits the
+    /// run. If the current thread has expired, it is archived, and a fresh thread that names it
+    /// takes its place.
     ///
     /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
-    /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
-    /// [`Rollback`](MultitaskStrategy::Rollback) queue it before all that wait (what is active is for
-    /// [`displace`](Self::displace) to end); [`Merge`](MultitaskStrategy::Merge) adds the message to the last run in the
-    /// queue if that has the same assistant and metadata and room for another message, and queues it as `Enqueue` does if
-    /// not; [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored. A run that starts puts its message into
-    /// the transcript in the same step.
+    /// - [`Enqueue`](MultitaskStrategy::Enqueue) queues it last.
+    /// - [`Interrupt`](MultitaskStrategy::Interrupt) and [`Rollback`](MultitaskStrategy::Rollback)
+    ///   queue it before all queued runs. Ending the active run is up to
+    ///   [`cancel_active`](Self::cancel_active).
+    /// - [`Merge`](MultitaskStrategy::Merge) adds the message to the last queued run, if that run
+    ///   has the same assistant and metadata and room for another message. Otherwise it queues the
+    ///   run as `Enqueue` does.
+    /// - [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored.
     ///
-    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is stored. A use is forgotten as
-    /// [`repeated`](Self::repeated) says.
+    /// A run that starts puts its message into the transcript in the same step.
     ///
-    /// It goes along with the admissions of others, if there are any, and waits for at most `store.max_wait` before it is sent.
-    /// Once it was sent, a lost answer is asked for again.
+    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is
+    /// stored. [`repeated`](Self::repeated) says when a use expires.
+    ///
+    /// The admission shares a batch with others, if there are any. It waits at most
+    /// `store.max_wait` before it is sent. Once it was sent, the store asks again for a lost
+    /// answer.
     pub async fn admit(
         &self,
         admission: impl Into<Arc<Admission>>,
@@ -35,10 +41,12 @@ impl Store {
         self.admissions.write(admission.into()).await
     }
 
-    /// Records where the thread of a run lives upstream, and that what was [intended](Self::intend) is done.
+    /// Records the upstream thread of a run's thread, and that what was [intended](Self::intend)
+    /// is done.
     ///
-    /// If the lease was lost, nothing of the thread changes, and what was made becomes an orphan where its
-    /// intent is still recorded. Goes along with those of others, if there are any. Harmless to repeat.
+    /// If the lease was lost, the thread does not change. The new upstream thread then becomes an
+    /// orphan, if its intent is still recorded. The binding shares a batch with others, if there
+    /// are any. It is harmless to repeat.
     pub async fn bind_upstream_thread(
         &self,
         lease: &RunLease,
@@ -53,11 +61,12 @@ impl Store {
             .await?)
     }
 
-    /// Ends a run: status, reply, counters, log, in one step. A run that never started has its messages moved into the
-    /// transcript too, so that nothing a user said is dropped. A run that is discarded has its messages removed instead.
+    /// Ends a run in one step: status, reply, counters, log. The messages of a run that never
+    /// started move into the transcript too, so that no message of a user is dropped. If the run
+    /// is discarded, its messages are removed instead.
     ///
-    /// Goes along with the ends of others, if there are any. Repeating the call with the same lease and end is harmless and
-    /// answers the same.
+    /// The end shares a batch with others, if there are any. It is harmless to repeat with the
+    /// same lease and end, and gives the same answer.
     pub async fn finish(
         &self,
         lease: &RunLease,

@@ -8,47 +8,48 @@ use super::errors::StoreError;
 use super::rows::MessageRow;
 use crate::domain::{ContentPart, MessageId, OrphanId, Run, RunId, Thread};
 
-/// The right to write about a run. A run that changes hands gets a higher fence, and the old one is void.
+/// The right to write about a run. A run that changes hands gets a higher fence, and leases with
+/// the old fence become void.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct RunLease {
     pub run_id: RunId,
     pub fence: i64,
 }
 
-/// A run that may work now.
+/// A run that has started, with its lease and its input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StartedRun {
     pub lease: RunLease,
     pub thread: Thread,
     pub run: Run,
     pub input: Vec<InputMessage>,
-    /// It is recorded under this id that the thread's upstream thread is about to be made.
+    /// The id of the recorded intent to create the thread's upstream thread.
     pub intent: Option<OrphanId>,
 }
 
-/// What became of an attempt to start a queued run.
+/// The outcome of an attempt to start a queued run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum QueuedStart {
     Started(Box<StartedRun>),
-    /// Another run is active or waits before it.
+    /// Another run is active, or is queued before it.
     NotYet,
-    /// The lease is lost or the run is not queued any more.
+    /// The lease was lost, or the run is not queued any more.
     Lost,
 }
 
-/// A user's message on its way into a run.
+/// A user's message that is to join a run.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct InputMessage {
     pub id: MessageId,
     pub content: Vec<ContentPart>,
 }
 
-/// What makes a repeated request known.
+/// The mark by which a repeated request is recognised.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Idempotency {
-    /// The caller's key, of the conversation's own.
+    /// The caller's idempotency key, unique within the conversation.
     pub key: String,
-    /// A hash of all that the request asks for.
+    /// A hash of the whole request.
     pub request_hash: [u8; 32],
 }
 
@@ -63,5 +64,6 @@ impl TryFrom<MessageRow> for InputMessage {
     }
 }
 
-/// How long an intent is left to the process that makes the upstream thread. That process gives up before.
+/// How long an intent is left to the process that creates the upstream thread: 10 minutes. That
+/// process gives up before.
 pub const ORPHAN_AFTER: Duration = Duration::from_mins(10);

@@ -13,7 +13,7 @@ use super::statement::Statement;
 use super::values::{InputMessage, RunLease};
 use crate::domain::{MessageId, Run, Thread};
 
-/// The run is locked, so that no message joins it between the look and the end.
+/// Locks the run, so that no message joins it between this read and its end.
 static LOCK_QUEUED: Statement = Statement::new(
     "finish.lock_queued",
     "SELECT r.queued_input FROM runs r WHERE r.id = :run AND r.fence = :fence AND r.queued_input IS NOT NULL {lock r}",
@@ -42,9 +42,10 @@ pub(super) static STATEMENTS: &[&Statement] =
     &[&LOCK_QUEUED, &LEAVE_TO_OTHERS, &FORGET_KEY, &FIND_SHARED];
 
 impl Store {
-    /// Takes a message back whose sender heard that it was not taken, although its run was recorded. A waiting run that
-    /// others have [joined](crate::domain::MultitaskStrategy::Merge) goes on without it, and the message's idempotency key
-    /// stands for nothing any more. Else the run ends as [`finish`](Self::finish) ends it. Harmless to repeat.
+    /// Withdraws a message whose sender got an error, although its run was recorded. A queued run
+    /// that other messages have [joined](crate::domain::MultitaskStrategy::Merge) continues
+    /// without this one, and the message's idempotency key is forgotten. Otherwise the run ends as
+    /// by [`finish`](Self::finish). The call is harmless to repeat.
     pub async fn withdraw(
         &self,
         lease: &RunLease,
@@ -71,32 +72,32 @@ impl Store {
     }
 }
 
-/// A message that is to be taken back.
+/// A message that is to be withdrawn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Withdrawal {
     pub message: MessageId,
     pub idempotency_key: Option<String>,
-    /// How its run ends if it holds no other message.
+    /// The end of its run, if that has no other message.
     pub end: RunEnd,
 }
 
-/// What became of a [`Withdrawal`].
+/// The outcome of a [`Withdrawal`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Withdrawn {
     /// The run has ended.
     Ended,
-    /// The run waits on, with the messages of others.
+    /// The run is still queued, with the messages of other senders.
     Shared {
         thread: Box<Thread>,
         run: Box<Run>,
-        /// 1 for the run that goes next.
+        /// The place in the queue: 1 for the run that starts next.
         position: i64,
     },
     /// There is no such run (yet), or the lease was lost.
     Lost,
 }
 
-/// A run and its place in the queue.
+/// A queued run, and the number of queued runs before it.
 #[derive(FromRow)]
 struct SharedRow {
     #[sqlx(flatten)]
@@ -104,8 +105,9 @@ struct SharedRow {
     before: i64,
 }
 
-/// Leaves a waiting run, which the caller holds, to the messages of others. What it does to a busy thread was the wish of the
-/// one whose message is taken back.
+/// Leaves a queued run, which the caller has locked, to the messages of other senders. Its
+/// strategy becomes `merge`: its effect on a busy thread was the wish of the withdrawn message's
+/// sender.
 async fn leave_to(
     c: &mut Connection,
     lease: &RunLease,

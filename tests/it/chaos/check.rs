@@ -334,7 +334,7 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
             WHERE t.lifecycle = 'current' AND m.upstream_sync IN ('missing', 'unknown')",
         ),
         (
-            "threads with a backlog or a unsettled_run",
+            "threads with unsynced messages or an unsettled run",
             0,
             "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (unsynced_messages > 0 OR unsettled_run IS NOT NULL)",
         ),

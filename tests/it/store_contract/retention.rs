@@ -666,7 +666,7 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
     );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 3);
 
-    // What a unsettled run names is still needed; and one that ended late is young.
+    // What an unsettled run names is still needed; and one that ended late is young.
     older_runs(database, HOUR * 2).await;
     database
         .execute("UPDATE runs SET finished_at = created_at WHERE finished_at IS NOT NULL")
