@@ -1,4 +1,4 @@
-//! The HTTP surface: routes, and the middleware that every answer passes.
+//! The HTTP API: all routes, and the middleware of every answer.
 
 mod authorize;
 mod body;
@@ -51,7 +51,7 @@ pub use self::state::AppState;
 use crate::domain::Access;
 use crate::error::Error;
 
-/// The three kinds of conversation, and any of them by headers, each with the same resources below it.
+/// The three kinds of conversation by path, and all of them by headers. All have the same resources.
 const SCOPES: [&str; 4] = [
     "/v1/users/{user}",
     "/v1/users/{user}/sessions/{session}",
@@ -59,7 +59,7 @@ const SCOPES: [&str; 4] = [
     CONVERSATION,
 ];
 
-/// Every route of the gateway.
+/// Returns the router with every route of the gateway.
 pub fn router(state: AppState) -> Router {
     let router = all().router.layer(Extension(state.clone()));
     let observed = Observed {
@@ -69,21 +69,21 @@ pub fn router(state: AppState) -> Router {
     finished(router, observed).with_state(state)
 }
 
-/// What there is to ask for.
+/// Returns the list of all routes.
 pub fn routes() -> Vec<Route> {
     all().table.into_iter().map(|(route, _)| route).collect()
 }
 
-/// The OpenAPI document, for who checks answers against it.
+/// Returns the OpenAPI document, for tests that check answers against it.
 pub fn openapi() -> Value {
     openapi::document(&all().table)
 }
 
-/// The document, which is the same for every gateway of this version.
+/// The OpenAPI document. It depends on the version alone, not on the configuration.
 static DOCUMENT: LazyLock<Bytes> =
     LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
 
-/// The document as it is sent.
+/// Sends the OpenAPI document.
 async fn show_openapi() -> impl IntoResponse {
     ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
 }
@@ -223,7 +223,7 @@ fn all() -> Routes {
     routes
 }
 
-/// Routes as they are added, each behind its guard, and with what its handler says of itself.
+/// Collects routes, each with its guard and the description of its handler.
 #[derive(Default)]
 struct Routes {
     router: Router<AppState>,
@@ -233,7 +233,7 @@ struct Routes {
 type Describe = fn() -> Doc;
 
 impl Routes {
-    /// Anybody may ask for this, with any query: load balancers and caches put theirs there.
+    /// Adds a `GET` that is open to everybody, with any query: load balancers and caches add their own.
     fn open<H: Handler<T, AppState>, T: 'static>(&mut self, path: &str, handler: H, doc: Describe) {
         self.put(None, Method::GET, path.to_owned(), get(handler), doc);
     }
@@ -249,7 +249,7 @@ impl Routes {
         self.guard((needs, Counted::Request), method, path.into(), handler, doc);
     }
 
-    /// A `POST` that has a model answer.
+    /// Adds a `POST` that a model answers, which counts as a message.
     fn add_message<H: Handler<T, AppState>, T: 'static>(
         &mut self,
         path: String,
@@ -273,7 +273,7 @@ impl Routes {
         handler: H,
         doc: Describe,
     ) {
-        // All methods that are used here are among those that the filter knows.
+        // The filter knows all methods that are used here.
         let filter = MethodFilter::try_from(method.clone()).unwrap_or(MethodFilter::GET);
         let asks = Asks {
             needs,
@@ -307,11 +307,11 @@ impl Routes {
     }
 }
 
-/// The routes with what every answer passes.
+/// Adds the fallbacks and the middleware of every answer.
 fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Observed) -> Router<S> {
     let origins = &observed.server.cors_origins;
     let router = router
-        .fallback(async || Error::NotFound("there is nothing at this path"))
+        .fallback(async || Error::NotFound("there is nothing at this path: see `/openapi.json`"))
         .method_not_allowed_fallback(async || Error::MethodNotAllowed)
         .layer(CatchPanicLayer::custom(panicked));
     let router = if origins.is_empty() {
@@ -322,7 +322,7 @@ fn finished<S: Clone + Send + Sync + 'static>(router: Router<S>, observed: Obser
     router.layer(from_fn_with_state(observed, request_log::observe))
 }
 
-/// The panic itself has been logged by the hook; its text may hold anything, so the caller does not see it.
+/// Turns a panic into a problem. The hook has logged the panic. Its text may have content, so it is not sent.
 fn panicked(_panic: Box<dyn Any + Send + 'static>) -> Response {
     Error::Internal(None).into_response()
 }

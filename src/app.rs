@@ -1,5 +1,5 @@
-//! The composition root: builds the parts from the configuration, starts them, stops them. The only file that
-//! names concrete backends.
+//! The composition root: builds the parts from the configuration, starts them and stops them. No other
+//! file names concrete backends.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
@@ -31,13 +31,13 @@ use crate::server::{self, ServerStop};
 use crate::store::{Store, StoreError, StoredKey};
 use crate::upstream::{AssistantsUpstream, ResponsesUpstream, Upstream, UpstreamClient};
 
-/// Time for runs to record their end once they are told to stop, and for connections to close after that.
+/// Time for the last steps of a shutdown: runs record their end, connections close.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(4);
 
-/// Between two tries of a step of the start.
+/// Pause between two tries of a step of the start.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A gateway that is bound and connected, and not serving yet.
+/// A gateway that has its port and its database, but does not serve yet.
 #[derive(Debug)]
 pub struct App {
     listener: TcpListener,
@@ -54,7 +54,7 @@ pub struct App {
 }
 
 impl App {
-    /// Connects the store, brings its schema up to date, binds the address and registers the replica.
+    /// Connects the store, brings its schema up to date, binds the address, and registers the replica.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let store = open_store(&config.store).await?;
         let fingerprints = fingerprints(&config.store, &store).await?;
@@ -73,7 +73,7 @@ impl App {
             })?;
         let address = listener.local_addr()?;
         if !address.ip().is_loopback() && !config.auth.is_configured() {
-            tracing::warn!(%address, "callers on other machines are served although nobody has to prove who they are");
+            tracing::warn!(%address, "callers on other machines are served without credentials");
         }
         let (tasks, draining, stop) = (
             TaskTracker::new(),
@@ -156,19 +156,22 @@ impl App {
         })
     }
 
-    /// Where it listens; tells the port if the configuration left it open.
+    /// Returns the address that the gateway listens on, with the real port if the configured one is 0.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The routes, to be served in another way than by [`run`](Self::run). Nothing works in the background then.
+    /// Returns the routes, to serve them without [`run`](Self::run) and its background tasks.
     pub fn router(&self) -> Router {
         self.router.clone()
     }
 
-    /// Serves until `signals` resolves, then stops in two steps: no new runs, while running ones have the grace
-    /// time to end, and other replicas go on with those that wait; after it, or when `signals` resolves again, what
-    /// still runs is given up for other replicas, or the next process, to go on with.
+    /// Serves until `signals` resolves, then stops in two steps:
+    ///
+    /// 1. It takes no new runs. Active runs have the grace time to end. Other replicas go on with queued
+    ///    runs.
+    /// 2. After the grace time, or when `signals` resolves again, it hands the other active runs over to
+    ///    another replica or to the next process.
     ///
     /// # Errors
     /// A part of the gateway ended by itself.
@@ -192,12 +195,12 @@ impl App {
             parts.spawn(async move { server::serve(listener, router, &settings, stop).await });
         tracing::info!(address = %self.address, "listening");
 
-        // A replica whose session nobody keeps would only refuse from then on: better to end and be started again.
+        // A replica without its session can only refuse requests, so it ends, to be started again.
         let ended = tokio::select! {
             () = signals() => None,
             ended = &mut server => Some(format!("the server ended by itself: {ended:?}")),
             ended = &mut janitor => Some(format!("the janitor ended by itself: {ended:?}")),
-            ended = &mut session => Some(format!("the session's janitor ended by itself: {ended:?}")),
+            ended = &mut session => Some(format!("the session task ended by itself: {ended:?}")),
         };
         let Load { runs, queues } = self.runs.load();
         let grace_ms = u64::try_from(self.config.server.shutdown_grace.as_millis())?;
@@ -209,12 +212,12 @@ impl App {
             () = signals() => {}
             () = sleep(self.config.server.shutdown_grace) => {}
         }
-        // Whoever goes on with what is left shall know how far it came.
+        // The replicas that take over the other runs need their latest events.
         if timeout(SHUTDOWN_DEADLINE / 4, self.runs.record_now())
             .await
             .is_err()
         {
-            tracing::warn!("cannot record in time how far the runs came");
+            tracing::warn!("cannot record the latest events of the runs in time");
         }
         self.runs.let_go();
         self.stop.cancel();
@@ -227,7 +230,7 @@ impl App {
         if timeout(SHUTDOWN_DEADLINE, last_words).await.is_err() {
             tracing::error!(
                 runs = self.tasks.len(),
-                "some runs could not record their end"
+                "some runs did not record their end in time"
             );
         }
         server_stop.soft.cancel();
@@ -243,7 +246,7 @@ impl App {
             self.store.close().await;
         });
         if closed.await.is_err() {
-            tracing::warn!("the store's connections could not be closed in time");
+            tracing::warn!("the connections of the store did not close in time");
         }
         match ended {
             None => Ok(()),
@@ -263,9 +266,10 @@ pub async fn migrate(config: &StoreConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes all that a tenant has as lines to what `open` gives once the store is there. How many it were.
+/// Writes all conversations of a tenant as lines, and returns the number of lines. Calls `open` for the
+/// output once the store is connected.
 ///
-/// The schema is left as it is: taking out must not change what a running gateway may still use.
+/// Does not change the schema, because a running gateway may still use it.
 pub async fn export<W: Write>(
     config: &StoreConfig,
     tenant: TenantKey,
@@ -288,7 +292,7 @@ pub async fn export<W: Write>(
     Ok(written)
 }
 
-/// Reads lines and adds what they say. `refused` is told of each line that is not taken.
+/// Reads lines and adds their conversations. Calls `refused` for each line that it refuses.
 pub async fn import(
     config: &Config,
     input: impl BufRead,
@@ -300,7 +304,7 @@ pub async fn import(
     Ok(summary)
 }
 
-/// Makes an API key and records it.
+/// Creates an API key and stores it.
 pub async fn create_key(
     config: &StoreConfig,
     tenant: TenantKey,
@@ -314,7 +318,7 @@ pub async fn create_key(
     Ok(key)
 }
 
-/// The recorded keys, of one tenant or of all.
+/// Returns the stored keys of one tenant, or of all.
 pub async fn keys(
     config: &StoreConfig,
     tenant: Option<&TenantKey>,
@@ -325,15 +329,15 @@ pub async fn keys(
     Ok(keys)
 }
 
-/// Revokes the key that begins so.
+/// Revokes the key with this prefix.
 pub async fn revoke_key(config: &StoreConfig, prefix: &str) -> anyhow::Result<StoredKey> {
     let store = open_store(config).await?;
     let key = store.revoke_key(prefix).await?;
     store.close().await;
-    key.with_context(|| format!("no key begins with {prefix}; `threadkeeper keys list` shows all"))
+    key.with_context(|| format!("no key begins with {prefix}: `threadkeeper keys list` shows all"))
 }
 
-/// A conversation's key as logs and upstreams are told it.
+/// Returns the fingerprints of a conversation's key, as logs and upstreams see them.
 pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow::Result<KeyNames> {
     let store = open_store(&StoreConfig {
         migrate_on_start: false,
@@ -345,7 +349,7 @@ pub async fn fingerprint(config: &StoreConfig, key: &ConversationKey) -> anyhow:
     Ok(names)
 }
 
-/// What makes the fingerprints of this database. The first process on it makes their key.
+/// Returns the maker of this database's fingerprints. The first process on a database creates the key.
 async fn fingerprints(config: &StoreConfig, store: &Store) -> anyhow::Result<Fingerprints> {
     let mut fresh = [0; 32];
     rand::rng().fill_bytes(&mut fresh);
@@ -368,7 +372,7 @@ async fn open_store(config: &StoreConfig) -> anyhow::Result<Arc<Store>> {
     Ok(Arc::new(store))
 }
 
-/// Does a step of the start. A database that goes away meanwhile is waited for like one that is not up yet.
+/// Performs a step of the start, and repeats it within `store.startup_timeout` while the database is away.
 async fn with_retries<T>(
     config: &StoreConfig,
     step: impl AsyncFn() -> Result<T, StoreError>,
@@ -377,7 +381,7 @@ async fn with_retries<T>(
     loop {
         match step().await {
             Err(StoreError::Unavailable(error)) if Instant::now() + PAUSE < deadline => {
-                tracing::warn!(%error, "the database went away; trying again");
+                tracing::warn!(%error, "the database went away, trying again");
                 sleep(PAUSE).await;
             }
             done => return done,
@@ -435,7 +439,7 @@ mod tests {
 
     async fn app(folder: &std::path::Path) -> App {
         let text = format!(
-            // Nobody keeps the session.
+            // No task renews the session, so it must live long.
             "[server]\nlisten = \"127.0.0.1:0\"\n[replica]\nsession_ttl = \"1h\"\n[store]\nurl = \"sqlite:{}/t.db\"\n\
              [auth.keys.all]\nkey = \"{KEY}\"\nscope = \"operator\"\n\
              [upstreams.none]\nkind = \"responses\"\nbase_url = \"http://127.0.0.1:9/v1\"\n\
@@ -454,7 +458,7 @@ mod tests {
         App::build(config).await.unwrap()
     }
 
-    /// A request to one of the routes, more or less.
+    /// A request to one of the routes, with damage.
     #[derive(Clone, Debug)]
     struct Asked {
         method: Method,
@@ -545,7 +549,7 @@ mod tests {
         })
     }
 
-    /// `None` if it is no request.
+    /// Sends a request. `None` if it is not a valid request of HTTP.
     async fn ask(router: Router, asked: Asked) -> Option<Response> {
         let mut request = Request::builder().method(asked.method).uri(asked.path);
         for (name, value) in asked.headers {

@@ -1,4 +1,4 @@
-//! Who asks: what callers prove it with, and what that lets them do.
+//! Authentication: API keys and tokens, and what each of them opens.
 
 mod jwks;
 mod jwt;
@@ -20,23 +20,23 @@ use crate::store::{Store, StoreError};
 pub use jwt::{JwtRefusal, JwtSetupError, JwtVerifier};
 pub use keys::{FreshKey, KEY_PREFIX, Keyring};
 
-/// How often recorded keys are read again: a key that is revoked opens nothing after this and a moment.
+/// Interval at which the stored keys are read again. A revoked key opens nothing shortly after it.
 const REFRESH: Duration = Duration::from_secs(2);
 
-/// What callers can prove themselves with.
+/// The credentials that this gateway takes.
 #[derive(Debug)]
 pub struct Auth {
     keys: Keyring,
-    /// Where further keys are recorded, if any are.
+    /// The store with further keys, if `auth.stored_keys` is true.
     recorded: Option<Arc<Store>>,
-    /// Verifies the tokens of an issuer, if there is one.
+    /// The verifier of tokens, if an issuer is configured.
     tokens: Option<JwtVerifier>,
     is_open: bool,
 }
 
 impl Auth {
     /// # Errors
-    /// The issuer's keys are of no use.
+    /// The configured keys of the issuer cannot be used.
     pub fn new(
         config: &AuthConfig,
         store: Arc<Store>,
@@ -51,13 +51,13 @@ impl Auth {
         })
     }
 
-    /// Who presents this token: the text behind `Bearer`.
+    /// Returns the caller who sent this key or token, the text after `Bearer`. It may be dropped at any
+    /// await.
     ///
     /// # Errors
-    /// [`Error::Unauthenticated`]: nothing was presented. [`Error::InvalidToken`]: it opens nothing.
-    /// [`Error::StoreUnavailable`], [`Error::IssuerUnavailable`]: what is good is not known at present.
-    ///
-    /// Harmless to drop at any point.
+    /// - [`Error::Unauthenticated`]: the request has no key or token.
+    /// - [`Error::InvalidToken`]: the key or token opens nothing.
+    /// - [`Error::StoreUnavailable`], [`Error::IssuerUnavailable`]: the valid keys are not known at present.
     pub async fn identify(&self, token: Option<&str>) -> Result<Principal, Error> {
         if self.is_open {
             return Ok(Principal::anybody());
@@ -67,14 +67,14 @@ impl Auth {
             return Ok(principal);
         }
         match &self.tokens {
-            // What has three parts is none of our keys.
+            // Three parts make a token: no API key has two dots.
             Some(tokens) if token.matches('.').count() == 2 => {
                 tokens.verify(token).await.map_err(|refusal| match refusal {
                     JwtRefusal::Invalid(why) => Error::InvalidToken(why),
                     JwtRefusal::Unavailable => Error::IssuerUnavailable,
                 })
             }
-            // It may be a key that was made just now.
+            // The key may be new, and the stored keys are out of date.
             _ if self.recorded.is_some() && !self.keys.is_fresh() => {
                 Err(Error::StoreUnavailable(None))
             }
@@ -82,10 +82,10 @@ impl Auth {
         }
     }
 
-    /// Reads the recorded keys.
+    /// Reads the stored keys.
     ///
     /// # Errors
-    /// The store failed; the keys that are known stay good for a while.
+    /// The store failed. The known keys stay valid for a while.
     pub async fn refresh(&self) -> Result<(), StoreError> {
         let Some(store) = &self.recorded else {
             return Ok(());
@@ -94,7 +94,7 @@ impl Auth {
         Ok(())
     }
 
-    /// Keeps the recorded keys up to date, until the stop.
+    /// Keeps the stored keys up to date until `stop`.
     pub async fn keep_fresh(self: Arc<Self>, stop: CancellationToken) {
         if self.recorded.is_none() {
             return;

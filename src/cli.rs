@@ -10,8 +10,8 @@ use crate::config::LISTEN_FORM;
 use crate::domain::Access;
 use crate::simulator::SimulatorConfig;
 
-/// An HTTP gateway between chatbot frontends and a hosted conversation API: one thread per user, session or topic,
-/// and one run at a time on it.
+/// An HTTP gateway between chatbot frontends and a hosted conversation API: one thread for each user,
+/// session or topic, and one run at a time on it.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "threadkeeper", version, propagate_version = true)]
 pub struct Cli {
@@ -34,10 +34,10 @@ pub enum Command {
     Health(HealthArgs),
 }
 
-/// Try it out: the gateway with a simulated upstream, in one process.
+/// Try the gateway with a simulated upstream, in one process.
 ///
-/// Needs no configuration, keys or database server: conversations are kept in a SQLite file in the data folder, and
-/// the replies are made up by the built-in simulator. Not for production.
+/// Needs no configuration, no keys and no database server. The gateway stores conversations in a SQLite
+/// file in the data folder, and the built-in simulator invents the replies. Not for production.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -45,19 +45,19 @@ Examples:
   threadkeeper dev --listen 127.0.0.1:9000 --data /var/tmp/threadkeeper
   docker run --rm -p 127.0.0.1:8080:8080 threadkeeper dev --listen 0.0.0.0:8080")]
 pub struct DevArgs {
-    /// Address to listen on. Nobody has to prove who they are: keep it on loopback, or in a container whose port is published
-    /// there.
+    /// Address to listen on. The gateway asks for no credentials, so use loopback, or a container whose port
+    /// is published on loopback.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = listen)]
     pub listen: SocketAddr,
-    /// Folder of the database. Made if it does not exist.
+    /// Folder of the database. It is created if it does not exist.
     #[arg(long, value_name = "DIR", default_value = "./data")]
     pub data: PathBuf,
 }
 
 /// Run the gateway.
 ///
-/// Refuses to start if anything is wrong with the configuration, and lists all of it. The first SIGTERM or SIGINT lets
-/// running turns end within the grace time, the second one does not.
+/// Refuses to start if the configuration has problems, and lists all of them. After the first SIGTERM or
+/// SIGINT, active runs have the grace time to end. A second signal ends the grace time.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -66,28 +66,29 @@ Examples:
 pub struct ServeArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Address to listen on, in place of the configured one.
+    /// Address to listen on, instead of the configured one.
     #[arg(long, value_name = "ADDR", value_parser = listen)]
     pub listen: Option<SocketAddr>,
 }
 
 /// Run only the simulated upstream, for tests, demos and benchmarks.
 ///
-/// Speaks both protocols (Assistants v2 under /v1 with threads and runs, and Conversations + Responses) and, unless
-/// `--api-key` says otherwise, accepts every key that does not begin with `bad`.
+/// Speaks both protocols below /v1: Assistants v2 with threads and runs, and Conversations + Responses.
+/// Without `--api-key` it accepts every key that does not begin with `bad`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   threadkeeper simulate
   threadkeeper simulate --listen 127.0.0.1:9100 --latency 300ms --token-interval 20ms --reply-words 200
 
-A turn is steered from the user's own text, by words in [[sim: …]]:
+Words in [[sim: …]] in the text of a user steer the run:
   [[sim: latency=2s rate=50ms tokens=100]]    how long and how fast
   [[sim: tool=get_weather]] [[sim: fail]] [[sim: incomplete]] [[sim: refusal]]
   [[sim: status=429 retry_after=2]] [[sim: cut=5]] [[sim: silent_after=3]] [[sim: no_terminal]]
-The same words wait for the next requests, whatever these say, with
+The same words steer the next requests, with any text, after
   curl --json '{\"on\": \"start\", \"fault\": \"status=500\", \"times\": 2}' http://127.0.0.1:9090/_simulator/faults
-and `chance=30` among them lets 70 of 100 requests alone. Its figures are at /_simulator/stats. All words: the documentation of the module `simulator`.")]
+With `chance=30` among them they affect 30 of 100 requests.
+All words are in the comment at the top of src/simulator.rs. Statistics are at /_simulator/stats.")]
 pub struct SimulateArgs {
     /// Address to listen on.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9090", value_parser = listen)]
@@ -96,9 +97,9 @@ pub struct SimulateArgs {
     pub knobs: SimulatorConfig,
 }
 
-/// Bring the database's schema up to date, and end.
+/// Bring the schema of the database up to date, and end.
 ///
-/// For deployments where `serve` must not do it (`store.migrate_on_start = false`). Harmless to repeat.
+/// For deployments in which `serve` must not do that (`store.migrate_on_start = false`). It can be repeated.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -109,12 +110,12 @@ pub struct MigrateArgs {
     pub config: ConfigArgs,
 }
 
-/// Write all conversations out: threads, runs and messages, one JSON object a line.
+/// Write all conversations of a tenant: threads, runs and messages, one JSON object a line.
 ///
-/// The last line counts the others, so that a file which was cut off is noticed. `import` reads the format; the
-/// documentation of the module `records` describes it. The file is not encrypted, and holds all that was said.
+/// The last line counts the others. A file without it was cut off. `import` reads the format, and
+/// docs/export-import.md describes it. The file is not encrypted, and has the content of all messages.
 ///
-/// Postgres can be read while the gateway runs. A SQLite file serves one process: stop the gateway first.
+/// With Postgres the gateway may run meanwhile. A SQLite file serves one process: stop the gateway first.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -123,19 +124,19 @@ Examples:
 pub struct ExportArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// The file to write, in place of standard output. What it held is lost.
+    /// File to write, instead of standard output. An existing file is overwritten.
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// Whose conversations.
+    /// Tenant whose conversations are written.
     #[arg(long, value_name = "TENANT", default_value = "default")]
     pub tenant: String,
 }
 
-/// Bring conversations along: an export, or a table of users and upstream threads.
+/// Read conversations: an export, or a table of users and upstream threads.
 ///
-/// Reads one JSON object a line. What is there already is left as it is, so the same file can be read again. Lines that
-/// cannot be taken are named on standard error, the others are taken; the exit code is 0 if all were. Runs are passed
-/// over.
+/// Reads one JSON object a line. Changes nothing that exists already, so the same file can be read again.
+/// Adds the valid lines, and names each refused line on standard error. The exit code is 0 if no line was
+/// refused. Runs are ignored.
 ///
 /// A SQLite file serves one process: stop the gateway first.
 #[derive(Args, Clone, Debug)]
@@ -144,21 +145,22 @@ Examples:
   threadkeeper import --config gateway.toml conversations.ndjson
   threadkeeper import --config gateway.toml -
 
-The least that makes a thread known, and messages that may follow it:
+The shortest line for a thread, and a message that may follow it:
   {\"type\": \"thread\", \"key\": {\"user\": \"alice\"}, \"upstream_thread_id\": \"thread_abc\"}
   {\"type\": \"message\", \"role\": \"user\", \"content\": \"Hello\"}")]
 pub struct ImportArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// The file to read; `-`, or none, is standard input.
+    /// File to read. `-`, or no file, is standard input.
     #[arg(value_name = "FILE", default_value = "-")]
     pub file: PathBuf,
 }
 
-/// Make, list and revoke API keys.
+/// Create, list and revoke API keys.
 ///
-/// They are good where `auth.stored_keys = true`. A gateway that runs takes up a new key, and drops a revoked one, within
-/// a few seconds. A SQLite file serves one process: stop the gateway first, or write keys into its configuration.
+/// A gateway with `auth.stored_keys = true` accepts these keys. It learns of new and revoked keys within a
+/// few seconds. A SQLite file serves one process: stop the gateway first, or write keys into its
+/// configuration.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -173,46 +175,47 @@ pub struct KeysArgs {
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum KeysCommand {
-    /// Make a key. It is written to standard output, this once: only its hash is kept.
+    /// Create a key. It is written to standard output only now: the database has only its hash.
     Create {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Whose conversations it opens.
+        /// Tenant whose conversations the key opens.
         #[arg(long, value_name = "TENANT", default_value = "default")]
         tenant: String,
-        /// read, chat (and read), admin (and see all threads of the tenant at once), or operator (and the work in the
-        /// background, for all tenants).
+        /// Access of the key: read; chat, which includes read; admin, which also lists all threads of the
+        /// tenant; or operator, which also runs the janitor for all tenants.
         #[arg(long, value_name = "SCOPE", default_value = "chat", hide_possible_values = true,
             value_parser = PossibleValuesParser::new(Access::ALL.iter().map(|access| access.as_str()))
                 .try_map(|text| text.parse::<Access>()))]
         scope: Access,
-        /// What it is for. Shown in lists.
+        /// Purpose of the key, shown in lists.
         #[arg(long, value_name = "TEXT", default_value = "")]
         label: String,
     },
-    /// List the keys: how they begin, whose they are, what they open.
+    /// List the keys: prefix, scope, tenant, creation, state, label.
     List {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Those of this tenant alone.
+        /// List only the keys of this tenant.
         #[arg(long, value_name = "TENANT")]
         tenant: Option<String>,
     },
-    /// Revoke a key. Whoever uses it is refused within a few seconds.
+    /// Revoke a key. Gateways refuse it within a few seconds.
     Revoke {
         #[command(flatten)]
         config: ConfigArgs,
-        /// How it begins, as lists show it.
+        /// Prefix of the key, as `keys list` shows it.
         #[arg(value_name = "PREFIX")]
         prefix: String,
     },
 }
 
-/// Show what logs and upstreams call a tenant, a user, a session or a topic.
+/// Show the fingerprints of a tenant, a user, a session or a topic.
 ///
-/// Names are not written there, but fingerprints of them, which are made with a key of the database's own: so another database
-/// has others. The fields are `user` and `key` in logs, and `threadkeeper_tenant`, `…_user`, `…_session` and `…_topic` in the
-/// metadata at an upstream. Where the upstream has `send_identifiers = true`, names stand there in clear.
+/// Logs and upstreams get fingerprints instead of names. Each database has its own key for them, so other
+/// databases have other fingerprints. Logs have them in the fields `user` and `key`. The metadata at an
+/// upstream has them in `threadkeeper_tenant`, `…_user`, `…_session` and `…_topic`. An upstream with
+/// `send_identifiers = true` gets the names in clear.
 ///
 /// A SQLite file serves one process: stop the gateway first.
 #[derive(Args, Clone, Debug)]
@@ -224,10 +227,10 @@ Examples:
 pub struct FingerprintArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Whose user it is.
+    /// Tenant of the user.
     #[arg(long, value_name = "TENANT", default_value = "default")]
     pub tenant: String,
-    /// The user, as in the path of requests, but not percent-encoded.
+    /// The user, as in the path of requests but not percent-encoded.
     #[arg(long, value_name = "USER")]
     pub user: String,
     /// A session of the user.
@@ -238,9 +241,9 @@ pub struct FingerprintArgs {
     pub topic: Option<String>,
 }
 
-/// Check the configuration as `serve` would, without connecting to anything, and end.
+/// Check the configuration as `serve` does, without connecting to anything, and end.
 ///
-/// Lists every problem with the place where it was written. The exit code is 0 if there is none.
+/// Lists every problem with its file and line, or its variable. The exit code is 0 if there is none.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -249,19 +252,19 @@ Examples:
 pub struct CheckConfigArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Ask each upstream what it can do, too, and print a line for each capability.
+    /// Also ask each upstream what it can do, and print a line for each capability.
     ///
-    /// No run is started, so nothing is paid; a thread or conversation is made and deleted again. The exit code is 1 if an
-    /// upstream cannot be used as it is configured.
+    /// This starts no run, so it costs nothing. It creates a thread or conversation and deletes it again. The
+    /// exit code is 1 if an upstream cannot be used as it is configured.
     #[arg(long)]
     pub probe: bool,
 }
 
-/// Print the statements that the database is sent, to be pasted into psql or sqlite3.
+/// Print the SQL statements of the gateway, to paste them into psql or sqlite3.
 ///
-/// `$1`, `$2`, … are parameters; a line before the statement says what they are. In psql put `PREPARE x AS` before it, for
-/// example. Each begins with its name, under which `pg_stat_statements`, errors and spans show it. The functions that some
-/// call are printed with them.
+/// `$1`, `$2`, … are parameters, and a line before the statement names them. In psql, put `PREPARE x AS`
+/// before a statement, for example. Each statement begins with its name, which `pg_stat_statements`, errors
+/// and spans show too. Functions that a statement calls are printed with it.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -269,19 +272,19 @@ Examples:
   threadkeeper sql admission.admit
   threadkeeper sql --engine sqlite finish.finish")]
 pub struct SqlArgs {
-    /// The name of a statement, or the first part of some. All, if it is left out.
+    /// Name of a statement, or the beginning of some names. All statements if it is left out.
     #[arg(value_name = "NAME", default_value = "")]
     pub name: String,
-    /// Which database.
+    /// Engine of the database.
     #[arg(long, value_name = "ENGINE", default_value = "postgres",
         value_parser = PossibleValuesParser::new(["postgres", "sqlite"]))]
     pub engine: String,
 }
 
-/// Ask the gateway on this machine whether it lives, for the container's health check.
+/// Check that the gateway on this machine lives, for the health check of a container.
 ///
-/// The exit code is 0 if `/healthz` of the configured listen address answers 200 within a few seconds. Of the configuration
-/// only `server.listen` is looked at.
+/// The exit code is 0 if `/healthz` at the configured listen address answers 200 within a few seconds. Only
+/// `server.listen` of the configuration matters.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -290,27 +293,27 @@ Examples:
 pub struct HealthArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// The address that the gateway listens on, if `serve` was told one.
+    /// Address that the gateway listens on, if `serve` got `--listen`.
     #[arg(long, value_name = "ADDR", value_parser = listen)]
     pub listen: Option<SocketAddr>,
 }
 
-/// Where settings come from.
+/// The source of the settings.
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArgs {
-    /// The configuration, TOML. Without it `/etc/threadkeeper/gateway.toml` is read if it is there, and no other file.
+    /// File with the configuration, TOML. Without this flag, `/etc/threadkeeper/gateway.toml` if it exists.
     ///
-    /// Environment variables are above the file: `THREADKEEPER_` and the path with two underscores between the levels
-    /// (`THREADKEEPER_STORE__URL`), and `DATABASE_URL` for `store.url`.
+    /// Environment variables take precedence over the file. Their names are `THREADKEEPER_` and the path with
+    /// two underscores between the levels (`THREADKEEPER_STORE__URL`). `DATABASE_URL` stands for `store.url`.
     #[arg(long, value_name = "FILE", env = "THREADKEEPER_CONFIG", hide_env_values = true,
         value_parser = OsStringValueParser::new().map(PathBuf::from))]
     pub config: Option<PathBuf>,
 }
 
-/// What a listen address looks like.
+/// Parses a listen address.
 fn listen(text: &str) -> Result<SocketAddr, String> {
     text.parse()
-        .map_err(|_| format!("{LISTEN_FORM} (a host name is not looked up)"))
+        .map_err(|_| format!("{LISTEN_FORM} (the gateway looks up no host names)"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Typed settings. Defaults < file < environment; every problem is reported at once.
+//! Typed settings. The file replaces defaults, and the environment replaces both. The loader reports all
+//! problems at once.
 //!
 //! `config/gateway.toml` lists every setting with its default.
 
@@ -39,7 +40,7 @@ pub use problem::{ConfigProblems, Origin, Problem, USUAL_FILE};
 pub use rate::{InvalidRate, Rate};
 pub use upstreams::{AssistantConfig, AuthScheme, UpstreamConfig, UpstreamKind};
 
-/// The longest page of a list that there can be.
+/// Largest page of a list, in entries.
 pub const MAX_PAGE: u32 = 100;
 
 /// All settings of the gateway.
@@ -67,36 +68,36 @@ pub struct Config {
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     pub listen: SocketAddr,
-    /// Serve callers on other machines although nobody has to prove who they are.
+    /// Serve callers on other machines without credentials.
     pub allow_unauthenticated: bool,
-    /// Origins whose pages may ask from a browser, such as `https://chat.example.com`, and those of apps that are pages inside
-    /// (`capacitor://localhost`).
+    /// Origins whose pages may call from a browser, such as `https://chat.example.com`, and origins of apps
+    /// that are pages inside (`capacitor://localhost`).
     pub cors_origins: Vec<String>,
-    /// Where callers reach the gateway, such as `https://chat.example.com/chat-api`, if a proxy takes a prefix away: links
-    /// begin with its path.
+    /// URL at which callers reach the gateway, such as `https://chat.example.com/chat-api`, if a proxy
+    /// removes a path prefix. Links begin with its path.
     #[serde(deserialize_with = "upstreams::optional_url")]
     pub public_url: Option<Url>,
-    /// Proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` are believed.
+    /// Proxies whose `X-Forwarded-For` and `X-Forwarded-Prefix` the gateway believes.
     pub trusted_proxies: Vec<Network>,
-    /// Open connections; further ones wait in the kernel's queue.
+    /// Open connections. Further ones wait in the kernel's queue.
     pub max_connections: usize,
-    /// Time for a request's head to arrive, counted also between two requests of a kept-alive connection: keep
-    /// it longer than the load balancer's idle time.
+    /// Time for a request's head to arrive, also between two requests of a kept-alive connection. Keep it
+    /// longer than the idle time of the load balancer.
     #[serde(with = "humantime_serde")]
     pub header_read_timeout: Duration,
     /// Longest silence while a request's body arrives.
     #[serde(with = "humantime_serde")]
     pub body_read_timeout: Duration,
-    /// Bytes of a body that must arrive in a second, on the average, from one `body_read_timeout` after its begin on; 0:
-    /// any.
+    /// Bytes of a body that must arrive in a second, on average, counted from one `body_read_timeout` after
+    /// its beginning. 0: any rate.
     pub min_body_rate: u32,
-    /// Longest time that a caller may leave an answer's bytes unread.
+    /// Longest time for which a caller may leave an answer's bytes unread.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
     /// Largest request body, bytes.
     pub max_body_bytes: usize,
-    /// Bytes of large bodies in memory at once: from before they are read until their runs end, but not while these wait in
-    /// line.
+    /// Bytes of all large bodies in memory at once, from before they are read until their runs end. Queued
+    /// runs do not count.
     pub max_buffered_body_bytes: usize,
     /// Largest request head, bytes.
     pub max_header_bytes: usize,
@@ -108,13 +109,13 @@ pub struct ServerConfig {
     pub max_metadata_pairs: usize,
     /// Most entries of a page of a list: [`MAX_PAGE`] or less.
     pub max_page_size: u32,
-    /// Readers that may follow the events of one run.
+    /// Readers of one run's events.
     pub max_readers_per_run: NonZeroUsize,
-    /// Comment interval of an idle event stream.
+    /// Interval of comments on a silent event stream.
     #[serde(with = "humantime_serde")]
     pub stream_keep_alive: Duration,
-    /// Time for running turns to end after SIGTERM. What then still runs is ended, which takes up to 10 s more: give
-    /// the orchestrator's own grace time (often 30 s) room for both.
+    /// Time for active runs to end after SIGTERM. The gateway then hands over or ends the rest, in up to
+    /// 10 s more. Give the orchestrator's own grace time (often 30 s) room for both.
     #[serde(with = "humantime_serde")]
     pub shutdown_grace: Duration,
 }
@@ -123,31 +124,32 @@ pub struct ServerConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// `postgres://…` or `sqlite:<path>`. A secret: it may hold a password.
+    /// URL of the database: `postgres://…` or `sqlite:<path>`. A secret, because it may have a password.
     pub url: Option<SecretString>,
-    /// A file that holds the URL. Read by [`Config::load`], which puts the URL where it belongs.
+    /// File with the URL. [`Config::load`] reads it into `url`.
     pub url_file: Option<PathBuf>,
-    /// Postgres only: the server itself, where `url` leads to a pooler that lends connections by the transaction.
+    /// URL of the server itself, if `url` leads to a pooler that lends connections by transaction. Postgres
+    /// only.
     pub direct_url: Option<SecretString>,
-    /// A file that holds it.
+    /// File with that URL. [`Config::load`] reads it into `direct_url`.
     pub direct_url_file: Option<PathBuf>,
     /// Connections of the pool (Postgres), or readers (SQLite).
     pub max_connections: u32,
     /// Longest wait for a free connection.
     #[serde(with = "humantime_serde")]
     pub acquire_timeout: Duration,
-    /// How long a message may wait before it is sent to the database, behind those of others. One that waits for longer, or
-    /// would, is refused.
+    /// Longest wait of a message for the database to record it, behind other messages. A message that waits
+    /// longer, or would, is refused.
     #[serde(with = "humantime_serde")]
     pub max_wait: Duration,
-    /// How long `serve` waits at start for a database that is not up yet.
+    /// How long `serve` waits at start for a database that is away.
     #[serde(with = "humantime_serde")]
     pub startup_timeout: Duration,
-    /// Bring the schema up to date at start. If false, `serve` refuses to start on an old one.
+    /// Bring the schema up to date at start. If false, `serve` refuses to start on an old schema.
     pub migrate_on_start: bool,
-    /// `off`: what is said is never stored, here.
+    /// Whether the gateway stores the content of messages.
     pub transcript: Transcript,
-    /// SQLite only: `full` (what was acknowledged survives a power loss) or `normal` (the last commits may not).
+    /// SQLite only. `full`: acknowledged data survives a power loss. `normal`: the last commits may not.
     pub synchronous: Synchronous,
 }
 
@@ -170,11 +172,11 @@ pub enum Synchronous {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
-    /// As in `RUST_LOG`: `info`, `threadkeeper=debug,info`, …
+    /// Filter of the log, as in `RUST_LOG`: `info`, `threadkeeper=debug,info`, …
     pub filter: String,
-    /// `json`, `pretty`, or unset: json for `serve`, pretty for `dev`.
+    /// Format of the lines. If unset, json for `serve` and pretty for `dev`.
     pub format: Option<LogFormat>,
-    /// Whether the log tells the address of who sent a request.
+    /// Whether the log has the address of each caller.
     pub client_address: bool,
 }
 
@@ -185,20 +187,21 @@ pub enum LogFormat {
     Pretty,
 }
 
-/// How often callers may ask, in each process. Nothing is limited that is not set.
+/// Rates of callers, in each process. A rate that is not set limits nothing.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
-    /// Messages of one user, and outputs of function calls: each has a model answer.
+    /// Messages and outputs of function calls of one user: a model answers each.
     pub user_messages: Option<Rate>,
     /// All other requests of one user.
     pub user_requests: Option<Rate>,
-    /// The same for all of a tenant together.
+    /// Messages and outputs of function calls of a tenant.
     pub tenant_messages: Option<Rate>,
+    /// All other requests of a tenant.
     pub tenant_requests: Option<Rate>,
 }
 
-/// How runs are queued and bounded.
+/// Limits of runs and of their queues.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunsConfig {
@@ -208,18 +211,18 @@ pub struct RunsConfig {
     /// The longest that an assistant or a request may ask for.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
-    /// Runs that may wait on one thread in this process.
+    /// Queued runs of one thread in this process.
     pub max_queue: usize,
-    /// Bytes that the messages of these may have together.
+    /// Bytes of the messages of these runs together.
     pub max_queue_bytes: usize,
-    /// Unfinished runs that this process takes, whether they wait or are at work.
+    /// Unfinished runs of this process, queued or active.
     pub max_runs: NonZeroUsize,
-    /// Of these, for each tenant.
+    /// Unfinished runs of each tenant in this process.
     pub max_runs_per_tenant: Option<NonZeroUsize>,
-    /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a failure
-    /// after which it has no trace of the request.
+    /// Further tries of a request that the upstream provably did not take: no connection, a rate limit, or a
+    /// failure that left no trace of the request there.
     pub max_retries: u32,
-    /// How long to try to end at the upstream what a run left behind.
+    /// Time to end at the upstream what a run left there.
     #[serde(with = "humantime_serde")]
     pub settle_timeout: Duration,
     /// Largest reply, bytes of text.
@@ -236,7 +239,7 @@ pub struct SessionsConfig {
     /// Life of a session's thread. The session's next message then starts a new one.
     #[serde(with = "humantime_serde")]
     pub ttl: Duration,
-    /// From when on that counts.
+    /// Start of that life.
     pub ttl_from: TtlFrom,
 }
 
@@ -245,7 +248,7 @@ pub struct SessionsConfig {
 pub enum TtlFrom {
     /// The thread's creation.
     Creation,
-    /// The thread's last activity: each message makes it live longer.
+    /// The thread's last activity, so that each message renews its life.
     LastActivity,
 }
 
@@ -256,74 +259,74 @@ pub struct ThreadsConfig {
     /// Life of the threads of users and topics, from their creation; for ever if left out.
     #[serde(with = "humantime_serde")]
     pub max_age: Option<Duration>,
-    /// The same from their last activity.
+    /// Life of the threads of users and topics, from their last activity; for ever if left out.
     #[serde(with = "humantime_serde")]
     pub max_idle: Option<Duration>,
-    /// The longest life that a request may ask for.
+    /// Longest life that a request may ask for.
     #[serde(with = "humantime_serde")]
     pub max_ttl: Duration,
-    /// A thread with so many messages is archived before its next turn, and a fresh one takes its place.
+    /// Messages of a full thread. It is archived before its next run, and a fresh one takes its place.
     pub max_messages: Option<NonZeroU32>,
-    /// How many of its last messages the fresh one begins with.
+    /// Last messages of the old thread that the fresh one begins with.
     pub carry_over_messages: u32,
 }
 
-/// Threads that are archived.
+/// Archived threads.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ArchiveConfig {
     /// How long their transcripts are kept.
     #[serde(with = "humantime_serde")]
     pub keep: Duration,
-    /// Keep their upstream threads for as long, too.
+    /// Keep their upstream threads for the same time.
     pub keep_upstream: bool,
 }
 
-/// How long the record keeps what conversations do not need.
+/// Retention of rows that conversations do not need.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetentionConfig {
-    /// Runs that have ended. Their messages stay.
+    /// How long ended runs are kept. Their messages stay.
     #[serde(with = "humantime_serde")]
     pub runs: Duration,
-    /// The events of runs that have ended.
+    /// How long the events of ended runs are kept.
     #[serde(with = "humantime_serde")]
     pub events: Duration,
-    /// Receipts of deletions.
+    /// How long receipts of deletions are kept.
     #[serde(with = "humantime_serde")]
     pub receipts: Duration,
 }
 
-/// The work in the background.
+/// The janitor: the work in the background.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct JanitorConfig {
-    /// How often this replica looks for work, more or less.
+    /// How often this replica looks for work, approximately.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
-    /// Threads taken at a time.
+    /// Threads that the janitor takes at a time.
     pub batch_size: NonZeroU32,
-    /// Threads worked on at once.
+    /// Threads that it works on at once.
     pub concurrency: NonZeroU32,
-    /// Calls to all upstreams together.
+    /// Calls of the janitor to all upstreams together.
     pub calls_per_second: NonZeroU32,
-    /// How long a deletion that an upstream refuses or fails is tried, from the first failure in a row. Then the receipt
-    /// tells what may remain there.
+    /// How long the janitor tries a deletion that an upstream refuses or fails, from the first failure in a
+    /// row. Then the receipt tells what may remain there.
     #[serde(with = "humantime_serde")]
     pub give_up_after: Duration,
 }
 
-/// This process among its peers.
+/// This replica among the others.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReplicaConfig {
-    /// A replica that has not renewed its session for so long counts as dead.
+    /// Time after which a replica counts as dead that has not renewed its session.
     #[serde(with = "humantime_serde")]
     pub session_ttl: Duration,
 }
 
 impl Config {
-    /// How long threads live that have no limits of their own.
+    /// Returns the lives of threads that have no time to live of their own.
     pub fn lifetimes(&self) -> Lifetimes {
         let Self {
             sessions, threads, ..
@@ -346,7 +349,7 @@ impl Config {
         }
     }
 
-    /// The assistant that answers where a message names none: the one called `default`, or the only one.
+    /// Returns the assistant for messages that name none: the one called `default`, or the only one.
     pub fn default_assistant(&self) -> Option<&str> {
         match self.assistants.get_key_value("default") {
             Some((name, _)) => Some(name),
@@ -357,18 +360,18 @@ impl Config {
 }
 
 impl LogConfig {
-    /// The filter in its usable form.
+    /// Parses the filter.
     ///
     /// # Errors
     ///
-    /// The text is not a filter, such as `threadkeeper=loud`.
+    /// The text is not a filter, for example `threadkeeper=loud`.
     pub fn env_filter(&self) -> Result<EnvFilter, tracing_subscriber::filter::ParseError> {
         EnvFilter::try_new(&self.filter)
     }
 }
 
 impl ServerConfig {
-    /// What this address says of others is believed. A [canonical](IpAddr::to_canonical) one.
+    /// Returns whether the address is a trusted proxy. It must be [canonical](IpAddr::to_canonical).
     pub fn trusts(&self, address: IpAddr) -> bool {
         self.trusted_proxies
             .iter()
@@ -526,7 +529,7 @@ mod tests {
         })
     }
 
-    /// The file with its examples switched on: `#` and no blank marks a setting.
+    /// Returns the file with its examples switched on: a setting follows `#` without a blank.
     fn with_examples() -> String {
         let switch_on = |line: &str| match line.strip_prefix('#') {
             Some(setting)
@@ -589,7 +592,7 @@ mod tests {
 
     #[test]
     fn the_examples_hold_together_and_state_the_defaults_of_their_fields() {
-        // Of two settings that exclude each other the one is taken out, and a key in ASCII put in.
+        // Removes one of two settings that exclude each other, and writes keys in ASCII.
         let text = [
             "api_key_file",
             "url_file",

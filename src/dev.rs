@@ -1,4 +1,4 @@
-//! What `threadkeeper dev` is made of: settings that need none, and the lines to try.
+//! The settings and the banner of `threadkeeper dev`, which needs no configuration.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::config::{AssistantConfig, Config, UpstreamConfig, UpstreamKind};
 use crate::health::reachable;
 use crate::simulator::SimulatorConfig;
 
-/// A simulator at the pace of a model, so that streams look like streams.
+/// Returns the settings of a simulator that replies at the pace of a model, so that streams look real.
 pub fn simulator() -> SimulatorConfig {
     SimulatorConfig {
         latency: Duration::from_millis(150),
@@ -20,7 +20,8 @@ pub fn simulator() -> SimulatorConfig {
     }
 }
 
-/// A gateway on a SQLite file below `data`, with an assistant for each protocol at the simulator.
+/// Returns the settings of a gateway with a SQLite file below `data`, and with an assistant for each
+/// protocol of the simulator.
 pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Result<Config> {
     let database = data.join("threadkeeper.db");
     let database = database.to_str().context("--data must be valid UTF-8")?;
@@ -57,16 +58,16 @@ pub fn config(listen: SocketAddr, data: &Path, simulator: &str) -> anyhow::Resul
     Ok(config)
 }
 
-/// What a newcomer reads: that replies are simulated, and what to type next.
+/// Returns the text that `dev` prints: replies are simulated, and these lines are worth a try.
 pub fn banner(address: SocketAddr, data: &Path) -> String {
     let open = if address.ip().to_canonical().is_loopback() {
         String::new()
     } else {
         format!(
             "  \
-  OPEN TO OTHERS: whoever reaches {address} reads, writes and deletes all
-  that is said here, for nobody has to prove who they are. In a container
-  publish the port on loopback only: -p 127.0.0.1:{port}:{port}
+  OPEN TO OTHERS: this gateway asks for no credentials. Every program that
+  reaches {address} can read, write and delete all conversations. In a
+  container, publish the port on loopback only: -p 127.0.0.1:{port}:{port}
 ",
             port = address.port()
         )
@@ -75,9 +76,9 @@ pub fn banner(address: SocketAddr, data: &Path) -> String {
     format!(
         r#"
   ┌──────────────────────────────────────────────────────────────────────────┐
-  │  REPLIES ARE SIMULATED: no model is asked. For a real one: serve.        │
+  │  REPLIES ARE SIMULATED, without a model. For a real one, use `serve`.    │
   └──────────────────────────────────────────────────────────────────────────┘
-{open}  Conversations are kept in {data}. Ctrl-C stops. Try, in another terminal:
+{open}  Conversations are stored in {data}. Ctrl-C stops. Try in another terminal:
 
   curl --json '{{"content": "Hello, I am Alice."}}' {user}/messages
   curl -N --json '{{"content": "Tell me more.", "stream": true}}' {user}/messages

@@ -1,4 +1,5 @@
-//! The one error of the service, free of HTTP. `api/problem.rs` alone turns it into an answer.
+//! [`Error`], the one error of the service. It is free of HTTP: `api/problem.rs` alone turns it into
+//! an answer.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -9,112 +10,138 @@ use crate::domain::{Access, Run};
 use crate::store::StoreError;
 use crate::upstream::UpstreamError;
 
-/// Why a request was not answered as asked. Display texts are safe to show to the caller.
+/// Why the gateway refused a request, or failed to serve it. Display texts are safe for the caller.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The request cannot be read.
+    /// The gateway cannot read the request.
     #[error("{0}")]
     Malformed(String),
-    /// The request can be read and asks for what cannot be.
+    /// The gateway can read the request, which asks for something impossible.
     #[error("{0}")]
     Invalid(String),
     #[error("the body must be JSON: send the header `content-type: application/json`")]
     UnsupportedMediaType,
-    #[error("the body is larger than {limit} bytes")]
+    #[error("the body is larger than {limit} bytes: send a smaller one")]
     PayloadTooLarge { limit: usize },
-    #[error("the body did not arrive in time")]
+    #[error("the body arrived too slowly: send it without pauses, or over a faster connection")]
     BodyTimeout,
-    /// The bodies of others have all memory that there is for bodies.
+    /// The bodies of other requests use all memory that this replica has for bodies.
     #[error(
-        "other requests with large bodies are at work, as many as this replica has memory for; send it again later"
+        "the large bodies of other requests use all memory of this replica for bodies: send the request \
+         again later"
     )]
     BodiesFull,
-    /// Neither a key nor a token was presented.
-    #[error("send a key or token: `authorization: Bearer …`")]
+    /// The request has neither a key nor a token.
+    #[error("the request has no key or token: send one in the header `authorization: Bearer …`")]
     Unauthenticated,
-    /// A key or token was presented and is refused. The text says why, in fixed words without quotation marks.
+    /// The gateway refuses the key or token of the request. The text gives the reason in fixed words
+    /// without quotation marks.
     #[error("the key or token is refused: {0}")]
     InvalidToken(&'static str),
-    #[error("the keys of whoever issues tokens cannot be had at present")]
+    #[error(
+        "the gateway cannot fetch the keys of the token issuer at present: send the request again later"
+    )]
     IssuerUnavailable,
-    /// The key or token is good, and its scope is too small.
-    #[error("this needs the scope `{0}`")]
+    /// The key or token is good, but its scope is too small.
+    #[error("this request needs the scope `{0}`: send a key or token that has it")]
     InsufficientScope(Access),
-    /// Who asks may not do that.
+    /// The caller may not do that. The text gives the reason.
     #[error("{0}")]
     Forbidden(&'static str),
-    /// Too many messages or requests of a user or a tenant.
+    /// A user or a tenant sent too many messages or requests.
     #[error("{0}")]
     RateLimited(TooOften),
-    #[error("{limit} runs of this tenant are unfinished here already")]
+    #[error(
+        "this tenant has {limit} unfinished runs at this replica, the most that it may have: send the \
+         message again when one has ended"
+    )]
     TooManyRuns { limit: usize },
-    #[error("{limit} readers follow this run here already")]
+    #[error(
+        "{limit} readers follow the events of this run at this replica, the most that may: try again when \
+         one has left"
+    )]
     TooManyReaders { limit: usize },
-    /// More runs than it may have, or messages come faster than they can be recorded.
-    #[error("this replica has as much work as it can take; nothing new was stored")]
+    /// This replica has its most unfinished runs, or messages arrive faster than it records them.
+    #[error(
+        "this replica has as much work as it can take, and stored nothing new: send the request again later"
+    )]
     Overloaded,
     #[error("{0}")]
     NotFound(&'static str),
-    #[error("this path does not take this method; see the `allow` header")]
+    #[error("this path does not take this method: the header `allow` names those that it takes")]
     MethodNotAllowed,
-    #[error("the thread is busy with another run")]
+    #[error(
+        "the thread is busy with another run: send the message again when that run has ended, or with \
+         another `multitask_strategy`"
+    )]
     ThreadBusy,
     #[error(
-        "this conversation lives on the upstream `{thread}`, the assistant `{assistant}` on another: choose an assistant of `{thread}`"
+        "this conversation is on the upstream `{thread}`, and the assistant `{assistant}` on another: \
+         choose an assistant of `{thread}`"
     )]
     OtherUpstream { thread: String, assistant: String },
-    #[error("the thread's queue is full: {limit} runs wait already")]
+    #[error(
+        "the thread's queue is full, with {limit} runs: send the message again when one has ended"
+    )]
     QueueFull { limit: usize },
     #[error(
-        "the thread's queue is full: the messages that wait on it may have {limit} bytes together"
+        "the thread's queue is full, because its messages may have {limit} bytes together: send the \
+         message again when a run has ended"
     )]
     QueueBytesFull { limit: usize },
-    /// The idempotency key was used for another request.
-    #[error(
-        "this idempotency key was used for another request of this conversation; use a new one"
-    )]
+    /// Another request used the idempotency key.
+    #[error("another request of this conversation used this idempotency key: use a new one")]
     IdempotencyMismatch,
-    /// Outputs for a run that does not wait for them (any more).
+    /// Tool outputs for a run that does not wait for them, or not any more.
     #[error("{0}")]
     RunNotWaiting(String),
-    /// Outputs for a run of another replica, to which they cannot be handed over.
+    /// Tool outputs for a run of another replica, without a transcript that could hand them over.
     #[error(
-        "nothing that is said is stored here, so outputs can be taken only by the replica that works on the run, and this is another one: send them again on a new connection"
+        "this gateway stores no transcript, so only the replica that works on the run can take its tool \
+         outputs, and this is another replica: send them again on a new connection"
     )]
     OtherReplica,
     #[error(
-        "most requests to the upstream fail, so none is sent to it for a while; nothing was stored"
+        "most requests to the upstream failed lately, so the gateway sends it none for a while, and \
+         stored nothing: send the request again later"
     )]
     UpstreamUnavailable { retry_after: Duration },
-    /// A call to the upstream that a request needed.
-    #[error("the upstream did not answer as it should: {0}")]
+    /// A call to the upstream failed, which the request needed.
+    #[error("a call to the upstream failed: {0}")]
     UpstreamFailed(#[source] UpstreamError),
-    #[error("the upstream did not tell in time what it holds of the thread; nothing was changed")]
+    #[error(
+        "the upstream did not say in time which messages its thread has, and nothing was changed: send the \
+         request again later"
+    )]
     UpstreamTooSlow,
-    /// The run ended without a reply that could be called one.
+    /// The run failed or expired.
     #[error("{}", run.error.as_ref().map_or("the run did not complete", |error| error.message.as_str()))]
     RunFailed {
         run: Box<Run>,
         retry_after: Option<Duration>,
     },
-    #[error("the gateway is shutting down")]
+    #[error(
+        "this replica of the gateway is shutting down: send the request again, on a new connection"
+    )]
     Draining,
-    #[error("the database is not available")]
+    // Ends like the text of its source, which the log then does not repeat.
+    #[error("send the request again later, because the database is not available")]
     StoreUnavailable(#[source] Option<StoreError>),
     #[error(
-        "the database failed while the message was added to a run that waits, and it may be there: send it again only with the same `idempotency-key`, or look at the messages first"
+        "the database failed while the gateway merged the message into a queued run, which may hold it \
+         now: send it again only with the same `idempotency-key`, or read the messages first"
     )]
     MaybeMerged(#[source] StoreError),
-    #[error("something went wrong inside the gateway; the log has the request id")]
+    #[error("the gateway has a defect: report it with the `request_id`, which its log has too")]
     Internal(#[source] Option<Box<dyn StdError + Send + Sync>>),
 }
 
-/// More than a rate allows.
+/// A message or request that a rate does not allow now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct TooOften {
-    /// `user` or `tenant`.
+    /// Owner of the rate: `user` or `tenant`.
     pub whose: &'static str,
-    /// `messages` or `requests`.
+    /// What the rate limits: `messages` or `requests`.
     pub what: &'static str,
     pub rate: Rate,
     pub retry_after: Duration,
@@ -131,7 +158,7 @@ impl fmt::Display for TooOften {
         let wait = whole_seconds(*retry_after);
         write!(
             f,
-            "too many {what}: each {whose} may send {rate}; come back in {wait} s"
+            "too many {what}: each {whose} may send {rate}; send this one again in {wait} s"
         )
     }
 }
@@ -142,7 +169,7 @@ impl From<TooOften> for Error {
     }
 }
 
-/// At least one, and rounded up: coming back early helps nobody.
+/// Rounds up to whole seconds, at least one: a caller that comes back early is refused again.
 pub fn whole_seconds(time: Duration) -> u64 {
     (time.as_secs() + u64::from(time.subsec_nanos() > 0)).max(1)
 }
@@ -153,14 +180,15 @@ impl From<StoreError> for Error {
             StoreError::Unavailable(_) => Self::StoreUnavailable(Some(error)),
             StoreError::Overloaded => Self::Overloaded,
             StoreError::UnknownCursor => Self::Invalid(
-                "`after` or `before` names nothing in this list; drop it to start over".to_owned(),
+                "`after` or `before` names no entry of this list: leave it out to begin at the first page"
+                    .to_owned(),
             ),
             other => Self::Internal(Some(Box::new(other))),
         }
     }
 }
 
-/// An error with all its causes on one line, for the log.
+/// Shows an error with all its causes on one line, for the log.
 pub struct Chain<'a>(pub &'a dyn StdError);
 
 impl fmt::Display for Chain<'_> {
@@ -170,7 +198,7 @@ impl fmt::Display for Chain<'_> {
         let mut cause = self.0.source();
         while let Some(error) = cause {
             let text = error.to_string();
-            // Some libraries tell their cause in their own text.
+            // Some libraries repeat their cause in their own text.
             if !told.ends_with(&text) {
                 write!(f, ": {text}")?;
             }

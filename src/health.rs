@@ -1,4 +1,4 @@
-//! The container's health check: asks the gateway on this machine whether it lives.
+//! The health check of the container: calls `/healthz` of the gateway on this machine.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Asks `/healthz` of the gateway that listens on `listen`. Blocks for at most a few seconds.
+/// Calls `/healthz` of the gateway that listens on `listen`. Blocks for a few seconds at most.
 pub fn check(listen: SocketAddr) -> anyhow::Result<()> {
     let address = reachable(listen);
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)
@@ -25,7 +25,7 @@ pub fn check(listen: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An address that listens on every interface is reached through loopback.
+/// Returns an address at which a listen address can be reached: loopback, if it listens on all interfaces.
 pub fn reachable(listen: SocketAddr) -> SocketAddr {
     let ip = match listen.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

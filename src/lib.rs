@@ -1,6 +1,6 @@
 //! Threadkeeper: an HTTP gateway between chatbot frontends and a hosted conversation API.
 //!
-//! `ARCHITECTURE.md` is the map. A module uses what stands below it in this list, never what stands above.
+//! `ARCHITECTURE.md` is the map. A module uses the modules below it in this list, never those above.
 
 pub mod cli;
 

@@ -1,4 +1,4 @@
-//! Arguments, configuration, logs, then the gateway; the exit code tells how it went.
+//! Reads the arguments, runs the command, and returns the exit code.
 
 use std::fmt;
 use std::fs::File;
@@ -30,14 +30,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// A turn's memory is taken on one thread and often freed on another. This allocator does that with less work than the C
-/// library's, and gives back what a large answer needed.
+/// One OS thread allocates the memory of a run, and another often frees it. jemalloc does that with less
+/// work than the C library, and returns the memory of large answers to the system.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// The settings of commands that work on the store alone.
+/// The settings that commands about the store read.
 const OF_THE_STORE: [&str; 2] = ["store", "log"];
-/// The settings that `import` goes by.
+/// The settings that `import` reads.
 const OF_AN_IMPORT: [&str; 6] = [
     "store",
     "log",
@@ -46,7 +46,7 @@ const OF_AN_IMPORT: [&str; 6] = [
     "sessions",
     "threads",
 ];
-/// The settings that `keys` goes by.
+/// The settings that `keys` reads.
 const OF_KEYS: [&str; 3] = ["store", "log", "auth.stored_keys"];
 
 fn main() -> ExitCode {
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         .and_then(|()| tokio::runtime::Runtime::new().context("cannot start the runtime"))
         .and_then(|runtime| {
             let result = runtime.block_on(run(Cli::parse().command));
-            // What still runs has been told to stop; a hanging name look-up is not waited for.
+            // All tasks have been told to stop. This does not wait for a hanging name look-up.
             runtime.shutdown_background();
             result
         });
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_unread(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            // The chain without a back trace: these are mistakes of the set-up, not of the code.
+            // Without a backtrace, because these errors are mistakes of the set-up, not of the code.
             tell(format_args!("threadkeeper: {}", Chain(error.as_ref())));
             ExitCode::FAILURE
         }
@@ -112,7 +112,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
-/// Prints what an engine is sent.
+/// Prints the SQL statements for an engine.
 fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
     let engine = if args.engine == "sqlite" {
         Engine::Sqlite
@@ -125,7 +125,8 @@ fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
         .peekable();
     anyhow::ensure!(
         found.peek().is_some(),
-        "no statement of {} is called `{}`: `threadkeeper sql --engine {}` prints them all",
+        "no statement for {} has a name that begins with `{}`: `threadkeeper sql --engine {}` prints them \
+         all",
         args.engine,
         args.name,
         args.engine
@@ -145,7 +146,7 @@ fn print_sql(args: &SqlArgs) -> anyhow::Result<()> {
             for definition in functions_called_by(&statement.sql) {
                 writeln!(
                     out,
-                    "-- The function that it calls; `threadkeeper migrate` makes it.\n{definition};\n"
+                    "-- The function that it calls. `threadkeeper migrate` creates it.\n{definition};\n"
                 )?;
             }
         }
@@ -186,13 +187,13 @@ async fn probe_upstreams(config: &Config) -> anyhow::Result<()> {
     }
     anyhow::ensure!(
         unusable.is_empty(),
-        "not usable as configured: {}",
+        "these upstreams cannot be used as they are configured: {}",
         unusable.join(", ")
     );
     Ok(())
 }
 
-/// Builds and runs the gateway. A signal while it still waits for its database ends it at once.
+/// Builds and runs the gateway. A signal ends it at once while it still waits for its database.
 async fn start(config: Config, mut signals: impl AsyncFnMut()) -> anyhow::Result<()> {
     let app = tokio::select! {
         app = App::build(config) => app?,
@@ -201,7 +202,7 @@ async fn start(config: Config, mut signals: impl AsyncFnMut()) -> anyhow::Result
     app.run(signals).await
 }
 
-/// A gateway on SQLite and the simulator beside it.
+/// Runs a gateway on SQLite and a simulator in one process.
 async fn run_dev(args: DevArgs) -> anyhow::Result<()> {
     telemetry::init(&LogConfig::default(), LogFormat::Pretty)?;
     let simulator = Simulator::bind(dev::simulator(), SocketAddr::from(([127, 0, 0, 1], 0)))
@@ -262,7 +263,7 @@ async fn run_export(args: ExportArgs) -> anyhow::Result<()> {
 }
 
 async fn run_import(args: ImportArgs) -> anyhow::Result<()> {
-    /// So many refusals are told one by one.
+    /// Number of refusals that are printed one by one.
     const TOLD: u64 = 100;
     let config = Config::load_parts(sources(args.config, None), &OF_AN_IMPORT)?;
     telemetry::init(&config.log, LogFormat::Pretty)?;
@@ -300,7 +301,8 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
         telemetry::init(&config.log, LogFormat::Pretty)?;
         if !config.auth.stored_keys {
             tell(format_args!(
-                "auth.stored_keys is not true in this configuration: these keys open nothing there"
+                "auth.stored_keys is not true in this configuration: a gateway that runs with it refuses \
+                 these keys"
             ));
         }
         Ok(config.store)
@@ -316,7 +318,7 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
             let tenant = tenant_key(tenant)?;
             let key = app::create_key(&store(config)?, tenant, scope, label).await?;
             tell(format_args!(
-                "the key {} of the tenant {}; it is shown this once:",
+                "the key {} of the tenant {}, which is shown only this time:",
                 key.record.prefix,
                 key.record.tenant.as_str()
             ));
@@ -344,7 +346,7 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
                 } else {
                     "good"
                 };
-                // A label may hold anything.
+                // Escaped, because a label may have any characters.
                 writeln!(
                     out,
                     "{:16} {scope:9} {tenant:20} {created:21} {state:8} {}",
@@ -354,7 +356,7 @@ async fn run_keys(command: KeysCommand) -> anyhow::Result<()> {
             }
         }
         KeysCommand::Revoke { config, prefix } => {
-            // Who pastes the whole key means its beginning.
+            // An operator may paste the whole key instead of its prefix.
             let prefix = prefix.get(..KEY_PREFIX).unwrap_or(&prefix);
             let key = app::revoke_key(&store(config)?, prefix).await?;
             writeln!(Output::new(), "{} is revoked", key.key.prefix)?;
@@ -405,7 +407,8 @@ fn sources(args: ConfigArgs, listen: Option<SocketAddr>) -> Sources {
     }
 }
 
-/// The reader of standard output has left, as `head` does once it has seen enough. The command ends then, and has not failed.
+/// The reader of standard output has left, as `head` does when it has seen enough. The command then ends
+/// without an error.
 #[derive(Debug, thiserror::Error)]
 #[error("nobody reads standard output any more")]
 struct Unread;
@@ -417,7 +420,7 @@ fn is_unread(error: &anyhow::Error) -> bool {
     errors.any(|error| matches!(error.get_ref(), Some(inner) if inner.is::<Unread>()))
 }
 
-/// Standard output. Fails with [`Unread`] where nobody reads it any more.
+/// Standard output. A write fails with [`Unread`] if nobody reads it any more.
 struct Output(io::Stdout);
 
 impl Output {
@@ -444,12 +447,12 @@ impl Write for Output {
     }
 }
 
-/// Writes a line to standard error, if somebody reads it.
+/// Writes a line to standard error. Ignores errors, for example if nobody reads it.
 fn tell(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Each call waits for one more SIGTERM or SIGINT.
+/// Returns a function that waits for the next SIGTERM or SIGINT.
 fn stop_signals() -> anyhow::Result<impl AsyncFnMut()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

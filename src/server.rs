@@ -1,5 +1,5 @@
-//! The HTTP server's sockets: accepts connections and serves a router on each, against clients that are slow, silent
-//! or too many. HTTP/1.1 only; TLS and HTTP/2 are for the load balancer in front.
+//! The sockets of the HTTP server. It accepts connections and serves a router on each. Limits protect it
+//! from slow, silent and numerous clients. HTTP/1.1 only: TLS and HTTP/2 are for the load balancer.
 
 mod linger;
 mod stall;
@@ -38,43 +38,46 @@ use stall::StallGuard;
 
 pub use linger::{LINGER_BYTES, LINGER_SILENCE, LINGER_TIME};
 
-/// Fields in a request's head.
+/// Number of header fields in a request.
 const MAX_HEADERS: usize = 100;
-/// A rest of a body, bytes, for which a connection is kept: hyper drops one that is there already, and closes else.
+/// Unread rest of a body, in bytes, up to which the connection is kept. hyper reads and drops such a rest
+/// if it has arrived, and closes the connection otherwise.
 const SMALL_REST: u64 = 8 * 1024;
-/// hyper accepts no smaller buffer.
+/// Smallest buffer that hyper accepts, in bytes.
 const MIN_BUFFER: usize = 8 * 1024;
-/// Peers that are gone without a word are noticed after about this and a few probes.
+/// Idle time before TCP probes a peer. A dead peer is noticed after this time and a few probes.
 const KEEP_ALIVE_PROBE: Duration = Duration::from_mins(1);
-/// A first and a longest pause after a failed accept (out of file descriptors, say).
+/// First and longest pause after a failed accept, for example without free file descriptors.
 const ACCEPT_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
-/// During a shutdown: time for a request's head that is on its way, and for the rest of a body that nobody wants.
+/// Time, during a shutdown, for a request's head to arrive, and for the rest of an unwanted body.
 const LAST_HEAD: Duration = Duration::from_millis(500);
-/// Pause between two complaints that all connections are in use.
+/// Pause between two warnings that all connections are in use.
 const FULL_NOTICE: Duration = Duration::from_secs(30);
 
-/// The two stages of a shutdown. A clone is the same pair.
+/// The two stages of a shutdown. Clones share their state.
 #[derive(Clone, Debug, Default)]
 pub struct ServerStop {
-    /// Accept no more; answer what has been asked, then close.
+    /// Accept no connections, answer the requests that have arrived, then close.
     pub soft: CancellationToken,
-    /// Close every connection, whatever is going on there. Implies `soft`.
+    /// Close every connection at once. Implies `soft`.
     pub hard: CancellationToken,
 }
 
-/// Serves `router` on every connection to `listener` until it is told to stop, and returns when the last connection is
-/// closed. Handlers find the peer as [`ConnectInfo<SocketAddr>`]. Dropping the future stops accepting; open
-/// connections then go on until they end or `stop` says so.
+/// Serves `router` on every connection to `listener` until `stop`, and returns when the last connection
+/// is closed. Handlers find the peer as [`ConnectInfo<SocketAddr>`]. Dropping the future stops accepting.
+/// Open connections then go on until they end or `stop` ends them.
 ///
-/// At most `settings.max_connections` are open; further ones wait in the kernel's queue. A connection is closed when a
-/// request's head has not arrived within `header_read_timeout`, counted from the connection's start or its last
-/// answer, or when its client leaves an answer unread for `write_timeout`. Bodies are the router's concern. Of one that the
-/// router does not read to its end, a rest of [`LINGER_BYTES`] is read and dropped after the answer, at most
-/// [`LINGER_SILENCE`] after the last byte and [`LINGER_TIME`] in all; then the connection is closed.
+/// - At most `settings.max_connections` are open. Further ones wait in the kernel's queue.
+/// - A connection is closed if a request's head does not arrive within `header_read_timeout`, counted
+///   from the start of the connection or its last answer.
+/// - A connection is closed if its client leaves an answer unread for `write_timeout`.
+/// - The router limits bodies. If it leaves a body unread, the server reads and drops up to
+///   [`LINGER_BYTES`] after the answer, for at most [`LINGER_SILENCE`] after the last byte and
+///   [`LINGER_TIME`] in all. Then it closes the connection.
 ///
 /// # Errors
 ///
-/// The listener cannot tell its address: it is not usable.
+/// The listener has no local address, so it is not usable.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -107,7 +110,7 @@ pub async fn serve(
         };
         connections.spawn(Arc::clone(&server).connection(stream, peer, place));
     }
-    // Refuse rather than leave in the queue what nobody will serve.
+    // Closes the kernel's queue: nobody will serve the connections in it.
     drop(listener);
     connections.close();
     tracing::debug!(%address, open = connections.len(), "stopped accepting");
@@ -130,7 +133,7 @@ impl Server {
         }
     }
 
-    /// Serves one connection to its end. The place is free again only then.
+    /// Serves one connection to its end, and gives its permit back then.
     async fn connection(
         self: Arc<Self>,
         stream: TcpStream,
@@ -161,12 +164,12 @@ impl Server {
                 () = busy.idle() => return,
             }
         };
-        // One that sent nonsense was told so.
+        // A client that sent something unreadable got an answer too.
         let is_answered = result
             .as_ref()
             .map_or_else(hyper::Error::is_parse, |()| true);
         if let Err(error) = result {
-            // Clients that leave, send nonsense or fall silent: their business, and they are many.
+            // Clients often leave, fall silent or send nonsense, so this is no warning.
             tracing::debug!(%peer, %error, "a connection ended early");
         }
         if is_answered {
@@ -192,18 +195,19 @@ fn http(settings: &ServerConfig) -> http1::Builder {
     http
 }
 
-/// `None` only if the semaphore is closed, which nobody does.
+/// Waits for a permit for a connection. `None` only if the semaphore is closed, which never happens.
 async fn take_place(places: &Arc<Semaphore>, full: &mut Notice) -> Option<OwnedSemaphorePermit> {
     if let Ok(place) = Arc::clone(places).try_acquire_owned() {
         return Some(place);
     }
     if full.is_due() {
-        tracing::warn!("all connections are in use: new ones wait (server.max_connections)");
+        tracing::warn!("all connections are in use, and new ones wait: server.max_connections");
     }
     Arc::clone(places).acquire_owned().await.ok()
 }
 
-/// The next connection. Waits longer and longer while the system refuses (too many open files).
+/// Accepts the next connection. Its pauses grow while the system refuses, for example with too many open
+/// files.
 async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let (mut pause, longest) = ACCEPT_PAUSE;
     loop {
@@ -211,7 +215,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
             Ok(accepted) => return accepted,
             Err(error) if is_about_the_peer(&error) => {}
             Err(error) => {
-                tracing::error!(%error, pause_ms = pause.as_millis(), "no connection can be accepted");
+                tracing::error!(%error, pause_ms = pause.as_millis(), "cannot accept connections");
                 sleep(pause).await;
                 pause = (pause * 2).min(longest);
             }
@@ -219,7 +223,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
-/// The peer left between its connect and our accept. The next one may be fine.
+/// Returns whether the error is about one peer, which left before the accept. The next accept may work.
 fn is_about_the_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(
@@ -228,8 +232,8 @@ fn is_about_the_peer(error: &io::Error) -> bool {
     )
 }
 
-/// Small events go out at once, and a peer that is gone is noticed. A socket that refuses is already broken, which
-/// the first read will tell.
+/// Sets the socket's options, so that small events go out at once and a dead peer is noticed. An error
+/// means that the socket is broken already. The first read will show that.
 fn prepare(stream: &TcpStream) {
     let probes = TcpKeepalive::new()
         .with_time(KEEP_ALIVE_PROBE)
@@ -238,7 +242,7 @@ fn prepare(stream: &TcpStream) {
         .set_nodelay(true)
         .and_then(|()| SockRef::from(stream).set_tcp_keepalive(&probes));
     if let Err(error) = result {
-        tracing::debug!(%error, "a socket's options cannot be set");
+        tracing::debug!(%error, "cannot set the options of a socket");
     }
 }
 
@@ -276,7 +280,7 @@ async fn answer(
     }))
 }
 
-/// A request's body, of which is known whether it was read to its end.
+/// A request's body that records whether it was read to its end.
 struct Received {
     body: Incoming,
     is_read: Arc<AtomicBool>,
@@ -306,7 +310,8 @@ impl hyper::body::Body for Received {
     }
 }
 
-/// One `Host`, which is one (RFC 9112, 3.2). Whatever stands in front may have gone by another one of two. HTTP/1.0 has none.
+/// Returns whether the request has one valid `Host` (RFC 9112, 3.2). With two, a proxy in front may have
+/// used the other one. HTTP/1.0 needs none.
 fn names_its_host<B>(request: &Request<B>) -> bool {
     let mut hosts = request.headers().get_all(HOST).iter();
     let is_host = |host: &HeaderValue| {
@@ -320,7 +325,7 @@ fn names_its_host<B>(request: &Request<B>) -> bool {
     }
 }
 
-/// As bare as what hyper answers to a head that is no HTTP.
+/// Returns a 400 without a body, like hyper's answer to a head that is not HTTP.
 fn no_host() -> Response<Body> {
     let mut refusal = Response::new(Body::empty());
     *refusal.status_mut() = StatusCode::BAD_REQUEST;
@@ -330,12 +335,12 @@ fn no_host() -> Response<Body> {
     refusal
 }
 
-/// What a connection still owes its client.
+/// The unfinished work of a connection.
 #[derive(Clone, Debug, Default)]
 struct Busy {
-    /// Requests whose handler or body is not at its end.
+    /// Number of requests whose handler or answer has not ended.
     answers: Arc<AtomicUsize>,
-    /// Bytes wait for the client to take them.
+    /// Whether bytes wait for the client to read them.
     writing: Arc<AtomicBool>,
 }
 
@@ -345,8 +350,8 @@ impl Busy {
         BusyGuard(self)
     }
 
-    /// Resolves when nothing is owed and there was time for a last request to arrive. hyper closes a connection by
-    /// itself after its last answer, but not while a head is on its way.
+    /// Waits until the connection has no work, and a last request had time to arrive. hyper closes a
+    /// connection itself after the last answer, but not while a head is arriving.
     async fn idle(&self) {
         loop {
             sleep(LAST_HEAD).await;
@@ -365,7 +370,7 @@ impl Drop for BusyGuard {
     }
 }
 
-/// A response's body, which keeps its connection busy.
+/// A response's body that keeps its connection busy until it is dropped.
 struct Tracked {
     body: Body,
     _guard: BusyGuard,
@@ -391,7 +396,7 @@ impl hyper::body::Body for Tracked {
     }
 }
 
-/// Keeps a complaint from being repeated too often.
+/// Limits how often a warning is repeated.
 #[derive(Default)]
 struct Notice(Option<Instant>);
 

@@ -1,8 +1,10 @@
-//! Logs: one line per event on standard error, JSON for machines or compact text for people.
+//! Logs: one line for each event on standard error, as JSON for machines or as compact text for people.
 //!
-//! What is logged where is up to the callers; keys go in hashed, and content and secrets never do. What libraries say of
-//! their work is not for us to choose, so the filter cannot open more of it than is known to be harmless. A panic is
-//! logged as well, without a message that was put together at run time, since that may repeat content.
+//! - Keys are logged as fingerprints. Content and secrets are never logged.
+//! - Libraries choose themselves what they log, so no filter shows more of it than is known to be
+//!   harmless.
+//! - A panic is logged too. Its message is left out if it was formatted at run time, because it may
+//!   repeat content.
 
 use std::io::IsTerminal;
 use std::panic::PanicHookInfo;
@@ -20,21 +22,22 @@ use crate::config::{LogConfig, LogFormat};
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The configuration's filter is checked when it is loaded, so this is about `RUST_LOG`.
-    #[error("RUST_LOG or log.filter is not a log filter")]
+    /// `RUST_LOG` is not a filter. The filter of the configuration was checked when it was loaded.
+    #[error("RUST_LOG or log.filter is not a log filter: write it like `threadkeeper=debug,info`")]
     Filter(#[source] ParseError),
-    #[error("logging has been set up before")]
+    #[error("logging is set up already")]
     Twice(#[source] TryInitError),
 }
 
-/// Sends the process's logs to standard error, and panics to the logs. Once per process, before anything that logs.
+/// Sends the logs of the process to standard error, and panics to the logs. Call it once per process,
+/// before anything logs.
 ///
-/// `RUST_LOG`, if set, replaces `log.filter`. `format` holds where `log.format` is unset. Colours are for a terminal
-/// only, and not if `NO_COLOR` is set.
+/// `RUST_LOG`, if set, replaces `log.filter`. `format` applies if `log.format` is unset. Colours need a
+/// terminal, and `NO_COLOR` unset.
 ///
 /// # Errors
 ///
-/// `RUST_LOG` is not a filter, or logging has been set up before.
+/// `RUST_LOG` is not a filter, or logging is set up already.
 pub fn init(log: &LogConfig, format: LogFormat) -> Result<(), TelemetryError> {
     let rust_log = std::env::var("RUST_LOG")
         .ok()
@@ -70,12 +73,12 @@ fn subscriber<W>(
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
-    // Where nobody reads the logs any more, telling that would fail too, with a panic.
+    // If nobody reads standard error any more, a report about that would fail too, with a panic.
     let lines = tracing_subscriber::fmt::layer::<Registry>()
         .with_writer(writer)
         .log_internal_errors(false);
     let lines = match format {
-        // The event's own fields lie flat; those of all spans around it follow in `spans`, outermost first.
+        // The fields of the event are at the top level. `spans` has those of its spans, outermost first.
         LogFormat::Json => lines
             .json()
             .flatten_event(true)
@@ -90,17 +93,17 @@ where
         .with(discretion())
 }
 
-/// The most that is ever logged, whatever the filter says.
+/// Returns the limit of every filter: what may be logged at most.
 ///
-/// A library may tell of what goes through it, as the reader of event streams does of their comments, and the next version
-/// of one may tell more. Below `info` that is its own business.
+/// Below `info`, a library may log the data that passes through it. The reader of event streams, for
+/// example, logs their comments, and its next version may log more.
 fn discretion() -> Targets {
     Targets::new()
         .with_default(LevelFilter::INFO)
         .with_target("threadkeeper", LevelFilter::TRACE)
-        // The statements are ours, and values are not in them.
+        // The statements are the gateway's own, without values.
         .with_target("sqlx::query", LevelFilter::DEBUG)
-        // Repeats the value of a parameter that it does not know, such as a misspelt password.
+        // This target logs the value of an unknown URL parameter, such as a misspelt password.
         .with_target("sqlx_postgres::options", LevelFilter::OFF)
 }
 
@@ -115,7 +118,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
     );
 }
 
-/// The message, if it stands in the source as it is.
+/// Returns the message of a panic if it is a constant of the source.
 fn constant_message(payload: &(dyn std::any::Any + Send)) -> Option<&'static str> {
     payload.downcast_ref::<&'static str>().copied()
 }
@@ -141,7 +144,7 @@ mod tests {
         }
     }
 
-    /// What `work` logs.
+    /// Returns what `work` logs.
     fn logged(
         log: &LogConfig,
         rust_log: Option<&str>,

@@ -1,17 +1,17 @@
-//! For tests of several modules: JSON and bytes that are what they should be, but for a few places.
+//! Shared by the tests of several modules: JSON and bytes that are valid except in a few places.
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Map, Value};
 
-/// Words that mean something to whoever reads the JSON.
+/// Words that mean something to the reader of the JSON.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Words {
     pub(crate) texts: &'static [&'static str],
     pub(crate) keys: &'static [&'static str],
 }
 
-/// JSON of any shape. Texts and keys are often words that mean something.
+/// JSON of any shape. Its texts and keys are often `words`.
 pub(crate) fn any_json(words: Words) -> impl Strategy<Value = Value> {
     let text = prop_oneof![
         "\\PC{0,8}",
@@ -38,7 +38,7 @@ pub(crate) fn any_json(words: Words) -> impl Strategy<Value = Value> {
     })
 }
 
-/// One of `real`, with some of its values replaced by any others, or left out.
+/// One of `real`, with some of its values replaced by any JSON, or removed.
 pub(crate) fn mutated(real: Vec<Value>, words: Words) -> impl Strategy<Value = Value> {
     let changes = prop::collection::vec((any::<Index>(), prop::option::of(any_json(words))), 0..4);
     (prop::sample::select(real), changes).prop_map(|(mut value, changes)| {
@@ -50,7 +50,7 @@ pub(crate) fn mutated(real: Vec<Value>, words: Words) -> impl Strategy<Value = V
     })
 }
 
-/// How many values there are, the whole included.
+/// Returns the number of values, the whole included.
 fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(values) => values.iter().map(count).sum(),
@@ -59,7 +59,7 @@ fn count(value: &Value) -> usize {
     }
 }
 
-/// Replaces the value that is met after `at` others, or takes it out if nothing is to replace it. The whole stays.
+/// Replaces the value after `at` others, or removes it if `by` is `None`. Never removes the whole.
 fn replace(value: &mut Value, at: &mut usize, by: Option<&Value>) {
     if *at == 0 {
         if let Some(by) = by {
@@ -101,7 +101,7 @@ fn replace(value: &mut Value, at: &mut usize, by: Option<&Value>) {
     }
 }
 
-/// `bytes` with some of them replaced or left out, and some repeated.
+/// `bytes` with some of them replaced, removed or repeated.
 pub(crate) fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     let byte = prop_oneof![
         any::<u8>(),

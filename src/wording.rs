@@ -1,7 +1,8 @@
-//! What is wrong with input, in the words of whoever sent it: serde speaks of Rust's types.
+//! Turns serde's errors about input, which speak of Rust's types, into the sender's words.
 
-/// What is wrong with a value, by the text of serde's error, without the place and without the value: that may be what
-/// somebody said. `None`: the text is not one of serde's own, so it is meant for callers already.
+/// Returns what is wrong with a value, from the text of serde's error. The result has neither the
+/// line nor the value, which may be the content of a message. `None`: the text is not one of serde's
+/// own, so it is in the sender's words already.
 pub(crate) fn plain(error: &str) -> Option<String> {
     let text = without_place(error);
     let quoted = |text: &str| text.split('`').nth(1).unwrap_or_default().to_owned();
@@ -39,16 +40,16 @@ pub(crate) fn plain(error: &str) -> Option<String> {
         return Some(format!("`{}` is given twice", quoted(text)));
     }
     if let Some(what) = text.strip_prefix("EOF while parsing ") {
-        return Some(format!("it ends within {what}"));
+        return Some(format!("it ends inside {what}"));
     }
     let told = match text {
-        "expected value" | "expected ident" => "there is no value where one should be",
-        "trailing characters" => "something follows its end",
+        "expected value" | "expected ident" => "a value is missing",
+        "trailing characters" => "there are characters after its end",
         "recursion limit exceeded" => "it is nested too deeply",
         "invalid digit found in string"
         | "cannot parse integer from empty string"
         | "number too large to fit in target type"
-        | "number too small to fit in target type" => "must be a whole number, and not a huge one",
+        | "number too small to fit in target type" => "must be a whole number in range",
         "provided string was not `true` or `false`" => "must be `true` or `false`",
         "premature end of input"
         | "trailing input"
@@ -63,7 +64,7 @@ pub(crate) fn plain(error: &str) -> Option<String> {
     Some(told.to_owned())
 }
 
-/// The text of an error of JSON without where it was found.
+/// Cuts line and column off the text of a JSON error.
 pub(crate) fn without_place(error: &str) -> &str {
     let is_place = |place: &str| {
         place
@@ -76,7 +77,7 @@ pub(crate) fn without_place(error: &str) -> &str {
     }
 }
 
-/// A value of which serde told the type, and maybe what it is.
+/// Returns the type of a value in words, from serde's description, which may contain the value.
 fn kind(found: &str) -> &'static str {
     let words: [(&str, &str); 9] = [
         ("string", "a string"),
@@ -92,7 +93,7 @@ fn kind(found: &str) -> &'static str {
     words
         .iter()
         .find(|(word, _)| found.starts_with(word))
-        .map_or("what it is", |(_, told)| told)
+        .map_or("this type", |(_, told)| told)
 }
 
 fn expected(wanted: &str) -> String {
@@ -147,7 +148,7 @@ mod tests {
         Assistant,
     }
 
-    /// It has words of its own.
+    /// A type with its own error text.
     #[derive(Debug, Deserialize)]
     #[serde(try_from = "String")]
     struct Key;
@@ -213,9 +214,9 @@ mod tests {
                 r#"{"at": "planted"}"#,
                 "must be a time such as `2026-01-31T12:00:00Z`",
             ),
-            (r#"{"role"#, "it ends within a string"),
-            ("[", "it ends within a list"),
-            ("{} x", "something follows its end"),
+            (r#"{"role"#, "it ends inside a string"),
+            ("[", "it ends inside a list"),
+            ("{} x", "there are characters after its end"),
         ] {
             assert_eq!(told::<Line>(json).as_deref(), Some(expected), "{json}");
         }

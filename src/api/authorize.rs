@@ -1,4 +1,4 @@
-//! Who may use which route.
+//! Decides which caller may use which route, and counts the request against its rates.
 
 use std::sync::{Arc, OnceLock};
 
@@ -19,14 +19,15 @@ use super::state::AppState;
 use crate::domain::{Access, Principal};
 use crate::error::{Error, TooOften};
 
-/// So many characters are shown of a name that is not known.
+/// Characters of an unknown parameter's name that an error repeats.
 const SHOWN: usize = 64;
 
-/// There is no room for another message: the request is good only as a repeat of one that was taken.
+/// Marks a request whose message the rates refuse. The gateway serves it only if it repeats an accepted
+/// message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OnlyRepeats(pub(super) TooOften);
 
-/// What a route asks of its callers.
+/// What a route demands of a request.
 #[derive(Clone, Debug)]
 pub(super) struct Asks {
     pub(super) needs: Access,
@@ -37,7 +38,7 @@ pub(super) struct Asks {
 
 /// The parameters that a route's query may have.
 ///
-/// They are read out of the route's description, which takes a while to make. So that waits for the first query.
+/// Their names are in the route's description. It is expensive to build, so the first query builds it.
 #[derive(Clone, Debug)]
 pub(super) struct Query {
     describe: fn() -> Doc,
@@ -52,7 +53,8 @@ impl Query {
         }
     }
 
-    /// Refuses what nobody would heed: it may be what keeps a request from doing harm, or a piece of a key.
+    /// Refuses unknown and repeated parameters. A misspelt `dry_run` must not delete anything, and a `?`
+    /// in a key must not shorten the key.
     fn check(&self, query: &str) -> Result<(), Error> {
         let mut seen = Vec::new();
         for (name, _) in url::form_urlencoded::parse(query.as_bytes()) {
@@ -75,7 +77,7 @@ impl Query {
             }
             if seen.contains(&name) {
                 return Err(Error::Malformed(format!(
-                    "the query parameter `{name}` is given twice"
+                    "the query has the parameter `{name}` twice: send it once"
                 )));
             }
             seen.push(name);
@@ -84,8 +86,8 @@ impl Query {
     }
 }
 
-/// Lets a request through whose caller may do what the route is for, and which asks for nothing that the route does not
-/// know; its handler finds the [`Caller`], and whom it is about ([`Named`]).
+/// Lets a request pass if its caller has the route's access, its rates allow it, and the route knows its
+/// query parameters. Its handler gets the [`Caller`], and the conversation that it names ([`Named`]).
 pub(super) async fn guard(
     Extension(Asks {
         needs,
@@ -104,7 +106,7 @@ pub(super) async fn guard(
         return Err(Error::InsufficientScope(needs));
     }
     let named = named(keys, &mut parts, state.server.max_key_bytes).await;
-    // What is no key is nobody's.
+    // An invalid key is an error further down. It belongs to no user.
     let user = named
         .as_ref()
         .ok()
@@ -114,7 +116,7 @@ pub(super) async fn guard(
         && own != user
     {
         return Err(Error::Forbidden(
-            "these are the conversations of another user",
+            "this token opens the conversations of its own user only, and the request names another user",
         ));
     }
     let tenant = principal.tenant.clone();
@@ -125,7 +127,7 @@ pub(super) async fn guard(
         && counted == Counted::Message
         && parts.headers.contains_key("idempotency-key")
     {
-        // Whoever lost an answer gets it, as with any other request.
+        // A caller that lost an answer can still get it, at the rate of ordinary requests.
         let (request, taken) = state.limits.take(Counted::Request, &tenant, user.as_ref());
         if taken.is_ok() {
             (as_repeat, refused) = (Some(request), None);
@@ -157,8 +159,8 @@ pub(super) async fn guard(
     Ok(response)
 }
 
-/// Who asks. Why a key or token is refused goes into the request's own line of the log: a line for it alone would let callers
-/// whom nobody knows write twice as much.
+/// Returns the caller. The reason of a refusal goes into the request's own log line: a second line would
+/// let unknown callers fill the log twice as fast.
 async fn identify(state: &AppState, headers: &HeaderMap) -> Result<Principal, Error> {
     let identified = match token(headers) {
         Ok(token) => state.auth.identify(token).await,
@@ -170,7 +172,7 @@ async fn identify(state: &AppState, headers: &HeaderMap) -> Result<Principal, Er
     identified
 }
 
-/// Whom the request is about.
+/// Returns the conversation or user that the request names.
 async fn named(place: Place, parts: &mut Parts, limit: usize) -> Result<Option<Named>, Error> {
     let params = match place {
         Place::Path => Some(path_params(parts, &()).await?),
@@ -179,16 +181,16 @@ async fn named(place: Place, parts: &mut Parts, limit: usize) -> Result<Option<N
     Named::read(place, params.as_ref(), &parts.headers, limit)
 }
 
-/// What stands behind `Bearer`, if anything does.
+/// Returns the text after `Bearer`, if there is one.
 fn token(headers: &HeaderMap) -> Result<Option<&str>, Error> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let Some(value) = values.next() else {
         return Ok(None);
     };
-    // Which of several counts would be a guess.
+    // The gateway does not guess which of several headers counts.
     if values.next().is_some() {
         return Err(Error::InvalidToken(
-            "the header `authorization` is there more than once",
+            "the request has the header `authorization` more than once",
         ));
     }
     let text = value

@@ -1,4 +1,4 @@
-//! The body of a request: how large, how slow, and how many at once.
+//! Reads request bodies within limits: size, speed, and the memory of all bodies together.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::config::ServerConfig;
 use crate::error::Error;
 use crate::locks::{Budget, Share};
 
-/// A body of so many bytes takes no room of `server.max_buffered_body_bytes`: about what the connection's own buffer has. So ordinary
-/// messages do not wait behind pictures.
+/// Size of a body, in bytes, up to which it takes no share of `server.max_buffered_body_bytes`, so that
+/// ordinary messages do not wait behind pictures. A connection's own buffer has about this size.
 pub(super) const SMALL: usize = 16 * 1024;
-/// Longest wait for room.
+/// Longest wait for memory.
 pub(super) const ROOM_WAIT: Duration = Duration::from_secs(5);
 
-/// Reads a body to its end, within `server.max_body_bytes`, `body_read_timeout` and `min_body_rate`. Its share of the
-/// budget is for as long as what it says is in memory.
+/// Reads a body to its end, within `server.max_body_bytes`, `body_read_timeout` and `min_body_rate`.
+/// The caller must keep the share of the budget as long as the content of the body is in memory.
 pub(super) async fn read(
     mut body: Body,
     server: &ServerConfig,
@@ -28,7 +28,7 @@ pub(super) async fn read(
         .size_hint()
         .exact()
         .map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-    // Before the first read: that is what sends `100 Continue`.
+    // This check is before the first read, because the first read sends `100 Continue`.
     if declared.is_some_and(|bytes| bytes > limit) {
         return Err(Error::PayloadTooLarge { limit });
     }
@@ -47,7 +47,8 @@ pub(super) async fn read(
             .await
             .map_err(|_| Error::BodyTimeout)?;
         let Some(frame) = frame else { break };
-        let frame = frame.map_err(|_| Error::Malformed("the body broke off".to_owned()))?;
+        let frame =
+            frame.map_err(|_| Error::Malformed("the body broke off: send it again".to_owned()))?;
         let Ok(data) = frame.into_data() else {
             continue;
         };
@@ -72,10 +73,10 @@ async fn room(budget: &Budget, bytes: usize) -> Result<Share, Error> {
         .map_err(|_| Error::BodiesFull)
 }
 
-/// The longest that so many bytes may take.
+/// Returns the longest time that this number of bytes may take at this rate, in bytes a second.
 fn time_of(bytes: usize, rate: u32) -> Duration {
     if rate == 0 {
-        // Longer than anybody waits.
+        // No limit.
         return Duration::from_hours(24 * 365);
     }
     Duration::from_millis(
@@ -96,7 +97,7 @@ mod tests {
 
     use super::*;
 
-    /// What becomes of a body of `pieces` pieces of so many bytes, each after a pause, and how long that takes.
+    /// Reads a body of `pieces` pieces of `bytes` bytes, each after a pause. Returns the result and the time.
     async fn sent(
         bytes: usize,
         pause: Duration,

@@ -1,5 +1,5 @@
-//! JSON by meaning, not by spelling: without blanks, its fields in order. Written out piece by piece, so that a body of many
-//! MiB is not copied for it.
+//! The canonical form of JSON: without blanks, and with sorted fields. Two bodies of the same meaning
+//! have one form. It is hashed piece by piece, so that a body of many MiB is not copied.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,15 +10,15 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Number;
 use sha2::{Digest, Sha256};
 
-/// Hashes the canonical form of a text that is JSON. One that is not counts as empty.
+/// Adds the canonical form of a JSON text to a hash. A text that is not JSON adds nothing.
 pub(super) fn hash(text: &[u8], hash: &mut Sha256) {
     if let Ok(value) = serde_json::from_slice::<Canonical<'_>>(text) {
-        // Hashing does not fail.
+        // Writing to a hash cannot fail.
         drop(serde_json::to_writer(Hashed(hash), &value));
     }
 }
 
-/// A JSON value. Texts without escapes stay where they are.
+/// A JSON value. It borrows texts without escapes from the body.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Canonical<'a> {
@@ -102,7 +102,7 @@ impl<'de> Visitor<'de> for AnyValue {
     }
 }
 
-/// What is written is hashed.
+/// A writer that hashes.
 struct Hashed<'a>(&'a mut Sha256);
 
 impl io::Write for Hashed<'_> {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     proptest! {
-        /// Hashes are stored, and those of earlier versions were made this way.
+        /// The database has hashes that earlier versions made this way.
         #[test]
         fn it_is_how_serde_json_writes_a_value(
             value in mutated(

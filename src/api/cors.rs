@@ -1,4 +1,4 @@
-//! Which pages of other origins may ask from a browser.
+//! CORS: which pages of other origins may call from a browser.
 
 use std::time::Duration;
 
@@ -11,10 +11,11 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use super::keys;
 
-/// How long a browser may remember what it was told.
+/// Time for which a browser may cache the answer to a preflight request.
 const MAX_AGE: Duration = Duration::from_hours(1);
 
-/// What tells browsers that pages of these origins may ask, with a token that they have themselves: cookies play no part.
+/// Returns the layer that lets pages of these origins call. A page sends its own token; the layer
+/// allows no cookies.
 pub(super) fn layer(origins: &[String]) -> CorsLayer {
     let origins = origins
         .iter()

@@ -1,4 +1,4 @@
-//! `/v1/deletions`: what came of requests to delete.
+//! `/v1/deletions`: receipts of deletions, and the answer that all requests to delete share.
 
 use axum::Json;
 use axum::extract::State;
@@ -22,15 +22,17 @@ use crate::lifecycle::Target;
 /// How to delete.
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct HowToDelete {
-    /// The current threads become archives: their transcripts stay here, read only, and nothing stays upstream.
+    /// `true`: archive the current threads. Their transcripts stay here, read only. Nothing stays
+    /// upstream.
     #[serde(default)]
     archive: bool,
-    /// Nothing is deleted: the answer tells what would be.
+    /// `true`: delete nothing, and answer with what the request would delete.
     #[serde(default)]
     dry_run: bool,
 }
 
-/// Deletes, and tells what came of it, or where to ask for that; or tells what would be deleted.
+/// Deletes and answers with the receipt. With `dry_run`, answers with what it would delete. Answers 202
+/// with the path of the receipt if the deletion takes longer than the caller waits.
 pub(super) async fn deleted(
     state: &AppState,
     target: Target,
@@ -63,34 +65,36 @@ pub(super) async fn deleted(
     Ok((status, place, Json(DeletionView::from(report))).into_response())
 }
 
-/// What deletions have in common.
+/// Describes what all requests to delete take and give.
 pub(super) fn deleted_doc(doc: Doc) -> Doc {
     doc.query::<HowToDelete>()
         .prefer()
         .gives_one_of::<DeletionView, DeletableView>(
             StatusCode::OK,
-            "The receipt: all is deleted here, and upstream but for what it counts as left. With `dry_run`: what would be deleted.",
+            "The receipt: everything is deleted here, and upstream except what the receipt counts as left. \
+             With `dry_run`: what the request would delete.",
         )
         .gives::<DeletionView>(
             StatusCode::ACCEPTED,
-            "It takes longer than the caller waits (10 s), and goes on in the background.",
+            "The receipt so far: the deletion takes longer than the caller waits (10 s), and goes on in \
+             the background.",
         )
         .with_some(StatusCode::OK, &header::LOCATION)
         .with(StatusCode::ACCEPTED, &[&header::LOCATION])
 }
 
 pub(super) fn show_doc() -> Doc {
-    Doc::new("deletions", "get_deletion", "What came of a request to delete.")
+    Doc::new("deletions", "get_deletion", "Shows the receipt of a deletion.")
         .about(
-            "Of its threads this shows a page, oldest first. It names no user; a user's own token opens it, before it is \
-             completed and afterwards.",
+            "The receipt has a page of the deleted threads, oldest first. It names no user. A token of the \
+             deleted user opens it, before and after the deletion is completed.",
         )
         .page_after::<ThreadId>()
         .gives::<DeletionView>(StatusCode::OK, "The receipt.")
         .refuses(&[NOT_FOUND])
 }
 
-/// The receipt, with a page of its threads.
+/// Shows the receipt, with a page of its threads.
 pub(super) async fn show(
     State(state): State<AppState>,
     Caller(caller): Caller,

@@ -1,4 +1,4 @@
-//! Our extractors: what they refuse is a problem document like every other error.
+//! Extractors whose refusals are problem documents, like every other error.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ use crate::runs::Which;
 use crate::store::Idempotency;
 use crate::wording;
 
-/// The conversation that the request names, among those of the caller's tenant.
+/// The conversation that the request names, in the caller's tenant.
 #[derive(Debug)]
 pub(super) struct ApiConversation(pub(super) ConversationKey);
 
@@ -31,7 +31,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ApiConversation {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let Caller(principal) = Caller::from_request_parts(parts, state).await?;
-        // The guard of a route that is about nobody puts none there.
+        // The guard adds none for a route without keys.
         let Named { user, scope, .. } = parts
             .extensions
             .get()
@@ -70,13 +70,14 @@ pub(super) async fn path_params<S: Send + Sync>(
 ) -> Result<RawPathParams, Error> {
     RawPathParams::from_request_parts(parts, state)
         .await
-        .map_err(|_| Error::Malformed("the path is not percent-encoded UTF-8".to_owned()))
+        .map_err(|_| Error::Malformed("the path must be percent-encoded UTF-8".to_owned()))
 }
 
-/// No event has a higher number, with room for those that come after. What is beyond it is read as this.
+/// Highest number of an event in `last-event-id`; a higher one is read as this. Half of the range is
+/// left, so that adding to it cannot overflow.
 const LAST_EVENT: i64 = i64::MAX / 2;
 
-/// Up to where a caller has seen a run's events: the header `last-event-id`, `<run>:<n>`.
+/// The header `last-event-id`, `<run>:<n>`: the last event that the caller has seen.
 #[derive(Debug)]
 pub(super) struct LastEventId(pub(super) Option<(RunId, i64)>);
 
@@ -96,18 +97,18 @@ impl<S: Send + Sync> FromRequestParts<S> for LastEventId {
         let read = |(run, n): (&str, &str)| Some((run.parse().ok()?, number(n)?));
         match text.split_once(':').and_then(read) {
             Some(last) => Ok(Self(Some(last))),
-            // What an `EventSource` sends that has seen no event.
+            // An `EventSource` that has seen no event sends an empty one.
             None if text.is_empty() => Ok(Self(None)),
             None => Err(Error::Malformed(
-                "`last-event-id` must be the id of an event of this run, as the stream showed it"
+                "`last-event-id` must be the `id` of an event of this run, as the stream sent it"
                     .to_owned(),
             )),
         }
     }
 }
 
-/// A JSON object as the body; what makes the request known should it be repeated; and the body's share of memory, to be
-/// kept as long as what it says.
+/// The body, a JSON object; the request's idempotency key and hash; and the body's share of memory. The
+/// handler must keep the share as long as the content of the body.
 #[derive(Debug)]
 pub(super) struct ApiJson<T>(
     pub(super) T,
@@ -131,7 +132,7 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         let (body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
         let value = parsed(&body)?;
         let idempotency = idempotency_key.map(|key| {
-            // By meaning, not by spelling: blanks and the order of fields do not matter.
+            // Hashes the canonical form, so that blanks and the order of fields do not matter.
             let mut hash = Sha256::new();
             hash.update(path.as_bytes());
             hash.update([0]);
@@ -145,9 +146,9 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
     }
 }
 
-/// What a body says.
+/// Parses a body.
 fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
-    // Serde would also take a struct's fields as an array in their order, which nobody means.
+    // Serde would also read an array as the fields of a struct in their order.
     if body
         .trim_ascii_start()
         .first()
@@ -171,7 +172,7 @@ fn parsed<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
         } else if inner.to_string().starts_with("expected value")
             && serde_json::from_slice::<IgnoredAny>(body).is_ok()
         {
-            // Serde says so of a list, say, where one of several words should be.
+            // Serde says so if a list, for example, stands where one of several words must be.
             Error::Invalid(format!("`{path}`: must be a string"))
         } else {
             not_json(&inner)
@@ -189,12 +190,12 @@ fn not_json(error: &serde_json::Error) -> Error {
     ))
 }
 
-/// What is wrong, by the text of an error of whoever read it.
+/// Returns what is wrong, from the text of a parser's error.
 fn told(error: &str) -> String {
     wording::plain(error).unwrap_or_else(|| wording::without_place(error).to_owned())
 }
 
-/// The header `idempotency-key`: 1 to 255 visible ASCII characters.
+/// Reads the header `idempotency-key`: 1 to 255 visible ASCII characters.
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     let mut values = headers.get_all("idempotency-key").iter();
     let Some(value) = values.next() else {
@@ -202,7 +203,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
     };
     if values.next().is_some() {
         return Err(Error::Malformed(
-            "give one `idempotency-key`, not several".to_owned(),
+            "send the header `idempotency-key` once".to_owned(),
         ));
     }
     let key = value.to_str().unwrap_or_default();
@@ -210,7 +211,8 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Error> {
         return Ok(Some(key.to_owned()));
     }
     Err(Error::Malformed(
-        "`idempotency-key` must have 1 to 255 visible ASCII characters, such as a UUID".to_owned(),
+        "`idempotency-key` must have 1 to 255 visible ASCII characters: send a UUID, for example"
+            .to_owned(),
     ))
 }
 
@@ -230,26 +232,26 @@ fn is_json(request: &Request) -> bool {
         || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// Which page of a list is wanted: `limit` 1 to `server.max_page_size` (20), `order` `asc` or `desc` (newest first), `after`, `before`; and
-/// what else the query may hold.
+/// A page of a list, and `More`, the other parameters of the query. `limit` is 1 to
+/// `server.max_page_size`, 20 if absent. `order` is `asc` or `desc`, `desc` (newest first) if absent.
 #[derive(Debug)]
 pub(super) struct ApiPage<Id, More = Nothing>(pub(super) PageRequest<Id>, pub(super) More);
 
-/// A query that holds nothing else.
+/// A query without other parameters.
 #[derive(Debug, serde::Deserialize)]
 pub(super) struct Nothing {}
 
 #[derive(serde::Deserialize, IntoParams)]
 pub(super) struct PageQuery {
-    /// How many at most; 20 if absent.
+    /// Most entries of the page; 20 if absent.
     #[param(minimum = 1, maximum = 100)]
     limit: Option<u32>,
-    /// `desc` if absent: newest first.
+    /// Order of the entries; `desc` (newest first) if absent.
     #[param(inline)]
     order: Option<Order>,
-    /// What comes after this one; not together with `before`.
+    /// Id of an entry: the page begins after it. Not together with `before`.
     after: Option<String>,
-    /// What comes before this one.
+    /// Id of an entry: the page ends before it. Not together with `after`.
     before: Option<String>,
 }
 
@@ -280,7 +282,7 @@ where
         }
         if page.after.is_some() && page.before.is_some() {
             return Err(Error::Malformed(
-                "give `after` or `before`, not both".to_owned(),
+                "send `after` or `before`, not both".to_owned(),
             ));
         }
         let cursor = |name: &str, text: Option<String>| {
@@ -300,7 +302,7 @@ where
     }
 }
 
-/// What the query holds.
+/// The parameters of the query.
 #[derive(Debug)]
 pub(super) struct ApiQuery<T>(pub(super) T);
 
@@ -332,13 +334,13 @@ where
     }
 }
 
-/// Which of a thread's runs are meant: `which` = `active` (if absent), `queued` or `all`.
+/// The runs of a thread that a request means: `which` = `active` (if absent), `queued` or `all`.
 #[derive(Debug)]
 pub(super) struct ApiWhich(pub(super) Which);
 
 #[derive(serde::Deserialize, IntoParams)]
 pub(super) struct WhichQuery {
-    /// `active` if absent.
+    /// The runs to cancel; `active` if absent.
     #[param(inline)]
     which: Option<WhichWord>,
 }
@@ -370,12 +372,12 @@ fn query<T: DeserializeOwned>(parts: &Parts) -> Result<T, Error> {
 
 fn read<T: DeserializeOwned>(query: &str) -> Result<T, Error> {
     let uri = Uri::builder().path_and_query(format!("/?{query}")).build();
-    let uri = uri.map_err(|_| Error::Malformed("the query cannot be read".to_owned()))?;
+    let uri = uri.map_err(|_| Error::Malformed("the query is not a valid query".to_owned()))?;
     Query::try_from_uri(&uri)
         .map(|Query(query)| query)
         .map_err(|rejection| {
             let text = rejection.body_text();
-            // `…: name: what is wrong`; the guard has seen to it that all names are known.
+            // The text is `…: name: what is wrong`. The guard refused unknown names already.
             let text = text
                 .strip_prefix("Failed to deserialize query string: ")
                 .unwrap_or(&text);
@@ -406,7 +408,8 @@ mod tests {
     use crate::domain::{KeyText, UserContent};
     use crate::testing::{Words, damaged, mutated};
 
-    /// Status and body of the answer of a route below each kind of conversation, which tells the key that it read.
+    /// Sends a request to a route below each kind of conversation, which answers with the key that it
+    /// read. Returns status and body.
     fn key_of(path: &[u8]) -> Option<(StatusCode, Value)> {
         let tell = async |params: RawPathParams| {
             let named = Named::read(
@@ -428,7 +431,7 @@ mod tests {
         let router: Router = scopes.fold(Router::new(), |router, scope| {
             router.route(&format!("{scope}/thread"), get(tell))
         });
-        // What is no address does not come this far.
+        // An invalid address does not reach the router.
         let uri = Uri::try_from(path).ok()?;
         let request = Request::builder().uri(uri).body(Body::empty()).unwrap();
         let answer = async {
@@ -440,7 +443,7 @@ mod tests {
         answer.now_or_never()
     }
 
-    /// Texts that may be keys, as a path may have them: each byte as it is, if it can be, or percent-encoded.
+    /// Keys as a path may have them: each byte as it is, if possible, or percent-encoded.
     fn spelled() -> impl Strategy<Value = (String, Vec<u8>)> {
         let text = "\\PC{1,40}|[./%?#;:@ ]{1,6}|\\.{1,2}|[a-z]{250,258}|[\\x00-\\x1fa]{1,3}";
         (text, prop::collection::vec(0..3_u8, 1..20)).prop_map(|(text, ways)| {
@@ -495,7 +498,8 @@ mod tests {
         ]
     }
 
-    /// Each body is read, within what the domain allows, or refused by 400 or 422; and then not differently the next time.
+    /// Each body is read within the rules of the domain, or refused with 400 or 422. A second reading
+    /// has the same result.
     fn is_read_or_refused(body: &[u8]) -> Result<(), TestCaseError> {
         let refused = |error: Error| {
             let is_typed = matches!(error, Error::Malformed(_) | Error::Invalid(_));
@@ -638,7 +642,7 @@ mod tests {
                     let begin = [run.to_string().as_str(), ":"].concat();
                     prop_assert!((0..=LAST_EVENT).contains(&n) && value.to_str().unwrap().starts_with(&begin));
                 }
-                // Unreadable bytes count as none, like an empty header.
+                // A header with unreadable bytes counts as an empty one.
                 Ok(LastEventId(None)) => prop_assert!(value.to_str().unwrap_or_default().is_empty()),
                 Err(error) => prop_assert!(matches!(error, Error::Malformed(_))),
             }

@@ -1,5 +1,5 @@
-//! What proxies say of a request: who sent it, and below which path callers reach the gateway. Only a proxy of
-//! `server.trusted_proxies` is believed, for anybody can send these headers.
+//! Headers that proxies add to a request: the client's address, and the path prefix of the gateway.
+//! Anybody can send these headers, so the gateway believes only the proxies of `server.trusted_proxies`.
 
 use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
@@ -10,15 +10,16 @@ use axum::http::{HeaderMap, HeaderName};
 
 use crate::config::ServerConfig;
 
-/// Addresses, each added by the proxy that the one before it asked.
+/// Header with a list of addresses. Each proxy appends the address of its own peer.
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-/// The path that a proxy took away.
+/// Header with the path prefix that a proxy removed.
 const FORWARDED_PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
-/// Longest prefix, bytes.
+/// Length of a prefix, in bytes.
 const MAX_PREFIX: usize = 256;
 
-/// Whose the request is: the peer, or, behind trusted proxies, the last address in `X-Forwarded-For` that is not one of theirs.
-/// If one of them wrote what is no address, it is that proxy itself: what stands before may be anybody's.
+/// Returns the client's address: the peer, or, behind trusted proxies, the last address in
+/// `X-Forwarded-For` that is not a trusted proxy. If a trusted proxy wrote something that is not an
+/// address, returns that proxy, because a client may have invented everything before it.
 pub(super) fn client(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -> IpAddr {
     let mut client = peer.to_canonical();
     let mut told = headers
@@ -38,7 +39,8 @@ pub(super) fn client(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -
     client
 }
 
-/// An address, with or without a port: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`, `[2001:db8::1]:80`.
+/// Reads an address with or without a port: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`,
+/// `[2001:db8::1]:80`.
 fn address(text: &str) -> Option<IpAddr> {
     let bare = text
         .strip_prefix('[')
@@ -51,12 +53,13 @@ fn address(text: &str) -> Option<IpAddr> {
     address.map(|address| address.to_canonical())
 }
 
-/// What stands before our paths where callers see them: nothing, or a path such as `/chat-api`, without a slash at its end.
+/// The prefix of the gateway's paths, as callers see them: empty, or a path such as `/chat-api` without
+/// a slash at its end.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Prefix(pub(super) String);
 
 impl Prefix {
-    /// As a trusted proxy says, or else the path of `server.public_url`.
+    /// Returns the prefix that a trusted proxy sent, or else the path of `server.public_url`.
     pub(super) fn of(peer: IpAddr, headers: &HeaderMap, server: &ServerConfig) -> Self {
         let mut told = headers.get_all(FORWARDED_PREFIX).iter();
         match (told.next(), told.next()) {
@@ -78,7 +81,7 @@ impl Prefix {
     }
 }
 
-/// A prefix, if it is one. `//` would lead to another host.
+/// Checks a prefix. It must not contain `//`, which would lead to another host.
 fn path(text: &str) -> Option<Prefix> {
     let text = text.trim_end_matches('/');
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~%!$&'()*+;=:@".contains(&byte);
@@ -133,12 +136,12 @@ mod tests {
     #[test]
     fn the_client_is_the_last_address_that_is_no_trusted_proxy() {
         for (peer, told, client) in [
-            // Nobody is believed who is not trusted.
+            // A peer that is not a trusted proxy.
             ("192.0.2.9", &["198.51.100.7"][..], "192.0.2.9"),
             ("10.0.0.1", &[], "10.0.0.1"),
             ("10.0.0.1", &["198.51.100.7"], "198.51.100.7"),
             ("::ffff:10.0.0.1", &["::ffff:198.51.100.7"], "198.51.100.7"),
-            // What a caller made up stands before what the proxy added.
+            // A caller sent the header itself, and the proxy appended to it.
             ("10.0.0.1", &["1.2.3.4, 198.51.100.7"], "198.51.100.7"),
             (
                 "10.0.0.1",

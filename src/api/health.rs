@@ -1,4 +1,4 @@
-//! Is the process alive, and may it take traffic.
+//! `/healthz` and `/readyz`: whether the process lives, and whether it may take traffic.
 
 use axum::Json;
 use axum::extract::State;
@@ -16,11 +16,12 @@ pub(super) fn healthz_doc() -> Doc {
         StatusCode::OK,
         "application/json",
         &schema,
-        "It lives.",
+        "The process lives.",
     )
 }
 
-/// The process answers. Depends on nothing else, so that a database outage restarts no replica.
+/// Answers 200 while the process lives. It does not look at the database, because an outage of the
+/// database must not restart replicas.
 pub(super) async fn healthz() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
@@ -29,17 +30,22 @@ pub(super) fn readyz_doc() -> Doc {
     let schema = json!({"type": "object", "required": ["status"], "properties": {"status": {"const": "ready"}}});
     Doc::new("health", "readyz", "The process may take traffic.")
         .about(
-            "The store answers, its schema is the right one, and the process is not shutting down.",
+            "The database answers, its schema fits this version, and the process is not shutting down.",
         )
-        .gives_as(StatusCode::OK, "application/json", &schema, "It may.")
+        .gives_as(
+            StatusCode::OK,
+            "application/json",
+            &schema,
+            "The process may take traffic.",
+        )
         .refuses(&[DRAINING, STORE_UNAVAILABLE])
 }
 
-/// The store answers, its schema is ours, and the replica is not shutting down.
+/// Answers 200 if the store answers, its schema fits, and the replica is not shutting down.
 pub(super) async fn readyz(State(state): State<AppState>) -> Result<Json<Value>, Error> {
     match state.runs.ready().await {
         Ok(()) => Ok(Json(json!({"status": "ready"}))),
-        // Whatever is wrong with the store, the load balancer is to look elsewhere.
+        // The load balancer must choose another replica, so every error of the store is a 503.
         Err(Error::Internal(Some(cause))) => match cause.downcast() {
             Ok(store) => Err(Error::StoreUnavailable(Some(*store))),
             Err(other) => Err(Error::Internal(Some(other))),

@@ -1,4 +1,5 @@
-//! Whose conversations a request is about: the keys in its path, or in its headers where proxies spoil those of a path.
+//! Reads the keys of the conversation that a request names. They are in its path, or in its headers for
+//! callers behind proxies that rewrite paths.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -13,20 +14,21 @@ pub(super) const USER: HeaderName = HeaderName::from_static("threadkeeper-user")
 pub(super) const SESSION: HeaderName = HeaderName::from_static("threadkeeper-session");
 pub(super) const TOPIC: HeaderName = HeaderName::from_static("threadkeeper-topic");
 
-/// The conversation of the headers, with the same resources below it as the kinds whose keys stand in the path.
+/// Path of the conversation whose keys are in headers. It has the same resources below it as the paths
+/// with keys.
 pub(super) const CONVERSATION: &str = "/v1/conversation";
-/// Each names a user, with the same resources below it: in the path, and in a header.
+/// Paths of a user, with the key in the path and in a header. Both have the same resources below them.
 pub(super) const USERS: [&str; 2] = ["/v1/users/{user}", "/v1/user"];
 
 /// Where a route finds its keys.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Place {
-    /// It is about nobody.
+    /// The route has no keys.
     Nowhere,
     Path,
-    /// In headers, which name a conversation.
+    /// In headers that name a conversation.
     Conversation,
-    /// In a header, which names a user.
+    /// In a header that names a user.
     User,
 }
 
@@ -48,7 +50,7 @@ impl Place {
     }
 }
 
-/// Whom a request is about.
+/// The conversation or user that a request names.
 #[derive(Clone, Debug)]
 pub(super) struct Named {
     pub(super) user: UserKey,
@@ -57,10 +59,10 @@ pub(super) struct Named {
 }
 
 impl Named {
-    /// Reads the keys of at most `limit` bytes that stand in their place; `params` are those of the path.
+    /// Reads the keys, of at most `limit` bytes each. `params` are the parameters of the path.
     ///
     /// # Errors
-    /// [`Error::Malformed`]: they are missing, are no keys, or stand in another place, too.
+    /// [`Error::Malformed`]: a key is missing, invalid, or also in another place.
     pub(super) fn read(
         place: Place,
         params: Option<&RawPathParams>,
@@ -79,9 +81,11 @@ impl Named {
         };
         if let Some(name) = misplaced.iter().find(|name| headers.contains_key(*name)) {
             return Err(Error::Malformed(if in_headers {
-                format!("this path is about a user as a whole: leave the header `{name}` out")
+                format!(
+                    "this path is about all conversations of a user: leave the header `{name}` out"
+                )
             } else {
-                format!("this path names its keys already: leave the header `{name}` out")
+                format!("this path has its keys in the path: leave the header `{name}` out")
             }));
         }
         let source = if in_headers {
@@ -101,7 +105,9 @@ impl Named {
             (None, None) => Scope::User,
         };
         let user = user.ok_or_else(|| {
-            Error::Malformed(format!("send the header `{USER}` with the user's own id"))
+            Error::Malformed(format!(
+                "the user is missing: send the header `{USER}` with your id of the user"
+            ))
         })?;
         Ok(Some(Self {
             user,
@@ -110,8 +116,8 @@ impl Named {
         }))
     }
 
-    /// What stands for this request's path where paths are compared: one whose keys stand in headers counts as if they
-    /// stood in the path.
+    /// Returns the path by which requests are compared. A path whose keys are in headers becomes the same
+    /// path with its keys in it.
     pub(super) fn path<'a>(&self, path: &'a str) -> Cow<'a, str> {
         let rest = path
             .strip_prefix(CONVERSATION)
@@ -130,14 +136,14 @@ impl Named {
     }
 }
 
-/// What the keys are read from.
+/// The source of the keys.
 enum Source<'a> {
     Path(Option<&'a RawPathParams>),
     Headers(&'a HeaderMap),
 }
 
 impl Source<'_> {
-    /// The key that a header holds, or the parameter of the path that is called like the end of the header's name.
+    /// Returns the key in a header, or in the path parameter with the last word of the header's name.
     fn key<K: TryFrom<String, Error = InvalidKey>>(
         &self,
         name: &HeaderName,
@@ -167,8 +173,9 @@ impl Source<'_> {
     }
 }
 
-/// The text that a header holds: UTF-8 of which all is percent-encoded but visible ASCII other than `%` and `,`. A comma
-/// would be what a proxy puts between two headers that it makes one.
+/// Returns the decoded text of a header. Its value is percent-encoded UTF-8, in which visible ASCII other
+/// than `%` and `,` may stand for itself. A bare comma is refused: proxies write one between two headers
+/// that they join.
 fn in_header(headers: &HeaderMap, name: &HeaderName) -> Result<Option<String>, Error> {
     let mut values = headers.get_all(name).iter();
     let Some(value) = values.next() else {
@@ -202,7 +209,7 @@ fn decoded(value: &[u8]) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// As a segment of a path, in which every client and proxy leaves it where it is.
+/// Encodes a key as a path segment that no client or proxy rewrites.
 fn encoded(key: &str) -> String {
     key.bytes().fold(String::new(), |mut encoded, byte| {
         if byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) {
@@ -235,13 +242,13 @@ mod tests {
         Named::read(place, None, &headers(lines), KeyText::MAX_BYTES)
     }
 
-    /// Texts that somebody may use as a key, and those that are steps in a path somewhere.
+    /// Texts that a caller may use as a key, and texts that some programs read as steps in a path.
     fn texts() -> impl Strategy<Value = String> {
         "\\PC{1,40}|(\\.|%2e|%2E|%|/|\\\\|;|\\?|#|:|@| |~|\\.\\.;){1,4}|[a-z]{256}"
     }
 
     proptest! {
-        /// By the rules that browsers, Node, curl and most proxies follow.
+        /// The crate `url` has the rules of browsers, Node, curl and most proxies.
         #[test]
         fn a_key_stays_where_it_is_in_a_path(text in texts()) {
             let Ok(key) = KeyText::try_from(text.clone()) else {
@@ -253,7 +260,7 @@ mod tests {
                 let url = Url::parse(&format!("http://gateway{path}?a=b")).unwrap();
                 prop_assert_eq!(url.path(), &path);
                 prop_assert_eq!(url.query(), Some("a=b"));
-                // A second one on the way reads the same.
+                // A second parser on the way reads the same.
                 prop_assert_eq!(Url::parse(url.as_str()).unwrap(), url);
             }
         }

@@ -1,5 +1,5 @@
-//! How often callers may ask: buckets of messages, and of all other requests, for each user and each tenant, in this
-//! process.
+//! Rate limits: token buckets for messages and for all other requests, for each user and each tenant, in
+//! this process.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -12,24 +12,24 @@ use crate::config::{LimitsConfig, Rate};
 use crate::domain::{TenantKey, UserKey};
 use crate::error::{TooOften, whole_seconds};
 
-/// Buckets of one sort that are remembered at most, in 13 MB: somebody may ask for one made-up user after the other.
+/// Buckets of one kind in memory, 13 MB. A caller may name one invented user after the other.
 const MAX_BUCKETS: usize = 400_000;
-/// So few buckets are not looked through for full ones.
+/// Number of buckets up to which full ones are not searched for.
 const FEW_BUCKETS: usize = 1024;
 pub(super) const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub(super) const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
-/// What a request counts as.
+/// The kind of bucket that a request takes from.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Counted {
-    /// It has a model answer: a message, or the outputs of function calls. A repeat with the same idempotency key does not,
-    /// and counts as the other kind.
+    /// A request that a model answers: a message, or the outputs of function calls. A repeat with the same
+    /// idempotency key counts as [`Request`](Self::Request).
     Message,
-    /// Everything else.
+    /// Any other request.
     Request,
 }
 
-/// The buckets.
+/// All buckets of this process.
 #[derive(Debug)]
 pub struct Limits {
     messages: Both,
@@ -37,17 +37,17 @@ pub struct Limits {
     hasher: RandomState,
 }
 
-/// Those of users, and those of tenants.
+/// The buckets of users and of tenants.
 #[derive(Debug)]
 struct Both {
     users: Option<Buckets>,
     tenants: Option<Buckets>,
 }
 
-/// Buckets that are filled at the same rate.
+/// Buckets with the same rate.
 #[derive(Debug)]
 struct Buckets {
-    /// As the headers call them.
+    /// Name of the policy in the headers.
     name: &'static str,
     whose: &'static str,
     what: &'static str,
@@ -58,14 +58,14 @@ struct Buckets {
 /// The buckets that are not full.
 #[derive(Debug, Default)]
 struct Known {
-    /// When each is full again, by the hash of its key. The hash is keyed with a secret of the process, so that nobody can
-    /// look for a user who shares another's bucket.
+    /// Time at which each bucket is full again, by the hash of its key. The hash has a secret key of the
+    /// process, so that nobody can search for a user who shares another user's bucket.
     full_at: HashMap<u64, Instant>,
-    /// With more than so many those that are full are forgotten.
+    /// Number of buckets above which full ones are removed.
     enough: usize,
 }
 
-/// What is left in the buckets from which a request was taken, for the headers of its answer.
+/// The remaining tokens of the buckets that a request took from, for the headers of its answer.
 #[derive(Debug, Default)]
 pub(super) struct Left {
     policies: Vec<String>,
@@ -107,8 +107,8 @@ impl Limits {
         }
     }
 
-    /// Takes a request of a user's, if it is known whose it is, and of the tenant's. What the one refuses costs the other
-    /// nothing.
+    /// Takes a token from the user's bucket, if the user is known, and one from the tenant's. If one bucket
+    /// refuses, the other loses no token.
     pub(super) fn take(
         &self,
         counted: Counted,
@@ -132,7 +132,8 @@ impl Limits {
         (left, taken)
     }
 
-    /// Counts what was taken as a message as another request, if there may be one: it turned out to be a repeat.
+    /// Moves the token of a message that turned out to be a repeat: takes one for a request, and gives the
+    /// message's back. `None`: no request is allowed now, and the message's token stays taken.
     pub(super) fn was_repeat(&self, tenant: &TenantKey, user: Option<&UserKey>) -> Option<Left> {
         let (left, taken) = self.take(Counted::Request, tenant, user);
         taken.ok()?;
@@ -180,7 +181,7 @@ impl Buckets {
             .get(&key)
             .map_or(now, |full_at| now.max(*full_at))
             + period;
-        // A bucket is as far from full as it takes to fill it.
+        // The time until the bucket is full says how many tokens it lacks.
         let lacks = full_at - now;
         if lacks > whole {
             let retry_after = lacks.saturating_sub(whole);
@@ -218,8 +219,9 @@ impl Known {
         }
     }
 
-    /// Forgets the buckets that are full, which are like those of users who never asked. Of too many others it forgets those
-    /// that lack least: whoever invents users cannot have a bucket forgotten that is empty.
+    /// Removes full buckets, because a user without a bucket has the same rights. If too many are left,
+    /// removes those that lack least. A caller who invents users therefore cannot make the gateway forget
+    /// an empty bucket.
     fn forget(&mut self, now: Instant) {
         self.full_at.retain(|_, full_at| *full_at > now);
         let most = MAX_BUCKETS / 2;
@@ -235,7 +237,7 @@ impl Known {
 }
 
 impl Left {
-    /// As `RateLimit-Policy` and `RateLimit` tell it.
+    /// Writes the headers `RateLimit-Policy` and `RateLimit`.
     pub(super) fn tell(&self, headers: &mut HeaderMap) {
         for (name, items) in [(POLICY, &self.policies), (LIMIT, &self.limits)] {
             if let Ok(value) = HeaderValue::from_str(&items.join(", "))
@@ -335,7 +337,7 @@ mod tests {
             advance(Duration::from_millis(400)).await;
             assert!(ask().1.is_ok());
         }
-        // 3.6 of the 6 seconds have passed in which there is one more.
+        // 3.6 of the 6 seconds until the next token have passed.
         let (left, refused) = ask();
         let refused = refused.unwrap_err();
         assert_eq!(refused.retry_after, Duration::from_millis(2400));
@@ -343,7 +345,7 @@ mod tests {
         let told = crate::error::Error::from(refused).to_string();
         assert_eq!(
             told,
-            "too many messages: each user may send 10 a minute; come back in 3 s"
+            "too many messages: each user may send 10 a minute; send this one again in 3 s"
         );
         advance(Duration::from_millis(2399)).await;
         assert!(ask().1.is_err());
@@ -362,7 +364,7 @@ mod tests {
         let (tenant, alice) = (TenantKey::default(), user("alice"));
         let ask = |counted| limits.take(counted, &tenant, Some(&alice)).1.is_ok();
         assert_eq!([Counted::Message, Counted::Message].map(ask), [true, false]);
-        // The message was a repeat: then the other bucket is empty.
+        // The message was a repeat, so it empties the bucket of requests instead.
         let left = limits.was_repeat(&tenant, Some(&alice)).unwrap();
         assert_eq!(headers(&left).1, "\"user-requests\";r=0");
         assert_eq!(
@@ -430,7 +432,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the requests come, no more are let through than the rate and the burst allow, and none is refused while
+        /// At any pace of requests, no more pass than the rate and the burst allow, and none is refused while
         /// fewer came.
         #[test]
         fn a_bucket_lets_through_what_its_rate_says(

@@ -1,4 +1,4 @@
-//! `…/messages`: append and run, or read the transcript.
+//! `…/messages`: posts a message, or lists the transcript.
 
 use std::time::Duration;
 
@@ -28,15 +28,15 @@ use crate::store::ThreadName;
 pub(super) fn create_doc() -> Doc {
     let doc = Doc::new("messages", "create_message", "Appends a message and runs the assistant.")
         .about(
-            "Answers when the run has ended or asks for function calls, or streams what happens, or, if the caller \
-             prefers not to wait, tells where to look. The first message of a key makes its thread.",
+            "Answers when the run has ended or asks for function calls. With `stream`, answers with the \
+             events of the run. With `prefer`, answers earlier and names the path of the run. The first \
+             message of a key creates its thread.",
         )
         .body::<PostMessage>();
     answer_doc(doc).refuses(&[THREAD_BUSY, QUEUE_FULL, TOO_MANY_RUNS, MAYBE_MERGED])
 }
 
-/// Appends a message, runs the assistant, and answers when the run has ended or asks for function calls, or streams what
-/// happens, or, if the caller prefers not to wait, tells where to look.
+/// Appends a message, runs the assistant, and answers in one of the three forms of [`answer`].
 pub(super) async fn create(
     State(state): State<AppState>,
     Caller(caller): Caller,
@@ -46,7 +46,7 @@ pub(super) async fn create(
     ApiJson(body, idempotency, share): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
     let cancel = CancellationToken::new();
-    // Dropped with the answer, or with this handler when the caller leaves before there is one.
+    // Dropped with the answer, or with this handler if the caller leaves before there is an answer.
     let on_drop =
         (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
     let metadata = metadata_within(&state, body.metadata)?;
@@ -76,21 +76,23 @@ pub(super) async fn create(
 
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct Archived {
-    /// Those of the threads before the current one, too.
+    /// `true`: also the messages of the threads before the current one.
     #[serde(default)]
     archived: bool,
 }
 
 pub(super) fn list_doc() -> Doc {
-    Doc::new("messages", "list_messages", "The transcript.")
-        .about("A page holds fewer than `limit`, and has more behind it, once they have 4 MiB of content.")
+    Doc::new("messages", "list_messages", "Lists the transcript.")
+        .about(
+            "A page ends before `limit`, with `has_more`, when its messages have 4 MiB of content.",
+        )
         .page::<MessageId>()
         .query::<Archived>()
         .lists::<MessageView>("A page of messages.")
         .refuses(&[NOT_FOUND])
 }
 
-/// The transcript.
+/// Lists the transcript.
 pub(super) async fn list(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -107,7 +109,7 @@ pub(super) async fn list(
     )))
 }
 
-/// Content that the settings and the domain let pass.
+/// Checks content against the settings and the rules of the domain.
 fn content_within(state: &AppState, parts: Vec<ContentPart>) -> Result<UserContent, Error> {
     let limit = state.server.max_content_parts;
     let content = if parts.len() > limit {
@@ -121,7 +123,7 @@ fn content_within(state: &AppState, parts: Vec<ContentPart>) -> Result<UserConte
     content.map_err(|error| Error::Invalid(format!("`content`: {error}")))
 }
 
-/// Metadata that the settings let pass.
+/// Checks metadata against the settings.
 pub(super) fn metadata_within(
     state: &AppState,
     metadata: Option<Metadata>,

@@ -1,4 +1,4 @@
-//! `/openapi.json`: what each handler says of itself, and what is true of every route.
+//! Builds `/openapi.json` from the description of each handler and from what is true of every route.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,43 +25,47 @@ use super::views::ListView;
 use crate::domain::{Access, DeletionId, KeyText, RunId, SessionKey, ThreadId, TopicKey, UserKey};
 
 pub(super) fn show_doc() -> Doc {
-    Doc::new("health", "openapi", "This document.").gives_as(
+    Doc::new("health", "openapi", "Shows this document.").gives_as(
         StatusCode::OK,
         "application/json",
         &json!({"type": "object"}),
-        "OpenAPI 3.1.",
+        "The document, OpenAPI 3.1.",
     )
 }
 
 const ABOUT: &str = "An HTTP gateway that keeps chatbot conversations: one thread for each key, one run at a time.
 
-A conversation is that of a user, of a session of a user, or of a topic of a user; all three have the same resources. \
-Keys in paths are percent-encoded and compared byte for byte.
+A conversation belongs to a user, to a session of a user, or to a topic of a user. All three have the \
+same resources. Keys in paths are percent-encoded and compared byte for byte.
 
-Where neither a key nor an issuer of tokens is configured nobody has to show anything.
+A gateway that has neither API keys nor a token issuer in its configuration asks for no credentials.
 
-Every error is a problem document (RFC 9457). Unknown paths are answered with 404 `not-found`, other methods with 405 \
-`method-not-allowed` and the header `allow`. `HEAD` is answered wherever `GET` is, and `OPTIONS` where pages of other origins \
-may ask. A request head that is no HTTP, has not one `Host`, or is too large, gets a bare 400 or 431.";
+Every error is a problem document (RFC 9457). An unknown path gets a 404 `not-found`. A method that a \
+path does not take gets a 405 `method-not-allowed` with the header `allow`. `HEAD` works wherever `GET` \
+does. `OPTIONS` works if pages of other origins may call. A request head that is not HTTP, that is too \
+large, or that has not exactly one `Host`, gets a bare 400 or 431.";
 
 /// Groups of operations.
 const TAGS: [(&str, &str); 7] = [
-    ("messages", "Say something, and read what was said."),
+    ("messages", "Post a message, and read the transcript."),
     (
         "runs",
-        "Turns of a conversation: their events, function calls, cancels.",
+        "A run is a message and its reply: events, function calls, cancellation.",
     ),
-    ("threads", "A conversation as a whole."),
-    ("users", "All that is held of a user."),
-    ("deletions", "What came of requests to delete."),
+    (
+        "threads",
+        "The thread of a conversation: show, change, delete, roll over.",
+    ),
+    ("users", "All data of a user: list, export, delete."),
+    ("deletions", "Receipts of deletions."),
     (
         "operators",
-        "Threads of all users, and the work in the background.",
+        "For operators: threads of all users, and the janitor.",
     ),
     ("health", "For load balancers, and this document."),
 ];
 
-/// The document about these routes.
+/// Returns the document about these routes.
 pub(super) fn document<'a>(routes: impl IntoIterator<Item = &'a (Route, fn() -> Doc)>) -> Value {
     let mut document = Document::default();
     for (route, doc) in routes {
@@ -72,7 +76,7 @@ pub(super) fn document<'a>(routes: impl IntoIterator<Item = &'a (Route, fn() -> 
 
 type Schemas = BTreeMap<String, Value>;
 
-/// A route, and what it asks of its callers; `None`: anybody may use it.
+/// A route, and the access that it needs. `None`: it is open to everybody.
 #[derive(Clone, Debug)]
 pub struct Route {
     pub method: Method,
@@ -80,7 +84,7 @@ pub struct Route {
     pub needs: Option<Access>,
 }
 
-/// What one handler takes and gives, wherever its route stands.
+/// The description of one handler: what it takes and gives. A handler may have several routes.
 #[derive(Debug)]
 pub(super) struct Doc {
     tag: &'static str,
@@ -95,7 +99,7 @@ pub(super) struct Doc {
 }
 
 impl Doc {
-    /// `id`: of the operation; the kind of conversation is put before it.
+    /// Begins a description. `id` becomes the operation's id, after the kind of conversation.
     pub(super) fn new(tag: &'static str, id: &'static str, summary: &'static str) -> Self {
         Self {
             tag,
@@ -110,13 +114,13 @@ impl Doc {
         }
     }
 
-    /// More than the summary says.
+    /// Adds details that the summary lacks.
     pub(super) fn about(mut self, about: &'static str) -> Self {
         self.about = Some(about);
         self
     }
 
-    /// What the query may hold.
+    /// Adds the parameters that the query may have.
     pub(super) fn query<Q: IntoParams>(mut self) -> Self {
         self.parameters
             .extend(
@@ -131,7 +135,7 @@ impl Doc {
         self
     }
 
-    /// The parameters that the query may have.
+    /// Returns the names of the parameters that the query may have.
     pub(super) fn query_names(self) -> Vec<String> {
         let names = self
             .parameters
@@ -143,7 +147,7 @@ impl Doc {
             .collect()
     }
 
-    /// Which page of a list is wanted.
+    /// Adds the parameters that choose a page of a list.
     pub(super) fn page<Id: ToSchema>(self) -> Self {
         let cursor = value(&Id::schema());
         let mut doc = self.query::<PageQuery>().refuses(&[UNPROCESSABLE]);
@@ -158,7 +162,7 @@ impl Doc {
         doc
     }
 
-    /// The same for a list that has one direction.
+    /// Adds the parameters that choose a page of a list with one direction.
     pub(super) fn page_after<Id: ToSchema>(self) -> Self {
         let mut doc = self.page::<Id>();
         doc.parameters
@@ -166,7 +170,7 @@ impl Doc {
         doc
     }
 
-    /// A header that the request may have.
+    /// Adds a header that the request may have.
     pub(super) fn header(mut self, name: &HeaderName, schema: &Value, about: &str) -> Self {
         self.parameters.push(
             json!({"name": name.as_str(), "in": "header", "required": false, "description": about, "schema": schema}),
@@ -174,23 +178,23 @@ impl Doc {
         self
     }
 
-    /// The header `prefer`.
+    /// Adds the header `prefer`.
     pub(super) fn prefer(self) -> Self {
-        let about = "How long to wait for the end (RFC 7240): `respond-async` or `wait=<seconds>`. Others are passed over.";
+        let about = "How long to wait for the end (RFC 7240): `respond-async` or `wait=<seconds>`. Other \
+                     preferences are ignored.";
         self.header(&PREFER, &json!({"type": "string"}), about)
     }
 
-    /// The header `idempotency-key`, and what it may lead to.
+    /// Adds the header `idempotency-key` and its error.
     pub(super) fn idempotent(self) -> Self {
         let schema =
             json!({"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"});
-        let about =
-            "A request that is sent again with the same key gets the run of the first time.";
+        let about = "A name for this request. A repeat with the same key gets the run of the first request.";
         self.header(&HeaderName::from_static("idempotency-key"), &schema, about)
             .refuses(&[IDEMPOTENCY_MISMATCH])
     }
 
-    /// A JSON object as the body.
+    /// Adds a JSON object as the body.
     pub(super) fn body<B: ToSchema>(mut self) -> Self {
         let schema = self.schema::<B>();
         self.body =
@@ -204,13 +208,13 @@ impl Doc {
         ])
     }
 
-    /// An answer in JSON.
+    /// Adds an answer in JSON.
     pub(super) fn gives<A: ToSchema>(mut self, status: StatusCode, about: &str) -> Self {
         let schema = self.schema::<A>();
         self.gives_as(status, "application/json", &schema, about)
     }
 
-    /// An answer in JSON that has one of two shapes.
+    /// Adds an answer in JSON that has one of two shapes.
     pub(super) fn gives_one_of<A: ToSchema, B: ToSchema>(
         mut self,
         status: StatusCode,
@@ -220,7 +224,7 @@ impl Doc {
         self.gives_as(status, "application/json", &schema, about)
     }
 
-    /// An answer that is a list.
+    /// Adds an answer that is a list.
     pub(super) fn lists<A: ToSchema>(mut self, about: &str) -> Self {
         let item = self.schema::<A>();
         let name = format!("{}_{}", ListView::<A>::name(), A::name());
@@ -235,13 +239,13 @@ impl Doc {
         )
     }
 
-    /// A line of text or an event at a time, each described by this.
+    /// Adds an answer that is a stream. The schema describes one line or event of it.
     pub(super) fn streams<A: ToSchema>(mut self, content_type: &str, about: &str) -> Self {
         let schema = self.schema::<A>();
         self.gives_as(StatusCode::OK, content_type, &schema, about)
     }
 
-    /// An answer of a kind of content; several of one status are alternatives.
+    /// Adds an answer with this content type. Several answers of one status are alternatives.
     pub(super) fn gives_as(
         mut self,
         status: StatusCode,
@@ -262,7 +266,7 @@ impl Doc {
         self
     }
 
-    /// An answer without a body.
+    /// Adds an answer without a body.
     pub(super) fn gives_nothing(mut self, status: StatusCode, about: &str) -> Self {
         self.answers.insert(
             status.as_u16(),
@@ -271,7 +275,7 @@ impl Doc {
         self
     }
 
-    /// Headers of an answer besides those that all have.
+    /// Adds headers to an answer, besides those of all answers.
     pub(super) fn with(mut self, status: StatusCode, headers: &[&HeaderName]) -> Self {
         for header in headers {
             let headers = &mut self.answers.entry(status.as_u16()).or_default()["headers"];
@@ -280,20 +284,20 @@ impl Doc {
         self
     }
 
-    /// A header that only some of these answers have.
+    /// Adds a header that only some of these answers have.
     pub(super) fn with_some(mut self, status: StatusCode, header: &HeaderName) -> Self {
         let reference = reference("headers", &format!("{header}{IF_ANY}"));
         self.answers.entry(status.as_u16()).or_default()["headers"][header.as_str()] = reference;
         self
     }
 
-    /// What it is refused with besides what all are.
+    /// Adds problems, besides those of all routes.
     pub(super) fn refuses(mut self, kinds: &[Kind]) -> Self {
         self.kinds.extend(kinds);
         self
     }
 
-    /// A reference to the schema of a type.
+    /// Adds the schema of a type, and returns a reference to it.
     fn schema<T: ToSchema>(&mut self) -> Value {
         let mut schemas = Vec::<(String, RefOr<Schema>)>::new();
         T::schemas(&mut schemas);
@@ -307,7 +311,7 @@ impl Doc {
     }
 }
 
-/// The document as it grows with the routes.
+/// The document while routes are added.
 #[derive(Debug, Default)]
 pub(super) struct Document {
     paths: Map<String, Value>,
@@ -316,7 +320,7 @@ pub(super) struct Document {
 }
 
 impl Document {
-    /// A route: what its handler says, and what follows from the route itself.
+    /// Adds a route, from its handler's description and from the route itself.
     pub(super) fn add(&mut self, route: &Route, doc: Doc) {
         let mut parameters: Vec<Value> = names(&route.path).map(path_parameter).collect();
         parameters.extend(key_headers(Place::of(&route.path)));
@@ -387,7 +391,7 @@ impl Document {
         path[route.method.as_str().to_ascii_lowercase()] = operation;
     }
 
-    /// Problems of one status; the same ones stand once in the document.
+    /// Returns a reference to the problems of one status. Equal sets are in the document once.
     fn refusal<'a>(
         &mut self,
         status: u16,
@@ -398,7 +402,7 @@ impl Document {
         let names = kinds.clone().map(|kind| kind.name).collect::<Vec<_>>();
         let mut headers = vec![REQUEST_ID];
         headers.extend([LIMIT, POLICY].into_iter().filter(|_| guarded));
-        // Where a run failed, and is asked for again.
+        // Statuses of a failed run. A repeated request gets them again, with this header.
         let replays = replays && matches!(status, 404 | 409 | 500 | 502..=504);
         headers.extend(replays.then_some(REPLAYED));
         let open = if guarded { "" } else { ".open" };
@@ -412,7 +416,7 @@ impl Document {
             _ => {}
         }
         let headers = headers.iter().map(|it| {
-            // Elsewhere it depends on what went wrong.
+            // With other statuses, the header depends on the error.
             let header = if *it == RETRY_AFTER && [429, 503].contains(&status) {
                 RETRY_AFTER_ALWAYS
             } else if *it == WWW_AUTHENTICATE && status == 403 {
@@ -439,7 +443,7 @@ impl Document {
     }
 
     fn finish(mut self) -> Value {
-        // Of no operation, since they are about what is none.
+        // These belong to no operation: they answer unknown paths and methods.
         for kind in [NOT_FOUND, METHOD_NOT_ALLOWED] {
             self.refusal(kind.status.as_u16(), [kind].iter(), false, false);
         }
@@ -465,13 +469,16 @@ impl Document {
                     "key": {
                         "type": "http",
                         "scheme": "bearer",
-                        "description": "A key of the gateway. Its scope opens what it names and all before it: `read`, `chat`, `admin`, `operator`.",
+                        "description": "An API key of the gateway. The scopes, in order: `read`, `chat`, \
+                                        `admin`, `operator`. Each opens its own calls and those of the \
+                                        scopes before it.",
                     },
                     "token": {
                         "type": "http",
                         "scheme": "bearer",
                         "bearerFormat": "JWT",
-                        "description": "A token of the configured issuer. It opens what belongs to its `sub`, as `chat` does; that of an admin all that `admin` opens.",
+                        "description": "A token of the configured issuer. It has the scope `chat` for the \
+                                        user in its `sub`. A token of an admin has the scope `admin`.",
                     },
                 },
             },
@@ -479,7 +486,7 @@ impl Document {
     }
 }
 
-/// The kind of conversation, if the path has one, and the handler's own name: a name for each route.
+/// Returns a unique name of a route: the kind of conversation, if it has one, and the handler's name.
 fn operation_id(path: &str, id: &str) -> String {
     let kinds = [("session_", "/sessions/{"), ("topic_", "/topics/{")];
     let kind = match Place::of(path) {
@@ -492,7 +499,7 @@ fn operation_id(path: &str, id: &str) -> String {
     format!("{kind}{id}")
 }
 
-/// A key of that scope, or a token where tokens open it.
+/// Returns the credentials that open a route: a key of that scope, or a token if tokens can open it.
 fn security(needs: Option<Access>) -> Value {
     match needs {
         None => json!([]),
@@ -501,48 +508,42 @@ fn security(needs: Option<Access>) -> Value {
     }
 }
 
-/// The placeholders of a path template.
+/// Returns the placeholders of a path template.
 fn names(path: &str) -> impl Iterator<Item = &str> {
     path.split('/')
         .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
 }
 
-/// What stands in the place of a placeholder. One that is not known here takes nothing, and a test says so.
+/// Returns the description of a placeholder. An unknown one gets the schema `false`, which a test refuses.
 fn path_parameter(name: &str) -> Value {
     let (schema, about) = match name {
         "user" => (
             UserKey::schema(),
-            "The caller's own id of a user: 1 to 256 bytes of UTF-8.",
+            "Your id of a user: 1 to 256 bytes of UTF-8.",
         ),
-        "session" => (
-            SessionKey::schema(),
-            "The caller's own id of a session of the user.",
-        ),
-        "topic" => (
-            TopicKey::schema(),
-            "The caller's own name of a topic of the user.",
-        ),
+        "session" => (SessionKey::schema(), "Your id of a session of the user."),
+        "topic" => (TopicKey::schema(), "Your name of a topic of the user."),
         "run" => (RunId::schema(), "The id of a run."),
         "thread" => (ThreadId::schema(), "The id of a thread."),
-        "deletion" => (DeletionId::schema(), "The id of a request to delete."),
+        "deletion" => (DeletionId::schema(), "The id of a deletion."),
         _ => return json!({"name": name, "in": "path", "required": true, "schema": false}),
     };
     json!({"name": name, "in": "path", "required": true, "description": about, "schema": value(&schema)})
 }
 
-/// The headers that hold the keys of a request whose path does not.
+/// Returns the headers with the keys, for a route that has none in its path.
 fn key_headers(place: Place) -> Vec<Value> {
     let all = [
-        (keys::USER, true, "The caller's own id of a user."),
+        (keys::USER, true, "Your id of a user."),
         (
             keys::SESSION,
             false,
-            "The caller's own id of a session of the user. Not together with a topic.",
+            "Your id of a session of the user. Not together with a topic.",
         ),
         (
             keys::TOPIC,
             false,
-            "The caller's own name of a topic of the user. Not together with a session.",
+            "Your name of a topic of the user. Not together with a session.",
         ),
     ];
     let count = match place {
@@ -565,7 +566,8 @@ fn key_headers(place: Place) -> Vec<Value> {
     all.into_iter().take(count).map(of).collect()
 }
 
-/// The headers of answers. The one that is there always where it helps has two rows, for elsewhere it helps now and then.
+/// Returns the headers of answers. `retry-after` has two entries: some answers always have it, others
+/// sometimes.
 fn headers() -> Value {
     let text = || json!({"type": "string"});
     let seconds = || json!({"type": "string", "pattern": "^[1-9][0-9]*$"});
@@ -578,48 +580,44 @@ fn headers() -> Value {
         REQUEST_ID.as_str(),
         true,
         text(),
-        "The request's own id if it was usable, else one made for it.",
+        "The id of the request: the one that the caller sent, if it was usable, or a new one.",
     );
-    add(
-        LOCATION.as_str(),
-        true,
-        text(),
-        "Where to ask for what comes of it.",
-    );
-    let receipt = "Where to ask for the receipt; not after a `dry_run`.";
+    add(LOCATION.as_str(), true, text(), "The path of the result.");
+    let receipt = "The path of the receipt. Absent after a `dry_run`.";
     add(&format!("{LOCATION}{IF_ANY}"), false, text(), receipt);
     add(
         PREFERENCE_APPLIED.as_str(),
         false,
         text(),
-        "The preference that was heeded.",
+        "The preference that the gateway followed.",
     );
-    let replayed = "The run is that of an earlier request with this `Idempotency-Key`.";
+    let replayed = "Present if the run belongs to an earlier request with this `Idempotency-Key`.";
     add(REPLAYED.as_str(), false, json!({"const": "true"}), replayed);
     add(
         RETRY_AFTER.as_str(),
         false,
         seconds(),
-        "When to come back, in seconds, where that helps.",
+        "Seconds after which to send the request again. Absent if that would not help.",
     );
     add(
         RETRY_AFTER_ALWAYS,
         true,
         seconds(),
-        "When to come back, in seconds.",
+        "Seconds after which to send the request again.",
     );
     let challenge = json!({
         "type": "string",
         "pattern": "^Bearer( error=\"invalid_token\", error_description=\"[^\"]+\")?$",
     });
-    let about = "How to say who asks; with an `error` (RFC 6750) where a key or token was sent and is refused.";
+    let about = "The scheme of credentials that the gateway takes. With an `error` (RFC 6750) if it \
+                 refuses the key or token of the request.";
     add(WWW_AUTHENTICATE.as_str(), true, challenge, about);
     let scope = json!({"type": "string", "pattern": "^Bearer error=\"insufficient_scope\", scope=\"[a-z]+\"$"});
     add(
         SCOPE_CHALLENGE,
         false,
         scope,
-        "The scope that is needed, where that is what lacks (RFC 6750).",
+        "The scope that the request needs, if the key or token lacks it (RFC 6750).",
     );
     add(
         ALLOW.as_str(),
@@ -631,23 +629,23 @@ fn headers() -> Value {
         LIMIT.as_str(),
         false,
         text(),
-        "What is left of the limits, where there are any.",
+        "The remaining requests of each limit. Absent without limits.",
     );
     add(
         POLICY.as_str(),
         false,
         text(),
-        "The limits, where there are any.",
+        "The limits. Absent without limits.",
     );
     all.into()
 }
 
 const RETRY_AFTER_ALWAYS: &str = "retry-after-always";
 const SCOPE_CHALLENGE: &str = "www-authenticate-scope";
-/// At the end of the name of a header that only some answers have.
+/// Suffix of the name of a header that only some answers have.
 const IF_ANY: &str = "-if-any";
 
-/// What is `None` in a query is not there.
+/// Removes `null` from the schema of a query parameter: an absent parameter is not `null`.
 fn never_null(schema: &mut Value) {
     for (word, is_null) in [("type", json!("null")), ("oneOf", json!({"type": "null"}))] {
         let Some(kinds) = schema.get_mut(word).and_then(Value::as_array_mut) else {

@@ -1,4 +1,4 @@
-//! What operators ask: threads of all users, and clean-up now.
+//! Calls for operators: threads of all users, and a pass of the janitor at once.
 
 use axum::Json;
 use axum::extract::State;
@@ -21,13 +21,13 @@ use crate::domain::{Lifecycle, MessageId, ThreadId, ThreadState, UserKey};
 use crate::error::Error;
 use crate::store::{ThreadFilter, ThreadName};
 
-/// Which threads are wanted: those that fit all that is set.
+/// Selects the threads that match every parameter that is set.
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct Filter {
-    /// Of this user.
+    /// Threads of this user.
     #[param(inline, value_type = Option<UserKey>)]
     user: Option<String>,
-    /// On the upstream of this name.
+    /// Threads on the upstream with this name.
     #[param(pattern = r"^[^\u0000]*$")]
     upstream: Option<String>,
     lifecycle: Option<Lifecycle>,
@@ -40,9 +40,9 @@ pub(super) fn threads_doc() -> Doc {
     Doc::new(
         "operators",
         "list_threads",
-        "Threads of all users of the tenant.",
+        "Lists threads of all users of the tenant.",
     )
-    .about("Those that fit all that is set.")
+    .about("The answer has the threads that match every parameter that is set.")
     .page::<ThreadId>()
     .query::<Filter>()
     .lists::<ThreadView>("A page of threads.")
@@ -69,7 +69,7 @@ pub(super) async fn threads(
     )))
 }
 
-/// Years that RFC 3339 knows. Others can be written too, and not every database takes them.
+/// Refuses years that RFC 3339 does not know. The parser takes them, but not every database does.
 fn within_the_calendar(
     name: &str,
     time: Option<DateTime<Utc>>,
@@ -82,7 +82,7 @@ fn within_the_calendar(
     Ok(time)
 }
 
-/// Postgres knows no such text.
+/// Refuses NUL characters, which a text of Postgres cannot hold.
 fn without_nul(upstream: String) -> Result<String, Error> {
     if upstream.contains('\0') {
         return Err(Error::Malformed(
@@ -96,14 +96,14 @@ pub(super) fn thread_doc() -> Doc {
     Doc::new(
         "operators",
         "get_thread_by_id",
-        "The statistics of any thread, archived ones, too.",
+        "Shows the statistics of any thread, archived or not.",
     )
     .query::<Verify>()
     .gives::<ReportView>(StatusCode::OK, "The thread.")
     .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
-/// The statistics of one thread.
+/// Shows the statistics of one thread.
 pub(super) async fn thread(
     State(state): State<AppState>,
     Caller(caller): Caller,
@@ -117,14 +117,14 @@ pub(super) fn messages_doc() -> Doc {
     Doc::new(
         "operators",
         "list_messages_by_id",
-        "The transcript of any thread, archived ones, too.",
+        "Lists the transcript of any thread, archived or not.",
     )
     .page::<MessageId>()
     .lists::<MessageView>("A page of messages.")
     .refuses(&[NOT_FOUND])
 }
 
-/// The transcript of one thread.
+/// Lists the transcript of one thread.
 pub(super) async fn messages(
     State(state): State<AppState>,
     Caller(caller): Caller,
@@ -142,33 +142,29 @@ pub(super) async fn messages(
     )))
 }
 
-/// How much is to be cleaned up.
+/// Bounds of a pass of the janitor.
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct Cleanup {
-    /// Only tell what would be done, and why.
+    /// `true`: change nothing, and answer with what the janitor would do, and why.
     #[serde(default)]
     dry_run: bool,
-    /// Threads; 100 if absent.
+    /// Most threads to work on; 100 if absent.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<u32>,
 }
 
 pub(super) fn cleanup_doc() -> Doc {
-    Doc::new(
-        "operators",
-        "clean_up",
-        "Does the work in the background now.",
-    )
-    .about("What it began goes on if the caller leaves.")
-    .query::<Cleanup>()
-    .gives_one_of::<TallyView, OutlookView>(
-        StatusCode::OK,
-        "What was done; with `dry_run` what would be done, and why.",
-    )
-    .refuses(&[DRAINING])
+    Doc::new("operators", "clean_up", "Runs a pass of the janitor now.")
+        .about("The pass goes on if the caller leaves.")
+        .query::<Cleanup>()
+        .gives_one_of::<TallyView, OutlookView>(
+            StatusCode::OK,
+            "What the janitor did. With `dry_run`: what it would do, and why.",
+        )
+        .refuses(&[DRAINING])
 }
 
-/// Has the janitor look now. What it began goes on if the caller leaves.
+/// Runs a pass of the janitor now. The pass goes on if the caller leaves.
 pub(super) async fn cleanup(
     State(state): State<AppState>,
     ApiQuery(query): ApiQuery<Cleanup>,

@@ -1,4 +1,4 @@
-//! The `Prefer` header (RFC 7240): how long a caller wants to wait.
+//! The header `Prefer` (RFC 7240): how long a caller waits for the end of its run.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,23 +8,24 @@ use axum::http::{HeaderMap, HeaderName};
 pub(super) const PREFER: HeaderName = HeaderName::from_static("prefer");
 pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
-/// Says that a run is that of an earlier request with the same idempotency key.
+/// Header of an answer about the run of an earlier request with the same idempotency key.
 pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
-/// What a caller prefers.
+/// A caller's preference.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Prefer {
-    /// To hear when all is done.
+    /// An answer after the end. The default.
     Done,
-    /// To hear at once that it was taken: `respond-async`.
+    /// An answer at once, before the end: `respond-async`.
     Async,
-    /// To wait so long, and to be told then that it was taken: `wait=<seconds>`.
+    /// An answer after this time, if the end is not there earlier: `wait=<seconds>`.
     Wait(Duration),
 }
 
 impl Prefer {
-    /// Reads the header. Preferences that are not known, or cannot be read, are passed over, as the RFC wants it. A
-    /// wait counts more than `respond-async`, which then says what to do after it; of several the shortest.
+    /// Reads the header. Ignores unknown and unreadable preferences, as the RFC demands. A `wait` takes
+    /// precedence over `respond-async`, which then says what happens after the wait. Of several waits
+    /// the shortest counts.
     pub(super) fn of(headers: &HeaderMap) -> Self {
         let preferences = headers
             .get_all(PREFER)
@@ -53,7 +54,7 @@ impl Prefer {
             .unwrap_or(Self::Done)
     }
 
-    /// How long to wait at most.
+    /// Returns the longest wait; `None` is no limit.
     pub(super) fn patience(self) -> Option<Duration> {
         match self {
             Self::Done => None,
@@ -64,7 +65,7 @@ impl Prefer {
 }
 
 impl fmt::Display for Prefer {
-    /// As the header would say it; empty for what is no preference.
+    /// Writes the value of the header; nothing for the default.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Done => Ok(()),
@@ -95,7 +96,7 @@ mod tests {
                 headers.append(PREFER, value);
             }
             let prefer = Prefer::of(&headers);
-            // What is said to have been applied means the same.
+            // The value of `Preference-Applied` reads back as the same preference.
             let mut applied = HeaderMap::new();
             applied.insert(PREFER, HeaderValue::from_str(&prefer.to_string()).unwrap());
             prop_assert_eq!(Prefer::of(&applied), prefer);

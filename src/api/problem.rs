@@ -1,4 +1,4 @@
-//! Errors as RFC 9457 problem documents: the only place where an [`Error`] becomes HTTP.
+//! Turns an [`Error`] into an RFC 9457 problem document. No other file maps errors to HTTP.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,15 +13,15 @@ use crate::domain::{MultitaskStrategy, Run, RunErrorCode, RunId, ThreadId};
 use crate::error::{Chain, Error, TooOften, whole_seconds};
 use crate::store::StoreError;
 
-/// Before the name of each problem type.
+/// Prefix of each problem type.
 const TYPE_PREFIX: &str = "urn:threadkeeper:problem:";
 
-/// A problem on its way to the middleware that completes it.
+/// A problem without its body, which [`complete`] writes.
 #[derive(Clone)]
 struct Problem {
     kind: Kind,
     detail: String,
-    /// As `WWW-Authenticate` tells it (RFC 6750).
+    /// Value of `WWW-Authenticate` (RFC 6750).
     challenge: Option<String>,
     retry_after: Option<Duration>,
     run: Option<(RunId, ThreadId, RunErrorCode)>,
@@ -38,22 +38,22 @@ pub(super) struct Document<'a> {
     status: u16,
     /// What is wrong, and how to mend it.
     detail: &'a str,
-    /// As in the header `x-request-id`, and in the logs.
+    /// The id of the request, as in the header `x-request-id` and in the gateway's log.
     request_id: &'a str,
-    /// Only where a run failed, like `thread_id` and `code`.
+    /// The run that failed. Present only if one did, like `thread_id` and `code`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     run_id: Option<RunId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     thread_id: Option<ThreadId>,
-    /// The run's own error code.
+    /// The error code of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     code: Option<RunErrorCode>,
 }
 
-/// All types of problems.
+/// Returns the schema of the field `type`: the list of all problem types.
 fn any_type() -> ObjectBuilder {
     let names = KINDS.iter().map(|kind| kind.urn()).collect::<BTreeSet<_>>();
     ObjectBuilder::new()
@@ -62,7 +62,8 @@ fn any_type() -> ObjectBuilder {
 }
 
 impl IntoResponse for Error {
-    /// Status and problem; `complete` writes the body, since only it knows the request's id.
+    /// Returns status and problem without a body. [`complete`] writes the body, because it has the
+    /// request's id.
     fn into_response(self) -> Response {
         log(&self);
         let problem = Problem::from(&self);
@@ -72,7 +73,7 @@ impl IntoResponse for Error {
     }
 }
 
-/// Gives a problem its body. Other answers pass as they are.
+/// Writes the body of a problem. Other answers pass unchanged.
 pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
     let Some(problem) = response.extensions_mut().remove::<Problem>() else {
         return response;
@@ -114,7 +115,7 @@ fn log(error: &Error) {
         Error::StoreUnavailable(_) | Error::MaybeMerged(_) => {
             tracing::warn!(error = %Chain(error), "the request failed");
         }
-        // Only the name: the text may quote the request.
+        // The log gets the name alone, because the text may quote the request.
         _ => tracing::debug!(
             problem = Problem::from(error).kind.name,
             "the request was refused"
@@ -206,24 +207,24 @@ impl From<&Error> for Problem {
     }
 }
 
-/// A type of problem, as callers are told of it.
+/// A type of problem.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Kind {
     pub(super) name: &'static str,
     title: &'static str,
     pub(super) status: StatusCode,
-    /// When it is told.
+    /// When the gateway answers with it, in one sentence for `/openapi.json`.
     pub(super) when: &'static str,
 }
 
 impl Kind {
-    /// As the field `type` says it.
+    /// Returns the value of the field `type`.
     pub(super) fn urn(self) -> String {
         format!("{TYPE_PREFIX}{}", self.name)
     }
 }
 
-/// Constants, and the list of all of them.
+/// Defines a constant for each kind of problem, and the list of all kinds.
 macro_rules! kinds {
     ($(#[doc = $when:literal] $constant:ident = $name:literal, $title:literal, $status:ident;)+) => {
         $(
@@ -237,63 +238,63 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// The request cannot be read.
+    /// The gateway cannot read the request.
     INVALID_REQUEST = "invalid-request", "Invalid request", BAD_REQUEST;
-    /// The request asks for what cannot be.
+    /// The request asks for something impossible.
     UNPROCESSABLE = "invalid-request", "Invalid request", UNPROCESSABLE_ENTITY;
-    /// No key or token was sent, or one that opens nothing.
+    /// The request has no key or token, or one that opens nothing.
     UNAUTHENTICATED = "unauthenticated", "Unauthenticated", UNAUTHORIZED;
-    /// The key does not open this, it is another user's, or a backend has to answer these function calls.
+    /// The key or token does not open this, or only a backend may answer these function calls.
     FORBIDDEN = "forbidden", "Forbidden", FORBIDDEN;
-    /// There is no such thing, or none of this caller's.
+    /// The thing does not exist, or the caller may not see it.
     NOT_FOUND = "not-found", "Not found", NOT_FOUND;
-    /// The path takes other methods.
+    /// The path does not take this method.
     METHOD_NOT_ALLOWED = "method-not-allowed", "Method not allowed", METHOD_NOT_ALLOWED;
-    /// The body did not arrive in time.
+    /// The body arrived too slowly.
     REQUEST_TIMEOUT = "request-timeout", "Request timeout", REQUEST_TIMEOUT;
-    /// Another run is unfinished and the request does not want to wait, or something else holds the upstream thread.
+    /// With strategy `reject`: another run is unfinished, or another program holds the upstream thread.
     THREAD_BUSY = "thread-busy", "Thread busy", CONFLICT;
-    /// The run does not wait for these tool outputs (any more).
+    /// The run does not wait for these tool outputs, or not any more.
     RUN_NOT_WAITING = "run-not-waiting", "Run not waiting", CONFLICT;
     /// The body is larger than `server.max_body_bytes`.
     PAYLOAD_TOO_LARGE = "payload-too-large", "Payload too large", PAYLOAD_TOO_LARGE;
-    /// The body is not declared as JSON.
+    /// The header `content-type` does not name JSON.
     UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type", "Unsupported media type", UNSUPPORTED_MEDIA_TYPE;
-    /// Without a transcript: tool outputs for a run of another replica.
+    /// The gateway stores no transcript, and another replica works on the run that the tool outputs are for.
     OTHER_REPLICA = "other-replica", "Other replica", MISDIRECTED_REQUEST;
-    /// The `Idempotency-Key` was used for another request.
+    /// Another request used the `Idempotency-Key`.
     IDEMPOTENCY_MISMATCH = "idempotency-mismatch", "Idempotency mismatch", UNPROCESSABLE_ENTITY;
-    /// More messages, or more other requests, of a user or a tenant than `limits` allows.
+    /// A user or tenant sent more messages, or more other requests, than `limits` allows.
     RATE_LIMITED = "rate-limited", "Too many requests", TOO_MANY_REQUESTS;
     /// The tenant has `runs.max_runs_per_tenant` unfinished runs at this replica.
     TOO_MANY_RUNS = "too-many-runs", "Too many runs", TOO_MANY_REQUESTS;
-    /// `server.max_readers_per_run` follow the events of this run.
+    /// `server.max_readers_per_run` readers follow the events of this run.
     TOO_MANY_READERS = "too-many-readers", "Too many readers", TOO_MANY_REQUESTS;
-    /// Too many runs wait on the thread, or their messages are too large together.
+    /// Too many runs wait on the thread, or their messages together are too large.
     QUEUE_FULL = "queue-full", "Queue full", TOO_MANY_REQUESTS;
-    /// A defect of the gateway.
+    /// The gateway has a defect.
     INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
-    /// The upstream refused, failed or broke off, or most requests to it failed lately, so that none is sent for a while.
+    /// The upstream refused, failed or broke off, or gets no requests because most of them failed lately.
     UPSTREAM_ERROR = "upstream-error", "Upstream error", BAD_GATEWAY;
     /// This replica is shutting down.
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
-    /// The keys of whoever issues tokens cannot be had at present.
+    /// The gateway cannot fetch the keys of the token issuer at present.
     ISSUER_UNAVAILABLE = "issuer-unavailable", "Issuer unavailable", SERVICE_UNAVAILABLE;
-    /// Messages arrive faster than this replica can record them, or it has as many unfinished runs or large bodies as it takes.
+    /// Too many unfinished runs or large bodies, or messages arrive faster than the replica records them.
     OVERLOADED = "overloaded", "Overloaded", SERVICE_UNAVAILABLE;
-    /// The database is away or has no connection to spare, or this replica has lost its session.
+    /// The database is away or has no free connection, or this replica has lost its session.
     STORE_UNAVAILABLE = "store-unavailable", "Store unavailable", SERVICE_UNAVAILABLE;
-    /// The database failed while a message was added to a run that waits: it may be there.
+    /// The database failed while a message was merged into a queued run, which may hold it now.
     MAYBE_MERGED = "maybe-merged", "Maybe merged", SERVICE_UNAVAILABLE;
-    /// The process that worked on the run died, and the upstream does not know of a better end.
+    /// The process that worked on the run died, and the upstream does not know a better end.
     REPLICA_LOST = "replica-lost", "Replica lost", SERVICE_UNAVAILABLE;
-    /// The run met its deadline, the upstream was silent or slow for too long, or its thread stayed busy.
+    /// The run met its deadline, its upstream thread stayed busy, or the upstream was too slow or silent.
     UPSTREAM_TIMEOUT = "upstream-timeout", "Upstream timeout", GATEWAY_TIMEOUT;
 }
 
 fn of_run(run: &Run) -> Kind {
     match run.error.as_ref().map(|error| error.code) {
-        // The caller did not want to wait, and nothing of its message was kept.
+        // The caller did not want to wait, and the gateway kept nothing of its message.
         Some(RunErrorCode::UpstreamBusy) if run.strategy == MultitaskStrategy::Reject => {
             THREAD_BUSY
         }

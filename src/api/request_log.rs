@@ -1,4 +1,5 @@
-//! The outermost middleware: the request's id, its span, its log line, and the body of problems.
+//! The outermost middleware. It gives each request its id, its span and its log line, and writes the
+//! body of problems.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -19,19 +20,19 @@ use crate::config::ServerConfig;
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
-/// Proxies that know it do not hold events back until their buffer is full.
+/// Header that tells nginx and similar proxies not to buffer events.
 const BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
-/// What the middleware needs of the configuration.
+/// The part of the configuration that the middleware needs.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Observed {
     pub(super) server: Arc<ServerConfig>,
-    /// Clients' addresses are logged.
+    /// Whether the log has the addresses of clients.
     pub(super) logs_clients: bool,
 }
 
-/// Gives the request an id (the caller's own `x-request-id` if it is usable), puts everything that is logged for
-/// it into a span with that id, completes a problem answer with it, and sends it back.
+/// Gives the request an id, and its log lines a span with that id. Writes the id into problems and into
+/// the answer's header. The id is the caller's `x-request-id` if that is usable.
 pub(super) async fn observe(
     State(Observed {
         server,
@@ -45,14 +46,14 @@ pub(super) async fn observe(
         .extensions()
         .get()
         .map(|ConnectInfo(peer): &ConnectInfo<SocketAddr>| peer.ip());
-    // Without a socket there is no peer, and nobody to believe.
+    // Without a socket there is no peer, and so no trusted proxy.
     let known = peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     let prefix = Prefix::of(known, request.headers(), &server);
     let client = peer
         .filter(|_| logs_clients)
         .map(|peer| forwarded::client(peer, request.headers(), &server));
     request.extensions_mut().insert(prefix);
-    // The path holds keys; its pattern does not.
+    // The path contains keys, which must not be logged. Its pattern does not.
     let route = request
         .extensions()
         .get::<MatchedPath>()
@@ -87,8 +88,8 @@ pub(super) async fn observe(
     .await
 }
 
-/// What is said in conversations is for whoever asked, and is what it says it is. A proxy that compresses a stream of events
-/// would hold them back.
+/// Adds headers that forbid caches to store answers, and browsers to guess their type. A stream of
+/// events must not be compressed or buffered either, because proxies would delay the events.
 fn harden(headers: &mut HeaderMap) {
     let is_stream = headers
         .get(CONTENT_TYPE)

@@ -1,5 +1,7 @@
-//! The three forms in which a run is answered: when it has ended or asks for function calls, as a stream of events, or
-//! with where to look.
+//! The three forms of an answer about a run:
+//! - JSON, when the run has ended or asks for function calls
+//! - a stream of events
+//! - a 202 with the path of the run
 
 use std::convert::Infallible;
 
@@ -26,7 +28,7 @@ use crate::error::Error;
 use crate::runs::{Answer, DELETED, EventOffset, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
 
-/// How a request was made that is answered in one of the forms.
+/// The parts of a request that decide the form of its answer.
 #[derive(Debug)]
 pub(super) struct Asked {
     pub(super) headers: HeaderMap,
@@ -47,7 +49,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
     }
 }
 
-/// The form that a caller wants.
+/// The form that a caller chose.
 pub(super) struct ResponseMode<'a> {
     pub(super) stream: Option<bool>,
     pub(super) asked: &'a Asked,
@@ -55,25 +57,27 @@ pub(super) struct ResponseMode<'a> {
     pub(super) on_drop: Option<DropGuard>,
 }
 
-/// What the three forms have in common wherever they are given.
+/// Describes the three forms for `/openapi.json`.
 pub(super) fn answer_doc(doc: Doc) -> Doc {
     doc.prefer()
         .idempotent()
         .gives::<RunResponse>(StatusCode::OK, "The run has ended, or asks for function calls.")
         .streams::<EventView>(
             "text/event-stream",
-            "With `stream`, or if `Accept` names it and prefers nothing else, a stream of events until then: each with its fields, `data` as JSON.",
+            "With `stream`, or if `Accept` prefers it: the events until then. The schema shows the fields \
+             of one event, with `data` parsed as JSON.",
         )
         .gives::<RunResponse>(
             StatusCode::ACCEPTED,
-            "The run goes on: the caller did not want to wait longer, or this replica stops.",
+            "The run goes on: the caller's `prefer` allows no longer wait, or this replica stops.",
         )
         .with(StatusCode::OK, &[&REPLAYED])
         .with(StatusCode::ACCEPTED, &[&REPLAYED, &header::LOCATION, &PREFERENCE_APPLIED])
         .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT, DRAINING, REPLICA_LOST, TOO_MANY_READERS])
 }
 
-/// Answers with what the run does from event number `from` on.
+/// Answers a request about a run, in the form that the caller chose. A stream begins with the event
+/// `from`.
 pub(super) async fn answer(
     state: &AppState,
     key: &ConversationKey,
@@ -86,7 +90,7 @@ pub(super) async fn answer(
         .stream
         .unwrap_or_else(|| accepts_events(&form.asked.headers))
     {
-        // That there are too many readers is not what became of the run.
+        // An error here is "too many readers", which is not an answer about the run: no `REPLAYED`.
         Ok(streamed(state, submitted, from, form)?)
     } else {
         as_json(state, key, submitted, from, form).await
@@ -94,7 +98,7 @@ pub(super) async fn answer(
     if !replayed {
         return response;
     }
-    // A failure is repeated too, and says so.
+    // A repeated request gets the same failure again, also with this header.
     let mut response = response.into_response();
     response
         .headers_mut()
@@ -115,7 +119,7 @@ fn streamed(
         ..
     } = submitted;
     let seat = match state.readers.take(&run.id) {
-        // What was taken is answered. Of its repeats there may be any number.
+        // The first request for a run always gets its stream. Only repeats are limited.
         Err(_) if replayed => {
             return Err(Error::TooManyReaders {
                 limit: state.server.max_readers_per_run.get(),
@@ -152,11 +156,11 @@ async fn as_json(
         return Err(DELETED);
     }
     if let Some(answered) = answered.flatten() {
-        // Asking for function calls is no end: leaving to make them is no disconnect.
+        // The caller has its answer, so closing the connection must not cancel the run.
         drop(on_drop.map(DropGuard::disarm));
         return Ok(Json(turn(&state.runs, &answered)?).into_response());
     }
-    // The message was taken, so nothing that fails from here on may look as if it was not.
+    // The gateway accepted the message, so no later failure may look like a refusal.
     let (run, message) = state
         .runs
         .run(key, submitted.run.id)
@@ -177,7 +181,7 @@ async fn as_json(
         ),
     };
     let place = format!("{}/runs/{}", scope_of(&asked.prefix, &asked.uri), run.id);
-    // The caller is told where to look: leaving now is no disconnect.
+    // The caller gets the path of the run, so closing the connection must not cancel the run.
     drop(on_drop.map(DropGuard::disarm));
     let view = RunResponse {
         thread: ThreadView::new(&state.runs, thread, activity),
@@ -190,7 +194,7 @@ async fn as_json(
         Json(view),
     )
         .into_response();
-    // Without the wish this process stops, and others go on with the run.
+    // Without a preference the reason for the 202 is that this process stops.
     if let Some(applied) = prefer
         .patience()
         .and_then(|_| HeaderValue::from_str(&prefer.to_string()).ok())
@@ -231,7 +235,8 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<RunResponse, Error> {
     }
 }
 
-/// The path of the conversation, as the caller wrote it: what stands before `/messages` or `/runs/{run}/…`.
+/// Returns the path of the conversation as the caller wrote it: the part before `/messages` or
+/// `/runs/{run}/…`.
 pub(super) fn scope_of(prefix: &Prefix, uri: &Uri) -> String {
     let path = uri.path();
     let scope = path.strip_suffix("/messages").unwrap_or_else(|| {
@@ -246,8 +251,8 @@ pub(super) fn scope_of(prefix: &Prefix, uri: &Uri) -> String {
     format!("{}{scope}", prefix.0)
 }
 
-/// Whether `Accept` wants a stream rather than JSON (RFC 9110): it names the type, and gives JSON no higher weight. What
-/// cannot be read is passed over.
+/// Returns whether `Accept` prefers a stream to JSON (RFC 9110): it names the type, and gives JSON no
+/// higher weight. Ignores entries that it cannot read.
 fn accepts_events(headers: &HeaderMap) -> bool {
     let ranges = headers
         .get_all(header::ACCEPT)
@@ -269,7 +274,7 @@ fn accepts_events(headers: &HeaderMap) -> bool {
     weight_of("text/event-stream").is_some_and(|events| events > 0 && events >= json.unwrap_or(0))
 }
 
-/// A media range and its weight in thousandths.
+/// Reads a media range and its weight in thousandths.
 fn weighted(range: &str) -> Option<(&str, u16)> {
     let mut parts = range.split(';').map(str::trim);
     let kind = parts.next().filter(|kind| kind.contains('/'))?;
@@ -282,7 +287,7 @@ fn weighted(range: &str) -> Option<(&str, u16)> {
     Some((kind, weight))
 }
 
-/// `0` to `1`, with up to three decimals.
+/// Reads a weight from `0` to `1` with up to three decimals, in thousandths.
 fn thousandths(weight: &str) -> Option<u16> {
     let (whole, decimals) = weight.split_once('.').unwrap_or((weight, ""));
     let is_number = ["0", "1"].contains(&whole)

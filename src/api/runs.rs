@@ -1,4 +1,4 @@
-//! `…/runs` and below
+//! `…/runs` and below: lists, shows, cancels and streams runs, and takes tool outputs.
 
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, Uri};
@@ -26,7 +26,7 @@ pub(super) fn list_doc() -> Doc {
     Doc::new(
         "runs",
         "list_runs",
-        "The runs of the conversation's thread.",
+        "Lists the runs of the conversation's thread.",
     )
     .page::<RunId>()
     .lists::<RunView>("A page of runs.")
@@ -47,9 +47,13 @@ pub(super) async fn list(
 }
 
 pub(super) fn show_doc() -> Doc {
-    Doc::new("runs", "get_run", "One run with its reply, if it has one.")
-        .gives::<RunAndMessageView>(StatusCode::OK, "The run.")
-        .refuses(&[NOT_FOUND])
+    Doc::new(
+        "runs",
+        "get_run",
+        "Shows one run with its reply, if it has one.",
+    )
+    .gives::<RunAndMessageView>(StatusCode::OK, "The run.")
+    .refuses(&[NOT_FOUND])
 }
 
 pub(super) async fn show(
@@ -68,17 +72,17 @@ pub(super) fn cancel_doc() -> Doc {
     Doc::new(
         "runs",
         "cancel_run",
-        "Cancels a run and tells how it ended.",
+        "Cancels a run and answers with its end.",
     )
-    .about("One that had ended is told as it is.")
+    .about("A run that has ended already stays as it is.")
     .gives::<RunAndMessageView>(
         StatusCode::OK,
-        "The run as it ended, or, after a bounded wait, as it is.",
+        "The run after its end, or, if that takes too long, its present state.",
     )
     .refuses(&[NOT_FOUND])
 }
 
-/// Cancels a run and tells how it ended.
+/// Cancels a run and answers with its end.
 pub(super) async fn cancel(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -92,16 +96,17 @@ pub(super) async fn cancel(
 }
 
 pub(super) fn tool_outputs_doc() -> Doc {
-    let doc = Doc::new("runs", "submit_tool_outputs", "Answers the function calls of a run, which goes on.")
+    let doc = Doc::new("runs", "submit_tool_outputs", "Sends a run the outputs of its function calls.")
         .about(
-            "All outputs at once. Answered like a message. A user's own token may send them only for a run of an \
-             assistant whose configuration has `client_tools = true`.",
+            "One request has all outputs. The run then goes on, and the gateway answers as it answers a \
+             message. A user's own token may send outputs only to a run of an assistant whose \
+             configuration has `client_tools = true`.",
         )
         .body::<PostOutputs>();
     answer_doc(doc).refuses(&[RUN_NOT_WAITING, OTHER_REPLICA])
 }
 
-/// Hands a run the outputs of its function calls, and answers like a message from there on.
+/// Sends a run the outputs of its function calls, and answers from there as for a message.
 pub(super) async fn tool_outputs(
     State(state): State<AppState>,
     Caller(caller): Caller,
@@ -131,23 +136,26 @@ pub(super) fn events_doc() -> Doc {
     Doc::new(
         "runs",
         "stream_run_events",
-        "The run's events, from the first one to its end.",
+        "Streams the events of a run, from the first one to its end.",
     )
     .header(
         &HeaderName::from_static("last-event-id"),
         &last,
-        "The id of the event that the caller saw last: the stream goes on after it.",
+        "The id of the last event that the caller has seen: the stream begins after it.",
     )
     .streams::<EventView>(
         "text/event-stream",
-        "Each event with its fields, `data` as JSON.",
+        "The events of the run. The schema shows the fields of one event, with `data` parsed as JSON.",
     )
-    .gives_nothing(StatusCode::NO_CONTENT, "The caller has seen the end.")
+    .gives_nothing(
+        StatusCode::NO_CONTENT,
+        "The run has ended, and the caller has seen its last event.",
+    )
     .refuses(&[NOT_FOUND, TOO_MANY_READERS])
 }
 
-/// The run's events, from the first one or after the one that the caller saw last, to its end. A caller that saw the
-/// end hears that nothing more will come (204), so that an `EventSource` stops asking.
+/// Streams the events of a run to its end, from the first event or after the last one that the caller
+/// has seen. A caller that has seen the end gets a 204, which makes an `EventSource` stop.
 pub(super) async fn events(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -167,7 +175,8 @@ pub(super) async fn events(
         Some((of, n)) if of == id => n.saturating_add(1),
         Some((of, _)) => {
             return Err(Error::Malformed(format!(
-                "`last-event-id` names the run {of}, the path {id}"
+                "`last-event-id` names the run {of}, and the path names the run {id}: send an id of this \
+                 stream, or none"
             )));
         }
     };

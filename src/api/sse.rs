@@ -1,4 +1,4 @@
-//! A run's events as a `text/event-stream`.
+//! Sends the events of a run as a `text/event-stream`.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -20,15 +20,15 @@ use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
-/// When a client shall come back whose stream ended before its run.
+/// Pause before a client reconnects whose stream ended before its run.
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 
 /// The events of a run, each with its number.
 type Events = BoxStream<'static, (i64, RunEvent)>;
 
-/// Streams from number `from` on until the run has ended, or waits for tool outputs. Each event's id is `<run>:<n>`.
-/// `on_drop` lives as long as the stream, unless the run asks for outputs: leaving to make function calls is no disconnect.
-/// Its seat does in any case.
+/// Streams from event `from` on, until the run has ended or waits for tool outputs. Each event's id is
+/// `<run>:<n>`. Dropping the stream drops the guard `on_drop`, which cancels the run, and gives back the
+/// permit. Once the run waits for tool outputs, dropping the stream no longer cancels it.
 pub(super) fn until_answered(
     run: &Run,
     scope: &str,
@@ -40,7 +40,7 @@ pub(super) fn until_answered(
     let events = follow.events(from).inspect(move |_| _ = &seat).boxed();
     let guarded = stream::unfold((events, on_drop), |(mut events, mut on_drop)| async move {
         let next = events.next().await;
-        // Without an event this process stops, and others go on with the run: that is no disconnect either.
+        // `None`: this process stops, and another replica goes on with the run, which must not be cancelled.
         if matches!(next, None | Some((_, RunEvent::RequiresAction(_)))) {
             on_drop.take().map(DropGuard::disarm);
         }
@@ -49,8 +49,7 @@ pub(super) fn until_answered(
     stream_of(run, scope, None, guarded.boxed(), Some(follow), keep_alive)
 }
 
-/// Streams until the run has ended.
-/// `seen`: the number of the event that its reader saw last.
+/// Streams until the run has ended. `seen` is the number of the last event that the reader has seen.
 pub(super) fn until_ended(
     run: &Run,
     scope: &str,
@@ -61,20 +60,20 @@ pub(super) fn until_ended(
     stream_of(run, scope, seen, events, None, keep_alive)
 }
 
-/// A stream's place in its run.
+/// The state of a stream.
 struct Place {
     events: Events,
-    /// The number of the event that its reader saw last.
+    /// Number of the last event that the reader has seen.
     last: Option<i64>,
-    /// What that asked for.
+    /// The function calls of that event, if it is `run.requires_action`.
     asked: Option<Arc<RequiredAction>>,
-    /// Where the run can be followed on.
+    /// Path of the run's events, for a reader that reconnects.
     rest: String,
     ends_at_wait: Option<RunSubscription>,
 }
 
-/// `ends_at_wait`: the stream ends where the run waits for outputs, too. One that ends otherwise says where its run can be
-/// followed on.
+/// Builds the stream. With `ends_at_wait`, it also ends when the run waits for tool outputs. A stream
+/// that ends before its run ends with `stream.reconnect`.
 fn stream_of(
     run: &Run,
     scope: &str,
@@ -94,7 +93,7 @@ fn stream_of(
     };
     let events = stream::unfold(Some(place), move |place| async move {
         let mut place = place?;
-        // It is told of the calls first: whether they were answered by now may take long to find out.
+        // The event with the calls went out already. Checking whether they are answered may take long.
         if let (Some(asked), Some(follow)) = (place.asked.take(), &place.ends_at_wait)
             && follow.waits_for(&asked).await
         {
@@ -122,8 +121,9 @@ fn stream_of(
     sse.into_response()
 }
 
-/// The last event of a stream that ends before its run: this process stops, and others go on with the run. It has no id, so
-/// a client that reconnects by itself asks for what it has not seen.
+/// Returns the last event of a stream that ends before its run, because this process stops and another
+/// replica goes on with the run. The event has no id, so that a client that reconnects by itself asks
+/// for the first event that it has not seen.
 fn reconnect(run: RunId, last: Option<i64>, rest: &str) -> Event {
     let after = last.map(|n| format!("{run}:{n}"));
     let data = text(&Reconnect {
@@ -210,7 +210,7 @@ const RECONNECT: &str = "stream.reconnect";
 struct Queued {
     run_id: RunId,
     thread_id: ThreadId,
-    /// 1: next.
+    /// Position in the queue; 1 is the next run.
     #[schema(minimum = 1)]
     position: i64,
 }
@@ -235,7 +235,7 @@ struct RequiresAction<'a> {
 
 #[derive(Serialize, ToSchema)]
 struct MessageCompleted {
-    /// Now in the transcript.
+    /// The reply, which is in the transcript now.
     message: MessageView,
 }
 
@@ -244,17 +244,17 @@ struct Ended {
     run: RunView,
 }
 
-/// This replica stops, the run goes on.
+/// The stream ends because this replica stops, and the run goes on.
 #[derive(Serialize, ToSchema)]
 struct Reconnect<'a> {
-    /// The path to read on at.
+    /// The path at which the client can read the next events.
     events: &'a str,
-    /// The id to send in `Last-Event-ID`; `null`: none.
+    /// The id to send in `Last-Event-ID`; `null`: send none.
     #[schema(required)]
     after: Option<String>,
 }
 
-/// Any event of a stream, with its fields: `event`, `data`, and but for `stream.reconnect` an `id`.
+/// Any event of a stream with its fields: `event`, `data`, and `id`, which `stream.reconnect` lacks.
 pub(super) struct EventView;
 
 impl ToSchema for EventView {
@@ -293,7 +293,7 @@ impl PartialSchema for EventView {
             let id = ObjectBuilder::new()
                 .schema_type(Type::String)
                 .pattern(Some("^run_[0-9a-f]{32}:[0-9]+$"))
-                .description(Some("For `Last-Event-ID`. Opaque."));
+                .description(Some("The value for `Last-Event-ID`. Opaque."));
             event.property("id", id).required("id")
         };
         OneOfBuilder::new()

@@ -1,4 +1,4 @@
-//! What handlers reach.
+//! The state that handlers share.
 
 use std::sync::Arc;
 
@@ -12,19 +12,19 @@ use crate::lifecycle::Janitor;
 use crate::locks::{Budget, KeyedSemaphore};
 use crate::runs::Runs;
 
-/// What handlers reach.
+/// The state that handlers share.
 #[derive(Clone, Debug)]
 pub struct AppState {
     pub runs: Runs,
     pub janitor: Janitor,
     pub auth: Arc<Auth>,
     pub limits: Arc<Limits>,
-    /// For those who follow a run's events.
+    /// Permits for readers of a run's events.
     pub readers: Arc<KeyedSemaphore<RunId>>,
     /// Memory for the bodies of requests.
     pub bodies: Budget,
     pub server: Arc<ServerConfig>,
-    /// Addresses of clients are logged.
+    /// Whether the log has the addresses of clients.
     pub logs_clients: bool,
 }
 

@@ -1,4 +1,4 @@
-//! `…/thread` and below: a conversation's thread as a whole.
+//! `…/thread` and below: shows, changes, deletes and rolls over the thread of a conversation.
 
 use std::time::Duration;
 
@@ -24,10 +24,10 @@ use crate::runs::Renewed;
 use crate::store::ThreadName;
 use crate::upstream::RateLimiter;
 
-/// What the statistics are to be compared with.
+/// Asks for a comparison of the transcript.
 #[derive(Debug, Deserialize, IntoParams)]
 pub(super) struct Verify {
-    /// Compares the transcript with the upstream thread.
+    /// `upstream`: compares the transcript with the upstream thread.
     #[param(inline)]
     verify: Option<Against>,
 }
@@ -42,15 +42,15 @@ pub(super) fn show_doc() -> Doc {
     Doc::new(
         "threads",
         "get_thread",
-        "The thread: ids, state, counts, last run, expiry.",
+        "Shows the thread: ids, state, counts, last run, expiry.",
     )
-    .about("From the record alone unless a comparison is asked for.")
+    .about("The gateway asks only its database, except with `verify`.")
     .query::<Verify>()
     .gives::<ReportView>(StatusCode::OK, "The thread.")
     .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
-/// The statistics of the thread, from the record alone unless a comparison is asked for.
+/// Shows the statistics of the thread. Asks only the database, except with `verify`.
 pub(super) async fn show(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -59,7 +59,7 @@ pub(super) async fn show(
     show_named(&state, ThreadName::Newest(&key), &query).await
 }
 
-/// The statistics of any thread.
+/// Shows the statistics of any thread.
 pub(super) async fn show_named(
     state: &AppState,
     name: ThreadName<'_>,
@@ -82,14 +82,14 @@ pub(super) fn update_doc() -> Doc {
     Doc::new(
         "threads",
         "update_thread",
-        "Changes metadata, all of it, or how long the thread lives.",
+        "Replaces the metadata of the thread, or changes its time to live.",
     )
     .body::<PatchThread>()
-    .gives::<ReportView>(StatusCode::OK, "The thread as it is now.")
+    .gives::<ReportView>(StatusCode::OK, "The thread after the change.")
     .refuses(&[NOT_FOUND])
 }
 
-/// Changes metadata, all of it, or how long the thread lives.
+/// Replaces the metadata of the thread, or changes its time to live.
 pub(super) async fn update(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -112,12 +112,13 @@ pub(super) fn delete_doc() -> Doc {
         "Deletes the conversation, here and upstream.",
     )
     .about(
-        "What runs or waits is cancelled. A message that comes meanwhile starts a fresh thread.",
+        "The gateway cancels its active and queued runs. A message that arrives meanwhile starts a fresh \
+         thread.",
     );
     deleted_doc(doc).refuses(&[NOT_FOUND])
 }
 
-/// Deletes the conversation; 202 if it takes longer than the caller waits.
+/// Deletes the conversation. Answers 202 if that takes longer than the caller waits.
 pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -131,14 +132,18 @@ pub(super) async fn delete(
 pub(super) fn roll_over_doc() -> Doc {
     Doc::new("threads", "roll_over_thread", "Archives the thread and starts a fresh one.")
         .about(
-            "The fresh one begins with the last messages, which the model is told, and all runs that wait.",
+            "The fresh thread begins with the last messages of the old one, which the model sees. Queued \
+             runs move to the fresh thread.",
         )
         .gives::<ReportView>(StatusCode::OK, "The fresh thread.")
-        .gives::<ReportView>(StatusCode::ACCEPTED, "The thread: that has to wait for a run.")
+        .gives::<ReportView>(
+            StatusCode::ACCEPTED,
+            "The old thread: the rollover waits for the end of a run.",
+        )
         .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT])
 }
 
-/// Archives the thread and starts a fresh one; 202 if that has to wait for a run.
+/// Archives the thread and starts a fresh one. Answers 202 if the rollover waits for a run.
 pub(super) async fn roll_over(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -158,14 +163,14 @@ pub(super) fn cancel_doc() -> Doc {
     Doc::new(
         "threads",
         "cancel_runs",
-        "Cancels runs of the thread and tells how they ended.",
+        "Cancels runs of the thread and answers with their ends.",
     )
     .query::<WhichQuery>()
-    .lists::<RunView>("The runs that were cancelled.")
+    .lists::<RunView>("The cancelled runs.")
     .refuses(&[NOT_FOUND])
 }
 
-/// Cancels runs of the thread and tells how they ended.
+/// Cancels runs of the thread and answers with their ends.
 pub(super) async fn cancel(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,

@@ -1,4 +1,4 @@
-//! `/v1/users/{user}`: all that is held of a user.
+//! `/v1/users/{user}`: all data of a user.
 
 use axum::Json;
 use axum::body::Body;
@@ -20,13 +20,13 @@ use crate::lifecycle::Target;
 use crate::store::ThreadFilter;
 
 pub(super) fn threads_doc() -> Doc {
-    Doc::new("users", "list_user_threads", "All threads of a user.")
-        .about("Archived ones and those on their way out, too.")
+    Doc::new("users", "list_user_threads", "Lists all threads of a user.")
+        .about("The list includes archived threads, and threads that are being deleted.")
         .page::<ThreadId>()
         .lists::<ThreadView>("A page of threads.")
 }
 
-/// All threads of a user, archived ones and those on their way out, too.
+/// Lists all threads of a user, including archived ones and those that are being deleted.
 pub(super) async fn threads(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -46,11 +46,11 @@ pub(super) fn delete_doc() -> Doc {
     deleted_doc(Doc::new(
         "users",
         "delete_user",
-        "Erases all that is held of a user, here and upstream.",
+        "Erases all data of a user, here and upstream.",
     ))
 }
 
-/// Erases all that is held of a user, here and upstream; 202 if it takes longer than the caller waits.
+/// Erases all data of a user, here and upstream. Answers 202 if that takes longer than the caller waits.
 pub(super) async fn delete(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
@@ -72,19 +72,19 @@ pub(super) fn export_doc() -> Doc {
     Doc::new(
         "users",
         "export_user",
-        "All that is held of a user, line by line.",
+        "Exports all data of a user, line by line.",
     )
-    .about("The last line counts the others, so that an export that was cut off is noticed.")
+    .about("The last line counts the others. An export without it was cut off.")
     .streams::<Line>("application/x-ndjson", "Each line is a JSON object.")
 }
 
-/// All that is held of a user, line by line as the caller reads.
+/// Streams all data of a user, line by line, as fast as the caller reads.
 pub(super) async fn export(
     State(state): State<AppState>,
     ApiConversation(key): ApiConversation,
 ) -> Result<Response, Error> {
     let mut lines = state.runs.export(key.tenant, key.user).boxed();
-    // A store that is away is told before the answer has begun.
+    // Reads the first line before the answer begins, so that an unavailable store is a problem document.
     let first = lines.next().await.transpose()?;
     let lines = stream::iter(first.map(Ok)).chain(lines);
     let headers = [(header::CONTENT_TYPE, "application/x-ndjson")];

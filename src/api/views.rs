@@ -1,6 +1,7 @@
-//! Wire types: the shapes that callers send and see, which is what `/openapi.json` describes.
+//! Wire types: the JSON shapes that callers send and receive. `/openapi.json` describes them.
 //!
-//! Times are `DateTime<Utc>` here and not `Timestamp`, which is the same: the derived schemas go by the name.
+//! Times are written as `DateTime<Utc>`, not as its alias `Timestamp`, because the derived schemas
+//! look at the name of a type.
 
 mod threads;
 
@@ -29,21 +30,22 @@ pub(super) use threads::{
 #[serde(deny_unknown_fields)]
 pub(super) struct PostMessage {
     pub(super) content: Content,
-    /// Name of a configured assistant; the default one if absent. A user's own token may name the default one, and those
-    /// whose configuration has `user_selectable = true`.
+    /// Name of a configured assistant. If absent, the default assistant. A user's own token may name
+    /// the default assistant, and those whose configuration has `user_selectable = true`.
     pub(super) assistant: Option<String>,
-    /// What it does on a busy thread; `enqueue` if absent.
+    /// What the message does on a busy thread; `enqueue` if absent.
     pub(super) multitask_strategy: Option<MultitaskStrategy>,
-    /// `true`: the answer is a stream of events; if absent, the header `Accept` decides.
+    /// `true`: the answer is a stream of events. If absent, the header `Accept` decides.
     pub(super) stream: Option<bool>,
-    /// `continue` if absent.
+    /// What happens to the run if the caller disconnects; `continue` if absent.
     pub(super) on_disconnect: Option<OnDisconnect>,
-    /// Kept with the run and sent upstream.
+    /// Metadata of the run. The gateway keeps it with the run and sends it upstream.
     pub(super) metadata: Option<Metadata>,
-    /// How long the run may take once it has started, waits for tool outputs included; up to `runs.max_timeout`.
+    /// Longest time from the start of the run to its end, waits for tool outputs included; at most
+    /// `runs.max_timeout`.
     #[schema(minimum = 1)]
     pub(super) timeout_ms: Option<u64>,
-    /// How long the thread lives, from now on; up to `threads.max_ttl`.
+    /// Time to live of the thread, from now on; at most `threads.max_ttl`.
     #[schema(minimum = 1)]
     pub(super) ttl_ms: Option<u64>,
 }
@@ -52,21 +54,21 @@ pub(super) struct PostMessage {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PostOutputs {
-    /// One for each call of the run's `required_action`.
+    /// One output for each call of the run's `required_action`.
     #[serde(deserialize_with = "outputs")]
     #[schema(value_type = Vec<Output>)]
     pub(super) tool_outputs: Vec<ToolOutput>,
-    /// `true`: the answer is a stream of events; if absent, the header `Accept` decides.
+    /// `true`: the answer is a stream of events. If absent, the header `Accept` decides.
     pub(super) stream: Option<bool>,
 }
 
-/// The answer to a function call.
-// Closed, unlike the domain's own shape, which must be able to grow in the store.
+/// The output of a function call.
+// Refuses unknown fields. The domain's own type does not, because stored rows may get more fields.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = ToolOutput)]
 struct Output {
-    /// The call's id.
+    /// The id of the call.
     #[schema(pattern = r"^[^\u0000]*$")]
     tool_call_id: String,
     #[schema(pattern = r"^[^\u0000]*$")]
@@ -95,7 +97,7 @@ fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>
         .collect())
 }
 
-/// What becomes of the run when its caller leaves.
+/// What happens to the run if its caller disconnects.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum OnDisconnect {
@@ -128,7 +130,7 @@ impl PartialSchema for Content {
                     return true;
                 };
                 kind.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
-                // Only received.
+                // The gateway sends refusals and takes none.
                 !kind.properties.contains_key("refusal")
             });
         }
@@ -142,7 +144,7 @@ impl PartialSchema for Content {
             .max_items(Some(MAX_PARTS));
         OneOfBuilder::new()
             .description(Some(
-                "A string, or a list of parts with some text or image in them.",
+                "A string, or a list of parts, at least one with text or an image.",
             ))
             .item(text)
             .item(parts)
@@ -150,7 +152,7 @@ impl PartialSchema for Content {
     }
 }
 
-/// A list, or a page of one.
+/// A list, or a page of it.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = List)]
 pub(super) struct ListView<T> {
@@ -194,7 +196,7 @@ pub(super) struct RunView {
     error: Option<RunError>,
     #[schema(required)]
     required_action: Option<RequiredAction>,
-    /// It was rolled back: its messages are not in the transcript.
+    /// Whether the run was rolled back, so that its messages are not in the transcript.
     rolled_back: bool,
     metadata: Metadata,
 }
@@ -229,18 +231,18 @@ pub(super) struct MessageView {
     #[schema(required)]
     run_id: Option<RunId>,
     thread_id: ThreadId,
-    /// Ascending from 1; a gap is where messages were rolled back.
+    /// Place in the transcript, ascending from 1. A gap is where messages were rolled back.
     position: i64,
     status: MessageStatus,
-    /// Why it is incomplete: its run's end.
+    /// The final status of its run, if that made the message incomplete.
     #[schema(required)]
     incomplete_reason: Option<RunStatus>,
-    /// The model knows of it, or will with the next turn.
+    /// Whether the model sees the message, now or from the next run on.
     visible_to_model: bool,
     created_at: DateTime<Utc>,
 }
 
-/// Whether a message belongs to a turn that came to its proper end, as far as that is known.
+/// Whether the run of a message completed, as far as the gateway knows.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum MessageStatus {
@@ -269,7 +271,7 @@ impl From<Message> for MessageView {
     }
 }
 
-/// The answer to a message.
+/// The answer to a message: the thread, the run, and the reply if there is one.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Turn)]
 pub(super) struct RunResponse {
@@ -279,7 +281,7 @@ pub(super) struct RunResponse {
     pub(super) message: Option<MessageView>,
 }
 
-/// One run with its reply, if it has one.
+/// A run with its reply, if it has one.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = RunAndMessage)]
 pub(super) struct RunAndMessageView {

@@ -1,8 +1,9 @@
-//! The issuer's keys: which of them are used, and the key set that is fetched. Beside `upstream/client.rs` the only file
-//! that names reqwest.
+//! The keys of the token issuer: fetches its key set, and chooses the key of a token. Besides
+//! `upstream/client.rs` the only file that names reqwest.
 //!
-//! What is fetched is bounded in size and time, and so is how often: nobody can make us ask the issuer more than once
-//! per [`PAUSE`] with tokens of their own making, once there are keys; until then once per [`SHORT_PAUSE`].
+//! A fetch is limited in size and time. Fetches are limited in number too, so that invented tokens cannot
+//! make the gateway flood the issuer: one per [`PAUSE`] once there are keys, before that one per
+//! [`SHORT_PAUSE`].
 
 #[cfg(test)]
 mod tests;
@@ -25,35 +26,36 @@ use crate::config::JwtAlgorithm;
 
 /// Time to connect to the issuer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Longest silence of the issuer.
+/// Silence of the issuer.
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
-/// Time for all of a fetch.
+/// Time for a whole fetch.
 const TOTAL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Largest key set, bytes.
+/// Size of a key set, in bytes.
 const MAX_BYTES: usize = 1024 * 1024;
-/// Keys of a set that are used at most.
+/// Number of keys of a set that are used.
 const MAX_KEYS: usize = 100;
-/// Between two fetches for keys that are not known, and between two tries to fetch a set that has become old.
+/// Pause between two fetches for unknown keys, and between two tries to replace an old set.
 const PAUSE: Duration = Duration::from_secs(30);
-/// Between any two fetches, also as long as there are no keys at all.
+/// Pause between any two fetches, also before there are any keys.
 const SHORT_PAUSE: Duration = Duration::from_secs(1);
-/// Keys that could not be fetched again for so long are good for nothing: one of them may have been given up.
+/// Age of keys that could not be fetched again. Older ones are not used: the issuer may have revoked one.
 const GOOD_FOR: Duration = Duration::from_hours(24);
-/// The modulus of an RSA key of 2048 bits, in digits of base64. The library refuses shorter ones with each token.
+/// Base64 digits of the modulus of an RSA key of 2048 bits. The library would refuse a shorter key only
+/// when it verifies a token.
 const RSA_DIGITS: usize = 342;
-/// 32 bytes in digits of base64: a coordinate on P-256, or a key of Ed25519.
+/// Base64 digits of 32 bytes: a coordinate on P-256, or a key of Ed25519.
 const CURVE_DIGITS: usize = 43;
 
-/// A key set that is fetched when it is needed.
+/// A key set that is fetched when a token needs it.
 pub(super) struct Jwks {
     source: Arc<Source>,
     refresh: Duration,
-    /// Locked by who fetches.
+    /// The state of fetching. A task locks it while it fetches.
     fetching: Arc<Mutex<Fetching>>,
     tasks: TaskTracker,
 }
 
-/// Where the keys come from, and those that came last.
+/// The address of the keys, and the keys of the last fetch.
 struct Source {
     http: reqwest::Client,
     url: Url,
@@ -65,29 +67,29 @@ struct Source {
 #[derive(Clone)]
 struct Known {
     keys: Arc<[Key]>,
-    /// When they were asked for.
+    /// Time at which the fetch of the keys began.
     as_of: Instant,
 }
 
-/// One key that fits one of the configured algorithms.
+/// A key that fits one of the configured algorithms.
 struct Key {
     id: Option<String>,
     algorithm: JwtAlgorithm,
     material: DecodingKey,
 }
 
-/// What is known of the fetches so far.
+/// The history of the fetches.
 #[derive(Default)]
 struct Fetching {
-    /// When the last one ended.
+    /// Time at which the last fetch ended.
     ended: Option<Instant>,
-    /// It brought no keys.
+    /// Whether the last fetch failed.
     failed: bool,
-    /// When keys were last fetched because one was not known.
+    /// Time of the last fetch for an unknown key.
     searched: Option<Instant>,
 }
 
-/// Why there is no key set. Holds nothing of the answer.
+/// Why a fetch failed. Contains nothing of the answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 enum FetchError {
     #[error("no connection")]
@@ -105,7 +107,7 @@ enum FetchError {
 }
 
 impl Jwks {
-    /// Prepares the client; connects to nothing.
+    /// Builds the client. Opens no connection.
     pub(super) fn new(
         url: Url,
         refresh: Duration,
@@ -118,10 +120,11 @@ impl Jwks {
             .no_proxy()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
-            // Asked too rarely for a connection to be of use again.
+            // Fetches are too rare to reuse a connection.
             .pool_max_idle_per_host(0);
         if url.scheme() == "http" {
-            // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
+            // The client follows no redirects, so it never speaks TLS here, and must not fail for lack of
+            // certificates.
             builder = builder.tls_certs_only([]);
         }
         let http = builder.build().map_err(|error| {
@@ -150,8 +153,8 @@ impl Jwks {
         })
     }
 
-    /// The key that the token says, or, if it says none, the only one that fits. May fetch the key set, and may be
-    /// dropped meanwhile.
+    /// Returns the key that the token names, or, if it names none, the only key that fits. May fetch the
+    /// key set. May be dropped at any await.
     pub(super) async fn find(
         &self,
         id: Option<&str>,
@@ -163,11 +166,11 @@ impl Jwks {
             found => found,
         };
         key.ok_or(JwtRefusal::Invalid(
-            "none of the known keys is the one it was signed with",
+            "it was signed with a key that is not in the key set of the issuer",
         ))
     }
 
-    /// The keys that are known. One request at a time sees to it that they are not old.
+    /// Returns the known keys. If they are old, one request at a time fetches them again.
     async fn keys(&self) -> Option<Arc<[Key]>> {
         let Some(known) = self.source.known() else {
             let fetching = Arc::clone(&self.fetching).lock_owned().await;
@@ -186,8 +189,8 @@ impl Jwks {
         Some(known.keys)
     }
 
-    /// Keys that were fetched after these, if that may be done now; these otherwise. Unavailable if the issuer did not
-    /// tell, when it was asked last, whether there are any.
+    /// Returns newer keys than these, fetched now if that is allowed; otherwise these. Returns
+    /// [`JwtRefusal::Unavailable`] if the last fetch failed, because there may be newer keys.
     async fn newer_than(&self, keys: Arc<[Key]>) -> Result<Arc<[Key]>, JwtRefusal> {
         let mut fetching = Arc::clone(&self.fetching).lock_owned().await;
         let is_newest = self
@@ -207,9 +210,10 @@ impl Jwks {
         }
     }
 
-    /// Fetches the keys; whether that worked. If it fails, the known ones stay.
+    /// Fetches the keys, and returns whether that worked. If it fails, the known keys stay.
     ///
-    /// It goes on if this is dropped, and who comes next waits for it: a caller who hangs up keeps no keys from the others.
+    /// The fetch goes on if this future is dropped, and the next caller waits for it. So a caller who
+    /// disconnects does not delay the keys of other callers.
     async fn fetch(&self, mut fetching: OwnedMutexGuard<Fetching>) -> bool {
         let source = Arc::clone(&self.source);
         let task = self.tasks.spawn(async move {
@@ -239,7 +243,7 @@ impl Source {
             Ok(keys) => {
                 if keys.is_empty() {
                     tracing::warn!(
-                        "no key of the issuer's key set can be used: all tokens are refused"
+                        "the issuer's key set has no usable key, so all tokens are refused"
                     );
                 }
                 *self.known.write().unwrap_or_else(PoisonError::into_inner) =
@@ -255,7 +259,7 @@ impl Source {
 }
 
 impl Fetching {
-    /// It is long enough ago that keys were fetched because one was not known. Takes note of it.
+    /// Returns whether a fetch for an unknown key is allowed now, and if so, records it.
     fn may_search(&mut self) -> bool {
         let may = has_passed(self.searched, PAUSE) && has_passed(self.ended, SHORT_PAUSE);
         if may {
@@ -269,7 +273,7 @@ fn has_passed(since: Option<Instant>, pause: Duration) -> bool {
     since.is_none_or(|since| since.elapsed() >= pause)
 }
 
-/// The key of this name, or, without one, the only key.
+/// Returns the key with this id, or, without an id, the only key.
 fn pick(keys: &[Key], id: Option<&str>, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
     let has_name = |key: &&Key| id.is_none_or(|id| key.id.as_deref() == Some(id));
     let mut fitting = keys
@@ -281,7 +285,7 @@ fn pick(keys: &[Key], id: Option<&str>, algorithm: JwtAlgorithm) -> Option<Decod
     is_clear.then(|| first.material.clone())
 }
 
-/// Fetches the key set and keeps what can be used.
+/// Fetches the key set, and returns its usable keys.
 async fn request(
     http: &reqwest::Client,
     url: &Url,
@@ -320,7 +324,7 @@ fn failure(error: &reqwest::Error) -> FetchError {
     }
 }
 
-/// The keys of a set that can be used. What is not understood is passed over, as the standard wants it.
+/// Returns the usable keys of a set. Ignores keys that it does not understand, as RFC 7517 demands.
 fn read(body: &[u8], algorithms: &[JwtAlgorithm]) -> Option<Arc<[Key]>> {
     #[derive(Deserialize)]
     struct Set {
@@ -347,7 +351,7 @@ fn usable(jwk: &Jwk, algorithms: &[JwtAlgorithm]) -> Option<Key> {
     })
 }
 
-/// The key is of the algorithm's kind and size, and meant for signatures made with it as far as it says.
+/// Returns whether a key has the kind and size of the algorithm, and permits its signatures.
 fn fits(jwk: &Jwk, algorithm: JwtAlgorithm) -> bool {
     let common = &jwk.common;
     let is_for_it = common
@@ -371,15 +375,15 @@ fn fits(jwk: &Jwk, algorithm: JwtAlgorithm) -> bool {
         (JwtAlgorithm::EdDsa, AlgorithmParameters::OctetKeyPair(pair)) => {
             pair.curve == EllipticCurve::Ed25519 && pair.x.len() == CURVE_DIGITS
         }
-        // A secret is never in a key set.
+        // A key set is public, so it contains no secrets.
         _ => false,
     };
     is_for_it && is_for_signatures && verifies && is_of_its_kind
 }
 
-/// The public key in this PEM text, if it is one for the algorithm.
+/// Returns the public key in a PEM text, if it is one for the algorithm.
 pub(super) fn from_pem(pem: &str, algorithm: JwtAlgorithm) -> Option<DecodingKey> {
-    // The library would also take these, and read something else out of them.
+    // The library would take these too, and read something else from them.
     if ["PRIVATE KEY", "CERTIFICATE"]
         .iter()
         .any(|other| pem.contains(other))
@@ -406,7 +410,7 @@ pub(super) const fn library_name(algorithm: JwtAlgorithm) -> Algorithm {
     }
 }
 
-/// As the configuration calls it.
+/// Returns the name of an algorithm in the configuration.
 pub(super) const fn name(algorithm: JwtAlgorithm) -> &'static str {
     match algorithm {
         JwtAlgorithm::Hs256 => "HS256",

@@ -1,7 +1,7 @@
-//! JSON web tokens: who has signed this, and what does it say about the caller.
+//! JSON web tokens: verifies the signature of a token, and reads the caller from its claims.
 //!
-//! The configuration says how tokens may be signed; what a token says about that is only compared with it. Nothing of
-//! a token, a claim or a key gets into a log, an error or the output of `Debug`.
+//! The configuration names the allowed algorithms. The algorithm that a token names is only compared with
+//! them. No part of a token, claim or key gets into a log, an error or the output of `Debug`.
 
 mod claims;
 mod errors;
@@ -22,12 +22,13 @@ use claims::{Claims, Rules};
 
 pub use errors::{JwtRefusal, JwtSetupError};
 
-/// The longest token that is read, bytes.
+/// Length of a token, in bytes.
 const MAX_TOKEN_BYTES: usize = 8 * 1024;
-/// What a token may call itself. Others of the same issuer (a logout token, a proof of possession) prove something else.
+/// Types that a token may have. Other types of the same issuer, such as a logout token or a proof of
+/// possession, prove something else.
 const TYPES: [&str; 2] = ["jwt", "at+jwt"];
 
-/// Verifies the tokens of one issuer. Shared by all requests.
+/// Verifies the tokens of one issuer. All requests share it.
 pub struct JwtVerifier {
     algorithms: Vec<JwtAlgorithm>,
     keys: Keys,
@@ -35,13 +36,13 @@ pub struct JwtVerifier {
 }
 
 enum Keys {
-    /// One key, for all of the configured algorithms.
+    /// One key for all configured algorithms.
     Fixed(DecodingKey),
     Fetched(Box<Jwks>),
 }
 
 impl fmt::Debug for JwtVerifier {
-    /// How tokens may be signed, and no more.
+    /// Shows the algorithms and nothing else.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JwtVerifier")
             .field("algorithms", &self.algorithms)
@@ -50,12 +51,13 @@ impl fmt::Debug for JwtVerifier {
 }
 
 impl JwtVerifier {
-    /// Prepares the verifier; by `fingerprints` logs name those who have tokens. Reads no file and nothing from the network:
-    /// a key set is fetched for the first token.
+    /// Builds the verifier. `fingerprints` makes the names of token holders for logs. Reads no file, and
+    /// nothing from the network: the first token fetches the key set.
     ///
     /// # Errors
     ///
-    /// The keys do not fit the algorithms, which [`Config::load`](crate::config::Config::load) finds out only in part.
+    /// The keys do not fit the algorithms. [`Config::load`](crate::config::Config::load) finds only some of
+    /// these mistakes.
     pub fn new(config: &JwtConfig, fingerprints: Fingerprints) -> Result<Self, JwtSetupError> {
         let keys = match (&config.secret, &config.public_key, &config.jwks_url) {
             (Some(secret), None, None) => {
@@ -87,15 +89,16 @@ impl JwtVerifier {
         })
     }
 
-    /// Who the token speaks for. `token` is what stands behind `Bearer`; more than 8 KiB are not read.
+    /// Returns the caller that the token proves. `token` is the text after `Bearer`, at most 8 KiB.
     ///
-    /// May wait for the issuer's key set, some seconds at most: for the first token, for one signed with a key that is
-    /// not known, and now and then for one of many. It may be dropped at any await: a fetch that it has begun goes on
-    /// with the next request that wants one.
+    /// May wait some seconds for the issuer's key set: for the first token, for a token with an unknown
+    /// key, and when the set is old. It may be dropped at any await: a fetch that it has begun goes on for
+    /// the next request that needs it.
     ///
     /// # Errors
     ///
-    /// [`JwtRefusal::Invalid`]: the token is not good. [`JwtRefusal::Unavailable`]: there are no keys at present.
+    /// [`JwtRefusal::Invalid`]: the token proves nothing. [`JwtRefusal::Unavailable`]: there are no keys at
+    /// present.
     pub async fn verify(&self, token: &str) -> Result<Principal, JwtRefusal> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(JwtRefusal::Invalid("it is longer than 8 KiB"));
@@ -117,12 +120,13 @@ impl JwtVerifier {
         self.rules.principal(&token.claims, domain::now())
     }
 
-    /// How the token is signed, if it may be signed like that and asks for nothing that is not understood.
+    /// Returns the algorithm of a token. Refuses an algorithm that is not allowed, and a header with
+    /// extensions or another type.
     fn algorithm(&self, header: &Header) -> Result<JwtAlgorithm, JwtRefusal> {
         if header.crit.is_some() {
-            // The library would pass over it.
+            // The library would ignore it.
             return Err(JwtRefusal::Invalid(
-                "its header has `crit`, which is not understood",
+                "its header has `crit`, which the gateway does not support",
             ));
         }
         if header
@@ -130,7 +134,9 @@ impl JwtVerifier {
             .as_deref()
             .is_some_and(|kind| !is_known_type(kind))
         {
-            return Err(JwtRefusal::Invalid("it is a token of another type"));
+            return Err(JwtRefusal::Invalid(
+                "it is a token of another type than `JWT` or `at+jwt`",
+            ));
         }
         let is_it = |algorithm: &&JwtAlgorithm| jwks::library_name(**algorithm) == header.alg;
         let allowed = self.algorithms.iter().find(is_it);
@@ -145,8 +151,8 @@ fn is_known_type(written: &str) -> bool {
     TYPES.contains(&kind.strip_prefix("application/").unwrap_or(&kind))
 }
 
-/// What is asked of the library: the signature, made with this algorithm. Claims are up to us, for it goes by the
-/// machine's clock, and the database's is the only one; it also takes lists where there is one issuer.
+/// Makes the library check only the signature, with this algorithm. The gateway checks the claims itself:
+/// the library uses the machine's clock instead of the database's, and accepts a list of issuers.
 fn signature_alone(algorithm: JwtAlgorithm) -> Validation {
     let mut validation = Validation::new(jwks::library_name(algorithm));
     validation.required_spec_claims.clear();

@@ -1,4 +1,4 @@
-//! API keys: how they are made, and which of them are good.
+//! API keys: creates them, and finds the owner of a key.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -17,16 +17,16 @@ use crate::config::KeyConfig;
 use crate::domain::{Access, KeyId, Principal, TenantKey};
 use crate::store::NewKey;
 
-/// What every key of ours begins with, so that leaked ones are found.
+/// Beginning of every key, by which scanners find leaked keys.
 const MARK: &str = "tk_";
-/// Digits of a key by which it is named, behind the mark.
+/// Number of digits after the mark that name a key.
 const NAME_DIGITS: usize = 12;
-/// Length of what a key is named by.
+/// Length of the prefix that names a key: the mark and the digits.
 pub const KEY_PREFIX: usize = MARK.len() + NAME_DIGITS;
-/// Recorded keys that could not be read again for so long open nothing: one of them may have been revoked.
+/// Age of stored keys that could not be read again. Older ones open nothing: one may have been revoked.
 const GOOD_FOR: Duration = Duration::from_secs(15);
 
-/// A key that was just made: the only time that it is seen.
+/// A new key. Nobody can see it again later.
 #[derive(Debug)]
 pub struct FreshKey {
     pub key: SecretString,
@@ -34,7 +34,7 @@ pub struct FreshKey {
 }
 
 impl FreshKey {
-    /// A key of 256 random bits.
+    /// Creates a key of 256 random bits.
     pub fn new(tenant: TenantKey, access: Access, label: String) -> Self {
         let mut random = Zeroizing::new([0_u8; NAME_DIGITS / 2 + 32]);
         rand::rng().fill_bytes(&mut *random);
@@ -60,17 +60,17 @@ impl FreshKey {
     }
 }
 
-/// The keys that are good.
+/// The valid keys.
 #[derive(Debug)]
 pub struct Keyring {
-    /// Those of the configuration.
+    /// The keys of the configuration.
     fixed: Vec<Entry>,
     recorded: RwLock<Recorded>,
 }
 
 #[derive(Debug, Default)]
 struct Recorded {
-    /// By their prefix.
+    /// The keys by their prefix.
     entries: HashMap<String, Entry>,
     read_at: Option<Instant>,
 }
@@ -81,7 +81,7 @@ struct Entry {
 }
 
 impl fmt::Debug for Entry {
-    /// Whose it is. A key of the configuration may be easier to guess than ours are, so not even its hash is shown.
+    /// Shows the owner, and not the hash: a key of the configuration may be easy to guess.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Entry")
             .field("principal", &self.principal)
@@ -90,7 +90,7 @@ impl fmt::Debug for Entry {
 }
 
 impl Keyring {
-    /// The keys of the configuration, by their names.
+    /// Builds the keyring from the keys of the configuration, by their names.
     pub fn new(fixed: &BTreeMap<String, KeyConfig>) -> Self {
         let entry = |(name, config): (&String, &KeyConfig)| {
             let hash = match (&config.key, config.hash()) {
@@ -112,11 +112,11 @@ impl Keyring {
         }
     }
 
-    /// Whom this key belongs to. Takes no longer for one that is nearly right.
+    /// Returns the owner of a key, in a time that does not depend on how nearly the key is right.
     pub(super) fn find(&self, key: &str) -> Option<Principal> {
         let hash = hash_of(key);
         let opens = |entry: &&Entry| bool::from(entry.hash.ct_eq(&hash));
-        // Each is compared, so that the time does not tell which one it was.
+        // Compares every key, so that the time does not tell which one fits.
         let fixed = self
             .fixed
             .iter()
@@ -131,7 +131,7 @@ impl Keyring {
         (recorded.is_fresh() && opens(&entry)).then(|| entry.principal.clone())
     }
 
-    /// The recorded keys were read not long ago.
+    /// Returns whether the stored keys were read recently.
     pub(super) fn is_fresh(&self) -> bool {
         self.recorded
             .read()
@@ -139,7 +139,7 @@ impl Keyring {
             .is_fresh()
     }
 
-    /// These are the recorded keys that are good now.
+    /// Replaces the stored keys with those that are valid now.
     pub(super) fn renew(&self, keys: Vec<NewKey>) {
         let entry = |key: NewKey| {
             let principal = Principal {

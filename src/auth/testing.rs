@@ -1,4 +1,4 @@
-//! What the tests of tokens share: keys that are made for them, and an issuer's server.
+//! Shared by the tests of tokens: keys made for them, and the server of an issuer.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
@@ -26,14 +26,14 @@ use crate::domain;
 pub(super) const SECRET: &str = "0123456789abcdef0123456789abcdef";
 pub(super) const ISSUER: &str = "https://issuer.example.com/";
 
-/// One that signs tokens, with a key of its own.
+/// An issuer that signs tokens with its own key.
 pub(super) struct Signer {
     pub(super) algorithm: JwtAlgorithm,
     pub(super) private: EncodingKey,
     pub(super) public_pem: String,
 }
 
-/// RSA keys take a while to make, so they are shared.
+/// RSA keys are slow to make, so tests share them.
 pub(super) static RSA: LazyLock<Signer> = LazyLock::new(|| Signer::new(JwtAlgorithm::Rs256));
 pub(super) static OTHER_RSA: LazyLock<Signer> = LazyLock::new(|| Signer::new(JwtAlgorithm::Rs256));
 
@@ -67,19 +67,19 @@ impl Signer {
         }
     }
 
-    /// A token with these claims.
+    /// Signs a token with these claims.
     pub(super) fn sign(&self, id: Option<&str>, claims: &Value) -> String {
         let mut header = Header::new(jwks::library_name(self.algorithm));
         header.kid = id.map(str::to_owned);
         encode(&header, claims, &self.private).unwrap()
     }
 
-    /// A good token.
+    /// Signs a valid token.
     pub(super) fn token(&self, id: Option<&str>) -> String {
         self.sign(id, &claims())
     }
 
-    /// The public key as it stands in a key set.
+    /// Returns the public key as an entry of a key set.
     pub(super) fn jwk(&self, id: &str) -> Value {
         let jwk =
             Jwk::from_encoding_key(&self.private, jwks::library_name(self.algorithm)).unwrap();
@@ -103,12 +103,12 @@ pub(super) fn pem(kind: &str, der: &[u8]) -> String {
     )
 }
 
-/// Claims that are good now.
+/// Returns claims that are valid now.
 pub(super) fn claims() -> Value {
     json!({ "iss": ISSUER, "aud": "chat", "sub": "alice", "exp": domain::now().timestamp() + 300 })
 }
 
-/// Settings without a source of keys.
+/// Returns settings without a source of keys.
 pub(super) fn config(algorithms: &[JwtAlgorithm]) -> JwtConfig {
     JwtConfig {
         issuer: ISSUER.to_owned(),
@@ -118,7 +118,7 @@ pub(super) fn config(algorithms: &[JwtAlgorithm]) -> JwtConfig {
     }
 }
 
-/// Lets time pass, but for what goes on meanwhile.
+/// Advances the clock at once. It runs normally before and after.
 pub(super) async fn pass(time: Duration) {
     tokio::time::pause();
     tokio::time::advance(time).await;
@@ -130,17 +130,17 @@ pub(super) enum Answer {
     Keys(Vec<Value>),
     Text(&'static str),
     Status(u16),
-    /// To the place where a good key set is.
+    /// A redirect to a valid key set.
     Redirect,
-    /// More than anyone wants to read, without an announced length.
+    /// A body above the limit, without an announced length.
     Huge,
-    /// Nothing, and the connection stays open.
+    /// No answer, and the connection stays open.
     Silent,
-    /// Nothing, and the connection is closed.
+    /// No answer, and the connection is closed.
     Broken,
 }
 
-/// An issuer's server on loopback. Stops when it is dropped.
+/// The server of an issuer on loopback. Dropping it stops the server.
 pub(super) struct Issuer {
     pub(super) url: Url,
     answer: Arc<Mutex<Answer>>,

@@ -1,4 +1,4 @@
-//! How callers prove who they are.
+//! Settings of authentication: API keys, and tokens of an issuer.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,40 +12,40 @@ use super::checker::Checker;
 use super::upstreams::optional_url;
 use crate::domain::{Access, TenantKey};
 
-/// Clocks that are further apart than this want mending, not patience.
+/// Largest leeway. Clocks that differ by more should be corrected instead.
 const MAX_LEEWAY: Duration = Duration::from_mins(5);
-/// The output of HMAC-SHA256: a shorter secret is easier to guess than that.
+/// Smallest secret, in bytes: the output of HMAC-SHA256. A shorter secret is easier to guess.
 const MIN_SECRET_BYTES: usize = 32;
-/// So often may the issuer be asked anyway, for a key that is not known.
+/// Smallest `jwks_refresh`: the pause between two fetches for unknown keys.
 const MIN_REFRESH: Duration = Duration::from_secs(30);
-/// So long keys are kept that cannot be fetched again.
+/// Largest `jwks_refresh`: the age up to which keys are used that cannot be fetched again.
 const MAX_REFRESH: Duration = Duration::from_hours(24);
 
-/// What callers can prove themselves with. Without any of it nobody has to prove anything.
+/// The credentials that the gateway takes. Without any, it asks for none.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuthConfig {
-    /// The keys that `threadkeeper keys create` has made open, too.
+    /// Whether the keys that `threadkeeper keys create` has made are valid too.
     pub stored_keys: bool,
-    /// Keys of the configuration, by names of its own.
+    /// Keys of the configuration, by name.
     pub keys: BTreeMap<String, KeyConfig>,
-    /// Tokens of an issuer; none are taken if left out.
+    /// Tokens of an issuer. If left out, the gateway takes no tokens.
     pub jwt: Option<JwtConfig>,
 }
 
-/// A key of the configuration: itself, or its SHA-256.
+/// A key of the configuration: the key itself, or its SHA-256.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyConfig {
     #[serde(default)]
     pub key: Option<SecretString>,
-    /// A file that holds it. Read by [`Config::load`](super::Config::load), which puts the key where it belongs.
+    /// File with the key. [`Config::load`](super::Config::load) reads it into `key`.
     #[serde(default)]
     pub key_file: Option<PathBuf>,
-    /// 64 hexadecimal digits.
+    /// SHA-256 of the key, 64 hexadecimal digits.
     #[serde(default)]
     pub sha256: Option<String>,
-    /// Whose conversations it opens.
+    /// Tenant whose conversations the key opens.
     #[serde(default)]
     pub tenant: TenantKey,
     pub scope: Access,
@@ -55,39 +55,41 @@ pub struct KeyConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct JwtConfig {
-    /// Exactly what the claim `iss` says.
+    /// Signer of the tokens, exactly as in the claim `iss`.
     pub issuer: String,
-    /// One of these is in the claim `aud`. Not empty.
+    /// Audiences: the claim `aud` must contain one of them. Not empty.
     pub audience: Vec<String>,
-    /// How tokens may be signed. Not empty; HS256 only alone.
+    /// Allowed algorithms. Not empty. HS256 must stand alone.
     pub algorithms: Vec<JwtAlgorithm>,
-    /// For HS256: the bytes of this text, at least 32.
+    /// Secret for HS256: the bytes of this text, at least 32.
     pub secret: Option<SecretString>,
-    /// A file that holds the secret. Read by [`Config::load`](super::Config::load), which puts it where it belongs.
+    /// File with the secret. [`Config::load`](super::Config::load) reads it into `secret`.
     pub secret_file: Option<PathBuf>,
-    /// A file that holds the issuer's public key in PEM form. Read by [`Config::load`](super::Config::load).
+    /// File with the issuer's public key in PEM form. [`Config::load`](super::Config::load) reads it into
+    /// `public_key`.
     pub public_key_file: Option<PathBuf>,
-    /// What that file holds. Not a setting. Not shown, in case it is a key of another kind.
+    /// Content of that file. Not a setting. A secret, because the file may have a key of another kind.
     #[serde(skip)]
     pub public_key: Option<SecretString>,
-    /// Where the issuer's key set is fetched: https, or http on this machine.
+    /// Address of the issuer's key set: https, or http on this machine.
     #[serde(deserialize_with = "optional_url")]
     pub jwks_url: Option<Url>,
-    /// The age at which the key set is fetched again, 30 s to 24 h.
+    /// Age at which the key set is fetched again, 30 s to 24 h.
     #[serde(with = "humantime_serde")]
     pub jwks_refresh: Duration,
-    /// How far the issuer's clock may be off, at most 5 minutes.
+    /// Allowed difference between the clocks of the issuer and of the database, at most 5 minutes.
     #[serde(with = "humantime_serde")]
     pub leeway: Duration,
-    /// The claim that names the tenant, dots between levels. Without it all tokens are of the tenant `default`.
+    /// Claim that names the tenant, with dots between levels. If left out, all tokens have the tenant
+    /// `default`.
     pub tenant_claim: Option<String>,
-    /// The claim that makes an admin, dots between levels.
+    /// Claim that makes an admin, with dots between levels.
     pub admin_claim: Option<String>,
-    /// What it says then, alone or in a list; `true` if left out.
+    /// Value of that claim, alone or in a list; `true` if left out.
     pub admin_value: Option<String>,
 }
 
-/// How a token may be signed.
+/// An algorithm by which a token may be signed.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
 pub enum JwtAlgorithm {
     /// HMAC with SHA-256, a shared secret.
@@ -105,14 +107,14 @@ pub enum JwtAlgorithm {
 }
 
 impl AuthConfig {
-    /// Somebody has to prove something.
+    /// Returns whether the gateway asks for credentials.
     pub fn is_configured(&self) -> bool {
         self.stored_keys || !self.keys.is_empty() || self.jwt.is_some()
     }
 }
 
 impl KeyConfig {
-    /// The hash that is written; `None` if there is none that could be one.
+    /// Returns the written hash; `None` if there is none or it is invalid.
     pub fn hash(&self) -> Option<[u8; 32]> {
         let digits = self.sha256.as_ref()?.as_bytes();
         if digits.len() != 64 {
@@ -130,7 +132,7 @@ impl KeyConfig {
 }
 
 impl Default for JwtConfig {
-    /// What a table without fields says: not usable as it is.
+    /// Returns the settings of an empty table, which are not usable.
     fn default() -> Self {
         Self {
             issuer: String::new(),
@@ -153,16 +155,16 @@ impl Default for JwtConfig {
 impl JwtConfig {
     pub(super) fn check(&self, checker: &mut Checker<'_>) {
         if self.issuer.is_empty() {
-            let hint = "write exactly what the tokens say in `iss`";
+            let hint = "write the value of the claim `iss` of the tokens";
             checker.report(&at("issuer"), "is missing", hint);
         }
         if checker.is_broken_inside(&at("audience")) {
-            // Said already.
+            // An entry has a problem already.
         } else if self.audience.is_empty() {
             checker.report(
                 &at("audience"),
                 "is missing",
-                "name what the tokens say in `aud`",
+                "write the value of the claim `aud` of the tokens",
             );
         } else if self.audience.iter().any(String::is_empty) {
             checker.report(&at("audience"), "has an empty entry", "leave it out");
@@ -203,7 +205,7 @@ impl JwtConfig {
             return;
         }
         if self.algorithms.is_empty() {
-            let hint = "name those that the issuer signs with, such as [\"RS256\"]";
+            let hint = "name the algorithms of the issuer, such as [\"RS256\"]";
             checker.report(&path, "is missing", hint);
             return;
         }
@@ -211,18 +213,18 @@ impl JwtConfig {
         let has_secret = self.secret.is_some() || self.secret_file.is_some();
         if !self.algorithms.iter().any(is_shared) {
             if has_secret {
-                let what = "must be [\"HS256\"] where the key is a secret";
+                let what = "must be [\"HS256\"] with a secret";
                 checker.report(
                     &path,
                     what,
-                    "or give the issuer's public keys instead of the secret",
+                    "or set the issuer's public keys instead of the secret",
                 );
             }
         } else if !self.algorithms.iter().all(is_shared) {
             let what = "has HS256 beside algorithms with public keys";
             checker.report(&path, what, "keep either HS256 or the others");
         } else if !has_secret {
-            let what = "has HS256, and there is no secret";
+            let what = "has HS256, but there is no secret";
             checker.report(
                 &path,
                 what,
@@ -231,7 +233,7 @@ impl JwtConfig {
         }
     }
 
-    /// Exactly one source of keys, and that one sound.
+    /// Checks that there is exactly one source of keys, and that it is valid.
     fn check_keys(&self, checker: &mut Checker<'_>) {
         let secret = if self.secret_file.is_some() {
             "secret_file"
@@ -260,7 +262,7 @@ impl JwtConfig {
             .as_ref()
             .is_some_and(|secret| secret.expose_secret().len() < MIN_SECRET_BYTES)
         {
-            let hint = "`openssl rand -base64 32` makes one, for the issuer too";
+            let hint = "make one with `openssl rand -base64 32`, and give it to the issuer too";
             checker.report(
                 &at(secret),
                 format!("must be at least {MIN_SECRET_BYTES} bytes"),
@@ -272,7 +274,8 @@ impl JwtConfig {
             .as_ref()
             .is_some_and(|key| !is_public_key(key.expose_secret()))
         {
-            let hint = "it begins with -----BEGIN PUBLIC KEY-----; `openssl x509 -pubkey -noout` takes it out of a certificate";
+            let hint = "it begins with -----BEGIN PUBLIC KEY-----; `openssl x509 -pubkey -noout` takes it \
+                        out of a certificate";
             checker.report(
                 &at("public_key_file"),
                 "does not hold one public key in PEM form",
@@ -285,7 +288,7 @@ impl JwtConfig {
             checker.report(
                 &at("jwks_url"),
                 what,
-                "whoever can change the keys on their way can sign tokens",
+                "a program that can change the keys on their way can sign tokens",
             );
         }
         let is_broken = sources
@@ -295,7 +298,7 @@ impl JwtConfig {
             let hint = "set jwks_url, public_key_file or secret";
             checker.report(
                 &at("jwks_url"),
-                "is missing: nothing says where the keys are",
+                "is missing: there is no source of keys",
                 hint,
             );
         }
@@ -360,7 +363,7 @@ mod tests {
         load_with(table, &[])
     }
 
-    /// One problem, which begins and goes on like this.
+    /// Asserts that there is one problem, about this field and with these parts.
     #[track_caller]
     fn assert_one(found: Result<JwtConfig, Vec<String>>, field: &str, parts: &[&str]) {
         let problems = found.unwrap_err();
@@ -439,7 +442,7 @@ mod tests {
         assert_one(
             load(&format!("{SOUND}{RSA}")),
             "jwks_url",
-            &["where the keys are"],
+            &["there is no source of keys"],
         );
         assert_one(
             load(&format!(

@@ -1,4 +1,4 @@
-//! What types cannot say: references, ranges, and combinations that make no sense.
+//! Checks that types cannot make: references, ranges, and combinations of settings.
 
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use super::{
 };
 use crate::domain::{KeyText, Metadata, UserContent};
 
-/// Longer than any sensible setting; sums with it stay within every clock's range.
+/// Longest duration of a setting: ten years. Sums with it stay in the range of every clock.
 const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
-/// The smallest buffer of the HTTP library.
+/// Smallest buffer of the HTTP library, in bytes.
 const SMALLEST_HEAD: usize = 8 * 1024;
-/// What no base URL ends with.
+/// Paths of endpoints, with which no base URL ends.
 const ENDPOINTS: [&str; 4] = [
     "/responses",
     "/conversations",
@@ -41,7 +41,7 @@ const OWN_HEADERS: [&str; 12] = [
     "upgrade",
 ];
 
-/// Fields of the run's request that the gateway writes: they cannot be among an assistant's `parameters`.
+/// Returns the fields of the run's request that the gateway writes itself, so that `parameters` cannot.
 pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] {
     match kind {
         UpstreamKind::Assistants => &[
@@ -70,7 +70,7 @@ pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] 
     }
 }
 
-/// The checks that every command makes.
+/// Makes the checks of every command.
 pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     durations(config, checker);
     limits(config, checker);
@@ -94,7 +94,7 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
         self::assistant(name, assistant, config, checker);
     }
     if !config.assistants.is_empty() && config.default_assistant().is_none() {
-        let hint = "call the one that answers where a message names none \"default\"";
+        let hint = "name the one \"default\" that answers messages without an assistant";
         checker.report(
             &["assistants", "default"],
             "there are several assistants and none is the default",
@@ -103,14 +103,15 @@ pub(super) fn everything(config: &Config, checker: &mut Checker<'_>) {
     }
 }
 
-/// The checks that only `serve` makes.
+/// Makes the checks of `serve` alone.
 pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
     if config.store.url.is_none() && !checker.is_broken(&["store", "url_file"]) {
         let hint = "set it in the file, or as THREADKEEPER_STORE__URL or DATABASE_URL";
         checker.report(&["store", "url"], "is missing", hint);
     }
     if config.upstreams.is_empty() {
-        let hint = "add a table [upstreams.<name>], or try `threadkeeper dev`, which brings a simulated one";
+        let hint =
+            "add a table [upstreams.<name>], or try `threadkeeper dev`, which has a simulated one";
         checker.report(
             &["upstreams"],
             "there is no upstream to answer messages",
@@ -127,15 +128,14 @@ pub(super) fn serve(config: &Config, checker: &mut Checker<'_>) {
     }
     let is_open = !config.auth.is_configured() && !config.server.allow_unauthenticated;
     if is_open && !config.server.listen.ip().to_canonical().is_loopback() {
-        let what =
-            "callers on other machines would be served although nobody has to prove who they are";
-        let hint = "add a key to [auth.keys] or set auth.stored_keys = true, listen on 127.0.0.1 or [::1], or set \
-                    server.allow_unauthenticated = true";
+        let what = "callers on other machines would need no credentials to read and write all conversations";
+        let hint = "add a key to [auth.keys] or set auth.stored_keys = true, listen on 127.0.0.1 or \
+                    [::1], or set server.allow_unauthenticated = true";
         checker.report(&["server", "listen"], what, hint);
     }
 }
 
-/// One that is not written as browsers send it would never fit.
+/// Checks that origins are written as browsers send them. Others would never match.
 fn origins(config: &Config, checker: &mut Checker<'_>) {
     let path = ["server", "cors_origins"];
     for (what, hint) in config
@@ -148,7 +148,7 @@ fn origins(config: &Config, checker: &mut Checker<'_>) {
     }
 }
 
-/// What it has beyond its path would get lost.
+/// Checks that the public URL has no parts that the gateway would ignore.
 fn public_url(config: &Config, checker: &mut Checker<'_>) {
     let Some(url) = &config.server.public_url else {
         return;
@@ -163,24 +163,26 @@ fn public_url(config: &Config, checker: &mut Checker<'_>) {
         let hint = "write it like \"https://chat.example.com/chat-api\": https:// or http://, a host and a path";
         checker.report(
             &["server", "public_url"],
-            "is not where callers can reach the gateway",
+            "is not a plain URL at which callers can reach the gateway",
             hint,
         );
     }
 }
 
+/// Checks one origin.
+///
 /// # Errors
-/// What is wrong, and what to write.
+/// The mistake, and a hint.
 fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
-    const FORM: &str = "write them like \"https://chat.example.com\": a scheme, a host, a port that is not the usual one, \
-                        and nothing behind it";
-    let no_origin = Err(("holds what is no origin", FORM));
+    const FORM: &str = "write them like \"https://chat.example.com\": a scheme, a host, the port if it \
+                        is not the usual one, and nothing after it";
+    let no_origin = Err(("has an entry that is no origin", FORM));
     if text == "null" {
-        let what = "holds \"null\", which pages of anybody send from a sandboxed frame or a file";
+        let what = "has \"null\", which any page can send from a sandboxed frame or a file";
         return Err((what, "give the page an origin of its own"));
     }
     if text.contains('*') {
-        let what = "holds a `*`, which no browser sends and which stands for nothing here";
+        let what = "has a `*`, which is no wildcard here and which no browser sends";
         return Err((
             what,
             "write each origin out, those of preview deployments too",
@@ -195,15 +197,16 @@ fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
         return if is_sent_so { Ok(()) } else { no_origin };
     }
     if nearest(scheme, &["http", "https"]).is_some() {
-        return Err(("holds a scheme that is nearly https", FORM));
+        return Err(("has a scheme that is nearly https", FORM));
     }
     if scheme == "file" {
         return Err((
-            "holds a file, and pages of files have no origin",
+            "has a file, and pages of files have no origin",
             "serve the page over http",
         ));
     }
-    // Pages inside an app, such as capacitor://localhost or chrome-extension://<id>: each browser writes these as it likes.
+    // Pages inside an app, such as capacitor://localhost or chrome-extension://<id>. No standard says how
+    // browsers write these.
     let is_scheme = scheme.starts_with(|first: char| first.is_ascii_lowercase())
         && scheme
             .bytes()
@@ -219,7 +222,7 @@ fn origin(text: &str) -> Result<(), (&'static str, &'static str)> {
     }
 }
 
-/// A key of which half is guessed must not be worth anything.
+/// Shortest key, in characters. Half of such a key still cannot be guessed.
 const SHORTEST_KEY: usize = 24;
 
 fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
@@ -445,7 +448,7 @@ fn name(section: &str, name: &str, checker: &mut Checker<'_>) {
         && bytes.next().is_some_and(is_word)
         && bytes.all(|byte| is_word(byte) || byte == b'_' || byte == b'-');
     if !is_good {
-        let what = "a name is 1 to 64 of a-z, 0-9, _ and -, and begins with a letter or digit";
+        let what = "a name must be 1 to 64 of a-z, 0-9, _ and -, and begin with a letter or digit";
         checker.report(&[section, name], what, "");
     }
 }
@@ -502,7 +505,8 @@ fn upstream(
         && !checker.is_broken(&["server", "max_body_bytes"])
     {
         let what = format!(
-            "must be more than server.max_body_bytes ({max_body_bytes}): an upstream repeats the input in its events"
+            "must be more than server.max_body_bytes ({max_body_bytes}), because an upstream repeats the \
+             input in its events"
         );
         checker.report(
             &at("max_event_bytes"),
@@ -517,8 +521,8 @@ fn upstream(
             "api_key"
         };
         if !is_header_value(key) {
-            let what = "the key has characters that a header cannot carry";
-            checker.report(&at(field), what, "look for blanks and line ends around it");
+            let what = "the key has characters that a header cannot have";
+            checker.report(&at(field), what, "remove blanks and line ends around it");
         }
         let text = key.expose_secret();
         if text
@@ -536,7 +540,8 @@ fn upstream(
                 .iter()
                 .any(|mark| text.starts_with(*mark) && text.ends_with(*mark))
         {
-            let hint = "write the key alone: a file of variables (--env-file) takes quotation marks for a part of it";
+            let hint = "write the key alone: in a file of variables (--env-file), the marks become a part \
+                        of it";
             checker.report(&at(field), "has quotation marks around it", hint);
         }
     }
@@ -566,18 +571,16 @@ fn base_url(path: &[&str], url: &Url, checker: &mut Checker<'_>) {
         checker.report(
             path,
             "must not have a fragment",
-            "leave out # and what follows",
+            "leave out # and the text after it",
         );
     } else if let Some(endpoint) = ENDPOINTS
         .iter()
         .find(|end| url.path().trim_end_matches('/').ends_with(**end))
     {
-        let hint = format!(
-            "leave out {endpoint}: it is put behind the base by the gateway where it is needed"
-        );
+        let hint = format!("leave out {endpoint}: the gateway adds the endpoint of each call");
         checker.report(
             path,
-            "is the URL of one endpoint, and not what all begin with",
+            "is the URL of one endpoint, and not the beginning of all",
             &hint,
         );
     }
@@ -601,13 +604,9 @@ fn headers(name: &str, upstream: &UpstreamConfig, checker: &mut Checker<'_>) {
                 "leave it out",
             );
         } else if parsed.as_str() == key_header && upstream.api_key.is_some() {
-            checker.report(
-                &path,
-                "is how api_key is sent already",
-                "keep one of the two",
-            );
+            checker.report(&path, "already carries api_key", "keep one of the two");
         } else if !is_header_value(value) {
-            checker.report(&path, "has characters that a header cannot carry", "");
+            checker.report(&path, "has characters that a header cannot have", "");
         }
     }
 }
@@ -630,8 +629,8 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
     if assistant.tools.iter().any(|tool| !tool.is_object()) {
         checker.report(
             &at("tools"),
-            "each tool is a table",
-            "{ type = \"function\", … }",
+            "each tool must be a table",
+            "write it like { type = \"function\", … }",
         );
     }
     let Some(upstream) = config.upstreams.get(&assistant.upstream) else {
@@ -660,7 +659,7 @@ fn assistant(name: &str, assistant: &AssistantConfig, config: &Config, checker: 
             checker.report(
                 &at("assistant_id"),
                 what,
-                "set the assistant's id there, asst_…",
+                "set the id of the assistant at the server, asst_…",
             );
         }
         UpstreamKind::Responses if assistant.assistant_id.is_some() => {
@@ -741,7 +740,7 @@ mod tests {
         }
     }
 
-    /// The paths with problems, and the whole text.
+    /// Returns the paths with problems, and the whole text.
     fn problems(text: &str) -> (Vec<String>, String) {
         match Config::load(sources(text)) {
             Ok(_) => (Vec::new(), String::new()),
@@ -900,7 +899,8 @@ mod tests {
             "[limits]\nuser_messages = \"10/m\"\ntenant_requests = \"200/s burst 2000\"",
             &[],
         );
-        let form = "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute";
+        let form = "write it like \"10/m\" or \"20/s burst 100\"; write less than one a second as a number \
+                    a minute";
         for (written, told) in [
             ("10", "expected a rate, found a number"),
             ("0.5", "expected a rate, found a number"),
@@ -909,11 +909,14 @@ mod tests {
                 "\"0/m\"",
                 "a rate of 0 lets nothing through: leave the setting out to limit nothing",
             ),
-            ("\"0.5/s\"", "a rate begins with a whole number"),
-            ("\"10/fortnight\"", "the unit of a rate is s, m, h or d"),
+            ("\"0.5/s\"", "a rate must begin with a whole number"),
+            (
+                "\"10/fortnight\"",
+                "the unit of a rate must be s, m, h or d",
+            ),
             (
                 "\"10/m burst 0\"",
-                "the burst of a rate is a whole number, 1 or more",
+                "the burst of a rate must be a whole number, 1 or more",
             ),
         ] {
             let (_, all) = problems(&format!("[limits]\nuser_messages = {written}"));

@@ -10,7 +10,7 @@ pub(super) struct Checker<'a> {
 }
 
 impl Checker<'_> {
-    /// An empty `hint` is none. Nothing happens if the setting has a problem already.
+    /// Reports a problem, unless the setting has one already. An empty `hint` is none.
     pub(super) fn report(&mut self, path: &[&str], what: impl Into<String>, hint: &str) {
         if self.is_broken(path) {
             return;
@@ -23,12 +23,12 @@ impl Checker<'_> {
         });
     }
 
-    /// The setting has a problem already, so its value means nothing.
+    /// Returns whether the setting has a problem already, so that its value means nothing.
     pub(super) fn is_broken(&self, path: &[&str]) -> bool {
         self.problems.covers(&path.join("."))
     }
 
-    /// Part of the setting has a problem, so the setting was left out.
+    /// Returns whether a part of the setting has a problem, so that the setting was left out.
     pub(super) fn is_broken_inside(&self, path: &[&str]) -> bool {
         let inside = format!("{}.", path.join("."));
         self.problems

@@ -1,4 +1,4 @@
-//! From what is written to typed settings, with everything that does not fit.
+//! Turns written settings into typed ones, and reports every value that does not fit.
 
 use serde_json::Value;
 use serde_path_to_error::{Path, Segment};
@@ -9,11 +9,11 @@ use super::problem::{ConfigProblems, Problem};
 use super::rate::A_RATE;
 use super::tree::{Tree, kind};
 
-/// How an address to listen on is written.
+/// Hint for an address to listen on.
 pub const LISTEN_FORM: &str = "write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
                                \"0.0.0.0:8080\" for all interfaces";
 
-/// More wrong values than anyone writes; it only keeps a mistake of ours from looping.
+/// Number of wrong values that are reported. It only keeps a defect of the loader from looping for ever.
 const MAX_ROUNDS: usize = 10_000;
 const TRUE_OR_FALSE: &str = "true or false";
 const A_LIST: &str = "a list";
@@ -22,7 +22,7 @@ const A_TABLE: &str = "a table";
 const A_WORD: &str = "a word";
 const SETTINGS: &str = "a table of settings, each with its own name";
 
-/// Reads the tree into types. Each value that does not fit is reported and taken out, until the rest fits.
+/// Reads the tree into types. Reports and removes each value that does not fit, until the rest fits.
 pub(super) fn decode(tree: &mut Tree, problems: &mut ConfigProblems) -> Config {
     for path in lists_for_tables(tree.root(), Vec::new()) {
         let what = format!("expected {SETTINGS}, found {A_LIST}");
@@ -52,7 +52,7 @@ pub(super) fn decode(tree: &mut Tree, problems: &mut ConfigProblems) -> Config {
     Config::default()
 }
 
-/// serde would read a list as the fields of a struct, in their order.
+/// Returns the paths of lists in the place of tables, which serde would read as the fields of a struct.
 fn lists_for_tables(value: &Value, path: Vec<String>) -> Vec<Vec<String>> {
     let fits = |(known, key): (&String, &String)| known == key || known == ANY_NAME;
     let is_above =
@@ -69,7 +69,7 @@ fn lists_for_tables(value: &Value, path: Vec<String>) -> Vec<Vec<String>> {
     }
 }
 
-/// The keys and places that lead to a value.
+/// Returns the keys and indexes that lead to a value.
 fn keys(path: &Path) -> Vec<String> {
     let key = |segment: &Segment| match segment {
         Segment::Map { key } => Some(key.clone()),
@@ -79,7 +79,8 @@ fn keys(path: &Path) -> Vec<String> {
     path.iter().map_while(key).collect()
 }
 
-/// Deals with the first thing that serde refuses, so that the next reading gets past it. False if that cannot be done.
+/// Handles the first value that serde refuses, so that the next reading gets past it. Returns whether that
+/// worked.
 fn set_aside(
     tree: &mut Tree,
     path: &[String],
@@ -96,7 +97,7 @@ fn set_aside(
     let expected = unfit
         .map(|(_, expected)| in_words(expected))
         .or_else(|| is_word.then(|| A_WORD.to_owned()));
-    // serde tells the words that a field takes only where there is a text.
+    // serde lists the words that a field takes only if the value is a text.
     if matches!(
         expected.as_deref(),
         Some("string or map" | "map with a single key" | "unit")
@@ -141,10 +142,10 @@ fn set_aside(
         }
         (format!("expected {expected}"), form)
     } else if refusal == "invalid socket address syntax" {
-        let what = "is no address to listen on; host names are not looked up";
+        let what = "is not an address to listen on; host names are not looked up";
         (what.to_owned(), Some(LISTEN_FORM.to_owned()))
     } else {
-        // A type's own message, unless it repeats what was written.
+        // The own message of a type, unless it repeats the value.
         let echoes = |text: &str| !text.is_empty() && refusal.contains(text);
         let is_echo = written.and_then(Value::as_str).is_some_and(echoes);
         (
@@ -167,7 +168,7 @@ fn missing(tree: &mut Tree, table: &[String], field: &str, problems: &mut Config
         let hint = format!("set it in the file, or as {}", variable(&path));
         problems.push(problem(tree, &path, "is missing".to_owned(), Some(hint)));
     }
-    // With one in its place the rest of the table can be read.
+    // With a stand-in, the rest of the table can be read.
     let stand_in = match field {
         "kind" => "responses",
         "base_url" => "http://missing.invalid",
@@ -185,7 +186,7 @@ fn problem(tree: &Tree, path: &[String], what: String, hint: Option<String>) -> 
     }
 }
 
-/// The setting that was meant: one of the same table, or one of the same name elsewhere.
+/// Returns the setting that was probably meant: one of the same table, or one of the same name elsewhere.
 fn setting_meant(path: &[String], known: &[&str]) -> Option<String> {
     let name = path.last()?;
     let elsewhere = || {
@@ -199,7 +200,7 @@ fn setting_meant(path: &[String], known: &[&str]) -> Option<String> {
     Some(did_you_mean(&format!("`{meant}`")))
 }
 
-/// What serde expects, in the words of whoever writes a configuration.
+/// Returns what serde expects, in the words of the configuration.
 fn in_words(expected: &str) -> String {
     match expected {
         "u64" | "usize" => "a whole number, 0 or more".to_owned(),
@@ -214,7 +215,7 @@ fn in_words(expected: &str) -> String {
     }
 }
 
-/// The text of a variable, or a word, as what its field expects, if it can be read so.
+/// Reads the text of a variable, or a word, as the type that its field expects.
 fn reread(text: &str, expected: &str) -> Option<Value> {
     let trimmed = text.trim();
     let json = || serde_json::from_str::<Value>(text).ok();
@@ -236,13 +237,13 @@ fn reread(text: &str, expected: &str) -> Option<Value> {
     }
 }
 
-/// How to write what a type's own message speaks of.
+/// Returns a hint how to write the thing that a type's own message names.
 fn form(text: &str) -> Option<String> {
     let forms = [
         ("duration", "write it with its unit, such as \"30s\""),
         (
             A_RATE,
-            "write it like \"10/m\" or \"20/s burst 100\"; fewer than one a second are some a minute",
+            "write it like \"10/m\" or \"20/s burst 100\"; write less than one a second as a number a minute",
         ),
     ];
     forms

@@ -1,4 +1,4 @@
-//! What is probably a mistake and yet can be meant: told, and never refused.
+//! Doubts: settings that are valid but probably a mistake. They are warnings and never refusals.
 
 use std::net::IpAddr;
 
@@ -9,19 +9,20 @@ use super::tools::{Finding, examine};
 use super::{Config, UpstreamConfig};
 
 impl Config {
-    /// What a sound configuration has that probably is a mistake. Repeats no value.
+    /// Returns what is probably a mistake in a valid configuration. The texts repeat no values.
     pub fn doubts(&self) -> Vec<Problem> {
         let upstreams = self.upstreams.iter().flat_map(|(name, upstream)| {
             let doubt = |field: &str, what: &str| doubt(format!("upstreams.{name}.{field}"), what.to_owned());
             let without_key = lacks_key(upstream).then(|| {
                 doubt(
                     "api_key",
-                    "is missing, and neither `headers` nor `query` could hold a key, so the upstream is asked without \
-                     any: good only if it wants none",
+                    "is missing, and neither `headers` nor `query` has a key, so the gateway sends none: \
+                     set it \
+                     unless the upstream needs none",
                 )
             });
             let without_version = lacks_version(&upstream.base_url)
-                .then(|| doubt("base_url", "has no path, and this server answers below /v1"));
+                .then(|| doubt("base_url", "has no path, and this server answers below /v1: add /v1"));
             [without_key, without_version].into_iter().flatten()
         });
         let tools = self.assistants.iter().flat_map(|(name, assistant)| {
@@ -65,9 +66,9 @@ fn lacks_version(url: &Url) -> bool {
     url.host_str() == Some("api.openai.com") && url.path() == "/"
 }
 
-/// Everybody on the internet may reach it, by its name or address.
+/// Returns whether a URL's host is on the internet, by its name or address.
 fn is_public(url: &Url) -> bool {
-    /// What names within a network end with.
+    /// Last parts of names inside a network.
     const INNER: [&str; 12] = [
         "local",
         "localhost",
@@ -104,7 +105,7 @@ mod tests {
     use super::super::load::{ConfigFile, Sources};
     use super::*;
 
-    /// Of a configuration that is sound.
+    /// Returns the doubts about a valid configuration.
     fn doubts(upstream: &str, assistant: &str) -> Vec<String> {
         let text = format!(
             "[upstreams.u]\n{upstream}\n[assistants.default]\nupstream = \"u\"\nmodel = \"m\"\n{assistant}\n"

@@ -1,4 +1,4 @@
-//! The environment as a layer of settings: which variables are ours, and what each of them sets.
+//! The environment as a layer of settings: finds the gateway's variables, and sets what they name.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use super::names::{ANY_NAME, FILE_SUFFIX, PREFIX, did_you_mean, known_settings, 
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::Tree;
 
-/// Names with the prefix that are no settings.
+/// Names with the prefix that are not settings.
 const RESERVED: [&str; 1] = ["THREADKEEPER_CONFIG"];
 
-/// Puts the settings among the variables over what the tree holds.
+/// Puts the variables that are settings over the settings of the tree.
 pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mut ConfigProblems) {
     let env = env.into_iter().filter(|(_, value)| !value.is_empty());
     let env: BTreeMap<String, Zeroizing<String>> =
@@ -28,7 +28,7 @@ pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mu
         match setting_path(rest) {
             Ok(path) => {
                 if let Some((other, _)) = ours.insert(path, (name, value)) {
-                    let what = format!("sets the same as {other}: names differ only in case");
+                    let what = format!("sets the same as {other}: their names differ only in case");
                     problems.push(variable_problem(name, what, None));
                 }
             }
@@ -43,7 +43,7 @@ pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mu
     {
         ours.insert(store_url, ("DATABASE_URL", value));
     }
-    // What the environment says replaces both spellings of the file, before it is put in.
+    // A variable replaces both spellings of the file, so the other one is removed first.
     for path in ours.keys() {
         if let Some(twin) = twin(path)
             && tree.get(&twin).is_some()
@@ -70,14 +70,15 @@ pub(super) fn overlay(tree: &mut Tree, env: Vec<(String, String)>, problems: &mu
     }
 }
 
-/// A variable is text until its field says otherwise, and JSON within `parameters`, where no field says anything.
+/// Returns the value of a variable: text, which its field reads later. Within `parameters`, which have no
+/// typed fields, JSON if it is JSON.
 fn written(path: &[String], text: &str) -> Value {
     let is_free = path.len() > 3 && path[0] == "assistants" && path[2] == "parameters";
     let json = is_free.then(|| serde_json::from_str(text).ok()).flatten();
     json.unwrap_or_else(|| Value::from(text))
 }
 
-/// Puts a value over what lower layers say.
+/// Puts a value over those of lower layers.
 pub(super) fn put(
     tree: &mut Tree,
     path: &[String],
@@ -91,7 +92,7 @@ pub(super) fn put(
     let whole = &path[..depth];
     let hint = tree
         .origin(whole)
-        .map(|other| format!("{other} gives it as one value"));
+        .map(|other| format!("{other} sets it to one value"));
     problems.push(Problem {
         path: path.join("."),
         origin: Some(origin),
@@ -100,7 +101,8 @@ pub(super) fn put(
     });
 }
 
-/// `store.url` for `store.url_file` and the other way round, and so for `direct_url`, `api_key` and `secret`.
+/// Returns the other spelling of a setting: `store.url` for `store.url_file`, and the reverse. So too for
+/// `direct_url`, `api_key` and `secret`.
 fn twin(path: &[String]) -> Option<Vec<String>> {
     let (last, above) = path.split_last()?;
     let other = match last.strip_suffix(FILE_SUFFIX) {
@@ -122,8 +124,9 @@ fn variable_problem(name: &str, what: String, hint: Option<String>) -> Problem {
     }
 }
 
-/// Container orchestrators tell each container about the services around it: `<SERVICE>_SERVICE_HOST`,
-/// `<SERVICE>_PORT_8080_TCP_ADDR`, … A service called `threadkeeper` or `threadkeeper-postgres` yields our prefix.
+/// Returns whether an orchestrator injected the variable. Orchestrators give each container variables about
+/// the services around it: `<SERVICE>_SERVICE_HOST`, `<SERVICE>_PORT_8080_TCP_ADDR`, … Those of a service
+/// called `threadkeeper` or `threadkeeper-postgres` have the gateway's prefix.
 fn is_injected(rest: &str, value: &str) -> bool {
     if rest.contains("__") {
         return false;
@@ -164,12 +167,12 @@ fn setting_path(rest: &str) -> Result<Vec<String>, Refusal> {
         |name| did_you_mean(&name),
     );
     Err((
-        "is not a setting: levels are parted by two underscores".to_owned(),
+        "is not a setting: two underscores separate the levels".to_owned(),
         Some(hint),
     ))
 }
 
-/// The variable that was meant by `flat`, a path with single underscores or a lone field name.
+/// Returns the variable that `flat` probably means: a path with single underscores, or a field name alone.
 fn spelling_of(flat: &str) -> Option<String> {
     let below = |section: &str| flat.strip_prefix(section)?.strip_prefix('_');
     let exact = known_settings()

@@ -1,5 +1,5 @@
-//! The layers: defaults < file < environment < flags. The sources come as values, so that a test never touches the
-//! process's own environment.
+//! The layers: the file replaces defaults, the environment replaces both, and flags replace all. The
+//! sources are values, so that a test never touches the environment of its process.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -20,15 +20,15 @@ use super::names::{FILE_SUFFIX, known_settings};
 use super::problem::{ConfigProblems, Origin, Problem};
 use super::tree::Tree;
 
-/// Where settings are read from.
+/// The sources of settings.
 #[derive(Clone, Default)]
 pub struct Sources {
     pub file: Option<ConfigFile>,
-    /// Names and values. Those that are not ours are passed over.
+    /// Names and values of variables. The loader ignores those of other programs.
     ///
-    /// `THREADKEEPER_` + the path in capitals with `__` between levels sets one setting: `THREADKEEPER_STORE__URL`.
-    /// Lists and free tables are written as JSON and replace the file's. `DATABASE_URL` stands in for `store.url`.
-    /// An empty variable counts as one that is not set.
+    /// `THREADKEEPER_` and the path in capitals, with `__` between levels, sets one setting, such as
+    /// `THREADKEEPER_STORE__URL`. Lists and free tables are JSON, and replace those of the file.
+    /// `DATABASE_URL` stands for `store.url`. An empty variable counts as not set.
     pub env: Vec<(String, String)>,
     /// The flag `--listen`.
     pub listen: Option<SocketAddr>,
@@ -37,9 +37,9 @@ pub struct Sources {
 /// A TOML document.
 #[derive(Clone)]
 pub enum ConfigFile {
-    /// It must be there.
+    /// A file that must exist.
     Path(PathBuf),
-    /// If it is not there, nothing is written in it.
+    /// A file that counts as empty if it does not exist.
     IfThere(PathBuf),
     Text {
         name: String,
@@ -48,7 +48,7 @@ pub enum ConfigFile {
 }
 
 impl fmt::Debug for ConfigFile {
-    /// Its name alone.
+    /// Shows the name alone.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path(path) | Self::IfThere(path) => {
@@ -68,8 +68,8 @@ impl fmt::Debug for Sources {
     }
 }
 
-/// The process's environment as [`Sources::env`] takes it. What is not UTF-8 is marked, and refused by the loader if
-/// it is one of our variables.
+/// Returns the environment of the process for [`Sources::env`]. Marks values that are not UTF-8, which the
+/// loader refuses if the variable is a setting.
 pub fn utf8_variables(
     vars: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> Vec<(String, String)> {
@@ -78,7 +78,7 @@ pub fn utf8_variables(
         .collect()
 }
 
-/// Without a copy, if it can be: it may be a secret.
+/// Converts a text, without a copy if possible, because it may be a secret.
 fn utf8(text: OsString) -> String {
     text.into_string()
         .unwrap_or_else(|text| text.to_string_lossy().into_owned())
@@ -89,19 +89,19 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Everything that is wrong, at once.
+    /// All problems at once.
     pub fn load(sources: Sources) -> Result<Self, ConfigProblems> {
         let loaded = Loaded::new(sources)?;
         loaded.problems.into_result(loaded.config)
     }
 
-    /// The settings for a command that uses only these parts: sections (`store`), or settings (`auth.stored_keys`). What is
-    /// wrong with the others is passed over, and they may have their defaults.
+    /// Returns the settings for a command that uses only these parts: sections (`store`), or settings
+    /// (`auth.stored_keys`). Ignores problems of other parts, which may then have their defaults.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with these parts. Everything that is wrong, if no file was read: the environment then has
-    /// settings that belong to a file, and the parts may stand in that file, too.
+    /// All problems with these parts. If no file was read, all problems: the environment then has settings
+    /// that complete a file, and that file may have the parts too.
     pub fn load_parts(sources: Sources, parts: &[&str]) -> Result<Self, ConfigProblems> {
         let Loaded {
             config,
@@ -114,11 +114,12 @@ impl Config {
         problems.into_result(config)
     }
 
-    /// `server.listen` alone. Whatever else is wrong is passed over: the gateway that listens there may have started before.
+    /// Returns `server.listen` alone. Ignores all other problems, because the gateway that listens there may
+    /// have started before they appeared.
     ///
     /// # Errors
     ///
-    /// The address cannot be read, or stands in a file that cannot be read.
+    /// The address is invalid, or may be in a file that cannot be read.
     pub fn load_listen(sources: Sources) -> Result<SocketAddr, ConfigProblems> {
         let path = ["server", "listen"].map(str::to_owned);
         let Layers {
@@ -129,10 +130,10 @@ impl Config {
         let mut tree = Tree::empty();
         if let Some(value) = written.get(&path) {
             problems = ConfigProblems::default();
-            // Nothing is in the way in an empty tree.
+            // The tree is empty, so the insertion cannot fail.
             let _ = tree.insert(&path, value.clone(), written.origin(&path).cloned());
         } else {
-            // It may stand where nothing could be read.
+            // The address may be in a part that could not be read.
             problems.retain(|problem| problem.path.is_empty());
             if let Some(problem) = unread {
                 problems.push(problem);
@@ -142,7 +143,8 @@ impl Config {
         problems.into_result(config.server.listen)
     }
 
-    /// Like [`load`](Self::load), with what only `serve` needs in the same list ([`check_serve`](Self::check_serve)).
+    /// Like [`load`](Self::load), and also checks what only `serve` needs, as
+    /// [`check_serve`](Self::check_serve) does.
     pub fn load_for_serve(sources: Sources) -> Result<Self, ConfigProblems> {
         let mut loaded = Loaded::new(sources)?;
         check::serve(
@@ -155,8 +157,8 @@ impl Config {
         loaded.problems.into_result(loaded.config)
     }
 
-    /// What `serve` needs beyond a sound configuration: a database, an upstream, an assistant, and a listen address
-    /// that fits who may call.
+    /// Checks what `serve` needs besides a valid configuration: a database, an upstream, an assistant, and
+    /// credentials unless it listens on loopback.
     pub fn check_serve(&self) -> Result<(), ConfigProblems> {
         let mut problems = ConfigProblems::default();
         check::serve(
@@ -170,7 +172,7 @@ impl Config {
     }
 }
 
-/// A configuration that may have problems: what could not be read has its default.
+/// A configuration that may have problems. Settings that could not be read have their defaults.
 struct Loaded {
     config: Config,
     tree: Tree,
@@ -180,7 +182,7 @@ struct Loaded {
 impl Loaded {
     /// # Errors
     ///
-    /// The file cannot be read: what else seems wrong then follows from that.
+    /// The file cannot be read. Other problems would only follow from that.
     fn new(sources: Sources) -> Result<Self, ConfigProblems> {
         let Layers {
             mut tree,
@@ -207,11 +209,11 @@ impl Loaded {
     }
 }
 
-/// What is written in all sources together, before it has types.
+/// The settings of all sources together, without types.
 struct Layers {
     tree: Tree,
     problems: ConfigProblems,
-    /// The file is none of them, for this reason.
+    /// Why the file could not be read.
     unread: Option<Problem>,
 }
 
@@ -253,7 +255,7 @@ impl Layers {
     }
 }
 
-/// Name and text of a file. `None` if it need not be there, and is not.
+/// Returns name and text of a file. `None` if the file is optional and does not exist.
 fn read_file(file: ConfigFile) -> Result<Option<(String, Zeroizing<String>)>, Problem> {
     let (path, must_be_there) = match file {
         ConfigFile::Text { name, text } => return Ok(Some((name, Zeroizing::new(text)))),
@@ -272,8 +274,8 @@ fn read_file(file: ConfigFile) -> Result<Option<(String, Zeroizing<String>)>, Pr
     }
 }
 
-/// The problem has to do with one of the parts: itself, what it holds, what holds it, or what may be meant by a name that is
-/// none.
+/// Returns whether a problem is about one of the parts: the part itself, a part of it, a table that contains
+/// it, or an unknown name, which may be meant for it.
 fn concerns(problem: &Problem, parts: &[&str]) -> bool {
     let is_within = |path: &str, part: &str| {
         path.strip_prefix(part)
@@ -371,7 +373,7 @@ fn resolve_file(
             }
         }
         Err(error) => {
-            // Its name is not repeated: somebody may have written the secret itself in its place.
+            // The text does not repeat the file's name, because the value may be the secret itself.
             checker.report(&file_path, format!("the file cannot be read: {error}"), "");
         }
     }
@@ -422,7 +424,7 @@ mod tests {
         }
     }
 
-    /// One problem, which has all these parts.
+    /// Asserts that there is one problem, with all these parts.
     #[track_caller]
     fn assert_one(problems: &[String], parts: &[&str]) {
         assert_eq!(problems.len(), 1, "{problems:#?}");
@@ -616,7 +618,8 @@ mod tests {
                 "assistants.default.upstream (g.toml, line 15): expected text, found a number",
                 "log.format (g.toml, line 8): expected one of \"json\", \"pretty\"; did you mean \"json\"?",
                 "runs.max_queue (THREADKEEPER_RUNS__MAX_QUEUE): expected a whole number, 0 or more",
-                "server.listen (g.toml, line 4): is no address to listen on; host names are not looked up; \
+                "server.listen (g.toml, line 4): is not an address to listen on; host names are not looked \
+                 up; \
                  write an IP address and a port: \"127.0.0.1:8080\" for this machine alone, \
                  \"0.0.0.0:8080\" for all interfaces",
                 "server.max_connections (g.toml, line 5): expected a whole number, 0 or more",
@@ -851,7 +854,7 @@ mod tests {
             "not a file, but the key"
         );
 
-        // Within one layer they contradict each other; a higher layer replaces both.
+        // In one layer they contradict each other. A higher layer replaces both.
         let plain = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "other");
         assert_one(
             &problems(BOTH, &[(name, &good), plain]),
@@ -957,7 +960,7 @@ mod tests {
         }
     }
 
-    /// Sound, with a secret wherever one can be.
+    /// A valid configuration with a secret in every setting that can have one.
     const WITH_SECRETS: &str = r#"
 [store]
 url = "postgres://u:hunter2hunter2@h/d"
@@ -982,7 +985,7 @@ model = "m"
 tools = [{ type = "function", name = "f" }]
 "#;
 
-    /// The variable sets what is secret by its name.
+    /// Returns whether the variable sets a secret setting.
     fn is_secret(variable: &str) -> bool {
         let secrets = [
             "__KEY",
@@ -997,7 +1000,7 @@ tools = [{ type = "function", name = "f" }]
         variable == "DATABASE_URL" || secrets.iter().any(|secret| variable.ends_with(secret))
     }
 
-    /// It is a configuration, or has problems; and no text of either has a secret in it.
+    /// Asserts that the sources are a configuration or have problems. No text of either may have a secret.
     fn is_discreet(text: String, env: &[(String, String)]) -> Result<(), TestCaseError> {
         let file = Some(ConfigFile::Text {
             name: "g.toml".to_owned(),
@@ -1009,7 +1012,7 @@ tools = [{ type = "function", name = "f" }]
             ..Sources::default()
         };
         let texts = match Config::load_for_serve(sources) {
-            // Who sets what is no secret to one, such as the issuer of tokens, may see it.
+            // A secret in a setting that is not secret, such as the issuer of tokens, may be shown.
             Ok(_)
                 if env
                     .iter()
@@ -1096,7 +1099,7 @@ tools = [{ type = "function", name = "f" }]
             load().unwrap().runs.max_queue,
             Config::default().runs.max_queue
         );
-        // What a container engine makes of a file to mount that is not there.
+        // A container engine creates a folder if the file to mount does not exist.
         std::fs::create_dir(&path).unwrap();
         assert!(
             load()

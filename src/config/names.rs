@@ -1,4 +1,4 @@
-//! What settings are called: in a file, in the environment, and by mistake.
+//! Names of settings: in a file, in the environment, and misspelt ones.
 
 use std::sync::LazyLock;
 
@@ -7,20 +7,21 @@ use serde_json::json;
 
 use super::Config;
 
-/// What the variables of settings begin with.
+/// Prefix of the variables of settings.
 pub(super) const PREFIX: &str = "THREADKEEPER_";
-/// What the name of a setting ends with that names a file with the value.
+/// Suffix of a setting that names a file with the value.
 pub(super) const FILE_SUFFIX: &str = "_file";
-/// Stands for the name of an upstream, an assistant or a key.
+/// Placeholder for the name of an upstream, an assistant or a key.
 pub(super) const ANY_NAME: &str = "<name>";
 
-/// The path of every setting there is.
+/// Returns the paths of all settings.
 pub(super) fn known_settings() -> &'static [Vec<String>] {
     static KNOWN: LazyLock<Vec<Vec<String>>> = LazyLock::new(|| settings_below(Vec::new()));
     &KNOWN
 }
 
-/// serde lists the fields of a struct where it refuses a field that the struct does not have.
+/// Returns the paths of the settings below a path. serde lists the fields of a struct when it refuses an
+/// unknown field.
 fn settings_below(path: Vec<String>) -> Vec<Vec<String>> {
     let probe = path
         .iter()
@@ -40,7 +41,7 @@ fn settings_below(path: Vec<String>) -> Vec<Vec<String>> {
     names.into_iter().flat_map(below).collect()
 }
 
-/// The names that serde would have taken, from its refusal of an unknown one.
+/// Returns the names that serde would take, from its refusal of an unknown one.
 pub(super) fn names_expected(refusal: &str) -> Vec<&str> {
     let list = refusal
         .rsplit_once("`, expected ")
@@ -48,7 +49,7 @@ pub(super) fn names_expected(refusal: &str) -> Vec<&str> {
     list.split('`').skip(1).step_by(2).collect()
 }
 
-/// The variable that sets the setting at `path`.
+/// Returns the variable for the setting at `path`.
 pub(super) fn variable(path: &[impl AsRef<str>]) -> String {
     let levels: Vec<String> = path
         .iter()
@@ -61,7 +62,7 @@ pub(super) fn did_you_mean(name: &str) -> String {
     format!("did you mean {name}?")
 }
 
-/// The known name that was probably meant.
+/// Returns the known name that was probably meant.
 pub(super) fn nearest<'a>(written: &str, known: &[&'a str]) -> Option<&'a str> {
     let written = written.to_ascii_lowercase().replace('-', "_");
     let (distance, best) = known
@@ -128,7 +129,7 @@ mod tests {
         ] {
             assert!(known.iter().any(|known| known == setting), "{setting}");
         }
-        // A struct that takes any field would be taken for one setting.
+        // A struct that takes any field would look like one setting.
         for path in known_settings() {
             assert!(
                 path.len() > 1 && path.last().is_some_and(|last| last != ANY_NAME),

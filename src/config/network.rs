@@ -10,13 +10,14 @@ use serde::Deserialize;
 #[serde(try_from = "String")]
 pub struct Network(IpNet);
 
-/// The text is no network.
+/// The text is not a network.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("expected an IP network such as \"10.0.0.0/8\" or an address such as \"::1\"")]
 pub struct InvalidNetwork;
 
 impl Network {
-    /// Of an IPv4 address that is written as an IPv6 one the caller passes the [canonical](IpAddr::to_canonical) form.
+    /// Returns whether the network contains the address, which must be in its
+    /// [canonical](IpAddr::to_canonical) form.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address)
     }

@@ -1,13 +1,13 @@
-//! What is wrong with a configuration, told so that it can be mended. No text here repeats a value: it may be a
+//! Problems of a configuration, with hints how to mend them. No text repeats a value, because it may be a
 //! secret.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// The file that is read where none is named, if it is there.
+/// The file that is read if none is named and it exists.
 pub const USUAL_FILE: &str = "/etc/threadkeeper/gateway.toml";
 
-/// Where a setting was written.
+/// The place at which a setting was written.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Origin {
     /// `line` counts from 1.
@@ -28,14 +28,14 @@ impl fmt::Display for Origin {
     }
 }
 
-/// One thing to mend.
+/// One problem of a configuration.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Problem {
-    /// The setting's path, `store.url`. Empty where the problem is not about one setting.
+    /// Path of the setting, such as `store.url`. Empty if the problem is not about one setting.
     pub path: String,
-    /// `None` where nothing was written: a setting is missing, or a default is at fault.
+    /// Place of the setting. `None` if it was not written: it is missing, or its default is wrong.
     pub origin: Option<Origin>,
-    /// What is wrong.
+    /// The rule that was broken.
     pub what: String,
     /// How to mend it.
     pub hint: Option<String>,
@@ -57,11 +57,11 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Everything that is wrong with a configuration. Never empty when returned as an error.
+/// All problems of a configuration. Never empty when returned as an error.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ConfigProblems {
     all: Vec<Problem>,
-    /// No file was read: perhaps that is what is wrong.
+    /// No file was read, which may be the cause of the problems.
     pub(super) without_file: bool,
 }
 
@@ -78,7 +78,7 @@ impl ConfigProblems {
         self.all.is_empty()
     }
 
-    /// What is said of a line that could not be read to its end follows from that, and is dropped.
+    /// Adds a problem. Drops it if its line has a syntax error, because it follows from that.
     pub(super) fn push(&mut self, problem: Problem) {
         let follows = |known: &Problem| {
             known.path.is_empty()
@@ -91,7 +91,8 @@ impl ConfigProblems {
         }
     }
 
-    /// A problem with `path`, or with a table above it, is known already: what follows from it is not worth a line.
+    /// Returns whether `path`, or a table above it, has a problem already. Problems that follow from it are
+    /// not reported.
     pub(super) fn covers(&self, path: &str) -> bool {
         self.all.iter().any(|known| {
             !known.path.is_empty()

@@ -1,4 +1,4 @@
-//! Rates: so many in a second, a minute, an hour or a day.
+//! Rates: a number of requests in a second, a minute, an hour or a day.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -8,12 +8,12 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-/// The largest number in a rate: enough for any process.
+/// Largest number in a rate: enough for any process.
 const LARGEST: u32 = 1_000_000;
-/// What a rate is called where something else is found.
+/// Name of a rate in errors about its type.
 pub(super) const A_RATE: &str = "a rate";
 
-/// How many in a unit of time, in the long run, and how many at once: `10/m`, `20/s burst 100`.
+/// A number of requests in a unit of time, and a number at once: `10/m`, `20/s burst 100`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Rate {
     count: NonZeroU32,
@@ -29,25 +29,25 @@ enum Unit {
     Day,
 }
 
-/// Why a text is no rate. Holds nothing of the text.
+/// Why a text is not a rate. Contains nothing of the text.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidRate {
     #[error("expected {A_RATE}")]
     Shape,
-    #[error("{A_RATE} begins with a whole number")]
+    #[error("{A_RATE} must begin with a whole number")]
     Count,
     #[error("{A_RATE} of 0 lets nothing through: leave the setting out to limit nothing")]
     Zero,
-    #[error("the unit of {A_RATE} is s, m, h or d")]
+    #[error("the unit of {A_RATE} must be s, m, h or d")]
     Unit,
-    #[error("the burst of {A_RATE} is a whole number, 1 or more")]
+    #[error("the burst of {A_RATE} must be a whole number, 1 or more")]
     Burst,
-    #[error("a number of {A_RATE} is at most {LARGEST}")]
+    #[error("a number of {A_RATE} must be at most {LARGEST}")]
     TooLarge,
 }
 
 impl Rate {
-    /// The time after which there is room for one more.
+    /// Returns the time after which one more request is allowed.
     pub fn period(&self) -> Duration {
         let unit = match self.unit {
             Unit::Second => Duration::from_secs(1),
@@ -58,14 +58,15 @@ impl Rate {
         unit / self.count.get()
     }
 
-    /// How many may come at once after a time without any: as many as in a unit of time if nothing else was said.
+    /// Returns the number of requests that are allowed at once after a pause: the written burst, or else the
+    /// number of a unit of time.
     pub fn burst(&self) -> NonZeroU32 {
         self.burst
     }
 }
 
 impl fmt::Display for Rate {
-    /// In words, without the burst: `10 a minute`.
+    /// Writes the rate in words, without the burst: `10 a minute`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unit = match self.unit {
             Unit::Second => "a second",

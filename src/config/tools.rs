@@ -1,19 +1,20 @@
-//! The tools of an assistant: what no server takes is a problem, what only some may take is a doubt.
+//! Checks the tools of an assistant. A tool that no server takes is a problem. A tool that some servers
+//! may take is a doubt.
 
 use serde_json::{Map, Value};
 
 use super::UpstreamKind;
 use super::names::nearest;
 
-/// What a tool lacks, or has too much of.
+/// A mistake in a tool.
 pub(super) enum Finding {
-    /// Every turn would fail.
+    /// Every run would fail. The texts are the mistake and the form to write.
     Problem(&'static str, &'static str),
-    /// The published API knows it otherwise; a server may know more.
+    /// The published API has no such tool, but a server may know more.
     Doubt(String),
 }
 
-/// Types of the published APIs, with the fields that they need beside `type`.
+/// Types of tools in the published API, with the fields that each needs besides `type`.
 const OF_RESPONSES: [(&str, &[&str]); 18] = [
     ("function", &["name"]),
     ("custom", &["name"]),
@@ -47,7 +48,7 @@ const FLAT: &str = "{ type = \"function\", name = \"…\", description = \"…\"
 const NESTED: &str =
     "{ type = \"function\", function = { name = \"…\", description = \"…\", parameters = { … } } }";
 
-/// What is wrong with a tool of an assistant at an upstream of this kind.
+/// Returns the mistake in a tool of an assistant at an upstream of this kind.
 pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<Finding> {
     let form = match kind {
         UpstreamKind::Responses => FLAT,
@@ -60,12 +61,13 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
     let nested = tool.get("function").and_then(Value::as_object);
     match (kind, kind_of_tool) {
         (UpstreamKind::Responses, "function") if nested.is_some() && !has_name(tool) => {
-            let what = "is a function in the form of Chat Completions and Assistants, which servers of kind \
-                        \"responses\" do not read";
+            let what = "is a function in the form of Chat Completions and Assistants, which servers of \
+                        kind \"responses\" do not read";
             return Some(Finding::Problem(what, FLAT));
         }
         (UpstreamKind::Assistants, "function") if nested.is_none() && has_name(tool) => {
-            let what = "is a function in the form of Responses, which servers of kind \"assistants\" do not read";
+            let what = "is a function in the form of Responses, which servers of kind \"assistants\" do \
+                        not read";
             return Some(Finding::Problem(what, NESTED));
         }
         (UpstreamKind::Responses, "function" | "custom") if !has_name(tool) => {
@@ -85,11 +87,11 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
         let meant = nearest(kind_of_tool, &names);
         let meant = meant.map_or_else(String::new, |name| format!(": did you mean \"{name}\"?"));
         return Some(Finding::Doubt(format!(
-            "has a `type` that the published API does not know, so the upstream may refuse every turn{meant}"
+            "has a `type` that the published API does not know, so the upstream may refuse every run{meant}"
         )));
     };
     let lacking = needs.iter().find(|field| !tool.contains_key(**field))?;
     Some(Finding::Doubt(format!(
-        "has no `{lacking}`, without which the published API refuses every turn"
+        "has no `{lacking}`, and without it the published API refuses every run"
     )))
 }

@@ -1,4 +1,4 @@
-//! Settings as they were written, before they have types: one JSON value, and the origin of each part of it.
+//! Untyped settings as they were written: one JSON value, and the origin of each part of it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use toml::de::{DeTable, DeValue};
 
 use super::problem::{Origin, Problem};
 
-/// Stands for numbers that JSON lacks, such as `nan`: null would be taken for a setting that is left out.
+/// Stand-in for numbers that JSON lacks, such as `nan`. Null would look like a setting that is left out.
 const NO_JSON_NUMBER: f64 = f64::MAX;
 
-/// What is written in all sources together. No `Debug`: it holds secrets in the clear.
+/// The settings of all sources together. It has no `Debug`, because it contains secrets in clear.
 pub(super) struct Tree {
     root: Value,
-    /// By dotted path. A part without an entry has the origin of what holds it.
+    /// Origins by dotted path. A part without an entry has the origin of the part that contains it.
     origins: BTreeMap<String, Origin>,
 }
 
@@ -27,7 +27,7 @@ impl Tree {
         }
     }
 
-    /// Reads a TOML document as far as it can be read. The problems are its syntax errors.
+    /// Reads a TOML document as far as possible. The problems are its syntax errors.
     pub(super) fn from_toml(name: &str, text: &str) -> (Self, Vec<Problem>) {
         let (table, errors) = DeTable::parse_recoverable(text);
         let mut file = File {
@@ -68,7 +68,7 @@ impl Tree {
             })
     }
 
-    /// Where the value at `path` was written. `None` if nothing was written there.
+    /// Returns the origin of the value at `path`. `None` if there is no value.
     pub(super) fn origin(&self, path: &[impl AsRef<str>]) -> Option<&Origin> {
         self.get(path)?;
         let dotted = dotted(path);
@@ -81,7 +81,7 @@ impl Tree {
         }
     }
 
-    /// The text of a variable or flag at `path`: its field decides what it means.
+    /// Returns the text of a variable or flag at `path`. Its field decides how to read it.
     pub(super) fn raw(&self, path: &[String]) -> Option<&str> {
         let origin = self.origins.get(&dotted(path))?;
         self.get(path)?
@@ -89,11 +89,11 @@ impl Tree {
             .filter(|_| !matches!(origin, Origin::File { .. }))
     }
 
-    /// Puts `value` at `path`, in place of what was there. Tables on the way are made, of the same origin.
+    /// Puts `value` at `path`, and replaces the old value. Creates missing tables with the same origin.
     ///
     /// # Errors
     ///
-    /// The length of the part of `path` that names a value which cannot hold fields. Nothing is changed then.
+    /// A part of `path` is a value that is not a table. Returns the length of this part, and changes nothing.
     pub(super) fn insert(
         &mut self,
         path: &[String],
@@ -124,7 +124,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Changes the value at `path`, which keeps its origin. False if there is none.
+    /// Changes the value at `path`, and keeps its origin. Returns whether there is a value.
     pub(super) fn replace(&mut self, path: &[String], value: Value) -> bool {
         let place = path
             .iter()
@@ -138,7 +138,7 @@ impl Tree {
             .is_some()
     }
 
-    /// Takes out the value at `path`, or the list that holds it. False if only the root is left to take.
+    /// Removes the value at `path`, or the list that contains it. Returns false if only the root is left.
     pub(super) fn remove(&mut self, path: &[String]) -> bool {
         let Some((last, above)) = path.split_last() else {
             return false;
@@ -165,7 +165,7 @@ impl Drop for Tree {
     }
 }
 
-/// Overwrites all texts: some are secrets.
+/// Overwrites all texts in memory, because some are secrets.
 fn wipe(value: &mut Value) {
     match value {
         Value::String(text) => text.zeroize(),
@@ -175,7 +175,7 @@ fn wipe(value: &mut Value) {
     }
 }
 
-/// What a value is, in words, for a message.
+/// Returns the type of a value in words, for a message.
 pub(super) const fn kind(value: &Value) -> &'static str {
     match value {
         Value::Object(_) => "a table",
@@ -191,7 +191,7 @@ fn dotted(path: &[impl AsRef<str>]) -> String {
     path.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(".")
 }
 
-/// A document on its way into a tree.
+/// A document that is being turned into a tree.
 struct File<'a> {
     name: Arc<str>,
     text: &'a str,
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(tree.insert(&path("a.b"), leaf(), None), Ok(()));
         assert_eq!(tree.insert(&path("a.b.c"), leaf(), None), Err(2));
         assert!(tree.get(&path("a.b")).is_some());
-        // A list goes as a whole.
+        // A list is removed as a whole.
         assert_eq!(
             tree.insert(&path("a.c"), Value::from(vec![1, 2]), None),
             Ok(())

@@ -1,4 +1,4 @@
-//! Upstream servers, and the assistants that are reached through them.
+//! Settings of upstream servers, and of the assistants on them.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,36 +17,38 @@ use url::Url;
 )]
 pub struct UpstreamConfig {
     pub kind: UpstreamKind,
-    /// Without the trailing slash of a folder: `https://api.openai.com/v1`.
+    /// URL before every path of the protocol, such as `https://api.openai.com/v1`, without a slash at its
+    /// end.
     #[serde(deserialize_with = "url_without_echo")]
     pub base_url: Url,
     #[serde(default)]
     pub api_key: Option<SecretString>,
-    /// A file that holds the key. Read by [`Config::load`](super::Config::load), which puts the key where it
-    /// belongs.
+    /// File with the key. [`Config::load`](super::Config::load) reads it into `api_key`.
     #[serde(default)]
     pub api_key_file: Option<PathBuf>,
-    /// How the key is sent.
+    /// Header that carries the key.
     #[serde(default)]
     pub auth: AuthScheme,
     /// Fixed headers of every request.
     #[serde(default)]
     pub headers: BTreeMap<String, SecretString>,
-    /// Fixed query parameters of every request, such as `api-version`. Some servers take their key so.
+    /// Fixed query parameters of every request, such as `api-version`. Some servers take their key here.
     #[serde(default)]
     pub query: BTreeMap<String, SecretString>,
-    /// The server has `/conversations` (kind `responses` only). Without, each thread is a chain of responses.
+    /// Whether the server has `/conversations` (kind `responses` only). If not, each thread is a chain of
+    /// responses.
     #[serde(default = "yes")]
     pub conversations: bool,
-    /// Responses run in the background (kind `responses` only): they outlive a broken connection, can be cancelled,
-    /// and are slower to their first token.
+    /// Whether responses run in the background (kind `responses` only). They then outlive a broken
+    /// connection and can be cancelled, but their first token comes later.
     #[serde(default)]
     pub background: bool,
-    /// Others may write to the threads, too: before one is archived, what they wrote is put into the transcript.
+    /// Whether other programs write to the threads. The gateway then puts their messages into the
+    /// transcript before it archives a thread.
     #[serde(default)]
     pub external_writers: bool,
-    /// Names of tenants, users, sessions and topics are sent in clear, in the metadata of threads and responses. Without, as
-    /// fingerprints.
+    /// Whether the metadata of threads and responses names tenants, users, sessions and topics in clear,
+    /// instead of by fingerprints.
     #[serde(default)]
     pub send_identifiers: bool,
     #[serde(
@@ -54,35 +56,36 @@ pub struct UpstreamConfig {
         with = "humantime_serde"
     )]
     pub connect_timeout: Duration,
-    /// How long the server may take to answer a call that starts no run: a list, a look at a run, a deletion. A run is
-    /// waited for until its deadline, however silent the server is.
+    /// Time for a call that starts no run: a list, a look at a run, a deletion. The gateway waits for a run
+    /// until its deadline, even if the server is silent.
     #[serde(
         default = "UpstreamConfig::default_call_timeout",
         with = "humantime_serde"
     )]
     pub call_timeout: Duration,
-    /// Largest single event of a stream, most that is put together from one, largest JSON answer, and most of several
-    /// pages of a list that are needed together, bytes.
+    /// Bytes of one event of a stream, of the text assembled from one stream, of one JSON answer, and of all
+    /// pages of a list that are needed together.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
     pub max_event_bytes: usize,
-    /// How long a thread may stay locked after its run has ended, and within which a response whose connection was
-    /// dropped stops.
+    /// Time for which a thread may stay locked at the server after its run has ended. A response without a
+    /// connection counts as stopped after this time.
     #[serde(
         default = "UpstreamConfig::default_lock_window",
         with = "humantime_serde"
     )]
     pub lock_window: Duration,
-    /// Least number of requests within `breaker_window` by which the breaker judges. If more than half of them have failed
-    /// with all their retries, it opens: messages are refused. 0: it never opens.
+    /// Least number of requests within `breaker_window` for the breaker to open. It opens, and refuses
+    /// messages, if more than half of them failed with all their retries. 0: it never opens.
     #[serde(default = "UpstreamConfig::default_breaker_min_requests")]
     pub breaker_min_requests: u32,
-    /// Time for which the outcome of a request counts.
+    /// Time for which the result of a request counts.
     #[serde(
         default = "UpstreamConfig::default_breaker_window",
         with = "humantime_serde"
     )]
     pub breaker_window: Duration,
-    /// Time for which an open breaker refuses all messages. Then a few are let through, and what most of them meet decides.
+    /// Time for which an open breaker refuses all messages. Then it lets a few pass, and the result of most
+    /// of them decides.
     #[serde(
         default = "UpstreamConfig::default_breaker_open_duration",
         with = "humantime_serde"
@@ -109,34 +112,35 @@ pub enum AuthScheme {
     ApiKey,
 }
 
-/// A named profile that messages are answered with.
+/// An assistant: the model, instructions and tools that answer messages.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AssistantConfig {
     /// Name of the upstream.
     pub upstream: String,
-    /// The assistant's id there (kind `assistants`).
+    /// Id of the assistant at the server (kind `assistants`).
     pub assistant_id: Option<String>,
-    /// The model (required for kind `responses`; replaces the assistant's own otherwise).
+    /// Name of the model. Required for kind `responses`. For kind `assistants`, replaces the assistant's own.
     pub model: Option<String>,
     pub instructions: Option<String>,
-    /// Tool definitions, sent as they are.
+    /// Tool definitions, sent unchanged.
     pub tools: Vec<serde_json::Value>,
-    /// Further fields of the request that starts a run, sent as they are: `temperature`, `max_output_tokens`, …
+    /// Further fields of the request that starts a run, sent unchanged: `temperature`,
+    /// `max_output_tokens`, …
     pub parameters: serde_json::Map<String, serde_json::Value>,
-    /// Replaces `runs.timeout`.
+    /// Time limit of a run, instead of `runs.timeout`.
     #[serde(with = "humantime_serde")]
     pub timeout: Option<Duration>,
-    /// A message sent with a user's own token may name this assistant. The default assistant is open to every user
-    /// without it.
+    /// Whether a message with a user's own token may name this assistant. The default assistant is open to
+    /// every user anyway.
     pub user_selectable: bool,
-    /// A user's own token may send the outputs of this assistant's function calls. Otherwise only a backend may, with an
-    /// API key.
+    /// Whether a user's own token may send the outputs of this assistant's function calls. If not, only a
+    /// backend may, with an API key.
     pub client_tools: bool,
 }
 
 impl UpstreamConfig {
-    /// A server with defaults for everything else, and no key.
+    /// Returns the settings of a server without a key, with defaults for everything else.
     pub fn new(kind: UpstreamKind, base_url: Url) -> Self {
         Self {
             kind,
@@ -193,7 +197,7 @@ fn yes() -> bool {
     true
 }
 
-/// `Url`'s own reader calls its error what it expects; the text may hold a password, so it is not repeated.
+/// Reads a URL. `Url`'s own reader would repeat the text in its error, and the text may contain a password.
 pub(super) fn url_without_echo<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Url, D::Error> {

@@ -1,26 +1,27 @@
-//! How a connection is closed whose client may still be sending.
+//! Closes a connection whose client may still be sending.
 
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// Most bytes that are read and dropped after the last answer: more than a body of the default limit.
+/// Bytes that are read and dropped after the last answer: more than a body of the default limit.
 pub const LINGER_BYTES: usize = 16 * 1024 * 1024;
-/// Longest silence of a client that has its last answer and does not close.
+/// Silence of a client that has its last answer and does not close.
 pub const LINGER_SILENCE: Duration = Duration::from_secs(2);
-/// Longest time in all: slow links take some.
+/// Time for the whole rest of a body, over a slow link.
 pub const LINGER_TIME: Duration = Duration::from_secs(30);
 
-/// Bytes that are read at once.
+/// Bytes of one read.
 const CHUNK: usize = 16 * 1024;
 
-/// Says that nothing more will be sent, then reads and drops what the client still sends, until it closes, is silent, or a
-/// bound is reached. A socket that is closed with unread bytes is reset by the kernel, and a reset can overtake the answer: a
-/// client that sends its whole request before it reads would see a broken connection instead of a refusal.
+/// Shuts the sending side down, then reads and drops bytes until the client closes or falls silent, or a
+/// limit is reached. The kernel resets a socket that is closed with unread bytes, and the reset can
+/// overtake the answer. A client that sends its whole request before it reads would then see a broken
+/// connection instead of a refusal.
 pub(super) async fn linger<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
     let drained = async {
-        // One that is shut down already may say so.
+        // An error may mean that the stream is shut down already.
         drop(stream.shutdown().await);
         let mut chunk = vec![0; CHUNK];
         let mut read = 0;
@@ -31,7 +32,7 @@ pub(super) async fn linger<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S) {
             }
         }
     };
-    // Whatever stopped it, nothing is left to do but close.
+    // Every outcome leads to the close.
     drop(timeout(LINGER_TIME, drained).await);
 }
 

@@ -1,4 +1,4 @@
-//! A stream that fails when its peer takes nothing for too long.
+//! A stream that fails if its peer reads nothing for too long.
 
 use std::io;
 use std::pin::Pin;
@@ -10,20 +10,20 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep};
 
-/// Fails a write, flush or shutdown that has waited for the peer longer than the limit. A peer that holds its window
-/// shut would otherwise keep the connection, and the answer behind it, for ever. Reads are passed on as they are.
+/// Fails a write, flush or shutdown that waits for the peer longer than the limit. A peer that keeps its
+/// TCP window shut would otherwise hold the connection and its answer for ever. Reads have no limit here.
 #[derive(Debug)]
 pub(super) struct StallGuard<S> {
     stream: S,
     limit: Duration,
-    /// Made by the first write that waits, and used again.
+    /// Timer of the write that waits. The first such write creates it, and later ones reset it.
     deadline: Option<Pin<Box<Sleep>>>,
-    /// True while a write waits.
+    /// Whether a write waits.
     waiting: Arc<AtomicBool>,
 }
 
 impl<S> StallGuard<S> {
-    /// `waiting` tells others that a write waits.
+    /// Wraps a stream. `waiting` is true while a write waits.
     pub(super) const fn new(stream: S, limit: Duration, waiting: Arc<AtomicBool>) -> Self {
         Self {
             stream,
@@ -33,7 +33,7 @@ impl<S> StallGuard<S> {
         }
     }
 
-    /// Passes on what the stream says, unless it has been saying "not yet" for too long.
+    /// Passes the stream's result on, unless the stream has been pending for longer than the limit.
     fn judge<T>(&mut self, cx: &mut Context<'_>, poll: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if poll.is_ready() {
             self.waiting.store(false, Ordering::Release);
@@ -47,7 +47,7 @@ impl<S> StallGuard<S> {
         ready!(deadline.as_mut().poll(cx));
         Poll::Ready(Err(io::Error::new(
             io::ErrorKind::TimedOut,
-            "the client takes no bytes",
+            "the client reads no bytes",
         )))
     }
 }

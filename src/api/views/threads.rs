@@ -1,4 +1,4 @@
-//! Wire types of threads as a whole: statistics, deletions, and what the janitor does.
+//! Wire types of threads: statistics, receipts of deletions, and the work of the janitor.
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -21,15 +21,15 @@ use crate::store::{
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::api) struct PatchThread {
-    /// All of it, in the place of what there is.
+    /// New metadata of the thread. It replaces all of the old.
     pub(in crate::api) metadata: Option<Metadata>,
-    /// How long the thread lives, from now on; `null`: as configured.
+    /// Time to live of the thread, from now on. `null`: as configured.
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<u64>, minimum = 1)]
     pub(in crate::api) ttl_ms: TtlMs,
 }
 
-/// The field `ttl_ms`, in which `null` means something.
+/// The field `ttl_ms`, which tells an absent value from `null`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::api) enum TtlMs {
     #[default]
@@ -109,7 +109,7 @@ impl KeyView {
     }
 }
 
-/// All that the record says of one thread.
+/// A thread with its last run, as the database has it.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ThreadReport)]
 pub(in crate::api) struct ReportView {
@@ -117,11 +117,11 @@ pub(in crate::api) struct ReportView {
     thread: ThreadView,
     #[schema(required)]
     next_thread: Option<ThreadId>,
-    /// It is to be rolled over before its next turn.
+    /// Whether the thread will be rolled over before its next run.
     rollover_pending: bool,
     #[schema(required)]
     last_run: Option<LastRunView>,
-    /// Only if it was asked for.
+    /// The comparison with the upstream thread. Present only if `verify` asked for it.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     verified: Option<VerifiedView>,
@@ -167,15 +167,15 @@ impl ReportView {
 #[schema(as = Verification)]
 struct VerifiedView {
     upstream_thread: Existence,
-    /// The transcript and the upstream thread say the same; `null` if that cannot be told.
+    /// Whether the transcript and the upstream thread have the same messages; `null` if unknown.
     #[schema(required)]
     in_step: Option<bool>,
-    /// Messages of the upstream thread.
+    /// Number of messages in the upstream thread.
     #[schema(required)]
     messages: Option<usize>,
-    /// Messages that it should hold and does not.
+    /// Messages of the transcript that the upstream thread lacks.
     missing: Vec<MessageId>,
-    /// Messages that somebody else wrote there.
+    /// Messages that other programs wrote into the upstream thread.
     external: Vec<ExternalMessageView>,
 }
 
@@ -184,19 +184,19 @@ struct VerifiedView {
 struct ExternalMessageView {
     upstream_message_id: String,
     role: Role,
-    /// The position of the message that it comes after; 0: it comes first.
+    /// Position of the message that it follows; 0 if it is the first.
     after_position: i64,
 }
 
-/// What there is of a thread at its upstream.
+/// Whether the upstream thread exists.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Existence {
     Found,
-    /// None was made yet.
+    /// The gateway has not created one yet.
     None,
     Gone,
-    /// The server does not tell what a thread holds.
+    /// The server does not list the messages of a thread.
     CannotTell,
 }
 
@@ -232,38 +232,38 @@ impl From<Verified> for VerifiedView {
     }
 }
 
-/// What came of a request to delete.
+/// The receipt of a deletion.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Deletion)]
 pub(in crate::api) struct DeletionView {
     id: DeletionId,
     status: DeletionStatus,
-    /// The transcript was to stay.
+    /// Whether the request archived the threads, so that their transcripts stay.
     archive: bool,
     requested_at: DateTime<Utc>,
     #[schema(required)]
     finished_at: Option<DateTime<Utc>>,
     threads_done: i64,
     threads_pending: i64,
-    /// Of those that are done: threads of which something may remain at their upstream.
+    /// Those of the done threads of which something may remain at their upstream.
     threads_incomplete: i64,
     threads: ListView<DeletedThreadView>,
 }
 
-/// What a request to delete would take. Nothing was changed.
+/// What a request would delete. The gateway changed nothing.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = DeletionOutlook)]
 pub(in crate::api) struct DeletableView {
     #[schema(schema_with = always_true)]
     dry_run: bool,
-    /// The transcripts would stay.
+    /// Whether the request would archive the threads, so that their transcripts stay.
     archive: bool,
     threads: i64,
-    /// Of these threads.
+    /// Messages of these threads.
     messages: i64,
-    /// Of these threads.
+    /// Runs of these threads.
     runs: i64,
-    /// Those of the runs that would be cancelled.
+    /// Those of the runs that the request would cancel.
     unfinished_runs: i64,
 }
 
@@ -292,7 +292,7 @@ impl DeletableView {
     }
 }
 
-/// What was deleted of one thread, and where.
+/// What the gateway deleted of one thread, here and upstream.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = DeletedThread)]
 struct DeletedThreadView {
@@ -300,16 +300,17 @@ struct DeletedThreadView {
     status: DeletionStatus,
     #[schema(required)]
     finished_at: Option<DateTime<Utc>>,
-    /// In the record.
+    /// Messages deleted from the database.
     messages: i64,
+    /// Runs deleted from the database.
     runs: i64,
     upstream: String,
-    /// At the upstream.
+    /// What was deleted at the upstream.
     #[serde(flatten)]
     removed: RemovedView,
-    /// Tries in a row that failed.
+    /// Failed tries in a row.
     attempts: i64,
-    /// Why the last of them did; of a thread that is done, why something was given up.
+    /// Why the last try failed. For a done thread: why the gateway gave something up.
     #[schema(required)]
     last_failure: Option<String>,
 }
@@ -320,25 +321,29 @@ struct DeletedThreadView {
 struct RemovedView {
     #[schema(required)]
     upstream_thread_id: Option<UpstreamThreadId>,
-    /// What became of the upstream thread; `null`: it is not done yet. The server does not offer its deletion
-    /// (`not_supported`), it failed for as long as `janitor.give_up_after` (`failed`), or the configuration does not name the
-    /// server any more (`not_configured`): then it may remain there.
+    /// What happened to the upstream thread; `null` if its deletion is not done yet. The thread may
+    /// remain there if the server does not offer its deletion (`not_supported`), if the deletion failed
+    /// for `janitor.give_up_after` (`failed`), or if the configuration no longer names the server
+    /// (`not_configured`).
     #[schema(required)]
     upstream_outcome: Option<UpstreamOutcome>,
-    /// Items or messages that were deleted one by one.
+    /// Items or messages deleted one by one.
     upstream_items: u64,
-    /// Stored responses that were deleted.
+    /// Deleted stored responses.
     upstream_responses: u64,
-    /// Further upstream threads that were made for it, and were deleted.
+    /// Further upstream threads of this thread that were deleted.
     upstream_other_threads: u64,
-    /// Threads and responses that may remain, made by calls whose answers were lost, under ids that nobody knows.
+    /// Threads and responses that may remain under unknown ids, because the answers of the calls that
+    /// created them were lost.
     upstream_unknown: u64,
-    /// Upstream threads that may remain, since the server does not delete them or the deletion was given up. So for items
-    /// and responses.
+    /// Upstream threads that may remain, because the server does not delete them, or because the
+    /// gateway gave their deletion up.
     upstream_left_threads: u64,
+    /// Items that may remain, for the same reasons.
     upstream_left_items: u64,
+    /// Responses that may remain, for the same reasons.
     upstream_left_responses: u64,
-    /// Until when what fails is tried again. `null`: nothing failed yet, or it is done.
+    /// Until when the gateway repeats what fails; `null` if nothing failed yet, or if the deletion is done.
     #[schema(required)]
     upstream_tried_until: Option<DateTime<Utc>>,
 }
@@ -398,7 +403,7 @@ impl From<Removed> for RemovedView {
     }
 }
 
-/// How far a deletion has come.
+/// Progress of a deletion.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum DeletionStatus {
@@ -414,7 +419,7 @@ const fn status(finished_at: Option<Timestamp>) -> DeletionStatus {
     }
 }
 
-/// What the janitor did.
+/// What a pass of the janitor did.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = CleanupTally)]
 pub(in crate::api) struct TallyView {
@@ -471,14 +476,14 @@ impl From<PassSummary> for TallyView {
     }
 }
 
-/// What the janitor would do.
+/// What a pass of the janitor would do.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = CleanupOutlook)]
 pub(in crate::api) struct OutlookView {
     dry_run: bool,
     threads: Vec<PlanView>,
     upstream_orphans: Vec<UpstreamOrphanView>,
-    /// Up to a thousand of each kind.
+    /// Rows that the janitor would delete, counted up to a thousand of each kind.
     would_prune: PrunedView,
     has_more: bool,
 }
@@ -504,7 +509,7 @@ struct UpstreamOrphanView {
     reason: &'static str,
 }
 
-/// What would be done about a thread.
+/// What the janitor would do with a thread.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum ThreadAction {
@@ -514,7 +519,7 @@ enum ThreadAction {
     None,
 }
 
-/// What would be done about something at an upstream that no thread uses.
+/// What the janitor would do with an upstream orphan.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum OrphanAction {
@@ -547,18 +552,21 @@ impl From<Plan> for PlanView {
             ),
             LifecycleTask::ClearUpstream => (
                 ThreadAction::DeleteUpstream,
-                "it is archived, and its upstream copy is not needed any more".to_owned(),
+                "it is archived, and nothing needs its upstream copy any more".to_owned(),
             ),
             LifecycleTask::Discard { since } => (
                 ThreadAction::Erase,
-                format!("its archive was to be kept until {}", since.to_rfc3339()),
+                format!(
+                    "the retention of its archive ended at {}",
+                    since.to_rfc3339()
+                ),
             ),
             LifecycleTask::Delete(Deletion::Archive) => (
                 ThreadAction::Archive,
-                "somebody asked to delete it and to keep the transcript".to_owned(),
+                "a request asked to archive it".to_owned(),
             ),
             LifecycleTask::Delete(Deletion::Erase) => {
-                (ThreadAction::Erase, "its deletion is under way".to_owned())
+                (ThreadAction::Erase, "its deletion has begun".to_owned())
             }
             LifecycleTask::Nothing { .. } => (ThreadAction::None, "it is not time yet".to_owned()),
         };
@@ -578,7 +586,7 @@ impl From<UpstreamOrphan> for UpstreamOrphanView {
             Some(_) => (OrphanAction::Delete, "no thread uses it any more"),
             None => (
                 OrphanAction::FindAndDelete,
-                "it was to be made, and nobody heard whether it was",
+                "the answer to the call that creates it was lost",
             ),
         };
         Self {
@@ -591,7 +599,7 @@ impl From<UpstreamOrphan> for UpstreamOrphanView {
     }
 }
 
-/// A page of threads.
+/// Returns a page of threads.
 pub(in crate::api) fn list(
     runs: &Runs,
     page: Page<(Thread, ThreadActivity)>,
@@ -603,7 +611,7 @@ pub(in crate::api) fn list(
     )
 }
 
-/// Runs that were cancelled, which is all of them that there are.
+/// Returns all runs that a request cancelled, as a list without further pages.
 pub(in crate::api) fn cancelled(runs: Vec<Run>) -> ListView<RunView> {
     ListView::new(
         Page {

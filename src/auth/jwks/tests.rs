@@ -237,7 +237,7 @@ async fn a_silent_server_is_left_in_time() {
         while issuer.asked() == 0 {
             tokio::task::yield_now().await;
         }
-        // From here on nothing happens but time-outs.
+        // From here on only timeouts happen.
         tokio::time::pause();
     };
     let (all, ()) = tokio::join!(join_all((0..50).map(|_| verifier.verify(&token))), asked);
@@ -279,7 +279,7 @@ async fn a_fetch_that_is_left_goes_on_with_the_next() {
         assert!(is_good(&verifier, &token).await);
     }
     assert_eq!(issuer.asked(), 1);
-    // With keys that are invented, too.
+    // Invented keys cause no more fetches either.
     pass(PAUSE).await;
     for n in 0..20 {
         assert!(
@@ -307,7 +307,7 @@ async fn who_hangs_up_keeps_no_key_from_the_others() {
     pass(PAUSE).await;
     issuer.set(a_and_b());
     assert!(find("c").now_or_never().is_none(), "it is looked for");
-    // Nobody waits for it, and it ends.
+    // The fetch ends although nobody waits for it.
     drop(jwks.fetching.lock().await);
     pass(PAUSE / 2).await;
     assert!(find("b").await.is_ok());

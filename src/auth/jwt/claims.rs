@@ -1,4 +1,4 @@
-//! What a token's claims say, once its signature is known to be good: whether it holds now, and for whom. Pure.
+//! Checks the claims of a token with a valid signature, and reads the caller from them. Pure.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::domain::{Access, Fingerprints, Principal, TenantKey, Timestamp, UserK
 
 pub(super) type Claims = Map<String, Value>;
 
-/// What claims have to say.
+/// The configured rules for claims.
 pub(super) struct Rules {
     issuer: String,
     audience: Vec<String>,
@@ -34,7 +34,7 @@ impl Rules {
         }
     }
 
-    /// Whom the claims speak for at the time `now`.
+    /// Returns the caller whom the claims prove at the time `now`.
     pub(super) fn principal(
         &self,
         claims: &Claims,
@@ -45,10 +45,10 @@ impl Rules {
         let user = text(claims.get("sub"))
             .and_then(|user| UserKey::try_from(user.to_owned()).ok())
             .ok_or(JwtRefusal::Invalid(
-                "its `sub` is missing or no key of a user",
+                "its `sub` is missing or no valid key of a user",
             ))?;
         let tenant = self.tenant(claims)?;
-        // The same for all tokens of a user.
+        // All tokens of a user have one name.
         let name = format!("jwt:{}", self.fingerprints.user(&tenant, &user));
         Ok(if self.is_admin(claims) {
             Principal {
@@ -112,7 +112,7 @@ impl Rules {
         text(find(claims, path))
             .and_then(|tenant| TenantKey::try_from(tenant.to_owned()).ok())
             .ok_or(JwtRefusal::Invalid(
-                "its claim of a tenant is missing or no key of one",
+                "its claim of the tenant is missing or no valid key of a tenant",
             ))
     }
 
@@ -131,8 +131,8 @@ impl Rules {
     }
 }
 
-/// The claim of this name, or the one that its dots lead to. Names with dots in them (`https://example.com/roles`) are
-/// common, so a claim of the whole name goes before.
+/// Returns the claim with this name, or else the claim at this path with dots. Names with dots, such as
+/// `https://example.com/roles`, are common, so the whole name comes first.
 fn find<'a>(claims: &'a Claims, path: &str) -> Option<&'a Value> {
     claims.get(path).or_else(|| {
         let mut keys = path.split('.');
@@ -145,7 +145,7 @@ fn text(claim: Option<&Value>) -> Option<&str> {
     claim.and_then(Value::as_str)
 }
 
-/// The claim, or an entry of the list that it is, is as wanted.
+/// Returns whether the claim, or an entry of it if it is a list, meets the condition.
 fn is_or_has(claim: &Value, is_wanted: impl Fn(&Value) -> bool) -> bool {
     match claim {
         Value::Array(entries) => entries.iter().any(is_wanted),
@@ -153,15 +153,16 @@ fn is_or_has(claim: &Value, is_wanted: impl Fn(&Value) -> bool) -> bool {
     }
 }
 
-/// The time that a claim gives in seconds since 1970, with or without a fraction; `None` if there is no such claim.
+/// Reads a time in seconds since 1970, with or without a fraction. `None` if the claim is missing.
 fn time(claims: &Claims, name: &str) -> Result<Option<Duration>, JwtRefusal> {
     let Some(claim) = claims.get(name) else {
         return Ok(None);
     };
     let whole = claim.as_u64().map(Duration::from_secs);
     let time = whole.or_else(|| Duration::try_from_secs_f64(claim.as_f64()?).ok());
-    time.map(Some)
-        .ok_or(JwtRefusal::Invalid("one of its times is no time"))
+    time.map(Some).ok_or(JwtRefusal::Invalid(
+        "one of `exp`, `nbf` and `iat` is no time in seconds",
+    ))
 }
 
 #[cfg(test)]
@@ -181,7 +182,7 @@ mod tests {
         }
     }
 
-    /// Sound claims, changed by these. `null` takes one out.
+    /// Valid claims with these changes. `null` removes a claim.
     fn claims(changes: &Value) -> Claims {
         let sound =
             json!({ "iss": "https://issuer", "aud": "chat", "exp": NOW + 60, "sub": "alice" });
@@ -312,7 +313,7 @@ mod tests {
             ("nbf", json!("0")),
             ("iat", json!({})),
         ] {
-            assert_refused(&config(), &json!({ name: value }), "no time");
+            assert_refused(&config(), &json!({ name: value }), "no time in seconds");
         }
     }
 
@@ -396,7 +397,7 @@ mod tests {
         ] {
             assert_eq!(access(path, value, &changes), Access::Chat, "{changes}");
         }
-        // Nobody is an admin where that is not configured, and even one needs a subject.
+        // Without a configured claim there are no admins. An admin needs a subject too.
         assert_eq!(
             judge(&config(), &json!({ "admin": true })).unwrap().access,
             Access::Chat

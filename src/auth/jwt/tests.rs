@@ -26,14 +26,14 @@ fn public(signer: &Signer) -> JwtVerifier {
     with_pem(signer.algorithm, &signer.public_pem)
 }
 
-/// With the text as it comes from a file: without the line end after it.
+/// Builds a verifier with a PEM text as the loader reads it from a file, without the last line end.
 fn with_pem(algorithm: JwtAlgorithm, pem: &str) -> JwtVerifier {
     let mut config = config(&[algorithm]);
     config.public_key = Some(pem.trim_end().into());
     JwtVerifier::new(&config, Fingerprints::new(&[7; 32])).unwrap()
 }
 
-/// Verifies with a key that is there, which waits for nothing.
+/// Verifies with a fixed key, which needs no wait.
 fn verify(verifier: &JwtVerifier, token: &str) -> Result<Principal, JwtRefusal> {
     verifier
         .verify(token)
@@ -59,7 +59,7 @@ fn with_claim(name: &str, value: Value) -> Value {
     claims
 }
 
-/// Signed with the secret, under this header.
+/// Signs a token with the secret, under this header.
 fn shared_token(header: &Value, claims: &Value) -> String {
     let message = format!("{}.{}", part(header), part(claims));
     let key = EncodingKey::from_secret(SECRET.as_bytes());
@@ -93,7 +93,7 @@ fn public_keys_come_in_several_spellings() {
         .lines()
         .filter(|line| !line.starts_with('-'))
         .collect();
-    // What is within the 24 bytes that say that it is an RSA key.
+    // The key without the first 24 bytes, which say that it is an RSA key.
     let plain = pem("RSA PUBLIC KEY", &STANDARD.decode(body).unwrap()[24..]);
     for text in [
         &lines,
@@ -135,13 +135,13 @@ fn a_token_does_not_choose_its_algorithm() {
             assert_refused(&verifier, &other.token(None), "not allowed");
         }
     }
-    // The public key is known to everybody: it must not do as a secret.
+    // Everybody knows the public key, so it must not work as a secret.
     for secret in [RSA.public_pem.as_bytes(), RSA.public_pem.trim().as_bytes()] {
         let forger = EncodingKey::from_secret(secret);
         let token = encode(&Header::new(Algorithm::HS256), &claims(), &forger).unwrap();
         assert_refused(&public(&RSA), &token, "not allowed");
     }
-    // Another one of the same family.
+    // Another algorithm of the same family.
     let token = encode(&Header::new(Algorithm::RS512), &claims(), &RSA.private).unwrap();
     assert_refused(&public(&RSA), &token, "not allowed");
     let key = EncodingKey::from_secret(SECRET.as_bytes());
@@ -187,7 +187,7 @@ fn whatever_is_changed_is_noticed() {
             &format!("{}.{bob}.{}", parts[0], parts[2]),
             "signature",
         );
-        // The last digit of a part may hold bits that mean nothing: those may be refused in another way.
+        // The last digit of a part may have unused bits. A change of those may be refused differently.
         for at in (0..token.len()).step_by(7) {
             let mut changed = token.clone().into_bytes();
             changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
@@ -216,7 +216,7 @@ fn headers_ask_for_nothing_that_is_not_understood() {
         &claims(),
     );
     assert_refused(&verifier, &token, "crit");
-    // A key that the token brings along is not looked at.
+    // A key in the token's own header is ignored.
     let jwk = Signer::new(JwtAlgorithm::Es256);
     let mut header = Header::new(Algorithm::ES256);
     header.jwk = Some(serde_json::from_value(jwk.jwk("a")).unwrap());
@@ -272,7 +272,7 @@ fn the_claims_are_looked_at() {
         )
         .is_ok()
     );
-    // One claim said twice.
+    // A claim given twice.
     let twice = format!("{{\"sub\":\"bob\",{}", &claims().to_string()[1..]);
     let message = format!(
         "{}.{}",
@@ -358,7 +358,7 @@ fn keys_that_do_not_fit_are_found_at_once() {
     assert_eq!(setup(&[Hs256], None, None), Err(JwtSetupError::Source));
 }
 
-/// The public key of a pair of 1024 bits: a modulus without meaning does.
+/// Returns a public key of 1024 bits. Its modulus is arbitrary.
 fn short_rsa() -> Vec<u8> {
     let mut key = vec![0x30, 0x81, 0x89, 0x02, 0x81, 0x81, 0x00];
     key.extend([0xc1; 128]);

@@ -153,8 +153,9 @@ async fn message_rate_limit_is_separate_from_requests() {
             refused.headers["ratelimit"],
             format!("\"user-messages\";r=0;t={wait}")
         );
-        let told =
-            format!("too many messages: each user may send 3 an hour; come back in {wait} s");
+        let told = format!(
+            "too many messages: each user may send 3 an hour; send this one again in {wait} s"
+        );
         assert_eq!(refused.body["detail"], told);
     }
     let refused = gateway
