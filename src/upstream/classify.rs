@@ -130,8 +130,8 @@ fn meaning(
             blocking_run: detail.blocking_run(),
         };
     }
-    // A server that gave up waiting for the request (408) leaves its fate as open as a broken
-    // one.
+    // After a 408 (the server gave up waiting) the fate of the request is as unknown as after a
+    // 5xx.
     let is_broken = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
     if is_broken || status == StatusCode::REQUEST_TIMEOUT {
         return UpstreamError::Unavailable {

@@ -171,8 +171,8 @@ impl UpstreamClient {
         SizeBudget::new(self.max_bytes)
     }
 
-    /// Translates the failure of a call that every conversation begins with: if the server does
-    /// not have `path`, the operator is told the remedy.
+    /// Translates the failure of a call that every conversation begins with. If the server does
+    /// not have `path`, logs the remedy for the operator and returns it with the error.
     pub(super) fn needs(
         &self,
         path: &'static str,

@@ -18,8 +18,8 @@ const DRAIN_TIME: Duration = Duration::from_millis(250);
 /// Events that are read after the last one that matters.
 const DRAIN_EVENTS: usize = 64;
 
-/// Bytes that each place of a reply, such as a part of a message, counts at least. The limit on
-/// the reply bounds the number of places too, because the decoder searches among them.
+/// Bytes that each place of a reply, such as a part of a message, counts at least. So the limit on
+/// the reply also bounds the number of places, among which the decoder searches.
 pub(super) const PLACE_COST: usize = 1024;
 
 /// The decoder of one protocol.
@@ -65,7 +65,7 @@ pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
 }
 
 /// Reads until the first event that means something, and returns the stream from there on. A
-/// refusal that arrives as an event so becomes the error of the call.
+/// refusal that arrives as an event thus becomes the error of the call.
 ///
 /// The stream ends after `Ended` or after an error. It is an error if the decoder keeps more than
 /// `limit` bytes of the reply. After `Ended` the rest of the body is read for a moment, so that
@@ -112,7 +112,7 @@ impl<D: Decoder> Relay<D> {
             if let Some(event) = self.out.pop_front() {
                 if matches!(event, UpstreamEvent::Ended(_)) {
                     self.out.clear();
-                    // The rest has mostly arrived already. Then the connection is free even if
+                    // Usually the rest has arrived already. Then the connection is free even if
                     // the caller does not poll again.
                     let over = self.drain().now_or_never().is_some();
                     self.state = if over { State::Done } else { State::Draining };

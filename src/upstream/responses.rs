@@ -83,8 +83,7 @@ impl Upstream for ResponsesUpstream {
         {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
             Ok(Disposal::NotSupported) | Err(_) => Err(UpstreamError::Protocol(
-                "a conversation could not be filled with its history, and not be deleted"
-                    .to_owned(),
+                "a new conversation could neither get its history nor be deleted".to_owned(),
             )),
         }
     }
