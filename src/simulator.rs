@@ -1,10 +1,10 @@
 //! A simulated upstream that speaks both protocols on one port, for development, demos, tests and
 //! benches.
 //!
-//! It enforces the known rules of the protocols: one run for each thread, state transitions, expiry,
-//! closed request schemas, limits, event order. A reply repeats the user's text and counts the user's
-//! messages, so that a reader can check what the server knew. On this page a *run* is an Assistants
-//! run or a response.
+//! It enforces the known rules of the protocols: one run for each thread, state transitions,
+//! expiry, closed request schemas, limits, event order. A reply repeats the user's text and counts
+//! the user's messages, so that a reader can check what the server knew. On this page a *run* is
+//! an Assistants run or a response.
 //!
 //! [`SimulatorConfig`] has the settings for all runs. Directives in the user's text, or in a
 //! function's output, steer a single run: `[[sim: … ]]`, with several words in one or several
@@ -37,8 +37,8 @@
 //! content. For operations that start no run, these apply: `status` (with `code`, `retry_after`,
 //! `wording`), `hostile`, `bare_error`, `drop`, `silent` and `latency`.
 //!
-//! A hostile answer has status 200, or that of `status`. It is generated while the client reads, and
-//! ends when the client leaves:
+//! A hostile answer has status 200, or that of `status`. It is generated while the client reads,
+//! and ends when the client leaves:
 //!
 //! | Kind | As a stream | As JSON |
 //! |---|---|---|
@@ -54,9 +54,9 @@
 //! | `gzip` | unpacks without end, as `content-encoding` says | the same |
 //! | `drip` | a byte, then the next one after `rate` (20 ms), for ever | the same |
 //!
-//! The functions of [`SimulatorHandle`] are available over HTTP too, below `/_simulator`: `GET stats`,
-//! `GET runs`, `GET threads`, `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE faults`,
-//! `POST hold`, `POST release`, `POST reset`, `POST|DELETE threads/{id}/foreign_run`,
+//! The functions of [`SimulatorHandle`] are available over HTTP too, below `/_simulator`: `GET
+//! stats`, `GET runs`, `GET threads`, `GET threads/{id}/history`, `GET recorded`, `GET|POST|DELETE
+//! faults`, `POST hold`, `POST release`, `POST reset`, `POST|DELETE threads/{id}/foreign_run`,
 //! `GET responses`, `GET leaked_items`, `POST holds_text`.
 //!
 //! Where the protocols are not documented, the simulator decides:
@@ -70,8 +70,8 @@
 //!   [`SimulatorConfig::append_unfinished`] is set.
 //! - A deleted conversation cannot be used, read or listed. Items that were not deleted before it
 //!   remain for ever. A client that knows their ids can read and delete them
-//!   ([`SimulatorHandle::leaked_items`]). A response that ends after the deletion of its conversation
-//!   leaves its items in the same way.
+//!   ([`SimulatorHandle::leaked_items`]). A response that ends after the deletion of its
+//!   conversation leaves its items in the same way.
 //! - The events of the newest 1000 background streams can be replayed.
 
 // A file uses only files below it in this list, never those above it. `tests/it/architecture.rs`

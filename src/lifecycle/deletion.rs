@@ -252,4 +252,4 @@ impl Janitor {
 }
 
 const NOTHING: Error =
-    Error::NotFound("this key has no conversation, and none of it is being deleted");
+    Error::NotFound("this key has no conversation, and no deletion of one is under way");

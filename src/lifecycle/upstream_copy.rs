@@ -317,7 +317,7 @@ impl Janitor {
             tracing::warn!(
                 thread.id = %orphan.thread,
                 upstream = orphan.upstream,
-                "an upstream thread may have been created that cannot be found: the answer to the call was lost, \
+                "an upstream thread may exist that cannot be found: the answer to its creation was lost, \
                  and the server does not list threads"
             );
         }

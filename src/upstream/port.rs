@@ -389,7 +389,8 @@ pub enum UpstreamEvent {
 /// The end of a run at the upstream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
-    /// `Completed`, `Incomplete`, `Failed`, `Cancelled`, `Expired`, or `RequiresAction` with `tool_calls`.
+    /// `Completed`, `Incomplete`, `Failed`, `Cancelled`, `Expired`, or `RequiresAction` with
+    /// `tool_calls`.
     pub status: RunStatus,
     /// The reason why the run failed or is incomplete.
     pub error: Option<RunError>,

@@ -121,7 +121,7 @@ fn hint(cause: &str) -> Option<&'static str> {
         ),
         (
             "UnknownIssuer",
-            "the server's certificate comes from a CA that is not known here: SSL_CERT_FILE may name a bundle of certificates",
+            "the server's certificate comes from an unknown CA: SSL_CERT_FILE may name a bundle of certificates",
         ),
         (
             "NotValidForName",

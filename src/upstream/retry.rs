@@ -6,7 +6,8 @@ use rand::RngExt;
 
 use crate::upstream::error::UpstreamError;
 
-/// Wait before the second try, or between two questions about unfinished work. It doubles each time.
+/// Wait before the second try, or between two questions about unfinished work. It doubles each
+/// time.
 pub(super) const FIRST_WAIT: Duration = Duration::from_millis(250);
 /// Longest wait between two tries.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(2);

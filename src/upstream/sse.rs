@@ -190,7 +190,7 @@ mod tests {
             .map(|event| event.map_err(|error| error.to_string()))
             .collect::<Vec<_>>()
             .now_or_never()
-            .expect("nothing waits")
+            .expect("the input is ready")
     }
 
     fn whole(text: &str) -> Vec<Result<SseEvent, String>> {

@@ -399,7 +399,7 @@ fn start(
     let row = world
         .threads
         .get_mut(thread)
-        .expect("the caller has found or made it under this lock");
+        .expect("the caller found or created the thread under this lock");
     if with_thread {
         out.emit("thread.created", &*row as &Thread);
     }
