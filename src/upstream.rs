@@ -11,7 +11,7 @@ mod assistants;
 
 mod responses;
 
-// What adapters share.
+// Shared by the adapters.
 mod history;
 
 mod thread_lookup;

@@ -33,8 +33,8 @@ const MAKING_PATIENCE: Duration = Duration::from_secs(8);
 const MAKING_POLL: Duration = Duration::from_millis(100);
 
 impl Janitor {
-    /// Deletes everything of a thread at its upstream: stored runs, then orphaned upstream
-    /// threads, last its own upstream thread. The runs of the thread must have ended. Progress is
+    /// Deletes everything of a thread at its upstream: stored runs and orphaned upstream threads,
+    /// and last its own upstream thread. The runs of the thread must have ended. Progress is
     /// recorded on the way, so that the next attempt resumes. `attempts`: consecutive failed
     /// attempts before this one.
     ///
