@@ -2,6 +2,7 @@
 
 mod authorize;
 mod body;
+mod caller;
 mod canonical;
 mod cors;
 mod deletions;
@@ -19,20 +20,24 @@ mod request_log;
 mod run_response;
 mod runs;
 mod sse;
+mod state;
 mod threads;
 mod users;
 mod views;
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::Router;
-use axum::extract::{Extension, FromRef};
+use axum::extract::Extension;
 use axum::handler::Handler;
 use axum::http::Method;
+use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
+use bytes::Bytes;
+use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use self::authorize::Asks;
@@ -40,37 +45,11 @@ use self::keys::{CONVERSATION, Place, USERS};
 use self::limits::Counted;
 pub use self::limits::Limits;
 use self::openapi::Doc;
-pub use self::openapi::openapi;
+pub use self::openapi::Route;
 use self::request_log::Observed;
-use crate::auth::Auth;
-use crate::config::ServerConfig;
-use crate::domain::{Access, RunId};
+pub use self::state::AppState;
+use crate::domain::Access;
 use crate::error::Error;
-use crate::lifecycle::Janitor;
-use crate::locks::{Budget, KeyedSemaphore};
-use crate::runs::Runs;
-
-/// What handlers reach.
-#[derive(Clone, Debug)]
-pub struct AppState {
-    pub runs: Runs,
-    pub janitor: Janitor,
-    pub auth: Arc<Auth>,
-    pub limits: Arc<Limits>,
-    /// For those who follow a run's events.
-    pub readers: Arc<KeyedSemaphore<RunId>>,
-    /// Memory for the bodies of requests.
-    pub bodies: Budget,
-    pub server: Arc<ServerConfig>,
-    /// Addresses of clients are logged.
-    pub logs_clients: bool,
-}
-
-impl FromRef<AppState> for Arc<ServerConfig> {
-    fn from_ref(state: &AppState) -> Self {
-        Arc::clone(&state.server)
-    }
-}
 
 /// The three kinds of conversation, and any of them by headers, each with the same resources below it.
 const SCOPES: [&str; 4] = [
@@ -79,14 +58,6 @@ const SCOPES: [&str; 4] = [
     "/v1/users/{user}/topics/{topic}",
     CONVERSATION,
 ];
-
-/// A route, and what it asks of its callers; `None`: anybody may use it.
-#[derive(Clone, Debug)]
-pub struct Route {
-    pub method: Method,
-    pub path: String,
-    pub needs: Option<Access>,
-}
 
 /// Every route of the gateway.
 pub fn router(state: AppState) -> Router {
@@ -103,12 +74,26 @@ pub fn routes() -> Vec<Route> {
     all().table.into_iter().map(|(route, _)| route).collect()
 }
 
+/// The OpenAPI document, for who checks answers against it.
+pub fn openapi() -> Value {
+    openapi::document(&all().table)
+}
+
+/// The document, which is the same for every gateway of this version.
+static DOCUMENT: LazyLock<Bytes> =
+    LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+
+/// The document as it is sent.
+async fn show_openapi() -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
+}
+
 fn all() -> Routes {
     use Access::{Admin, Chat, Operator, Read};
     let mut routes = Routes::default();
     routes.open("/healthz", health::healthz, health::healthz_doc);
     routes.open("/readyz", health::readyz, health::readyz_doc);
-    routes.open("/openapi.json", openapi::show, openapi::show_doc);
+    routes.open("/openapi.json", show_openapi, openapi::show_doc);
     for scope in SCOPES {
         let at = |rest: &str| format!("{scope}{rest}");
         routes.add_message(at("/messages"), messages::create, messages::create_doc);

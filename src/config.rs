@@ -4,6 +4,7 @@
 
 mod auth;
 mod check;
+mod checker;
 mod decode;
 mod doubts;
 mod env;

@@ -1,13 +1,15 @@
-//! The words of the gateway as plain values: keys, ids, runs, messages. No I/O, no async.
+//! The gateway's terms as plain values: keys, ids, runs, messages. No I/O, no async.
 
 mod access;
 mod content;
 mod fingerprint;
 mod id;
 mod key;
-mod life;
+mod lifecycle;
+mod limits;
 mod metadata;
 mod records;
+mod removal;
 mod run;
 mod trace;
 mod transition;
@@ -24,14 +26,13 @@ pub use id::{
 pub use key::{
     ConversationKey, InvalidKey, KeyText, Scope, SessionKey, TenantKey, TopicKey, UserKey,
 };
-pub use life::{
-    Deletion, Left, LifecycleTask, Lifetimes, Limits, NewLife, Removed, RetentionPolicy, Ttl,
-    UpstreamOutcome,
-};
+pub use lifecycle::{LifecycleTask, Lifetimes, NewLife, RetentionPolicy, Ttl};
+pub use limits::Limits;
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{
     Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
 };
+pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub use run::{
     MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput,
     Usage,
@@ -39,5 +40,5 @@ pub use run::{
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};
 
-/// A point in time, UTC. Always read from the database, never from this process's clock.
+/// A point in time, UTC. The database's clock gives it, never this process's clock.
 pub type Timestamp = chrono::DateTime<chrono::Utc>;

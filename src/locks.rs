@@ -1,15 +1,22 @@
-//! One run at a time, inside this process: a queue for each key, first come first served.
+//! A fair queue for each key inside this process, so that one run of a thread works at a time.
 //!
-//! A ticket gives two rights, one after the other. The first is to record the run in the store ([`Ticket::to_record`]), in the
-//! order of joining, so that the store's order of admission is ours. The second is the turn ([`Ticket::turn`]), in the order of
-//! the queue. Both orders are the same but for tickets that [go next](KeyedQueue::join_next). Dropping a ticket at any moment
-//! gives it up and wakes the next one. A queue vanishes with its last ticket.
+//! A ticket gives two rights, one after the other:
 //!
-//! A key may have runs on several threads: the one before has expired or is being deleted, and its run goes on. The
-//! store tells with each record which thread the run is on. That is the ticket's *track*, and a ticket waits only for
-//! those before it in its own track, and for those of which the track is not known yet.
+//! - The right to record the run in the store ([`Ticket::to_record`]). Tickets get it in the order
+//!   of joining, so that the store admits runs in that order.
+//! - The right to start ([`Ticket::turn`]). Tickets get it in the order of the queue.
 //!
-//! Between processes the store's unique index holds the same promise; this queue keeps waiting runs off it.
+//! The two orders differ only by tickets that [go next](KeyedQueue::join_next). A ticket can be
+//! dropped at any moment; that gives up its place and wakes the next ticket. A queue is removed
+//! with its last ticket.
+//!
+//! A key may have runs on several threads: the previous thread may have expired or may be in
+//! deletion while its run continues. The store's answer to each record names the thread of the
+//! run. That thread is the ticket's *track*. A ticket waits only for earlier tickets of its own
+//! track, and for those whose track is not known yet.
+//!
+//! Between processes, the store's unique index enforces the same rule. This queue keeps the runs
+//! that wait inside one process away from that index.
 
 mod budget;
 mod semaphore;
@@ -24,7 +31,7 @@ use std::task::{Context, Poll, Waker};
 pub use budget::{Budget, Share};
 pub use semaphore::{KeyedSemaphore, NoPermit, Permit};
 
-/// The queues of all keys `K`, in tracks `L`. Clones share them.
+/// The queues of all keys `K`, with tracks `L`. Clones share them.
 pub struct KeyedQueue<K, L> {
     queues: Queues<K, L>,
     max_waiting: usize,
@@ -32,15 +39,15 @@ pub struct KeyedQueue<K, L> {
 
 type Queues<K, L> = Arc<Mutex<HashMap<K, Queue<L>>>>;
 
-/// The queue is as long as it may get.
+/// The queue is at its longest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct QueueFull {
-    /// Tickets behind the first.
+    /// Most tickets behind the first.
     pub max_waiting: usize,
 }
 
 impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
-    /// Queues of one ticket that may have its turn and `max_waiting` behind it.
+    /// Creates queues with one ticket at the front and at most `max_waiting` behind it.
     pub fn new(max_waiting: usize) -> Self {
         Self {
             queues: Arc::default(),
@@ -51,7 +58,7 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
     /// Joins the end of the key's queue.
     ///
     /// # Errors
-    /// [`QueueFull`] if `max_waiting` tickets wait already.
+    /// [`QueueFull`] if `max_waiting` tickets already wait.
     pub fn join(&self, key: K) -> Result<Ticket<K, L>, QueueFull> {
         self.join_at(key, |queue| queue.entries.len())
     }
@@ -59,7 +66,7 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
     /// Joins the key's queue before all tickets that have not [started](Ticket::started).
     ///
     /// # Errors
-    /// [`QueueFull`] if `max_waiting` tickets wait already.
+    /// [`QueueFull`] if `max_waiting` tickets already wait.
     pub fn join_next(&self, key: K) -> Result<Ticket<K, L>, QueueFull> {
         self.join_at(key, |queue| {
             queue
@@ -70,13 +77,14 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
         })
     }
 
-    /// All that were in one track of the key's queue are in another one now.
+    /// Moves all tickets of one track of the key's queue to another track.
     pub fn moved(&self, key: &K, from: L, to: L) {
         let mut queues = lock(&self.queues);
         let Some(queue) = queues.get_mut(key) else {
             return;
         };
-        // Nobody gets free by it: those before a ticket in its old track are before it in the new one.
+        // No ticket may start because of this: the tickets before it in the old track are before
+        // it in the new one.
         for entry in queue
             .entries
             .iter_mut()
@@ -101,12 +109,12 @@ impl<K: Clone + Eq + Hash, L: Copy + Eq> KeyedQueue<K, L> {
         Ok(self.ticket(&mut queues, key, at))
     }
 
-    /// Keys with a ticket in their queue.
+    /// Returns the number of keys with a ticket in their queue.
     pub fn len(&self) -> usize {
         lock(&self.queues).len()
     }
 
-    /// No queue has a ticket.
+    /// Returns whether no queue has a ticket.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -155,8 +163,9 @@ impl<K, L> fmt::Debug for KeyedQueue<K, L> {
     }
 }
 
-/// A ticket in a queue. Once [`turn`](Self::turn) has returned it is the first of its track; it stays so until it is dropped if
-/// it [started](Self::started), else until one comes that goes next.
+/// A place in a queue. When [`turn`](Self::turn) returns, the ticket is the first of its track. A
+/// ticket that [started](Self::started) stays first until it is dropped. Any other stays first
+/// until a ticket that goes next joins.
 #[must_use = "dropping a ticket gives it up"]
 pub struct Ticket<K: Eq + Hash, L: Copy + Eq> {
     queues: Queues<K, L>,
@@ -165,13 +174,14 @@ pub struct Ticket<K: Eq + Hash, L: Copy + Eq> {
 }
 
 impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
-    /// Waits until every ticket that joined before this one has been recorded or given up. May be dropped and called
-    /// again.
+    /// Waits until every earlier ticket is recorded or dropped. The future may be dropped and
+    /// called again.
     pub async fn to_record(&mut self) {
         poll_fn(|cx| self.poll(cx, |queue, number| queue.first_unrecorded() == Some(number))).await;
     }
 
-    /// Says that the run of this ticket is recorded, and in which track: the next in queue may record its own.
+    /// Notes that this ticket's run is recorded, and in which track. The next ticket may then
+    /// record its run.
     pub fn recorded(&mut self, track: L) {
         self.change(|queue| {
             if let Some(entry) = queue.entry(self.number) {
@@ -180,8 +190,9 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
         });
     }
 
-    /// Says that the run of this ticket has started: nobody goes before it any more. The store starts one at a time, so
-    /// this one is the first of its track from now on, even if another has gone before it in the meantime.
+    /// Notes that the run of this ticket has started, so no ticket goes before it any more. The
+    /// store starts one run at a time. So this ticket becomes the first of its track, even if
+    /// another one went before it meanwhile.
     pub fn started(&mut self) {
         self.change(|queue| {
             let Some(at) = queue
@@ -198,13 +209,13 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
         });
     }
 
-    /// Waits until this ticket is the first of its track, and the tracks of all before it are known. May be dropped and called
-    /// again.
+    /// Waits until this ticket is the first of its track and the tracks of all tickets before it
+    /// are known. The future may be dropped and called again.
     pub async fn turn(&mut self) {
         poll_fn(|cx| self.poll(cx, Queue::has_turn)).await;
     }
 
-    /// Changes the queue and wakes the tickets that this can have set free.
+    /// Changes the queue and wakes the tickets that may go because of that.
     fn change(&self, change: impl FnOnce(&mut Queue<L>)) {
         let woken = {
             let mut queues = lock(&self.queues);
@@ -223,7 +234,7 @@ impl<K: Eq + Hash, L: Copy + Eq> Ticket<K, L> {
 
     fn poll(&self, cx: &Context<'_>, may_go: impl Fn(&Queue<L>, u64) -> bool) -> Poll<()> {
         let mut queues = lock(&self.queues);
-        // A ticket is in its queue until it is dropped.
+        // A ticket is in its queue until it is dropped, so a missing queue means no wait.
         let Some(queue) = queues.get_mut(&self.key) else {
             return Poll::Ready(());
         };
@@ -297,17 +308,18 @@ impl<L: Copy + Eq> Queue<L> {
             .all(|before| before.track.is_some() && before.track != track)
     }
 
-    /// The wakers of the tickets that a change can have set free: the first of each track, and the oldest unrecorded. Waking
-    /// one that may not go yet is harmless: it asks again.
+    /// Returns the wakers of the tickets that a change may let go: the first of each track, and
+    /// the oldest unrecorded one. A ticket that wakes too early asks again, so waking it is
+    /// harmless.
     fn take_free(&mut self) -> Vec<Waker> {
         let recorder = self
             .first_unrecorded()
             .and_then(|number| self.entry(number)?.waker.take());
         let mut woken = Vec::from_iter(recorder);
-        // Nearly always there is one.
+        // Nearly always there is one track.
         let mut tracks = Vec::new();
         for entry in &mut self.entries {
-            // Behind one that is not recorded yet nobody has a turn.
+            // No ticket may start behind one whose track is not known.
             let Some(track) = entry.track else { break };
             if !tracks.contains(&track) {
                 tracks.push(track);
@@ -318,7 +330,8 @@ impl<L: Copy + Eq> Queue<L> {
     }
 }
 
-/// The map is consistent at every unlock, so a panic elsewhere while it was locked leaves nothing to mend.
+/// The map is consistent at every unlock, so a panic elsewhere leaves it intact and the poison can
+/// be ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

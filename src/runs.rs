@@ -1,9 +1,13 @@
-//! The use cases: submit a message, answer its function calls, follow or cancel its run, read what became of it. HTTP
-//! is above, store and upstreams below.
+//! The use cases: submit a message, answer its function calls, follow or cancel its run, read the
+//! result. HTTP is above; the store and the upstreams are below.
 //!
-//! The rooms stand in this order, and each uses only what stands below it: `service` (what a caller may ask), `replica` (what
-//! this process does as one of several), `execution` (one run, from its admission to its end), `reconcile`, `redaction`,
-//! `context`, `registry`, `log`, `notifications`, `breaker`, `backoff`.
+//! The modules have an order, and each uses only the modules after it:
+//!
+//! 1. `service`: what a caller may ask.
+//! 2. `replica`: what this process does as one of several.
+//! 3. `execution`: one run, from its admission to its end.
+//! 4. `reconcile`, `redaction`, `context`, `registry`, `log`, `notifications`, `breaker`,
+//!    `backoff`.
 
 mod backoff;
 mod breaker;
@@ -46,7 +50,7 @@ pub use service::subscription::{Answer, DELETED, RunSubscription, Submitted};
 pub use service::threads::Renewed;
 pub use service::tool_outputs::{NewOutputs, Resumed};
 
-/// Threads and runs of this replica. Clones share everything.
+/// The threads and runs of this replica. Clones share everything.
 #[derive(Clone)]
 pub struct Runs {
     ctx: Arc<Context>,
@@ -62,20 +66,22 @@ impl Runs {
 
 /// What a caller may ask.
 impl Runs {
-    /// Admits a message: its run is durable, started or waiting, when this returns. The run goes on whatever
-    /// becomes of the caller; if this future is dropped, the message may or may not have been admitted.
+    /// Admits a message. When this returns, its run is durable: started or queued. The run
+    /// continues whatever happens to the caller. If this future is dropped, the message may or may
+    /// not have been admitted.
     ///
-    /// A message whose idempotency key was used before, with the same request, gets the run of then.
+    /// A repeated idempotency key with the same request gets the earlier run.
     pub async fn submit(&self, key: ConversationKey, new: NewMessage) -> Result<Submitted, Error> {
         submit::submit(&self.ctx, key, new).await
     }
 
-    /// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run
-    /// goes on.
+    /// Hands a run the outputs of the function calls that it waits for. When this returns, the
+    /// outputs are durable and the run continues.
     ///
     /// # Errors
-    /// [`Error::Forbidden`] if a backend has to answer; [`Error::Invalid`] if the outputs are not one for each call;
-    /// [`Error::RunNotWaiting`] if the run does not wait (any more).
+    /// - [`Error::Forbidden`] if only a backend may answer the calls.
+    /// - [`Error::Invalid`] if the outputs are not exactly one for each call.
+    /// - [`Error::RunNotWaiting`] if the run does not wait, or no longer waits.
     pub async fn answer_tools(
         &self,
         key: &ConversationKey,
@@ -85,8 +91,8 @@ impl Runs {
         tool_outputs::answer_tools(&self.ctx, key, id, new).await
     }
 
-    /// Cancels a run and waits, within a bound, for its end. A run that has ended is given as it is: a cancel that
-    /// comes too late is no error.
+    /// Cancels a run and waits, within a bound, for its end. Returns an ended run as it is: a late
+    /// cancel is no error.
     pub async fn cancel(
         &self,
         key: &ConversationKey,
@@ -95,8 +101,8 @@ impl Runs {
         cancel::cancel(&self.ctx, key, id).await
     }
 
-    /// Cancels unfinished runs of the current thread and waits, within a bound, for their end. Gives them as they are then,
-    /// in order of admission.
+    /// Cancels unfinished runs of the current thread and waits, within a bound, for their end.
+    /// Returns them in order of admission.
     pub async fn cancel_some(
         &self,
         key: &ConversationKey,
@@ -105,12 +111,12 @@ impl Runs {
         cancel::cancel_some(&self.ctx, key, which).await
     }
 
-    /// Has these runs cancelled, and waits, within a bound, for their end.
+    /// Cancels these runs and waits, within a bound, for their end.
     pub async fn end_all(&self, key: &ConversationKey, runs: &[Run]) -> Result<(), Error> {
         cancel::end_all(&self.ctx, key, runs).await
     }
 
-    /// A run of any of the key's threads and how to follow it.
+    /// Returns a run of any of the key's threads, and a subscription to it.
     pub async fn follow(
         &self,
         key: &ConversationKey,
@@ -119,7 +125,7 @@ impl Runs {
         subscription::follow(&self.ctx, key, id).await
     }
 
-    /// One run and its reply, if it has one.
+    /// Returns a run and its reply, if it has one.
     pub async fn run(
         &self,
         key: &ConversationKey,
@@ -128,7 +134,7 @@ impl Runs {
         read::run(&self.ctx, key, id).await
     }
 
-    /// A page of the current thread's runs.
+    /// Returns a page of the current thread's runs.
     pub async fn runs(
         &self,
         key: &ConversationKey,
@@ -137,7 +143,8 @@ impl Runs {
         read::runs(&self.ctx, key, page).await
     }
 
-    /// A page of a thread's transcript, or of those of all threads that its key has and had.
+    /// Returns a page of a thread's transcript or, with `across`, of the transcripts of all
+    /// threads that its key has and had.
     pub async fn messages(
         &self,
         name: ThreadName<'_>,
@@ -147,12 +154,12 @@ impl Runs {
         read::messages(&self.ctx, name, across, page).await
     }
 
-    /// A thread and what it is doing.
+    /// Returns a thread and what it is doing.
     pub async fn thread(&self, name: ThreadName<'_>) -> Result<ThreadReport, Error> {
         read::thread(&self.ctx, name).await
     }
 
-    /// A page of threads, by age.
+    /// Returns a page of threads, by age.
     pub async fn threads(
         &self,
         filter: &ThreadFilter,
@@ -161,7 +168,7 @@ impl Runs {
         read::threads(&self.ctx, filter, page).await
     }
 
-    /// All that is held of a user, as lines of text.
+    /// Streams everything that the store keeps of a user, as lines of text.
     pub fn export(
         &self,
         tenant: TenantKey,
@@ -170,20 +177,21 @@ impl Runs {
         read::export(&self.ctx, tenant, user)
     }
 
-    /// From then on no new message goes to the thread.
+    /// Returns the instant from which the thread accepts no new message.
     pub fn expiry(&self, thread: &Thread) -> Option<Timestamp> {
         self.ctx.config.lifetimes.expiry(thread)
     }
 
-    /// The life that lasts so long.
+    /// Returns a new lifetime of this length.
     ///
     /// # Errors
-    /// It is longer than a caller may ask for, or none.
+    /// The length is zero, or longer than a caller may ask for.
     pub fn life(&self, key: &ConversationKey, ttl: Duration) -> Result<NewLife, Error> {
         threads::ttl(&self.ctx, key, ttl).map(NewLife::Own)
     }
 
-    /// Changes the key's current thread: all of its metadata, or how long it lives; what is `None` stays.
+    /// Changes the key's current thread: all of its metadata, its lifetime, or both. `None`
+    /// changes nothing.
     pub async fn update_thread(
         &self,
         key: &ConversationKey,
@@ -193,13 +201,13 @@ impl Runs {
         threads::update_thread(&self.ctx, key, metadata, life).await
     }
 
-    /// Archives the key's thread and starts a fresh one, at once or before the next turn.
+    /// Archives the key's thread and starts a fresh one, at once or before the next run.
     pub async fn roll_over(&self, key: &ConversationKey) -> Result<Renewed, Error> {
         threads::roll_over(&self.ctx, key).await
     }
 
-    /// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works on it meanwhile shows as a
-    /// difference.
+    /// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works
+    /// meanwhile shows as a difference.
     ///
     /// # Errors
     /// The store or the upstream failed.
@@ -211,11 +219,12 @@ impl Runs {
         reconcile::verify(&self.ctx, thread, pace).await
     }
 
-    /// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
-    /// the run that has its turn on the thread, if there is one. How many messages.
+    /// Copies messages that other writers added to the upstream thread into the transcript, if the
+    /// configuration allows other writers there. `by` is the lease of the thread's active run, if
+    /// there is one. Returns the number of messages.
     ///
     /// # Errors
-    /// The store or the upstream failed; nothing was taken over then, or all of it.
+    /// The store or the upstream failed. Then all messages were copied, or none.
     pub async fn reconcile(
         &self,
         thread: &Thread,
@@ -225,17 +234,17 @@ impl Runs {
         reconcile::reconcile(&self.ctx, thread, by, pace).await
     }
 
-    /// How much this process works on.
+    /// Returns how much this process works on.
     pub fn load(&self) -> Load {
         read::load(&self.ctx)
     }
 
-    /// This replica takes new runs, and its store is in order, or was a second ago.
+    /// Checks that this replica takes new runs, and that its store works, or worked a second ago.
     pub async fn ready(&self) -> Result<(), Error> {
         read::ready(&self.ctx).await
     }
 
-    /// This replica is shutting down.
+    /// Returns whether this replica is shutting down.
     pub fn is_draining(&self) -> bool {
         self.ctx.tasks.draining.is_cancelled()
     }
@@ -243,8 +252,8 @@ impl Runs {
 
 /// What this process does as one of several.
 impl Runs {
-    /// Says that this replica is alive for another `ttl`; the first call registers it and must have succeeded
-    /// before the first run is submitted.
+    /// Renews the session of this replica for another `ttl`. The first call registers the replica;
+    /// it must succeed before the first run is submitted.
     ///
     /// # Errors
     /// The store failed, or did not answer within a third of `ttl`.
@@ -252,30 +261,30 @@ impl Runs {
         session::renew(&self.ctx, address, ttl).await
     }
 
-    /// Keeps the session, takes over what nobody works on, and exchanges with the other replicas what they need to
-    /// know, until the stop.
+    /// Keeps the session, takes over orphans and strays, and exchanges notifications with the
+    /// other replicas, until the stop.
     pub async fn keep_session(self, address: String, ttl: Duration) {
         session::keep_session(&self.ctx, &address, ttl).await;
     }
 
-    /// Records all that the runs of this process have shown up to now.
+    /// Writes all events that this process's runs have shown up to now.
     pub async fn record_now(&self) {
         flusher::flush_now(&self.ctx).await;
     }
 
-    /// Sends this process's notifications to the other replicas, and gives up the runs that it releases. Never ends; may be
-    /// dropped.
+    /// Sends this process's notifications to the other replicas, and releases runs. Never returns;
+    /// the future may be dropped.
     pub async fn deliver(&self) {
         messaging::deliver(&self.ctx).await;
     }
 
-    /// Has all tasks let go of their runs, for other replicas or the next process to go on with, if these can know what
-    /// that takes.
+    /// Makes all tasks let go of their runs, so that other replicas or the next process can
+    /// continue them. Does nothing if the store does not keep the content that this takes.
     pub fn let_go(&self) {
         session::let_go(&self.ctx);
     }
 
-    /// Gives the session up: whatever this replica still owns can be adopted at once.
+    /// Ends the session: another process can adopt this replica's runs at once.
     pub async fn retire(&self) {
         session::retire(&self.ctx).await;
     }

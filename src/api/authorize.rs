@@ -2,19 +2,20 @@
 
 use std::sync::{Arc, OnceLock};
 
-use axum::extract::{Extension, FromRequestParts, Request};
+use axum::extract::{Extension, Request};
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use super::AppState;
+use super::caller::Caller;
 use super::extract::path_params;
 use super::keys::{Named, Place};
 use super::limits::Counted;
 use super::openapi::Doc;
-use super::run_response::REPLAYED;
+use super::prefer::REPLAYED;
+use super::state::AppState;
 use crate::domain::{Access, Principal};
 use crate::error::{Error, TooOften};
 
@@ -199,23 +200,6 @@ fn token(headers: &HeaderMap) -> Result<Option<&str>, Error> {
     Ok(token
         .map(|(_, token)| token.trim())
         .filter(|token| !token.is_empty()))
-}
-
-/// Who asks.
-#[derive(Clone, Debug)]
-pub(super) struct Caller(pub(super) Principal);
-
-impl<S: Send + Sync> FromRequestParts<S> for Caller {
-    type Rejection = Error;
-
-    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Error> {
-        // A route without a guard is a defect, not an open door.
-        parts
-            .extensions
-            .get::<Self>()
-            .cloned()
-            .ok_or(Error::Internal(None))
-    }
 }
 
 #[cfg(test)]

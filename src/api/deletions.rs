@@ -7,13 +7,13 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::AppState;
-use super::authorize::Caller;
+use super::caller::Caller;
 use super::extract::{ApiId, ApiPage};
 use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::prefer::Prefer;
 use super::problem::NOT_FOUND;
+use super::state::AppState;
 use super::views::{DeletableView, DeletionView};
 use crate::domain::{Deletion, DeletionId, ThreadId};
 use crate::error::Error;

@@ -10,9 +10,10 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use sha2::{Digest, Sha256};
 use utoipa::{IntoParams, ToSchema};
 
-use super::authorize::Caller;
+use super::caller::Caller;
 use super::keys::Named;
-use super::{AppState, body, canonical};
+use super::state::AppState;
+use super::{body, canonical};
 use crate::config::ServerConfig;
 use crate::domain::{ConversationKey, PageRequest, RunId};
 use crate::error::Error;

@@ -5,9 +5,9 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
-use super::AppState;
 use super::openapi::Doc;
 use super::problem::{DRAINING, STORE_UNAVAILABLE};
+use super::state::AppState;
 use crate::error::Error;
 
 pub(super) fn healthz_doc() -> Doc {

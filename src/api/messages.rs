@@ -9,12 +9,13 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
 
-use super::AppState;
-use super::authorize::{Caller, OnlyRepeats};
+use super::authorize::OnlyRepeats;
+use super::caller::Caller;
 use super::extract::{ApiConversation, ApiJson, ApiPage};
 use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::run_response::{Asked, ResponseMode, answer, answer_doc};
+use super::state::AppState;
 use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
 use crate::domain::{
     ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy,

@@ -1,12 +1,9 @@
 //! `/openapi.json`: what each handler says of itself, and what is true of every route.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::LazyLock;
 
-use axum::http::header::{ALLOW, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
-use axum::http::{HeaderName, StatusCode};
-use axum::response::IntoResponse;
-use bytes::Bytes;
+use axum::http::header::{ALLOW, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::{HeaderName, Method, StatusCode};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::path::ParameterIn;
@@ -16,7 +13,7 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 use super::extract::PageQuery;
 use super::keys::{self, Place};
 use super::limits::{LIMIT, POLICY};
-use super::prefer::{PREFER, PREFERENCE_APPLIED};
+use super::prefer::{PREFER, PREFERENCE_APPLIED, REPLAYED};
 use super::problem::{
     Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST,
     ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE,
@@ -24,14 +21,17 @@ use super::problem::{
     UNSUPPORTED_MEDIA_TYPE,
 };
 use super::request_log::REQUEST_ID;
-use super::run_response::REPLAYED;
 use super::views::ListView;
-use super::{Route, all};
 use crate::domain::{Access, DeletionId, KeyText, RunId, SessionKey, ThreadId, TopicKey, UserKey};
 
-/// The document, which is the same for every gateway of this version.
-static DOCUMENT: LazyLock<Bytes> =
-    LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+pub(super) fn show_doc() -> Doc {
+    Doc::new("health", "openapi", "This document.").gives_as(
+        StatusCode::OK,
+        "application/json",
+        &json!({"type": "object"}),
+        "OpenAPI 3.1.",
+    )
+}
 
 const ABOUT: &str = "An HTTP gateway that keeps chatbot conversations: one thread for each key, one run at a time.
 
@@ -61,30 +61,24 @@ const TAGS: [(&str, &str); 7] = [
     ("health", "For load balancers, and this document."),
 ];
 
-/// The document as it is sent.
-pub(super) async fn show() -> impl IntoResponse {
-    ([(CONTENT_TYPE, "application/json")], DOCUMENT.clone())
-}
-
-pub(super) fn show_doc() -> Doc {
-    Doc::new("health", "openapi", "This document.").gives_as(
-        StatusCode::OK,
-        "application/json",
-        &json!({"type": "object"}),
-        "OpenAPI 3.1.",
-    )
-}
-
-/// The document, for who checks answers against it.
-pub fn openapi() -> Value {
+/// The document about these routes.
+pub(super) fn document<'a>(routes: impl IntoIterator<Item = &'a (Route, fn() -> Doc)>) -> Value {
     let mut document = Document::default();
-    for (route, doc) in all().table {
-        document.add(&route, doc());
+    for (route, doc) in routes {
+        document.add(route, doc());
     }
     document.finish()
 }
 
 type Schemas = BTreeMap<String, Value>;
+
+/// A route, and what it asks of its callers; `None`: anybody may use it.
+#[derive(Clone, Debug)]
+pub struct Route {
+    pub method: Method,
+    pub path: String,
+    pub needs: Option<Access>,
+}
 
 /// What one handler takes and gives, wherever its route stands.
 #[derive(Debug)]

@@ -8,11 +8,11 @@ use chrono::{DateTime, Datelike, Utc};
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use super::AppState;
-use super::authorize::Caller;
+use super::caller::Caller;
 use super::extract::{ApiId, ApiPage, ApiQuery};
 use super::openapi::Doc;
 use super::problem::{DRAINING, NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
+use super::state::AppState;
 use super::threads::{Verify, show_named};
 use super::views::{
     ListView, MessageView, OutlookView, ReportView, TallyView, ThreadView, list_threads,

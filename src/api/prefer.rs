@@ -8,6 +8,9 @@ use axum::http::{HeaderMap, HeaderName};
 pub(super) const PREFER: HeaderName = HeaderName::from_static("prefer");
 pub(super) const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
+/// Says that a run is that of an earlier request with the same idempotency key.
+pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+
 /// What a caller prefers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Prefer {

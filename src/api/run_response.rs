@@ -6,27 +6,25 @@ use std::convert::Infallible;
 use axum::Json;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use tokio::time::timeout;
 use tokio_util::sync::DropGuard;
 
 use super::forwarded::Prefix;
 use super::openapi::Doc;
-use super::prefer::{PREFERENCE_APPLIED, Prefer};
+use super::prefer::{PREFERENCE_APPLIED, Prefer, REPLAYED};
 use super::problem::{
     DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT,
 };
+use super::sse;
 use super::sse::EventView;
+use super::state::AppState;
 use super::views::{RunResponse, ThreadView};
-use super::{AppState, sse};
 use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
 use crate::runs::{Answer, DELETED, EventOffset, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
-
-/// Says that a run is that of an earlier request with the same idempotency key.
-pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 
 /// How a request was made that is answered in one of the forms.
 #[derive(Debug)]

@@ -9,13 +9,13 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 
-use super::AppState;
 use super::deletions::{HowToDelete, deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiJson, ApiQuery, ApiWhich, WhichQuery};
 use super::forwarded::Prefix;
 use super::messages::metadata_within;
 use super::openapi::Doc;
 use super::problem::{NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT};
+use super::state::AppState;
 use super::views::{ListView, PatchThread, ReportView, RunView, TtlMs, cancelled};
 use crate::domain::NewLife;
 use crate::error::Error;

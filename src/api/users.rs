@@ -7,11 +7,11 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::{StreamExt, stream};
 
-use super::AppState;
 use super::deletions::{HowToDelete, deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiPage, ApiQuery};
 use super::forwarded::Prefix;
 use super::openapi::Doc;
+use super::state::AppState;
 use super::views::{ListView, ThreadView, list_threads};
 use crate::domain::ThreadId;
 use crate::error::Error;

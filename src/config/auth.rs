@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use url::{Host, Url};
 
-use super::check::Checker;
+use super::checker::Checker;
 use super::upstreams::optional_url;
 use crate::domain::{Access, TenantKey};
 

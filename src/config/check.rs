@@ -6,10 +6,9 @@ use http::{HeaderName, HeaderValue};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
+use super::checker::Checker;
 use super::names::nearest;
-use super::problem::{ConfigProblems, Problem};
 use super::tools::{Finding, examine};
-use super::tree::Tree;
 use super::{
     AssistantConfig, AuthScheme, Config, KeyConfig, MAX_PAGE, UpstreamConfig, UpstreamKind,
 };
@@ -68,40 +67,6 @@ pub const fn reserved_parameters(kind: UpstreamKind) -> &'static [&'static str] 
             "stream_options",
             "tools",
         ],
-    }
-}
-
-/// Collects problems with their origin.
-pub(super) struct Checker<'a> {
-    pub(super) tree: &'a Tree,
-    pub(super) problems: &'a mut ConfigProblems,
-}
-
-impl Checker<'_> {
-    /// An empty `hint` is none. Nothing happens if the setting has a problem already.
-    pub(super) fn report(&mut self, path: &[&str], what: impl Into<String>, hint: &str) {
-        if self.is_broken(path) {
-            return;
-        }
-        self.problems.push(Problem {
-            path: path.join("."),
-            origin: self.tree.origin(path).cloned(),
-            what: what.into(),
-            hint: (!hint.is_empty()).then(|| hint.to_owned()),
-        });
-    }
-
-    /// The setting has a problem already, so its value means nothing.
-    pub(super) fn is_broken(&self, path: &[&str]) -> bool {
-        self.problems.covers(&path.join("."))
-    }
-
-    /// Part of the setting has a problem, so the setting was left out.
-    pub(super) fn is_broken_inside(&self, path: &[&str]) -> bool {
-        let inside = format!("{}.", path.join("."));
-        self.problems
-            .iter()
-            .any(|problem| problem.path.starts_with(&inside))
     }
 }
 
@@ -763,6 +728,7 @@ fn unknown_upstream(
 mod tests {
     use super::super::load::{ConfigFile, Sources};
     use super::*;
+    use crate::config::problem::ConfigProblems;
 
     fn sources(text: &str) -> Sources {
         let file = ConfigFile::Text {

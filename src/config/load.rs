@@ -12,7 +12,8 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::Config;
-use super::check::{self, Checker};
+use super::check;
+use super::checker::Checker;
 use super::decode::decode;
 use super::env;
 use super::names::{FILE_SUFFIX, known_settings};

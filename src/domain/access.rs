@@ -1,4 +1,4 @@
-//! Who asks, and what they may do.
+//! The caller of a request and the caller's access level.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,33 +9,33 @@ use super::run::text_enum;
 use super::{TenantKey, UserKey};
 
 text_enum!(
-    /// What a caller may do; each includes those before it.
+    /// What a caller may do. Each level includes the levels before it.
     #[derive(Ord, PartialOrd)]
     Access {
-        /// Read conversations of the tenant.
+        /// Read the tenant's conversations.
         Read = "read",
-        /// Talk in them, and steer and delete them.
+        /// Post messages; steer and delete conversations.
         Chat = "chat",
-        /// See all threads of the tenant at once.
+        /// List all threads of the tenant.
         Admin = "admin",
-        /// Have the work in the background done, which is about all tenants.
+        /// Start background work, which concerns all tenants.
         Operator = "operator",
     }
 );
 
-/// Who asks, as far as they have proved it.
+/// The authenticated caller of a request.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Principal {
     pub tenant: TenantKey,
     pub access: Access,
-    /// The only user whose conversations are theirs; all of the tenant's without.
+    /// The only user whose conversations the caller may use; `None`: all users of the tenant.
     pub user: Option<UserKey>,
-    /// For logs and limits: no secret.
+    /// A name for logs and rate limits; not a secret.
     pub name: String,
 }
 
 impl Principal {
-    /// Whoever asks where nobody has to prove anything.
+    /// The caller where the configuration asks for no authentication.
     pub fn anybody() -> Self {
         Self {
             tenant: TenantKey::default(),

@@ -1,4 +1,5 @@
-//! What a message says: a list of parts, the same shape in requests, in the transcript and in answers.
+//! The content of a message: a list of parts. Requests, the transcript and answers share its
+//! shape.
 
 use std::fmt;
 
@@ -6,7 +7,7 @@ use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-/// The most parts that one message may have.
+/// Most parts of one message.
 pub const MAX_PARTS: usize = 64;
 
 /// One part of a message.
@@ -19,18 +20,19 @@ pub enum ContentPart {
     ImageUrl {
         image_url: ImageUrl,
     },
-    /// A file that was uploaded to the upstream before.
+    /// A file that the caller uploaded to the upstream before.
     ImageFile {
         image_file: ImageFile,
     },
-    /// The model declined to answer. Only in replies.
+    /// The model declined to answer. Only replies have it.
     Refusal {
         refusal: String,
     },
 }
 
 impl<'de> Deserialize<'de> for ContentPart {
-    /// By hand: a derived one reads a part twice, and tells of what is wrong within it without its place.
+    /// Written by hand. A derived implementation reads a part twice, and its errors lack the place
+    /// of the mistake inside the part.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(PartVisitor)
     }
@@ -81,7 +83,7 @@ impl<'de> Visitor<'de> for PartVisitor {
                 Ok(ContentPart::Refusal { refusal })
             }
             _ => Err(de::Error::custom(
-                "a part has, besides its `type`, the one field that is called like it",
+                "a part must have its `type` and exactly one more field, which is named like the type",
             )),
         }
     }
@@ -94,7 +96,7 @@ enum Kind {
     Refusal,
 }
 
-/// The types of parts that callers can send: only these are offered.
+/// The types of parts that callers can send. Error texts offer only these.
 const SENT: [&str; 3] = ["text", "image_url", "image_file"];
 
 impl<'de> Deserialize<'de> for Kind {
@@ -109,7 +111,7 @@ impl<'de> Deserialize<'de> for Kind {
     }
 }
 
-/// Reads content that is a string, or a list of parts.
+/// Reads content that is a string or a list of parts.
 pub fn text_or_parts<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<ContentPart>, D::Error> {
@@ -144,7 +146,7 @@ fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) ->
 }
 
 impl ContentPart {
-    /// The text of a part that is text.
+    /// Returns the text of a text part.
     pub fn as_text(&self) -> Option<&str> {
         match self {
             Self::Text { text } => Some(text),
@@ -152,7 +154,7 @@ impl ContentPart {
         }
     }
 
-    /// The bytes of what it says or names.
+    /// Returns the bytes of the part's text, URL or file id.
     pub fn size(&self) -> usize {
         match self {
             Self::Text { text } => text.len(),
@@ -181,28 +183,29 @@ pub struct ImageFile {
     pub detail: Option<String>,
 }
 
-/// Why content cannot be a user's message.
+/// The reason why content cannot be a user's message.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidContent {
     #[error("content must not be empty")]
     Empty,
     #[error("content has at most {limit} parts, this has {parts}")]
     TooManyParts { limit: usize, parts: usize },
-    #[error("a part of type `refusal` cannot be sent, only received")]
+    #[error("a part of type `refusal` is for replies only; remove it from the message")]
     Refusal,
     #[error("content must not contain NUL characters")]
     Nul,
 }
 
-/// The content of a user's message: 1 to 64 parts, none a refusal, some text or image in it.
+/// The content of a user's message: 1 to 64 parts, no refusal, and at least one text or image that
+/// is not empty.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UserContent(Vec<ContentPart>);
 
 impl UserContent {
-    /// The most parts that there can be.
+    /// Most parts of one message.
     pub const MAX_PARTS: usize = MAX_PARTS;
 
-    /// The bytes of what it says or names.
+    /// Returns the bytes of all parts' texts, URLs and file ids.
     pub fn size(&self) -> usize {
         self.0.iter().map(ContentPart::size).sum()
     }
@@ -287,7 +290,7 @@ mod tests {
                 0..70,
             ),
         ) {
-            // Those that are none would refuse the rest.
+            // One invalid part would make the whole list invalid.
             let parts: Vec<ContentPart> =
                 parts.into_iter().filter_map(|part| serde_json::from_value(part).ok()).collect();
             for part in &parts {

@@ -1,5 +1,5 @@
-//! What stands for a tenant, a user, a session or a topic wherever its name must not be read: in logs, at upstreams, in
-//! receipts.
+//! Fingerprints: they stand for the names of tenants, users, sessions and topics in logs, at
+//! upstreams and in receipts, where the names must not be readable.
 
 use std::fmt;
 
@@ -10,16 +10,18 @@ use super::{ConversationKey, Scope, TenantKey, UserKey};
 
 /// Makes fingerprints: the first 128 bits of an HMAC-SHA-256, as 32 hex digits.
 ///
-/// Names are often e-mail addresses, which can be guessed and hashed: without the key of the HMAC that tells nothing.
+/// Names are often e-mail addresses, which an attacker can guess and hash. Without the key of the
+/// HMAC, a hashed guess proves nothing.
 #[derive(Clone)]
 pub struct Fingerprints {
     keyed: Hmac<Sha256>,
 }
 
 impl Fingerprints {
-    /// `key`: the same for all replicas on a database, from start to start.
+    /// `key` must be the same for all replicas of a database, and after every restart.
     pub fn new(key: &[u8; 32]) -> Self {
-        // As long as a block, so that no length can be wrong. An HMAC itself adds zeros to a shorter key.
+        // The array is as long as a block, so no length error is possible. HMAC pads a shorter key
+        // with zeros too.
         let mut block = [0; 64];
         block[..key.len()].copy_from_slice(key);
         Self {
@@ -31,12 +33,13 @@ impl Fingerprints {
         self.of(&[tenant.as_str()])
     }
 
-    /// Users of the same name in two tenants have nothing in common.
+    /// Includes the tenant: users of the same name in two tenants get different fingerprints.
     pub fn user(&self, tenant: &TenantKey, user: &UserKey) -> String {
         self.of(&[tenant.as_str(), user.as_str()])
     }
 
-    /// A conversation goes by its session or topic; the user's one conversation by the user.
+    /// Returns the fingerprint of a session or topic. The user's one conversation has the user's
+    /// fingerprint.
     pub fn conversation(&self, key: &ConversationKey) -> String {
         let (tenant, user) = (key.tenant.as_str(), key.user.as_str());
         match &key.scope {
@@ -45,7 +48,8 @@ impl Fingerprints {
         }
     }
 
-    /// Each part is preceded by its length, so that two keys share a fingerprint only if the HMAC collides.
+    /// Prefixes each part with its length, so that two keys share a fingerprint only if the HMAC
+    /// collides.
     fn of(&self, parts: &[&str]) -> String {
         let mut keyed = self.keyed.clone();
         for part in parts {
@@ -61,23 +65,24 @@ impl Fingerprints {
 }
 
 impl fmt::Debug for Fingerprints {
-    /// Without the key.
+    /// Leaves the HMAC key out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Fingerprints").finish_non_exhaustive()
     }
 }
 
-/// The parts of a conversation's key as somebody else is told them.
+/// The parts of a conversation's key, in clear or as fingerprints, for somebody outside the
+/// gateway.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct KeyNames {
     pub tenant: String,
     pub user: String,
-    /// What kind it is, `session` or `topic`, and which; `None`: the user's one conversation.
+    /// Kind (`session` or `topic`) and name; `None`: the user's one conversation.
     pub scope: Option<(&'static str, String)>,
 }
 
 impl KeyNames {
-    /// As the caller wrote them.
+    /// Returns the names in clear, as the caller wrote them.
     pub fn in_clear(key: &ConversationKey) -> Self {
         Self {
             tenant: key.tenant.as_str().to_owned(),
@@ -87,7 +92,7 @@ impl KeyNames {
         }
     }
 
-    /// As fingerprints.
+    /// Returns fingerprints in place of the names.
     pub fn hidden(key: &ConversationKey, by: &Fingerprints) -> Self {
         Self {
             tenant: by.tenant(&key.tenant),
@@ -134,7 +139,7 @@ mod tests {
     }
 
     proptest! {
-        /// Wherever their parts begin and end, and whatever kind they are of.
+        /// Holds wherever the parts begin and end, and for every kind of scope.
         #[test]
         fn distinct_keys_have_distinct_fingerprints(
             a in ("[ab:]{1,4}", "[ab:]{1,4}", 0..3_u8, "[ab:]{1,4}"),

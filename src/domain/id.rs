@@ -1,4 +1,5 @@
-//! Ids: ours are UUIDv7 behind a prefix (`thr_`, `run_`, `msg_`, …), the upstream's are opaque text.
+//! Ids. The gateway's ids are UUIDv7 behind a prefix (`thr_`, `run_`, `msg_`, …); the upstream's
+//! are opaque text.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,35 +16,39 @@ use uuid::{ContextV7, Uuid};
 
 use super::Timestamp;
 
-/// How far this machine's clock is behind the database's.
+/// Milliseconds by which this machine's clock is behind the database's.
 static CORRECTION: Correction = Correction(AtomicI64::new(0));
-/// Keeps the ids that one process makes in order, even within a millisecond.
+/// Orders the ids that this process makes within one millisecond.
 static SEQUENCE: LazyLock<Mutex<ContextV7>> = LazyLock::new(Mutex::default);
-/// A clock that is off by less is let be: ids need not be finer than that, and must not jump about.
+/// Milliseconds of clock difference that are not corrected: ids need no finer clock, and their
+/// time must not jump.
 const TOLERANCE_MS: i64 = 500;
 
-/// Sets the clock by which ids are made: ids sort by the time of their making, whichever replica made them, however
-/// wrong its machine's clock is.
+/// Sets the clock that dates new ids. So ids sort by the time of their creation at every replica,
+/// even if a machine's clock is wrong.
 pub fn set_clock(now: Timestamp) {
     if CORRECTION.set(now, own_clock()) {
-        // It does not go back by itself.
+        // A `ContextV7` does not go back in time, so a new one is needed.
         *SEQUENCE.lock().unwrap_or_else(PoisonError::into_inner) = ContextV7::new();
     }
 }
 
-/// The database's time, as far as this process knows it: what the machine's clock says, set right by [`set_clock`].
+/// Returns the database's time as far as this process knows it: the machine's clock, corrected by
+/// [`set_clock`].
 ///
-/// For what cannot ask the database: ids, and the times in the tokens of others. Off by about half a second at most.
+/// For code that cannot ask the database: new ids, and the checks of tokens. About half a second
+/// off at most.
 pub fn now() -> Timestamp {
     let millis = i64::try_from(CORRECTION.apply(own_clock()).as_millis()).unwrap_or(i64::MAX);
     Timestamp::from_timestamp_millis(millis).unwrap_or(Timestamp::MAX_UTC)
 }
 
-/// Milliseconds to add to a clock.
+/// Milliseconds to add to the machine's clock.
 struct Correction(AtomicI64);
 
 impl Correction {
-    /// Sets it right for a clock that says `own`. Whether that changes anything.
+    /// Corrects a clock that reads `own` when the time is `now`. Returns whether the correction
+    /// changed.
     fn set(&self, now: Timestamp, own: Duration) -> bool {
         let behind = now.timestamp_millis() - i64::try_from(own.as_millis()).unwrap_or(i64::MAX);
         let known = self.0.load(Ordering::Relaxed);
@@ -72,7 +77,7 @@ impl Correction {
     }
 }
 
-/// The time by the machine's clock, since 1970. Nothing goes by it before it is corrected.
+/// Returns the machine's time since 1970. Callers must correct it before use.
 #[expect(
     clippy::disallowed_methods,
     reason = "ids and tokens do not ask the database; it is corrected"
@@ -108,7 +113,7 @@ macro_rules! prefixed_id {
         pub struct $name(Uuid);
 
         impl $name {
-            /// A new id, sortable by the time of its making (UUIDv7).
+            /// Returns a new id (UUIDv7), which sorts by the time of its creation.
             #[expect(clippy::new_without_default, reason = "a default that differs each time would surprise")]
             pub fn new() -> Self {
                 Self(new_uuid())
@@ -132,7 +137,7 @@ macro_rules! prefixed_id {
         impl FromStr for $name {
             type Err = InvalidId;
 
-            /// Accepts exactly what `Display` writes, so that an id has one spelling.
+            /// Accepts exactly the text that `Display` writes, so that an id has one spelling.
             fn from_str(text: &str) -> Result<Self, InvalidId> {
                 text.strip_prefix($prefix)
                     .and_then(|hex| Uuid::try_parse(hex).ok())
@@ -168,27 +173,27 @@ macro_rules! prefixed_id {
 }
 
 prefixed_id!(
-    /// A conversation of the gateway.
+    /// A thread: the gateway's own conversation.
     ThreadId,
     "thr_"
 );
 prefixed_id!(
-    /// An API key, as it is known to those who do not have it.
+    /// The public id of an API key.
     KeyId,
     "key_"
 );
 prefixed_id!(
-    /// One turn of a conversation.
+    /// A run: a message and its reply.
     RunId,
     "run_"
 );
 prefixed_id!(
-    /// One entry of a transcript.
+    /// A message of a transcript.
     MessageId,
     "msg_"
 );
 prefixed_id!(
-    /// One running gateway process.
+    /// A gateway process.
     ReplicaId,
     "rep_"
 );
@@ -198,7 +203,7 @@ prefixed_id!(
     "del_"
 );
 prefixed_id!(
-    /// Something at an upstream besides the threads' own.
+    /// An upstream orphan: an upstream thread that no thread uses, or may use.
     OrphanId,
     "rem_"
 );
@@ -225,8 +230,9 @@ macro_rules! upstream_id {
 }
 
 upstream_id!(
-    /// Where a conversation stands at its upstream: an Assistants thread, a conversation, or, where the server
-    /// has no conversations, the last response of the chain. Opaque; assigned by the server.
+    /// The upstream copy of a conversation: an Assistants thread, a conversation, or, where the
+    /// server has no conversations, the last response of the chain. Opaque; assigned by the
+    /// server.
     UpstreamThreadId
 );
 upstream_id!(
@@ -274,7 +280,8 @@ mod tests {
         }
     }
 
-    /// Ids of machines that are an hour ahead and an hour behind are made at the database's time.
+    /// The corrections give the ids of a machine that is an hour ahead, and of one an hour behind,
+    /// the database's time.
     #[test]
     fn a_wrong_clock_is_set_right() {
         let time = |seconds: u64| Duration::from_secs(1_800_000_000 + seconds);
@@ -291,11 +298,12 @@ mod tests {
             assert!(correction.set(database(time(0)).unwrap(), own));
             assert_eq!(correction.apply(own), time(0));
             assert_eq!(correction.apply(own + hour), time(0) + hour);
-            // What the way to the database takes does not move it about.
+            // A difference below the tolerance, as the latency of the database causes it, changes
+            // nothing.
             let late = time(10).checked_sub(Duration::from_millis(499)).unwrap();
             assert!(!correction.set(database(late).unwrap(), own + Duration::from_secs(10)));
             assert_eq!(correction.apply(own), time(0));
-            // Somebody sets the machine's clock right.
+            // An administrator corrects the machine's clock.
             assert!(correction.set(database(time(20)).unwrap(), time(20)));
             assert_eq!(correction.apply(time(30)), time(30));
         }

@@ -1,4 +1,4 @@
-//! Who talks on which conversation: tenant, user and scope, parsed once at the edge.
+//! The key of a conversation: tenant, user and scope, parsed once at the edge.
 
 use std::fmt;
 
@@ -7,10 +7,10 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// The longest key part, in bytes of UTF-8.
+/// Longest key part, in bytes of UTF-8.
 const MAX_KEY_BYTES: usize = 256;
 
-/// Why a text is not a key.
+/// The reason why a text is not a key.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidKey {
     #[error("a key must not be empty")]
@@ -21,16 +21,17 @@ pub enum InvalidKey {
     ControlCharacter(u32),
     /// `.` or `..`.
     #[error(
-        "a key must not be `{0}`: clients and proxies take it for a step in a path, percent-encoded or not"
+        "a key must not be `{0}`: clients and proxies resolve it as a step in a path, even percent-encoded"
     )]
     Step(&'static str),
 }
 
-/// Segments of a path that clients and proxies remove, together with the one before, even if they are percent-encoded. Keys
-/// stand in paths.
+/// Path segments that clients and proxies remove together with the segment before, even if they
+/// are percent-encoded. Keys are segments of paths.
 const STEPS: [&str; 2] = [".", ".."];
 
-/// The text of one key part: 1 to 256 bytes of UTF-8 without control characters, not `.` or `..`, compared byte for byte.
+/// The text of one key part: 1 to 256 bytes of UTF-8 without control characters, not `.` or `..`,
+/// compared byte for byte.
 ///
 /// Nothing is trimmed, folded or normalised: `Alice` and `alice` are two keys.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
@@ -38,7 +39,7 @@ const STEPS: [&str; 2] = [".", ".."];
 pub struct KeyText(String);
 
 impl KeyText {
-    /// The longest that there can be, in bytes.
+    /// Longest key part, in bytes.
     pub const MAX_BYTES: usize = MAX_KEY_BYTES;
 
     pub fn as_str(&self) -> &str {
@@ -73,7 +74,7 @@ impl ToSchema for KeyText {}
 
 impl PartialSchema for KeyText {
     fn schema() -> RefOr<Schema> {
-        // Counted in characters here, which are never more than bytes.
+        // JSON Schema counts characters, and a text never has more characters than bytes.
         ObjectBuilder::new()
             .schema_type(Type::String)
             .min_length(Some(1))
@@ -121,7 +122,7 @@ macro_rules! key_part {
 }
 
 key_part!(
-    /// One application that uses the gateway. Keys of two tenants never meet.
+    /// An application that uses the gateway. Two tenants share no conversations.
     TenantKey
 );
 key_part!(
@@ -144,19 +145,19 @@ impl Default for TenantKey {
     }
 }
 
-/// Which of a user's conversations is meant.
+/// Which of a user's conversations a key means.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Scope {
     /// The user's one conversation.
     User,
     /// A conversation that expires.
     Session(SessionKey),
-    /// A conversation about something.
+    /// A conversation about one topic.
     Topic(TopicKey),
 }
 
 impl Scope {
-    /// The kind, as it is stored: `user`, `session` or `topic`.
+    /// Returns the kind as the store spells it: `user`, `session` or `topic`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::User => "user",
@@ -165,7 +166,8 @@ impl Scope {
         }
     }
 
-    /// The session's or topic's name; empty for the user scope, which no session or topic name can be.
+    /// Returns the session's or topic's name; empty for the user scope, as no name of a session or
+    /// topic is.
     pub fn name(&self) -> &str {
         match self {
             Self::User => "",
@@ -174,7 +176,8 @@ impl Scope {
         }
     }
 
-    /// The inverse of [`kind`](Self::kind) and [`name`](Self::name); `None` for what they never return.
+    /// The inverse of [`kind`](Self::kind) and [`name`](Self::name). Returns `None` for parts that
+    /// they never return.
     pub fn from_parts(kind: &str, name: String) -> Option<Self> {
         match kind {
             "user" if name.is_empty() => Some(Self::User),
@@ -186,7 +189,7 @@ impl Scope {
 }
 
 impl fmt::Display for Scope {
-    /// As the API shows it: `user`, `session:<id>`, `topic:<name>`.
+    /// Writes the form of the API: `user`, `session:<id>`, `topic:<name>`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User => f.write_str("user"),
@@ -195,7 +198,7 @@ impl fmt::Display for Scope {
     }
 }
 
-/// The full key of a conversation. At most one current thread is bound to it.
+/// The full key of a conversation. At most one current thread has it.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct ConversationKey {
     pub tenant: TenantKey,
@@ -221,7 +224,7 @@ mod tests {
             prop_assert_eq!(Scope::from_parts(scope.kind(), scope.name().to_owned()), Some(scope));
         }
 
-        /// Wherever its parts begin and end, and whatever kind it is of.
+        /// Holds wherever the parts begin and end, and for every kind of scope.
         #[test]
         fn no_two_keys_are_taken_for_each_other(
             texts in prop::collection::vec("[ab:/%]{1,3}|[^.\\p{Cc}]{1,3}", 3),
@@ -238,7 +241,7 @@ mod tests {
                     _ => Scope::Topic(TopicKey(part(name))),
                 },
             };
-            // The same text in a row, cut elsewhere.
+            // The other key has the same text, divided at another place.
             let moved = texts[1].chars().take(cut).collect::<String>();
             let (longer, shorter) = (format!("{}{moved}", texts[0]), texts[1][moved.len()..].to_owned());
             let one = key([&texts[0], &texts[1], &texts[2]], kinds.0);

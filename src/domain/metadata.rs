@@ -1,4 +1,5 @@
-//! Free pairs that a caller attaches, within what the upstreams can carry beside our own.
+//! Pairs of text that a caller attaches. Their limits leave room at the upstream for the gateway's
+//! own pairs.
 
 use std::collections::BTreeMap;
 
@@ -7,34 +8,35 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// The upstreams take 16 pairs; the gateway needs up to six of them for its own tags.
+/// Most pairs. The upstreams take 16, and the gateway needs up to six of them for its own tags.
 const MAX_PAIRS: usize = 10;
 const MAX_KEY_CHARS: usize = 64;
 const MAX_VALUE_CHARS: usize = 512;
-/// Pairs whose key begins so are the gateway's own.
+/// Prefix of the keys of the gateway's own pairs.
 const RESERVED_PREFIX: &str = "threadkeeper_";
 
-/// Why a map is not metadata.
+/// The reason why a map is not metadata.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidMetadata {
     #[error("metadata has at most {limit} pairs, this has {pairs}")]
     TooManyPairs { limit: usize, pairs: usize },
     #[error("a metadata key must not be empty")]
     EmptyKey,
-    /// Its beginning.
+    /// Has the first 64 characters of the key.
     #[error(
         "a metadata key has at most {MAX_KEY_CHARS} characters; the one that begins with `{0}` has more"
     )]
     LongKey(String),
     #[error("metadata must not contain NUL characters; {}", in_pair(.0))]
     Nul(String),
-    #[error("metadata keys that begin with `{RESERVED_PREFIX}` are reserved; `{0}` does")]
+    #[error("metadata keys that begin with `{RESERVED_PREFIX}` are reserved; rename `{0}`")]
     Reserved(String),
     #[error("a metadata value has at most {MAX_VALUE_CHARS} characters; that of `{0}` has more")]
     LongValue(String),
 }
 
-/// The pair of this key has a NUL character in the key or in the value.
+/// Returns whether the key or the value of this pair has the NUL character, as the end of a
+/// sentence.
 fn in_pair(key: &str) -> String {
     if key.contains('\0') {
         format!("the key `{}` does", key.replace('\0', "\\0"))
@@ -43,7 +45,8 @@ fn in_pair(key: &str) -> String {
     }
 }
 
-/// Text pairs: at most 10, keys of 1 to 64 characters, values of at most 512. No NUL characters.
+/// Pairs of text: at most 10, keys of 1 to 64 characters, values of at most 512 characters. No NUL
+/// characters.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(
     try_from = "BTreeMap<String, String>",
@@ -52,7 +55,7 @@ fn in_pair(key: &str) -> String {
 pub struct Metadata(BTreeMap<String, String>);
 
 impl Metadata {
-    /// The most pairs that there can be.
+    /// Most pairs.
     pub const MAX_PAIRS: usize = MAX_PAIRS;
 
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {

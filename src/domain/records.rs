@@ -1,4 +1,4 @@
-//! What the store keeps, as values: threads, runs, messages, and pages of them.
+//! The store's records as values: threads, runs, messages, and pages of them.
 
 use super::run::text_enum;
 use super::{
@@ -11,13 +11,13 @@ use std::fmt;
 use std::str::FromStr;
 
 text_enum!(
-    /// Where a thread stands in its life.
+    /// The stage of a thread's life.
     Lifecycle {
-        /// The one that new messages of its key go to.
+        /// The thread that new messages of its key go to.
         Current = "current",
         /// Read only.
         Archived = "archived",
-        /// On its way out.
+        /// A deletion is under way.
         Deleting = "deleting",
     }
 );
@@ -27,41 +27,43 @@ text_enum!(
 pub struct Thread {
     pub id: ThreadId,
     pub key: ConversationKey,
-    /// Name of the configured upstream that it lives on.
+    /// Name of the configured upstream.
     pub upstream: String,
-    /// `None` until the first run made it.
+    /// `None` until the first run makes the upstream thread.
     pub upstream_thread_id: Option<UpstreamThreadId>,
     pub lifecycle: Lifecycle,
     pub previous_thread: Option<ThreadId>,
     pub metadata: Metadata,
     /// Messages in the transcript.
     pub message_count: i64,
-    /// Runs ever admitted, waiting ones included.
+    /// Runs ever admitted, queued ones included.
     pub run_count: i64,
     pub created_at: Timestamp,
     pub last_active_at: Timestamp,
-    /// Its own; if there are any, the configured ones do not count. See [`Lifetimes::expiry`](super::Lifetimes::expiry).
+    /// The thread's own limits. If it has any, the configured limits do not apply. See
+    /// [`Lifetimes::expiry`](super::Lifetimes::expiry).
     pub limits: Limits,
     pub archived_at: Option<Timestamp>,
-    /// What its deletion ends in, if it is being deleted.
+    /// How the deletion of the thread ends, if one is under way.
     pub deletion: Option<Deletion>,
-    /// It is to be rolled over before its next turn.
+    /// Whether a rollover replaces the thread before its next run.
     pub rolls: bool,
-    /// Last messages of the thread before with which its upstream thread begins, or is to begin.
+    /// Number of the previous thread's last messages with which the upstream thread begins, or
+    /// will begin.
     pub carried: i64,
-    /// What was deleted of it upstream.
+    /// What the gateway deleted of the thread at the upstream.
     pub removed: Removed,
-    /// Messages of the transcript that its upstream thread lacks.
+    /// Number of unsynced messages.
     pub backlog: i64,
-    /// What an earlier run may have left at the upstream, if that is not known yet.
+    /// What an earlier run may have left at the upstream, while that is not known.
     pub unsettled_run: Option<UnsettledRun>,
 }
 
-/// What a thread is doing; derived from its runs, never stored.
+/// What a thread is doing. Derived from its runs, never stored.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct ThreadActivity {
     pub state: ThreadState,
-    /// Runs that wait for their turn.
+    /// Queued runs.
     pub queue_depth: i64,
 }
 
@@ -74,7 +76,7 @@ text_enum!(
 );
 
 impl ThreadState {
-    /// The state of a thread, given the status of the one run that holds it, if any.
+    /// Returns the state of a thread whose active run, if any, has this status.
     pub const fn of(active: Option<RunStatus>) -> Self {
         match active {
             None => Self::Idle,
@@ -84,7 +86,7 @@ impl ThreadState {
     }
 }
 
-/// One turn.
+/// A message and its reply, function calls included.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
     pub id: RunId,
@@ -103,9 +105,9 @@ pub struct Run {
     pub created_at: Timestamp,
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,
-    /// When the run is given up; set when it starts.
+    /// The deadline of the run; set when the run starts.
     pub deadline_at: Option<Timestamp>,
-    /// Its messages are removed from the transcript when it ends, or were.
+    /// Whether the end of the run removes its messages from the transcript, or has removed them.
     pub discarded: bool,
 }
 
@@ -116,40 +118,41 @@ text_enum!(
     }
 );
 
-/// One entry of the transcript.
+/// A message of the transcript.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
     pub id: MessageId,
     pub thread_id: ThreadId,
-    /// 1 for the thread's first message, then ascending; a gap is where messages were rolled back.
+    /// 1 for the thread's first message, then ascending. A rollback of messages leaves a gap.
     pub position: i64,
     pub role: Role,
     pub content: Vec<ContentPart>,
     pub run_id: Option<RunId>,
     pub upstream_message_id: Option<String>,
     pub sync: UpstreamSync,
-    /// How its run ended, if it did not complete.
+    /// How the message's run ended, if it did not complete.
     pub ended: Option<RunStatus>,
     pub created_at: Timestamp,
 }
 
-/// Which part of a list is wanted. `after` and `before` exclude the row they name; at most one is set.
+/// The part of a list that a caller asks for. `after` and `before` exclude the row that they name.
+/// At most one of them is set.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct PageRequest<Id> {
     /// 1 to 100.
     pub limit: u32,
     /// Oldest first.
     pub ascending: bool,
-    /// Rows that come after this one in the chosen order.
+    /// Asks for rows after this one in the chosen order.
     pub after: Option<Id>,
-    /// Rows that come before this one in the chosen order, those nearest to it, still in the chosen order.
+    /// Asks for the rows right before this one, in the chosen order.
     pub before: Option<Id>,
 }
 
-/// Part of a list.
+/// A part of a list.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Page<T> {
     pub data: Vec<T>,
-    /// More rows follow in the direction of travel.
+    /// Whether more rows follow in the direction of travel.
     pub has_more: bool,
 }

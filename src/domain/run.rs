@@ -1,4 +1,4 @@
-//! What a run is: its status, its strategy, how it failed.
+//! A run's status and strategy, its function calls, and its error.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 macro_rules! text_enum {
-    // No `literal`: `ToSchema` does not see into what was captured as one.
+    // No `literal`: `ToSchema` cannot read a token that was captured as one.
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:tt),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Deserialize, Serialize, utoipa::ToSchema)]
@@ -30,7 +30,7 @@ macro_rules! text_enum {
         }
 
         impl FromStr for $name {
-            /// The text that is none of the names.
+            /// The text, which is none of the names.
             type Err = String;
 
             fn from_str(text: &str) -> Result<Self, String> {
@@ -42,18 +42,18 @@ macro_rules! text_enum {
 pub(crate) use text_enum;
 
 text_enum!(
-    /// Where a run stands.
+    /// The status of a run.
     RunStatus {
-        /// Recorded, waiting for its turn on the thread.
+        /// Recorded; waits for its start on the thread.
         Queued = "queued",
-        /// At work.
+        /// Works on the reply.
         InProgress = "in_progress",
-        /// Waits for the caller's tool outputs; holds the thread.
+        /// Waits for the caller's tool outputs; still holds the thread.
         RequiresAction = "requires_action",
-        /// A cancel is under way; holds the thread.
+        /// A cancel is under way; still holds the thread.
         Cancelling = "cancelling",
         Completed = "completed",
-        /// Ended before the reply was whole, by a limit of the model.
+        /// A limit of the model ended the reply early.
         Incomplete = "incomplete",
         Failed = "failed",
         Cancelled = "cancelled",
@@ -63,12 +63,12 @@ text_enum!(
 );
 
 impl RunStatus {
-    /// Nothing happens to the run any more.
+    /// Returns whether the run has ended.
     pub const fn is_final(self) -> bool {
         !self.is_active() && !matches!(self, Self::Queued)
     }
 
-    /// The run holds its thread.
+    /// Returns whether the run holds its thread.
     pub const fn is_active(self) -> bool {
         matches!(
             self,
@@ -80,21 +80,21 @@ impl RunStatus {
 text_enum!(
     /// What a new message does on a busy thread.
     MultitaskStrategy {
-        /// Waits its turn.
+        /// Waits for its start behind the other runs.
         Enqueue = "enqueue",
         /// Is refused.
         Reject = "reject",
-        /// Cancels the active run and goes next.
+        /// Cancels the active run and starts next.
         Interrupt = "interrupt",
-        /// Cancels the active run, removes its message and reply, and goes next.
+        /// Cancels the active run, removes its message and reply, and starts next.
         Rollback = "rollback",
-        /// Joins the run that waits last.
+        /// Joins the last run of the queue.
         Merge = "merge",
     }
 );
 
 text_enum!(
-    /// Why a run did not complete, as a stable word.
+    /// Why a run did not complete, as a stable code.
     RunErrorCode {
         /// The upstream refused or broke the call before it accepted the run.
         UpstreamError = "upstream_error",
@@ -106,13 +106,13 @@ text_enum!(
         UpstreamTimeout = "upstream_timeout",
         /// The upstream thread is gone.
         UpstreamThreadGone = "upstream_thread_gone",
-        /// The thread stayed locked at the upstream by something that is not ours until the deadline.
+        /// The upstream thread stayed locked until the deadline, by something outside the gateway.
         UpstreamBusy = "upstream_busy",
         /// The deadline passed.
         DeadlineExceeded = "deadline_exceeded",
-        /// So many calls to the upstream failed that none is made for a while.
+        /// Many calls to the upstream failed, so the gateway makes none for a while.
         UpstreamUnavailable = "upstream_unavailable",
-        /// The database failed while the message was recorded, and its sender was told that it was not taken.
+        /// The database failed while the gateway recorded the message. The caller got an error.
         NotRecorded = "not_recorded",
         /// The reply grew past the configured limit.
         ReplyTooLarge = "reply_too_large",
@@ -122,7 +122,7 @@ text_enum!(
         ReplicaLost = "replica_lost",
         /// The assistant or upstream that the run needs is no longer configured.
         NotConfigured = "not_configured",
-        /// The gateway failed in a way it should not.
+        /// The gateway failed because of a defect.
         Internal = "internal",
     }
 );
@@ -161,7 +161,7 @@ pub struct RequiredAction {
 }
 
 impl RequiredAction {
-    /// Their ids tell: what they say is not stored everywhere.
+    /// Compares the calls by their ids, because the store may not keep their content.
     pub fn has_same_calls(&self, other: &Self) -> bool {
         self.tool_calls
             .iter()
@@ -169,7 +169,7 @@ impl RequiredAction {
             .eq(other.tool_calls.iter().map(|call| &call.id))
     }
 
-    /// Each of the calls has one of the outputs, and none is left over.
+    /// Returns whether each call has exactly one output and no output is left over.
     pub fn is_answered_by(&self, outputs: &[ToolOutput]) -> bool {
         let calls = &self.tool_calls;
         outputs.len() == calls.len()
@@ -185,10 +185,10 @@ impl RequiredAction {
 
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 pub struct ToolCall {
-    /// What the output must name.
+    /// The id that the output of this call must name.
     pub id: String,
     pub name: String,
-    /// As the model wrote them: usually, not surely, a JSON object.
+    /// The arguments as the model wrote them: usually, not always, a JSON object.
     pub arguments: String,
 }
 

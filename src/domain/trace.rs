@@ -1,4 +1,4 @@
-//! What a run leaves behind: in its log, and at the upstream.
+//! The traces of a run: in its log, and at the upstream.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,28 +8,29 @@ use serde::{Deserialize, Serialize};
 use super::run::text_enum;
 use super::{RequiredAction, RunId, ToolCall, UpstreamRunId, UpstreamThreadId};
 
-/// An event of a run as it is stored, so that its stream can be replayed. What the record tells anyway (the reply, the
-/// end) is not stored again.
+/// An event of a run as it is stored, so that the stream can be replayed. What the run's record
+/// has anyway (the reply, the end) is not stored again.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoggedEvent {
     Queued {
         position: i64,
     },
-    /// Written as an object: as the bare word it would be read from a piece of text that happens to be this word.
+    /// Serialised as an object. As a bare word, it would read like a piece of text that is this
+    /// word.
     #[serde(with = "object")]
     Started,
     RequiresAction(RequiredAction),
-    /// So many numbers are passed over: text that is not stored, or what nobody can have seen.
+    /// Skips event numbers: of text that is not stored, or of events that no reader can have seen.
     Omitted {
         units: i64,
     },
-    /// More text of the reply. A bare string, since there are so many.
+    /// More text of the reply. A bare string, because there are many of these events.
     #[serde(untagged)]
     Delta(String),
 }
 
-/// The contents of a variant that has none.
+/// Serialises a variant without content as an empty object.
 mod object {
     use serde::de::IgnoredAny;
     use serde::ser::SerializeMap;
@@ -45,8 +46,9 @@ mod object {
 }
 
 impl LoggedEvent {
-    /// How many numbers it takes: text one for each byte, all else one. So whoever goes on with the text of a run that
-    /// changed hands gives it the numbers that it had, in whatever pieces it came before.
+    /// Returns how many event numbers the event takes: a text takes one for each byte, any other
+    /// event takes one. So the next owner of a run gives its text the same numbers, whatever the
+    /// pieces were before.
     pub fn units(&self) -> i64 {
         match self {
             Self::Queued { .. } | Self::Started | Self::RequiresAction(_) => 1,
@@ -56,8 +58,8 @@ impl LoggedEvent {
     }
 }
 
-/// Events of a run in a row. `first` is the first number that the first event takes; the number of an event is the last
-/// one that it takes.
+/// Consecutive events of a run. `first` is the first number of the first event. An event's own
+/// number is the last one that it takes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct EventBatch {
     pub first: i64,
@@ -72,45 +74,49 @@ impl EventBatch {
 }
 
 text_enum!(
-    /// Where a message of the transcript stands at the upstream.
+    /// What the upstream thread has of a message of the transcript.
     UpstreamSync {
-        /// The upstream thread holds it.
+        /// The upstream thread has the message.
         Present = "present",
-        /// The upstream thread lacks it: it goes along with the next turn.
+        /// The upstream thread lacks the message; the next run sends it.
         Missing = "missing",
-        /// Its run never reached the model, or failed there and left nothing of it: it stays in the transcript, and is
-        /// never sent.
+        /// The message stays in the transcript and is never sent. Its run never reached the model,
+        /// or failed there and left nothing of it.
         Withheld = "withheld",
-        /// Not known yet: what its run left is looked at before the next turn.
+        /// Not known yet. The gateway checks the traces of the message's run before the next run.
         Unknown = "unknown",
     }
 );
 
-/// Where a run's messages begin in the upstream thread: what is needed to tell them from older ones without ids of
-/// our own.
+/// The position in the upstream thread at which a run's messages begin. It tells them from older
+/// ones without ids of the gateway.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Baseline {
-    /// The upstream's id of the newest message before the run that has one; `None`: the thread's beginning.
+    /// The upstream's id of the newest message before the run that has an id; `None`: the
+    /// beginning of the thread.
     pub anchor: Option<String>,
-    /// User messages between the anchor and those of the run.
+    /// Number of user messages between the anchor and the run's messages.
     pub skip: u32,
 }
 
-/// What a run may have left at the upstream, to be looked at before the thread is used again.
+/// What a run may have left at the upstream. The gateway checks it before it uses the thread
+/// again.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct UnsettledRun {
     pub run: RunId,
     pub thread: Option<UpstreamThreadId>,
-    /// The run's id at the upstream, the newest one if there were several; `None` if it was never told.
+    /// The run's id at the upstream, the newest one if there were several; `None` if the server
+    /// never sent one.
     pub upstream_run: Option<UpstreamRunId>,
-    /// Function calls that the run asked for and nobody will answer.
+    /// Function calls of the run that no caller will answer.
     pub open_calls: Vec<ToolCall>,
     pub baseline: Baseline,
-    /// User messages that the run sent.
+    /// Number of user messages that the run sent.
     pub inputs: u32,
-    /// Earlier messages that the thread lacked went along: they are there if the run's own are.
+    /// Whether the run sent unsynced messages too. They are in the upstream thread if the run's
+    /// own messages are.
     pub synced: bool,
-    /// All that the run left is to be removed.
+    /// Whether the gateway removes everything that the run left.
     pub remove: bool,
 }
 

@@ -1,23 +1,23 @@
-//! The state machine of a run, as a pure function: which step leads from which status to which.
+//! The state machine of a run, as a pure function: the status that a step leads to.
 
 use super::RunStatus;
 
-/// What happens to a run.
+/// An event in the life of a run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// Its turn has come.
+    /// The run starts.
     Start,
     /// The model asks for function calls.
     AwaitTools,
-    /// The calls are answered.
+    /// The caller answers the calls.
     Resume,
-    /// Somebody wants it to end.
+    /// A caller, or a new message, cancels the run.
     Cancel,
-    /// It ends with this status, which must be a final one.
+    /// The run ends with this status, which must be final.
     End(RunStatus),
 }
 
-/// A step that cannot be taken.
+/// A step that the run's status does not allow.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("a run that is {from} cannot take the step {step:?}")]
 pub struct IllegalTransition {
@@ -26,14 +26,15 @@ pub struct IllegalTransition {
 }
 
 impl RunStatus {
-    /// The status after a step.
+    /// Returns the status after a step.
     ///
-    /// A run that waits in line can start, or end without having started. One that holds its thread can end at any
-    /// time, in any way that makes sense where it stands; a cancel that loses the race to another end is no error.
-    /// Nothing leaves a final status.
+    /// - A queued run can start, or end without a start.
+    /// - A run that holds its thread can end at any time, in the ways that its status allows.
+    /// - A cancel that loses the race to another end is no error.
+    /// - Nothing leaves a final status.
     ///
     /// # Errors
-    /// [`IllegalTransition`] for a step that is not defined there.
+    /// [`IllegalTransition`] if the status does not allow the step.
     pub const fn on(self, step: Step) -> Result<Self, IllegalTransition> {
         let illegal = Err(IllegalTransition { from: self, step });
         match (self, step) {
@@ -45,7 +46,7 @@ impl RunStatus {
             (Self::InProgress | Self::RequiresAction | Self::Cancelling, Step::Cancel) => {
                 Ok(Self::Cancelling)
             }
-            // Neither completes without an answer of the model.
+            // A run with these statuses cannot complete: it has no answer of the model.
             (Self::Queued | Self::RequiresAction, Step::End(end)) => match end {
                 Self::Failed | Self::Cancelled | Self::Expired => Ok(end),
                 _ => illegal,
@@ -91,7 +92,7 @@ mod tests {
             for step in steps {
                 let Ok(next) = at.on(step) else { continue };
                 ends += usize::from(next.is_final());
-                // A step never leads back into the line.
+                // No step leads back into the queue.
                 prop_assert!(next != RunStatus::Queued);
                 at = next;
             }
@@ -121,7 +122,7 @@ mod tests {
         }
     }
 
-    /// Every status, with the number of steps that the shortest way to a final one takes.
+    /// Every status that is not final has a step to a final one.
     #[test]
     fn every_path_ends() {
         let steps = || {
@@ -134,7 +135,8 @@ mod tests {
                 .count();
             assert!(final_ones > 0, "{from} has no way to its end");
         }
-        // In progress is left for a tool wait and comes back only when that is answered: no cycle without a caller.
+        // A run leaves `InProgress` for a tool wait and comes back only with an answer: no cycle
+        // without a caller.
         assert_eq!(
             RunStatus::InProgress.on(Step::AwaitTools),
             Ok(RunStatus::RequiresAction)

@@ -1,20 +1,21 @@
-//! Memory for what callers send: a bounded number of bytes, first come first served.
+//! A memory budget for the bodies that callers send: a bounded number of bytes, first come, first
+//! served.
 
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes for which one permit of the semaphore stands.
+/// Bytes for each permit of the semaphore.
 const UNIT: usize = 1024;
 
-/// Bytes that may be in memory at once. Clones share them.
+/// Most bytes in memory at once. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Budget {
     units: Arc<Semaphore>,
     all: u32,
 }
 
-/// Bytes that were taken from a budget, until it is dropped. The default is none.
+/// Bytes taken from a budget; its drop gives them back. The default is no bytes.
 #[derive(Debug, Default)]
 pub struct Share {
     budget: Option<Budget>,
@@ -31,7 +32,8 @@ impl Budget {
         }
     }
 
-    /// Waits for its bytes behind all that waited before. More than there are in all means all. May be dropped.
+    /// Waits for the bytes behind all earlier callers. A request for more than the budget takes
+    /// the whole budget. The future may be dropped.
     pub async fn take(&self, bytes: usize) -> Share {
         let mut share = Share {
             budget: Some(self.clone()),
@@ -44,7 +46,7 @@ impl Budget {
 }
 
 impl Share {
-    /// Keeps so many bytes, if it has more.
+    /// Keeps at most `bytes` and gives the rest back.
     pub fn shrink(&mut self, bytes: usize) {
         let surplus = self.units.saturating_sub(units(bytes));
         if let Some(permit) = &mut self.permit {
@@ -53,15 +55,16 @@ impl Share {
         }
     }
 
-    /// Gives its bytes back, to [take them again](Self::take_again) later.
+    /// Gives the bytes back. [`take_again`](Self::take_again) can take them again later.
     pub fn give_back(&mut self) {
         self.permit = None;
     }
 
-    /// Waits for the bytes that it gave back, behind all that waited before. May be dropped and called again.
+    /// Waits for the bytes that the share gave back, behind all earlier callers. The future may be
+    /// dropped and called again.
     pub async fn take_again(&mut self) {
         if let (Some(budget), None) = (&self.budget, &self.permit) {
-            // Nobody closes the semaphore.
+            // The only error is a closed semaphore, and no code closes it.
             self.permit = Arc::clone(&budget.units)
                 .acquire_many_owned(self.units)
                 .await
@@ -69,13 +72,13 @@ impl Share {
         }
     }
 
-    /// Nothing was ever taken.
+    /// Returns whether the share never took bytes.
     pub const fn is_none(&self) -> bool {
         self.budget.is_none()
     }
 }
 
-/// As many as have room for the bytes.
+/// Returns the number of permits that cover the bytes.
 fn units(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(UNIT).min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX)
 }

@@ -1,10 +1,10 @@
-//! Bounds what goes on at a time, in all and for each key, so that what is taken stays quick.
+//! Permits that bound concurrent work, in all and for each key, so that accepted work stays quick.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A limited number of permits: in all, and for each key.
+/// A limited number of permits, in all and for each key.
 #[derive(Debug)]
 pub struct KeyedSemaphore<K> {
     all: usize,
@@ -18,26 +18,26 @@ struct Taken<K> {
     by_key: HashMap<K, usize>,
 }
 
-/// Why there is no permit.
+/// The limit that a request for a permit would exceed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum NoPermit {
-    /// None at all.
+    /// The limit of all keys together.
     Full,
-    /// None for this key, which has that many.
+    /// The limit for each key, which has this value.
     KeyFull(usize),
 }
 
-/// A permit, until it is dropped.
+/// One or more permits of a key; its drop gives them back.
 #[derive(Debug)]
 pub struct Permit<K: Eq + Hash> {
     key: K,
-    /// Permits that it stands for.
+    /// Number of permits that it stands for.
     count: usize,
     taken: Arc<Mutex<Taken<K>>>,
 }
 
 impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
-    /// `usize::MAX` is no limit.
+    /// Creates a semaphore with limits in all and for each key. `usize::MAX` is no limit.
     pub fn new(all: usize, each: usize) -> Self {
         Self {
             all,
@@ -49,12 +49,12 @@ impl<K: Clone + Eq + Hash> KeyedSemaphore<K> {
         }
     }
 
-    /// A permit for the key, at once or not at all.
+    /// Takes a permit for the key, without waiting.
     pub fn take(&self, key: &K) -> Result<Permit<K>, NoPermit> {
         self.take_many(key, 1)
     }
 
-    /// `count` permits for the key as one, at once or not at all.
+    /// Takes `count` permits for the key as one, without waiting.
     pub fn take_many(&self, key: &K, count: usize) -> Result<Permit<K>, NoPermit> {
         let mut taken = lock(&self.taken);
         let own = taken
@@ -93,7 +93,7 @@ impl<K: Eq + Hash> Drop for Permit<K> {
     }
 }
 
-/// Nothing in here panics half-way through a change.
+/// No code panics between the two halves of a change, so the poison can be ignored.
 fn lock<K>(taken: &Mutex<Taken<K>>) -> MutexGuard<'_, Taken<K>> {
     taken.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,10 @@
-//! Every order in which a few tasks can join, be polled and give up, explored exhaustively.
+//! An exhaustive search through every order in which a few tasks can join, be polled and leave.
 //!
-//! All state changes of a queue happen under one mutex, so its behaviour is the set of sequences of whole
-//! operations: no finer interleaving exists. The search runs each reachable state's shortest path anew on a real
-//! [`KeyedQueue`] and takes every step that is possible from there. A lost wake-up shows as a state in which the task
-//! that may go is asleep; a task may also be polled without having been woken, anew with another waker.
+//! All state changes of a queue happen under one mutex. So its behaviour is the set of sequences
+//! of whole operations: no finer interleaving exists. The search replays the shortest path to each
+//! reachable state on a real [`KeyedQueue`] and takes every step that is possible from there. A
+//! lost wake-up shows as a state in which a task that may go is asleep. The search also polls
+//! tasks that were not woken, each time with a new waker.
 
 use std::collections::{HashSet, VecDeque};
 use std::future::Future;
@@ -18,12 +19,12 @@ const TASKS: usize = 4;
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 enum Stage {
     Outside,
-    /// Waits to record; has not been polled since it came or was woken if `awake`.
+    /// Waits to record. If `awake`, it joined or was woken, and has not been polled since.
     WantsToRecord,
     MayRecord,
-    /// Recorded in a track; waits for its turn.
+    /// Recorded in a track; waits to start.
     WantsTurn(u8),
-    /// Was the first of its track when it asked; asks again before it acts on it.
+    /// Was the first of its track when it asked. It asks again before it starts.
     HasTurn(u8),
     Started(u8),
     Gone,
@@ -41,11 +42,11 @@ impl Stage {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Join(usize),
-    /// Joins to go next.
+    /// Joins before all tasks that have not started.
     JoinNext(usize),
     Poll(usize),
     Recorded(usize, u8),
-    /// The store has started its run: of those recorded in a track, one at a time.
+    /// The store has started the task's run: one recorded task of a track at a time.
     Started(usize),
     Leave(usize),
 }
@@ -64,23 +65,24 @@ struct World {
     entries: [Option<Ticket<&'static str, u8>>; TASKS],
     stages: [Stage; TASKS],
     flags: [Arc<Flag>; TASKS],
-    /// Tasks in queue.
+    /// Tasks in the order of the queue.
     queue: Vec<usize>,
-    /// The same in order of joining.
+    /// Tasks in the order of joining.
     joined: Vec<usize>,
-    /// The track in which the last one was recorded: a key goes on to a fresh thread, and never back.
+    /// The track of the last recorded task. A key moves on to a fresh thread and never back.
     track: u8,
     scope: Scope,
 }
 
-/// How many tasks and tracks a search is about: of both at once there would be too many states.
+/// Numbers of tasks and tracks in a search. Many of both would make too many states.
 #[derive(Clone, Copy)]
 struct Scope {
     tasks: usize,
     tracks: u8,
 }
 
-/// What tells two states apart: who is in queue and in which order, at which stage, who is awake, and the newest track.
+/// What distinguishes two states: queue order, joining order, stages, who is awake, and the newest
+/// track.
 type Abstract = (Vec<usize>, Vec<usize>, [Stage; TASKS], [bool; TASKS], u8);
 
 impl World {
@@ -97,7 +99,7 @@ impl World {
         }
     }
 
-    /// All before the task in queue are known to be in other tracks.
+    /// Returns whether all tasks before this one are known to be in other tracks.
     fn is_first(&self, task: usize) -> bool {
         let track = self.stages[task].track();
         let before = self.queue.iter().take_while(|other| **other != task);
@@ -130,7 +132,8 @@ impl World {
         };
         for task in 0..self.scope.tasks {
             match self.stages[task] {
-                // The last one alone may go next, and only it: else there are too many states.
+                // Only the last task may go next, and it does nothing else: else there are too
+                // many states.
                 Stage::Outside if task + 1 == self.scope.tasks => steps.push(Step::JoinNext(task)),
                 Stage::Outside => steps.push(Step::Join(task)),
                 Stage::WantsToRecord => steps.extend([Step::Poll(task), Step::Leave(task)]),
@@ -172,7 +175,8 @@ impl World {
                 self.joined.push(task);
             }
             Step::Poll(task) => {
-                // Each time a new future with a new waker: the one before may have been dropped.
+                // Each poll uses a new future and a new waker, because the caller may have dropped
+                // the old future.
                 self.flags[task] = Arc::default();
                 let waker = Waker::from(Arc::clone(&self.flags[task]));
                 let mut cx = Context::from_waker(&waker);
@@ -181,7 +185,7 @@ impl World {
                     None => (pin!(ticket.to_record()).poll(&mut cx), Stage::MayRecord),
                     Some(track) => (pin!(ticket.turn()).poll(&mut cx), Stage::HasTurn(track)),
                 };
-                // Mutual exclusion and order: only the first of a track is told that it is its turn.
+                // Mutual exclusion and order: only the first of a track may start.
                 if next != Stage::MayRecord {
                     assert_eq!(poll.is_ready(), self.is_first(task), "{:?}", self.state());
                 }
@@ -224,9 +228,10 @@ impl World {
             };
             match self.stages[task] {
                 Stage::Started(_) => assert!(self.is_first(task), "{:?}", self.state()),
-                // Recording goes in order of joining, one at a time.
+                // Tasks record one at a time, in the order of joining.
                 Stage::MayRecord => assert!(may_record(), "{:?}", self.state()),
-                // No lost wake-up: who may go is awake. One that was overtaken asks again before it acts.
+                // No lost wake-up: a task that may go is awake. A task that was overtaken asks
+                // again before it starts.
                 Stage::WantsTurn(_) => {
                     assert!(
                         !self.is_first(task) || self.awake(task),
@@ -244,7 +249,7 @@ impl World {
         assert_eq!(
             self.map.is_empty(),
             self.queue.is_empty(),
-            "a queue lives as long as its entries"
+            "a queue exists as long as it has entries"
         );
     }
 }
@@ -265,7 +270,7 @@ fn every_interleaving_keeps_order_and_exclusion_and_loses_no_wake_up() {
     );
 }
 
-/// Checks all states that can be reached. How many there are.
+/// Checks all reachable states and returns their number.
 fn search(scope: Scope) -> usize {
     let mut seen = HashSet::from([World::new(scope).state()]);
     let mut paths: VecDeque<Vec<Step>> = VecDeque::from([Vec::new()]);
@@ -289,11 +294,11 @@ fn search(scope: Scope) -> usize {
             }
         }
     }
-    // Whatever track was the last.
+    // One final state for each track that can be the last.
     assert_eq!(
         all_gone,
         usize::from(scope.tracks),
-        "there is a further step until all have left"
+        "there is a further step until all tasks have left"
     );
     seen.len()
 }

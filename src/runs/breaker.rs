@@ -1,4 +1,4 @@
-//! Sends no messages to an upstream while most of them fail.
+//! A circuit breaker: it stops messages to an upstream while most requests fail.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,27 +7,31 @@ use tokio::time::Instant;
 
 use crate::config::UpstreamConfig;
 
-/// Parts of the window: the oldest one is forgotten at a time.
+/// Number of slots of the window. The gateway forgets one slot at a time, the oldest first.
 const SLOTS: usize = 10;
-/// Requests that are let through at once to find out whether the upstream is back.
+/// Most requests that pass at once as probes, which find out whether the upstream works again.
 const PROBES: u32 = 3;
-/// Of these: as many answers close the breaker, as many failures open it again.
+/// Number of probes that decide: this many answers close the breaker, this many failures open it
+/// again.
 const MAJORITY: u32 = 2;
-/// Time for which probes without a verdict hold up the next ones: requests at a dead server may take as long to fail, and not
-/// all of them are to be probes.
+/// Time for which probes without a verdict hold up further probes. A request to a dead server may
+/// take that long to fail, and not every request should become a probe.
 const SILENT_AFTER: Duration = Duration::from_secs(10);
-/// The longest wait that a refused caller is asked for while probes are under way.
+/// Longest wait that a refused caller is asked for while probes are under way.
 const PROBE_TIME: Duration = Duration::from_secs(1);
 
-/// The circuit breaker of one upstream. It counts requests: a request is one round of a run, with all its tries.
+/// The circuit breaker of one upstream. It counts requests; a request is one round of a run with
+/// all its tries.
 ///
-/// Closed, it lets all requests through. It opens when at least `min_requests` verdicts came within `window` and more than
-/// half of them were failures. Open, it refuses requests for the time `open`. Then it lets a few probes through, and what
-/// most of them meet decides. Silence is no failure: after a while without a verdict it lets the next probes through.
+/// - Closed: all requests pass. The breaker opens when `window` has at least `min_requests`
+///   verdicts and more than half of them are failures.
+/// - Open: no request passes for the time `open`.
+/// - Half-open: a few probes pass, and the majority of their verdicts closes or opens the breaker.
+///   Silence is no failure: after a while without a verdict, the next probes pass.
 #[derive(Debug)]
 pub struct Breaker {
     upstream: String,
-    /// 0: requests always pass.
+    /// Fewest verdicts in the window that can open the breaker; 0: it never opens.
     min_requests: u32,
     window: Duration,
     open: Duration,
@@ -37,18 +41,20 @@ pub struct Breaker {
 #[derive(Debug)]
 struct Circuit {
     state: State,
-    /// Changes of the state so far: a verdict of a request that began in an earlier state says nothing about this one.
+    /// Number of state changes so far. A verdict on a request of an earlier state says nothing
+    /// about this state.
     epoch: u64,
 }
 
 #[derive(Debug)]
 enum State {
     Closed(Box<Window>),
-    /// No request passes until then. The next ones are probes.
+    /// No request passes before `until`. The next ones are probes.
     Open {
         until: Instant,
     },
-    /// `places`: probes that may still be let through before `until`, when there are `PROBES` of them again.
+    /// `places`: probes that may still pass before `until`. From then on `PROBES` of them may pass
+    /// again.
     HalfOpen {
         places: u32,
         until: Instant,
@@ -57,7 +63,7 @@ enum State {
     },
 }
 
-/// The verdicts of the last while.
+/// The recent verdicts.
 #[derive(Debug)]
 struct Window {
     begun: Instant,
@@ -66,15 +72,16 @@ struct Window {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
-    /// Which part of the time since the beginning it counts.
+    /// Number of the slot's span of time, counted from `begun`.
     number: u128,
     requests: u32,
     failures: u32,
 }
 
-/// The right to make one request. Its first verdict counts. Its drop without one changes nothing, but gives the place of a probe back.
+/// The right to make one request. Its first verdict counts. A drop without a verdict changes
+/// nothing, except that it gives a probe's place back.
 #[derive(Debug)]
-#[must_use = "the request's outcome has to be told"]
+#[must_use = "report the request's outcome to the permit"]
 pub(in crate::runs) struct Permit {
     breaker: Arc<Breaker>,
     epoch: u64,
@@ -96,18 +103,18 @@ impl Breaker {
         }
     }
 
-    /// Whether a request would pass now. Uses nothing up.
+    /// Checks whether a request would pass now. Takes no permit.
     ///
     /// # Errors
-    /// How long to wait before the next one.
+    /// The time to wait before the next request.
     pub(in crate::runs) fn check(&self) -> Result<(), Duration> {
         self.circuit().state.check(Instant::now())
     }
 
-    /// Lets a request through.
+    /// Lets a request pass.
     ///
     /// # Errors
-    /// How long to wait before the next one.
+    /// The time to wait before the next request.
     pub(in crate::runs) fn enter(self: &Arc<Self>) -> Result<Permit, Duration> {
         let (mut circuit, now) = (self.circuit(), Instant::now());
         circuit.state.check(now)?;
@@ -172,7 +179,8 @@ impl Window {
         }
     }
 
-    /// Counts a verdict. Gives the requests within the last `length`, and how many of them failed.
+    /// Counts a verdict. Returns the requests within the last `length`, and the failures among
+    /// them.
     fn count(&mut self, length: Duration, failed: bool) -> (u32, u32) {
         let slot_nanos = (length.as_nanos() / SLOTS as u128).max(1);
         let number = self.begun.elapsed().as_nanos() / slot_nanos;
@@ -199,12 +207,13 @@ impl Window {
 }
 
 impl Permit {
-    /// The upstream has answered, whatever it said.
+    /// Reports that the upstream answered, whatever it said.
     pub(in crate::runs) fn answered(&mut self) {
         self.judge(false);
     }
 
-    /// After all its tries the request has failed: the upstream was not reached, broke off, or said that it is broken.
+    /// Reports that the request failed after all its tries: the upstream was not reachable, broke
+    /// the connection, or answered that it is broken.
     pub(in crate::runs) fn failed(&mut self) {
         self.judge(true);
     }
@@ -224,7 +233,8 @@ impl Permit {
                 let is_enough = breaker.min_requests > 0 && requests >= breaker.min_requests;
                 (failed && is_enough && failures > requests / 2).then_some((requests, failures))
             }
-            // The third verdict decides at the latest, so there is a place for each that is still needed.
+            // At the latest the third verdict decides, so each verdict that is still needed has a
+            // place.
             State::HalfOpen {
                 answers, failures, ..
             } => {
@@ -239,7 +249,7 @@ impl Permit {
                     drop(circuit);
                     tracing::info!(
                         upstream.name = breaker.upstream,
-                        "the upstream answers again; messages are sent to it"
+                        "the upstream answers again; the gateway sends messages again"
                     );
                     return;
                 }
@@ -258,7 +268,7 @@ impl Permit {
             upstream.name = breaker.upstream,
             requests,
             failures,
-            "most requests to the upstream fail; no message is sent to it for a while"
+            "most requests to the upstream fail; the gateway stops sending messages to it for a while"
         );
     }
 }
@@ -403,7 +413,7 @@ mod tests {
         assert_eq!(
             breaker.check(),
             Err(OPEN),
-            "both counted, so it was closed, and one failure opens it"
+            "both answers count, so the breaker closes, and one failure opens it"
         );
     }
 
@@ -471,7 +481,7 @@ mod tests {
                         Op::Answer(at) if at < permits.len() => {
                             permits.swap_remove(at).answered();
                             told += 1;
-                            prop_assert!(refused || breaker.check().is_ok(), "an answer refuses nobody");
+                            prop_assert!(refused || breaker.check().is_ok(), "an answer does not open it");
                         }
                         Op::Fail(at) if at < permits.len() => {
                             permits.swap_remove(at).failed();
@@ -479,11 +489,11 @@ mod tests {
                         }
                         Op::Drop(at) if at < permits.len() => {
                             drop(permits.swap_remove(at));
-                            prop_assert!(refused || breaker.check().is_ok(), "giving up refuses nobody");
+                            prop_assert!(refused || breaker.check().is_ok(), "a drop does not open it");
                         }
                         Op::Wait(seconds) => {
                             advance(Duration::from_secs(seconds)).await;
-                            prop_assert!(refused || breaker.check().is_ok(), "time refuses nobody");
+                            prop_assert!(refused || breaker.check().is_ok(), "time does not open it");
                         }
                         Op::Answer(_) | Op::Fail(_) | Op::Drop(_) => {}
                     }
@@ -495,7 +505,7 @@ mod tests {
                     }
                 }
                 advance(OPEN.max(SILENT_AFTER)).await;
-                prop_assert!(breaker.check().is_ok(), "even if nobody answers or gives up");
+                prop_assert!(breaker.check().is_ok(), "even without any verdict or drop");
                 Ok(())
             })?;
         }

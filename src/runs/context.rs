@@ -1,5 +1,5 @@
-//! What all work on runs uses: the store, the upstreams, the settings, the tasks, and what this process knows of its
-//! runs.
+//! The context that all of `runs/` shares: the store, the upstreams, the settings, the tasks, and
+//! the state of this process's runs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,64 +25,65 @@ use crate::runs::registry::RunRegistry;
 use crate::store::Store;
 use crate::upstream::Upstream;
 
-/// Comparisons of a transcript with its upstream thread at a time: each may hold both sides in memory.
+/// Most comparisons of a transcript with its upstream thread at a time. Each may hold both sides
+/// in memory.
 const COMPARISONS: usize = 4;
 
 pub(in crate::runs) const NO_THREAD: Error =
     Error::NotFound("this key has no conversation yet; post a message to start one");
 
-/// What [`Runs`](crate::runs::Runs) is made of.
+/// The parts that [`Runs`](crate::runs::Runs) is built from.
 pub struct RunsParts {
     pub store: Arc<Store>,
-    /// By their names.
+    /// Upstreams by name.
     pub upstreams: BTreeMap<String, ConfiguredUpstream>,
     pub settings: RunSettings,
     pub replica: ReplicaId,
     pub tasks: Tasks,
 }
 
-/// An upstream and what the configuration says of it.
+/// An upstream and its settings.
 #[derive(Clone, Debug)]
 pub struct ConfiguredUpstream {
     pub adapter: Arc<dyn Upstream>,
     /// `None`: requests always pass.
     pub breaker: Option<Arc<Breaker>>,
-    /// Others may write to its threads.
+    /// Whether other programs may write to its threads.
     pub has_external_writers: bool,
-    /// It is told keys in clear, not fingerprints.
+    /// Whether it gets keys in clear instead of fingerprints.
     pub gets_keys: bool,
 }
 
-/// The settings that concern runs.
+/// The settings of runs.
 #[derive(Clone, Debug)]
 pub struct RunSettings {
-    /// By their names.
+    /// Assistants by name.
     pub assistants: BTreeMap<String, AssistantConfig>,
-    /// Name of the assistant of a message that names none.
+    /// Name of the assistant for messages that name none.
     pub default_assistant: String,
     pub runs: RunsConfig,
     pub sessions: SessionsConfig,
     pub threads: ThreadsConfig,
     pub lifetimes: Lifetimes,
     pub fingerprints: Fingerprints,
-    /// Longest wait for the runs before a new one to be recorded.
+    /// Longest wait of a new run for earlier runs to be recorded.
     pub admission_timeout: Duration,
-    /// How often a replica looks for what others ask of its runs.
+    /// Pause between two reads of the requests about a replica's runs.
     pub attend_every: Duration,
 }
 
-/// The tasks of runs, and when they have to end.
+/// The tasks of runs, and the signals that end them.
 #[derive(Clone, Debug)]
 pub struct Tasks {
     /// Tracks every run.
     pub tracker: TaskTracker,
-    /// Cancelled when no new runs are taken.
+    /// Cancelled when the gateway takes no new runs.
     pub draining: CancellationToken,
-    /// Cancelled when running turns must end at once.
+    /// Cancelled when active runs must end at once.
     pub stop: CancellationToken,
 }
 
-/// What all work on runs uses.
+/// The context that all of `runs/` shares.
 pub(in crate::runs) struct Context {
     pub(in crate::runs) store: Arc<Store>,
     pub(in crate::runs) upstreams: BTreeMap<String, ConfiguredUpstream>,
@@ -91,16 +92,16 @@ pub(in crate::runs) struct Context {
     pub(in crate::runs) tasks: Tasks,
     pub(in crate::runs) registry: RunRegistry,
     pub(in crate::runs) notifier: Notifier,
-    /// The order of this process's runs on a thread.
+    /// Orders this process's runs of a thread.
     pub(in crate::runs) queue: KeyedQueue<ConversationKey, ThreadId>,
-    /// Bounds the unfinished runs, in all and of each tenant.
+    /// Bounds the unfinished runs, in all and for each tenant.
     pub(in crate::runs) tenant_runs: KeyedSemaphore<TenantKey>,
-    /// Bounds the bytes of messages whose runs have not started, of each conversation.
+    /// Bounds the bytes of messages whose runs have not started, for each conversation.
     pub(in crate::runs) queued_bytes: KeyedSemaphore<ConversationKey>,
     /// Bounds the comparisons of a transcript with its upstream thread.
     pub(in crate::runs) comparisons: Semaphore,
-    /// When the store was last seen to be in order. Locked while somebody looks, so that a flood of questions becomes
-    /// one.
+    /// The last time at which the store worked. Locked during a check, so that many questions
+    /// cause one check.
     pub(in crate::runs) seen_ready: Mutex<Option<Instant>>,
 }
 
@@ -133,17 +134,17 @@ impl Context {
         }
     }
 
-    /// The adapter of the upstream of this name, if it is configured.
+    /// Returns the adapter of the upstream of this name, if it is configured.
     pub(in crate::runs) fn upstream(&self, name: &str) -> Option<&Arc<dyn Upstream>> {
         self.upstreams.get(name).map(|upstream| &upstream.adapter)
     }
 
-    /// The breaker of the upstream of this name, if it has one.
+    /// Returns the breaker of the upstream of this name, if it has one.
     pub(in crate::runs) fn breaker(&self, upstream: &str) -> Option<&Arc<Breaker>> {
         self.upstreams.get(upstream)?.breaker.as_ref()
     }
 
-    /// The span of all that is logged about a run. It names the user and the key by their fingerprints.
+    /// Returns the span of a run's log lines. It names the user and the key by their fingerprints.
     pub(in crate::runs) fn span_of(&self, run: RunId, key: &ConversationKey) -> Span {
         let fingerprints = &self.config.fingerprints;
         let user = fingerprints.user(&key.tenant, &key.user);

@@ -1,7 +1,7 @@
 //! One run, from its admission to its end.
 //!
-//! [`task`] leads it, [`round`] sends what it has to say, [`finish`] ends it. The files stand in groups from top to bottom,
-//! and each uses only what stands in the groups below its own.
+//! [`task`] leads the run, [`round`] sends its messages, [`finish`] ends it. The modules below
+//! stand in groups, and each uses only modules of the groups after its own.
 
 pub(super) mod withdraw;
 

@@ -1,4 +1,4 @@
-//! The log of a run: what happens during it, and where each event stands.
+//! The log of a run: its events, their offsets, the writer, and the stored part.
 
 pub(super) mod event;
 pub(super) mod offset;

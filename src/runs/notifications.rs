@@ -1,5 +1,6 @@
-//! What the parts of this process, and the replicas, tell each other of runs and threads: hints, so that nobody has to ask
-//! the database time and again. A hint may get lost, so a task that waits for one also looks by itself now and then.
+//! Notifications about runs and threads, inside this process and between replicas. They are hints
+//! that spare tasks the polling of the database. A hint may get lost, so a task that waits for one
+//! also checks now and then.
 
 use std::collections::HashSet;
 use std::collections::hash_map::{Entry, HashMap};
@@ -11,46 +12,47 @@ use tokio::time::Instant;
 
 use crate::store::{Notification, RunLease};
 
-/// How long a replica that has just found itself alone may still hear what itself told before.
+/// Time for which a replica that has just found itself alone may still receive its own
+/// notifications.
 const ECHOES: Duration = Duration::from_secs(3);
 
 type Readers = Arc<Mutex<HashMap<Notification, Reader>>>;
 
-/// Where one thing is told to all that subscribed to it.
+/// All subscriptions to one subject.
 #[derive(Debug)]
 struct Reader {
     sender: watch::Sender<()>,
-    /// Kept beside the sender, whose own count goes down only after a subscription is dropped: the last one could not tell
-    /// that it is.
+    /// Number of subscriptions. The sender's own count sinks only after a subscription is dropped,
+    /// so the last subscription could not tell that it is the last.
     subscriptions: usize,
 }
 
-/// Passes notifications on: within this process at once, to other replicas by its outbox.
+/// Passes notifications on: within this process at once, to other replicas by the outbox.
 #[derive(Debug, Default)]
 pub(in crate::runs) struct Notifier {
     readers: Readers,
-    /// Somebody asked something of a run of this process.
+    /// Wakes the task that reads requests about this process's runs.
     pub(in crate::runs) asked: Notify,
-    /// Notification may have been missed, also that there are other replicas.
+    /// Notifications may have been missed, also those about new replicas.
     pub(in crate::runs) missed: Notify,
     outbox: Mutex<Outbox>,
     posted: Notify,
-    /// Other replicas are alive, as far as is known.
+    /// Whether other replicas are alive, as far as is known.
     has_peers: watch::Sender<bool>,
-    /// When there were none any more.
+    /// When the last other replica disappeared.
     alone_since: Mutex<Option<Instant>>,
 }
 
-/// What is to be delivered to the store and to other replicas.
+/// Deliveries to the store and to other replicas.
 #[derive(Debug, Default)]
 pub(in crate::runs) struct Outbox {
     pub(in crate::runs) notifications: HashSet<Notification>,
-    /// Runs that this process gives up.
+    /// Runs that this process releases.
     pub(in crate::runs) released: Vec<RunLease>,
 }
 
 impl Notifier {
-    /// Hears from now on about one thing.
+    /// Subscribes to notifications about one subject.
     pub(in crate::runs) fn subscribe(&self, about: Notification) -> Subscription {
         let mut readers = lock(&self.readers);
         let reader = readers.entry(about).or_insert_with(|| Reader {
@@ -66,20 +68,21 @@ impl Notifier {
         }
     }
 
-    /// Tells this process and the other replicas.
+    /// Notifies this process and the other replicas.
     pub(in crate::runs) fn notify(&self, notification: Notification) {
         self.receive(notification);
         lock(&self.outbox).notifications.insert(notification);
         self.posted.notify_one();
     }
 
-    /// Gives a run up, so that the first process that adopts it goes on with it. Its task must have stopped working on it.
+    /// Releases a run, so that another process, or this one, adopts it and continues it. The run's
+    /// task must have stopped before.
     pub(in crate::runs) fn release(&self, lease: RunLease) {
         lock(&self.outbox).released.push(lease);
         self.posted.notify_one();
     }
 
-    /// Tells this process alone.
+    /// Notifies this process only.
     pub(in crate::runs) fn receive(&self, notification: Notification) {
         let readers = lock(&self.readers);
         if notification == Notification::Missed {
@@ -93,25 +96,26 @@ impl Notifier {
         }
     }
 
-    /// Resolves once there is something to deliver.
+    /// Waits until there is something to deliver.
     pub(in crate::runs) async fn posted(&self) {
         self.posted.notified().await;
     }
 
-    /// Other replicas are alive, as far as is known.
+    /// Returns whether other replicas are alive, as far as is known.
     pub(in crate::runs) fn knows_peers(&self) -> bool {
         *self.has_peers.borrow()
     }
 
-    /// Resolves once other replicas are known to be alive.
+    /// Waits until other replicas are known to be alive.
     pub(in crate::runs) async fn has_peers(&self) {
         let mut known = self.has_peers.subscribe();
-        // The sender lives as long as this does.
+        // `self` owns the sender, so it lives long enough.
         let _ = known.wait_for(|has_peers| *has_peers).await;
     }
 
-    /// What the renewal of the session says of other replicas. They are told something as soon as there are any, since they
-    /// may not know of this one before they renew their own.
+    /// Notes whether the renewal of the session found other replicas. As soon as it finds some,
+    /// this replica notifies them, since they may not know of this one before they renew their own
+    /// sessions.
     pub(in crate::runs) fn set_peers(&self, has_peers: bool) {
         let before = self.has_peers.send_replace(has_peers);
         if has_peers && !before {
@@ -122,8 +126,8 @@ impl Notifier {
         }
     }
 
-    /// Another replica tells something. One that believes to be alone tells nothing, so what it hears is no echo of its own,
-    /// but for a moment.
+    /// Notes that another replica sent a notification. A replica that believes to be alone sends
+    /// none. So the notification is no echo, except shortly after the other replicas disappeared.
     pub(in crate::runs) fn meet_peers(&self) {
         if lock(&self.alone_since).is_some_and(|since| since.elapsed() < ECHOES) {
             return;
@@ -132,7 +136,7 @@ impl Notifier {
             .send_if_modified(|has_peers| !std::mem::replace(has_peers, true));
     }
 
-    /// Takes out what is to be delivered.
+    /// Takes the deliveries out of the outbox.
     pub(in crate::runs) fn take(&self) -> Delivery<'_> {
         Delivery {
             notifier: self,
@@ -141,7 +145,7 @@ impl Notifier {
     }
 }
 
-/// What is being delivered. What is left in it when it is dropped goes back.
+/// Deliveries under way. A drop returns those that are left to the outbox.
 #[derive(Debug)]
 pub(in crate::runs) struct Delivery<'a> {
     notifier: &'a Notifier,
@@ -158,7 +162,8 @@ impl Drop for Delivery<'_> {
     }
 }
 
-/// The notifications about one thing. None is missed between two calls of [`changed`](Self::changed), but several may be one.
+/// The notifications about one subject. None is missed between two calls of
+/// [`changed`](Self::changed), but several may count as one.
 #[derive(Debug)]
 pub(in crate::runs) struct Subscription {
     about: Notification,
@@ -167,7 +172,7 @@ pub(in crate::runs) struct Subscription {
 }
 
 impl Subscription {
-    /// Something was told since the last call, or since the subscription.
+    /// Waits for a notification since the last call, or since the subscription.
     pub(in crate::runs) async fn changed(&mut self) {
         if self.receiver.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -186,7 +191,7 @@ impl Drop for Subscription {
     }
 }
 
-/// Nothing in here panics half-way through a change.
+/// No code panics between the two halves of a change, so the poison can be ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -211,7 +216,7 @@ mod tests {
         subscription.changed().await;
         assert!(
             subscription.changed().now_or_never().is_none(),
-            "two are one"
+            "two count as one"
         );
         assert!(other.changed().now_or_never().is_none());
         notifier.receive(Notification::Missed);

@@ -1,4 +1,5 @@
-//! Comparing a transcript with what its upstream thread holds, and taking over what others wrote there.
+//! Compares a transcript with its upstream thread, and copies messages of other writers into the
+//! transcript.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -16,46 +17,47 @@ use crate::error::Error;
 use crate::store::{ExternalMessage, RunLease, Store, StoreError};
 use crate::upstream::{HistoryEntry, RateLimiter, Upstream, UpstreamError};
 
-/// Messages read at a time, at most.
+/// Most messages of one read.
 const PAGE: u32 = 500;
 
-/// How a transcript and its upstream thread differ.
+/// The differences between a transcript and its upstream thread.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Differences {
-    /// Messages that the upstream thread should hold and does not.
+    /// Messages that the upstream thread should have and lacks.
     pub missing: Vec<MessageId>,
-    /// Messages of the upstream thread that the transcript does not know, each with the position of the message that it
-    /// comes after.
+    /// Messages of the upstream thread that the transcript lacks, each with the position of the
+    /// message before it.
     pub external: Vec<(i64, HistoryEntry)>,
-    /// Messages that the upstream thread holds.
+    /// Number of messages in the upstream thread.
     pub held: usize,
 }
 
-/// What the upstream says of a thread.
+/// The result of a comparison.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verified {
-    /// It has the thread.
+    /// The upstream has the thread.
     Compared(Differences),
-    /// It has no such thread.
+    /// The upstream does not have the thread.
     Gone,
-    /// The thread has none there yet, or not any more.
+    /// The gateway's thread has no upstream thread yet, or no longer.
     NoThread,
-    /// The server has no call that tells, or what was said here is not stored.
+    /// The server cannot list the messages, the thread is too long, or the store lacks some
+    /// content.
     CannotTell,
 }
 
-/// Why a comparison came to nothing.
+/// The reason why a comparison has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Unverified {
     #[error("the database failed")]
     Store(#[from] StoreError),
     #[error("the upstream failed")]
     Upstream(#[from] UpstreamError),
-    #[error("the upstream did not tell in time what its thread holds")]
+    #[error("the upstream did not return the thread's messages in time")]
     TooLate,
     #[error("the configuration does not name the thread's upstream")]
     NotConfigured,
-    #[error("the run that has its turn on the thread may be another replica's by now")]
+    #[error("another replica may have taken over the thread's active run")]
     LeaseLost,
 }
 
@@ -67,14 +69,14 @@ impl From<Unverified> for Error {
             Unverified::TooLate => Self::UpstreamTooSlow,
             Unverified::LeaseLost => Self::StoreUnavailable(None),
             Unverified::NotConfigured => Self::Invalid(
-                "the configuration does not name this thread's upstream (any more)".to_owned(),
+                "the configuration does not name this thread's upstream, or no longer".to_owned(),
             ),
         }
     }
 }
 
-/// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works on it meanwhile shows as a
-/// difference.
+/// Compares a thread with its upstream thread, within `runs.settle_timeout`. A run that works
+/// meanwhile shows as a difference.
 ///
 /// # Errors
 /// The store or the upstream failed.
@@ -104,7 +106,8 @@ async fn compared(
     let upstream = ctx
         .upstream(&thread.upstream)
         .ok_or(Unverified::NotConfigured)?;
-    // The transcript last: what is in the thread by then is in there, or was not yet asked for.
+    // Read the transcript last, so that it also has messages that the gateway added to the upstream
+    // thread meanwhile.
     let theirs = match history(&**upstream, id, pace).await {
         Err(UpstreamError::ThreadGone) => return Ok(Verified::Gone),
         Ok(None) => return Ok(Verified::CannotTell),
@@ -113,7 +116,7 @@ async fn compared(
     let Some(ours) = transcript(&ctx.store, thread).await? else {
         return Ok(Verified::CannotTell);
     };
-    // Said while nothing that is said was stored.
+    // These messages date from a time when the store kept no content.
     if ours
         .iter()
         .any(|message| message.content.is_empty() && message.sync != domain::UpstreamSync::Withheld)
@@ -129,11 +132,12 @@ async fn compared(
         .map_or(Verified::CannotTell, Verified::Compared))
 }
 
-/// Takes over what others wrote to the upstream thread, if its upstream is one to which they may. `by` is the lease of
-/// the run that has its turn on the thread, if there is one. How many messages.
+/// Copies messages that other writers added to the upstream thread into the transcript, if the
+/// configuration allows other writers there. `by` is the lease of the thread's active run, if
+/// there is one. Returns the number of messages.
 ///
 /// # Errors
-/// The store or the upstream failed; nothing was taken over then, or all of it.
+/// The store or the upstream failed. Then all messages were copied, or none.
 pub(in crate::runs) async fn reconcile(
     ctx: &Context,
     thread: &Thread,
@@ -148,10 +152,11 @@ pub(in crate::runs) async fn reconcile(
     {
         return Ok(0);
     }
-    // What an earlier run left there is ours, and would be taken for somebody else's.
+    // An earlier run's traces are the gateway's own, and would look like another writer's
+    // messages.
     if let (Some(left), Some(upstream)) = (&thread.unsettled_run, ctx.upstream(&thread.upstream)) {
         if by.is_some() && ctx.registry.has_lapsed() {
-            // What stands there now may be the work of who has the run by now.
+            // The messages there may be those of the run's new owner.
             return Err(Unverified::LeaseLost);
         }
         let settled = async {
@@ -190,21 +195,22 @@ pub(in crate::runs) async fn reconcile(
         .store
         .insert_external_messages(thread.id, by, &external)
         .await?;
-    tracing::info!(thread.id = %thread.id, messages = added, "took over what others wrote to the upstream thread");
+    tracing::info!(thread.id = %thread.id, messages = added, "copied messages of other writers");
     Ok(added)
 }
 
-/// The most that is kept of an upstream thread to compare it, in bytes, and the most pages that are read. A server may
-/// list for ever.
+/// Most bytes kept of an upstream thread for a comparison, and most pages read. A server may
+/// return pages without end.
 const MAX_HISTORY: usize = 32 * 1024 * 1024;
 const MAX_HISTORY_PAGES: usize = 2000;
-/// Longest time for finding out what differs, which grows with how much does.
+/// Longest time for the search for differences, which grows with their number.
 const DIFF_TIME: Duration = Duration::from_secs(2);
-/// What an entry, or a part of one, takes besides its texts.
+/// Bytes that an entry, or a part of one, takes besides its texts.
 const ENTRY_COST: usize = 200;
 const PART_COST: usize = 100;
 
-/// All messages of an upstream thread, oldest first. `None` if the server does not tell, or tells too much.
+/// Returns all messages of an upstream thread, oldest first; `None` if the server cannot list
+/// them, or has too many.
 async fn history(
     upstream: &dyn Upstream,
     id: &UpstreamThreadId,
@@ -241,8 +247,8 @@ fn cost(content: &[ContentPart]) -> usize {
             .sum::<usize>()
 }
 
-/// All that the upstream thread of a thread may hold of the record: what was carried over, and its own transcript. `None`
-/// if that is too much.
+/// Returns all messages that the upstream thread may have: those carried over, and the thread's
+/// own transcript. Returns `None` if they are too many.
 async fn transcript(store: &Store, thread: &Thread) -> Result<Option<Vec<Message>>, StoreError> {
     let (mut all, mut held) = (Vec::new(), 0);
     let mut keep = |page: &[Message]| {
@@ -280,8 +286,8 @@ async fn transcript(store: &Store, thread: &Thread) -> Result<Option<Vec<Message
     }
 }
 
-/// Compares what is said, part by part: a reply of several rounds is one message here and several there. `None` if the
-/// time is up.
+/// Compares the content part by part, because a reply of several rounds is one message here and
+/// several there. Returns `None` if the time is up.
 fn compare(
     ours: &[Message],
     thread: ThreadId,
@@ -305,7 +311,7 @@ fn compare(
         .enumerate()
         .flat_map(|(n, entry)| parts(entry.role, &entry.content).map(move |part| (n, part)))
         .collect();
-    // Which message of ours each entry belongs to.
+    // The index of the transcript's message for each entry of the upstream.
     let mut belongs: HashMap<usize, usize> = HashMap::new();
     let differences = capture_diff_slices_deadline(
         Algorithm::Patience,
@@ -313,9 +319,9 @@ fn compare(
         &said(&there),
         Some(deadline),
     );
-    // What it says from there on is a guess.
+    // After the deadline, the differences are a guess.
     if Instant::now() >= deadline {
-        tracing::warn!("too much differs between a transcript and its upstream thread to be told");
+        tracing::warn!("a transcript and its upstream thread differ too much for a comparison");
         return None;
     }
     for op in differences {
@@ -351,7 +357,7 @@ fn compare(
     let mut external = Vec::new();
     for (n, entry) in theirs.into_iter().enumerate() {
         match belongs.get(&n).map(|message| &ours[*message]) {
-            // What was carried over comes before all positions of this thread.
+            // Messages that were carried over come before all positions of this thread.
             Some(message) if message.thread_id == thread => {
                 position = position.max(message.position)
             }
@@ -367,7 +373,7 @@ fn compare(
     })
 }
 
-/// A piece of what somebody said.
+/// A part of a message: whether it is the user's, and its content.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 struct Part<'a>(bool, Cow<'a, str>);
 
@@ -424,7 +430,7 @@ mod tests {
         let begun = Instant::now();
         let limit = Duration::from_millis(100);
         assert_eq!(super::compare(&ours, thread, theirs, begun + limit), None);
-        // Not a minute.
+        // Much less than a minute.
         assert!(
             begun.elapsed() < Duration::from_secs(20),
             "{:?}",
@@ -527,12 +533,13 @@ mod tests {
         assert_eq!(
             found.missing,
             [ours[0].id],
-            "the tag says that it is ours, not which"
+            "the tag says that the message is the gateway's, not which one"
         );
     }
 
     proptest! {
-        /// Whatever others put in between, what is ours is never taken for theirs, nor lost.
+        /// Whatever other writers put in between, the gateway's messages are never taken for
+        /// theirs, and none is lost.
         #[test]
         fn ours_stay_ours(script in proptest::collection::vec((any::<bool>(), any::<bool>(), 0..4_u8), 0..40)) {
             let thread = ThreadId::new();
@@ -540,7 +547,7 @@ mod tests {
             for (n, (is_ours, is_user, word)) in script.into_iter().enumerate() {
                 let role = if is_user { Role::User } else { Role::Assistant };
                 let id = format!("item_{n}");
-                // Others say other things here; the same words are told apart by ids alone.
+                // Other writers use other words here; only ids can tell the same words apart.
                 let said = if is_ours { format!("word {word}") } else { format!("other {word}") };
                 if is_ours {
                     let position = i64::try_from(ours.len() + 1).unwrap();

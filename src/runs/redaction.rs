@@ -1,5 +1,5 @@
-//! The store's calls about runs, with what `store.transcript = "off"` keeps out of the store: this process holds that in
-//! its registry.
+//! The store's calls about runs under `store.transcript = "off"`: this process holds in its
+//! registry the content that the store does not keep.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use crate::store::{
     RunLease, StartedRun, StoreError, ToolAnswer, Withdrawal, Withdrawn, redacted_action,
 };
 
-/// Records a message and its run. A message that joins another run is held under that one from then on.
+/// Records a message and its run. Moves the content of a message that joins another run to that
+/// run.
 pub(in crate::runs) async fn admit(
     ctx: &Context,
     admission: &Arc<Admission>,
@@ -25,7 +26,8 @@ pub(in crate::runs) async fn admit(
     let (strategy, may_join) = strategy_now(ctx, admission)
         .await
         .map_err(NotWritten::Unsent)?;
-    // First of all: once it is recorded, the run that it joins may start at any time.
+    // Add the content before the message is recorded, because the run that it joins may start
+    // right after.
     let own = registry.unstored(*run_id);
     if let Some(own) = &own {
         own.add(message);
@@ -41,21 +43,22 @@ pub(in crate::runs) async fn admit(
         Ok(Admitted::Started(_) | Admitted::Queued { .. }) => return admitted,
         Ok(Admitted::Merged { run, .. }) => &[run.id],
         Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => &[],
-        // The run that it joined, if it did, knows it by its id.
+        // The message may have joined one of these runs, which would know it by its id.
         Err(_) => &may_join,
     };
     for unstored in joined.iter().filter_map(|run| registry.unstored(*run)) {
         unstored.add(message);
     }
-    // Should its own run be recorded all the same, that goes on only if others have joined it.
+    // If its own run was recorded in spite of the error, it only continues for messages that
+    // joined it.
     if let Some(own) = own {
         own.remove(message.id);
     }
     admitted
 }
 
-/// The strategy that a message can have, and the runs that it may join. It cannot join a run that waits in another process,
-/// which would not hear what the message says.
+/// Returns the strategy that the message gets, and the runs that it may join. It cannot join a run
+/// that waits in another process, because that process would not get the message's content.
 async fn strategy_now(
     ctx: &Context,
     admission: &Admission,
@@ -83,7 +86,7 @@ async fn strategy_now(
     })
 }
 
-/// Starts a run that waits, if nothing is before it.
+/// Starts a queued run if no run is before it.
 pub(in crate::runs) async fn start_queued(
     ctx: &Context,
     lease: &RunLease,
@@ -95,7 +98,7 @@ pub(in crate::runs) async fn start_queued(
     Ok(claim)
 }
 
-/// Puts a fresh thread in the place of a full one.
+/// Replaces a full thread with a fresh one.
 pub(in crate::runs) async fn roll_over(
     ctx: &Context,
     rollover: &Rollover,
@@ -117,7 +120,7 @@ fn complete(ctx: &Context, started: &mut StartedRun) {
     }
 }
 
-/// Lets a run wait for the outputs of its calls.
+/// Makes a run wait for the outputs of its calls.
 pub(in crate::runs) async fn pause(
     ctx: &Context,
     lease: &RunLease,
@@ -135,7 +138,8 @@ pub(in crate::runs) async fn pause(
     Ok(paused)
 }
 
-/// Records the outputs of a run's calls. Without a transcript the store cannot give them again: the caller hands them over.
+/// Records the outputs of a run's calls. Without a transcript the store does not keep the outputs,
+/// so the caller passes them on.
 pub(in crate::runs) async fn answer_tools(
     ctx: &Context,
     key: &ConversationKey,
@@ -146,7 +150,7 @@ pub(in crate::runs) async fn answer_tools(
         let unstored = ctx.registry.unstored(id);
         let is_asked = unstored
             .is_some_and(|unstored| unstored.lock().asked.as_ref() == Some(&answer.expected));
-        // What is stored are calls without their arguments, which any arguments would fit.
+        // The store has the calls without arguments, so it would accept any arguments.
         if !is_asked && redacted_action(&answer.expected) != answer.expected {
             return Ok(Answered::NotWaiting);
         }
@@ -154,7 +158,7 @@ pub(in crate::runs) async fn answer_tools(
     ctx.store.answer_tools(key, id, answer).await
 }
 
-/// Takes a message back whose sender heard that it was not taken.
+/// Withdraws a message whose caller got the error that it was not recorded.
 pub(in crate::runs) async fn withdraw(
     ctx: &Context,
     lease: &RunLease,

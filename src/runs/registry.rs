@@ -1,4 +1,5 @@
-//! The runs that this process works on, how to reach their tasks, and how long this process's session is good.
+//! The registry: the runs that this process works on, the handles to their tasks, and this
+//! process's session.
 
 pub(in crate::runs) mod unstored;
 
@@ -17,23 +18,26 @@ use crate::runs::log::writer::{RunLog, RunLogWriter};
 use crate::store::{Admission, RunLease, StartedRun, redacted_action};
 use unstored::Unstored;
 
-/// How long it is remembered that an admission was refused. The server gives up its statement long before.
+/// Time for which a refused admission is remembered. The database server cancels its statement
+/// long before.
 const REFUSED_FOR: Duration = Duration::from_mins(10);
 
 /// The runs that this process works on, and its session.
 #[derive(Debug)]
 pub(in crate::runs) struct RunRegistry {
-    /// Runs that a task of this process works on, from before they are recorded until their end is.
+    /// Runs with a task in this process, from before they are recorded until their end is
+    /// recorded.
     active: Arc<Mutex<HashMap<RunId, RunHandle>>>,
-    /// Admissions of which it is not known whether they were recorded, and whose senders heard that they were not. Kept
-    /// for [`REFUSED_FOR`]: no admission arrives later.
+    /// Admissions that may have been recorded although their callers got an error. Kept for
+    /// [`REFUSED_FOR`]: no admission arrives later.
     refused: Mutex<HashMap<RunId, (Refused, Instant)>>,
-    /// Held while runs change hands: what this process has just taken is not to be taken again as a stray.
+    /// Held while runs change hands, so that this process does not adopt a run as a stray that it
+    /// has just adopted.
     pub(in crate::runs) taking: tokio::sync::Mutex<()>,
     session: Mutex<Session>,
 }
 
-/// A message whose sender heard that it was not taken.
+/// A message whose caller got the error that it was not recorded.
 #[derive(Clone, Debug)]
 pub(in crate::runs) struct Refused {
     pub(in crate::runs) message: MessageId,
@@ -52,39 +56,41 @@ impl Refused {
 
 #[derive(Clone, Copy, Debug)]
 struct Session {
-    /// Until when it is surely good, by this process's own clock.
+    /// Time until which the session is surely good, by this process's own clock.
     good_until: Instant,
-    /// Before this, those whose session has lapsed are not taken for dead.
+    /// Time before which no replica with a lapsed session is taken for dead.
     trusts_from: Instant,
 }
 
-/// What others in this process can do about a run that it works on.
+/// A handle to a run's task, for other tasks of this process.
 #[derive(Clone, Debug)]
 pub(in crate::runs) struct RunHandle {
-    /// Tells this task's entry from a later one of the same run.
+    /// Tells this task's entry from the entry of a later task of the same run.
     serial: u64,
     pub(in crate::runs) lease: RunLease,
     pub(in crate::runs) cancel: Cancel,
     pub(in crate::runs) log: RunLog,
-    /// What the store does not keep of it.
+    /// The run's content that the store does not keep.
     pub(in crate::runs) unstored: Unstored,
     outputs: Arc<watch::Sender<Vec<ToolOutput>>>,
     lost: CancellationToken,
 }
 
 impl RunHandle {
-    /// Hands the run outputs of its function calls. Those that it does not wait for (any more) are passed over.
+    /// Hands the run the outputs of its function calls. The run ignores outputs that it does not
+    /// wait for.
     pub(in crate::runs) fn answer(&self, outputs: Vec<ToolOutput>) {
         self.outputs.send_replace(outputs);
     }
 
-    /// Has the task let go of the run: it stops at once and writes nothing more of it, unless it is writing its end.
+    /// Makes the task let go of the run. The task stops at once and writes nothing more, unless it
+    /// is writing the end.
     pub(in crate::runs) fn let_go(&self) {
         self.lost.cancel();
     }
 }
 
-/// Somebody wants a run to end.
+/// A request to end a run.
 #[derive(Clone, Debug)]
 pub(in crate::runs) struct Cancel {
     token: CancellationToken,
@@ -99,7 +105,7 @@ impl Cancel {
         }
     }
 
-    /// `discard`: and its messages to be removed.
+    /// Requests the end of the run. `discard`: also removes its messages.
     pub(in crate::runs) fn request(&self, discard: bool) {
         self.discard.fetch_or(discard, Ordering::SeqCst);
         self.token.cancel();
@@ -114,17 +120,17 @@ impl Cancel {
     }
 }
 
-/// Says, while it lives, that this process works on a run.
+/// The entry of a run in the registry; its drop removes the entry.
 #[derive(Debug)]
 pub(in crate::runs) struct ActiveRun {
     pub(in crate::runs) lease: RunLease,
     serial: u64,
     pub(in crate::runs) cancel: Cancel,
     pub(in crate::runs) log: RunLogWriter,
-    /// What was [handed](RunHandle::answer) last.
+    /// The outputs that [`RunHandle::answer`] handed over last.
     pub(in crate::runs) outputs: watch::Receiver<Vec<ToolOutput>>,
-    /// Cancelled when the task has to [let go](RunHandle::let_go) of the run: others have taken it over, may do so from now
-    /// on, or shall.
+    /// Cancelled when the task must [let go](RunHandle::let_go) of the run, because another
+    /// process has taken it over, may do so, or should.
     pub(in crate::runs) lost: CancellationToken,
     all: Arc<Mutex<HashMap<RunId, RunHandle>>>,
 }
@@ -143,7 +149,7 @@ impl RunRegistry {
         }
     }
 
-    /// Says that a task works on a new run.
+    /// Registers the task of a new run.
     pub(in crate::runs) fn begins(&self, run: RunId, cancel: CancellationToken) -> ActiveRun {
         self.works_on(
             RunLease {
@@ -156,14 +162,16 @@ impl RunRegistry {
         )
     }
 
-    /// Says that a task works on a run that was taken over. `stored`: the number after all that is stored of its log.
+    /// Registers the task of a run that was taken over. `stored`: the number after the stored
+    /// events of its log.
     pub(in crate::runs) fn goes_on(&self, lease: RunLease, stored: i64) -> ActiveRun {
         let log = RunLogWriter::resumed(stored, others_from(&lease));
         self.works_on(lease, log, Unstored::default(), CancellationToken::new())
     }
 
-    /// Says that a task goes on with a run without the one whose message made it: what cancels that one's request does not
-    /// concern the others. Those who follow the run go on to do so.
+    /// Registers a task that continues a run without the message that made it, for the messages
+    /// that joined it. A cancel of the first caller's request does not concern them. The run's
+    /// readers keep their log.
     pub(in crate::runs) fn goes_on_for_others(&self, mut active: ActiveRun) -> ActiveRun {
         let log = std::mem::replace(&mut active.log, RunLogWriter::new());
         let unstored = self
@@ -209,7 +217,7 @@ impl RunRegistry {
         }
     }
 
-    /// The runs that tasks of this process work on.
+    /// Returns the runs with a task in this process.
     pub(in crate::runs) fn runs(&self) -> Vec<RunId> {
         lock(&self.active).keys().copied().collect()
     }
@@ -222,31 +230,32 @@ impl RunRegistry {
         lock(&self.active).get(&run).cloned()
     }
 
-    /// Has all tasks [let go](RunHandle::let_go) of their runs.
+    /// Makes all tasks [let go](RunHandle::let_go) of their runs.
     pub(in crate::runs) fn let_go(&self) {
         for handle in lock(&self.active).values() {
             handle.let_go();
         }
     }
 
-    /// The sender of the message of this run heard that it was not taken.
+    /// Notes that the caller of this run's message got the error that it was not recorded.
     pub(in crate::runs) fn refuse(&self, run: RunId, refused: Refused) {
         let (mut all, now) = (lock(&self.refused), Instant::now());
         all.retain(|_, (_, since)| now - *since < REFUSED_FOR);
         all.insert(run, (refused, now));
     }
 
-    /// It is not settled yet what became of the message that this run was made for.
+    /// Returns whether the run was refused and it is not settled yet what happened to its message.
     pub(in crate::runs) fn is_refused(&self, run: RunId) -> bool {
         lock(&self.refused).contains_key(&run)
     }
 
-    /// It is settled what became of it. What had been refused, if it had.
+    /// Notes that it is settled what happened to the message. Returns the refused message, if the
+    /// run was refused.
     pub(in crate::runs) fn was_refused(&self, run: RunId) -> Option<Refused> {
         lock(&self.refused).remove(&run).map(|(refused, _)| refused)
     }
 
-    /// The session is good until then.
+    /// Notes that the session is good until `good_until`.
     pub(in crate::runs) fn renewed(&self, good_until: Instant) {
         lock(&self.session).good_until = good_until;
     }
@@ -255,30 +264,32 @@ impl RunRegistry {
         lock(&self.session).good_until
     }
 
-    /// Others may take this process for dead.
+    /// Returns whether other replicas may take this process for dead.
     pub(in crate::runs) fn has_lapsed(&self) -> bool {
         Instant::now() >= self.good_until()
     }
 
-    /// Until then nobody is taken for dead.
+    /// Notes that before `then` no replica is taken for dead.
     pub(in crate::runs) fn trust_from(&self, then: Instant) {
         lock(&self.session).trusts_from = then;
     }
 
-    /// A process without a session counts as dead.
+    /// Returns whether a process without a session counts as dead.
     pub(in crate::runs) fn trusts_sessions(&self) -> bool {
         Instant::now() >= lock(&self.session).trusts_from
     }
 
-    /// What the store does not keep of a run that a task of this process works on.
+    /// Returns the content that the store does not keep of a run with a task in this process.
     pub(in crate::runs) fn unstored(&self, run: RunId) -> Option<Unstored> {
         self.handle(run).map(|handle| handle.unstored)
     }
 
-    /// Gives a run that starts what it is to say. What is not known here stays empty.
+    /// Fills in the messages of a run that starts. A message that this process does not know stays
+    /// empty.
     pub(in crate::runs) fn give_input(&self, started: &mut StartedRun) {
-        // A message that has only just joined is held under the run that it would have had by itself. It is added here before
-        // it is removed there: so a task that looks here last does not miss it.
+        // A message that has just joined another run is first held under the run that it would
+        // have had by itself. It is added to the joined run before it is removed there. This task
+        // looks at its own run last, so it does not miss the message.
         let others = self.handles().into_iter().map(|handle| handle.unstored);
         let all: Vec<Unstored> = others.chain(self.unstored(started.run.id)).collect();
         for message in started
@@ -298,7 +309,7 @@ impl RunRegistry {
         }
     }
 
-    /// Gives a run the arguments of the calls that it waits for, if they are known here.
+    /// Fills in the arguments of the calls that a run waits for, if this process knows them.
     pub(in crate::runs) fn give_arguments(&self, run: &mut Run) {
         let Some(action) = &mut run.required_action else {
             return;
@@ -320,7 +331,7 @@ impl RunRegistry {
 impl Drop for ActiveRun {
     fn drop(&mut self) {
         let mut all = lock(&self.all);
-        // A run that was lost and taken over again has another task's entry by now.
+        // If the run was lost and taken over again, the entry is another task's.
         if all
             .get(&self.lease.run_id)
             .is_some_and(|handle| handle.serial == self.serial)
@@ -330,7 +341,7 @@ impl Drop for ActiveRun {
     }
 }
 
-/// Nothing in here panics half-way through a change.
+/// No code panics between the two halves of a change, so the poison can be ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -360,7 +371,7 @@ mod tests {
         assert_eq!(
             registry.unstored(run).unwrap().lock().input.len(),
             1,
-            "others have joined it"
+            "messages that joined it stay"
         );
         drop(active);
         assert!(registry.unstored(run).is_none());

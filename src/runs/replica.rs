@@ -1,5 +1,5 @@
-//! What this process does as one of several: it keeps its session, takes over what no process works on, writes what its runs
-//! show, and exchanges notifications with the others.
+//! What this process does as one of several: it keeps its session, takes over runs, writes events,
+//! and exchanges notifications with other replicas.
 
 pub(super) mod session;
 

@@ -1,5 +1,5 @@
-//! What a caller may ask: to submit a message, to answer function calls, to cancel, to read and to follow runs, and to change
-//! a thread.
+//! What a caller may ask: to submit a message, to answer function calls, to cancel, to read and to
+//! follow runs, and to change a thread.
 
 pub(super) mod cancel;
 pub(super) mod submit;

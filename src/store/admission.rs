@@ -1,30 +1,31 @@
-//! Admission: a message becomes a run, in one statement where nothing unusual happens. And idempotency keys.
+//! Admission: a message becomes a run, usually in one statement. Also: idempotency keys.
 //!
-//! Each way takes the thread's row before it uses an idempotency key, so that of two requests with the same key the second
-//! finds the first one's use, and neither waits for the other while it holds what that one needs.
+//! Every admission locks the thread's row before it uses an idempotency key. So the second of two
+//! requests with the same key finds the first one's use. Neither waits for the other while it
+//! holds a lock that the other needs.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use sqlx::FromRow;
 use uuid::Uuid;
 
-use super::connection::Failed;
-use super::lane::{Answer, Answers, Item, NotWritten, Write};
-use super::params::params;
+use super::backend::Backend;
+use super::errors::Failed;
+use super::errors::NotWritten;
+use super::errors::StoreError;
+use super::lane::{Answer, Answers, Item, Write};
 use super::pool::Connection;
 use super::redaction::Redaction;
-use super::rows::{
-    Found, RepeatedRow, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis,
-};
+use super::rows::{Found, RunRow, ThreadAndRun, ThreadRow, corrupt, hex, json, millis, ttl_millis};
 use super::statement::Statement;
-use super::{Backend, ORPHAN_AFTER, RunLease, StartedRun, Store, StoreError};
+use super::values::{Idempotency, InputMessage, ORPHAN_AFTER, RunLease, StartedRun};
 use crate::domain::{
-    ContentPart, ConversationKey, Limits, MessageId, Metadata, MultitaskStrategy, OrphanId,
-    ReplicaId, Run, RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
+    ContentPart, ConversationKey, Limits, Metadata, MultitaskStrategy, OrphanId, ReplicaId, Run,
+    RunId, RunStatus, TenantKey, Thread, ThreadId, Ttl,
 };
 
 static ADMIT: Statement = Statement::for_each_engine(
@@ -33,77 +34,10 @@ static ADMIT: Statement = Statement::for_each_engine(
     include_str!("sql/admit.sqlite.sql"),
 );
 
-/// The statement reads the table as it was before it deletes from it, hence the last condition.
-static FIND_REPEATED: Statement = Statement::for_each_engine(
-    "admission.find_repeated",
-    "WITH forgotten AS (
-        DELETE FROM idempotency_keys t
-        WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember}
-        RETURNING t.run_id
-    ), used AS MATERIALIZED (
-        SELECT t.run_id, t.request_hash FROM idempotency_keys t
-        WHERE {of_key} AND t.key = :idempotency_key AND NOT EXISTS (SELECT FROM forgotten)
-    )
-    SELECT u.request_hash, {thread t}, {run r}
-    FROM used u
-    CROSS JOIN LATERAL (SELECT * FROM runs o WHERE o.id = u.run_id LIMIT 1) r
-    CROSS JOIN LATERAL (SELECT * FROM threads o WHERE o.id = r.thread_id LIMIT 1) t",
-    "DELETE FROM idempotency_keys AS t
-    WHERE {of_key} AND t.key = :idempotency_key AND {forgotten t, :remember};
+pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT];
 
-    SELECT k.request_hash, {thread t}, {run r}
-    FROM idempotency_keys k JOIN runs r ON r.id = k.run_id JOIN threads t ON t.id = r.thread_id
-    WHERE k.tenant = :tenant AND k.user_key = :user AND k.scope_kind = :scope_kind AND k.scope_name = :scope_name
-        AND k.key = :idempotency_key",
-);
-
-pub(super) static STATEMENTS: &[&Statement] = &[&ADMIT, &FIND_REPEATED];
-
-/// Times that the key's thread may change hands under an admission before it gives up.
+/// The most attempts of one admission while the key's thread keeps changing.
 const MAX_ATTEMPTS: u32 = 10;
-
-impl Store {
-    /// Records a new run: resolves the key's current thread or creates it (an expired one is archived, and a fresh one that
-    /// names it takes its place), and admits the run, all in one step.
-    ///
-    /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
-    /// [`Enqueue`](MultitaskStrategy::Enqueue) queues it last; [`Interrupt`](MultitaskStrategy::Interrupt) and
-    /// [`Rollback`](MultitaskStrategy::Rollback) queue it before all that wait (what is active is for
-    /// [`displace`](Self::displace) to end); [`Merge`](MultitaskStrategy::Merge) adds the message to the last run in the
-    /// queue if that has the same assistant and metadata and room for another message, and queues it as `Enqueue` does if
-    /// not; [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored. A run that starts puts its message into
-    /// the transcript in the same step.
-    ///
-    /// An idempotency key that is in use is refused with [`Admitted::Repeated`], and nothing is stored. A use is forgotten as
-    /// [`repeated`](Self::repeated) says.
-    ///
-    /// It goes along with the admissions of others, if there are any, and waits for at most `store.max_wait` before it is sent.
-    /// Once it was sent, a lost answer is asked for again.
-    pub async fn admit(
-        &self,
-        admission: impl Into<Arc<Admission>>,
-    ) -> Result<Admitted, NotWritten> {
-        self.admissions.write(admission.into()).await
-    }
-
-    /// What an idempotency key of the conversation stands for. A use that is older than `remember` is forgotten by this
-    /// call. So is one whose run failed with [`NotRecorded`](crate::domain::RunErrorCode::NotRecorded): its sender was
-    /// told that the message was not taken, and a retry starts anew.
-    pub async fn repeated(
-        &self,
-        key: &ConversationKey,
-        idempotency_key: &str,
-        remember: Duration,
-    ) -> Result<Option<Repeated>, StoreError> {
-        let mut c = self.backend.writer().await?;
-        let values = params()
-            .key(key)
-            .set("idempotency_key", idempotency_key)
-            .set("remember", millis(remember));
-        let row: Option<RepeatedRow> = c.optional(&FIND_REPEATED, values).await?;
-        row.map(Repeated::try_from).transpose()
-    }
-}
 
 impl Item for Arc<Admission> {
     type Answer = Admitted;
@@ -128,7 +62,7 @@ impl Item for Arc<Admission> {
     }
 }
 
-/// Writes admissions.
+/// Writes the admissions of a lane.
 pub(super) struct Admissions {
     pub(super) backend: Arc<Backend>,
     pub(super) redaction: Redaction,
@@ -153,8 +87,9 @@ impl Write for Admissions {
                 .admit_all(&mut c, std::slice::from_ref(item), true)
                 .await
             {
-                // Who brings threads from elsewhere does not hold the key of the thread that it makes, nor who answers calls
-                // the thread. The next look finds what they made.
+                // Two other writers do not lock the key: an import that creates the key's thread,
+                // and an answer to function calls that records an idempotency key. The next
+                // attempt finds what they committed.
                 Err(Failure::Failed(failed))
                     if failed.breaks("threads_current")
                         || failed.breaks("idempotency_keys_pkey") => {}
@@ -163,17 +98,17 @@ impl Write for Admissions {
                     return answers
                         .pop()
                         .flatten()
-                        .ok_or_else(|| corrupt("no answer").into());
+                        .ok_or_else(|| corrupt("no outcome of an admission").into());
                 }
             }
         }
         Err(NotWritten::Refused(StoreError::Unavailable(
-            "the key's thread kept changing".into(),
+            "the key's thread changed during every attempt".into(),
         )))
     }
 }
 
-/// Why nothing was admitted.
+/// The reason why nothing was admitted.
 enum Failure {
     Failed(Failed),
     Other(StoreError),
@@ -235,15 +170,15 @@ impl Admissions {
     }
 }
 
-/// An admission on its way.
+/// An admission that is being sent.
 struct Admit<'a> {
     admission: &'a Admission,
-    /// What is stored of the message, as JSON, and its id as it is spelled there.
+    /// The stored content of the message, as JSON, and its id as that JSON spells it.
     content: String,
     message_name: String,
 }
 
-/// An admission as the database takes it: see admit.function.sql.
+/// The fields of an item: see admit.function.sql.
 #[derive(Serialize)]
 struct Fields<'a> {
     tenant: &'a str,
@@ -322,7 +257,7 @@ impl Admit<'_> {
 }
 
 impl Admission {
-    /// What a row says that became of it.
+    /// Returns the outcome that a row reports.
     fn admitted(&self, row: AdmittedRow) -> Result<Admitted, StoreError> {
         let AdmittedRow {
             outcome,
@@ -340,7 +275,7 @@ impl Admission {
             ("recorded", Some(both)) => both,
             (other, _) => {
                 return Err(StoreError::Corrupt(format!(
-                    "an admission that is `{other}`"
+                    "the outcome `{other}` of an admission"
                 )));
             }
         };
@@ -366,8 +301,8 @@ impl Admission {
                 })))
             }
             RunStatus::Queued => {
-                let position =
-                    queue_position.ok_or_else(|| corrupt("a queued run without a position"))?;
+                let position = queue_position
+                    .ok_or_else(|| corrupt("a queued run without a place in the queue"))?;
                 Ok(Admitted::Queued {
                     lease,
                     thread: Box::new(thread),
@@ -376,7 +311,7 @@ impl Admission {
                 })
             }
             _ => Err(StoreError::Unavailable(
-                "the run has ended before its admission was heard of".into(),
+                "the run ended before the answer to its admission arrived".into(),
             )),
         }
     }
@@ -389,7 +324,7 @@ fn merged_into(thread: ThreadRow, run: RunRow) -> Result<Admitted, StoreError> {
     })
 }
 
-/// What became of an admission: see admit.function.sql.
+/// A row that reports an admission's outcome: see admit.function.sql.
 #[derive(FromRow)]
 struct AdmittedRow {
     outcome: String,
@@ -400,59 +335,36 @@ struct AdmittedRow {
     both: Found<ThreadAndRun>,
 }
 
-/// A message that asks for a run.
+/// A message that needs a run.
 #[derive(Clone, Debug)]
 pub struct Admission {
     pub key: ConversationKey,
-    /// Id of the thread, should one have to be made.
+    /// The id of the thread, if one has to be created.
     pub new_thread: ThreadId,
-    /// How long a thread of this scope may be used, unless it has limits of its own.
+    /// The configured limits of this scope. They hold for a thread without limits of its own.
     pub limits: Limits,
-    /// How long the caller wants it to live, from now on.
+    /// How long the caller wants the thread to live, from now on.
     pub ttl: Option<Ttl>,
-    /// Name of the assistant's upstream. A thread lives on the upstream of its first run.
+    /// The name of the assistant's upstream. A thread stays on the upstream of its first run.
     pub upstream: String,
     pub run_id: RunId,
     pub assistant: String,
     pub strategy: MultitaskStrategy,
     pub metadata: Metadata,
     pub message: InputMessage,
-    /// How long the run may take once it has started.
+    /// How long the run may take after it has started.
     pub timeout: Duration,
-    /// The replica that will work on it.
+    /// The replica that will work on the run.
     pub replica: ReplicaId,
-    /// An id for the row that says that the upstream thread of a fresh thread is about to be made. `None`: it needs none.
+    /// The id of the row that records the intent to create the upstream thread of a fresh thread.
+    /// `None`: the thread needs none.
     pub intent: Option<OrphanId>,
     pub idempotency: Option<Idempotency>,
-    /// How long the use of an idempotency key counts.
+    /// How long the use of an idempotency key is remembered.
     pub idempotency_ttl: Duration,
 }
 
-/// What makes a repeated request known.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Idempotency {
-    /// The caller's key, of the conversation's own.
-    pub key: String,
-    /// A hash of all that the request asks for.
-    pub request_hash: [u8; 32],
-}
-
-/// An earlier use of an idempotency key.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Repeated {
-    pub request_hash: [u8; 32],
-    pub thread: Thread,
-    pub run: Run,
-}
-
-/// A user's message on its way into a run.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct InputMessage {
-    pub id: MessageId,
-    pub content: Vec<ContentPart>,
-}
-
-/// What became of an [`Admission`].
+/// The outcome of an [`Admission`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Admitted {
     Started(Box<StartedRun>),
@@ -460,10 +372,10 @@ pub enum Admitted {
         lease: RunLease,
         thread: Box<Thread>,
         run: Box<Run>,
-        /// 1 for the run that goes next.
+        /// The place in the queue: 1 for the run that starts next.
         position: i64,
     },
-    /// The message is one of this waiting run's now.
+    /// The message has joined this queued run.
     Merged {
         thread: Box<Thread>,
         run: Box<Run>,
@@ -476,8 +388,8 @@ pub enum Admitted {
     Repeated,
 }
 
-/// The most messages that one waiting run takes in by [`MultitaskStrategy::Merge`].
+/// The most messages that one queued run collects by [`MultitaskStrategy::Merge`].
 pub const MAX_MERGED: usize = 32;
 
-/// The most bytes of content that it takes in so, as JSON.
+/// The most bytes of content, as JSON, that one queued run collects by merging: 12 MiB.
 pub const MAX_MERGED_BYTES: usize = 12 * 1024 * 1024;

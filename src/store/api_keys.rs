@@ -1,4 +1,4 @@
-//! API keys: of each a hash, never the key. And the key of fingerprints.
+//! API keys, of which the database has hashes only, and the key of the fingerprints.
 
 use sqlx::FromRow;
 use uuid::Uuid;
@@ -58,7 +58,7 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Adds a key.
+    /// Adds an API key.
     pub async fn add_key(&self, key: &NewKey) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
         let values = params()
@@ -72,7 +72,7 @@ impl Store {
         Ok(())
     }
 
-    /// All keys, of one tenant or of all, oldest first, revoked ones included.
+    /// Returns all API keys of one tenant or of all, oldest first, revoked ones included.
     pub async fn keys(&self, tenant: Option<&TenantKey>) -> Result<Vec<StoredKey>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<KeyRow> = c
@@ -81,7 +81,7 @@ impl Store {
         rows.into_iter().map(StoredKey::try_from).collect()
     }
 
-    /// Those that open something: not revoked. Of all tenants, oldest first.
+    /// Returns the API keys of all tenants that are not revoked, oldest first.
     pub async fn good_keys(&self) -> Result<Vec<NewKey>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<KeyRow> = c.all(&LIST_GOOD, params()).await?;
@@ -90,20 +90,21 @@ impl Store {
             .collect()
     }
 
-    /// Revokes the key that begins so. It is as it was if it was revoked before; `None` if there is none.
+    /// Revokes the API key with this prefix, and returns it. A key that was revoked before keeps
+    /// its time. `None`: there is no such key.
     pub async fn revoke_key(&self, prefix: &str) -> Result<Option<StoredKey>, StoreError> {
         let mut c = self.backend.writer().await?;
         let row: Option<KeyRow> = c.optional(&REVOKE, params().set("prefix", prefix)).await?;
         row.map(StoredKey::try_from).transpose()
     }
 
-    /// The key of the HMAC that makes [fingerprints](crate::domain::Fingerprints), the same for all processes on this
-    /// database: the recorded one, or `fresh`, which is recorded if there is none.
+    /// Returns the key of the HMAC that makes [fingerprints](crate::domain::Fingerprints), the
+    /// same for all processes on this database. If none is recorded, it records `fresh`.
     pub async fn fingerprint_key(&self, fresh: [u8; 32]) -> Result<[u8; 32], StoreError> {
         let mut c = self.backend.writer().await?;
         let mut found: Option<(Vec<u8>,)> = c.optional(&READ_FINGERPRINT_KEY, params()).await?;
         if found.is_none() {
-            // Of several processes that get here at once one records its own.
+            // If several processes get here at the same time, one of them records its own.
             c.execute(&ADD_FINGERPRINT_KEY, params().set("secret", &fresh[..]))
                 .await?;
             found = Some(c.one(&READ_FINGERPRINT_KEY, params()).await?);
@@ -111,7 +112,7 @@ impl Store {
         let (secret,) = found.unwrap_or_default();
         secret
             .try_into()
-            .map_err(|_| corrupt("a key of fingerprints of another length"))
+            .map_err(|_| corrupt("a fingerprint key of the wrong length"))
     }
 }
 
@@ -138,9 +139,9 @@ impl TryFrom<KeyRow> for StoredKey {
                 hash: row
                     .hash
                     .try_into()
-                    .map_err(|_| corrupt("a hash of another length"))?,
+                    .map_err(|_| corrupt("the hash of an API key, of the wrong length"))?,
                 tenant: TenantKey::try_from(row.tenant)
-                    .map_err(|_| corrupt("a tenant that is no key"))?,
+                    .map_err(|_| corrupt("the tenant of an API key"))?,
                 access: word(&row.access)?,
                 label: row.label,
             },
@@ -150,21 +151,21 @@ impl TryFrom<KeyRow> for StoredKey {
     }
 }
 
-/// A key to be added.
+/// An API key to be added.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct NewKey {
     pub id: KeyId,
-    /// How the key begins: enough to find it, too little to use it.
+    /// The beginning of the key: enough to find it, too little to use it.
     pub prefix: String,
     /// The SHA-256 of the whole key.
     pub hash: [u8; 32],
     pub tenant: TenantKey,
     pub access: Access,
-    /// What it is for, in its maker's words.
+    /// The purpose of the key, in the words of its creator.
     pub label: String,
 }
 
-/// A key as it is recorded.
+/// An API key as it is recorded.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct StoredKey {
     pub key: NewKey,

@@ -1,4 +1,4 @@
-//! Where a thread lives upstream, once that is known.
+//! Binding a thread to its upstream thread.
 
 use std::sync::Arc;
 
@@ -7,11 +7,14 @@ use serde::Serialize;
 use sqlx::FromRow;
 use uuid::Uuid;
 
-use super::lane::{Answer, Answers, Item, NotWritten, Write};
+use super::backend::Backend;
+use super::errors::NotWritten;
+use super::errors::StoreError;
+use super::lane::{Answer, Answers, Item, Write};
 use super::pool::Connection;
 use super::rows::corrupt;
 use super::statement::Statement;
-use super::{Backend, RunLease, Store, StoreError};
+use super::values::RunLease;
 use crate::domain::{OrphanId, TenantKey, UpstreamThreadId};
 
 static BIND: Statement = Statement::for_each_engine(
@@ -22,30 +25,10 @@ static BIND: Statement = Statement::for_each_engine(
 
 pub(super) static STATEMENTS: &[&Statement] = &[&BIND];
 
-impl Store {
-    /// Records where the thread of a run lives upstream, and that what was [intended](Self::intend) is done.
-    ///
-    /// If the lease was lost, nothing of the thread changes, and what was made becomes an orphan where its
-    /// intent is still recorded. Goes along with those of others, if there are any. Harmless to repeat.
-    pub async fn bind_upstream_thread(
-        &self,
-        lease: &RunLease,
-        binding: Binding,
-    ) -> Result<Bound, StoreError> {
-        Ok(self
-            .bindings
-            .write(Leased {
-                lease: *lease,
-                binding,
-            })
-            .await?)
-    }
-}
-
-/// A binding for a run's thread.
+/// A binding, and the lease of the run whose thread it is for.
 pub(super) struct Leased {
-    lease: RunLease,
-    binding: Binding,
+    pub(super) lease: RunLease,
+    pub(super) binding: Binding,
 }
 
 impl Item for Leased {
@@ -68,7 +51,7 @@ impl Item for Leased {
     }
 }
 
-/// Writes bindings.
+/// Writes the bindings of a lane.
 pub(super) struct Bindings {
     pub(super) backend: Arc<Backend>,
 }
@@ -96,7 +79,7 @@ impl Write for Bindings {
         answers
             .pop()
             .flatten()
-            .ok_or_else(|| corrupt("no answer").into())
+            .ok_or_else(|| corrupt("no outcome of a binding").into())
     }
 }
 
@@ -114,12 +97,14 @@ async fn bind_all(
         "lost" => Ok(Some(Bound::Lost)),
         "unrecorded" => Ok(Some(Bound::Unrecorded)),
         "held" => Ok(None),
-        other => Err(StoreError::Corrupt(format!("a binding that is `{other}`"))),
+        other => Err(StoreError::Corrupt(format!(
+            "the outcome `{other}` of a binding"
+        ))),
     };
     Ok(rows.into_iter().map(bound).collect::<Result<_, _>>()?)
 }
 
-/// A binding as the database takes it: see bind.function.sql.
+/// The fields of an item: see bind.function.sql.
 #[derive(Serialize)]
 struct Fields<'a> {
     run: Uuid,
@@ -150,27 +135,30 @@ struct BoundRow {
     outcome: String,
 }
 
-/// An upstream thread that was made for a run's thread.
+/// An upstream thread that was created for a run's thread.
 #[derive(Clone, Debug)]
 pub struct Binding {
     pub id: UpstreamThreadId,
-    /// What was intended, and is done now.
+    /// The intent that this binding fulfils.
     pub intent: OrphanId,
-    /// It was made with the transcript, so it holds all earlier messages that are not withheld, under new ids: what was
-    /// missing or unknown is present, the ids of messages upstream and the unsettled run are void. The upstream thread that
-    /// the thread had before becomes a upstream orphan.
+    /// The upstream thread was created with the transcript. So it holds, under new ids, all
+    /// earlier messages that are not withheld. Missing and unknown messages become present. The
+    /// upstream ids of messages and the unsettled run become void. The thread's previous upstream
+    /// thread becomes an upstream orphan.
     pub seeded: bool,
-    /// How many of the user's messages of the thread before it begins with.
+    /// The number of the user's messages of the previous thread with which it begins.
     pub carried_users: u32,
 }
 
-/// What became of a [`Binding`].
+/// The outcome of a [`Binding`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Bound {
-    /// The thread of the run lives there now.
+    /// The run's thread is bound.
     Done,
-    /// The lease was lost. The record has the id all the same: as a upstream orphan, or as the thread's own since an earlier call.
+    /// The lease was lost. The database has the id all the same: as an upstream orphan, or as the
+    /// thread's own by an earlier call.
     Lost,
-    /// The lease was lost, and the record has no place for the id: whoever made the upstream thread has to delete it.
+    /// The lease was lost, and the database has no row for the id. The caller has to delete the
+    /// upstream thread.
     Unrecorded,
 }

@@ -1,29 +1,22 @@
-//! A connection on loan, and how statements are sent over it.
+//! Sending statements over a borrowed connection.
 
 use std::future::Future;
 
 use serde::Serialize;
 use sqlx::FromRow;
-use sqlx::error::DatabaseError;
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::postgres::PgRow;
+use sqlx::sqlite::SqliteRow;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
 use super::engine::Engine;
-use super::errors::passes;
+use super::errors::{Failed, passes};
 use super::params::{Params, params};
-use super::pool::{Connection, State};
+use super::pool::{Connection, Raw, State};
 use super::statement::Statement;
 
-/// A connection to either database.
-pub(super) enum Raw {
-    Postgres(PgConnection),
-    Sqlite(SqliteConnection),
-}
-
-/// Rows that both databases give.
+/// A row type that both engines can decode.
 pub(super) trait AnyRow:
     for<'r> FromRow<'r, PgRow> + for<'r> FromRow<'r, SqliteRow> + Send + Unpin
 {
@@ -34,33 +27,6 @@ impl<T> AnyRow for T where
 {
 }
 
-/// Why a statement came to nothing.
-#[derive(Debug)]
-pub(super) struct Failed {
-    /// The statement's name.
-    pub(super) statement: &'static str,
-    pub(super) cause: sqlx::Error,
-}
-
-impl Failed {
-    /// The statement would have broken this constraint, and has changed nothing.
-    pub(super) fn breaks(&self, constraint: &str) -> bool {
-        self.cause
-            .as_database_error()
-            .and_then(DatabaseError::constraint)
-            == Some(constraint)
-    }
-
-    /// The statement names a table that is not there.
-    pub(super) fn lacks_table(&self) -> bool {
-        let cause = self.cause.as_database_error();
-        // SQLite has no code of its own for this.
-        cause.is_some_and(|it| {
-            it.code().as_deref() == Some("42P01") || it.message().starts_with("no such table")
-        })
-    }
-}
-
 impl Connection {
     pub(super) fn engine(&self) -> Engine {
         match self.raw() {
@@ -69,7 +35,7 @@ impl Connection {
         }
     }
 
-    /// All rows that a statement gives.
+    /// Returns all rows of a statement.
     pub(super) async fn all<T: AnyRow>(
         &mut self,
         statement: &'static Statement,
@@ -108,8 +74,8 @@ impl Connection {
         Ok(rows)
     }
 
-    /// Carries a step out for many items: a function on Postgres, a script on SQLite. Gives a row for each item, in their
-    /// order.
+    /// Executes a step for many items: a function on Postgres, a script on SQLite. Returns one row
+    /// for each item, in their order.
     pub(super) async fn batch<T: AnyRow>(
         &mut self,
         step: &'static Statement,
@@ -127,13 +93,13 @@ impl Connection {
             .await?;
         if rows.len() != items.len() {
             return Err(failed(sqlx::Error::Decode(
-                "not as many answers as items".into(),
+                "the number of rows differs from the number of items".into(),
             )));
         }
         Ok(rows)
     }
 
-    /// The row that a statement gives, if any. It gives one at most.
+    /// Returns the row of a statement that gives at most one.
     pub(super) async fn optional<T: AnyRow>(
         &mut self,
         statement: &'static Statement,
@@ -142,7 +108,7 @@ impl Connection {
         Ok(self.all(statement, params).await?.pop())
     }
 
-    /// The one row that a statement gives.
+    /// Returns the row of a statement that gives exactly one.
     pub(super) async fn one<T: AnyRow>(
         &mut self,
         statement: &'static Statement,
@@ -155,7 +121,8 @@ impl Connection {
         })
     }
 
-    /// Carries a statement out that gives no rows. How many rows it has changed; of a script, all of its statements.
+    /// Executes a statement that gives no rows. Returns how many rows it changed; for a script,
+    /// the sum of its statements.
     pub(super) async fn execute(
         &mut self,
         statement: &'static Statement,
@@ -194,16 +161,18 @@ impl Connection {
         Ok(done)
     }
 
-    /// The driver sends a statement without a name in two calls: the first prepares it, the second carries it
-    /// out. A pooler that lends a server's connection for one transaction may lend another one to the second
-    /// call. That connection has no such statement, or one of another client. A transaction keeps both calls on
-    /// one connection.
+    /// Returns whether the statement must run in a transaction of its own.
+    ///
+    /// The driver sends an unnamed statement in two calls: the first prepares it, the second
+    /// executes it. A pooler that lends a server connection for one transaction may lend another
+    /// one to the second call. That connection has no such statement, or one of another client. A
+    /// transaction keeps both calls on one connection.
     fn needs_transaction(&self, statement: &Statement) -> bool {
         !statement.is_prepared && self.depth == 0 && self.engine() == Engine::Postgres
     }
 
-    /// Begins a transaction that may write, or a savepoint in the one that is open. What is not committed leaves nothing
-    /// behind, also if the connection is dropped.
+    /// Begins a transaction that may write, or a savepoint in the open one. Changes that are not
+    /// committed leave nothing behind, also if the connection is dropped.
     pub(super) async fn begin(&mut self) -> Result<(), Failed> {
         let text = match (self.depth, self.engine()) {
             (0, Engine::Postgres) => "BEGIN",
@@ -215,7 +184,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Commits what was begun last.
+    /// Commits the savepoint or transaction that was begun last.
     pub(super) async fn commit(&mut self) -> Result<(), Failed> {
         let text = if self.depth > 1 {
             "RELEASE SAVEPOINT attempt"
@@ -227,7 +196,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Begins a transaction for a script. On Postgres it is one statement, which needs none.
+    /// Begins a transaction for a script. On Postgres the step is one statement, which needs none.
     pub(super) async fn begin_script(&mut self) -> Result<(), Failed> {
         if self.engine() == Engine::Sqlite {
             self.begin().await
@@ -245,7 +214,7 @@ impl Connection {
         }
     }
 
-    /// Takes back what was begun last.
+    /// Rolls the savepoint or transaction back that was begun last.
     pub(super) async fn roll_back(&mut self) -> Result<(), Failed> {
         let text = if self.depth > 1 {
             "ROLLBACK TO SAVEPOINT attempt; RELEASE SAVEPOINT attempt"
@@ -273,7 +242,8 @@ impl Connection {
         self.end_call(name, done)
     }
 
-    /// What came of a call. After an error that is not a plain answer the connection is not used again.
+    /// Ends a call and returns its result. After an error that is not a plain answer of the
+    /// database, the connection is not used again.
     fn end_call<T>(
         &mut self,
         statement: &'static str,
@@ -297,7 +267,8 @@ impl Connection {
 }
 
 impl Raw {
-    /// Begins or ends a transaction. Only SQLite prepares that: Postgres parses it as fast as it finds it.
+    /// Begins or ends a transaction. Only SQLite prepares the statement: Postgres parses it as
+    /// fast as it would find it.
     pub(super) async fn control(&mut self, text: &'static str) -> sqlx::Result<()> {
         match self {
             Self::Postgres(c) => sqlx::raw_sql(text).execute(c).await.map(drop),
@@ -306,7 +277,7 @@ impl Raw {
     }
 }
 
-/// Bounds a call in time, within a span that names the statement.
+/// Runs a call with a deadline, within a span that names the statement.
 async fn within<T>(
     deadline: Instant,
     statement: &'static str,

@@ -1,4 +1,4 @@
-//! Requests to delete, and their way to a receipt.
+//! Requests to delete, from the request to its receipt.
 
 use std::time::Duration;
 
@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::params::{Params, params};
 use super::pool::Connection;
-use super::retention::delete_runs;
 use super::rows::{At, ThreadRow, millis};
+use super::runs::delete_runs;
 use super::statement::Statement;
 use super::{OrphanName, Store, StoreError};
 use crate::domain::{
@@ -17,10 +17,10 @@ use crate::domain::{
     ThreadId, Timestamp, UserKey,
 };
 
-/// Times that new runs may come while threads are taken, before that is given up.
+/// The most attempts to take threads while new runs keep arriving.
 const MAX_ATTEMPTS: u32 = 10;
 
-/// The condition on the threads `t` of a user; those of a key are `{of_key}`.
+/// Condition on the threads `t` of a user. For the threads of a key it is `{of_key}`.
 const OF_USER: &str = "t.tenant = :tenant AND t.user_key = :user";
 
 static ADD: Statement = Statement::new(
@@ -49,11 +49,11 @@ static LOCK_REQUESTS_OF_USER: Statement = Statement::new(
     ORDER BY d.id {lock d}",
 );
 
-/// The threads that a request begins with. One that erases also takes those that are archived, or are being
-/// deleted for less or for nobody.
+/// Finds the threads that a request begins with. A request that erases also takes archived
+/// threads, and threads whose deletion ends in an archive or has no request.
 ///
-/// A thread that a rollover has put in the place of an earlier one came with that one: it holds the messages
-/// that waited there, and its upstream thread begins with what was said there.
+/// A thread that a rollover created counts as old as the thread that it replaced. It has the
+/// messages that waited there, and its upstream thread begins with the earlier conversation.
 const FIND_THREADS: &str = "SELECT t.id FROM threads t
     WHERE {0}
         AND COALESCE(t.conversation_started_at, t.created_at)
@@ -106,7 +106,8 @@ static CANCEL_ACTIVE_RUNS: Statement = Statement::new(
     WHERE r.thread_id {in :threads} AND {active r} AND r.status <> 'cancelling'",
 );
 
-// What another request erases already is waited for too: then nothing of the target is left.
+// The request also waits for threads that another request is erasing. So nothing of its target is
+// left when it finishes.
 static FINISH: Statement = Statement::new(
     "deletion.finish",
     "UPDATE deletions AS d SET finished_at = {now}, user_key = NULL, scope_kind = NULL, scope_name = NULL
@@ -120,15 +121,17 @@ static FINISH: Statement = Statement::new(
 );
 
 impl Store {
-    /// Records a request to delete, and begins with up to `limit` threads. They take no message any more,
-    /// their active runs are to be cancelled, and they are due after the request's `hold`. A thread that came
-    /// after the request is not meant.
+    /// Records a request to delete, and begins with up to `limit` threads. These take no messages
+    /// any more, their active runs are to be cancelled, and they are due after the request's
+    /// `hold`. A thread that was created after the request is not part of it.
     ///
-    /// To be repeated with the same request until none is left to begin with; how many it was this time. What
-    /// is begun goes on with the rest by itself, should nobody repeat it.
+    /// Returns the number of threads that it began with. Repeat the call with the same request
+    /// until the number is 0. If the caller stops early, the deletion of a begun thread continues
+    /// with the rest.
     ///
-    /// An erasure takes over threads that are being archived, or erased because of their age. What another
-    /// request erases stays that one's, and is waited for. A request without any thread is finished at once.
+    /// An erasure takes over threads that are being archived, or erased because of their age.
+    /// Threads that another request erases stay with that request; this one waits for them. A
+    /// request without any thread is finished at once.
     pub async fn begin_deletion(
         &self,
         request: &DeletionRequest,
@@ -152,7 +155,8 @@ impl Store {
     }
 }
 
-/// Begins with threads of a request, and finishes it if there are none and none is under way.
+/// Begins with threads of a request. Finishes the request if there are none to begin with and none
+/// being deleted.
 async fn advance(
     c: &mut Connection,
     requested: &RequestedRow,
@@ -181,11 +185,16 @@ async fn begin(
         }
         c.roll_back().await?;
     }
-    Err(StoreError::Unavailable("new runs kept coming".into()))
+    Err(StoreError::Unavailable(
+        "new runs arrived during every attempt".into(),
+    ))
 }
 
-/// Runs are locked before their threads. Once the threads are locked, no more runs can come. `None` if the
-/// target has other runs or threads by then, or the threads became others: nothing must be kept then.
+/// Begins with threads of a request. Runs are locked before their threads. Once the threads are
+/// locked, no more runs can arrive.
+///
+/// Returns `None` if the target then has other runs or threads, or if threads have changed so that
+/// they no longer match. The caller must roll back then.
 async fn try_begin(
     c: &mut Connection,
     requested: &RequestedRow,
@@ -205,7 +214,8 @@ async fn try_begin(
         .set("threads", found.clone())
         .set("erases", !requested.archive);
     let threads = ids(c, &LOCK_THREADS, values).await?;
-    // A rollover that ended while its thread was waited for has put a fresh one in its place.
+    // A rollover that committed while this transaction waited for its thread has put a fresh
+    // thread in its place.
     let now = ids(c, find, requested.params().set("limit", limit)).await?;
     let values = params().set("threads", threads.clone()).set("runs", runs);
     let (has_others,): (bool,) = c.one(&HAS_OTHER_RUNS, values).await?;
@@ -236,7 +246,7 @@ async fn ids(
     Ok(rows.into_iter().map(|(id,)| id).collect())
 }
 
-/// Locks the unfinished runs of threads.
+/// Locks the unfinished runs of threads, and returns their ids.
 pub(super) async fn lock_unfinished(
     c: &mut Connection,
     threads: Vec<Uuid>,
@@ -244,7 +254,7 @@ pub(super) async fn lock_unfinished(
     ids(c, &LOCK_UNFINISHED_RUNS, params().set("threads", threads)).await
 }
 
-/// The active runs of threads are to be cancelled.
+/// Marks the active runs of threads to be cancelled.
 pub(super) async fn cancel_active(
     c: &mut Connection,
     threads: Vec<Uuid>,
@@ -347,8 +357,8 @@ static FIND_UNDER_WAY: Statement = Statement::new(
 );
 
 impl Store {
-    /// What a request to delete this target would take. Nothing is changed. An erasure also takes what
-    /// another request deletes already.
+    /// Counts what a request to delete this target would take, and changes nothing. An erasure
+    /// also takes what another request deletes already.
     pub async fn deletable(
         &self,
         tenant: &TenantKey,
@@ -364,8 +374,8 @@ impl Store {
         Ok(c.one(statement, values).await?)
     }
 
-    /// What came of a request to delete, with a page of its threads by id: those that are done and those that
-    /// are not.
+    /// Returns the state of a request to delete, with a page of its threads by id, finished or
+    /// not.
     pub async fn deletion(
         &self,
         tenant: &TenantKey,
@@ -404,8 +414,8 @@ impl Store {
         }))
     }
 
-    /// The request to delete this target, or all that its user has, that is not finished: one that has begun
-    /// with threads, if there are several.
+    /// Returns the unfinished request to delete this target, or everything of its user. If there
+    /// are several, it prefers one that has begun with threads.
     pub async fn deletion_under_way(
         &self,
         tenant: &TenantKey,
@@ -419,7 +429,7 @@ impl Store {
     }
 }
 
-/// A request to delete, and how far it came.
+/// A request to delete, and its progress.
 #[derive(FromRow)]
 struct DeletionRow {
     user_key: Option<String>,
@@ -556,8 +566,9 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Records what was deleted of a thread upstream so far, and forgets these upstream orphans. If that has an
-    /// outcome, the thread has no upstream thread any more, nor a unsettled run.
+    /// Records what was deleted of a thread upstream so far, and removes the upstream orphans in
+    /// `forget`. Once `removed` has an outcome, the thread has neither an upstream thread nor an
+    /// unsettled run.
     pub async fn removed(
         &self,
         thread: ThreadId,
@@ -588,18 +599,19 @@ impl Store {
         Ok(())
     }
 
-    /// Goes on with a deletion whose upstream part is done ([`Removed::outcome`]) and of which no run is
-    /// unfinished. One that ends in an archive has its end. One that erases removes up to `limit` messages
-    /// and as many runs, and when none are left, the thread.
+    /// Continues a deletion whose upstream part is done ([`Removed::outcome`]) and that has no
+    /// unfinished run. A deletion that archives is finished by this call. One that erases removes
+    /// up to `limit` messages and `limit` runs, and when none are left, the thread.
     ///
-    /// `true` when it is finished, and the receipt has its line, or if there is no such thread any more;
-    /// `false` if there is more to do, or it is not time for it. Finishes the user's requests that waited for
-    /// it.
+    /// Returns `true` when the deletion is finished and the receipt has its line, or if there is
+    /// no such thread any more. Returns `false` if there is more to do, or if the deletion cannot
+    /// continue yet. It finishes the user's requests that waited for this thread.
     pub async fn conclude(&self, thread: ThreadId, limit: u32) -> Result<bool, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
-        // The requests come first. So of two threads that are done at once the second finds the first one
-        // gone, and finishes what both belong to.
+        // Lock the requests first. If two threads are finished at the same time, the second
+        // transaction then finds the first thread gone, and finishes the request that both belong
+        // to.
         let values = params().set("thread", thread.uuid());
         let requests: Vec<RequestedRow> = c.all(&LOCK_REQUESTS_OF_USER, values).await?;
         let is_done = conclude_thread(&mut c, thread, limit).await?;
@@ -616,7 +628,7 @@ impl Store {
 async fn conclude_thread(c: &mut Connection, id: ThreadId, limit: u32) -> Result<bool, StoreError> {
     let of_thread = || params().set("thread", id.uuid());
     let row: Option<ConcludedRow> = c.optional(&LOCK_THREAD, of_thread()).await?;
-    // It is gone: an answer was lost.
+    // The thread is gone: an earlier call deleted it, and its answer was lost.
     let Some(row) = row else { return Ok(true) };
     let thread = Thread::try_from(row.thread)?;
     if row.is_busy || thread.lifecycle != Lifecycle::Deleting || thread.removed.outcome.is_none() {
@@ -639,7 +651,8 @@ async fn conclude_thread(c: &mut Connection, id: ThreadId, limit: u32) -> Result
     Ok(true)
 }
 
-/// Deletes messages of a thread, and when there are few left, runs. `false` if there may be more of them.
+/// Deletes up to `limit` messages of a thread. If fewer were left, it deletes up to `limit` runs
+/// too. Returns `false` if there may be more of either.
 async fn empty(c: &mut Connection, thread: ThreadId, limit: u32) -> Result<bool, StoreError> {
     let step = || params().set("thread", thread.uuid()).set("limit", limit);
     if c.execute(&DELETE_MESSAGES, step()).await? >= u64::from(limit) {
@@ -649,7 +662,8 @@ async fn empty(c: &mut Connection, thread: ThreadId, limit: u32) -> Result<bool,
     if delete_runs(c, runs).await? >= u64::from(limit) {
         return Ok(false);
     }
-    // Rows that somebody else had locked were passed over, and no reference keeps the thread for them.
+    // The deletion skips rows that another transaction has locked, and no foreign key keeps the
+    // thread for them.
     let (is_empty,): (bool,) = c
         .one(&IS_EMPTY, params().set("thread", thread.uuid()))
         .await?;
@@ -671,23 +685,23 @@ pub struct DeletionRequest {
     pub target: DeletionTarget,
     /// The [fingerprint](crate::domain::Fingerprints) of the target's user.
     pub fingerprint: String,
-    /// `Archive` takes current threads alone.
+    /// What becomes of the threads. `Archive` takes current threads only.
     pub end: Deletion,
-    /// How long the threads are left to whoever asked, before they are due.
+    /// How long the threads are left to the caller before they are due for the janitor.
     pub hold: Duration,
 }
 
-/// What is to be deleted.
+/// The target of a request to delete.
 #[derive(Clone, Debug)]
 pub enum DeletionTarget {
-    /// The key's current thread and all that it had before.
+    /// The key's current thread and all its earlier ones.
     Key(ConversationKey),
-    /// All that a user has.
+    /// All threads of a user.
     User(UserKey),
 }
 
 impl DeletionTarget {
-    /// Whose it is.
+    /// Returns the user whose threads are meant.
     pub const fn user(&self) -> &UserKey {
         match self {
             Self::Key(key) => &key.user,
@@ -696,31 +710,31 @@ impl DeletionTarget {
     }
 }
 
-/// What a request to delete would take, as its receipt would count it.
+/// What a request to delete would take, counted as in its receipt.
 #[derive(Clone, Copy, Debug, Default, Eq, FromRow, PartialEq)]
 pub struct Deletable {
     pub threads: i64,
     pub messages: i64,
     pub runs: i64,
-    /// Those of the runs that would be cancelled.
+    /// The number of the runs that would be cancelled.
     pub unfinished_runs: i64,
 }
 
-/// What came of a request to delete.
+/// The state of a request to delete.
 #[derive(Clone, Debug)]
 pub struct DeletionReport {
     pub id: DeletionId,
-    /// Of whom; not known any more once it is finished.
+    /// The user whose threads are deleted. `None` once the request is finished.
     pub user: Option<UserKey>,
-    /// The same as a fingerprint, which stays; `None`: an earlier version recorded the request.
+    /// The user's fingerprint, which stays. `None`: an earlier version recorded the request.
     pub fingerprint: Option<String>,
     pub requested_at: Timestamp,
     pub finished_at: Option<Timestamp>,
     pub archive: bool,
-    /// Threads that are done, and threads that are not.
+    /// The number of threads that are done, and of those that are not.
     pub done: i64,
     pub pending: i64,
-    /// Those that are done of which something may remain at their upstream.
+    /// The number of done threads of which something may remain at their upstream.
     pub incomplete: i64,
     pub threads: Page<DeletedThread>,
 }
@@ -730,13 +744,13 @@ pub struct DeletionReport {
 pub struct DeletedThread {
     pub id: ThreadId,
     pub upstream: String,
-    /// Deleted from the record, or in it if that is an archive.
+    /// The number of messages that were deleted, or archived.
     pub messages: i64,
     pub runs: i64,
     pub removed: Removed,
-    /// `None`: not done yet.
+    /// `None`: the thread is not done yet.
     pub finished_at: Option<Timestamp>,
-    /// Tries that failed, and why the last one did.
+    /// The number of failed attempts, and the reason of the last one.
     pub attempts: i64,
     pub last_failure: Option<String>,
 }

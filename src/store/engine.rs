@@ -1,8 +1,8 @@
-//! The database engines, and which of them a URL means.
+//! The database engines, and choosing one by a URL.
 
 use super::StoreError;
 
-/// A kind of database that the gateway can keep its data in.
+/// A database engine that the gateway can use.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Engine {
     Postgres,
@@ -10,11 +10,11 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Chooses by the URL's scheme: `postgres:`, `postgresql:` or `sqlite:`.
+    /// Returns the engine that the URL's scheme names: `postgres:`, `postgresql:` or `sqlite:`.
     ///
     /// # Errors
-    /// [`StoreError::Open`] for any other; it lists the accepted forms and shows of the URL no more than its
-    /// scheme, as the rest may hold a password.
+    /// [`StoreError::Open`] for any other scheme. The text lists the accepted forms. It shows only
+    /// the scheme of the URL, because the rest may hold a password.
     pub fn of(url: &str) -> Result<Self, StoreError> {
         let scheme = url.split_once(':').map(|(scheme, _)| scheme);
         match scheme.map(str::to_ascii_lowercase).as_deref() {

@@ -1,4 +1,4 @@
-//! What runs show while they are at work: the log that streams of them are resumed from.
+//! The logs of active runs, from which a stream of a run can be resumed.
 
 use sqlx::FromRow;
 use sqlx::types::Json;
@@ -11,18 +11,18 @@ use super::statement::Statement;
 use super::{RunLease, Store, StoreError};
 use crate::domain::{EventBatch, LoggedEvent, RunId, UpstreamRunId};
 
-/// On Postgres of all runs at once, on SQLite of one.
+/// Records the progress of all given runs on Postgres, and of one run on SQLite.
 ///
-/// On Postgres it locks runs by id, and passes over those that others have locked, so it waits for nobody,
-/// and nobody who waits for it waits in a circle. Nor does it wait in `logged`: who writes to the log of a
-/// run has that run locked, be it to end it, to let it wait, or to remove it.
+/// On Postgres it locks runs by id, and skips those that other transactions have locked. So it
+/// waits for no run, and it is part of no deadlock. The insert in `logged` does not wait either:
+/// every transaction that writes to the log of a run has locked that run.
 ///
-/// A row that is there already was written by a call whose answer did not come in time. It begins with the
-/// same event under the same fence, so the longer one says all. An id that the run had before is older
-/// than what is stored.
+/// A row that exists already was written by a call whose answer did not come in time. It begins
+/// with the same event under the same fence, so the longer of the two rows has everything. An
+/// upstream id that the run had before is older than the stored one, and is not stored again.
 static RECORD: Statement = Statement::for_each_engine(
     "events.record",
-    // The parameters are arrays, with the same run at the same place of each.
+    // The parameters are arrays. Each has the same run at the same index.
     "WITH told AS MATERIALIZED (
         SELECT p.run_id, p.fence, p.upstream_run_id, p.first_offset, p.events::jsonb AS events, p.end_offset
         FROM unnest(
@@ -68,7 +68,7 @@ static RECORD: Statement = Statement::for_each_engine(
     SELECT r.id FROM runs r WHERE r.id = :run AND r.fence = :fence AND r.finished_at IS NULL",
 );
 
-/// What ends after a number, or if nothing does, what ends last.
+/// Returns the rows that end after the offset `:from` or, if there are none, the last row.
 static LIST: Statement = Statement::new(
     "events.list",
     "SELECT e.first_offset, e.events FROM run_events e
@@ -82,12 +82,13 @@ static LIST: Statement = Statement::new(
 pub(super) static STATEMENTS: &[&Statement] = &[&RECORD, &LIST];
 
 impl Store {
-    /// Records what runs at work have shown since it was last recorded, and where they are at their upstream:
-    /// what whoever takes one over, or follows it on another replica, needs to know. Each run comes once.
+    /// Records the new events of active runs, and their ids at their upstream. A replica that
+    /// takes a run over, or follows it, needs both. Each run may occur once.
     ///
-    /// The answer names those of which it was recorded. One that is missing is being ended, or its lease was
-    /// lost, or it should be tried again. Harmless to repeat, also with more events at the end: the batch of
-    /// a run begins where the last one ends that is known to be recorded.
+    /// Returns the runs that were recorded. If a run is missing, it is being ended, or its lease
+    /// was lost, or the caller should try again. The call is harmless to repeat, also with more
+    /// events at the end. The batch of a run must begin at the end of the last batch that is known
+    /// to be recorded.
     pub async fn record(&self, progress: &[RunProgress]) -> Result<Vec<RunId>, StoreError> {
         if progress.is_empty() {
             return Ok(Vec::new());
@@ -160,9 +161,9 @@ impl Store {
         log_json(&self.redaction.events(&run.events).events)
     }
 
-    /// The stored log of a run from number `from` on: batches in order, which may begin before `from`, and
-    /// may say again what the one before has said. The last one is always among them: it tells where the log
-    /// ends.
+    /// Returns the stored log of a run from offset `from` on. The batches are in order. The first
+    /// may begin before `from`, and batches may overlap. The last batch is always included,
+    /// because it marks the end of the log.
     pub async fn events(&self, run: RunId, from: i64) -> Result<Vec<EventBatch>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<EventRow> = c
@@ -188,12 +189,12 @@ impl From<EventRow> for EventBatch {
     }
 }
 
-/// What a run at work has shown since it was last [recorded](Store::record).
+/// The progress of an active run since it was last [recorded](Store::record).
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunProgress {
     pub lease: RunLease,
-    /// `None`: not known yet, or recorded before.
+    /// The run's id at the upstream. `None`: it is not known yet, or was recorded before.
     pub upstream_run_id: Option<UpstreamRunId>,
-    /// May be empty.
+    /// The new events. The batch may be empty.
     pub events: EventBatch,
 }

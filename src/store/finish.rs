@@ -1,21 +1,22 @@
-//! The end of a run.
+//! Ending a run.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::Serialize;
 use serde_json::value::RawValue;
-use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::lane::{Answer, Answers, Item, NotWritten, Write};
-use super::params::params;
+use super::backend::Backend;
+use super::errors::NotWritten;
+use super::errors::StoreError;
+use super::lane::{Answer, Answers, Item, Write};
 use super::pool::Connection;
 use super::redaction::Redaction;
-use super::rows::{FinishedRow, ThreadAndRun, corrupt, ended, json, log_json};
+use super::rows::{HasId, RunWithReply, ThreadWithActivity, corrupt, ended, json, log_json};
 use super::statement::Statement;
-use super::{Backend, InputMessage, RunLease, Store, StoreError};
+use super::values::RunLease;
 use crate::domain::{
     ContentPart, EventBatch, Message, MessageId, Run, RunError, RunStatus, TenantKey, Thread,
     ThreadActivity, UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
@@ -27,92 +28,12 @@ static FINISH: Statement = Statement::for_each_engine(
     include_str!("sql/finish.sqlite.sql"),
 );
 
-/// The run is locked, so that no message joins it between the look and the end.
-static LOCK_QUEUED: Statement = Statement::new(
-    "finish.lock_queued",
-    "SELECT r.queued_input FROM runs r WHERE r.id = :run AND r.fence = :fence AND r.queued_input IS NOT NULL {lock r}",
-);
+pub(super) static STATEMENTS: &[&Statement] = &[&FINISH];
 
-static LEAVE_TO_OTHERS: Statement = Statement::new(
-    "finish.leave_to_others",
-    "UPDATE runs SET queued_input = :others, strategy = 'merge' WHERE id = :run",
-);
-
-static FORGET_KEY: Statement = Statement::new(
-    "finish.forget_idempotency_key",
-    "DELETE FROM idempotency_keys WHERE run_id = :run AND key = :idempotency_key",
-);
-
-static FIND_SHARED: Statement = Statement::new(
-    "finish.find_shared",
-    "SELECT {thread t}, {run r}, (
-        SELECT count(*) FROM runs o
-        WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.priority, o.seq) < (r.priority, r.seq)
-    ) AS before
-    FROM runs r JOIN threads t ON t.id = r.thread_id WHERE r.id = :run",
-);
-
-pub(super) static STATEMENTS: &[&Statement] = &[
-    &FINISH,
-    &LOCK_QUEUED,
-    &LEAVE_TO_OTHERS,
-    &FORGET_KEY,
-    &FIND_SHARED,
-];
-
-impl Store {
-    /// Ends a run: status, reply, counters, log, in one step. A run that never started has its messages moved into the
-    /// transcript too, so that nothing a user said is dropped. A run that is discarded has its messages removed instead.
-    ///
-    /// Goes along with the ends of others, if there are any. Repeating the call with the same lease and end is harmless and
-    /// answers the same.
-    pub async fn finish(
-        &self,
-        lease: &RunLease,
-        end: impl Into<Arc<RunEnd>>,
-    ) -> Result<Closing, StoreError> {
-        Ok(self
-            .ends
-            .write(Ending {
-                lease: *lease,
-                end: end.into(),
-            })
-            .await?)
-    }
-
-    /// Takes a message back whose sender heard that it was not taken, although its run was recorded. A waiting run that
-    /// others have [joined](crate::domain::MultitaskStrategy::Merge) goes on without it, and the message's idempotency key
-    /// stands for nothing any more. Else the run ends as [`finish`](Self::finish) ends it. Harmless to repeat.
-    pub async fn withdraw(
-        &self,
-        lease: &RunLease,
-        taken: &Withdrawal,
-    ) -> Result<Withdrawn, StoreError> {
-        let mut c = self.backend.vital_writer().await?;
-        c.begin().await?;
-        let values = params()
-            .set("run", lease.run_id.uuid())
-            .set("fence", lease.fence);
-        let waiting: Option<(Json<Vec<InputMessage>>,)> = c.optional(&LOCK_QUEUED, values).await?;
-        let mut others = waiting.map(|(Json(input),)| input).unwrap_or_default();
-        others.retain(|message| message.id != taken.message);
-        let withdrawn = if others.is_empty() {
-            match finish_in(&mut c, self.redaction, lease, &taken.end).await? {
-                Closing::Finished(_) => Withdrawn::Ended,
-                Closing::MustDiscard | Closing::Lost => Withdrawn::Lost,
-            }
-        } else {
-            leave_to(&mut c, lease, &others, taken).await?
-        };
-        c.commit().await?;
-        Ok(withdrawn)
-    }
-}
-
-/// A run that is to end.
+/// A run that is to end, with its lease.
 pub(super) struct Ending {
-    lease: RunLease,
-    end: Arc<RunEnd>,
+    pub(super) lease: RunLease,
+    pub(super) end: Arc<RunEnd>,
 }
 
 impl Item for Ending {
@@ -140,7 +61,7 @@ impl Item for Ending {
     }
 }
 
-/// Writes ends.
+/// Writes the ends of a lane.
 pub(super) struct Ends {
     pub(super) backend: Arc<Backend>,
     pub(super) redaction: Redaction,
@@ -176,8 +97,8 @@ impl Write for Ends {
     }
 }
 
-/// Ends one run, and waits for its rows.
-async fn finish_in(
+/// Ends one run, and waits for the locks of its rows.
+pub(super) async fn finish_in(
     c: &mut Connection,
     redaction: Redaction,
     lease: &RunLease,
@@ -187,7 +108,7 @@ async fn finish_in(
     answers
         .pop()
         .flatten()
-        .ok_or_else(|| corrupt("no answer").into())
+        .ok_or_else(|| corrupt("no outcome of a run's end").into())
 }
 
 async fn finish_all<'a>(
@@ -209,7 +130,7 @@ async fn finish_all<'a>(
         .collect::<Result<_, StoreError>>()?)
 }
 
-/// An end as the database takes it: see finish.function.sql.
+/// The fields of an item: see finish.function.sql.
 #[derive(Serialize)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -283,7 +204,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A value as JSON that the database can hold.
+/// Returns a value as JSON that the database can store.
 fn raw<T: Serialize>(value: Option<&T>) -> Result<Option<Box<RawValue>>, StoreError> {
     value.map(|value| raw_text(json(value)?)).transpose()
 }
@@ -292,7 +213,8 @@ fn raw_text(text: String) -> Result<Box<RawValue>, StoreError> {
     RawValue::from_string(text).map_err(|error| StoreError::Statement(error.into()))
 }
 
-/// What became of an end: see finish.function.sql. Only one that is finished has more than an outcome.
+/// A row that reports the outcome of an end: see finish.function.sql. Only a finished end has more
+/// than an outcome.
 struct EndedRow {
     outcome: String,
     finished: Option<FinishedRow>,
@@ -317,14 +239,15 @@ where
 }
 
 impl EndedRow {
-    /// `None`: it is held. The reply is told as it was given, also where its content is not stored.
+    /// Returns the outcome; `None`: the item is held. A reply is returned as the caller gave it,
+    /// also if its content is not stored.
     fn closing(self, end: &RunEnd) -> Result<Option<Closing>, StoreError> {
         let row = match (&*self.outcome, self.finished) {
             (_, Some(row)) => row,
             ("held", None) => return Ok(None),
             ("must_discard", None) => return Ok(Some(Closing::MustDiscard)),
             ("lost", None) => return Ok(Some(Closing::Lost)),
-            (other, None) => return Err(StoreError::Corrupt(format!("an end that is `{other}`"))),
+            (other, None) => return Err(StoreError::Corrupt(format!("a run's end `{other}`"))),
         };
         let mut finished = Finished::try_from(row)?;
         if let (Some(message), Some(reply)) = (&mut finished.message, &end.reply)
@@ -337,43 +260,34 @@ impl EndedRow {
     }
 }
 
-/// A run and its place in the queue.
 #[derive(FromRow)]
-struct SharedRow {
+pub(super) struct FinishedRow {
     #[sqlx(flatten)]
-    both: ThreadAndRun,
-    before: i64,
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    run: RunWithReply,
 }
 
-/// Leaves a waiting run, which the caller holds, to the messages of others. What it does to a busy thread was the wish of the
-/// one whose message is taken back.
-async fn leave_to(
-    c: &mut Connection,
-    lease: &RunLease,
-    others: &[InputMessage],
-    taken: &Withdrawal,
-) -> Result<Withdrawn, StoreError> {
-    let run = lease.run_id.uuid();
-    c.execute(
-        &LEAVE_TO_OTHERS,
-        params().set("run", run).json("others", Some(&others))?,
-    )
-    .await?;
-    let key = taken.idempotency_key.as_deref();
-    c.execute(
-        &FORGET_KEY,
-        params().set("run", run).set("idempotency_key", key),
-    )
-    .await?;
-    let row: SharedRow = c.one(&FIND_SHARED, params().set("run", run)).await?;
-    Ok(Withdrawn::Shared {
-        thread: Box::new(row.both.thread.try_into()?),
-        run: Box::new(row.both.run.try_into()?),
-        position: row.before + 1,
-    })
+impl TryFrom<FinishedRow> for Finished {
+    type Error = StoreError;
+
+    fn try_from(row: FinishedRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        let (run, message) = row.run.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            run,
+            message,
+        })
+    }
 }
 
-/// How a run ended.
+impl HasId for FinishedRow {
+    const ID: &'static str = "r_id";
+}
+
+/// The end of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunEnd {
     /// A final status.
@@ -381,31 +295,36 @@ pub struct RunEnd {
     pub error: Option<RunError>,
     pub usage: Option<Usage>,
     pub upstream_run_id: Option<UpstreamRunId>,
-    /// Requests, besides those [sent again](Store::sends_again), that may have left something upstream under an id that
-    /// [nobody heard](Store::unacknowledged_requests).
+    /// The number of requests that may have left something upstream under an id that the gateway
+    /// [never received](Store::unacknowledged_requests). Requests that were [sent
+    /// again](Store::sends_again) are not counted here.
     pub unacknowledged_requests: u32,
-    /// Where the thread stands upstream from now on, if this run moved it.
+    /// The thread's upstream thread from now on, if this run changed it.
     pub upstream_thread_id: Option<UpstreamThreadId>,
-    /// The reply, whole or, for a run that did not complete, as far as it came.
+    /// The reply: the whole of it or, if the run did not complete, the part that arrived.
     pub reply: Option<Reply>,
-    /// Where the run's user messages stand upstream.
+    /// The upstream state of the run's user messages.
     pub said: UpstreamSync,
-    /// All earlier messages that are not withheld are upstream now: the [unsynced messages](Store::unsynced_messages) went along with the
-    /// run, or the run began a new chain. What was missing or unknown is present, and an older unsettled run is void.
+    /// All earlier messages that are not withheld are upstream now. Either the [unsynced
+    /// messages](Store::unsynced_messages) were sent with the run, or the run began a new chain.
+    /// Missing and unknown messages become present, and an older unsettled run is void.
     pub synced: bool,
-    /// What is not known of the run's traces upstream. Otherwise the thread keeps what it has.
+    /// The part of the run's traces upstream that is not known. `None`: the thread keeps its
+    /// unsettled run.
     pub unsettled_run: Option<UnsettledRun>,
-    /// The run's messages are to be removed, and nothing of them is left upstream, or `unsettled_run` says what.
+    /// The run's messages are to be removed. Nothing of them is left upstream, or `unsettled_run`
+    /// says what is.
     pub discard: bool,
     /// The rest of the run's log.
     pub events: EventBatch,
-    /// The record tells all that the log says: that the run has started, and the text of its reply. So `events` has none, and
-    /// nothing is stored of the log; what was [recorded](Store::record) of it, up to `events.first`, is removed.
+    /// The other rows say all that the log says: that the run has started, and the text of its
+    /// reply. So `events` is empty, and no log is stored. The part that was
+    /// [recorded](Store::record), up to `events.first`, is removed.
     pub drops_log: bool,
 }
 
 impl RunEnd {
-    /// The run's user messages do not stand as they did when it began.
+    /// Returns whether the run's user messages have another state than at its start.
     fn marks_said(&self) -> bool {
         let as_begun = self.said == UpstreamSync::Present && self.status == RunStatus::Completed;
         !as_begun && !self.discard
@@ -421,11 +340,11 @@ pub struct Reply {
     pub sync: UpstreamSync,
 }
 
-/// What became of an attempt to end a run.
+/// The outcome of an attempt to end a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Closing {
     Finished(Box<Finished>),
-    /// Nothing changed: the run was marked to be discarded, and the end does not say that its traces are gone.
+    /// Nothing changed: the run is marked to be discarded, and the end does not discard it.
     MustDiscard,
     /// Nothing changed: the lease was lost.
     Lost,
@@ -438,29 +357,4 @@ pub struct Finished {
     pub activity: ThreadActivity,
     pub run: Run,
     pub message: Option<Message>,
-}
-
-/// A message that is to be taken back.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Withdrawal {
-    pub message: MessageId,
-    pub idempotency_key: Option<String>,
-    /// How its run ends if it holds no other message.
-    pub end: RunEnd,
-}
-
-/// What became of a [`Withdrawal`].
-#[derive(Clone, Debug, PartialEq)]
-pub enum Withdrawn {
-    /// The run has ended.
-    Ended,
-    /// The run waits on, with the messages of others.
-    Shared {
-        thread: Box<Thread>,
-        run: Box<Run>,
-        /// 1 for the run that goes next.
-        position: i64,
-    },
-    /// There is no such run (yet), or the lease was lost.
-    Lost,
 }

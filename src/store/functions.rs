@@ -1,8 +1,9 @@
-//! Functions in the database: the steps that every turn takes, each for many runs in one call.
+//! Postgres functions: the steps that every run takes. One call of a function takes many runs.
 //!
-//! A function is a text of ours that Postgres keeps compiled. Its name ends in a hash of that text, so another version of this
-//! program has functions of its own beside these: `migrate` adds those that are missing and replaces none. Parameters and
-//! results are of built-in types, and it does what its caller may do.
+//! Postgres keeps a function compiled. The name of a function ends in a hash of its text, so each
+//! version of this program has its own functions beside those of others. `migrate` adds the
+//! missing ones and replaces none. Parameters and results have built-in types. A function runs
+//! with the rights of its caller.
 
 use std::sync::OnceLock;
 
@@ -12,7 +13,7 @@ use super::engine::Engine;
 use super::rows::hex;
 use super::words::expand;
 
-/// A function.
+/// A Postgres function of the gateway.
 #[derive(Debug)]
 pub(super) struct Function {
     pub(super) name: &'static str,
@@ -25,11 +26,11 @@ pub(super) struct Function {
 #[derive(Debug)]
 struct Made {
     name: String,
-    /// What follows the name where it is made.
+    /// The rest of the `CREATE FUNCTION` statement, after the name.
     text: String,
 }
 
-/// All of them.
+/// All functions that this version calls.
 pub(super) static FUNCTIONS: &[&Function] = &[&ADMIT, &BIND, &FINISH];
 
 static ADMIT: Function = Function::new(
@@ -69,15 +70,15 @@ impl Function {
         }
     }
 
-    /// Its name in the database.
+    /// Returns its name in the database.
     pub(super) fn name_in_database(&self) -> &str {
         &self.made().name
     }
 
-    /// The statement that makes it in a schema. The schema's name is spelled as in SQL.
+    /// Returns the statement that creates it in a schema. `schema` is quoted as in SQL.
     pub(super) fn definition(&self, schema: &str) -> String {
         let Made { name, text } = self.made();
-        // Whatever the caller's search path says, it means the tables beside it.
+        // The function uses the tables of its own schema, whatever the caller's search path is.
         let path = format!("SET search_path = {schema}, pg_temp");
         format!(
             "CREATE FUNCTION {schema}.{name}{}",
@@ -100,7 +101,7 @@ impl Function {
     }
 }
 
-/// The statements that make the functions of ours that a statement calls, in the schema `public`.
+/// Returns the statements that create, in the schema `public`, the functions that `sql` calls.
 pub fn functions_called_by(sql: &str) -> impl Iterator<Item = String> {
     FUNCTIONS
         .iter()
@@ -108,12 +109,16 @@ pub fn functions_called_by(sql: &str) -> impl Iterator<Item = String> {
         .map(|function| function.definition("public"))
 }
 
-/// The name in the database of a function of ours.
-pub(super) fn name_in_database(name: &str) -> Option<&'static str> {
-    FUNCTIONS
-        .iter()
-        .find(|function| function.name == name)
-        .map(|function| function.name_in_database())
+/// Puts the names that functions have in the database in the place of `{function …}`.
+pub(super) fn with_function_names(text: &str) -> String {
+    FUNCTIONS.iter().fold(text.to_owned(), |text, function| {
+        let word = format!("{{function {}}}", function.name);
+        if text.contains(&word) {
+            text.replace(&word, function.name_in_database())
+        } else {
+            text
+        }
+    })
 }
 
 #[cfg(test)]

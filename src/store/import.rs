@@ -1,4 +1,4 @@
-//! Threads and messages from elsewhere.
+//! Importing threads and messages that another system exported.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -17,13 +17,13 @@ use crate::domain::{
     ThreadId, Timestamp, UpstreamSync, UpstreamThreadId,
 };
 
-/// The key of a row `e` is that of the thread `t`.
+/// Condition: the row `e` has the key of the thread `t`.
 const OF_ROW: &[&str] = &["t.tenant = e.value ->> 'tenant' AND t.user_key = e.value ->> 'user'
             AND t.scope_kind = {as scope_kind, e.value ->> 'scope_kind'} AND t.scope_name = e.value ->> 'scope_name'"];
 
 static READ_CLOCK: Statement = Statement::new("import.read_clock", "SELECT {now}");
 
-/// `rows`: see [`ThreadToAdd`]. Without WHERE, SQLite would take ON for a part of FROM.
+/// `rows`: see [`ThreadToAdd`]. Without WHERE, SQLite would parse ON as a part of FROM.
 static ADD_THREADS: Statement = Statement::new(
     "import.add_threads",
     "INSERT INTO threads (
@@ -43,7 +43,8 @@ static ADD_THREADS: Statement = Statement::new(
     RETURNING id",
 );
 
-/// `rows`: see [`ThreadToFind`]. A thread whose upstream thread was deleted since is still known by it.
+/// `rows`: see [`ThreadToFind`]. A thread whose upstream thread was deleted since is still found
+/// by its id.
 static FIND_KNOWN_THREADS: Statement = Statement::variant(
     "import.find_known_threads",
     "SELECT CAST(e.value ->> 'place' AS bigint), (
@@ -64,8 +65,8 @@ static FIND_KNOWN_THREADS: Statement = Statement::variant(
     OF_ROW,
 );
 
-/// `rows`: see [`ThreadToAdd`]. Whether the tenant's thread of that id has the row's key, NULL if there is none; and the
-/// current thread of the key.
+/// `rows`: see [`ThreadToAdd`]. Returns whether the tenant's thread of that id has the row's key
+/// (NULL if there is no such thread), and the current thread of the key.
 static FIND_OTHERS: Statement = Statement::variant(
     "import.find_others",
     "SELECT {uuid e.value ->> 'id'}, (
@@ -82,7 +83,7 @@ static FIND_OF_TENANT: Statement = Statement::new(
     "SELECT t.id FROM threads t WHERE t.id {in :ids} AND t.tenant = :tenant",
 );
 
-/// In the order in which all take them that lock several.
+/// Locks threads by id, like every statement that locks several.
 static LOCK_THREADS: Statement = Statement::new(
     "import.lock_threads",
     "SELECT t.id, t.upstream_thread_id IS NOT NULL, t.last_position FROM threads t
@@ -96,8 +97,8 @@ static LIST_KNOWN_MESSAGES: Statement = Statement::new(
     "SELECT m.id FROM messages m WHERE m.id {in :ids}",
 );
 
-/// `rows`: see [`MessageToAdd`]. Another import may have added one meanwhile, to another thread: it is passed
-/// over, too, and leaves a gap.
+/// `rows`: see [`MessageToAdd`]. Another import may have added a message to another thread
+/// meanwhile. That message is skipped, too, and leaves a gap.
 static ADD_MESSAGES: Statement = Statement::new(
     "import.add_messages",
     "INSERT INTO messages (
@@ -135,14 +136,15 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Adds threads from elsewhere, one after another, and tells what became of each. Nothing happens to one that is there
-    /// already. The caller bounds how many there are.
+    /// Imports threads, one after another, and returns the outcome for each. A thread that exists
+    /// already is not changed. The caller bounds their number.
     ///
-    /// One without an id is there if its key has or had a thread on the same upstream: with the same upstream
-    /// thread, if it names one. Else it is the current one or, if it is archived, one of the same age.
+    /// A thread without an id exists already if its key has or had a thread on the same upstream.
+    /// If the import names an upstream thread, that thread must have the same one. Otherwise it
+    /// must be the current thread or, for an archived one, have the same age.
     ///
     /// # Errors
-    /// Some of the first ones may have been added: they are known the next time.
+    /// The first threads may have been added all the same. The next call reports them as known.
     pub async fn import_threads(
         &self,
         threads: &[&ImportedThread],
@@ -158,7 +160,7 @@ impl Store {
         Ok(results)
     }
 
-    /// Which of these threads the tenant has, whatever is done with them.
+    /// Returns which of these threads the tenant has, in any state.
     pub async fn threads_of(
         &self,
         tenant: &TenantKey,
@@ -174,12 +176,13 @@ impl Store {
             .collect())
     }
 
-    /// Adds messages from elsewhere at the end of their threads' transcripts, in their order. Those whose id is
-    /// known, in any thread, are passed over. How many were added: none to a thread that is not there or is
-    /// being deleted. The caller bounds how many there are.
+    /// Appends messages to the transcripts of their threads, in their order, and returns how many
+    /// it added. It skips messages whose id exists in any thread, and threads that do not exist or
+    /// are being deleted. The caller bounds the number of messages.
     ///
-    /// They count as `present` at the upstream if the thread has an upstream thread, else as `missing`: they
-    /// go along with the thread's next turn. It is no activity of the thread.
+    /// A message without a state is `present` at the upstream if the thread has an upstream
+    /// thread, else `missing`. Missing messages are sent with the thread's next run. An import
+    /// does not count as activity of the thread.
     pub async fn import_messages(
         &self,
         transcripts: &[(ThreadId, Vec<ImportedMessage>)],
@@ -247,11 +250,12 @@ impl Store {
     }
 }
 
-/// How many of the first threads can be added at once as if one after another. An id belongs to the first thread that has it;
-/// and what is looked up for a thread without an id must see all threads of its key that come before it, and no other.
+/// Returns how many of the first threads can be added in one batch with the same result as one
+/// after another. An id belongs to the first thread that has it. The search for a thread without
+/// an id must see all threads of its key that come before it, and no others.
 fn independent(threads: &[&ImportedThread]) -> usize {
     let mut ids = HashSet::new();
-    // Whether all threads of a key have ids.
+    // For each key: whether all its threads so far have ids.
     let mut keys: HashMap<&ConversationKey, bool> = HashMap::new();
     for (place, thread) in threads.iter().enumerate() {
         let has_id = thread.id.is_some();
@@ -266,8 +270,8 @@ fn independent(threads: &[&ImportedThread]) -> usize {
     threads.len()
 }
 
-/// Adds threads of which none depends on another. The insertion is the one step: what is looked up before and after it says
-/// only what was there.
+/// Adds threads none of which depends on another. The insertion decides. The reads before and
+/// after it only find what existed.
 async fn add_threads(
     c: &mut Connection,
     threads: &[&ImportedThread],
@@ -284,7 +288,8 @@ async fn add_threads(
     {
         rows.push((place, ThreadToAdd::new(thread, now, &sequence)));
     }
-    // In the order of keys, so that no two imports wait for each other. Those of one key stay in theirs.
+    // Insert in the order of keys, so that no two imports wait for each other. Threads of one key
+    // keep their order.
     rows.sort_by_key(|(_, row)| row.key());
     let values: Vec<_> = rows.iter().map(|(_, row)| row).collect();
     let added: Vec<(Uuid,)> = c
@@ -302,7 +307,7 @@ async fn add_threads(
         results[*place] = Some(Imported::Added(ThreadId::from_uuid(*id)));
     }
     if !rows.is_empty() {
-        // Somebody else added those meanwhile that have no id.
+        // Another import has added the threads without an id meanwhile.
         find_known(c, threads, &mut results).await?;
         let values: Vec<_> = rows.iter().map(|(_, row)| row).collect();
         let others: Vec<(Uuid, Option<bool>, Option<Uuid>)> = c
@@ -314,12 +319,12 @@ async fn add_threads(
             .collect();
         for (place, row) in rows {
             let (is_same, current) = others.get(row.id.as_uuid()).copied().unwrap_or_default();
-            // Not one that comes after it.
+            // A thread that this batch added after it does not count.
             let current = current.filter(|id| added.get(id).is_none_or(|current| *current < place));
             let other = match (threads[place].id, is_same, current) {
                 (Some(id), Some(true), _) => Some(Imported::Known(id)),
                 (_, None, Some(current)) => Some(Imported::Taken(ThreadId::from_uuid(current))),
-                // The id is another key's, or another tenant's.
+                // The id belongs to another key or another tenant.
                 (Some(_), _, _) => Some(Imported::OtherKey),
                 (None, _, _) => None,
             };
@@ -327,10 +332,10 @@ async fn add_threads(
         }
     }
     let settled = results.into_iter().collect::<Option<Vec<_>>>();
-    settled.ok_or_else(|| StoreError::Unavailable("the key's thread changed meanwhile".into()))
+    settled.ok_or_else(|| StoreError::Unavailable("the key's thread changed: try again".into()))
 }
 
-/// Finds the threads that those without an id are of which nothing is known yet.
+/// Finds the existing threads for those without an id that have no result yet.
 async fn find_known(
     c: &mut Connection,
     threads: &[&ImportedThread],
@@ -360,7 +365,7 @@ async fn find_known(
     Ok(())
 }
 
-/// The key of a thread as a statement takes it.
+/// The key of a thread, as a parameter.
 #[derive(Serialize)]
 struct KeyToFind<'a> {
     tenant: &'a str,
@@ -380,10 +385,10 @@ impl<'a> KeyToFind<'a> {
     }
 }
 
-/// A thread without an id as a statement takes it.
+/// A thread without an id, as a parameter.
 #[derive(Serialize)]
 struct ThreadToFind<'a> {
-    /// Among those that are looked for.
+    /// The index among the threads of the call.
     place: usize,
     #[serde(flatten)]
     key: KeyToFind<'a>,
@@ -410,7 +415,7 @@ impl<'a> ThreadToFind<'a> {
     }
 }
 
-/// A thread as a statement takes it. Times are in microseconds since 1970.
+/// A thread, as a parameter. Times are in microseconds since 1970.
 #[derive(Serialize)]
 struct ThreadToAdd<'a> {
     id: Simple,
@@ -430,7 +435,8 @@ struct ThreadToAdd<'a> {
 }
 
 impl<'a> ThreadToAdd<'a> {
-    /// Fills in what is not said. `sequence` keeps those in order that were made now.
+    /// Fills in what the import leaves out. `sequence` keeps the order of ids that are made at the
+    /// same time.
     fn new(thread: &'a ImportedThread, now: Timestamp, sequence: &ContextV7) -> Self {
         let created_at = thread.created_at.unwrap_or(now);
         let archived_at =
@@ -484,7 +490,7 @@ impl<'a> ThreadToAdd<'a> {
     }
 }
 
-/// A message as a statement takes it.
+/// A message, as a parameter.
 #[derive(Serialize)]
 struct MessageToAdd<'a> {
     id: Simple,
@@ -498,13 +504,13 @@ struct MessageToAdd<'a> {
     created_at: Option<i64>,
 }
 
-/// A thread that messages are added to.
+/// A thread to which messages are added, as a parameter.
 #[derive(Serialize)]
 struct ThreadToCount {
     id: Simple,
     #[serde(skip)]
     has_upstream: bool,
-    /// Of its last message.
+    /// The position of its last message.
     position: i64,
     added: i64,
     missing: i64,
@@ -521,7 +527,7 @@ impl ThreadToCount {
         }
     }
 
-    /// Its next message.
+    /// Returns the row of its next message.
     fn next<'a>(&mut self, message: &'a ImportedMessage, redaction: Redaction) -> MessageToAdd<'a> {
         self.position += 1;
         let by_default = if self.has_upstream {
@@ -529,7 +535,7 @@ impl ThreadToCount {
         } else {
             UpstreamSync::Missing
         };
-        // What is not known of it can be looked up for a run's messages only.
+        // An unknown state can be settled only for a run's messages.
         let sync = message.sync.filter(|sync| *sync != UpstreamSync::Unknown);
         MessageToAdd {
             id: message.id.uuid().simple(),
@@ -544,7 +550,7 @@ impl ThreadToCount {
     }
 }
 
-/// A new id of a thread that was made at a time, so that ids sort by age.
+/// Returns a new id for a thread that was created at this time, so that ids sort by age.
 pub(super) fn id_of(created_at: Timestamp) -> ThreadId {
     id_at(created_at, NoContext)
 }
@@ -555,11 +561,11 @@ fn id_at(time: Timestamp, sequence: impl ClockSequence<Output = impl Into<u128>>
     ThreadId::from_uuid(Uuid::new_v7(time))
 }
 
-/// A thread from elsewhere.
+/// A thread that is to be imported.
 #[derive(Clone, Debug)]
 pub struct ImportedThread {
-    /// `None`: it is known by its key, and gets an id that says when it was made. One that is given should say so too, as
-    /// lists are in the order of ids.
+    /// The thread's id. Lists are in the order of ids, so a given id should say when the thread
+    /// was created. `None`: the thread is recognised by its key, and gets such an id.
     pub id: Option<ThreadId>,
     pub key: ConversationKey,
     pub upstream: String,
@@ -570,36 +576,38 @@ pub struct ImportedThread {
     pub metadata: Metadata,
     /// `None`: now.
     pub created_at: Option<Timestamp>,
-    /// `None`: when it was archived, else now. Never before it was made.
+    /// `None`: the time at which it was archived, else now. It is never before `created_at`.
     pub last_active_at: Option<Timestamp>,
     /// `None`: now, if it is archived.
     pub archived_at: Option<Timestamp>,
-    /// Its own.
+    /// The thread's own limits.
     pub limits: Limits,
-    /// The configured ones of its scope: they say when it is due.
+    /// The configured limits of its scope, for a thread without limits of its own. They decide
+    /// when it is due.
     pub configured: Limits,
 }
 
-/// What became of a thread from elsewhere.
+/// The outcome for an imported thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Imported {
     Added(ThreadId),
-    /// It was there already, and it is this one.
+    /// The thread existed already: it is this one.
     Known(ThreadId),
-    /// Refused: the key has another current thread.
+    /// Refused: the key has another current thread, this one.
     Taken(ThreadId),
     /// Refused: the id belongs to a thread of another key.
     OtherKey,
 }
 
-/// A message from elsewhere.
+/// A message that is to be imported.
 #[derive(Clone, Debug)]
 pub struct ImportedMessage {
     pub id: MessageId,
     pub role: Role,
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
-    /// `None`, or `Unknown`, which cannot be looked up: where it stands follows from the thread.
+    /// The state at the upstream. `None` or `Unknown`: it follows from the thread, since an
+    /// unknown state cannot be settled for this message.
     pub sync: Option<UpstreamSync>,
     pub created_at: Option<Timestamp>,
 }

@@ -1,11 +1,12 @@
-//! Lanes: what many callers write at once goes to the database together.
+//! Lanes: writes of many callers share calls to the database.
 //!
-//! While one batch is being committed the next one gathers. So one caller waits for nobody, and many share a call, a round
-//! trip and a commit. A lane is a line in front of the database as well: its callers have their turn in order, fair by
-//! tenant, and what has waited for too long is refused before it is sent. What was sent is never refused.
+//! While one batch is being committed, the next one fills. So a single caller does not wait, and
+//! many callers share a call, a round trip and a commit. A lane is also a queue in front of the
+//! database. It serves tenants in turn. A write that has waited too long is refused before it is
+//! sent. A write that was sent is never refused.
 //!
-//! A batch waits for no row. What finds its rows held by others comes back and goes alone, and so does each of a batch
-//! that failed.
+//! A batch waits for no row lock. An item whose rows are locked comes back and is written alone.
+//! If a whole batch fails, each of its items is written alone.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
@@ -19,90 +20,72 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::StoreError;
+use super::errors::{NotWritten, StoreError};
 use crate::domain::TenantKey;
 
-/// The most items of a batch, and the most bytes. What is larger than that goes by itself.
+/// The most items and the most bytes of a batch: 32 items, 1 MiB. A larger item is a batch by
+/// itself.
 const MAX_ITEMS: usize = 32;
 const MAX_BYTES: usize = 1 << 20;
-/// Before it is asked again what became of an item whose answer was lost.
+/// The pause before the lane asks again for the outcome of an item whose answer was lost.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long a store that closes waits for what is on its way.
+/// The longest wait of a closing store for writes that were sent.
 const LAST_MOMENT: Duration = Duration::from_secs(1);
-/// How much the last batch counts in the mean time of one.
+/// The weight of the last batch in the moving average of the time that a batch takes.
 const WEIGHT_OF_LAST: f64 = 0.2;
 
-/// What a lane carries.
+/// An item that a lane writes.
 pub(super) trait Item: Send + Sync + 'static {
     type Answer: Send + 'static;
 
-    /// Whose turn it is: tenants take turns.
+    /// Returns the tenant that the item belongs to. A lane serves tenants in turn.
     fn tenant(&self) -> Option<&TenantKey>;
 
-    /// Roughly, as it is sent.
+    /// Returns the approximate size of the item as it is sent.
     fn bytes(&self) -> usize;
 
-    /// It touches the same rows. Two such items are not in one batch.
+    /// Returns whether the other item touches the same rows. Two such items are never in one
+    /// batch.
     fn meets(&self, other: &Self) -> bool;
 
-    /// Nothing was written, and the same item may be answered otherwise later.
+    /// Returns whether the answer means that nothing was written and that a later try may get
+    /// another answer.
     fn may_change(answer: &Self::Answer) -> bool;
 }
 
-/// How a lane writes.
+/// The way a lane writes its items.
 #[async_trait]
 pub(super) trait Write: Send + Sync + 'static {
     type Item: Item;
 
-    /// Writes items in one transaction that waits for no row, and answers each, in their order. `None`: others hold its rows,
-    /// and nothing of it was written.
+    /// Writes items in one transaction that waits for no row lock. Returns an answer for each, in
+    /// their order. `None`: other transactions have locked its rows, and nothing of it was
+    /// written.
     async fn together(&self, items: &[Self::Item]) -> Result<Answers<Self::Item>, NotWritten>;
 
-    /// Writes one item, and waits for its rows. It may have been written before: then it is answered as it stands.
+    /// Writes one item, and waits for the locks of its rows. If an earlier try has written the
+    /// item, it answers with the state that is recorded.
     async fn alone(&self, item: &Self::Item) -> Answer<Self::Item>;
 }
 
 pub(super) type Answers<I> = Vec<Option<<I as Item>::Answer>>;
 pub(super) type Answer<I> = Result<<I as Item>::Answer, NotWritten>;
 
-/// Why something was not written, or may not have been.
-#[derive(Debug, thiserror::Error)]
-pub enum NotWritten {
-    /// It was never sent.
-    #[error("not sent to the database")]
-    Unsent(#[source] StoreError),
-    /// The database refused it.
-    #[error("refused by the database")]
-    Refused(#[source] StoreError),
-    /// It was sent, and nobody knows what came of it.
-    #[error("the answer of the database was lost")]
-    Lost(#[source] StoreError),
-}
-
-impl From<NotWritten> for StoreError {
-    fn from(not_written: NotWritten) -> Self {
-        match not_written {
-            NotWritten::Unsent(error) | NotWritten::Refused(error) | NotWritten::Lost(error) => {
-                error
-            }
-        }
-    }
-}
-
-/// What a lane may do at once, and how long it keeps callers waiting.
+/// The limits of a lane.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Batches that are on their way at the same time.
+    /// The most batches that are sent at the same time.
     pub(super) batches: usize,
-    /// Items that go alone at the same time.
+    /// The most items that are written alone at the same time.
     pub(super) alone: usize,
-    /// How long one waits for that; and for how long it is asked what became of one whose answer was lost.
+    /// The longest wait of an item for being written alone, and the longest time for which the
+    /// lane asks for a lost answer.
     pub(super) patience: Duration,
-    /// How long an item may wait before it is sent. `None`: as long as it takes.
+    /// The longest wait of an item before it is sent. `None`: no limit.
     pub(super) max_wait: Option<Duration>,
 }
 
-/// A line of items, and those who take them to the database.
+/// A queue of items, and the tasks that send them to the database.
 pub(super) struct Lane<W: Write> {
     parts: Arc<Parts<W>>,
 }
@@ -115,28 +98,28 @@ struct Parts<W: Write> {
     tasks: TaskTracker,
 }
 
-/// What waits, tenant by tenant, and how fast it goes.
+/// The queued items of each tenant, and the measured speed of the lane.
 struct Line<I: Item> {
     waiting: BTreeMap<Option<TenantKey>, VecDeque<Waiting<I>>>,
-    /// The tenants in `waiting`, in the order of their turns.
+    /// The tenants in `waiting`, in the order in which they are served.
     turns: VecDeque<Option<TenantKey>>,
     length: usize,
-    /// Those who take batches to the database.
+    /// The number of tasks that send batches.
     carriers: usize,
-    /// How long a batch has taken of late.
+    /// The moving average of the time that a batch takes.
     pace: Duration,
     last_number: u64,
 }
 
 struct Waiting<I: Item> {
-    /// Rises from one to the next.
+    /// Grows from one item to the next.
     number: u64,
     item: I,
     sender: Sender<I>,
 }
 
 type Sender<I> = oneshot::Sender<Answer<I>>;
-/// Items, and who waits for each.
+/// Items, and the channel to the caller of each.
 type Batch<I> = (Vec<I>, Vec<Sender<I>>);
 
 impl<W: Write> Lane<W> {
@@ -161,11 +144,11 @@ impl<W: Write> Lane<W> {
         }
     }
 
-    /// Writes an item, along with others if there are any. If this future is dropped before the item was sent, it is not
-    /// sent; else it is written all the same.
+    /// Writes an item, in a batch with others if there are any. If the caller drops this future
+    /// before the item was sent, the item is not sent. After that it is written all the same.
     ///
     /// # Errors
-    /// [`StoreError::Overloaded`], unsent, if the item waited for too long or would.
+    /// [`StoreError::Overloaded`], unsent, if the item waited too long or would have to.
     pub(super) async fn write(&self, item: W::Item) -> Answer<W::Item> {
         let Parts { limits, .. } = &*self.parts;
         let (sender, mut answered) = oneshot::channel();
@@ -191,7 +174,7 @@ impl<W: Write> Lane<W> {
         }
         let stopped = |_| {
             Err(NotWritten::Lost(StoreError::Unavailable(
-                "the store stopped".into(),
+                "the task that writes the batch stopped".into(),
             )))
         };
         if let Some(most) = limits.max_wait {
@@ -200,7 +183,7 @@ impl<W: Write> Lane<W> {
                 Err(_) if self.parts.line().remove(tenant.as_ref(), number) => {
                     return Err(NotWritten::Unsent(StoreError::Overloaded));
                 }
-                // It is on its way.
+                // The item was sent already.
                 Err(_) => {}
             }
         }
@@ -209,15 +192,15 @@ impl<W: Write> Lane<W> {
 }
 
 impl<W: Write> Lane<W> {
-    /// Waits for what is on its way, for a moment.
+    /// Waits up to [`LAST_MOMENT`] for writes that were sent.
     pub(super) async fn close(&self) {
         self.parts.tasks.close();
-        // What is left gets no connection any more.
+        // Items that are left get no connection any more.
         let _ = timeout(LAST_MOMENT, self.parts.tasks.wait()).await;
     }
 }
 
-/// Takes batches to the database until nothing waits.
+/// Sends batches to the database until the queue is empty.
 struct Carrier<W: Write> {
     parts: Arc<Parts<W>>,
     is_done: bool,
@@ -239,7 +222,7 @@ impl<W: Write> Carrier<W> {
         let mut line = self.parts.line();
         let batch = line.next_batch();
         if batch.is_empty() {
-            // In the same breath, so that nobody relies on a carrier that is about to leave.
+            // Still under the lock, so that no caller relies on a task that is about to end.
             line.carriers -= 1;
             self.is_done = true;
             return None;
@@ -254,7 +237,7 @@ impl<W: Write> Carrier<W> {
 }
 
 impl<W: Write> Drop for Carrier<W> {
-    /// After a panic another one goes on.
+    /// Starts another task after a panic.
     fn drop(&mut self) {
         if self.is_done {
             return;
@@ -273,7 +256,7 @@ impl<W: Write> Drop for Carrier<W> {
 }
 
 impl<W: Write> Parts<W> {
-    /// Nothing in here panics half-way through a change.
+    /// Ignores poisoning: no code panics half-way through a change of the queue.
     fn line(&self) -> MutexGuard<'_, Line<W::Item>> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -287,7 +270,7 @@ impl<W: Write> Parts<W> {
             Ok(answers) => {
                 for ((item, sender), answer) in batch.zip(answers) {
                     match answer {
-                        // Whoever left need not hear it.
+                        // The caller may be gone.
                         Some(answer) => drop(sender.send(Ok(answer))),
                         None => self.send_alone(item, sender, None),
                     }
@@ -304,7 +287,7 @@ impl<W: Write> Parts<W> {
                 tracing::debug!(
                     items = batch.len(),
                     error = &error as &dyn StdError,
-                    "a batch was refused; each goes alone"
+                    "the database refused a batch; each item is written alone"
                 );
                 batch.for_each(|(item, sender)| self.send_alone(item, sender, None));
             }
@@ -312,7 +295,7 @@ impl<W: Write> Parts<W> {
                 tracing::warn!(
                     items = batch.len(),
                     error = &error as &dyn StdError,
-                    "the answer about a batch was lost; it is asked what became of each"
+                    "the database's answer to a batch was lost; asking for the outcome of each item"
                 );
                 let error = Arc::new(error);
                 for (item, sender) in batch {
@@ -323,7 +306,8 @@ impl<W: Write> Parts<W> {
         }
     }
 
-    /// `lost`: why nobody knows whether it was written.
+    /// Spawns a task that writes an item alone. `lost`: the error of an earlier try whose outcome
+    /// is unknown.
     fn send_alone(
         self: &Arc<Self>,
         item: W::Item,
@@ -341,12 +325,13 @@ impl<W: Write> Parts<W> {
         loop {
             let error = match self.try_alone(&item).await {
                 Err(NotWritten::Lost(error)) => error,
-                // A first try that is still on its way may find it otherwise.
+                // An earlier try that has not arrived yet may get another answer.
                 Ok(answer) if lost.is_some() && W::Item::may_change(&answer) => {
-                    let still = || StoreError::Unavailable("the first try may still arrive".into());
+                    let still =
+                        || StoreError::Unavailable("an earlier try may still arrive".into());
                     return Err(NotWritten::Lost(lost.unwrap_or_else(still)));
                 }
-                // This time it was not; of the first time nobody knows.
+                // This try wrote nothing. The outcome of the earlier one is still unknown.
                 Err(
                     NotWritten::Unsent(error)
                     | NotWritten::Refused(error @ StoreError::Unavailable(_)),
@@ -364,7 +349,7 @@ impl<W: Write> Parts<W> {
     async fn try_alone(&self, item: &W::Item) -> Answer<W::Item> {
         let none = || {
             NotWritten::Unsent(StoreError::Unavailable(
-                "too many wait for rows that others hold".into(),
+                "too many writes wait for locked rows".into(),
             ))
         };
         let place = timeout(self.limits.patience, self.alone.acquire()).await;
@@ -392,9 +377,9 @@ impl<I: Item> Line<I> {
         self.last_number
     }
 
-    /// Takes an item out that was not sent yet. Whether it was there.
+    /// Removes an item that was not sent yet. Returns whether it was still in the queue.
     fn remove(&mut self, tenant: Option<&TenantKey>, number: u64) -> bool {
-        // A tenant of whom nothing waits any more leaves at its turn.
+        // A tenant without items is removed when it would be served next.
         let Some(of_tenant) = self.waiting.get_mut(&tenant.cloned()) else {
             return false;
         };
@@ -406,7 +391,8 @@ impl<I: Item> Line<I> {
         true
     }
 
-    /// One item of each tenant in turn, as long as they fit. One that meets another of the batch waits for the next one.
+    /// Takes the next batch: one item of each tenant in turn, as long as they fit. An item that
+    /// touches the same rows as another one of the batch is left for a later batch.
     fn next_batch(&mut self) -> Vec<Waiting<I>> {
         let (mut batch, mut bytes) = (Vec::<Waiting<I>>::new(), 0);
         let mut passed_over = 0;
@@ -450,14 +436,15 @@ impl<I: Item> Line<I> {
         self.pace = self.pace.mul_f64(1.0 - WEIGHT_OF_LAST) + time.mul_f64(WEIGHT_OF_LAST);
     }
 
-    /// How long one more item would wait for those before it, by the length of the line and the pace of late.
+    /// Estimates how long one more item would wait, from the length of the queue and the time that
+    /// a batch takes.
     fn wait(&self, batches: usize) -> Duration {
         let before_it = u32::try_from(self.length / MAX_ITEMS / batches.max(1)).unwrap_or(u32::MAX);
         self.pace.saturating_mul(before_it)
     }
 }
 
-/// An error that many are told.
+/// An error that many callers get.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Told(#[source] Arc<StoreError>);
@@ -470,7 +457,7 @@ mod tests {
 
     use super::*;
 
-    /// Something to write: of a tenant, under a number, so large.
+    /// An item of a tenant, with a number and a size.
     #[derive(Clone, Debug)]
     struct Thing {
         tenant: TenantKey,
@@ -498,18 +485,18 @@ mod tests {
         }
     }
 
-    /// A database that takes a millisecond for each batch, and notes what it was sent.
+    /// A database that takes a millisecond for each batch, and records what it was sent.
     #[derive(Default)]
     struct Paper {
         sent: Mutex<Vec<Vec<u32>>>,
         alone: Mutex<Vec<u32>>,
-        /// Their rows are held by others.
+        /// Items whose rows other transactions have locked.
         held: BTreeSet<u32>,
-        /// A batch with one of these is refused.
+        /// Items that make the database refuse their batch.
         poison: BTreeSet<u32>,
-        /// The answer to the first batch is lost.
+        /// Whether the answer to the first batch is lost.
         loses_first: bool,
-        /// For how long it says nothing at first.
+        /// The time for which it does not answer at first.
         hangs: Duration,
     }
 
@@ -562,7 +549,7 @@ mod tests {
         }
     }
 
-    /// Writes all of them at once.
+    /// Writes all items at the same time.
     async fn write(
         paper: &Arc<Paper>,
         things: impl IntoIterator<Item = Thing>,
@@ -572,7 +559,7 @@ mod tests {
         for thing in things {
             let lane = Arc::clone(&lane);
             tasks.spawn(async move { lane.write(thing).await });
-            // In order.
+            // Keeps the items in order.
             tokio::task::yield_now().await;
         }
         tasks.join_all().await
@@ -588,7 +575,7 @@ mod tests {
         let answers = write(&paper, (0..70).map(|n| thing("a", n))).await;
         assert!(answers.iter().all(Result::is_ok));
         let lengths: Vec<usize> = sent(&paper).iter().map(Vec::len).collect();
-        assert_eq!(lengths, [1, 32, 32, 5], "the first waits for nobody");
+        assert_eq!(lengths, [1, 32, 32, 5], "the first one does not wait");
         assert!(sent(&paper).concat().is_sorted(), "in order");
     }
 
@@ -674,7 +661,7 @@ mod tests {
         assert_eq!(
             answers.iter().filter(|answer| answer.is_ok()).count(),
             1,
-            "what was sent is waited for"
+            "an item that was sent is not given up"
         );
         let is_overloaded =
             |it: &&Answer<Thing>| matches!(it, Err(NotWritten::Unsent(StoreError::Overloaded)));
@@ -715,7 +702,7 @@ mod tests {
         let lane = Lane::new(Arc::clone(&paper), LIMITS);
         lane.write(thing("a", 0)).await.unwrap();
         {
-            // Ten batches, one in a fifth of a second.
+            // Ten batches of 210 ms each.
             let mut full = lane.parts.line();
             full.pace = Duration::from_millis(210);
             full.carriers = 1;
@@ -744,7 +731,7 @@ mod tests {
         let lane = Lane::new(Arc::clone(&paper), LIMITS);
         let first = lane.write(thing("a", 0));
         let others = async {
-            // The first is on its way by then.
+            // The first item is sent by then.
             sleep(Duration::from_millis(1)).await;
             let leaves = timeout(Duration::from_millis(10), lane.write(thing("a", 1)));
             tokio::join!(leaves, lane.write(thing("a", 2)))

@@ -1,7 +1,7 @@
-//! What replicas tell each other, over the database's own channel.
+//! Notifications between replicas, over the database's own channel (LISTEN and NOTIFY).
 //!
-//! Telling is no part of the statements that make the notifications: the server lets commits that notify wait for each
-//! other.
+//! A notification is not sent by the statement that causes it: the server makes commits that
+//! notify wait for each other.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,22 +12,24 @@ use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
+use super::backend::Backend;
 use super::params::params;
 use super::pool::ServerHealth;
 use super::statement::Statement;
-use super::{Backend, Store, StoreError};
+use super::{Store, StoreError};
 use crate::domain::{RunId, ThreadId};
 
-/// Names stand for a database each, so replicas on another database of the same server do not hear of it.
+/// A channel belongs to one database, so replicas on another database of the same server do not
+/// receive its notifications.
 const CHANNEL: &str = "threadkeeper";
-/// The server takes less than 8000 bytes at a time.
+/// The most bytes of one payload. The server accepts less than 8000.
 const MAX_PAYLOAD: usize = 7900;
-/// A connection that was silent for so long is asked for a sign of life: nothing else would tell that a
-/// network lets nothing through any more.
+/// The longest silence of the connection before it is pinged. Nothing else would show that the
+/// network drops everything.
 const PING_AFTER_SILENCE: Duration = Duration::from_secs(5);
-/// How long opening it, or such a sign, may take.
+/// The longest wait for opening the connection, and for the answer to a ping.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pauses between attempts to listen again.
+/// The pause before the next attempt to listen grows from 100 ms to 2 s.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -39,10 +41,11 @@ static TELL: Statement = Statement::on_postgres(
 pub(super) static STATEMENTS: &[&Statement] = &[&TELL];
 
 impl Store {
-    /// Tells all replicas that something is new. It may get lost, so nobody may depend on it.
+    /// Sends notifications to all replicas. A notification may get lost, so no caller may depend
+    /// on it.
     pub async fn notify_replicas(&self, notifications: &[Notification]) -> Result<(), StoreError> {
         let payloads = payloads(notifications);
-        // A file serves one process alone.
+        // A SQLite file serves only one process.
         if matches!(*self.backend, Backend::Postgres { .. }) && !payloads.is_empty() {
             let mut c = self.backend.vital_writer().await?;
             c.execute(
@@ -56,8 +59,9 @@ impl Store {
         Ok(())
     }
 
-    /// What replicas [tell](Self::tell) each other, this one's own included, from the first poll on until the
-    /// store is closed. What gets lost while there is no connection is made up for by [`Notification::Missed`].
+    /// Returns the notifications that replicas [send](Self::notify_replicas) each other, including
+    /// this replica's own, from the first poll until the store is closed. After a lost connection
+    /// [`Notification::Missed`] stands for those that were not received.
     pub fn notifications(&self) -> BoxStream<'static, Notification> {
         let notifications = match &*self.backend {
             Backend::Postgres { health, direct, .. } => {
@@ -82,21 +86,21 @@ impl Store {
     }
 }
 
-/// The listening end.
+/// The receiver of notifications.
 struct Listener {
-    /// The way to the server itself: a pooler that lends its connections by the transaction takes the wish to
-    /// listen and forgets it.
+    /// The address of the server itself. A pooler that lends a connection for one transaction
+    /// accepts LISTEN and forgets it.
     options: PgConnectOptions,
     health: Arc<ServerHealth>,
     /// `None` while there is no connection.
     listener: Option<PgListener>,
     heard: Vec<Notification>,
-    /// Before the next attempt to connect.
+    /// The pause before the next attempt to connect.
     pause: Duration,
 }
 
 impl Listener {
-    /// The next notifications, at least one.
+    /// Waits for the next notifications, and returns at least one.
     async fn next(&mut self) -> Vec<Notification> {
         while self.heard.is_empty() {
             match &mut self.listener {
@@ -106,7 +110,7 @@ impl Listener {
                         self.heard = text.split_ascii_whitespace().filter_map(read).collect()
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "notifications of other replicas do not arrive for the moment");
+                        tracing::warn!(%error, "lost the connection that receives notifications of other replicas; reconnecting");
                         self.listener = None;
                         self.health.lose();
                     }
@@ -116,7 +120,7 @@ impl Listener {
         std::mem::take(&mut self.heard)
     }
 
-    /// Tries to connect, after a pause if that did not work the last time.
+    /// Tries to connect, after a pause if the last attempt failed.
     async fn open(&mut self) {
         sleep(self.pause).await;
         let late = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
@@ -130,9 +134,10 @@ impl Listener {
                 self.pause = Duration::ZERO;
             }
             Err(error) => {
-                // Who does not hear looks for itself, only later. So one line tells.
+                // Without notifications a replica still looks at the database, only later. So one
+                // warning is enough.
                 if self.pause.is_zero() {
-                    tracing::warn!(%error, "cannot listen for notifications of other replicas; trying again");
+                    tracing::warn!(%error, "cannot listen for notifications of other replicas; retrying");
                 }
                 self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             }
@@ -141,20 +146,20 @@ impl Listener {
 }
 
 async fn listen(options: &PgConnectOptions) -> Result<PgListener, sqlx::Error> {
-    // The listener wants a pool to take its one connection from.
+    // The listener takes its one connection from a pool.
     let pool = PgPoolOptions::new()
         .max_connections(1)
         .max_lifetime(None)
         .idle_timeout(None)
         .connect_lazy_with(options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
-    // A new connection has missed something, so it must be told from the old one.
+    // A new connection has missed notifications. So the driver must not reconnect unnoticed.
     listener.eager_reconnect(false);
     listener.listen(CHANNEL).await?;
     Ok(listener)
 }
 
-/// The next text. An error if the connection is lost.
+/// Waits for the next payload. Fails if the connection is lost.
 async fn receive(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionAborted.into());
     loop {
@@ -168,7 +173,7 @@ async fn receive(listener: &mut PgListener) -> Result<String, sqlx::Error> {
     }
 }
 
-/// Words that tell the notifications, as few texts as they fit into.
+/// Encodes notifications as words, and packs these into as few payloads as possible.
 fn payloads(notifications: &[Notification]) -> Vec<String> {
     let mut payloads: Vec<String> = Vec::new();
     for word in notifications.iter().filter_map(write) {
@@ -183,7 +188,8 @@ fn payloads(notifications: &[Notification]) -> Vec<String> {
     payloads
 }
 
-/// A letter, and the id in hexadecimal if there is one. `None` for what only the listener knows.
+/// Encodes a notification as a letter, and its id in hexadecimal if it has one. `None` for
+/// [`Missed`](Notification::Missed), which only the receiver makes.
 fn write(notification: &Notification) -> Option<String> {
     match notification {
         Notification::Thread(id) => Some(format!("t{}", id.uuid().simple())),
@@ -195,7 +201,7 @@ fn write(notification: &Notification) -> Option<String> {
     }
 }
 
-/// The inverse. Words that it does not know are of a newer version.
+/// Decodes a word. `None` for a word of a newer version.
 fn read(word: &str) -> Option<Notification> {
     let (kind, rest) = word.split_at_checked(1)?;
     let id = || Uuid::try_parse(rest).ok();
@@ -209,20 +215,21 @@ fn read(word: &str) -> Option<Notification> {
     }
 }
 
-/// What replicas tell each other, so that nobody has to ask the database time and again.
+/// A notification between replicas. It spares them polling the database.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Notification {
-    /// A run of the thread has ended: what waits may start.
+    /// A run of the thread has ended: a queued run may start.
     Thread(ThreadId),
-    /// The run has gone on: there are more events, or it has ended.
+    /// The run has new events, or has ended.
     Run(RunId),
-    /// Something was asked of an active run; its owner is to look for [`requests`](Store::requests).
+    /// A request to an active run was recorded. Its owner should read its
+    /// [`requests`](Store::requests).
     Asked(RunId),
-    /// Somebody follows the run by what its owner [records](Store::record).
+    /// Another replica follows the run by what the owner [records](Store::record).
     Followed(RunId),
     /// There are runs to adopt.
     Orphans,
-    /// Any of these may have been told and was not heard.
+    /// Notifications of any kind may have been lost.
     Missed,
 }
 
@@ -243,7 +250,7 @@ mod tests {
             ]);
         }
         let payloads = payloads(&notifications);
-        assert_eq!(payloads.len(), 3, "as few as will do");
+        assert_eq!(payloads.len(), 3, "as few payloads as possible");
         assert!(payloads.iter().all(|text| text.len() < 8000));
         let heard: Vec<_> = payloads
             .iter()

@@ -1,4 +1,5 @@
-//! What is, or may be, at an upstream besides the threads' own.
+//! Upstream orphans: threads and runs that are, or may be, at an upstream, and that no thread
+//! uses.
 
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use uuid::Uuid;
 use super::params::params;
 use super::rows::{corrupt, millis};
 use super::statement::Statement;
+use super::values::ORPHAN_AFTER;
 use super::{RunLease, Store, StoreError};
 use crate::domain::{OrphanId, RunId, ThreadId, UpstreamThreadId};
 
@@ -67,7 +69,7 @@ static RESOLVE_UNUSED: Statement = Statement::new(
     "UPDATE upstream_orphans SET upstream_id = :upstream_id, due_at = {now} WHERE id = :intent",
 );
 
-// What was on its way may take effect late, so the time of the look stays.
+// A request that was sent may still take effect, so `due_at` stays.
 static RESOLVE_UNKNOWN: Statement = Statement::new(
     "orphans.resolve_unknown",
     "UPDATE upstream_orphans SET created_by = NULL WHERE id = :intent",
@@ -124,11 +126,11 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Up to `limit` things of a thread that are or may be upstream besides its upstream thread. `with_runs`:
-    /// the ids that its runs have there too.
+    /// Returns up to `limit` upstream orphans of a thread. `with_runs`: also the ids that its runs
+    /// have at the upstream.
     ///
-    /// All ids of a run come together, since they are forgotten together: so there may be more than the limit
-    /// if a single run has more.
+    /// All ids of a run come together, since they are forgotten together. So the result may exceed
+    /// the limit if a single run has more ids.
     pub async fn upstream_orphans(
         &self,
         thread: ThreadId,
@@ -174,8 +176,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Records that an upstream thread is about to be made for the thread of a run. `false` if the lease was
-    /// lost. Harmless to repeat.
+    /// Records the intent to create an upstream thread for the thread of a run. Returns `false` if
+    /// the lease was lost. Harmless to repeat.
     pub async fn intend(&self, lease: &RunLease, intent: OrphanId) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let values = params()
@@ -186,8 +188,9 @@ impl Store {
         Ok(c.execute(&INTEND, values).await? == 1)
     }
 
-    /// Whether a replica that is alive makes an upstream thread for the thread, and will record its id: from
-    /// [`intend`](Self::intend) until that is bound or [resolved](Self::resolve), for [`ORPHAN_AFTER`] at most.
+    /// Returns whether a live replica is creating an upstream thread for the thread, and will
+    /// record its id. That is so from [`intend`](Self::intend) until the new thread is bound or
+    /// the intent [resolved](Self::resolve), for [`ORPHAN_AFTER`] at most.
     pub async fn makes_upstream_thread(&self, thread: ThreadId) -> Result<bool, StoreError> {
         let mut c = self.backend.reader().await?;
         let (makes,): (bool,) = c
@@ -196,8 +199,8 @@ impl Store {
         Ok(makes)
     }
 
-    /// Records what an intent came to, other than an upstream thread that is
-    /// [bound](Store::bind_upstream_thread).
+    /// Records the outcome of an intent that did not end in a [bound](Store::bind_upstream_thread)
+    /// upstream thread.
     pub async fn resolve(&self, intent: OrphanId, made: Made<'_>) -> Result<(), StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let (statement, id) = match made {
@@ -214,8 +217,9 @@ impl Store {
         Ok(())
     }
 
-    /// Upstream orphans at which it is time to look: those that were given up, and intents that nobody heard of for a
-    /// while. They are due again only after `lease`, as in [`claim_due`](Self::lease_due_threads).
+    /// Leases up to `limit` upstream orphans that are due: those that were given up, and intents
+    /// without an outcome for a while. They are due again only after `lease`, as in
+    /// [`lease_due_threads`](Self::lease_due_threads).
     pub async fn lease_upstream_orphans(
         &self,
         limit: u32,
@@ -234,7 +238,7 @@ impl Store {
         rows.into_iter().map(UpstreamOrphan::try_from).collect()
     }
 
-    /// The same without changing anything.
+    /// Returns up to `limit` upstream orphans that are due, and changes nothing.
     pub async fn due_upstream_orphans(
         &self,
         limit: u32,
@@ -244,9 +248,9 @@ impl Store {
         rows.into_iter().map(UpstreamOrphan::try_from).collect()
     }
 
-    /// Forgets a upstream orphan (`after` is `None`), or sets when to look at it next, and counts the look. Nothing
-    /// changes if its [`upstream_id`](UpstreamOrphan::upstream_id) is another one than the look `knew`: then
-    /// somebody has named it meanwhile.
+    /// Deletes the row of an upstream orphan (`after` is `None`), or sets when it is due next and
+    /// counts the attempt. `knew` is the [`upstream_id`](UpstreamOrphan::upstream_id) that the
+    /// caller read. If another process has recorded a different one since, nothing changes.
     pub async fn reschedule_upstream_orphan(
         &self,
         id: OrphanId,
@@ -263,10 +267,12 @@ impl Store {
         Ok(())
     }
 
-    /// Nothing can be done about a upstream orphan for now: nobody knows its id upstream, the server does not delete
-    /// it, or that failed for too long. It goes with its thread, whose receipt tells of it.
+    /// Keeps an upstream orphan until its thread is deleted, and reports it in the thread's
+    /// receipt. For an orphan that cannot be deleted now: its upstream id is unknown, the server
+    /// does not delete it, or deleting failed for too long.
     ///
-    /// Nothing changes if its [`upstream_id`](UpstreamOrphan::upstream_id) is another one than the look `knew`.
+    /// `knew` is the [`upstream_id`](UpstreamOrphan::upstream_id) that the caller read. If it has
+    /// changed since, nothing changes.
     pub async fn keep_upstream_orphan(
         &self,
         id: OrphanId,
@@ -278,9 +284,10 @@ impl Store {
         Ok(())
     }
 
-    /// How many requests for runs of a thread may have left something upstream under an id that nobody heard.
-    /// The process died, or the answer broke off, before it was told; the run [ended](super::RunEnd::unacknowledged_requests)
-    /// then, or was [sent again](Store::sends_again).
+    /// Returns how many requests for runs of a thread may have left something upstream under an id
+    /// that the gateway never received. The process died, or the answer broke off, before the id
+    /// arrived. The run then [ended](super::RunEnd::unacknowledged_requests), or its request was
+    /// [sent again](Store::sends_again).
     pub async fn unacknowledged_requests(&self, thread: ThreadId) -> Result<u64, StoreError> {
         let mut c = self.backend.reader().await?;
         let (count,): (i64,) = c
@@ -312,7 +319,7 @@ impl TryFrom<UpstreamOrphanRow> for UpstreamOrphan {
             kind: match &*row.o_kind {
                 "thread" => OrphanKind::Thread,
                 "run" => OrphanKind::Run,
-                _ => return Err(corrupt("the kind of a orphan")),
+                _ => return Err(corrupt("the kind of an upstream orphan")),
             },
             upstream_id: row.o_upstream_id,
             attempts: row.o_attempts,
@@ -328,7 +335,7 @@ struct IdsOfRunRow {
     earlier_upstream_run_ids: Option<Json<Vec<String>>>,
 }
 
-/// All ids that a run has upstream, the earliest first.
+/// Returns all ids that a run has upstream, the earliest first.
 pub(super) fn upstream_ids(
     newest: Option<String>,
     earlier: Option<Json<Vec<String>>>,
@@ -340,36 +347,33 @@ pub(super) fn upstream_ids(
         .chain(newest)
 }
 
-/// Something that is, or may be, at an upstream.
+/// An object that exists, or may exist, at an upstream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UpstreamOrphan {
     pub name: OrphanName,
     pub thread: ThreadId,
     pub upstream: String,
     pub kind: OrphanKind,
-    /// `None`: it was to be made, and nobody knows whether it was.
+    /// `None`: it was to be created, and it is unknown whether it was.
     pub upstream_id: Option<String>,
     pub attempts: i64,
 }
 
-/// How long an intent is left to the process that makes the upstream thread. That process gives up before.
-pub const ORPHAN_AFTER: Duration = Duration::from_mins(10);
-
-/// What an [intent](Store::intend) came to.
+/// The outcome of an [intent](Store::intend).
 #[derive(Clone, Copy, Debug)]
 pub enum Made<'a> {
     Nothing,
-    /// An upstream thread that nobody will use.
+    /// An upstream thread that no thread will use.
     Unused(&'a UpstreamThreadId),
-    /// The answer was lost, so it may exist. Nobody will record its id.
+    /// The answer was lost, so the upstream thread may exist. Its id will not be recorded.
     Unknown,
 }
 
-/// Where a upstream orphan is recorded.
+/// The place where an upstream orphan is recorded.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum OrphanName {
     Row(OrphanId),
-    /// An id that a run has upstream.
+    /// The row of a run that has the id.
     Run(RunId),
 }
 

@@ -1,26 +1,32 @@
-//! Pages of lists: which rows one wants, and when it is full.
+//! Pages of lists: which rows a page needs, and when it is full.
 
 use sqlx::FromRow;
 
+use super::errors::StoreError;
 use super::rows::MessageRow;
-use super::{PAGE_BYTES, StoreError};
 use crate::domain::{ContentPart, Message, Page, PageRequest};
 
-/// The rows of a list that a page wants: numbers between two bounds, both exclusive, from one end.
+/// The most bytes of content that one page of a transcript reads, plus the rest of the message
+/// that reaches them: 4 MiB. A message may have several MiB, and a page stays in memory until its
+/// reader has taken it.
+pub const PAGE_BYTES: usize = 4 * 1024 * 1024;
+
+/// The rows of a list that a page needs: those between two exclusive bounds, read from one end.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Span {
     pub(super) above: i64,
     pub(super) below: i64,
-    /// Fetch from the low end.
+    /// Whether to fetch from the low end.
     pub(super) upwards: bool,
-    /// The rows come out in the opposite of the wanted order.
+    /// Whether the rows are fetched in the opposite of the requested order.
     reverse: bool,
-    /// Rows to fetch: one more than the page holds tells whether more follow.
+    /// The number of rows to fetch: one more than the page holds shows whether more follow.
     pub(super) fetch: i64,
 }
 
 impl Span {
-    /// `cursor` is the number of the row that the request's `after` or `before` names.
+    /// Returns the span of a page. `cursor` is the number of the row that the request's `after` or
+    /// `before` names.
     pub(super) fn new<Id>(page: &PageRequest<Id>, cursor: Option<i64>) -> Self {
         let backwards = page.after.is_none() && page.before.is_some();
         let upwards = page.ascending != backwards;
@@ -33,7 +39,7 @@ impl Span {
         }
     }
 
-    /// All above a number, from the high end or from before another number.
+    /// Returns the span above a number, from the high end or from below another number.
     pub(super) fn down(above: i64, before: Option<i64>, limit: u32) -> Self {
         let below = before.unwrap_or(i64::MAX);
         Self {
@@ -45,7 +51,7 @@ impl Span {
         }
     }
 
-    /// What stands behind this number, in the direction of travel.
+    /// Returns the part of the span behind this number, in the direction of reading.
     pub(super) fn behind(self, number: i64) -> Self {
         if self.upwards {
             Self {
@@ -60,7 +66,7 @@ impl Span {
         }
     }
 
-    /// Makes a page of the rows that were fetched.
+    /// Makes a page of the fetched rows.
     pub(super) fn page<Row, T>(self, rows: Vec<Row>) -> Result<Page<T>, StoreError>
     where
         T: TryFrom<Row, Error = StoreError>,
@@ -79,7 +85,8 @@ impl Span {
     }
 }
 
-/// The number of the row that a cursor names: an error if it was given and names none.
+/// Returns the number of the row that a cursor names. Fails if the request has a cursor and it
+/// names no row.
 pub(super) fn cursor<Id: Copy>(
     page: &PageRequest<Id>,
     found: Option<i64>,
@@ -90,16 +97,16 @@ pub(super) fn cursor<Id: Copy>(
     }
 }
 
-/// A message in a step of a list.
+/// A message in one step of a list.
 #[derive(FromRow)]
 pub(super) struct ListedRow {
     #[sqlx(flatten)]
     message: MessageRow,
-    /// How many there were for the step. It takes fewer if these have many bytes.
+    /// The number of messages for the step. The step returns fewer if they have many bytes.
     found: i64,
 }
 
-/// Messages that are read step by step, until there are enough, by number or by bytes.
+/// Collects messages step by step, until there are enough by number or by bytes.
 pub(super) struct Filling {
     limit: usize,
     messages: Vec<Message>,
@@ -117,19 +124,19 @@ impl Filling {
         }
     }
 
-    /// How many the next step may read, if there is to be one.
+    /// Returns how many messages the next step may read, or `None` if no step is needed.
     pub(super) fn room(&self) -> Option<i64> {
         let room = self.limit - self.messages.len();
         (self.has_more && self.bytes < PAGE_BYTES && room > 0)
             .then(|| i64::try_from(room).unwrap_or(i64::MAX))
     }
 
-    /// Takes what a step has read. The last message, behind which the next step begins.
+    /// Adds the messages of a step. Returns the last one, behind which the next step begins.
     pub(super) fn add(&mut self, rows: Vec<ListedRow>) -> Result<Option<&Message>, StoreError> {
         let found = rows.first().map_or(0, |row| row.found);
         self.has_more = i64::try_from(rows.len()).is_ok_and(|taken| taken < found);
         for row in rows {
-            // A step goes by what is stored, which may have been compressed.
+            // A step counts stored bytes, which may have been compressed.
             if self.bytes >= PAGE_BYTES {
                 self.has_more = true;
                 break;
@@ -145,7 +152,7 @@ impl Filling {
         self.messages
     }
 
-    /// The page of what was read from the low end.
+    /// Returns the page of messages that were read from the low end.
     pub(super) fn upwards(self) -> Page<Message> {
         Page {
             data: self.messages,
@@ -153,7 +160,7 @@ impl Filling {
         }
     }
 
-    /// The page that a request with that span wants.
+    /// Returns the page for a request with that span.
     pub(super) fn page(self, span: Span) -> Page<Message> {
         let Self {
             messages: mut data,

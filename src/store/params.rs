@@ -19,7 +19,7 @@ use crate::domain::{ConversationKey, Timestamp};
 #[derive(Default)]
 pub(super) struct Params<'a>(Vec<(&'static str, Value<'a>)>);
 
-/// No parameters yet.
+/// Returns an empty set of parameters.
 pub(super) fn params<'a>() -> Params<'a> {
     Params::default()
 }
@@ -30,7 +30,7 @@ impl<'a> Params<'a> {
         self
     }
 
-    /// A value as JSON; `None` is NULL.
+    /// Adds a value as JSON; `None` is NULL.
     pub(super) fn json<T: Serialize>(
         mut self,
         name: &'static str,
@@ -43,13 +43,13 @@ impl<'a> Params<'a> {
         Ok(self)
     }
 
-    /// What [`json`], or its like, has made of a value.
+    /// Adds a text that [`json`] or a similar function has encoded.
     pub(super) fn json_text(mut self, name: &'static str, text: impl Into<Cow<'a, str>>) -> Self {
         self.0.push((name, Value::Json(Some(text.into()))));
         self
     }
 
-    /// The parameters of a conversation's key.
+    /// Adds the parameters of a conversation's key.
     pub(super) fn key(self, key: &'a ConversationKey) -> Self {
         self.set("tenant", key.tenant.as_str())
             .set("user", key.user.as_str())
@@ -61,10 +61,10 @@ impl<'a> Params<'a> {
         let found = self.0.iter().find(|(known, _)| *known == name);
         found
             .map(|(_, value)| value)
-            .ok_or_else(|| format!("no value for the parameter `{name}`").into())
+            .ok_or_else(|| format!("the parameter `{name}` has no value").into())
     }
 
-    /// In the order in which the statement wants them.
+    /// Returns the values in the order in which the statement needs them.
     pub(super) fn for_postgres(&self, sent: &Sent) -> Result<PgArguments, BoxDynError> {
         let mut arguments = PgArguments::default();
         for name in &sent.parameters {
@@ -84,7 +84,7 @@ impl<'a> Params<'a> {
         Ok(arguments)
     }
 
-    /// The same; lists are JSON, in which ids are hexadecimal.
+    /// Returns the same for SQLite. Lists are JSON, with ids in hexadecimal.
     pub(super) fn for_sqlite(&self, sent: &Sent) -> Result<SqliteArguments, BoxDynError> {
         let mut arguments = SqliteArguments::default();
         for name in &sent.parameters {
@@ -109,7 +109,7 @@ impl<'a> Params<'a> {
     }
 }
 
-/// A value. An option is NULL if it is `None`, and has its type all the same.
+/// The value of a parameter. `None` is NULL, and has a type all the same.
 pub(super) enum Value<'a> {
     Uuid(Option<Uuid>),
     Text(Option<&'a str>),
@@ -123,7 +123,7 @@ pub(super) enum Value<'a> {
     Texts(Vec<Option<String>>),
 }
 
-/// What can be the value of a parameter.
+/// A type whose values can be parameters.
 pub(super) trait Bind<'a>: Sized {
     fn value(this: Option<Self>) -> Value<'a>;
 }
@@ -200,7 +200,7 @@ impl<'a> Bind<'a> for Vec<Option<String>> {
     }
 }
 
-/// A text of JSON as `jsonb`.
+/// A JSON text, sent as `jsonb`.
 struct JsonText<'a>(&'a str);
 
 impl Type<Postgres> for JsonText<'_> {
@@ -211,7 +211,7 @@ impl Type<Postgres> for JsonText<'_> {
 
 impl Encode<'_, Postgres> for JsonText<'_> {
     fn encode_by_ref(&self, buffer: &mut PgArgumentBuffer) -> Result<IsNull, BoxDynError> {
-        // The version of the format.
+        // The version of the binary format.
         buffer.push(1);
         buffer.extend_from_slice(self.0.as_bytes());
         Ok(IsNull::No)

@@ -1,17 +1,22 @@
-//! Connections to lend.
+//! A pool of connections.
 //!
-//! The driver's own pool asks a connection for a sign of life each time it comes back: one more round trip for each
-//! statement, and one without a time limit. This one asks only connections that were idle for a while, bounds each
-//! call in time, and gives up the connection of a call that failed.
+//! The driver's own pool pings a connection each time it comes back. That is one more round trip
+//! for each statement, and it has no time limit. This pool pings only connections that were idle
+//! for a while. It also bounds the time of each call, and closes the connection of a call that
+//! failed.
 //!
-//! A call that is dropped half-way leaves the server at work. Where clients that hang up do that, its connection keeps its
-//! place until the server is done, in a task of the pool, and is lent again then: closed at once, each such client would
-//! make a new one, beside those whose work goes on. Where it is our own callers, who drop what takes too long and try
-//! again, the connection is closed: it may be that nothing comes through it any more ([`Dropped`]).
+//! A caller may drop a call half-way and leave the server at work. [`Dropped`] says what happens
+//! to the connection:
+//! - Where clients that hang up cause that, the connection keeps its permit until the server is
+//!   done, in a task of the pool. Then it is lent again. If the pool closed it at once, each such
+//!   client would open a new connection beside those that are still at work.
+//! - Where tasks of the gateway drop what takes too long and try again, the connection is closed.
+//!   Perhaps nothing gets through it any more.
 //!
-//! A server that goes away takes all connections with it, so one that turns out to be broken stands for all that were
-//! opened or lent before: none of them is lent again. So after an outage nobody pays for a connection that died in it but
-//! those who found out, and nobody waits for signs of life from one connection after another.
+//! A server that goes away breaks all its connections. So after one connection turns out to be
+//! broken, the pool lends none that was opened or lent before. After an outage only the callers
+//! that noticed it pay for a dead connection, and no caller waits for pings of one connection
+//! after another.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -21,8 +26,8 @@ use std::time::Duration;
 
 use deadpool::Runtime;
 use deadpool::managed::{self, Manager, Metrics, PoolError, RecycleError, RecycleResult};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection as _};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -31,23 +36,23 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::StoreError;
-use super::connection::Raw;
 use super::errors::is_broken;
 
-/// A connection that was idle for so long is asked for a sign of life before it is used.
+/// The longest time that a connection may be idle without a ping before its next use.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
-/// How long it has to give one.
+/// The longest wait for the answer to a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What is known of a server, by all pools of connections to it.
+/// The health of a server, shared by all pools of connections to it.
 #[derive(Debug, Default)]
 pub(super) struct ServerHealth {
-    /// When a connection was last found to be broken. Those from before are not used any more.
+    /// The last time at which a connection turned out to be broken. Connections from before that
+    /// are not used any more.
     broken_at: Mutex<Option<std::time::Instant>>,
 }
 
 impl ServerHealth {
-    /// A connection to the server has turned out to be broken.
+    /// Records that a connection to the server has turned out to be broken.
     pub(super) fn lose(&self) {
         let now = std::time::Instant::now();
         *self
@@ -65,38 +70,38 @@ impl ServerHealth {
     }
 }
 
-/// What becomes of the connection of a call that is dropped half-way.
+/// What happens to the connection of a call that is dropped half-way.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Dropped {
-    /// It is lent again once the server is done with the call. Until then it keeps its place.
+    /// It is lent again once the server is done with the call. Until then it keeps its permit.
     Settled,
-    /// It is closed, and another one may take its place at once.
+    /// It is closed, and another one may be opened at once.
     Closed,
 }
 
-/// How connections are opened.
+/// The options with which connections are opened.
 pub(super) enum Options {
     Postgres(PgConnectOptions),
     Sqlite(SqliteConnectOptions),
 }
 
-/// What a pool is made of.
+/// The settings of a pool.
 pub(super) struct PoolSettings {
     pub(super) options: Options,
     pub(super) health: Arc<ServerHealth>,
     /// The most connections.
     pub(super) size: u32,
-    /// Bounds the wait for a connection.
+    /// The longest wait for a connection.
     pub(super) acquire_timeout: Duration,
-    /// Bounds what is done with one, from when it is had.
+    /// The longest use of a connection, from the time at which the caller gets it.
     pub(super) call_timeout: Duration,
     pub(super) dropped: Dropped,
 }
 
-/// Connections that are opened when they are needed and kept.
+/// A pool that opens connections when they are needed, and keeps them.
 pub(super) struct Pool {
     connections: managed::Pool<Opener>,
-    /// One for each connection that there may be.
+    /// One permit for each connection.
     places: Arc<Semaphore>,
     acquire_timeout: Duration,
 }
@@ -128,7 +133,7 @@ impl Pool {
             .create_timeout(Some(acquire_timeout))
             .build()
             .map_err(|error| {
-                StoreError::Open(format!("the connection pool cannot be made: {error}"))
+                StoreError::Open(format!("the connection pool cannot be created: {error}"))
             })?;
         Ok(Self {
             connections,
@@ -137,10 +142,10 @@ impl Pool {
         })
     }
 
-    /// A free connection, soon.
+    /// Waits for a free connection, for `acquire_timeout` at most.
     pub(super) async fn acquire(&self) -> Result<Connection, StoreError> {
         let acquired = timeout(self.acquire_timeout, self.next()).await;
-        acquired.unwrap_or_else(|_| Err(StoreError::Unavailable("no connection in time".into())))
+        acquired.unwrap_or_else(|_| Err(StoreError::Unavailable("no connection was free".into())))
     }
 
     async fn next(&self) -> Result<Connection, StoreError> {
@@ -167,14 +172,15 @@ impl Pool {
                         deadline,
                     })
                 }
-                // Whatever the server says to a new connection, it may say otherwise soon.
+                // The server may refuse a new connection now and accept one soon.
                 Err(PoolError::Backend(error)) => Err(StoreError::Unavailable(error.into())),
                 Err(other) => Err(StoreError::Unavailable(other.to_string().into())),
             }
         });
         match poll_fn(|context| Poll::Ready(ready.as_mut().poll(context))).await {
             Poll::Ready(acquired) => acquired,
-            // The server has been asked for something: a task waits for it, also if the caller does not.
+            // The server was sent something. A task waits for its answer, also if the caller
+            // leaves.
             Poll::Pending if *dropped == Dropped::Settled => {
                 tasks.spawn(ready).await.unwrap_or_else(|_| Err(closed()))
             }
@@ -182,7 +188,7 @@ impl Pool {
         }
     }
 
-    /// Lends no more, and closes what is not lent.
+    /// Lends no more connections, and closes those that are idle.
     pub(super) async fn close(&self) {
         let Opener { tasks, closed, .. } = self.connections.manager();
         self.places.close();
@@ -190,7 +196,7 @@ impl Pool {
         let idle = self.connections.retain(|_, _| false).removed;
         self.connections.close();
         for connection in idle {
-            // Whether the goodbye arrives does not matter.
+            // It does not matter whether the server receives this.
             let _ = timeout(PING_TIMEOUT, connection.close()).await;
         }
         tasks.close();
@@ -202,17 +208,17 @@ fn closed() -> StoreError {
     StoreError::Unavailable("the store is closed".into())
 }
 
-/// A connection on loan. It goes back to its pool when it is dropped.
+/// A borrowed connection. It goes back to its pool when it is dropped.
 pub(super) struct Connection {
     held: Option<Held>,
     pub(super) state: State,
-    /// Transactions that are open: the outer one and savepoints.
+    /// The number of open transactions: the outer one and its savepoints.
     pub(super) depth: u32,
-    /// What is done with it has to be done by then.
+    /// The deadline of its use.
     deadline: Instant,
 }
 
-/// A connection and, to be given up after it, its place.
+/// A connection and its permit, which is released after it.
 struct Held {
     connection: managed::Object<Opener>,
     place: OwnedSemaphorePermit,
@@ -220,13 +226,13 @@ struct Held {
 
 #[derive(Clone, Copy)]
 pub(super) enum State {
-    /// Nothing is under way.
+    /// No call is in progress.
     InStep,
-    /// A call is under way, or was dropped half-way.
+    /// A call is in progress, or was dropped half-way.
     AtWork,
-    /// A call has failed, and the connection may be out of step.
+    /// A call has failed, and the connection may be out of step with the server.
     Failed,
-    /// The call was dropped, and what came of it is waited for.
+    /// The call was dropped, and a task waits for its end.
     Settling,
 }
 
@@ -237,7 +243,7 @@ impl Connection {
         &self.held.as_ref().expect(HELD).connection
     }
 
-    /// Says that a call begins. The connection, and when the call has to be done.
+    /// Begins a call. Returns the connection and the deadline of the call.
     pub(super) fn begin_call(&mut self) -> (&mut Raw, Instant) {
         self.state = State::AtWork;
         (
@@ -246,7 +252,7 @@ impl Connection {
         )
     }
 
-    /// Lets the other connections to the server know if an error says that it is gone.
+    /// Tells the pools of the same server if an error shows that the server is gone.
     pub(super) fn tell_health(&self, error: &sqlx::Error) {
         let pool = self
             .held
@@ -264,7 +270,7 @@ impl Connection {
         }
     }
 
-    /// Lends the connection again once the server is done with what was dropped.
+    /// Lends the connection again once the server is done with the dropped call.
     fn settle(&mut self) {
         let pool = self
             .held
@@ -298,15 +304,22 @@ impl Connection {
     }
 }
 
+/// A connection to either engine.
+pub(super) enum Raw {
+    Postgres(PgConnection),
+    Sqlite(SqliteConnection),
+}
+
 impl Raw {
-    /// Brings a connection back into step: the driver reads what is left of the call first, and a transaction of which
-    /// the driver knows nothing ends.
+    /// Brings a connection back into step with the server. The driver first reads the rest of the
+    /// call. Then it ends a transaction that the driver does not know of.
     ///
     /// # Errors
-    /// Also if the call has failed meanwhile: the driver of Postgres tells that instead, and sends nothing more.
+    /// Fails also if the dropped call has failed. The Postgres driver then reports that error, and
+    /// sends nothing more.
     async fn back_in_step(&mut self) -> sqlx::Result<()> {
         match (self.control("ROLLBACK").await, &*self) {
-            // There is none to end.
+            // There is no transaction to end.
             (Err(sqlx::Error::Database(_)), Self::Sqlite(_)) => Ok(()),
             (result, _) => result,
         }
@@ -331,7 +344,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         match self.state {
             State::InStep if self.depth == 0 => {}
-            // A call was dropped half-way, or a transaction was.
+            // A call or a transaction was dropped half-way.
             State::InStep | State::AtWork => self.settle(),
             State::Failed | State::Settling => self.close(),
         }
@@ -343,7 +356,7 @@ struct Opener {
     health: Arc<ServerHealth>,
     call_timeout: Duration,
     dropped: Dropped,
-    /// What is seen to its end though nobody waits for it.
+    /// Tasks that finish calls for which no caller waits any more.
     tasks: TaskTracker,
     closed: CancellationToken,
 }
@@ -361,7 +374,9 @@ impl Manager for Opener {
 
     async fn recycle(&self, connection: &mut Raw, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
         if !self.health.is_good_for(metrics) {
-            return Err(RecycleError::message("the server was away"));
+            return Err(RecycleError::message(
+                "the connection is older than an outage of the server",
+            ));
         }
         if metrics.last_used() > PING_AFTER_IDLE {
             let silent = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());

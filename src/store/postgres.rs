@@ -1,9 +1,13 @@
-//! Postgres 12 or newer, shared by any number of replicas: getting to the server, and the pools.
+//! Postgres 12 or newer, shared by any number of replicas: connecting to the server, and the
+//! pools.
 //!
-//! Isolation is READ COMMITTED, the server's default. Statements that change a run, messages that its thread counts, and the
-//! thread lock them in this order; admission locks the thread and then only adds rows. An idempotency key comes last. Those
-//! that take several requests to delete, runs or threads take them in this order, and each kind by id. So no two of them wait
-//! for each other.
+//! Transactions are READ COMMITTED, the server's default. So that no two transactions deadlock,
+//! all lock in one order:
+//! - Statements that change a run, messages that its thread counts, and the thread lock them in
+//!   this order.
+//! - Admission locks the thread, and then only adds rows. An idempotency key comes last.
+//! - Statements that lock several requests to delete, runs or threads lock them in this order, and
+//!   each kind by id.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,25 +21,27 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tracing::log::LevelFilter;
 use url::Url;
 
+use super::StoreError;
+use super::backend::Backend;
 use super::errors::Said;
 use super::pool::{Dropped, Options, Pool, PoolSettings, ServerHealth};
-use super::{Backend, StoreError};
 use crate::config::StoreConfig;
 
-/// A statement that takes so long is logged with a warning.
+/// The duration from which a statement is logged with a warning.
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
-/// Pauses between attempts to reach a server that is not up yet.
+/// The pause before the next attempt to reach a server that is not up yet grows from 50 ms to 1 s.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Longest time for one step, once it has a connection: somewhat more than the server gives a statement.
+/// The longest time for one step after it has a connection. It is somewhat longer than the
+/// server's `statement_timeout`.
 const CALL_TIMEOUT: Duration = Duration::from_secs(12);
 
-/// Parameters of a URL that the driver knows.
+/// The parameters of a URL that the driver knows.
 const KNOWN_PARAMETERS: &str = "sslmode ssl-mode sslrootcert ssl-root-cert ssl-ca sslcert ssl-cert sslkey ssl-key statement- \
     cache-capacity host hostaddr port dbname user password application_name options";
 
-/// Connects, waiting for a server that is not up yet.
+/// Connects, and waits for a server that is not up yet.
 pub(super) async fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
     let (way, direct) = options(config)?;
     wait_until_up(&way, config.startup_timeout).await?;
@@ -64,16 +70,16 @@ pub(super) async fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
     })
 }
 
-/// A way to the database.
+/// The connection options of one URL.
 #[derive(Clone)]
 struct Way {
     options: PgConnectOptions,
-    /// The setting that tells it.
+    /// The name of the setting that has the URL.
     setting: &'static str,
 }
 
 impl fmt::Debug for Way {
-    /// The driver's own text of its options has the password in it.
+    /// Leaves the options out: the driver's text of them has the password in it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Way")
             .field("to", &place(&self.options))
@@ -82,7 +88,8 @@ impl fmt::Debug for Way {
     }
 }
 
-/// Reads the URLs: the one for all that is done, and the one for what a pooler would not let through, if it is another.
+/// Reads the URLs: the one for everything, and the direct one, if it is set, for what a pooler
+/// does not let through.
 fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
     let url = config
         .url
@@ -97,7 +104,7 @@ fn options(config: &StoreConfig) -> Result<(Way, Option<Way>), StoreError> {
 }
 
 fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
-    // The cause is left out: it might quote the URL, which may hold a password.
+    // Leave the cause out: it might quote the URL, which may hold a password.
     let options = PgConnectOptions::from_str(url.expose_secret()).map_err(|_| {
         StoreError::Open(format!(
             "{setting} is not of the form `postgres://user@host:port/database`"
@@ -106,14 +113,15 @@ fn way(url: &SecretString, setting: &'static str) -> Result<Way, StoreError> {
     tell_unknown_parameters(url, setting);
     let options = options
         .application_name("threadkeeper")
-        // What servers since 12 do by themselves, and poolers do not know.
+        // Servers since 12 do this by themselves, and poolers do not know the parameter.
         .extra_float_digits(None)
         .log_statements(LevelFilter::Debug)
         .log_slow_statements(LevelFilter::Warn, SLOW_STATEMENT);
     Ok(Way { options, setting })
 }
 
-/// Warns of what the driver passes over. Its own warning, which repeats the value, is never logged.
+/// Warns of URL parameters that the driver ignores. The driver's own warning, which repeats the
+/// value, is never logged.
 fn tell_unknown_parameters(url: &SecretString, setting: &'static str) {
     let names = unknown_parameters(url);
     if !names.is_empty() {
@@ -121,12 +129,13 @@ fn tell_unknown_parameters(url: &SecretString, setting: &'static str) {
         tracing::warn!(
             setting,
             parameters = names,
-            "the URL has parameters that are not known, and passed over"
+            "the URL has unknown parameters, which are ignored"
         );
     }
 }
 
-/// Names that are none, and may be anything, are not repeated.
+/// Returns the unknown parameters of a URL. It does not repeat text that does not look like a
+/// name, because that may be a secret.
 fn unknown_parameters(url: &SecretString) -> Vec<String> {
     let Ok(url) = Url::parse(url.expose_secret()) else {
         return Vec::new();
@@ -156,15 +165,19 @@ fn unknown_parameters(url: &SecretString) -> Vec<String> {
 }
 
 impl Way {
-    /// A pooler refuses these: sessions with the server are not ours there.
+    /// Adds settings of the server session. A pooler refuses them, because clients do not own
+    /// sessions there.
     fn with_session_settings(self) -> Self {
         let options = self.options.options([
-            // No statement of ours takes long: one that does waits for a lock that a stuck client holds.
+            // A statement of the gateway is short. One that takes this long waits for a lock that
+            // a stuck client holds.
             ("statement_timeout", "10s"),
             ("idle_in_transaction_session_timeout", "30s"),
-            // All of them look rows up by key: one plan serves every key, and planning takes longer than the rest.
+            // All statements look rows up by key, so one plan serves every key. Planning takes
+            // longer than the rest.
             ("plan_cache_mode", "force_generic_plan"),
-            // A plan that was made while a table was empty, or thought to be, is kept when it is full.
+            // A plan that was made for a small table, or one that seemed small, is kept when the
+            // table is large.
             ("enable_seqscan", "off"),
             ("enable_bitmapscan", "off"),
             ("enable_hashjoin", "off"),
@@ -175,7 +188,8 @@ impl Way {
     }
 }
 
-/// Tries to connect until it works, waiting does not help, or the time is up.
+/// Tries to connect until it succeeds, until it meets an error that waiting does not mend, or
+/// until the time is up.
 async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), StoreError> {
     let options = &way.options;
     let deadline = Instant::now() + limit;
@@ -184,7 +198,7 @@ async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), StoreError> {
     loop {
         let error = match timeout_at(deadline, PgConnection::connect_with(options)).await {
             Ok(Ok(connection)) => {
-                // Whether the goodbye arrives does not matter.
+                // It does not matter whether the server receives this.
                 let _ = connection.close().await;
                 return Ok(());
             }
@@ -196,19 +210,22 @@ async fn wait_until_up(way: &Way, limit: Duration) -> Result<(), StoreError> {
         }
         let error = in_its_words(error);
         if Instant::now() + pause >= deadline {
-            let text = format!("{} let nobody in within {limit:?}: {error}", place(options));
+            let text = format!(
+                "{} did not accept a connection within {limit:?}: {error}",
+                place(options)
+            );
             return Err(StoreError::Unavailable(text.into()));
         }
         if !told {
             told = true;
-            tracing::warn!(%error, "the database is not up yet; trying again for {limit:?}");
+            tracing::warn!(%error, "the database is not up yet; retrying for up to {limit:?}");
         }
         sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// What to do about an error that stays the same however long one waits.
+/// Returns the text for an error that waiting does not mend: what is wrong, and how to mend it.
 fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option<String> {
     let place = place(options);
     match error {
@@ -224,8 +241,8 @@ fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option
                     options.get_database().unwrap_or(user)
                 )),
                 "08P01" if cause.message().contains("startup parameter") => Some(format!(
-                    "{place} is a pooler that does not let our settings through ({}): set store.direct_url to the \
-                     server itself",
+                    "{place} is a pooler that does not accept the gateway's session settings ({}): set store.direct_url to the \
+                     URL of the server itself",
                     cause.message()
                 )),
                 "42501" => Some(format!(
@@ -236,16 +253,16 @@ fn beyond_waiting(error: &sqlx::Error, Way { options, setting }: &Way) -> Option
             }
         }
         sqlx::Error::Tls(cause) => Some(format!(
-            "no TLS connection to {place}: {cause}; see sslmode and sslrootcert of {setting}"
+            "no TLS connection to {place}: {cause}; check sslmode and sslrootcert in {setting}"
         )),
         sqlx::Error::Configuration(_) => Some(format!(
-            "{setting} has a parameter that Postgres connections do not know"
+            "{setting} has a parameter that Postgres connections do not support: correct or remove it"
         )),
         _ => None,
     }
 }
 
-/// The error in the server's own words, if it is one of the server's.
+/// Returns the error's text; for an error of the server, the server's own message.
 fn in_its_words(error: sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(cause) => Said::by(&*cause).to_string(),

@@ -1,4 +1,4 @@
-//! The queue of a thread: how a waiting run starts, and what others ask of runs: to end, or to change hands.
+//! The queue of a thread: starting a queued run, cancelling a run, and taking a queued run over.
 
 use sqlx::FromRow;
 use sqlx::types::Json;
@@ -10,15 +10,17 @@ use super::pool::Connection;
 use super::rows::{Found, RunRow, ThreadAndRun, ThreadRow};
 use super::runs::started_before;
 use super::statement::Statement;
-use super::{InputMessage, Store, StoreError};
-use crate::domain::{ConversationKey, OrphanId, ReplicaId, Run, RunId, RunStatus, Thread};
+use super::values::{InputMessage, QueuedStart, RunLease, StartedRun};
+use super::{Store, StoreError};
+use crate::domain::{ConversationKey, ReplicaId, Run, RunId, RunStatus, Thread};
 
 static START_QUEUED: Statement = Statement::on_postgres(
     "queue.start_queued",
     include_str!("sql/start_queued.postgres.sql"),
 );
 
-/// The run, if it waits, and whether it may start. What waits on a thread that is being deleted is only to be ended.
+/// Reads a queued run, and whether it may start. A run that is queued on a thread which is being
+/// deleted can only be ended.
 static FIND_WAITING: Statement = Statement::on_sqlite(
     "queue.find_waiting",
     "SELECT r.queued_input, NOT {busy_before r} AND t.lifecycle <> 'deleting' AS may_start
@@ -51,7 +53,8 @@ static SAY: Statement = Statement::on_sqlite(
     WHERE t.id = :thread",
 );
 
-/// The active run before a waiting one, and whether it is marked already. `+` keeps the index of all runs out of it.
+/// Finds the active run before a queued one, and whether it is marked already. The `+` keeps the
+/// planner from using the index of all runs.
 static FIND_ACTIVE_BEFORE: Statement = Statement::new(
     "queue.find_active_before",
     "SELECT r.id, r.status = 'cancelling' AND (r.rollback_pending OR NOT :discard) AS is_marked
@@ -95,16 +98,16 @@ pub(super) static STATEMENTS: &[&Statement] = &[
     &TAKE_QUEUED,
 ];
 
-/// Times that a run may change under its claim before that comes to nothing.
+/// The most attempts to start a run while it keeps changing.
 const MAX_ATTEMPTS: u32 = 10;
 
 impl Store {
-    /// Starts a queued run if no run of its thread is active and none before it waits; its messages move into the transcript
-    /// in the same step, and its deadline begins to count. A run that waits on a thread which is being deleted does not start
-    /// any more.
+    /// Starts a queued run if no run of its thread is active and none is queued before it. In the
+    /// same step its messages move into the transcript, and its deadline begins to count. A run
+    /// does not start any more on a thread that is being deleted.
     ///
-    /// Repeating the call with the same lease is harmless: while the run is in progress it answers the same, so that an
-    /// answer which was lost on its way does not strand a run that has started.
+    /// The call is harmless to repeat with the same lease. While the run is in progress it gives
+    /// the same answer. So a lost answer does not leave a started run without a task.
     pub async fn start_queued(&self, lease: &RunLease) -> Result<QueuedStart, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         match c.engine() {
@@ -113,10 +116,12 @@ impl Store {
         }
     }
 
-    /// Marks the run that is active on the thread of a queued run, and was admitted before that one, to be cancelled; with
-    /// `discard` also to be removed from the transcript when it ends. The run that is marked now or was already; `None` if
-    /// none is active, or only one that was admitted later. Harmless to repeat: if there is nothing to change, nothing is
-    /// written and no run is locked.
+    /// Marks the active run of a queued run's thread to be cancelled, if it was admitted before
+    /// the queued one. With `discard`, its messages are also to be removed when it ends.
+    ///
+    /// Returns the run that is now marked, or was before. `None` if no run is active, or only one
+    /// that was admitted later. The call is harmless to repeat. If there is nothing to change, it
+    /// writes nothing and locks no run.
     pub async fn cancel_active(
         &self,
         lease: &RunLease,
@@ -135,18 +140,19 @@ impl Store {
         if is_marked {
             return Ok(Some(run));
         }
-        // It may have ended meanwhile.
+        // The run may have ended meanwhile.
         Ok(mark_cancelling(&mut c, run, discard).await?.map(|_| run))
     }
 
-    /// Marks a run to be cancelled, if it is active. The run as it is afterwards; `None` if there is none.
+    /// Marks a run to be cancelled, if it is active. Returns the run as it is afterwards; `None`
+    /// if there is none.
     pub async fn request_cancel(
         &self,
         key: &ConversationKey,
         id: RunId,
     ) -> Result<Option<Run>, StoreError> {
         let mut c = self.backend.writer().await?;
-        // A run that moves to a fresh thread meanwhile is not found the first time.
+        // The first attempt does not find a run that moves to a fresh thread meanwhile.
         let found = match try_request_cancel(&mut c, key, id).await? {
             None => try_request_cancel(&mut c, key, id).await?,
             found => found,
@@ -154,7 +160,8 @@ impl Store {
         found.map(Run::try_from).transpose()
     }
 
-    /// Takes a run that still waits over from its owner, to end it. `None` if it does not wait (any more).
+    /// Takes a queued run over from its owner, so that the caller can end it. `None` if the run is
+    /// not queued (any more).
     pub async fn take_queued(
         &self,
         replica: ReplicaId,
@@ -169,7 +176,7 @@ impl Store {
     }
 }
 
-/// What the claim of a run found. A run that did not start has no thread here.
+/// A row that reports an attempt to start a run. It has no thread if the run did not start.
 #[derive(FromRow)]
 struct StartedRow {
     #[sqlx(flatten)]
@@ -212,7 +219,7 @@ async fn start_on_postgres(
             StartedRow {
                 may_start: false, ..
             } => return Ok(QueuedStart::NotYet),
-            // The run changed while its row was waited for.
+            // The run changed while the statement waited for its row.
             StartedRow {
                 may_start: true, ..
             } => {}
@@ -264,7 +271,7 @@ async fn start_in_transaction(
     })))
 }
 
-/// The run is locked even if there is nothing to change, so that the answer is not out of date.
+/// Locks the run even if there is nothing to change, so that the answer is not out of date.
 async fn try_request_cancel(
     c: &mut Connection,
     key: &ConversationKey,
@@ -292,32 +299,4 @@ async fn mark_cancelling(
 ) -> Result<Option<RunRow>, StoreError> {
     let values = params().set("run", run.uuid()).set("discard", discard);
     Ok(c.optional(&MARK_CANCELLING, values).await?)
-}
-
-/// The right to write about a run. A run that changes hands gets a higher fence, and the old one is void.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub struct RunLease {
-    pub run_id: RunId,
-    pub fence: i64,
-}
-
-/// A run that may work now.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StartedRun {
-    pub lease: RunLease,
-    pub thread: Thread,
-    pub run: Run,
-    pub input: Vec<InputMessage>,
-    /// It is recorded under this id that the thread's upstream thread is about to be made.
-    pub intent: Option<OrphanId>,
-}
-
-/// What became of an attempt to start a queued run.
-#[derive(Clone, Debug, PartialEq)]
-pub enum QueuedStart {
-    Started(Box<StartedRun>),
-    /// Another run is active or waits before it.
-    NotYet,
-    /// The lease is lost or the run is not queued any more.
-    Lost,
 }

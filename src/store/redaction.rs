@@ -1,7 +1,7 @@
-//! `store.transcript = "off"`: what is encoded in the place of what is said.
+//! `store.transcript = "off"`: storing runs and messages without their content.
 //!
-//! A message keeps its row with an empty list of parts. Pieces of text, and the arguments and outputs of function calls,
-//! become empty texts. Ids, numbers and counts stay what they are.
+//! A message keeps its row with an empty list of parts. Pieces of text, and the arguments and
+//! outputs of function calls, become empty texts. Ids, numbers and counts stay as they are.
 
 use std::borrow::Cow;
 
@@ -44,7 +44,7 @@ impl Redaction {
         Cow::Owned(outputs.iter().map(redacted).collect())
     }
 
-    /// Each event keeps its number.
+    /// Redacts a batch of events. Each event keeps its number.
     pub(super) fn events(self, batch: &EventBatch) -> Cow<'_, EventBatch> {
         self.encode(batch, |EventBatch { first, events }| {
             let redacted = |event: &LoggedEvent| match event {
@@ -73,7 +73,8 @@ impl Redaction {
         })
     }
 
-    /// A message that is not stored cannot be sent again: where it would be missing, it is withheld for good.
+    /// Returns the state to record. A message whose content is not stored cannot be sent again, so
+    /// a missing one becomes withheld for good.
     pub(super) fn sync(self, sync: UpstreamSync) -> UpstreamSync {
         match sync {
             UpstreamSync::Missing if !self.keeps_content() => UpstreamSync::Withheld,
@@ -89,7 +90,7 @@ impl Redaction {
     }
 }
 
-/// A required action as it is stored where content is not.
+/// Returns a required action without content, as it is stored with `store.transcript = "off"`.
 pub fn redacted_action(RequiredAction { tool_calls }: &RequiredAction) -> RequiredAction {
     RequiredAction {
         tool_calls: redacted_calls(tool_calls),

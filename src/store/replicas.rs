@@ -1,16 +1,18 @@
-//! Sessions of gateway processes, and what the dead ones leave behind.
+//! Sessions of replicas, and the runs that dead replicas leave behind.
 //!
-//! A SQLite file serves one process at a time: there the dead ones are that process's own earlier lives.
+//! A SQLite file serves one process at a time. There a dead replica is an earlier process on the
+//! same file.
 
 use std::time::Duration;
 
 use serde_json::{Value, json as value};
 use sqlx::FromRow;
+use sqlx::types::Json;
 use uuid::Uuid;
 
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{At, MessageRow, OrphanedRunRow, millis};
+use super::rows::{At, MessageRow, ThreadAndRun, millis};
 use super::statement::Statement;
 use super::{InputMessage, RunLease, Store, StoreError};
 use crate::domain::{
@@ -32,8 +34,9 @@ static RETIRE: Statement = Statement::new(
 
 static FORGET: Statement = Statement::on_sqlite("replicas.forget", "DELETE FROM replicas");
 
-/// The fence stays: it rises when the run is adopted, and until then nobody writes but whoever gave the run
-/// up, if at all. Runs are locked by id, as by all that lock several.
+/// The fence stays, and grows when the run is adopted. Until then only the replica that gave the
+/// run up can still write about it. Runs are locked by id, like in every statement that locks
+/// several.
 static RELEASE: Statement = Statement::new(
     "replicas.release",
     "WITH leases AS MATERIALIZED (
@@ -52,15 +55,17 @@ static FIND_LOST: Statement = Statement::new(
     "SELECT r.id FROM runs r WHERE r.id {in :working} AND r.owner IS DISTINCT FROM :replica",
 );
 
-/// What may be an orphan.
+/// Finds runs that may be orphans.
 ///
-/// On Postgres `owners` steps from one owner of unfinished runs to the next, of which there are few. So the
-/// runs of those who live are not looked at, however many they are. Of its own the caller looks at all, for
-/// strays. Each part gives 16 times as many as are wanted: so many replicas can share them. It is in the
-/// order of a whole row, which no index has: else all runs that there ever were might be read in that order
-/// until one is found.
+/// On Postgres `owners` steps from one owner of unfinished runs to the next; there are few owners.
+/// So the runs of live owners are not read, however many they are. All runs of the caller itself
+/// are read, to find strays.
 ///
-/// On SQLite these are the orphans, since nobody else takes any.
+/// Each part returns 16 times the wanted number, so that many replicas can share them. Each part
+/// is ordered by a whole row, which no index has. With an index for that order, Postgres might
+/// read all runs in that order until it finds one.
+///
+/// On SQLite the result has only orphans, since no other process takes any.
 static FIND_ORPHANS: Statement = Statement::for_each_engine(
     "replicas.find_orphans",
     "WITH RECURSIVE owners AS (
@@ -91,7 +96,7 @@ static FIND_ORPHANS: Statement = Statement::for_each_engine(
     UNION ALL (
         SELECT r.id, r.fence, r.owner FROM runs r WHERE r.owner = :replica AND {unfinished_of_owner r}
             AND (r.fence > 1 OR r.created_at < {now} - {ms 60000})
-            -- Not as a condition on the array itself, which older servers go through for each run.
+            -- Not a condition on the array itself: older servers scan the array for each run.
             AND r.id {not_in :working}
         ORDER BY ROW(r.thread_id, r.seq) LIMIT :limit * 16
     )",
@@ -106,9 +111,9 @@ static FIND_ORPHANS: Statement = Statement::for_each_engine(
     LIMIT :limit",
 );
 
-/// Of those that were found, takes what is an orphan still, and has not changed hands meanwhile. Replicas
-/// that do so at once share the work. Thread ids sort by age, and within a thread the runs must come in order
-/// of admission.
+/// Takes over those of the found runs that are still orphans and have not changed hands meanwhile.
+/// Replicas that do this at the same time share the work. Thread ids sort by age, and within a
+/// thread the runs must come in order of admission.
 static TAKE_ORPHANS: Statement = Statement::for_each_engine(
     "replicas.take_orphans",
     "WITH found AS MATERIALIZED (
@@ -158,7 +163,8 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Says that this replica is alive for another `ttl`. The first call registers it.
+    /// Extends the session of this replica by `ttl` from now. The first call registers the
+    /// replica.
     pub async fn renew_replica(
         &self,
         id: ReplicaId,
@@ -173,7 +179,7 @@ impl Store {
         Ok(c.one(&RENEW, session).await?)
     }
 
-    /// Says that this replica is gone: what it still owns can be adopted at once.
+    /// Deletes the session of this replica: its runs can be adopted at once.
     pub async fn retire_replica(&self, id: ReplicaId) -> Result<(), StoreError> {
         let mut c = self.backend.session_writer().await?;
         c.execute(&RETIRE, params().set("replica", id.uuid()))
@@ -181,7 +187,7 @@ impl Store {
         Ok(())
     }
 
-    /// Gives unfinished runs up: they can be adopted at once. Leases that were lost are passed over.
+    /// Gives unfinished runs up, so that they can be adopted at once. Lost leases are skipped.
     pub async fn release(&self, leases: &[RunLease]) -> Result<(), StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let leases: Vec<Value> = leases
@@ -193,7 +199,7 @@ impl Store {
         Ok(())
     }
 
-    /// Those of these runs that others have taken over from the replica.
+    /// Returns those of the runs in `working` that other replicas have taken over from this one.
     pub async fn runs_taken_over(
         &self,
         replica: ReplicaId,
@@ -211,14 +217,15 @@ impl Store {
             .collect())
     }
 
-    /// Takes over up to `limit` unfinished runs that nobody works on, oldest first, each with a higher fence.
-    /// They are those whose owner is not alive, and strays: the caller's own, but not among those it is
-    /// `working` on.
+    /// Takes over up to `limit` unfinished runs that no task works on, oldest first, each with a
+    /// higher fence. These are orphans, whose owner is not alive, and strays: runs that the caller
+    /// owns and that are not in `working`.
     ///
-    /// A stray is what a lost answer leaves behind. One that was taken over before is one at once; a young
-    /// one of the first fence may be an admission under way, and is left alone for a minute.
+    /// A lost answer can leave a stray behind. A run that was taken over before is a stray at
+    /// once. A run with the first fence may be an admission in progress, so it is left alone for a
+    /// minute.
     ///
-    /// Mostly there are none, and then it changes nothing and locks nothing.
+    /// Usually there are none. Then the call changes and locks nothing.
     pub async fn adopt_orphans(
         &self,
         id: ReplicaId,
@@ -253,8 +260,8 @@ impl Store {
             .collect::<Result<Vec<_>, _>>()?;
         give_input(&mut c, &mut orphans).await?;
         if !self.keeps_content() {
-            // One that waits for outputs needs nothing of before. One that is to be sent does, and so does
-            // one that may have to be sent again.
+            // A run that waits for outputs needs no earlier content. A run that is to be sent, or
+            // may have to be sent again, does.
             for orphan in &mut orphans {
                 orphan.content_lost = orphan.outputs.is_some()
                     || matches!(orphan.run.status, RunStatus::Queued | RunStatus::InProgress);
@@ -264,7 +271,8 @@ impl Store {
     }
 }
 
-/// Gives orphans that had started their messages. Nobody changes these any more: the runs have new fences.
+/// Adds the messages of orphans that had started. They cannot change any more, because the runs
+/// have new fences.
 async fn give_input(c: &mut Connection, orphans: &mut [OrphanedRun]) -> Result<(), StoreError> {
     let started = orphans
         .iter()
@@ -289,18 +297,18 @@ async fn give_input(c: &mut Connection, orphans: &mut [OrphanedRun]) -> Result<(
     Ok(())
 }
 
-/// Ends all sessions: for a SQLite file that is just opened. Its lock proves that the processes are gone, so what they
-/// left can be adopted at once.
+/// Deletes all sessions of a SQLite file that was just opened. Its lock proves that their
+/// processes are gone, so their runs can be adopted at once.
 pub(super) async fn forget_sessions(c: &mut Connection) -> Result<(), StoreError> {
     Ok(c.execute(&FORGET, params()).await.map(drop)?)
 }
 
-/// A session that was [renewed](Store::renew_replica).
+/// The answer to [`renew_replica`](Store::renew_replica).
 #[derive(Clone, Copy, Debug, Eq, FromRow, PartialEq)]
 pub struct Renewed {
-    /// Other replicas are alive too.
+    /// Whether other replicas are alive.
     pub has_peers: bool,
-    /// The time by the database's clock.
+    /// The database's time.
     #[sqlx(try_from = "At")]
     pub now: Timestamp,
 }
@@ -311,18 +319,59 @@ pub struct OrphanedRun {
     pub lease: RunLease,
     pub previous_owner: Option<ReplicaId>,
     pub thread: Thread,
-    /// Queued: never sent to the upstream. Otherwise: may have been.
+    /// The run. If it is queued, it was never sent to the upstream; otherwise it may have been.
     pub run: Run,
-    /// Until the run's deadline, by the database's clock; zero if that has passed, or the run has not started.
+    /// The time until the run's deadline, by the database's clock. Zero if the deadline has
+    /// passed, or the run has not started.
     pub time_left: Duration,
-    /// The messages of one that was at work, as they are in the transcript.
+    /// The messages of a run that had started, as they are in the transcript.
     pub input: Vec<InputMessage>,
-    /// What a run that waited for tool outputs had said before.
+    /// The reply so far of a run that waited for tool outputs.
     pub content: Vec<ContentPart>,
-    /// Outputs that came for it since it waited.
+    /// Tool outputs that have arrived since the run began to wait for them.
     pub outputs: Option<Vec<ToolOutput>>,
-    /// They may have been sent to the upstream.
+    /// Whether these may have been sent to the upstream.
     pub outputs_sent: bool,
-    /// What it was to send is not known any more: it can only end.
+    /// Whether the content that the run has to send is lost, so that it can only end.
     pub content_lost: bool,
+}
+
+/// A run that was taken over, with its new fence.
+#[derive(FromRow)]
+struct OrphanedRunRow {
+    previous_owner: Option<Uuid>,
+    /// The time until the deadline in milliseconds. `None`: the run has not started.
+    time_left: Option<i64>,
+    partial: Option<Json<Vec<ContentPart>>>,
+    tool_outputs: Option<Json<Vec<ToolOutput>>>,
+    outputs_sent: bool,
+    #[sqlx(flatten)]
+    both: ThreadAndRun,
+}
+
+impl TryFrom<OrphanedRunRow> for OrphanedRun {
+    type Error = StoreError;
+
+    fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
+        let fence = row.both.run.r_fence;
+        let (thread, run) = (
+            Thread::try_from(row.both.thread)?,
+            Run::try_from(row.both.run)?,
+        );
+        Ok(Self {
+            lease: RunLease {
+                run_id: run.id,
+                fence,
+            },
+            previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
+            thread,
+            run,
+            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
+            input: Vec::new(),
+            content: row.partial.map(|json| json.0).unwrap_or_default(),
+            outputs: row.tool_outputs.map(|json| json.0),
+            outputs_sent: row.outputs_sent,
+            content_lost: false,
+        })
+    }
 }

@@ -1,4 +1,4 @@
-//! When to look at threads, expiry, and what is past its time.
+//! When threads are due for the janitor, expiry, and pruning of what is past its retention.
 
 use std::ops::AddAssign;
 use std::time::Duration;
@@ -8,12 +8,13 @@ use sqlx::FromRow;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::connection::Failed;
 use super::deletion::{cancel_active, lock_unfinished};
+use super::errors::Failed;
 use super::orphans::upstream_ids;
 use super::params::{Params, params};
 use super::pool::Connection;
 use super::rows::{At, ThreadRow, millis};
+use super::runs::delete_runs;
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{Lifetimes, Limits, OrphanId, Thread, ThreadId, Timestamp};
@@ -52,7 +53,7 @@ static LIST_FOR_REVIEW: Statement = Statement::new(
     "SELECT t.id FROM threads t WHERE t.id > :after ORDER BY t.id LIMIT :limit",
 );
 
-/// Of a page of threads, those that are due too late, or never although they expire.
+/// Makes threads of a page due at their expiry, if they are due later, or never.
 static BRING_FORWARD: Statement = Statement::variant(
     "retention.bring_forward",
     "UPDATE threads AS t SET due_at = {0}
@@ -90,16 +91,17 @@ static DISCARD: Statement = Statement::new(
 );
 
 impl Store {
-    /// Threads at which it is time to look, those that wait longest first, with the database's time. Nothing
-    /// is changed.
+    /// Returns up to `limit` due threads, longest overdue first, with the database's time. It
+    /// changes nothing.
     pub async fn due_threads(&self, limit: u32) -> Result<Vec<DueThread>, StoreError> {
         let mut c = self.backend.reader().await?;
         let rows: Vec<DueRow> = c.all(&LIST_DUE, params().set("limit", limit)).await?;
         rows.into_iter().map(DueThread::try_from).collect()
     }
 
-    /// The same, and they are due again only after `lease`. Until then nobody else gets them; if whoever got
-    /// them dies, somebody else does then. Those that another call is just taking are passed over.
+    /// Leases up to `limit` due threads: they are due again only after `lease`. Until then no
+    /// other caller gets them. If the caller dies, another one gets them after that. Threads that
+    /// another call is leasing at the same time are skipped.
     pub async fn lease_due_threads(
         &self,
         limit: u32,
@@ -116,7 +118,7 @@ impl Store {
         let values = params().set("threads", threads).set("lease", millis(lease));
         let mut claimed: Vec<(At,)> = c.all(&LEASE_DUE, values).await?;
         c.commit().await?;
-        // One statement, one time: the same for all of them.
+        // One statement set the same time for all of them.
         let claimed = claimed.pop().map(|(at,)| at.0);
         for due in &mut due {
             due.claimed = claimed;
@@ -124,12 +126,13 @@ impl Store {
         Ok(due)
     }
 
-    /// Says how the look at a thread ended, and sets when it is due next; `after` is `None`: never.
-    /// `failure`: why the look failed, which is counted; else the count begins anew.
+    /// Records the outcome of processing a thread, and sets when it is due next. `after` is
+    /// `None`: never. `failure`: the reason of a failed attempt, which is counted. Without a
+    /// failure the count starts again at 0.
     ///
-    /// `claimed` is what [`DueThread::claimed`] said. If the thread is due at another time by now, somebody else
-    /// has set that meanwhile (a caller, a message, a deletion), and it stays. A thread that nobody claimed
-    /// may only become due earlier.
+    /// `claimed` is [`DueThread::claimed`]. If the thread is due at another time by now, a caller,
+    /// a message or a deletion has set that time, and it stays. A thread that was not leased may
+    /// only become due earlier.
     pub async fn reschedule(
         &self,
         thread: ThreadId,
@@ -147,12 +150,12 @@ impl Store {
         Ok(())
     }
 
-    /// Looks through up to `limit` threads whose id comes after `after`. Each current one becomes due when it
-    /// expires by these lifetimes, which may be other ones than when it was made. One that is due earlier
-    /// stays so.
+    /// Makes current threads due at their expiry by these lifetimes, which may have changed since
+    /// the thread was created. A thread that is due earlier stays so. The call reads up to `limit`
+    /// threads with ids above `after`.
     ///
-    /// Gives the last one's id; `None` if there are no more. Threads that are not current count towards the
-    /// limit.
+    /// Returns the id of the last one; `None` if there are no more. Threads that are not current
+    /// count towards the limit.
     pub async fn apply_changed_limits(
         &self,
         after: Option<ThreadId>,
@@ -178,8 +181,8 @@ impl Store {
         Ok(Some(ThreadId::from_uuid(last)))
     }
 
-    /// Archives a current thread if it has expired by its own limits or these, and makes it due at once.
-    /// `false` if not: then it is due when it does.
+    /// Archives a current thread if it has expired by its own limits or these, and makes it due at
+    /// once. Returns `false` if it has not expired. Then it becomes due at its expiry.
     pub async fn expire(&self, thread: ThreadId, limits: Limits) -> Result<bool, StoreError> {
         let mut c = self.backend.writer().await?;
         let values = || {
@@ -195,12 +198,12 @@ impl Store {
         Ok(is_archived)
     }
 
-    /// Begins to erase an archived thread if it has been one for `keep`: its active runs are to be cancelled,
-    /// and it is due at once. `false` if not.
+    /// Begins to erase a thread that has been archived for at least `keep`. Its active runs are to
+    /// be cancelled, and it is due at once. Returns `false` if it is not such a thread.
     pub async fn discard(&self, thread: ThreadId, keep: Duration) -> Result<bool, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
-        // No message goes to an archived thread, so the runs that are unfinished now are all that can be.
+        // An archived thread takes no messages, so it gets no further unfinished runs.
         lock_unfinished(&mut c, vec![thread.uuid()]).await?;
         let values = params()
             .set("thread", thread.uuid())
@@ -235,14 +238,15 @@ impl TryFrom<DueRow> for DueThread {
     }
 }
 
-// Runs that ended long ago may be orphans of such a session; nothing else refers to it.
+// Keep a session for a day after its end: its runs may still be orphans. Nothing else refers to
+// it.
 static DELETE_SESSIONS: Statement = Statement::new(
     "retention.delete_sessions",
     "DELETE FROM replicas WHERE expires_at < {now} - {ms 86400000}",
 );
 
-// What is past its time, oldest first, up to `:limit`; it is kept for `:keep`. What does not fit is looked up row by row, never
-// joined, so that the order of the key leads.
+// Rows that are older than `:keep`, oldest first, up to `:limit`. Further conditions are
+// subqueries for each row, never joins, so that the planner reads in the order of the key.
 
 const OLD_KEYS: &str = "FROM idempotency_keys k
     WHERE k.created_at <= {now} - {ms :keep}
@@ -269,7 +273,8 @@ const OLD_RECEIPTS: &str = "FROM deletions d
 
 const COUNT: &str = "SELECT count(*) FROM (SELECT 1 AS one {0}) x";
 
-// What deletes is planned each time: a plan that was made while a table was small reads all of it.
+// A deleting statement is planned each time: a plan that was made while a table was small reads
+// all of it.
 
 static DELETE_OLD_KEYS: Statement = Statement::unprepared(
     "retention.delete_old_keys",
@@ -305,21 +310,6 @@ static ADD_ORPHANS: Statement = Statement::new(
     FROM {each :orphans}",
 );
 
-static DELETE_EVENTS_OF_RUNS: Statement = Statement::new(
-    "retention.delete_events_of_runs",
-    "DELETE FROM run_events WHERE run_id {in :runs}",
-);
-
-static DELETE_KEYS_OF_RUNS: Statement = Statement::new(
-    "retention.delete_keys_of_runs",
-    "DELETE FROM idempotency_keys WHERE run_id {in :runs}",
-);
-
-static DELETE_RUNS: Statement = Statement::new(
-    "retention.delete_runs",
-    "DELETE FROM runs WHERE id {in :runs}",
-);
-
 static COUNT_OLD_KEYS: Statement =
     Statement::variant("retention.count_old_keys", COUNT, &[OLD_KEYS]);
 
@@ -348,9 +338,6 @@ pub(super) static STATEMENTS: &[&Statement] = &[
     &DELETE_OLD_RECEIPTS,
     &LOCK_OLD_RUNS,
     &ADD_ORPHANS,
-    &DELETE_EVENTS_OF_RUNS,
-    &DELETE_KEYS_OF_RUNS,
-    &DELETE_RUNS,
     &COUNT_OLD_KEYS,
     &COUNT_OLD_EVENTS,
     &COUNT_OLD_RUNS,
@@ -358,12 +345,13 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Removes what is past its time, up to `limit` of each kind, and sessions that ended a day ago.
+    /// Deletes what is past its retention, up to `limit` rows of each kind, and sessions that
+    /// ended a day ago.
     pub async fn prune(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError> {
         let mut c = self.backend.writer().await?;
         c.begin().await?;
         c.execute(&DELETE_SESSIONS, params()).await?;
-        // What goes along with runs comes before them, so that it is counted.
+        // Delete keys and events before the runs that they belong to, so that they are counted.
         let pruned = Pruned {
             idempotency_keys: remove(&mut c, &DELETE_OLD_KEYS, pruning.idempotency_keys, limit)
                 .await?,
@@ -375,7 +363,7 @@ impl Store {
         Ok(pruned)
     }
 
-    /// How much [`prune`](Self::prune) would find, up to `limit` of each kind.
+    /// Counts what [`prune`](Self::prune) would delete, up to `limit` of each kind.
     pub async fn prunable(&self, pruning: &Pruning, limit: u32) -> Result<Pruned, StoreError> {
         let mut c = self.backend.reader().await?;
         Ok(Pruned {
@@ -448,7 +436,7 @@ async fn remove_runs(c: &mut Connection, pruning: &Pruning, limit: u32) -> Resul
     delete_runs(c, runs).await
 }
 
-/// A run, its thread's upstream, and the ids that it has there.
+/// A run, its thread's upstream, and the run's ids there.
 #[derive(FromRow)]
 struct OldRunRow {
     id: Uuid,
@@ -458,43 +446,33 @@ struct OldRunRow {
     earlier_upstream_run_ids: Option<Json<Vec<String>>>,
 }
 
-/// Deletes runs, which the caller has locked, with what belongs to them. Their messages stay.
-pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u64, StoreError> {
-    if ids.is_empty() {
-        return Ok(0);
-    }
-    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone()))
-        .await?;
-    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone()))
-        .await?;
-    Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
-}
-
-/// A thread at which it is time to look.
+/// A thread that is due for the janitor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DueThread {
     pub thread: Thread,
-    /// The database's time of the look.
+    /// The database's time when the thread was read.
     pub now: Timestamp,
-    /// Looks in a row that failed.
+    /// The number of failed attempts in a row.
     pub attempts: i64,
-    /// When it is due again, by the claim of whoever looks at it; `None`: nobody claimed it.
+    /// When the thread is due again, by the lease of the caller. `None`: the thread was not
+    /// leased.
     pub claimed: Option<Timestamp>,
 }
 
-/// What is past its time. `None`: it is kept for ever.
+/// The retention of each kind of row. `None`: it is kept for ever.
 #[derive(Clone, Debug, Default)]
 pub struct Pruning {
-    /// Runs that have ended. Their messages stay.
+    /// The retention of ended runs. Their messages stay.
     pub runs: Option<Duration>,
     pub events: Option<Duration>,
     pub idempotency_keys: Option<Duration>,
     pub receipts: Option<Duration>,
-    /// Upstreams that store each run by itself: the ids that pruned runs have there become upstream orphans.
+    /// The upstreams that store each run by itself. The ids of pruned runs there become upstream
+    /// orphans.
     pub storing: Vec<String>,
 }
 
-/// What was removed because it was past its time.
+/// The number of rows of each kind that were pruned.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Pruned {
     pub runs: u64,
@@ -504,7 +482,7 @@ pub struct Pruned {
 }
 
 impl Pruned {
-    /// The largest of the numbers.
+    /// Returns the largest of the numbers.
     pub fn most(&self) -> u64 {
         self.runs
             .max(self.events)

@@ -1,4 +1,5 @@
-//! A fresh thread in the place of a full one, and what others wrote to the upstream thread.
+//! Rollover: a fresh thread in the place of a full one. Also: messages that others wrote to the
+//! upstream thread.
 
 use std::collections::HashSet;
 
@@ -20,10 +21,10 @@ use crate::domain::{
     Timestamp,
 };
 
-/// Times that new runs may come while a thread is taken, before that is given up.
+/// The most attempts to lock a thread while new runs keep arriving.
 const MAX_ATTEMPTS: u32 = 10;
 
-/// Beyond all positions.
+/// A distance that is larger than every position.
 const FAR: i64 = 1 << 48;
 
 static LOCK_RUNS: Statement = Statement::new(
@@ -49,7 +50,8 @@ static POSTPONE: Statement = Statement::new(
     "UPDATE threads SET rollover_pending = true WHERE id = :thread",
 );
 
-/// The fresh thread is there, and the run that did it, if one did, is on it under the same lease.
+/// Finds whether the fresh thread exists. If a run did the rollover, the run must be on that
+/// thread, under the same lease.
 static IS_DONE: Statement = Statement::new(
     "rollover.is_done",
     "SELECT EXISTS (
@@ -74,8 +76,8 @@ static ARCHIVE: Statement = Statement::new(
     WHERE id = :thread",
 );
 
-/// With counters as they are once all has moved. No index is implied by how `missing` is asked for: a run's
-/// few messages are found by the run.
+/// Adds the fresh thread, with its counters as they are after the move. The condition on `missing`
+/// is written so that no index matches it: the few messages of a run are found by the run.
 static ADD_THREAD: Statement = Statement::new(
     "rollover.add_thread",
     "INSERT INTO threads (
@@ -114,7 +116,7 @@ static SET_DUE: Statement = Statement::new(
     "UPDATE threads AS t SET due_at = {expiry :max_age, :max_idle} WHERE t.id = :new_thread",
 );
 
-/// Takes what the fresh thread has off the old one's counters.
+/// Subtracts what the fresh thread has from the counters of the old one.
 static TAKE_OFF: Statement = Statement::new(
     "rollover.take_off",
     "UPDATE threads AS t SET
@@ -125,7 +127,7 @@ static TAKE_OFF: Statement = Statement::new(
     WHERE t.id = :thread",
 );
 
-/// Numbers them from 1 in the same order.
+/// Moves the unfinished runs, and numbers them from 1 in the same order.
 static MOVE_RUNS: Statement = Statement::new(
     "rollover.move_runs",
     "UPDATE runs AS r SET thread_id = :new_thread, seq = m.n,
@@ -144,7 +146,7 @@ static MOVE_MESSAGES: Statement = Statement::new(
     WHERE run_id = :run",
 );
 
-/// What is to be erased is not sent any more.
+/// Finds the previous thread. Messages of a thread that is to be erased are not sent any more.
 static FIND_PREVIOUS: Statement = Statement::new(
     "rollover.find_previous",
     "SELECT p.id, (SELECT t.carried_messages FROM threads t WHERE t.id = :thread) AS carried FROM threads p
@@ -229,11 +231,12 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Archives a thread and puts a fresh one in its place, which names it and takes its metadata and what is
-    /// left of its limits. All unfinished runs go along; of a run at work also its messages. See [`Rolled`].
-    /// Harmless to repeat, as long as the run is in progress.
+    /// Archives a thread and puts a fresh one in its place. The fresh thread names the old one,
+    /// and takes its metadata and the rest of its limits. All unfinished runs move to it; for an
+    /// active run, also its messages. [`Rolled`] has the outcomes. The call is harmless to repeat
+    /// while the run is in progress.
     pub async fn roll_over(&self, rollover: &Rollover) -> Result<Rolled, StoreError> {
-        // What is not stored cannot be carried over.
+        // Content that is not stored cannot be carried over.
         let carry_over = if self.keeps_content() {
             rollover.carry_over
         } else {
@@ -243,7 +246,8 @@ impl Store {
             carry_over,
             ..*rollover
         };
-        // Callers hang up in the middle of it, and runs are cut off.
+        // This uses a connection for callers: a client may hang up during a rollover, and a run
+        // may be cut off.
         let mut c = self.backend.writer().await?;
         for _ in 0..MAX_ATTEMPTS {
             c.begin().await?;
@@ -253,14 +257,18 @@ impl Store {
             }
             c.roll_back().await?;
         }
-        Err(StoreError::Unavailable("new runs kept coming".into()))
+        Err(StoreError::Unavailable(
+            "new runs arrived during every attempt".into(),
+        ))
     }
 
-    /// Up to `limit` of the messages of the thread before that a thread begins with, newest first, but for
-    /// those that are withheld. They are those before a position in that thread, or its last ones (`before`
-    /// is `None`). The page ends before its limit, with `has_more`, once it holds
-    /// [`PAGE_BYTES`](super::PAGE_BYTES). Fewer, or none, once that thread is to be erased; none where
-    /// content is not stored.
+    /// Returns up to `limit` messages of the previous thread with which a thread begins, newest
+    /// first, without withheld ones. They stand before the position `before` of the previous
+    /// thread; `None`: they are its last ones.
+    ///
+    /// The page ends before its limit, with `has_more`, once it holds
+    /// [`PAGE_BYTES`](super::PAGE_BYTES). It has fewer messages, or none, once the previous thread
+    /// is to be erased. It has none if content is not stored.
     pub async fn carried(
         &self,
         thread: ThreadId,
@@ -289,10 +297,12 @@ impl Store {
             .page(span))
     }
 
-    /// Puts messages that others wrote to the upstream thread into the transcript. Each goes behind the one
-    /// it names, and those behind the same one go in their order. Those that the thread has by their id
-    /// upstream are passed over. How many were put in: none if the thread has an active run other than that
-    /// of the lease `by`, or if that lease was lost.
+    /// Inserts messages that others wrote to the upstream thread into the transcript, and returns
+    /// how many. Each message goes behind the one that it names. Messages behind the same one keep
+    /// their order. Messages whose upstream id the thread has already are skipped.
+    ///
+    /// It inserts none if the thread has an active run other than that of the lease `by`, or if
+    /// that lease was lost.
     pub async fn insert_external_messages(
         &self,
         thread: ThreadId,
@@ -307,7 +317,7 @@ impl Store {
     }
 }
 
-/// An unfinished run: whose it is, and how it stands.
+/// An unfinished run, its status and its fence.
 #[derive(FromRow)]
 struct Unfinished {
     id: Uuid,
@@ -327,8 +337,9 @@ impl Unfinished {
     }
 }
 
-/// Runs are locked before the thread. `None` if there are others than these once the thread is locked, so
-/// that no more can come: nothing must be kept then.
+/// Rolls a thread over. Runs are locked before the thread. Once the thread is locked, no more runs
+/// can arrive. Returns `None` if the thread then has other runs than the locked ones. The caller
+/// must roll back then.
 async fn try_roll_over(
     c: &mut Connection,
     rollover: &Rollover,
@@ -368,7 +379,8 @@ async fn try_roll_over(
     done(c, rollover).await.map(Some)
 }
 
-/// The answer to a repeated rollover: it was done if the fresh thread is there, and the run still works.
+/// Returns the answer to a repeated rollover. It was done before if the fresh thread exists and
+/// the run is still in progress.
 async fn rolled_before(c: &mut Connection, rollover: &Rollover) -> Result<Rolled, StoreError> {
     let both = params()
         .set("thread", rollover.thread.uuid())
@@ -405,10 +417,11 @@ async fn read_thread(c: &mut Connection, id: ThreadId) -> Result<Thread, StoreEr
     row.try_into()
 }
 
-/// Archives the old thread and makes the fresh one.
+/// Archives the old thread and creates the fresh one.
 ///
-/// Limits are what is left of the old one's. If it has none of its own, the configured ones hold for the
-/// fresh one as for any, but for the age, of which there is less.
+/// The fresh thread gets the rest of the old one's own limits. If the old thread has none, the
+/// configured limits hold for the fresh one as for any thread, except that the age counts from the
+/// old thread's creation.
 async fn put_in_place(
     c: &mut Connection,
     rollover: &Rollover,
@@ -437,7 +450,7 @@ async fn put_in_place(
     Ok(())
 }
 
-/// Moves what is unfinished, and the messages of the run at work.
+/// Moves the unfinished runs, and the messages of the active run.
 async fn move_runs(c: &mut Connection, rollover: &Rollover) -> Result<(), StoreError> {
     let both = || {
         params()
@@ -455,9 +468,11 @@ async fn move_runs(c: &mut Connection, rollover: &Rollover) -> Result<(), StoreE
     Ok(())
 }
 
-/// The thread is locked first, so that no run begins meanwhile; and none is active that would have locked
-/// messages. A run that changes hands gets its new fence without the thread. Its new owner reads what is
-/// there only after that, so what is put in before counts for it too.
+/// Inserts messages into a thread. It locks the thread first, so that no run starts meanwhile. No
+/// active run can have locked messages either, except the caller's own.
+///
+/// A run that changes hands gets its new fence without a lock on the thread. But its new owner
+/// reads the transcript only after that, so it sees the messages that were inserted before.
 async fn insert(
     c: &mut Connection,
     redaction: Redaction,
@@ -481,8 +496,8 @@ async fn insert(
     };
     let place = |message: &ExternalMessage| message.after.clamp(0, last);
     let places: Vec<i64> = unknown.iter().map(|message| place(message)).collect();
-    // Positions are checked row by row: what comes later goes out of the way first, and each to its place
-    // then.
+    // Positions are checked for uniqueness row by row. So first move the later messages out of the
+    // way, then each to its place.
     c.execute(
         &MOVE_AWAY,
         of_thread().set("first", place(first)).set("far", FAR),
@@ -515,7 +530,7 @@ async fn insert(
     Ok(rows.len().try_into().unwrap_or(u64::MAX))
 }
 
-/// Those of the messages that the thread does not have, by place.
+/// Returns the messages that the thread does not have yet, in the order of their places.
 async fn unknown<'a>(
     c: &mut Connection,
     thread: ThreadId,
@@ -547,38 +562,39 @@ async fn unknown<'a>(
     Ok(unknown)
 }
 
-/// A thread that is to be rolled over.
+/// A request to roll a thread over.
 #[derive(Clone, Copy, Debug)]
 pub struct Rollover {
     pub thread: ThreadId,
-    /// The run that does it at the beginning of its turn; `None`: a caller wants it.
+    /// The run that does the rollover at its start; `None`: a caller asked for it.
     pub by: Option<RunLease>,
     pub new_thread: ThreadId,
-    /// How many of its last messages the fresh one begins with.
+    /// The number of the old thread's last messages with which the fresh one begins.
     pub carry_over: u32,
-    /// The configured limits of its scope: a fresh thread does not live longer than the old one would have by age.
+    /// The configured limits of its scope. By age, the fresh thread does not live longer than the
+    /// old one would have.
     pub limits: Limits,
 }
 
-/// What became of a rollover.
+/// The outcome of a rollover.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rolled {
-    /// The fresh thread, and the turn of the run that did it.
+    /// The fresh thread and, if a run did the rollover, that run on it.
     Done {
         thread: Box<Thread>,
         turn: Option<Box<StartedRun>>,
     },
-    /// A run is active: it happens before the next turn.
+    /// A run is active. The rollover happens before the next run.
     Later(Box<Thread>),
     /// The thread is not current any more, or the lease was lost.
     Lost,
 }
 
-/// A message that somebody else wrote to an upstream thread.
+/// A message that others than the gateway wrote to an upstream thread.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExternalMessage {
     pub id: MessageId,
-    /// The position of the message it comes after; 0: it comes first.
+    /// The position of the message behind which it goes; 0: it goes first.
     pub after: i64,
     pub role: Role,
     pub content: Vec<ContentPart>,

@@ -1,6 +1,7 @@
-//! From rows to values and back: what both backends share.
+//! Decoding rows into values of the domain, and encoding values, for both engines.
 //!
-//! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can hold all three.
+//! Statements name columns `t_…` (thread), `r_…` (run) and `m_…` (message), so that one row can
+//! have all three.
 
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -16,14 +17,12 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, FromRow, Row, Type};
 use uuid::Uuid;
 
-use super::{
-    Finished, InputMessage, OrphanedRun, Repeated, RunLease, StoreError, ThreadReport, Waiting,
-};
+use super::errors::StoreError;
 use crate::domain::{
     ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
-    ReplicaId, RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread,
-    ThreadActivity, ThreadId, ThreadState, Timestamp, ToolOutput, Ttl, UnsettledRun, UpstreamRunId,
-    UpstreamThreadId, Usage, UserKey,
+    RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity,
+    ThreadId, ThreadState, Timestamp, Ttl, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
+    UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -191,11 +190,11 @@ impl TryFrom<RunRow> for Run {
 #[derive(FromRow)]
 #[expect(clippy::struct_field_names, reason = "the names of the columns")]
 pub(super) struct MessageRow {
-    m_id: Uuid,
+    pub(super) m_id: Uuid,
     m_thread_id: Uuid,
     m_position: i64,
     m_role: String,
-    m_content: Json<Vec<ContentPart>>,
+    pub(super) m_content: Json<Vec<ContentPart>>,
     m_run_id: Option<Uuid>,
     m_upstream_message_id: Option<String>,
     m_upstream_sync: String,
@@ -222,18 +221,7 @@ impl TryFrom<MessageRow> for Message {
     }
 }
 
-impl TryFrom<MessageRow> for InputMessage {
-    type Error = StoreError;
-
-    fn try_from(row: MessageRow) -> Result<Self, StoreError> {
-        Ok(Self {
-            id: MessageId::from_uuid(row.m_id),
-            content: row.m_content.0,
-        })
-    }
-}
-
-/// What a thread is doing, as a statement tells it.
+/// The activity of a thread, as a statement returns it.
 #[derive(FromRow)]
 pub(super) struct ActivityRow {
     queue_depth: i64,
@@ -274,10 +262,10 @@ impl TryFrom<ThreadWithActivity> for (Thread, ThreadActivity) {
     }
 }
 
-/// Part of a row that an outer join may not have found: its id is NULL then.
+/// Part of a row that an outer join may leave empty. Its id is NULL then.
 pub(super) struct Found<T>(pub(super) Option<T>);
 
-/// What is recognised by the name of its id's column.
+/// A part of a row, with the name of its id's column.
 pub(super) trait HasId {
     const ID: &'static str;
 }
@@ -294,14 +282,6 @@ impl HasId for ThreadAndRun {
     const ID: &'static str = "r_id";
 }
 
-impl HasId for FinishedRow {
-    const ID: &'static str = "r_id";
-}
-
-impl HasId for WaitingRow {
-    const ID: &'static str = "r_id";
-}
-
 impl<'r, R, T> FromRow<'r, R> for Found<T>
 where
     R: Row,
@@ -312,30 +292,6 @@ where
     fn from_row(row: &'r R) -> sqlx::Result<Self> {
         let found = row.try_get::<Option<Uuid>, _>(T::ID)?.is_some();
         Ok(Self(if found { Some(T::from_row(row)?) } else { None }))
-    }
-}
-
-/// All that is told of a thread.
-#[derive(FromRow)]
-pub(super) struct ReportRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    last_run: Found<RunRow>,
-    next_thread: Option<Uuid>,
-}
-
-impl TryFrom<ReportRow> for ThreadReport {
-    type Error = StoreError;
-
-    fn try_from(row: ReportRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            last_run: row.last_run.0.map(Run::try_from).transpose()?,
-            next_thread: row.next_thread.map(ThreadId::from_uuid),
-        })
     }
 }
 
@@ -357,29 +313,6 @@ impl RunWithReply {
     }
 }
 
-#[derive(FromRow)]
-pub(super) struct FinishedRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    run: RunWithReply,
-}
-
-impl TryFrom<FinishedRow> for Finished {
-    type Error = StoreError;
-
-    fn try_from(row: FinishedRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        let (run, message) = row.run.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            run,
-            message,
-        })
-    }
-}
-
 /// A run and its thread.
 #[derive(FromRow)]
 pub(super) struct ThreadAndRun {
@@ -389,110 +322,27 @@ pub(super) struct ThreadAndRun {
     pub(super) run: RunRow,
 }
 
-/// A run that waits for tool outputs, or did a moment ago.
-#[derive(FromRow)]
-pub(super) struct WaitingRow {
-    #[sqlx(flatten)]
-    thread: ThreadWithActivity,
-    #[sqlx(flatten)]
-    run: RunRow,
-}
-
-impl TryFrom<WaitingRow> for Waiting {
-    type Error = StoreError;
-
-    fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
-        let (thread, activity) = row.thread.into_parts()?;
-        Ok(Self {
-            thread,
-            activity,
-            run: row.run.try_into()?,
-        })
-    }
-}
-
-/// A run that an idempotency key stands for.
-#[derive(FromRow)]
-pub(super) struct RepeatedRow {
-    request_hash: Vec<u8>,
-    #[sqlx(flatten)]
-    both: ThreadAndRun,
-}
-
-impl TryFrom<RepeatedRow> for Repeated {
-    type Error = StoreError;
-
-    fn try_from(row: RepeatedRow) -> Result<Self, StoreError> {
-        let request_hash = row
-            .request_hash
-            .try_into()
-            .map_err(|_| corrupt("the hash of a request"))?;
-        Ok(Self {
-            request_hash,
-            thread: row.both.thread.try_into()?,
-            run: row.both.run.try_into()?,
-        })
-    }
-}
-
 impl From<At> for Timestamp {
     fn from(at: At) -> Self {
         at.0
     }
 }
 
-/// A run that was taken over; it has its new fence.
-#[derive(FromRow)]
-pub(super) struct OrphanedRunRow {
-    previous_owner: Option<Uuid>,
-    /// Milliseconds, and `None` for a run that has not started.
-    time_left: Option<i64>,
-    partial: Option<Json<Vec<ContentPart>>>,
-    tool_outputs: Option<Json<Vec<ToolOutput>>>,
-    outputs_sent: bool,
-    #[sqlx(flatten)]
-    both: ThreadAndRun,
-}
-
-impl TryFrom<OrphanedRunRow> for OrphanedRun {
-    type Error = StoreError;
-
-    fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
-        let fence = row.both.run.r_fence;
-        let (thread, run) = (
-            Thread::try_from(row.both.thread)?,
-            Run::try_from(row.both.run)?,
-        );
-        Ok(Self {
-            lease: RunLease {
-                run_id: run.id,
-                fence,
-            },
-            previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
-            thread,
-            run,
-            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
-            input: Vec::new(),
-            content: row.partial.map(|json| json.0).unwrap_or_default(),
-            outputs: row.tool_outputs.map(|json| json.0),
-            outputs_sent: row.outputs_sent,
-            content_lost: false,
-        })
-    }
-}
-
-/// How the messages of a run that ended so are marked: nothing for one that completed.
+/// Returns the mark for the messages of a run that ended with this status. Messages of a completed
+/// run have none.
 pub(super) fn ended(status: RunStatus) -> Option<&'static str> {
     (status != RunStatus::Completed).then_some(status.as_str())
 }
 
-/// The JSON text of a value. NUL characters, which Postgres cannot hold, become U+FFFD: a reply that has one
-/// must not keep its run from ending. A value that was read back gives the same text again, so texts can be compared.
+/// Returns the JSON text of a value. NUL characters, which Postgres cannot store, become U+FFFD: a
+/// reply with one must not keep its run from ending. A value that was read back gives the same
+/// text again, so texts can be compared.
 pub(super) fn json<T: Serialize>(value: &T) -> Result<String, StoreError> {
     nulless_json(value, "\u{fffd}")
 }
 
-/// The same of events, in which NUL characters become U+001A, as long as they are: the numbers of events count bytes.
+/// Returns the JSON text of events. NUL characters become U+001A, which is as long: the offsets of
+/// events count bytes.
 pub(super) fn log_json(events: &[LoggedEvent]) -> Result<String, StoreError> {
     nulless_json(&events, "\\u001a")
 }
@@ -506,21 +356,22 @@ fn nulless_json<T: Serialize>(value: &T, substitute: &str) -> Result<String, Sto
     })
 }
 
-/// An upstream's id of a run as a parameter of a statement that is about other runs too: without one that no Postgres can
-/// hold, which would fail all of them.
+/// Returns an upstream's id of a run as a parameter. It leaves out an id with a NUL character,
+/// which Postgres cannot store. Such an id would fail the statement for all its runs.
 pub(super) fn storable(id: Option<&UpstreamRunId>) -> Option<&str> {
     id.map(UpstreamRunId::as_str)
         .filter(|id| !id.contains('\0'))
 }
 
-/// Milliseconds for a statement that adds them to a time, at most a thousand years.
+/// Returns a duration in milliseconds, at most a thousand years, so that a statement can add it to
+/// a time.
 pub(super) fn millis(duration: Duration) -> i64 {
     const MAX: i64 = 1000 * 365 * 24 * 3600 * 1000;
     i64::try_from(duration.as_millis()).unwrap_or(MAX).min(MAX)
 }
 
-/// A caller's wish for a thread's life as two parameters, of which one is set at most: milliseconds from now, and from
-/// the last activity on.
+/// Returns the caller's limit for a thread as two parameters, of which at most one is set:
+/// milliseconds from now, and milliseconds from the last activity.
 pub(super) fn ttl_millis(ttl: Option<Ttl>) -> (Option<i64>, Option<i64>) {
     match ttl {
         Some(Ttl::FromNow(ttl)) => (Some(millis(ttl)), None),
@@ -534,7 +385,7 @@ fn duration(millis: i64) -> Duration {
     Duration::from_millis(millis.try_into().unwrap_or(0))
 }
 
-/// In hexadecimal.
+/// Returns bytes in hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes
         .iter()
@@ -550,15 +401,16 @@ pub(super) fn corrupt(what: &str) -> StoreError {
 
 pub(super) fn word<T: FromStr<Err = String>>(text: &str) -> Result<T, StoreError> {
     text.parse()
-        .map_err(|unknown: String| StoreError::Corrupt(format!("the word `{unknown}`")))
+        .map_err(|unknown: String| StoreError::Corrupt(format!("the unknown word `{unknown}`")))
 }
 
-/// Replaces the escape `\u0000` in a JSON text, but not what only looks like it behind a `\\`.
+/// Replaces the escape `\u0000` in a JSON text, but not text that only looks like it behind a
+/// `\\`.
 fn without_nul(json: &str, substitute: &str) -> String {
     let mut out = String::with_capacity(json.len());
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
-        // An escape is two characters long at least, all ASCII.
+        // An escape has at least two characters, all ASCII.
         let (escape, next) = if rest[at..].starts_with("\\u0000") {
             (substitute, 6)
         } else {

@@ -1,4 +1,4 @@
-//! Runs as callers look at them.
+//! Reading runs.
 
 use uuid::Uuid;
 
@@ -10,8 +10,8 @@ use super::statement::Statement;
 use super::{InputMessage, QueuedStart, RunLease, StartedRun, Store, StoreError};
 use crate::domain::{ConversationKey, Message, Page, PageRequest, Run, RunId, RunStatus, ThreadId};
 
-/// The key's newest thread, and the number of the run that a cursor names; NULL if it is none of the
-/// thread's.
+/// Finds the key's newest thread, and the number of the run that a cursor names. NULL if that run
+/// is not in the thread.
 static FIND_CURSOR: Statement = Statement::new(
     "runs.find_cursor",
     "SELECT t.id, (SELECT CASE WHEN r.thread_id = t.id THEN r.seq END FROM runs r WHERE r.id = :cursor)
@@ -28,7 +28,8 @@ const LIST: &str = "
 static LIST_UPWARDS: Statement = Statement::variant("runs.list_upwards", LIST, &["ASC"]);
 static LIST_DOWNWARDS: Statement = Statement::variant("runs.list_downwards", LIST, &["DESC"]);
 
-/// The runs of some threads behind a run of one of them, which is the first that counts.
+/// Lists runs of some threads, from behind the run number `:seq` of the thread `:thread`. Threads
+/// before that one are skipped.
 static LIST_OF_THREADS: Statement = Statement::new(
     "runs.list_of_threads",
     "SELECT {run r} FROM threads t
@@ -68,6 +69,19 @@ static LIST_SAID: Statement = Statement::new(
     "SELECT {message m} FROM messages m WHERE m.run_id = :run AND m.role = 'user' ORDER BY m.position",
 );
 
+static DELETE_EVENTS_OF_RUNS: Statement = Statement::new(
+    "runs.delete_events",
+    "DELETE FROM run_events WHERE run_id {in :runs}",
+);
+
+static DELETE_KEYS_OF_RUNS: Statement = Statement::new(
+    "runs.delete_idempotency_keys",
+    "DELETE FROM idempotency_keys WHERE run_id {in :runs}",
+);
+
+static DELETE_RUNS: Statement =
+    Statement::new("runs.delete", "DELETE FROM runs WHERE id {in :runs}");
+
 pub(super) static STATEMENTS: &[&Statement] = &[
     &FIND_CURSOR,
     &LIST_UPWARDS,
@@ -77,10 +91,14 @@ pub(super) static STATEMENTS: &[&Statement] = &[
     &READ_WITH_REPLY,
     &READ_LEASED,
     &LIST_SAID,
+    &DELETE_EVENTS_OF_RUNS,
+    &DELETE_KEYS_OF_RUNS,
+    &DELETE_RUNS,
 ];
 
 impl Store {
-    /// A page of the runs of the key's newest thread by order of admission; `None` if the key has no thread.
+    /// Returns a page of the runs of the key's newest thread, in order of admission; `None` if the
+    /// key has no thread.
     ///
     /// # Errors
     /// [`StoreError::UnknownCursor`] if `after` or `before` names no run of the thread.
@@ -97,8 +115,8 @@ impl Store {
         span.page(list(&mut c, thread, span).await?).map(Some)
     }
 
-    /// The unfinished runs of the key's newest thread, in order of admission; `None` if the key has no
-    /// thread.
+    /// Returns the unfinished runs of the key's newest thread, in order of admission; `None` if
+    /// the key has no thread.
     pub async fn unfinished(&self, key: &ConversationKey) -> Result<Option<Vec<Run>>, StoreError> {
         let mut c = self.backend.reader().await?;
         let Some((thread, _)) = newest(&mut c, key, None).await? else {
@@ -107,7 +125,8 @@ impl Store {
         unfinished_of(&mut c, thread).await.map(Some)
     }
 
-    /// A run of any of the key's threads, archived ones included, and its reply if it has one.
+    /// Returns a run of any of the key's threads, archived ones included, and its reply if it has
+    /// one.
     pub async fn run(
         &self,
         key: &ConversationKey,
@@ -120,8 +139,9 @@ impl Store {
         row.map(RunWithReply::into_parts).transpose()
     }
 
-    /// Up to `limit` runs of some threads: by thread, in the order of ids, each in the order of admission. `behind`: a
-    /// thread, and the number of the run of it behind which they begin; threads before it are passed over.
+    /// Returns up to `limit` runs of some threads: by thread id, and within a thread in order of
+    /// admission. `behind`: the thread and the number of the run behind which the result begins.
+    /// Threads with lower ids are skipped.
     pub async fn runs_of(
         &self,
         threads: &[ThreadId],
@@ -141,13 +161,13 @@ impl Store {
         rows.into_iter().map(Run::try_from).collect()
     }
 
-    /// The unfinished runs of any thread, in order of admission.
+    /// Returns the unfinished runs of any thread, in order of admission.
     pub async fn unfinished_of(&self, thread: ThreadId) -> Result<Vec<Run>, StoreError> {
         unfinished_of(&mut self.backend.reader().await?, thread).await
     }
 }
 
-/// The key's newest thread, and the number of the run that a cursor names.
+/// Returns the key's newest thread, and the number of the run that a cursor names.
 async fn newest(
     c: &mut Connection,
     key: &ConversationKey,
@@ -158,7 +178,7 @@ async fn newest(
     Ok(found.map(|(thread, seq)| (ThreadId::from_uuid(thread), seq)))
 }
 
-/// The runs of a thread that a span wants.
+/// Returns the rows of the runs in a span.
 async fn list(c: &mut Connection, thread: ThreadId, span: Span) -> Result<Vec<RunRow>, StoreError> {
     let statement = if span.upwards {
         &LIST_UPWARDS
@@ -173,7 +193,7 @@ async fn list(c: &mut Connection, thread: ThreadId, span: Span) -> Result<Vec<Ru
     Ok(c.all(statement, values).await?)
 }
 
-/// The unfinished runs of a thread, in order of admission.
+/// Returns the unfinished runs of a thread, in order of admission.
 pub(super) async fn unfinished_of(
     c: &mut Connection,
     thread: ThreadId,
@@ -184,8 +204,8 @@ pub(super) async fn unfinished_of(
     rows.into_iter().map(Run::try_from).collect()
 }
 
-/// The answer to a repeated [`Store::start_queued`]: the run is in progress under the same lease. Otherwise it is
-/// not for the caller.
+/// Returns the answer to a repeated [`Store::start_queued`]: the run, if it is in progress under
+/// the same lease. Otherwise [`QueuedStart::Lost`].
 pub(super) async fn started_before(
     c: &mut Connection,
     lease: &RunLease,
@@ -210,8 +230,21 @@ pub(super) async fn started_before(
     })))
 }
 
-/// What the user said in a run that has started.
+/// Returns the user's messages of a run that has started.
 pub(super) async fn said(c: &mut Connection, run: RunId) -> Result<Vec<InputMessage>, StoreError> {
     let rows: Vec<MessageRow> = c.all(&LIST_SAID, params().set("run", run.uuid())).await?;
     rows.into_iter().map(InputMessage::try_from).collect()
+}
+
+/// Deletes runs, which the caller has locked, with their events and idempotency keys. Their
+/// messages stay.
+pub(super) async fn delete_runs(c: &mut Connection, ids: Vec<Uuid>) -> Result<u64, StoreError> {
+    if ids.is_empty() {
+        return Ok(0);
+    }
+    c.execute(&DELETE_EVENTS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
+    c.execute(&DELETE_KEYS_OF_RUNS, params().set("runs", ids.clone()))
+        .await?;
+    Ok(c.execute(&DELETE_RUNS, params().set("runs", ids)).await?)
 }

@@ -1,25 +1,27 @@
-//! The schema: how it is brought up to date, and with which schemas a binary works.
+//! The schema: migrating it, and deciding which schemas this binary works with.
 //!
-//! A rolling upgrade has old and new binaries on one database. So each migration says which older binaries it still serves
-//! (`schema_versions`), and these take the newer schema for theirs. How to write a migration: `docs/database.md`.
+//! During a rolling upgrade old and new binaries share one database. So each migration records the
+//! oldest binary that it still serves (`schema_versions`). An old binary that finds itself served
+//! accepts the newer schema. `docs/database.md` says how to write a migration.
 
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions as _, Connection as _, Executor as _, FromRow};
 
-use super::connection::Failed;
+use super::backend::Backend;
 use super::engine::Engine;
+use super::errors::Failed;
 use super::errors::denial;
 use super::functions::FUNCTIONS;
 use super::params::params;
 use super::pool::Connection;
 use super::statement::Statement;
-use super::{Backend, Store, StoreError};
+use super::{Store, StoreError};
 
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
-/// `functions`: how many of the functions of ours there are.
+/// The column `functions` counts those of [`FUNCTIONS`] that exist in the database.
 static READ_VERSIONS: Statement = Statement::for_each_engine(
     "schema.read_versions",
     "SELECT m.version, m.checksum, m.success, v.compatible_since, f.functions
@@ -33,13 +35,13 @@ static READ_VERSIONS: Statement = Statement::for_each_engine(
     ORDER BY m.version",
 );
 
-/// Works with any schema that the migrator has touched.
+/// Works with every schema that the migrator has touched.
 static COUNT_MIGRATIONS: Statement = Statement::new(
     "schema.count_migrations",
     "SELECT count(*) AS migrations FROM _sqlx_migrations",
 );
 
-/// The names of the role and of the schema that this connection works with, as statements write them.
+/// Reads the role and the schema of this connection, quoted as in SQL.
 static READ_ROLE: Statement = Statement::on_postgres(
     "schema.read_role",
     "SELECT quote_ident(current_user) AS role, COALESCE(quote_ident(current_schema()), '<schema>') AS schema",
@@ -48,7 +50,7 @@ static READ_ROLE: Statement = Statement::on_postgres(
 pub(super) static STATEMENTS: &[&Statement] = &[&READ_VERSIONS, &COUNT_MIGRATIONS, &READ_ROLE];
 
 impl Store {
-    /// The database answers, and its schema is one that this binary works with.
+    /// Checks that the database answers and that this binary works with its schema.
     pub async fn ready(&self) -> Result<(), StoreError> {
         let mut c = self.backend.reader().await?;
         match read_versions(&mut c).await? {
@@ -64,12 +66,14 @@ impl Store {
         }
     }
 
-    /// Brings the schema up to date. Replicas that do so at once wait for each other. Where nothing is to be done, nothing
-    /// but reading is: the role may be one that must not change the schema.
+    /// Brings the schema up to date. Replicas that migrate at the same time wait for each other.
+    /// If nothing is to be done, it only reads, because the role may lack the right to change the
+    /// schema.
     ///
     /// # Errors
-    /// [`StoreError::Schema`] if the database is newer than this program and does not serve it, or older than all that this
-    /// program knows; [`StoreError::Open`] if the role may not change the schema.
+    /// - [`StoreError::Schema`] if the database is newer than this program and does not serve it,
+    ///   or older than every version that this program can migrate.
+    /// - [`StoreError::Open`] if the role may not change the schema.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         let mut c = self.backend.writer().await?;
         let migrator = migrator(c.engine());
@@ -108,7 +112,8 @@ enum MigrateFailed {
     Migrating(MigrateError),
 }
 
-/// On a connection of its own: a migration may take longer than our statements are allowed to.
+/// Runs the migrations on a connection of its own: a migration may take longer than
+/// `statement_timeout`, which bounds all other statements.
 async fn migrate_postgres(
     direct: &PgConnectOptions,
     migrator: &Migrator,
@@ -128,10 +133,10 @@ async fn migrate_postgres(
     connection.close().await.map_err(MigrateFailed::Connecting)
 }
 
-/// Adds the functions that are missing to the schema of the tables. Those of other versions stay.
+/// Adds the missing functions to the schema of the tables. Functions of other versions stay.
 async fn add_functions(connection: &mut PgConnection) -> sqlx::Result<()> {
     let mut transaction = connection.begin().await?;
-    // Replicas that do so at once wait for each other.
+    // Replicas that migrate at the same time wait for each other here.
     transaction
         .execute("SELECT pg_advisory_xact_lock(hashtextextended('threadkeeper functions', 0))")
         .await?;
@@ -152,34 +157,35 @@ async fn add_functions(connection: &mut PgConnection) -> sqlx::Result<()> {
     transaction.commit().await
 }
 
-/// What the role of this connection lacks, and who has it.
+/// Returns the text of an error: which right the role of this connection lacks, and how to mend
+/// that. `what` is the server's own message.
 async fn may_not_migrate(c: &mut Connection, what: &str) -> String {
     let names: Result<(String, String), Failed> = c.one(&READ_ROLE, params()).await;
     let (role, schema) = names.unwrap_or_else(|_| ("<role>".to_owned(), "<schema>".to_owned()));
     format!(
         "the schema of the database is not up to date, and the role {role} may not change it ({what}): run `threadkeeper \
-         migrate` with the role that owns the tables, or, as long as there are none, GRANT CREATE ON SCHEMA {schema} TO {role}"
+         migrate` with the role that owns the tables, or, if there are no tables yet, GRANT CREATE ON SCHEMA {schema} TO {role}"
     )
 }
 
-/// What a database holds.
+/// The schema that a database has.
 enum Schema {
     Missing,
-    /// One of before version 1, which no migration continues.
+    /// A schema from before version 1. No migration continues it.
     Former,
     Versions(Vec<Version>),
 }
 
-/// A migration that was applied.
+/// A migration that was applied to the database.
 #[derive(FromRow)]
 struct Version {
     #[sqlx(rename = "version")]
     number: i64,
     checksum: Vec<u8>,
     success: bool,
-    /// The oldest schema whose binaries work with this one.
+    /// The oldest schema version whose binaries work with this one.
     compatible_since: Option<i64>,
-    /// Functions of ours that there are.
+    /// The number of [`FUNCTIONS`] that exist in the database.
     functions: i64,
 }
 
@@ -206,8 +212,8 @@ async fn read_versions(c: &mut Connection) -> Result<Schema, StoreError> {
     }
 }
 
-/// There is a schema, and this binary works with it, or will once it has brought it up to date. In any other one it changes
-/// nothing.
+/// Returns whether there is a schema that this binary works with, or will work with after
+/// migrating it. The gateway changes nothing in a database with any other schema.
 pub(super) async fn is_ours(c: &mut Connection) -> Result<bool, StoreError> {
     Ok(match read_versions(c).await? {
         Schema::Versions(versions) => is_up_to_date(&versions, migrator(c.engine())).is_ok(),
@@ -217,14 +223,15 @@ pub(super) async fn is_ours(c: &mut Connection) -> Result<bool, StoreError> {
 
 fn former_schema() -> StoreError {
     StoreError::Schema(
-        "the tables of the database were made by a version before 0.2, which this one does not migrate. Its conversations come \
-         along by `threadkeeper export` of the version that made them and `threadkeeper import` of this one, into a new database \
-         (docs/upgrading.md)"
+        "the tables of the database were made by a version before 0.2, which this version does not migrate. To keep the \
+         conversations, run `threadkeeper export` with the old version and `threadkeeper import` with this one, into a new \
+         database (docs/upgrading.md)"
             .to_owned(),
     )
 }
 
-/// Whether a database with these versions has all that this binary works with.
+/// Returns whether a database with these versions has every table and function that this binary
+/// needs.
 fn is_complete(versions: &[Version], engine: Engine) -> Result<bool, StoreError> {
     let has_functions = versions
         .iter()
@@ -232,7 +239,8 @@ fn is_complete(versions: &[Version], engine: Engine) -> Result<bool, StoreError>
     Ok(is_up_to_date(versions, migrator(engine))? && (has_functions || engine == Engine::Sqlite))
 }
 
-/// Whether a database with these versions needs none of the migrations. A newer one that serves this binary needs none.
+/// Returns whether a database with these versions needs no migration. A newer schema that serves
+/// this binary needs none.
 fn is_up_to_date(versions: &[Version], migrator: &Migrator) -> Result<bool, StoreError> {
     let known = |version| {
         migrator

@@ -1,8 +1,10 @@
 //! SQLite: one file, one process.
 //!
-//! There is one writing connection, so writing transactions come one after another and never meet; readers have connections of
-//! their own and see what is committed. Parameters are sent as `$1`, not `?1`: the driver binds a script of several statements
-//! wrongly if one of them leaves out a number of the `?` kind.
+//! One connection writes, so write transactions run one after another and never conflict. Readers
+//! have connections of their own and see committed data.
+//!
+//! Parameters are sent as `$1`, not `?1`: the driver binds a script of several statements wrongly
+//! if one of them leaves out a number of the `?` kind.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -15,18 +17,20 @@ use sqlx::ConnectOptions as _;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use tracing::log::LevelFilter;
 
+use super::StoreError;
+use super::backend::Backend;
 use super::pool::{Dropped, Options, Pool, PoolSettings};
-use super::{Backend, StoreError};
 use crate::config::{StoreConfig, Synchronous};
 
-/// How long SQLite waits for a lock: only the check-pointing of its log and visitors such as a backup take any.
+/// The longest wait of SQLite for a lock. Only checkpoints of its log and visitors such as a
+/// backup take locks.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest time for one step, once it has its connection: waiting for a lock and then some.
+/// The longest time for one step after it has its connection. It is longer than [`BUSY_TIMEOUT`].
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// A statement that takes so long is logged with a warning.
+/// The duration from which a statement is logged with a warning.
 const SLOW_STATEMENT: Duration = Duration::from_secs(1);
 
-/// Takes the file, making it and its folder where they are missing.
+/// Opens the file. It creates the file and its folder if they are missing.
 pub(super) fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
     let path = path(config)?;
     let lock = lock(&path)?;
@@ -37,7 +41,8 @@ pub(super) fn open(config: &StoreConfig) -> Result<Backend, StoreError> {
     })
 }
 
-/// Reads the URL, makes the folder, and gives the file's one absolute name.
+/// Reads the URL, creates the folder, and returns the absolute path of the file, which is its one
+/// name.
 fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
     let url = config
         .url
@@ -47,7 +52,7 @@ fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
     let rest = url.split_once(':').map_or("", |(_, rest)| rest);
     if rest.contains(":memory:") || rest.contains("mode=memory") {
         return Err(StoreError::Open(
-            "store.url names a database in memory; give it a file: `sqlite:path/to/file.db`"
+            "store.url names a database in memory, which is not supported; name a file: `sqlite:path/to/file.db`"
                 .to_owned(),
         ));
     }
@@ -64,7 +69,7 @@ fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
     let path = options.get_filename();
     let (Some(name), parent) = (path.file_name(), path.parent().unwrap_or(Path::new(""))) else {
         return Err(StoreError::Open(format!(
-            "`{}` is a folder, not a database file",
+            "store.url names the folder `{}`; it must name a database file",
             path.display()
         )));
     };
@@ -78,13 +83,13 @@ fn path(config: &StoreConfig) -> Result<PathBuf, StoreError> {
         .map(|folder| folder.join(name))
         .map_err(|error| {
             StoreError::Open(format!(
-                "the folder `{}` cannot be made: {error}",
+                "the folder `{}` cannot be created: {error}",
                 folder.display()
             ))
         })
 }
 
-/// Takes the lock that lets one process at a time use the file. It lasts as long as the handle.
+/// Takes the lock that lets only one process use the file. It lasts as long as the handle.
 fn lock(database: &Path) -> Result<File, StoreError> {
     let mut name = database.as_os_str().to_owned();
     name.push(".lock");
@@ -104,7 +109,7 @@ fn lock(database: &Path) -> Result<File, StoreError> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError::Open(format!(
-            "`{}` is in use by another process, and a SQLite file serves only one: stop that one, or use Postgres \
+            "`{}` is in use by another process, and a SQLite file serves only one: stop that process, or use Postgres \
              to run several replicas",
             database.display()
         ))),
@@ -112,7 +117,7 @@ fn lock(database: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// The one connection that writes.
+/// Returns the pool with the one connection that writes.
 fn writer(path: &Path, config: &StoreConfig) -> Result<Pool, StoreError> {
     let synchronous = match config.synchronous {
         Synchronous::Normal => SqliteSynchronous::Normal,
@@ -122,12 +127,13 @@ fn writer(path: &Path, config: &StoreConfig) -> Result<Pool, StoreError> {
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(synchronous)
-        // What the items of a batch hold is in no other file than the database.
+        // Keep the items of a batch in memory: their content must be in no file besides the
+        // database.
         .pragma("temp_store", "MEMORY");
     pool(options, 1, config)
 }
 
-/// The connections that only read; opened when they are needed.
+/// Returns the pool of connections that only read.
 fn readers(path: &Path, config: &StoreConfig) -> Result<Pool, StoreError> {
     pool(
         options(path).read_only(true),
@@ -151,7 +157,7 @@ fn pool(
     })
 }
 
-/// What to tell when the file could not be opened.
+/// Returns the error for a file that cannot be opened.
 pub(super) fn failed(config: &StoreConfig, error: &StoreError) -> StoreError {
     let path = match path(config) {
         Ok(path) => path,

@@ -1,12 +1,14 @@
-//! Statements: each has a name and a whole text, with named parameters.
+//! Named SQL statements with named parameters.
 //!
-//! A text is SQL with two additions. `:name` is a parameter, which is sent as `$1`, `$2`, … in the order of first use.
-//! `{word …}` is one of the [`words`](super::words): what the two engines spell differently, or what many statements say.
-//! `threadkeeper sql` prints what an engine is sent.
+//! A text is SQL with two additions. `:name` is a parameter, which is sent as `$1`, `$2`, … in the
+//! order of first use. `{word …}` is one of the [`words`](super::words): text that the engines
+//! spell differently, or that many statements share. `threadkeeper sql` prints the statements as
+//! an engine gets them.
 
 use std::sync::OnceLock;
 
 use super::engine::Engine;
+use super::functions::with_function_names;
 use super::words::expand;
 
 /// A named statement.
@@ -15,40 +17,42 @@ pub(super) struct Statement {
     pub(super) name: &'static str,
     postgres: &'static str,
     sqlite: &'static str,
-    /// Replaces `{0}`, `{1}`, … in the text: for statements that differ in a direction or a condition.
+    /// The pieces that replace `{0}`, `{1}`, … in the text, for statements that differ in a
+    /// direction or a condition.
     variant: &'static [&'static str],
     /// Whether a connection keeps its plan.
     pub(super) is_prepared: bool,
     sent: [OnceLock<Sent>; 2],
 }
 
-/// A statement as an engine is sent it.
+/// A statement as an engine gets it.
 #[derive(Debug)]
 pub struct Sent {
     pub name: &'static str,
-    /// With the name in front, as a comment.
+    /// The SQL text, with the name in front as a comment.
     pub sql: String,
-    /// The names of `$1`, `$2`, …
+    /// The names of `$1`, `$2`, ….
     pub parameters: Vec<String>,
 }
 
 impl Statement {
-    /// A text for Postgres alone.
+    /// Makes a statement for Postgres only.
     pub(super) const fn on_postgres(name: &'static str, text: &'static str) -> Self {
         Self::build(name, text, "", &[], true)
     }
 
-    /// A text for SQLite alone.
+    /// Makes a statement for SQLite only.
     pub(super) const fn on_sqlite(name: &'static str, text: &'static str) -> Self {
         Self::build(name, "", text, &[], true)
     }
 
-    /// One text for both engines.
+    /// Makes a statement with one text for both engines.
     pub(super) const fn new(name: &'static str, text: &'static str) -> Self {
         Self::build(name, text, text, &[], true)
     }
 
-    /// A text for each engine. On SQLite it may be a script, of which the last statement gives the rows.
+    /// Makes a statement with a text for each engine. On SQLite it may be a script, whose last
+    /// statement gives the rows.
     pub(super) const fn for_each_engine(
         name: &'static str,
         postgres: &'static str,
@@ -57,7 +61,8 @@ impl Statement {
         Self::build(name, postgres, sqlite, &[], true)
     }
 
-    /// A text that other statements have too, with these pieces in the place of `{0}`, `{1}`, ….
+    /// Makes a statement of a text that several statements share, with these pieces in the place
+    /// of `{0}`, `{1}`, ….
     pub(super) const fn variant(
         name: &'static str,
         text: &'static str,
@@ -66,8 +71,8 @@ impl Statement {
         Self::build(name, text, text, pieces, true)
     }
 
-    /// Planned each time: a plan that was made while a table was small would read all of it. On Postgres it is
-    /// carried out in a transaction: its own if none is open.
+    /// Makes a variant that is planned each time: a plan that was made while a table was small
+    /// would read all of it. On Postgres it is executed in a transaction, its own if none is open.
     pub(super) const fn unprepared(
         name: &'static str,
         text: &'static str,
@@ -93,7 +98,7 @@ impl Statement {
         }
     }
 
-    /// It has a text for this engine.
+    /// Returns whether the statement has a text for this engine.
     pub(super) fn is_for(&self, engine: Engine) -> bool {
         !self.text(engine).is_empty()
     }
@@ -105,19 +110,23 @@ impl Statement {
         }
     }
 
-    /// What this engine is sent. Its name comes first, as a comment, so that the server's own statistics show it.
+    /// Returns the statement as this engine gets it. Its name comes first, as a comment, so that
+    /// the server's statistics show it.
     pub(super) fn sent(&self, engine: Engine) -> &Sent {
         self.sent[engine as usize].get_or_init(|| {
             let mut text = self.text(engine).to_owned();
             for (place, piece) in self.variant.iter().enumerate() {
                 text = text.replace(&format!("{{{place}}}"), piece);
             }
-            number_parameters(self.name, expand(engine, &text).trim())
+            number_parameters(
+                self.name,
+                expand(engine, &with_function_names(&text)).trim(),
+            )
         })
     }
 }
 
-/// Writes `$n` for each `:name`. `::` is a cast, and quoted texts stay as they are.
+/// Replaces each `:name` by `$n`. `::` is a cast, and quoted texts stay as they are.
 fn number_parameters(name: &'static str, text: &str) -> Sent {
     let mut sql = format!("/* {name} */ ");
     let mut parameters: Vec<String> = Vec::new();

@@ -1,4 +1,4 @@
-//! Where threads live at their upstream, and where their messages stand there.
+//! The state of messages at the upstream: missing, present, unknown or withheld.
 
 use uuid::Uuid;
 
@@ -36,7 +36,7 @@ static COUNT_WITHHELD: Statement = Statement::new(
     WHERE t.id = :thread",
 );
 
-/// What was missing before a run went along with it.
+/// Marks missing messages before those of a run as present: they were sent with the run.
 static TAKE_ALONG: Statement = Statement::new(
     "sync.take_earlier_messages_along",
     "UPDATE messages AS m SET upstream_sync = 'present'
@@ -118,8 +118,8 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Withholds messages before those of a run, for good: its upstream thread is to go on without them.
-    /// `false` if the lease was lost. Harmless to repeat.
+    /// Withholds messages before those of a run, for good: its upstream thread is to continue
+    /// without them. Returns `false` if the lease was lost. Harmless to repeat.
     pub async fn withhold_earlier(
         &self,
         lease: &RunLease,
@@ -133,7 +133,7 @@ impl Store {
         };
         let before = what.before.map_or(first, |before| before.min(first));
         let these = || params().set("thread", thread).set("before", before);
-        // What was missing is told from the rest, since the thread counts it.
+        // Missing messages are updated separately, because the thread counts them.
         let withheld = c.execute(&WITHHOLD_MISSING, these()).await?;
         if !what.missing_only {
             c.execute(&WITHHOLD_OTHERS, these()).await?;
@@ -147,8 +147,9 @@ impl Store {
         Ok(true)
     }
 
-    /// Records that what was missing before the messages of a run, this one or an earlier one of its thread, went along with
-    /// it and is in the upstream thread. `false` if the lease was lost. Harmless to repeat.
+    /// Records that the messages which were missing before those of a run were sent with it, and
+    /// are in the upstream thread. `run` is the run of the lease, or an earlier one of its thread.
+    /// Returns `false` if the lease was lost. Harmless to repeat.
     pub async fn took_along(&self, lease: &RunLease, run: RunId) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         c.begin().await?;
@@ -164,8 +165,9 @@ impl Store {
         Ok(true)
     }
 
-    /// Records where the messages of an earlier run of the thread stand, now that what it left upstream was
-    /// looked at: those of which it was not known. The thread has no unsettled run any more. `false` if the lease was lost.
+    /// Records the state of the unknown messages of an earlier run of the thread, after its traces
+    /// at the upstream were examined. The thread has no unsettled run any more. Returns `false` if
+    /// the lease was lost.
     pub async fn record_settlement(
         &self,
         lease: &RunLease,
@@ -197,9 +199,9 @@ impl Store {
         Ok(true)
     }
 
-    /// Records that a request of a run is about to be sent once more whose answer was lost. The one before
-    /// may have left something upstream under an id that [nobody heard](Self::unacknowledged_requests). `false` if the
-    /// lease was lost.
+    /// Records that a run's request, whose answer was lost, is about to be sent once more. The
+    /// earlier one may have left something upstream under an id that the gateway [never
+    /// received](Self::unacknowledged_requests). Returns `false` if the lease was lost.
     pub async fn sends_again(&self, lease: &RunLease) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let values = params()
@@ -208,9 +210,9 @@ impl Store {
         Ok(c.execute(&SEND_AGAIN, values).await? == 1)
     }
 
-    /// Up to `limit` messages of the thread of a run that stand before a position and are not withheld,
-    /// newest first. `None`: before the run's own. The page ends before its limit, with `has_more`, once it
-    /// holds [`PAGE_BYTES`](super::PAGE_BYTES).
+    /// Returns up to `limit` messages of a run's thread that stand before a position and are not
+    /// withheld, newest first. `None`: before the run's own messages. The page ends before its
+    /// limit, with `has_more`, once it holds [`PAGE_BYTES`](super::PAGE_BYTES).
     pub async fn earlier(
         &self,
         run: RunId,
@@ -224,7 +226,8 @@ impl Store {
             .page(span))
     }
 
-    /// The same of those alone that the upstream thread of the run lacks. None where content is not stored.
+    /// Returns those of the [`earlier`](Self::earlier) messages that the run's upstream thread
+    /// lacks. There are none if content is not stored.
     pub async fn unsynced_messages(
         &self,
         run: RunId,
@@ -244,10 +247,11 @@ impl Store {
             .page(span))
     }
 
-    /// Where a run's messages begin in the upstream thread, as far as the transcript knows.
+    /// Returns where a run's messages begin in the upstream thread, as far as the transcript
+    /// shows.
     pub async fn baseline(&self, run: RunId) -> Result<Baseline, StoreError> {
-        // What stands before a run's messages is changed by that run alone, so the statements need no common
-        // snapshot.
+        // Only the run itself changes the messages before its own, so the statements need no
+        // common snapshot.
         let mut c = self.backend.vital_reader().await?;
         let place: Option<(Uuid, i64, i64)> = c
             .optional(&FIND_PLACE, params().set("run", run.uuid()))
@@ -260,7 +264,7 @@ impl Store {
         let (position, anchor) = anchor.unzip();
         let behind = before().set("above", position.unwrap_or(0));
         let (skip,): (i64,) = c.one(&COUNT_BEHIND_ANCHOR, behind).await?;
-        // Without an anchor, what was carried over comes first.
+        // Without an anchor, the messages that were carried over come first.
         let skip = if anchor.is_none() {
             skip + carried
         } else {
@@ -273,8 +277,8 @@ impl Store {
     }
 }
 
-/// Lets nobody take a run at work over before the transaction ends. Its thread, and where its messages begin;
-/// `None` if the lease was lost.
+/// Locks an active run, so that no replica takes it over before the transaction ends. Returns its
+/// thread, and the position at which its messages begin; `None` if the lease was lost.
 async fn hold(c: &mut Connection, lease: &RunLease) -> Result<Option<(Uuid, i64)>, StoreError> {
     let values = params()
         .set("run", lease.run_id.uuid())
@@ -282,18 +286,19 @@ async fn hold(c: &mut Connection, lease: &RunLease) -> Result<Option<(Uuid, i64)
     Ok(c.optional(&HOLD, values).await?)
 }
 
-/// Rows that a statement has changed, as a parameter.
+/// Returns a number of changed rows as a parameter.
 fn number(rows: u64) -> i64 {
     i64::try_from(rows).unwrap_or(i64::MAX)
 }
 
-/// Messages before those of a run that are to be [withheld](Store::withhold_earlier).
+/// The messages before those of a run that are to be [withheld](Store::withhold_earlier).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Withholding {
-    /// Those that stand before this position; `None`: all before the run's own.
+    /// Withhold the messages before this position; `None`: all before the run's own.
     pub before: Option<i64>,
-    /// Only those among them that the upstream thread lacks: the rest are in it, and stay.
+    /// Withhold only those that the upstream thread lacks. The others are in it, and stay.
     pub missing_only: bool,
-    /// The thread still begins with so many messages of the thread before, if there are as many; `None`: as it does.
+    /// The number of messages of the previous thread with which the thread still begins, if it
+    /// begins with as many; `None`: the number stays.
     pub carried: Option<u32>,
 }

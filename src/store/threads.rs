@@ -1,11 +1,12 @@
-//! Threads as callers and operators look at them and change them.
+//! Reading, listing and changing threads, for callers and operators.
 
+use sqlx::FromRow;
 use uuid::Uuid;
 
 use super::paging::Span;
 use super::params::{Params, params};
 use super::pool::Connection;
-use super::rows::{ReportRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
+use super::rows::{Found, RunRow, ThreadRow, ThreadWithActivity, millis, ttl_millis};
 use super::statement::Statement;
 use super::{Store, StoreError};
 use crate::domain::{
@@ -13,10 +14,11 @@ use crate::domain::{
     Thread, ThreadActivity, ThreadId, ThreadState, Timestamp, UserKey,
 };
 
-/// By how much the time in a thread's id may be ahead of the database's: ids come from the replicas' clocks.
+/// How far the time in a thread's id may be ahead of the database's: one day. Ids come from the
+/// replicas' clocks.
 const SKEW: chrono::TimeDelta = chrono::TimeDelta::days(1);
 
-/// Which thread `t` is meant, for statements that look one up [`by_name`].
+/// Conditions that pick the thread `t`, for statements that look one up [`by_name`].
 pub(super) const BY_KEY: &[&str] = &["{newest_of_key}"];
 pub(super) const BY_ID: &[&str] = &["t.id = :thread AND t.tenant = :tenant"];
 
@@ -53,8 +55,8 @@ static FIND_CURSOR: Statement = Statement::new(
     )",
 );
 
-/// A list: `{0}` says by which index it is read, `{1}` how far, `{2}` in which direction. The rest are
-/// conditions on the rows, which are read in the order of ids anyway.
+/// Lists threads. `{0}` chooses the index, `{1}` the bounds, and `{2}` the direction. The other
+/// conditions filter the rows that are read.
 const LIST: &str = "
     SELECT {thread t}, {activity}
     FROM {0} AND {1}
@@ -67,10 +69,10 @@ const LIST: &str = "
     ORDER BY t.id {2}
     LIMIT :limit";
 
-/// Read in the order of ids: the index ends in them.
+/// Bounds for an index that ends in the id: rows are read in the order of ids.
 const IN_ORDER: &str = "t.id > :above AND t.id < :below";
-/// Sorted once read. Spelled so that no index of ids fits, by which Postgres might read other threads of the
-/// tenant.
+/// Bounds for rows that are sorted after reading. Written so that no index of ids matches. With
+/// such an index Postgres might read other threads of the tenant.
 const SORTED: &str = "COALESCE(t.id > :above AND t.id < :below, false)";
 
 const TENANT: &str = "threads t {by_index threads_by_tenant} WHERE t.tenant = :tenant";
@@ -92,7 +94,8 @@ static LIST_OF_UPSTREAM: [Statement; 2] = [
     ),
 ];
 
-/// The word is written out, so that Postgres may read the index of current threads where these are few.
+/// The word `current` is written out, so that Postgres may use the index of current threads if
+/// these are few.
 const CURRENT: &str =
     "threads t {by_index threads_by_tenant} WHERE t.tenant = :tenant AND t.lifecycle = 'current'";
 static LIST_CURRENT: [Statement; 2] = [
@@ -103,7 +106,7 @@ static LIST_CURRENT: [Statement; 2] = [
     ),
 ];
 
-/// Archived ones, or those that are being deleted. The last condition is the one of the index.
+/// Archived threads, or those that are being deleted. The last condition is that of the index.
 const PAST: &str = "threads t {by_index threads_past} WHERE t.tenant = :tenant
         AND t.lifecycle = {as thread_lifecycle, :lifecycle} AND t.lifecycle <> 'current'";
 static LIST_PAST: [Statement; 2] = [
@@ -118,7 +121,8 @@ static LIST_OF_USER: [Statement; 2] = [
     list("threads.list_of_user_downwards", &[USER, SORTED, "DESC"]),
 ];
 
-/// Those that have an active run: made from all active runs, of which the replicas allow only so many.
+/// Threads that have an active run. The list is made from all active runs, whose number the
+/// replicas limit.
 const AT_WORK: &str = "runs w CROSS JOIN threads t
     WHERE {active w} AND (w.status = 'requires_action') = :requires_action
         AND t.id = w.thread_id AND t.tenant = :tenant";
@@ -127,7 +131,7 @@ static LIST_AT_WORK: [Statement; 2] = [
     list("threads.list_at_work_downwards", &[AT_WORK, SORTED, "DESC"]),
 ];
 
-/// Planned each time, as [`Statement::unprepared`] says.
+/// Makes a list, which is planned each time for the reason in [`Statement::unprepared`].
 const fn list(name: &'static str, pieces: &'static [&'static str]) -> Statement {
     let mut statement = Statement::variant(name, LIST, pieces);
     statement.is_prepared = false;
@@ -174,7 +178,7 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// All that the record says of one thread.
+    /// Returns everything that is recorded about one thread.
     pub async fn report(&self, name: ThreadName<'_>) -> Result<Option<ThreadReport>, StoreError> {
         let mut c = self.backend.reader().await?;
         let (statement, values) = by_name(name, &REPORT_BY_KEY, &REPORT_BY_ID);
@@ -182,14 +186,14 @@ impl Store {
         row.map(ThreadReport::try_from).transpose()
     }
 
-    /// Any thread of any tenant: not for what callers ask.
+    /// Returns any thread of any tenant. Not for requests of callers.
     pub async fn thread(&self, id: ThreadId) -> Result<Option<Thread>, StoreError> {
         let mut c = self.backend.reader().await?;
         let row: Option<ThreadRow> = c.optional(&READ, params().set("thread", id.uuid())).await?;
         row.map(Thread::try_from).transpose()
     }
 
-    /// A page of threads by id, which is by age.
+    /// Returns a page of threads in the order of ids, which is by age.
     ///
     /// # Errors
     /// [`StoreError::UnknownCursor`] if `after` or `before` names no thread of the tenant.
@@ -237,8 +241,9 @@ impl Store {
         span.page(rows)
     }
 
-    /// Changes the key's current thread. An expired one, or none, is `None`. It is no activity: an idle
-    /// thread stays as idle as it was. One that is to live for less than it has been idle has expired.
+    /// Changes the key's current thread. `None` if there is none, or it has expired. A change is
+    /// no activity: an idle thread stays as idle as it was. A thread whose new limit is shorter
+    /// than its idle time has expired.
     pub async fn update_thread(
         &self,
         key: &ConversationKey,
@@ -259,8 +264,8 @@ impl Store {
     }
 }
 
-/// How a thread is looked up that is named so: which of two statements, made with [`BY_KEY`] and [`BY_ID`],
-/// and its parameters.
+/// Returns one of two statements, made with [`BY_KEY`] and [`BY_ID`], and its parameters, by the
+/// kind of name.
 pub(super) fn by_name<'a>(
     name: ThreadName<'a>,
     by_key: &'static Statement,
@@ -277,7 +282,7 @@ pub(super) fn by_name<'a>(
     }
 }
 
-/// A thread of a tenant.
+/// Returns a thread of a tenant.
 pub(super) async fn of_tenant(
     c: &mut Connection,
     tenant: &TenantKey,
@@ -290,7 +295,7 @@ pub(super) async fn of_tenant(
     row.map(Thread::try_from).transpose()
 }
 
-/// The statement of a list: the one whose index leaves the fewest rows to the other filters.
+/// Returns the statement of a list whose index leaves the fewest rows to the other filters.
 fn listing(filter: &ThreadFilter, upwards: bool) -> &'static Statement {
     let directions = match (filter.state, filter.lifecycle) {
         (Some(ThreadState::Active | ThreadState::RequiresAction), _) => &LIST_AT_WORK,
@@ -304,9 +309,9 @@ fn listing(filter: &ThreadFilter, upwards: bool) -> &'static Statement {
     if upwards { ascending } else { descending }
 }
 
-/// A bound above the ids of all threads that a filter by time means.
+/// Returns a bound above the ids of all threads that match a filter by time.
 fn made_before(filter: &ThreadFilter) -> Option<Uuid> {
-    // What was not used since was not made since either.
+    // A thread without activity since a time was created before it.
     let before = [filter.created_before, filter.inactive_since]
         .into_iter()
         .flatten()
@@ -315,28 +320,29 @@ fn made_before(filter: &ThreadFilter) -> Option<Uuid> {
     Some(Uuid::from_u128(millis << 80))
 }
 
-/// Which thread is meant.
+/// The name of a thread.
 #[derive(Clone, Copy, Debug)]
 pub enum ThreadName<'a> {
-    /// The key's current one, or else the newest that is archived.
+    /// The key's current thread or, if it has none, its newest archived one.
     Newest(&'a ConversationKey),
-    /// Any one of a tenant.
+    /// A thread of a tenant, by its id.
     Id(&'a TenantKey, ThreadId),
 }
 
-/// All that the record says of one thread.
+/// Everything that is recorded about one thread.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ThreadReport {
     pub thread: Thread,
     pub activity: ThreadActivity,
-    /// The one that was admitted last.
+    /// The run that was admitted last.
     pub last_run: Option<Run>,
-    /// The newest thread that names it as the one before.
+    /// The newest thread that names this one as its previous thread.
     pub next_thread: Option<ThreadId>,
 }
 
-/// Which threads are meant: those that fit all that is set. Both times count on ids which say when a thread was made, or
-/// earlier, up to a day off: so do those that are made here.
+/// A filter of threads: those that match all fields that are set. Both times rely on ids. The time
+/// in an id must be that of the thread's creation, or earlier, up to a day off. Ids that the
+/// gateway makes are like that.
 #[derive(Clone, Debug)]
 pub struct ThreadFilter {
     pub tenant: TenantKey,
@@ -345,12 +351,12 @@ pub struct ThreadFilter {
     pub lifecycle: Option<Lifecycle>,
     pub state: Option<ThreadState>,
     pub created_before: Option<Timestamp>,
-    /// Without any activity since.
+    /// Threads without activity since this time.
     pub inactive_since: Option<Timestamp>,
 }
 
 impl ThreadFilter {
-    /// All threads of a tenant.
+    /// Matches all threads of a tenant.
     pub const fn all(tenant: TenantKey) -> Self {
         Self {
             tenant,
@@ -364,13 +370,37 @@ impl ThreadFilter {
     }
 }
 
-/// What is to be changed of a thread.
+/// A change of a thread. `None`: the field stays.
 #[derive(Clone, Debug, Default)]
 pub struct ThreadUpdate {
     pub metadata: Option<Metadata>,
     pub life: Option<NewLife>,
     /// The configured limits of the key's scope.
     pub limits: Limits,
+}
+
+/// A row with everything in a thread's report.
+#[derive(FromRow)]
+struct ReportRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    last_run: Found<RunRow>,
+    next_thread: Option<Uuid>,
+}
+
+impl TryFrom<ReportRow> for ThreadReport {
+    type Error = StoreError;
+
+    fn try_from(row: ReportRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            last_run: row.last_run.0.map(Run::try_from).transpose()?,
+            next_thread: row.next_thread.map(ThreadId::from_uuid),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -402,7 +432,7 @@ mod tests {
         );
     }
 
-    /// What an index holds of the tenant alone is read in the order of ids. What one user has is sorted.
+    /// Indexes by tenant are read in the order of ids. Threads of one user are sorted.
     #[tokio::test]
     async fn a_list_reads_no_thread_of_another_tenant() {
         let mut connection = SqliteConnection::connect("sqlite::memory:").await.unwrap();

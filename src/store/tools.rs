@@ -1,4 +1,4 @@
-//! Runs that wait for the outputs of function calls, and what others ask of runs at work.
+//! Runs that wait for the outputs of function calls, and requests to active runs.
 
 use sqlx::FromRow;
 use sqlx::types::Json;
@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{WaitingRow, corrupt, json, log_json, word};
+use super::rows::{HasId, RunRow, ThreadWithActivity, corrupt, json, log_json, word};
 use super::statement::Statement;
 use super::{Idempotency, RunLease, Store, StoreError};
 use crate::domain::{
@@ -15,11 +15,12 @@ use crate::domain::{
     Thread, ThreadActivity, ToolOutput, UpstreamRunId, Usage,
 };
 
-/// Gives the run as it is now, whether it was paused just now or not.
+/// Returns the run as it is now, whether this statement has paused it or not.
 ///
-/// The batch of events tells whether the pause was recorded before: a repetition that comes after the answer
-/// must not let the run wait for it again. A shorter batch in its place is none of a pause, for that one ends
-/// with what the run asks for. It is a [recording](Store::record) whose answer did not come in time.
+/// The batch of events shows whether the pause was recorded before: a repetition that arrives
+/// after the answer must not make the run wait for it again. A shorter batch in its place is not
+/// of a pause, because the batch of a pause ends with the required action. It is of a
+/// [recording](Store::record) whose answer did not come in time.
 static PAUSE: Statement = Statement::for_each_engine(
     "tools.pause",
     "WITH held AS MATERIALIZED (
@@ -53,7 +54,7 @@ static PAUSE: Statement = Statement::for_each_engine(
         SET events = excluded.events, end_offset = excluded.end_offset
         WHERE l.end_offset < excluded.end_offset;
 
-    -- If something was logged.
+    -- If the statement before has logged something.
     UPDATE runs AS r SET status = 'requires_action', required_action = :action,
         upstream_run_id = COALESCE(:upstream_run, r.upstream_run_id),
         earlier_upstream_run_ids = iif(r.upstream_run_id <> :upstream_run,
@@ -68,7 +69,7 @@ static PAUSE: Statement = Statement::for_each_engine(
     WHERE {leased r} AND {at_work r}",
 );
 
-/// In SQLite the idempotency key is recorded by the same transaction, but by a statement of its own.
+/// On SQLite another statement of the same transaction records the idempotency key.
 static ANSWER: Statement = Statement::for_each_engine(
     "tools.answer",
     "WITH answered AS (
@@ -139,10 +140,10 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// Lets a run in progress wait for tool outputs, and records what it said and showed so far.
+    /// Lets a run in progress wait for tool outputs, and records its reply and its events so far.
     ///
-    /// Harmless to repeat with the same pause, even if the outputs have come meanwhile: the run that is
-    /// answered is in progress then.
+    /// Harmless to repeat with the same pause, even if the outputs have arrived meanwhile: then
+    /// the run is in progress with its outputs.
     pub async fn pause(&self, lease: &RunLease, pause: &Pause) -> Result<Paused, StoreError> {
         let Pause {
             required_action,
@@ -179,8 +180,9 @@ impl Store {
         })
     }
 
-    /// Hands outputs to a run that waits for exactly the given calls, which is in progress again. Its owner
-    /// finds the outputs with [`requests`](Self::requests), or is told by the caller.
+    /// Gives outputs to a run that waits for exactly the expected calls. The run is in progress
+    /// again. Its owner reads the outputs with [`requests`](Self::requests), or gets them from the
+    /// caller.
     pub async fn answer_tools(
         &self,
         key: &ConversationKey,
@@ -217,8 +219,9 @@ impl Store {
         }
     }
 
-    /// Records that the outputs of a run are about to be sent to the upstream: whoever takes the run over
-    /// from here on cannot know whether they were. `false` if the lease was lost.
+    /// Records that the outputs of a run are about to be sent to the upstream. A replica that
+    /// takes the run over later cannot know whether they were. Returns `false` if the lease was
+    /// lost.
     pub async fn sends_outputs(&self, lease: &RunLease) -> Result<bool, StoreError> {
         let mut c = self.backend.vital_writer().await?;
         let values = params()
@@ -227,9 +230,9 @@ impl Store {
         Ok(c.execute(&SEND_OUTPUTS, values).await? == 1)
     }
 
-    /// What others asked of active runs that the replica owns: those that are to be cancelled, and those that
-    /// have outputs which are not [being sent](Self::sends_outputs) yet. Where content is not stored, the
-    /// latter are left out: what is stored of outputs says nothing.
+    /// Returns the requests to active runs that the replica owns: runs that are to be cancelled,
+    /// and runs with outputs that are not [being sent](Self::sends_outputs) yet. If content is not
+    /// stored, it leaves the latter out, because the stored outputs are empty.
     pub async fn requests(&self, replica: ReplicaId) -> Result<Vec<Request>, StoreError> {
         let mut c = self.backend.vital_reader().await?;
         let rows: Vec<RequestRow> = c
@@ -245,7 +248,7 @@ impl Store {
     }
 }
 
-/// Whether an idempotency key is in use.
+/// Returns whether an idempotency key is in use.
 async fn is_idempotency_key_used(
     c: &mut Connection,
     key: &ConversationKey,
@@ -259,7 +262,7 @@ async fn is_idempotency_key_used(
     Ok(used)
 }
 
-/// Lets an idempotency key stand for a run from now on.
+/// Records that a run uses an idempotency key.
 async fn record_idempotency_key(
     c: &mut Connection,
     key: &ConversationKey,
@@ -282,7 +285,7 @@ async fn record_idempotency_key(
 struct PausedRow {
     #[sqlx(flatten)]
     waiting: WaitingRow,
-    /// The run waits for these very calls.
+    /// Whether the run waits for exactly these calls.
     is_same: bool,
 }
 
@@ -305,30 +308,31 @@ impl TryFrom<RequestRow> for Request {
                 discard: row.rollback_pending,
             }),
             (RunStatus::InProgress, Some(Json(outputs))) => Ok(Self::Resume { run, outputs }),
-            _ => Err(corrupt("a request")),
+            _ => Err(corrupt("a request to an active run")),
         }
     }
 }
 
-/// A run that asks its caller for function calls.
+/// The state of a run that asks its caller for function calls.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pause {
     pub required_action: RequiredAction,
-    /// Unset if it was not heard: calls that were found in a thread can be answered without.
+    /// The run's id at the upstream. `None` if it did not arrive: calls that were found in an
+    /// upstream thread can be answered without it.
     pub upstream_run_id: Option<UpstreamRunId>,
-    /// The reply as far as it came.
+    /// The reply so far.
     pub content: Vec<ContentPart>,
     pub usage: Option<Usage>,
     pub events: EventBatch,
 }
 
-/// What became of a [`Pause`].
+/// The outcome of a [`Pause`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Paused {
     Waiting(Box<Waiting>),
-    /// Somebody wants the run to end.
+    /// The run is to be cancelled.
     Cancelling,
-    /// The lease is lost or the run has ended.
+    /// The lease was lost, or the run has ended.
     Lost,
 }
 
@@ -340,19 +344,19 @@ pub struct Waiting {
     pub run: Run,
 }
 
-/// Outputs for a run that waits.
+/// Outputs for a run that waits for them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ToolAnswer {
-    /// What the run must still wait for.
+    /// The calls that the run must still be waiting for.
     pub expected: RequiredAction,
     pub outputs: Vec<ToolOutput>,
     pub idempotency: Option<Idempotency>,
 }
 
-/// What became of a [`ToolAnswer`].
+/// The outcome of a [`ToolAnswer`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answered {
-    /// The run goes on.
+    /// The run is in progress again.
     Resumed(Box<Waiting>),
     /// The run does not wait for these calls (any more), or its deadline has passed.
     NotWaiting,
@@ -360,7 +364,7 @@ pub enum Answered {
     Repeated,
 }
 
-/// What somebody asked of an active run.
+/// A request to an active run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     Cancel {
@@ -371,4 +375,30 @@ pub enum Request {
         run: RunId,
         outputs: Vec<ToolOutput>,
     },
+}
+
+/// A run that waits for tool outputs, or did a moment ago.
+#[derive(FromRow)]
+struct WaitingRow {
+    #[sqlx(flatten)]
+    thread: ThreadWithActivity,
+    #[sqlx(flatten)]
+    run: RunRow,
+}
+
+impl TryFrom<WaitingRow> for Waiting {
+    type Error = StoreError;
+
+    fn try_from(row: WaitingRow) -> Result<Self, StoreError> {
+        let (thread, activity) = row.thread.into_parts()?;
+        Ok(Self {
+            thread,
+            activity,
+            run: row.run.try_into()?,
+        })
+    }
+}
+
+impl HasId for WaitingRow {
+    const ID: &'static str = "r_id";
 }

@@ -1,9 +1,9 @@
-//! What is said in threads, page by page.
+//! Reading transcripts, page by page.
 
 use uuid::Uuid;
 
 use super::engine::Engine;
-use super::paging::{Filling, ListedRow, Span, cursor};
+use super::paging::{Filling, ListedRow, PAGE_BYTES, Span, cursor};
 use super::params::params;
 use super::pool::Connection;
 use super::statement::Statement;
@@ -11,7 +11,8 @@ use super::threads::{BY_ID, BY_KEY, by_name, of_tenant};
 use super::{Store, StoreError, ThreadName};
 use crate::domain::{ConversationKey, Message, MessageId, Page, PageRequest, ThreadId};
 
-/// A thread, and where in it the message stands that a cursor names; NULL if it is none of the thread's.
+/// Finds a thread, and the position in it of the message that a cursor names. NULL if that message
+/// is not in the thread.
 const FIND_CURSOR: &str = "
     SELECT t.id, (
         SELECT CASE WHEN m.thread_id = t.id THEN m.position END FROM messages m WHERE m.id = :cursor
@@ -24,7 +25,8 @@ static FIND_CURSOR_BY_KEY: Statement =
 static FIND_CURSOR_BY_ID: Statement =
     Statement::variant("transcript.find_cursor_by_id", FIND_CURSOR, BY_ID);
 
-/// If the key has a thread: in which of its threads, and where, the message stands that a cursor names.
+/// Gives a row if the key has a thread: the thread and the position of the message that a cursor
+/// names.
 static FIND_CURSOR_ACROSS: Statement = Statement::new(
     "transcript.find_cursor_across",
     "SELECT m.thread_id, m.position
@@ -35,7 +37,7 @@ static FIND_CURSOR_ACROSS: Statement = Statement::new(
     LIMIT 1",
 );
 
-/// The messages of a thread between two positions.
+/// Lists the messages of a thread between two positions.
 const LIST: &str = "
     {listed m_position {0}, FROM messages m
         WHERE m.thread_id = :of AND m.position > :above AND m.position < :below
@@ -44,7 +46,7 @@ const LIST: &str = "
 static LIST_UPWARDS: Statement = Statement::variant("transcript.list_upwards", LIST, &["ASC"]);
 static LIST_DOWNWARDS: Statement = Statement::variant("transcript.list_downwards", LIST, &["DESC"]);
 
-/// The messages of a thread between two positions, newest first, without those that are withheld.
+/// Lists the messages of a thread between two positions, newest first, without withheld ones.
 pub(super) static DOWNWARDS_KNOWN: Statement = Statement::new(
     "transcript.list_known",
     "{listed m_position DESC, FROM messages m
@@ -53,8 +55,8 @@ pub(super) static DOWNWARDS_KNOWN: Statement = Statement::new(
         ORDER BY m.position DESC}",
 );
 
-/// The messages of all threads of a key behind a position of one of them. So many are read of each thread at
-/// most: a sort over all of them would read whole transcripts.
+/// Lists the messages of all threads of a key behind a position of one of them. It reads at most
+/// `:limit` + 1 of each thread: a sort over all messages would read whole transcripts.
 const LIST_ACROSS: &str = "
     {listed m_thread_id {0} then m_position {0}, FROM threads t
         {lateral messages m, FROM messages f
@@ -75,7 +77,8 @@ static LIST_ACROSS_DOWNWARDS: Statement = Statement::variant(
     &["DESC", "<", "9223372036854775807"],
 );
 
-/// The messages of some threads behind a position of one of them, which is the first that counts.
+/// Lists the messages of some threads, from behind the position `:position` of the thread
+/// `:thread`. Threads before that one are skipped.
 static LIST_OF_THREADS: Statement = Statement::new(
     "transcript.list_of_threads",
     "{listed m_thread_id ASC then m_position ASC, FROM threads t
@@ -100,12 +103,12 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 ];
 
 impl Store {
-    /// A page of a transcript by position; `None` if there is no such thread. `across`: of all threads that
-    /// the key has and had, the oldest thread first, but for those that are being deleted. The page ends
-    /// before its limit, with `has_more`, once it holds [`PAGE_BYTES`].
+    /// Returns a page of a transcript by position; `None` if there is no such thread. `across`: of
+    /// all threads that the key has and had, the oldest thread first, without those that are being
+    /// deleted. The page ends before its limit, with `has_more`, once it holds [`PAGE_BYTES`].
     ///
     /// # Errors
-    /// [`StoreError::UnknownCursor`] if `after` or `before` names no message of it.
+    /// [`StoreError::UnknownCursor`] if `after` or `before` names no message of the transcript.
     pub async fn messages(
         &self,
         name: ThreadName<'_>,
@@ -142,8 +145,9 @@ impl Store {
         ))
     }
 
-    /// Up to `limit` messages of any thread that stand after a position (0: from the first on), oldest first.
-    /// Fewer, but one at least, if they hold [`PAGE_BYTES`]. None comes only if there is none.
+    /// Returns up to `limit` messages of any thread after a position (0: from the first on),
+    /// oldest first. It returns fewer, but at least one, if they hold [`PAGE_BYTES`]. The result
+    /// is empty only if there are no more messages.
     pub async fn transcript(
         &self,
         thread: ThreadId,
@@ -163,8 +167,9 @@ impl Store {
             .messages())
     }
 
-    /// A page of what is said in some threads: by thread, in the order of ids, each oldest first. `behind`: a thread, and
-    /// the position in it behind which the page begins; those before it are passed over.
+    /// Returns a page of the messages of some threads: by thread id, and within a thread oldest
+    /// first. `behind`: the thread and the position behind which the page begins. Threads with
+    /// lower ids are skipped.
     pub async fn transcripts(
         &self,
         threads: &[ThreadId],
@@ -193,8 +198,9 @@ impl Store {
     }
 }
 
-/// Messages, up to so many, in the direction of a statement. `of`: the id of a thread or run, by which the
-/// statement knows what to list. Its other parameters are `above`, `below`, and those of the word `listed`.
+/// Reads up to `limit` messages, in the direction of a statement. `of`: the id of a thread or run,
+/// which tells the statement what to list. The statement's other parameters are `above`, `below`,
+/// and those of the word `listed`.
 pub(super) async fn listed(
     c: &mut Connection,
     statement: &'static Statement,
@@ -253,22 +259,19 @@ async fn messages_across(
     Ok(Some(filling.page(span)))
 }
 
-/// The message that the cursor of a page names.
+/// Returns the id of the message that the cursor of a page names.
 fn named(page: &PageRequest<MessageId>) -> Option<Uuid> {
     page.after.or(page.before).map(MessageId::uuid)
 }
 
-/// Stored bytes that one step of a list reads, and one message more.
+/// Returns the number of stored bytes after which one step of a list stops, at the end of a
+/// message.
 #[expect(clippy::cast_possible_wrap, reason = "a few MiB")]
 const fn step_bytes(engine: Engine) -> i64 {
     match engine {
-        // What was compressed may be a hundred times as long.
+        // Compressed content may be a hundred times as long when it is read.
         Engine::Postgres => 128 * 1024,
-        // Nothing is compressed, so one step makes a page.
+        // Content is not compressed, so one step fills a page.
         Engine::Sqlite => PAGE_BYTES as i64,
     }
 }
-
-/// So many bytes of content, and the rest of the message that reaches them, are read of a transcript at a time: messages
-/// may have several MiB each, and what was read is in memory until its reader has taken it.
-pub const PAGE_BYTES: usize = 4 * 1024 * 1024;

@@ -1,16 +1,15 @@
-//! The words that statements are written with besides SQL: `{now}`, `{ms :ttl}`, `{run r}`.
+//! The words that statements use besides SQL: `{now}`, `{ms :ttl}`, `{run r}`.
 //!
-//! There are two kinds: what the engines spell differently, and conditions and columns that many statements share. A
-//! word's arguments may hold words, which are put in first.
+//! There are two kinds: text that the engines spell differently, and conditions and columns that
+//! many statements share. The arguments of a word may contain words, which are expanded first.
 
 use super::engine::Engine;
-use super::functions::name_in_database;
 use crate::domain::RunErrorCode;
 
-/// Puts the words in, and takes comments out.
+/// Expands the words of a text, and removes its comments.
 ///
 /// # Panics
-/// If the text has an unknown word or an open brace: a test expands every statement.
+/// If the text has an unknown word or an open brace. A test expands every statement.
 pub(super) fn expand(engine: Engine, text: &str) -> String {
     let text = without_comments(text);
     let mut out = String::with_capacity(text.len());
@@ -30,7 +29,7 @@ pub(super) fn expand(engine: Engine, text: &str) -> String {
     out
 }
 
-/// Where the brace closes that was opened before the text.
+/// Returns the position of the brace that closes the one before the text.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 1;
     for (at, c) in text.char_indices() {
@@ -46,7 +45,7 @@ fn closing(text: &str) -> Option<usize> {
     None
 }
 
-/// Without `-- …`, and without the lines that hold nothing else. No quoted text of ours holds two hyphens.
+/// Removes `-- …`, and lines with nothing else. No quoted text in a statement has two hyphens.
 fn without_comments(text: &str) -> String {
     let lines = text
         .split('\n')
@@ -58,15 +57,15 @@ fn without_comments(text: &str) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// The two arguments of a word. The first one has no comma.
+/// Splits the two arguments of a word. The first one has no comma.
 fn pair(arguments: &str) -> (&str, &str) {
     let (one, other) = arguments
         .split_once(',')
-        .unwrap_or_else(|| panic!("one argument: {arguments}"));
+        .unwrap_or_else(|| panic!("a word that needs two arguments has one: {arguments}"));
     (one.trim(), other.trim())
 }
 
-/// What a word stands for.
+/// Returns the text that a word stands for.
 fn meaning(engine: Engine, word: &str, x: &str) -> String {
     match engine {
         Engine::Postgres => of_postgres(word, x),
@@ -74,10 +73,10 @@ fn meaning(engine: Engine, word: &str, x: &str) -> String {
     }
     .or_else(|| of_both(word, x))
     .or_else(|| of_item(word, x))
-    .unwrap_or_else(|| panic!("no word is `{word}`"))
+    .unwrap_or_else(|| panic!("unknown word `{word}`"))
 }
 
-/// How Postgres spells it. The comments are in [`of_sqlite`].
+/// Returns the spelling of Postgres. The comments are in [`of_sqlite`].
 fn of_postgres(word: &str, x: &str) -> Option<String> {
     Some(match word {
         "now" => "now()".to_owned(),
@@ -119,7 +118,8 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
         "greatest" => format!("GREATEST({x})"),
         "returned_thread" => "{thread t}".to_owned(),
         "returned_run" => "{run r}".to_owned(),
-        // Spelled so that no other condition implies it: the index is for what looks runs up by their owner.
+        // Written so that no other condition implies it: the index is for finding runs by their
+        // owner.
         "unfinished_of_owner" => format!("COALESCE({x}.finished_at, 'infinity') = 'infinity'"),
         "listed" => {
             let (order, query) = pair(x);
@@ -136,8 +136,8 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
                 LIMIT :limit"
             )
         }
-        // An interval is multiplied as a floating-point number: whole seconds and the rest are exact, so many microseconds
-        // are not.
+        // An interval is multiplied as a floating-point number. That is exact for whole seconds
+        // and for the rest, but not for the whole number of microseconds.
         "at_us" => format!(
             "'epoch'::timestamptz + ({x})::bigint / 1000000 * interval '1 second' \
              + ({x})::bigint % 1000000 * interval '1 microsecond'"
@@ -150,9 +150,6 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
             format!("CROSS JOIN LATERAL (SELECT f.* {query}) {alias}")
         }
         "by_index" => String::new(),
-        "function" => name_in_database(x)
-            .unwrap_or_else(|| panic!("no function is `{x}`"))
-            .to_owned(),
         _ => return None,
     })
 }
@@ -160,50 +157,56 @@ fn of_postgres(word: &str, x: &str) -> Option<String> {
 fn of_sqlite(word: &str, x: &str) -> Option<String> {
     const NOW: &str = "CAST(round(unixepoch('now', 'subsec') * 1000) AS INTEGER)";
     Some(match word {
-        // The time of the transaction, and by the clock, which is later if the statement had to wait. SQLite has the time of
-        // the statement, in milliseconds since 1970.
+        // The time of the transaction, and of the clock, which is later if the statement had to
+        // wait. On SQLite both are the time of the statement, in milliseconds since 1970.
         "now" | "clock" => NOW.to_owned(),
-        // So many milliseconds, to add to a time.
+        // A number of milliseconds, to add to a time.
         "ms" => format!("({x})"),
-        // Milliseconds since a time; rounded up; and until a time.
+        // Milliseconds since a time; the same, rounded up; milliseconds until a time.
         "ms_since" | "ms_since_up" => format!("({NOW} - {x})"),
         "ms_until" => format!("({x} - {NOW})"),
-        // The time that so many milliseconds since 1970 are, as a text.
+        // A time from a text with milliseconds since 1970.
         "at_ms" => format!("CAST({x} AS INTEGER)"),
-        // An id (UUIDv7) that is higher than all that were made so many milliseconds ago or earlier.
+        // An id (UUIDv7) above all ids that were made this number of milliseconds ago, or earlier.
         "id_after" => {
             format!("unhex(printf('%012x', max(0, {NOW} - ({x}) + 1)) || '00000000000000000000')")
         }
         // An id in hexadecimal, and back.
         "hex" => format!("lower(hex({x}))"),
         "uuid" => format!("unhex({x})"),
-        // `{as type, value}`: a value as one of a type, about which SQLite does not care; and an enumerated one as a text.
+        // `{as type, value}`: a value with a type, which SQLite does not need. `{text column}`: an
+        // enumerated value as a text.
         "as" => pair(x).1.to_owned(),
         "text" => x.to_owned(),
-        // Is one of the ids in a parameter, or that a query gives, which is evaluated once.
+        // A condition: is one of the ids in a parameter; is one of the ids of a query, which is
+        // evaluated once; is none of the ids in a parameter.
         "in" => format!("IN (SELECT unhex(i.value) FROM json_each({x}) i)"),
         "in_found" => format!("IN ({x})"),
         "not_in" => format!("NOT IN (SELECT unhex(i.value) FROM json_each({x}) i)"),
         // The values, or texts, of a JSON array, as a table `e` with the column `value`.
         "each" | "each_text" => format!("json_each({x}) e"),
-        // Locks rows that are to be changed, that are to change hands, only those that are free, that are to stay. SQLite has
-        // one writer, and locks nothing.
+        // Locks rows that: are to be changed; are to change hands; are not locked by others; must
+        // stay as they are. SQLite has one writer and needs no locks.
         "lock" | "lock_whole" | "lock_if_free" | "lock_shared" => String::new(),
-        // `WHERE {rows m, FROM messages m …}`: the rows of the table that the query finds, but for those that others hold.
+        // `WHERE {rows m, FROM messages m …}`: the rows of the table that the query finds, without
+        // those that other transactions have locked.
         "rows" => {
             let (table, query) = pair(x);
             format!("rowid IN (SELECT {table}.rowid {query})")
         }
-        // Of these, but for NULLs. SQLite knows nothing if one of them is NULL: so only where none is.
+        // The least or greatest of these values, without NULLs. On SQLite the result is NULL if
+        // one of them is NULL, so use it only where none is.
         "least" => format!("min({x})"),
         "greatest" => format!("max({x})"),
         "unfinished_of_owner" => format!("{x}.finished_at IS NULL"),
-        // The columns after `UPDATE threads AS t … RETURNING`, `UPDATE runs AS r …`: SQLite wants the table's own name.
+        // The columns after `UPDATE threads AS t … RETURNING`, `UPDATE runs AS r …`. SQLite needs
+        // the table's own name there.
         "returned_thread" => "{thread threads}".to_owned(),
         "returned_run" => "{run runs}".to_owned(),
-        // `{listed order then order, FROM messages m … ORDER BY …}`: a step of a list of messages. Of the first `:limit` rows
-        // those up to the one with which there are `:bytes` stored. `found`: how many rows there are, of one more than the
-        // limit. In SQLite a window would copy what goes through it, so only sizes do.
+        // `{listed order then order, FROM messages m … ORDER BY …}`: a step of a list of messages.
+        // It returns the first `:limit` rows, but stops after the row with which there are
+        // `:bytes` stored bytes. `found` is the number of rows among the first `:limit` + 1. On
+        // SQLite a window function copies the columns that go through it, so only sizes do.
         "listed" => {
             let (order, query) = pair(x);
             let order = order.replace(" then ", ", ");
@@ -223,7 +226,7 @@ fn of_sqlite(word: &str, x: &str) -> Option<String> {
                 LIMIT :limit"
             )
         }
-        // The earlier end of a thread by two limits, or by the one that there is.
+        // The earlier end of a thread by two limits, or by the one that is set.
         "earlier" => {
             let (age, idle) = pair(x);
             format!(
@@ -231,10 +234,10 @@ fn of_sqlite(word: &str, x: &str) -> Option<String> {
                  COALESCE(t.last_active_at + {idle}, t.created_at + {age}))"
             )
         }
-        // The time that so many microseconds since 1970 are, as a text.
+        // A time from a text with microseconds since 1970.
         "at_us" => format!("CAST({x} AS INTEGER) / 1000"),
-        // `{lateral messages m, FROM messages f … LIMIT …}`: joins, as `m`, the rows that the query finds for what stands
-        // before.
+        // `{lateral messages m, FROM messages f … LIMIT …}`: joins, as `m`, the rows that the
+        // query finds for each row before it.
         "lateral" => {
             let (table, query) = pair(x);
             let (_, alias) = table
@@ -242,26 +245,27 @@ fn of_sqlite(word: &str, x: &str) -> Option<String> {
                 .unwrap_or_else(|| panic!("no alias: {table}"));
             format!("CROSS JOIN {table} ON {alias}.rowid IN (SELECT f.rowid {query})")
         }
-        // `FROM threads t {by_index name}`: SQLite, which keeps no statistics, takes this index or refuses the statement.
+        // `FROM threads t {by_index name}`: SQLite keeps no statistics. It uses this index, or
+        // refuses the statement.
         "by_index" => format!("INDEXED BY {x}"),
         _ => return None,
     })
 }
 
-/// What both engines spell alike, given the words above.
+/// Returns text that is the same for both engines, given the words above.
 fn of_both(word: &str, x: &str) -> Option<String> {
     Some(match word {
         "earlier" => {
             let (age, idle) = pair(x);
             format!("LEAST(t.created_at + {{ms {age}}}, t.last_active_at + {{ms {idle}}})")
         }
-        // When the thread `t` expires, or NULL: by its own limits, else by these, in milliseconds. Says what
-        // `Lifetimes::expiry` says.
+        // The time at which the thread `t` expires, or NULL: by its own limits, else by these, in
+        // milliseconds. It must agree with `Lifetimes::expiry`.
         "expiry" => format!(
             "CASE WHEN t.max_age_ms IS NULL AND t.max_idle_ms IS NULL THEN {{earlier {x}}}
                 ELSE {{earlier t.max_age_ms, t.max_idle_ms}} END"
         ),
-        // What is left of a limit that the thread `t` has had since it was made, in milliseconds.
+        // The rest of a limit that has counted since the thread `t` was created, in milliseconds.
         "left_of" => format!("{{greatest 0, {x} - {{ms_since t.created_at}}}}"),
         // The run is active.
         "active" => format!("{x}.status IN ('in_progress', 'requires_action', 'cancelling')"),
@@ -269,7 +273,7 @@ fn of_both(word: &str, x: &str) -> Option<String> {
         "busy" => "(EXISTS (SELECT 1 FROM runs b WHERE b.thread_id = t.id AND {active b})
                 OR EXISTS (SELECT 1 FROM runs b WHERE b.thread_id = t.id AND b.status = 'queued'))"
             .to_owned(),
-        // The thread of a run has an active run, or one that waits before it.
+        // The thread of a run has an active run, or a run that is queued before this one.
         "busy_before" => format!(
             "(EXISTS (SELECT 1 FROM runs b WHERE b.thread_id = {x}.thread_id AND {{active b}})
                 OR EXISTS (
@@ -278,16 +282,18 @@ fn of_both(word: &str, x: &str) -> Option<String> {
                         AND (b.priority, b.seq) < ({x}.priority, {x}.seq)
                 ))"
         ),
-        // The run is at work; and it is that of the lease that the parameters give.
+        // The run has started and not ended; the run is that of the lease in the parameters.
         "at_work" => format!("{x}.queued_input IS NULL AND {x}.finished_at IS NULL"),
         "leased" => format!("{x}.id = :run AND {x}.fence = :fence"),
-        // The ids of the unfinished runs of threads: `{unfinished = :thread}`. Each half is read by an index of its own.
+        // The ids of the unfinished runs of threads: `{unfinished = :thread}`. Each half uses an
+        // index of its own.
         "unfinished" => format!(
             "SELECT u.id FROM runs u WHERE u.thread_id {x} AND {{active u}}
             UNION ALL
             SELECT u.id FROM runs u WHERE u.thread_id {x} AND u.status = 'queued'"
         ),
-        // The thread `t` has the key of the parameters; is its current one; is none that is being deleted.
+        // The thread `t`: has the key of the parameters; is the key's current one; has the key and
+        // is not being deleted.
         "of_key" => "t.tenant = :tenant AND t.user_key = :user AND t.scope_kind = {scope_kind} \
                      AND t.scope_name = :scope_name"
             .to_owned(),
@@ -303,18 +309,21 @@ fn of_both(word: &str, x: &str) -> Option<String> {
                 LIMIT 1
             )"
         .to_owned(),
-        // The thread `t` is the key's current one, or else the newest that is archived; that is looked up only then.
+        // The thread `t` is the key's current one or, if there is none, the newest archived one,
+        // which is looked up only then.
         "newest_of_key" => "t.id = COALESCE((
                 SELECT c.id FROM threads c
                 WHERE c.tenant = :tenant AND c.user_key = :user AND c.scope_kind = {scope_kind}
                     AND c.scope_name = :scope_name AND c.lifecycle = 'current'
             ), {newest_archived_of_key})"
             .to_owned(),
-        // The thread `t` or run as rows.rs reads it; `{run runs}` after UPDATE … RETURNING in SQLite.
+        // The columns of a thread, run or message for rows.rs; `{run runs}` after UPDATE …
+        // RETURNING in SQLite.
         "thread" => columns(x, "t", THREAD),
         "run" => columns(x, "r", RUN),
         "message" => columns(x, "m", MESSAGE),
-        // The same columns in a function of ours: the names of its results, and these with their types.
+        // The same columns as results of a Postgres function: their names, and the names with
+        // types.
         "thread_names" => names("t", THREAD),
         "run_names" => names("r", RUN),
         "message_names" => names("m", MESSAGE),
@@ -322,7 +331,8 @@ fn of_both(word: &str, x: &str) -> Option<String> {
         "run_types" => types("r", RUN),
         "message_types" => types("m", MESSAGE),
         "upstream_orphan" => columns(x, "o", UPSTREAM_ORPHAN),
-        // How many runs of the thread `t` wait; and what it is doing.
+        // The number of queued runs of the thread `t`; that number and the status of its active
+        // run.
         "queue_depth" => {
             "(SELECT count(*) FROM runs q WHERE q.thread_id = t.id AND q.status = 'queued') AS queue_depth"
                 .to_owned()
@@ -331,15 +341,16 @@ fn of_both(word: &str, x: &str) -> Option<String> {
                 SELECT {text a.status} FROM runs a WHERE a.thread_id = t.id AND {active a}
             ) AS active_status"
             .to_owned(),
-        // Where the messages of a run begin; past all others if it has none yet.
+        // The position of the first message of a run; above all positions if it has none yet.
         "first_position" => format!("{{first_position_of {x}.id}}"),
         "first_position_of" => {
             format!(
                 "COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = {x}), 9223372036854775807)"
             )
         }
-        // Where the messages of a run that has started stand or, if they were removed, stood: before all that came into the
-        // transcript since it started.
+        // The position of the first message of a run that has started. If its messages were
+        // removed, the first position of the messages that came into the transcript since it
+        // started.
         "started_position" => format!(
             "COALESCE((SELECT min(f.position) FROM messages f WHERE f.run_id = {x}.id), (
                 SELECT min(f.position) FROM runs o JOIN messages f ON f.run_id = o.id
@@ -350,10 +361,11 @@ fn of_both(word: &str, x: &str) -> Option<String> {
     })
 }
 
-/// What is said of an item of a step for many.
+/// Returns the text of a word about an item of a batch.
 fn of_item(word: &str, x: &str) -> Option<String> {
     Some(match word {
-        // The thread `t` is the current one of an item's key, and `k` is the use of its idempotency key.
+        // The thread `t` is the current one of an item's key; `k` is the use of its idempotency
+        // key.
         "current_of" => format!(
             "t.tenant = {x}.tenant AND t.user_key = {x}.user_key AND t.scope_kind = {x}.scope_kind
                 AND t.scope_name = {x}.scope_name AND t.lifecycle = 'current'"
@@ -362,8 +374,8 @@ fn of_item(word: &str, x: &str) -> Option<String> {
             "k.tenant = {x}.tenant AND k.user_key = {x}.user_key AND k.scope_kind = {x}.scope_kind
                 AND k.scope_name = {x}.scope_name AND k.key = {x}.idempotency_key"
         ),
-        // A use of an idempotency key that stands for nothing any more: older than so many milliseconds, or of a message whose
-        // sender heard that it was not taken.
+        // A use of an idempotency key that no longer counts: it is older than this number of
+        // milliseconds, or its message was not taken and the sender was told so.
         "forgotten" => {
             let (used, remember) = pair(x);
             format!(
@@ -375,7 +387,8 @@ fn of_item(word: &str, x: &str) -> Option<String> {
         }
         // The run `r` is that of the lease of an item.
         "leased_by" => format!("r.id = {x}.run AND r.fence = {x}.fence"),
-        // The record has the upstream thread that was made for an item: as a upstream orphan, or as the thread's own.
+        // The upstream thread of an item is recorded: as an upstream orphan, or as the thread's
+        // own.
         "has_recorded" => format!(
             "(EXISTS (SELECT 1 FROM upstream_orphans o WHERE o.id = {x}.intent AND o.upstream_id = {x}.upstream_thread)
                 OR EXISTS (
@@ -388,7 +401,7 @@ fn of_item(word: &str, x: &str) -> Option<String> {
     })
 }
 
-/// `table.column AS prefix_column`, for each column; a column in brackets is an enumerated one.
+/// Returns `table.column AS prefix_column` for each column. A column in brackets is enumerated.
 fn columns(table: &str, prefix: &str, names: &str) -> String {
     let column = |name: &str| match name
         .strip_prefix('[')
@@ -400,13 +413,13 @@ fn columns(table: &str, prefix: &str, names: &str) -> String {
     names.split(' ').map(column).collect::<Vec<_>>().join(", ")
 }
 
-/// `prefix_column`, for each column.
+/// Returns `prefix_column` for each column.
 fn names(prefix: &str, names: &str) -> String {
     let name = |name: &str| format!("{prefix}_{}", name.trim_matches(['[', ']']));
     names.split(' ').map(name).collect::<Vec<_>>().join(", ")
 }
 
-/// `prefix_column type`, for each column; of an enumerated one it is `text`.
+/// Returns `prefix_column type` for each column. The type of an enumerated one is `text`.
 fn types(prefix: &str, names: &str) -> String {
     let typed = |name: &str| {
         let kind = match name {

@@ -1,4 +1,4 @@
-//! What comes of messages.
+//! The answers to many messages: latencies and rates.
 
 use std::time::Duration;
 
@@ -6,38 +6,39 @@ use tokio::time::Instant;
 
 use super::figures::{Durations, count};
 
-/// When a message was sent, and when it was answered.
+/// The times of a message and of its answer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
-    /// `None`: the connection broke.
+    /// `None` if the connection broke.
     pub(crate) status: Option<u16>,
     pub(crate) since: Instant,
-    /// When the first piece of a reply came, if that came as a stream.
+    /// When the first piece of a streamed reply arrived.
     pub(crate) first: Option<Instant>,
     pub(crate) until: Instant,
 }
 
-/// What came of many messages.
+/// The answers to many messages.
 #[derive(Debug, Default)]
 pub(crate) struct Answers {
-    /// How long those took that were answered with a reply.
+    /// Latencies of the messages with a reply.
     pub(crate) taken: Durations,
-    /// How long it took to the first piece of those replies that came as a stream.
+    /// Times to the first piece of streamed replies.
     pub(crate) first: Durations,
-    /// The same as `taken` for those that were refused: 413, 429, 401, 503.
+    /// Latencies of refused messages: 413, 429, 401, 503.
     pub(crate) refused: Durations,
-    /// The same for those that failed: 502, 504.
+    /// Latencies of failed messages: 502, 504.
     pub(crate) failed: Durations,
-    /// Turns that were made within the time.
+    /// Number of turns that completed within the time.
     turns: usize,
     time: Duration,
-    /// What was answered otherwise, or not at all.
+    /// Number of messages with another answer, or with none.
     pub(crate) odd: usize,
 }
 
 impl Answers {
-    /// Latencies are those of messages sent within the time, whenever they were answered.
-    /// The [rate](Self::rate) counts all replies that came within the time.
+    /// Collects the answers of a time. Latencies are those of messages that were sent within the
+    /// time, whenever the answer came. The [rate](Self::rate) counts all replies that came within
+    /// the time.
     pub(crate) fn within(
         from: Instant,
         time: Duration,
@@ -75,17 +76,17 @@ impl Answers {
         }
     }
 
-    /// Messages that were sent.
+    /// Returns the number of sent messages.
     pub(crate) fn len(&self) -> usize {
         self.taken.len() + self.refused.len() + self.failed.len() + self.odd
     }
 
-    /// Messages a second.
+    /// Returns the rate of sent messages, per second.
     pub(crate) fn offered(&self) -> f64 {
         count(self.len()) / self.time.as_secs_f64()
     }
 
-    /// Turns a second.
+    /// Returns the rate of completed turns, per second.
     pub(crate) fn rate(&self) -> f64 {
         count(self.turns) / self.time.as_secs_f64()
     }

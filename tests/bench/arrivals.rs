@@ -1,6 +1,7 @@
-//! An open loop: messages arrive at a given rate, whether or not earlier ones are answered.
+//! An open loop: messages arrive at a given rate, whether or not earlier ones have been answered.
 //!
-//! A closed loop sends nothing while the gateway is slow, and so leaves out the latencies that users would meet.
+//! A closed loop sends nothing while the gateway is slow. So it leaves out the latencies that
+//! users would meet.
 
 use std::time::Duration;
 
@@ -12,14 +13,14 @@ use super::figures::{count, median_of, micros};
 use super::setting::{Kind, Setting};
 use super::turns::USERS;
 
-/// Callers in a closed loop, whose rate is what can be sustained.
+/// Number of callers in the closed loop that finds the sustainable rate.
 const AT_ONCE: usize = 16;
-/// After one measurement, until nobody waits or is refused because of it.
+/// Pause after a measurement, until no message waits or is refused because of it.
 const CALM: Duration = Duration::from_secs(2);
-/// Time for a queue to become as long as it will.
+/// Time in which a queue grows to its full length. Its messages do not count.
 const ONSET: Duration = Duration::from_secs(4);
 
-/// What came of messages, and the rate that could be sustained then.
+/// The answers of an open loop, and the sustainable rate of its closed loop.
 struct Round {
     sustained: f64,
     answers: Answers,
@@ -47,7 +48,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
 }
 
-/// The medians of the rounds.
+/// Prints the medians of the rounds.
 fn print(rounds: &[Round]) {
     let of = |figure: fn(&Answers) -> f64| median_of(rounds, |round| figure(&round.answers));
     println!(
@@ -64,7 +65,7 @@ fn print(rounds: &[Round]) {
         of(|it| micros(it.taken.permille(999)))
     );
     println!(
-        "  {:.0} % of the messages refused; {:.0} failed or odd",
+        "  {:.0} % of the messages refused; {:.0} failed, or answered in another way",
         of(|it| 100.0 * count(it.refused.len()) / count(it.len())),
         of(|it| count(it.failed.len() + it.odd))
     );

@@ -1,4 +1,4 @@
-//! Whether users are better off with the breaker than without it.
+//! Compares what users get of a failing upstream with and without the circuit breaker.
 
 use std::time::Duration;
 
@@ -11,19 +11,20 @@ use super::connection::Connection;
 use super::figures::{count, median};
 use super::setting::{Kind, Setting};
 
-/// Users, each of whom sends the next message once the last one is answered.
+/// Number of users. Each sends the next message once the last one is answered.
 const USERS: usize = 24;
-/// Time after which a user who was told of a failure tries again.
+/// Pause of a user after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Time that the upstream takes for a reply.
 const LATENCY: &str = "200ms";
 
-/// How an upstream fails.
+/// A way in which an upstream fails.
 struct Weather {
     name: &'static str,
-    /// Of a hundred calls, so many are answered with 503.
+    /// Percentage of calls that are answered with 503.
     percent: u8,
-    /// It does so for the first of these times, then not for the second one, and again. `None`: all the time.
+    /// Lengths of the failing and of the working phase, which alternate. `None` means that the
+    /// upstream fails all the time.
     bursts: Option<(Duration, Duration)>,
 }
 
@@ -57,7 +58,7 @@ const WEATHERS: [Weather; 9] = [
 
 pub(crate) async fn report(args: &Args, database: Kind) {
     for weather in WEATHERS {
-        // At the same time, so that both meet the same machine.
+        // Both run at the same time, so that they share the machine's good and bad moments.
         let (mut with, mut without) = (vec![], vec![]);
         for _ in 0..args.rounds {
             let runs = (
@@ -74,7 +75,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
 }
 
-/// Medians of the rounds.
+/// Returns the medians of the rounds as text.
 fn told(rounds: &[Answers]) -> String {
     let of = |figure: fn(&Answers) -> f64| median(rounds.iter().map(figure).collect());
     format!(
@@ -124,7 +125,7 @@ async fn run(args: &Args, database: Kind, weather: &Weather, breaker: bool) -> A
     answers
 }
 
-/// Has so many of a hundred calls of every kind fail, or none.
+/// Makes this percentage of all calls fail, or none.
 async fn set_fault(control: &mut Connection, percent: Option<u8>) {
     let (method, body) = match percent {
         Some(percent) => (

@@ -1,4 +1,5 @@
-//! Callers, as light as they can be: the machine is to be busy with what is measured.
+//! Callers that use as little of the machine as possible, so that it is busy with the measured
+//! processes.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,41 +15,41 @@ use tokio::time::{Instant, sleep};
 use super::answers::Answers;
 use super::connection::{Connection, post};
 
-/// Connections of an open loop.
+/// Number of connections of an open loop.
 const CONNECTIONS: usize = 1024;
 
-/// What callers ask for.
+/// The kind of message that callers send.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Form {
-    /// An answer in JSON, in a conversation that is there.
+    /// A message in an existing conversation, answered in JSON.
     #[default]
     Known,
-    /// The first one of a new conversation.
+    /// The first message of a new conversation.
     New,
-    /// The same as `known`, with an `Idempotency-Key`.
+    /// The same as `known` with an `Idempotency-Key`.
     Keyed,
-    /// The same as `known`, as a stream of events.
+    /// The same as `known`, answered as a stream of events.
     Stream,
 }
 
-/// Gives the request with this number.
+/// Makes the request with this number.
 type Requests = Arc<dyn Fn(usize) -> String + Send + Sync>;
 
-/// Users, whose messages go over connections that are kept.
+/// Users whose messages go over kept connections.
 #[derive(Clone)]
 pub(crate) struct Callers {
     address: SocketAddr,
-    /// Their keys begin so.
+    /// Prefix of the users' keys.
     name: &'static str,
     users: usize,
     next: Arc<AtomicUsize>,
-    /// Further lines of the head.
+    /// Further lines of the request's head.
     head: String,
     content: String,
     form: Form,
-    /// Replaces the messages to the gateway.
+    /// Makes other requests than messages to the gateway.
     requests: Option<Requests>,
-    /// Before another message after one that was not answered with a reply.
+    /// Pause after a message that got no reply.
     pause: Duration,
 }
 
@@ -91,7 +92,7 @@ impl Callers {
         }
     }
 
-    /// To the same gateway by way of a proxy.
+    /// The same callers, who reach the gateway through a proxy.
     pub(crate) fn who_go_by(&self, proxy: SocketAddr) -> Self {
         Self {
             address: proxy,
@@ -99,7 +100,7 @@ impl Callers {
         }
     }
 
-    /// Requests of another kind than messages to the gateway.
+    /// The same callers, who send other requests than messages to the gateway.
     pub(crate) fn who_send(self, requests: Requests) -> Self {
         Self {
             requests: Some(requests),
@@ -111,7 +112,7 @@ impl Callers {
         Self { pause, ..self }
     }
 
-    /// One message of each user.
+    /// Sends one message of each user.
     pub(crate) async fn each_once(&self) {
         let share = self.users.div_ceil(8);
         let mut tasks = JoinSet::new();
@@ -123,7 +124,7 @@ impl Callers {
                     assert_eq!(
                         connection.ask(&callers.message()).await,
                         Some(200),
-                        "a first message"
+                        "each first message gets a reply"
                     );
                 }
             });
@@ -135,12 +136,12 @@ impl Callers {
         Connection::open(self.address).await
     }
 
-    /// One message.
+    /// Sends one message.
     pub(crate) async fn ask(&self) -> Option<u16> {
         self.connect().await.ask(&self.message()).await
     }
 
-    /// So many callers, each of whom asks again once the answer is there.
+    /// Lets `callers` callers send messages, each the next one once the last one is answered.
     pub(crate) async fn keep_asking(&self, callers: usize, time: Duration) -> Answers {
         let (begun, mut tasks) = (Instant::now(), JoinSet::new());
         for _ in 0..callers {
@@ -161,8 +162,9 @@ impl Callers {
         Answers::within(begun, begun.elapsed(), asked)
     }
 
-    /// An open loop at `rate` messages a second. A message that is due while all connections are busy waits, and its
-    /// latency counts from when it was due. Messages of the time `onset` do not count.
+    /// Sends `rate` messages a second in an open loop. A message that is due while all
+    /// connections are busy waits, and its latency counts from its due time. Messages of the
+    /// first `onset` do not count.
     pub(crate) async fn arrive(&self, rate: f64, onset: Duration, time: Duration) -> Answers {
         let (send, arrivals) = mpsc::unbounded_channel();
         let arrivals = Arc::new(Mutex::new(arrivals));
@@ -189,7 +191,7 @@ impl Callers {
         Answers::within(begun + onset, time, asked)
     }
 
-    /// The next user's message.
+    /// Returns the next user's message.
     pub(crate) fn message(&self) -> String {
         let n = self.next.fetch_add(1, Ordering::Relaxed);
         if let Some(requests) = &self.requests {
@@ -213,8 +215,8 @@ impl Callers {
     }
 }
 
-/// Sends the due time of each message, once it is due. It blocks a thread of its own: a runtime's timers are up to
-/// a millisecond late.
+/// Sends each message's due time once it is due. This blocks its own thread, since a runtime's
+/// timers are up to a millisecond late.
 fn tick(send: &UnboundedSender<Instant>, begun: Instant, rate: f64, time: Duration) {
     for n in 0_u32.. {
         let due = Duration::from_secs_f64(f64::from(n) / rate);

@@ -1,4 +1,4 @@
-//! A connection to what answers messages.
+//! A connection to the server that answers messages.
 
 use std::net::SocketAddr;
 
@@ -9,20 +9,20 @@ use tokio::time::Instant;
 
 use super::answers::Asked;
 
-/// Ends the event line of a piece of a reply: `message.delta` of the gateway, `response.output_text.delta` of an
-/// upstream.
+/// End of the event line of a piece of a reply: the gateway's `message.delta`, or an upstream's
+/// `response.output_text.delta`.
 const PIECE: &[u8] = b".delta\n";
 
-/// A stream comes in chunks, of which the last is empty.
+/// The end of a stream: its chunks end with an empty one.
 const LAST_CHUNK: &[u8] = b"\r\n0\r\n\r\n";
 
-/// A connection that is kept open from one message to the next.
+/// A connection that stays open for many messages.
 pub(crate) struct Connection {
     address: SocketAddr,
     stream: TcpStream,
-    /// The last answer, as far as it has come.
+    /// The part of the last answer that has arrived.
     buffer: Vec<u8>,
-    /// When its first piece came.
+    /// When the first piece of the last answer arrived.
     first: Option<Instant>,
 }
 
@@ -38,7 +38,7 @@ impl Connection {
         }
     }
 
-    /// The same as `ask`, and when. `since`: when the message was to be sent.
+    /// The same as [`ask`](Self::ask), with times. `since` is when the message was due.
     pub(crate) async fn timed(&mut self, message: &str, since: Instant) -> Asked {
         let status = self.ask(message).await;
         let asked = Asked {
@@ -59,17 +59,19 @@ impl Connection {
         &self.buffer[begin..]
     }
 
-    /// The status, once the whole answer is there; `None` if the connection broke.
+    /// Sends a message and reads the whole answer. Returns its status, or `None` if the
+    /// connection broke.
     pub(crate) async fn ask(&mut self, message: &str) -> Option<u16> {
         self.send(message, whole_answer_in).await
     }
 
-    /// The status, once the head of the answer is there; `None` if the connection broke.
+    /// Sends a message and reads the head of the answer. Returns its status, or `None` if the
+    /// connection broke.
     pub(crate) async fn begin(&mut self, message: &str) -> Option<u16> {
         self.send(message, |bytes| Some(head_in(bytes)?.0)).await
     }
 
-    /// Reads the rest of an answer, and forgets it.
+    /// Reads the rest of an answer, and drops it.
     pub(crate) async fn read_on(&mut self) {
         while !self.buffer.ends_with(LAST_CHUNK) {
             self.buffer.clear();
@@ -79,7 +81,7 @@ impl Connection {
         }
     }
 
-    /// `answer_in` tells the status of an answer as soon as there is enough of it.
+    /// Sends a message and reads until `answer_in` finds the status of a sufficient answer.
     async fn send(&mut self, message: &str, answer_in: fn(&[u8]) -> Option<u16>) -> Option<u16> {
         self.stream.write_all(message.as_bytes()).await.ok()?;
         self.buffer.clear();
@@ -98,7 +100,7 @@ impl Connection {
     }
 }
 
-/// A request with a body in JSON. `head`: further lines of its head.
+/// Returns a request with a JSON body. `head` has further lines of its head.
 pub(crate) fn post(path: &str, head: &str, body: &str) -> String {
     format!(
         "POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n{head}content-length: {}\r\n\r\n{body}",
@@ -106,19 +108,19 @@ pub(crate) fn post(path: &str, head: &str, body: &str) -> String {
     )
 }
 
-/// The status, the head and its length, once all of it is there.
+/// Returns status, head and length of the head, once all of it has arrived.
 fn head_in(bytes: &[u8]) -> Option<(u16, &str, usize)> {
     let length = memmem::find(bytes, b"\r\n\r\n")? + 4;
     let head = std::str::from_utf8(&bytes[..length]).ok()?;
     Some((head.split(' ').nth(1)?.parse().ok()?, head, length))
 }
 
-/// The status of an answer, once all of it is there.
+/// Returns the status of an answer, once all of it has arrived.
 fn whole_answer_in(bytes: &[u8]) -> Option<u16> {
     let (status, head, begin) = head_in(bytes)?;
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(": ")?;
-        // A proxy writes it in capitals.
+        // A proxy may write the name in capitals.
         if name.eq_ignore_ascii_case("content-length") {
             value.parse::<usize>().ok()
         } else {

@@ -1,4 +1,4 @@
-//! Whether the time of an answer tells that something of somebody else is there.
+//! Measures whether the time of a 404 reveals that another tenant has the requested thing.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::setting::{Kind, Setting};
 const OWNER: &str = "the-key-of-one-tenant-of-two";
 const OTHER: &str = "the-key-of-the-other-tenant";
 
-/// What somebody of another tenant asks for: `{}` is an id.
+/// Requests of a caller from another tenant. `{}` stands for an id.
 const QUESTIONS: [&str; 3] = [
     "/v1/users/alice/runs/{}",
     "/v1/users/alice/runs/{}/events",
@@ -59,7 +59,8 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
 }
 
-/// How long each of three takes, in turn: an id of another tenant, one that nobody has, and another one of these.
+/// Measures three ids in rotation: another tenant's id, an id that nobody has, and another id
+/// that nobody has.
 async fn compare(
     args: &Args,
     connection: &mut Connection,
@@ -72,7 +73,7 @@ async fn compare(
         format!("GET {path} HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {OTHER}\r\n\r\n")
     });
     let (mut times, begun) = ([vec![], vec![], vec![]], Instant::now());
-    // Each is first as often as the others.
+    // Each id is first equally often.
     for first in 0.. {
         if begun.elapsed() >= args.time {
             break;
@@ -91,7 +92,7 @@ async fn compare(
     times
 }
 
-/// An id that differs from this one in its last character.
+/// Returns an id that differs from this one in its last character.
 fn unknown(id: &str, last: char) -> String {
     let mut id = id.to_owned();
     let last = if id.ends_with(last) { 'c' } else { last };

@@ -1,8 +1,8 @@
-//! Numbers of a report.
+//! Figures of a report.
 
 use std::time::Duration;
 
-/// How long things took, in order.
+/// Durations in ascending order.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Durations(Vec<Duration>);
 
@@ -19,7 +19,7 @@ impl Durations {
         self.0.len()
     }
 
-    /// So many of a thousand took no longer than this.
+    /// Returns the duration that `part` of a thousand did not exceed.
     pub(crate) fn permille(&self, part: usize) -> Duration {
         let last = self.0.len().saturating_sub(1);
         self.0.get(last * part / 1000).copied().unwrap_or_default()
@@ -39,7 +39,7 @@ pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.get(figures.len() / 2).copied().unwrap_or_default()
 }
 
-/// The median of one figure of all rounds.
+/// Returns the median of one figure over all rounds.
 pub(crate) fn median_of<T>(rounds: &[T], figure: impl Fn(&T) -> f64) -> f64 {
     median(rounds.iter().map(figure).collect())
 }
@@ -49,7 +49,7 @@ pub(crate) fn count(number: usize) -> f64 {
     number as f64
 }
 
-/// The same for what a database counts.
+/// The same for a count of the database.
 #[expect(clippy::cast_precision_loss, reason = "nobody counts that far")]
 pub(crate) fn number(number: i64) -> f64 {
     number as f64

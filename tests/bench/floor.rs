@@ -1,4 +1,5 @@
-//! The floor of a turn that is two calls to Postgres: `pgbench` calls two functions that write what a turn has to.
+//! The floor for a turn that is two calls to Postgres: `pgbench` calls two functions that write
+//! the rows of a turn.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,17 +11,17 @@ use super::meter::commit_latency;
 use super::postgres::binaries;
 use super::setting::Kind;
 
-/// Clients at once, each of which makes one turn after the other.
+/// Numbers of concurrent clients. Each makes one turn after the other.
 const CLIENTS: [usize; 2] = [1, 16];
 
-/// One turn.
+/// The script of one turn.
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/floor.pgbench");
 
-/// What `pgbench` tells.
+/// The results of `pgbench`.
 struct Floor {
     /// Turns a second.
     rate: f64,
-    /// Of a turn, in milliseconds.
+    /// Latency of a turn, in milliseconds.
     latency: f64,
 }
 
@@ -48,8 +49,8 @@ pub(crate) async fn report(args: &Args) {
     }
 }
 
-/// Looks beside the `initdb` that makes our clusters. The one on a Debian PATH is a wrapper that wants a cluster of
-/// the system's.
+/// Looks beside the `initdb` that makes the test clusters. The `pgbench` on a Debian PATH is a
+/// wrapper that needs a cluster of the system.
 fn pgbench() -> Option<PathBuf> {
     let initdb = binaries().ok()?.join("initdb").canonicalize().ok()?;
     Some(initdb.with_file_name("pgbench")).filter(|file| file.is_file())

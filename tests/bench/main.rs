@@ -1,7 +1,8 @@
 //! Measures the real binary, and reports: `cargo bench --bench load -- arrivals`.
 //!
-//! A gateway and a simulator as processes of their own, a database of its own, callers in this process. Nothing here
-//! passes or fails. What it prints holds for this machine at this moment: compare figures of one run only.
+//! Gateway and simulator are separate processes with a separate database. The callers are in this
+//! process. No measurement passes or fails. The figures hold for this machine at this moment:
+//! compare only figures of one run.
 
 #![expect(
     clippy::unwrap_used,
@@ -46,62 +47,67 @@ use self::setting::Kind;
 /// Measure the gateway.
 #[derive(Clone, Debug, Parser)]
 struct Args {
-    /// What to measure; all of it if none is named.
+    /// What to measure; everything if none is named.
     what: Vec<What>,
-    /// Where the gateway keeps its record; each in turn if left out.
+    /// The engine of the gateway's database; each in turn if left out.
     #[arg(long)]
     database: Option<Kind>,
-    /// How long each measurement takes, once it has warmed up.
+    /// How long each measurement takes after it has warmed up.
     #[arg(long, default_value = "5s", value_parser = parse_duration)]
     time: Duration,
-    /// How often each is made, the median counts.
+    /// How often each measurement is made. The median counts.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// How many callers ask at once, each after the answer to the last: `turns` and `peers` measure each.
+    /// Numbers of concurrent callers, each of which waits for its answers. `turns` and `peers`
+    /// measure each number.
     #[arg(long, value_delimiter = ',', default_value = "1,16,64,256")]
     callers: Vec<usize>,
-    /// What they ask for: `turns` and `peers` measure each.
+    /// Kinds of messages: `turns` and `peers` measure each kind.
     #[arg(long, value_delimiter = ',', default_value = "known")]
     form: Vec<Form>,
-    /// Rates of an open loop, as parts of the rate of 16 callers in a closed loop: `arrivals` measures each.
+    /// Rates of an open loop, as parts of the rate of 16 callers in a closed loop. `arrivals`
+    /// measures each rate.
     #[arg(long, value_delimiter = ',', default_value = "0.6,1,2,4")]
     load: Vec<f64>,
-    /// How many streams are open at once: `streams` measures them.
+    /// Number of streams that are open at once, for `streams`.
     #[arg(long, default_value_t = 2000)]
     streams: usize,
-    /// Let all share all processors. Otherwise the gateway and its database have the first one, the callers and the upstream
-    /// the others.
+    /// Let all processes share all processors. Otherwise gateway and database have the first one,
+    /// and callers and upstream the others.
     #[arg(long)]
     share: bool,
-    /// Cargo says so to every benchmark.
+    /// Cargo passes this to every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 enum What {
-    /// A closed loop: turns a second, latencies, time to the first token, processor time, and the database's growth.
+    /// A closed loop: turns a second, latencies, time to the first token, processor time, and the
+    /// database's growth.
     Turns,
-    /// An open loop at parts and multiples of the sustainable rate: turns a second, refusals, latencies from the arrival.
+    /// An open loop at parts and multiples of the sustainable rate: turns a second, refusals,
+    /// latencies from the arrival.
     Arrivals,
-    /// The same callers at the gateway, at the upstream alone and through nginx; two Postgres calls a turn by pgbench.
+    /// The same callers at the gateway, at the upstream alone and through nginx; two Postgres
+    /// calls a turn by pgbench.
     Peers,
     /// Rate and p99 of 64 callers beside a locked row of another conversation. Postgres only.
     Rows,
-    /// Memory of the gateway for each stream that is open.
+    /// Memory of the gateway for each open stream.
     Streams,
-    /// What a refusal of each kind costs.
+    /// Processor time of each kind of refusal.
     Refusals,
-    /// Whether the time of a 404 tells that something is there.
+    /// Whether the time of a 404 reveals that the requested thing exists.
     Existence,
-    /// What users get of an upstream that fails, with the breaker and without it. Takes minutes.
+    /// What users get of a failing upstream, with and without the breaker. Takes minutes.
     Breaker,
 }
 
 fn main() {
     let args = Args::parse();
     if cfg!(debug_assertions) {
-        println!("This is a build for debugging: the figures mean nothing.");
+        println!("This is a debug build: the figures mean nothing.");
     }
     let what = if args.what.is_empty() {
         What::value_variants()
@@ -121,7 +127,7 @@ fn main() {
     if !args.share {
         process::leave_the_first_processor();
     }
-    // Made after the processors were chosen, so that its threads keep to them.
+    // The runtime starts after the processors were chosen, so its threads keep to them.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -1,4 +1,4 @@
-//! What turns cost, read before and after.
+//! The cost of turns: counters that are read before and after.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -10,23 +10,24 @@ use super::figures::Durations;
 use super::process::cpu_of;
 use super::setting::{Kind, Setting, is_server_ours};
 
-/// Commits of which the latency is the median.
+/// Number of commits whose median latency counts.
 const COMMITS: usize = 200;
 
-/// What all who take part in turns had done by some time.
+/// Counters of all processes that take part in turns, at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Work {
     /// Processor time of the gateway.
     pub(crate) gateway: Duration,
-    /// Of the upstream.
+    /// Processor time of the upstream.
     pub(crate) simulator: Duration,
-    /// Of the callers, which are in this process.
+    /// Processor time of the callers, which are in this process.
     pub(crate) callers: Duration,
-    /// Of the Postgres server, in all its processes; none if it is not ours, and may be elsewhere.
+    /// Processor time of all processes of the Postgres server. Zero for a server that this
+    /// process did not start.
     pub(crate) postgres: Duration,
-    /// Written to its log, in bytes.
+    /// Bytes of WAL.
     pub(crate) wal: i64,
-    /// Transactions that write.
+    /// Number of commits that write.
     pub(crate) commits: i64,
 }
 
@@ -68,7 +69,8 @@ impl Work {
     }
 }
 
-/// Bytes of the database: the files in Postgres, the pages in SQLite, whose log is used again and again.
+/// Returns the size of the database in bytes: the files of Postgres, the pages of SQLite. SQLite
+/// reuses its log, so that does not count.
 pub(crate) async fn size(setting: &Setting) -> i64 {
     let size = match setting.kind {
         Kind::Postgres => "SELECT pg_database_size(current_database())",
@@ -79,8 +81,9 @@ pub(crate) async fn size(setting: &Setting) -> i64 {
     setting.database.number(size).await
 }
 
-/// How long one client waits that commits next to nothing, again and again: the least that a step of a turn can take.
-/// For SQLite, how long it takes to append a page to a file where the database is, and to flush it.
+/// Measures the latency of one client's tiny commits: the least time that a step of a turn can
+/// take. On SQLite it measures appending a page to a file in the database's folder, and flushing
+/// it.
 pub(crate) async fn commit_latency(database: &TestDatabase) -> Duration {
     let mut took = Vec::with_capacity(COMMITS);
     if database.url().starts_with("sqlite") {

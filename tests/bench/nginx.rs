@@ -1,4 +1,4 @@
-//! A plain reverse proxy.
+//! nginx as a plain reverse proxy.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -6,11 +6,11 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Time to start.
+/// Longest time that the start may take.
 const STARTUP: Duration = Duration::from_secs(10);
 
-/// One process, since a master that is killed leaves its workers behind. Connections are kept on both sides, nothing is
-/// logged, and bytes go on at once.
+/// One process, since a killed master leaves its workers behind. Connections stay open on both
+/// sides, nothing is logged, and bytes are not buffered.
 const CONFIG: &str = "
 daemon off;
 master_process off;
@@ -43,17 +43,17 @@ http {
 }
 ";
 
-/// A proxy in front of the gateway. Dropped, it is killed.
+/// A proxy in front of the gateway. Dropping it kills the process.
 pub(crate) struct Nginx {
     child: Child,
     pub(crate) address: SocketAddr,
     _folder: tempfile::TempDir,
 }
 
-/// Where nginx is, if it is installed.
+/// Returns the path of nginx, if it is installed.
 pub(crate) fn binary() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    // Not everybody's PATH names the folder where Debian puts it.
+    // Debian installs it in a folder that is not on every PATH.
     let folders = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
     folders
         .map(|folder| folder.join("nginx"))
@@ -61,9 +61,10 @@ pub(crate) fn binary() -> Option<PathBuf> {
 }
 
 impl Nginx {
-    /// Starts it and waits until it takes connections.
+    /// Starts the proxy and waits until it accepts connections.
     pub(crate) fn start(binary: &Path, gateway: SocketAddr) -> Self {
-        // It cannot say which port it was given, so it gets one that was free a moment ago.
+        // nginx cannot report a port that the system chose, so it gets one that was free a moment
+        // ago.
         let address = TcpListener::bind("127.0.0.1:0")
             .and_then(|free| free.local_addr())
             .unwrap();

@@ -1,5 +1,5 @@
-//! Yardsticks for the gateway: the same callers at the upstream alone and through a plain proxy, and two bare calls
-//! to the database.
+//! Comparisons for the gateway: the same callers at the upstream alone and through a plain proxy,
+//! and two bare calls to the database.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use super::setting::{Kind, Setting};
 use super::turns::USERS;
 use super::{floor, nginx};
 
-/// What the simulator wants to be shown.
+/// The credentials that the simulator requires.
 const KEY: &str = "authorization: Bearer sk-bench\r\n";
 
 pub(crate) async fn report(args: &Args, database: Kind) {
@@ -41,7 +41,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
     for at_once in &args.callers {
         let mut answers: Vec<Vec<Answers>> = peers.iter().map(|_| vec![]).collect();
-        // In turn, so that all meet the same machine.
+        // The peers alternate, so that they share the machine's good and bad moments.
         for _ in 0..args.rounds {
             for ((_, callers), answers) in peers.iter().zip(&mut answers) {
                 answers.push(callers.keep_asking(*at_once, args.time).await);
@@ -57,7 +57,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
 }
 
-/// The medians of the rounds.
+/// Prints the medians of the rounds.
 fn print(rounds: &[Answers]) {
     println!(
         "  {:.0} turns/s; time to the answer: p50 {:.0} µs, p99 {:.0} µs; {:.0} not answered with a reply",
@@ -75,7 +75,8 @@ fn print(rounds: &[Answers]) {
     }
 }
 
-/// Callers who send the simulator the gateway's request of a turn, each in a conversation of his own.
+/// Returns callers who send the simulator what the gateway would send for a turn, each in their
+/// own conversation.
 async fn callers_of_the_upstream(setting: &Setting) -> Callers {
     let address = setting.simulator.address;
     let mut connection = Connection::open(address).await;

@@ -5,14 +5,15 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// A process that listens. Dropped, it is killed.
+/// A process that listens. Dropping it kills the process.
 pub(crate) struct Process {
     child: Child,
     pub(crate) address: SocketAddr,
 }
 
 impl Process {
-    /// Starts the gateway's binary and waits until it says where it listens. `alone`: on the first processor.
+    /// Starts the gateway's binary and waits until it logs its address. With `alone` it runs on
+    /// the first processor.
     pub(crate) fn start(args: &[&str], environment: &[(&str, String)], alone: bool) -> Self {
         let binary = env!("CARGO_BIN_EXE_threadkeeper");
         let mut command = if alone {
@@ -42,19 +43,20 @@ impl Process {
             address
         });
         let Some(address) = address else {
-            panic!("it did not start:\n{}", seen.join("\n"))
+            panic!("the process did not start:\n{}", seen.join("\n"))
         };
-        // It must not block on a pipe that nobody empties.
+        // The process must not block on a full pipe.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Self { child, address }
     }
 
-    /// The processor time that it has used.
+    /// Returns the processor time that the process has used.
     pub(crate) fn cpu(&self) -> Duration {
         cpu_of(&self.child.id().to_string())
     }
 
-    /// Its resident memory in KiB. What it shares with other processes counts in part.
+    /// Returns the resident memory in KiB. Memory that is shared with other processes counts in
+    /// part.
     pub(crate) fn memory(&self) -> f64 {
         let text =
             std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).unwrap();
@@ -65,7 +67,7 @@ impl Process {
     }
 }
 
-/// The processor time that a process has used; none if it is gone.
+/// Returns the processor time that a process has used; zero if the process is gone.
 pub(crate) fn cpu_of(pid: &str) -> Duration {
     // The kernel's own count of the time on a processor, in nanoseconds, for each thread.
     let threads = std::fs::read_dir(format!("/proc/{pid}/task"))
@@ -94,14 +96,14 @@ fn address_in(line: &str) -> Option<SocketAddr> {
         .ok()
 }
 
-/// Keeps this process, and what it starts, to all processors but the first.
+/// Moves this process, and the processes that it starts, to all processors but the first.
 pub(crate) fn leave_the_first_processor() {
     let last = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap();
     let last = last.trim().rsplit(['-', ',']).next().unwrap();
     stay_on(&format!("1-{last}"));
 }
 
-/// Keeps this process, and what it starts from now on, to these processors.
+/// Moves this process, and the processes that it starts from now on, to these processors.
 pub(crate) fn stay_on(processors: &str) {
     let own = std::process::id().to_string();
     let moved = Command::new("taskset")
@@ -110,15 +112,16 @@ pub(crate) fn stay_on(processors: &str) {
         .status();
     assert!(
         moved.is_ok_and(|status| status.success()),
-        "processors cannot be chosen here: try --share"
+        "processors cannot be chosen on this machine: try --share"
     );
 }
 
-/// Lets this process, and what it starts from now on, open as many files as the system lets them.
+/// Raises this process's limit of open files, and that of processes that it starts from now on,
+/// to the highest value that the system allows.
 pub(crate) fn raise_open_files() {
     let [_, most] = limits_of_open_files();
     let own = std::process::id().to_string();
-    // Where that is not installed, fewer files have to do.
+    // Without `prlimit` the present limit stays.
     drop(
         Command::new("prlimit")
             .args(["--pid", &own, &format!("--nofile={most}:{most}")])
@@ -126,13 +129,13 @@ pub(crate) fn raise_open_files() {
     );
 }
 
-/// How many files this process, and what it has started, may open.
+/// Returns how many files this process and the processes that it starts may open.
 pub(crate) fn open_files() -> usize {
     let [now, _] = limits_of_open_files();
     now
 }
 
-/// The limit that holds, and the highest one that can be set.
+/// Returns the present limit, and the highest one that can be set.
 fn limits_of_open_files() -> [usize; 2] {
     let text = std::fs::read_to_string("/proc/self/limits").unwrap();
     let line = text

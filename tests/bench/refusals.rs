@@ -1,4 +1,4 @@
-//! What a refusal costs.
+//! The processor time of refusals.
 
 use std::time::Duration;
 
@@ -39,12 +39,12 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     for (name, settings, head, length) in kinds {
         let setting = Setting::new(database, !args.share, &["--latency", "1m"], settings).await;
         let callers = Callers::new(setting.gateway.address, 1).with_head(head);
-        // One holds the only seat, and has made the user's only request.
+        // The first message holds the only permit, and has used the user's only request.
         let holder = callers.clone();
         let mut held = tokio::task::JoinSet::new();
         held.spawn(async move { holder.ask().await });
         let callers = callers.who_say("x".repeat(length.max(1)));
-        // Whoever came first, in the end there is a refusal.
+        // Whichever request is first: in the end one is refused.
         while !matches!(timeout(PATIENCE, callers.ask()).await, Ok(Some(401..=503))) {}
         let mut costs = vec![];
         for _ in 0..args.rounds {

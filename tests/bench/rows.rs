@@ -1,4 +1,4 @@
-//! What others notice of a row that somebody has locked.
+//! The effect of a locked row on callers of other conversations.
 
 use std::time::Instant;
 
@@ -12,15 +12,15 @@ use super::figures::{median_of, micros};
 use super::setting::{Kind, Setting};
 use super::turns::USERS;
 
-/// Callers in a closed loop, none of whom is the user whose row is locked.
+/// Number of callers in a closed loop. None of them uses the locked row.
 const AT_ONCE: usize = 64;
-/// A transaction that lasts: an operator's, or a dump's.
+/// A long transaction, as an operator or a dump may have one.
 const LOCK: &str =
     "BEGIN; SELECT 1 FROM threads WHERE user_key = 'user-0' AND lifecycle = 'current' FOR UPDATE";
 
 pub(crate) async fn report(args: &Args, database: Kind) {
     if database == Kind::Sqlite {
-        println!("Sqlite has no locks of rows");
+        println!("SQLite has no row locks");
         return;
     }
     let setting = Setting::new(database, !args.share, &[], "").await;

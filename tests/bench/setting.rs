@@ -1,4 +1,4 @@
-//! A gateway with what is around it.
+//! A gateway with database, upstream and callers.
 
 use std::sync::OnceLock;
 
@@ -9,7 +9,7 @@ use super::cluster::Cluster;
 use super::database::TestDatabase;
 use super::process::Process;
 
-/// As safe as a server is where nobody has set anything, and on a disk.
+/// Settings of a server with default durability.
 const DURABLE: [&str; 5] = [
     "fsync=on",
     "full_page_writes=on",
@@ -18,17 +18,17 @@ const DURABLE: [&str; 5] = [
     "max_connections=100",
 ];
 
-/// Where the gateway keeps its record.
+/// The engine of the gateway's database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub(crate) enum Kind {
-    /// A file on a disk, for flushing its log is part of what a turn costs.
+    /// A file on a disk, since flushing the log is part of a turn's cost.
     Sqlite,
-    /// `DATABASE_URL`, else a server of our own on a disk, which flushes what it commits.
+    /// `DATABASE_URL`, or else a cluster on a disk that flushes its commits.
     Postgres,
 }
 
 impl Kind {
-    /// A new one.
+    /// Makes a new database.
     pub(crate) async fn database(self) -> TestDatabase {
         match self {
             Self::Sqlite => TestDatabase::sqlite_in(&std::env::temp_dir()).await,
@@ -38,13 +38,13 @@ impl Kind {
     }
 }
 
-/// Our own server. Its watchdog removes it once this process has ended.
+/// The cluster that this process started. Its watchdog removes it once this process has ended.
 pub(crate) fn server() -> &'static Cluster {
     static SERVER: OnceLock<Cluster> = OnceLock::new();
     SERVER.get_or_init(|| Cluster::start_in(&std::env::temp_dir(), &DURABLE))
 }
 
-/// Nobody has named another server.
+/// Whether this process starts the server, since `DATABASE_URL` names none.
 pub(crate) fn is_server_ours() -> bool {
     std::env::var_os("DATABASE_URL").is_none()
 }
@@ -58,12 +58,13 @@ pub(crate) struct Setting {
 }
 
 impl Setting {
-    /// `more` is TOML. `alone`: the gateway has the first processor to itself.
+    /// Starts a gateway. `more` is TOML. With `alone` the gateway has the first processor to
+    /// itself.
     pub(crate) async fn new(kind: Kind, alone: bool, simulator: &[&str], more: &str) -> Self {
         Self::with_upstream(kind, alone, simulator, more, "").await
     }
 
-    /// The same, with more settings of the upstream.
+    /// The same with more settings of the upstream.
     pub(crate) async fn with_upstream(
         kind: Kind,
         alone: bool,
@@ -103,7 +104,7 @@ impl Setting {
         }
     }
 
-    /// Callers who have talked with the assistant before.
+    /// Returns callers whose conversations exist already.
     pub(crate) async fn known_callers(&self, users: usize) -> Callers {
         let callers = Callers::new(self.gateway.address, users);
         callers.each_once().await;

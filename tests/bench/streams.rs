@@ -1,4 +1,4 @@
-//! What streams cost that are open at the same time.
+//! The cost of streams that are open at the same time.
 
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -9,18 +9,18 @@ use super::figures::count;
 use super::process::open_files;
 use super::setting::{Kind, Setting};
 
-/// A reply that goes on for ten minutes, a word a second.
+/// A reply of ten minutes, one word a second.
 const SLOW: &str = "hello [[sim: rate=1s tokens=600]]";
-/// Files that the gateway has open besides.
+/// Number of files that the gateway opens for other purposes.
 const OTHER_FILES: usize = 256;
 
 pub(crate) async fn report(args: &Args, database: Kind) {
-    // A stream is a connection to its caller and another one to the upstream.
+    // A stream needs a connection to its caller and one to the upstream.
     let most = open_files().saturating_sub(OTHER_FILES) / 2;
     let streams = args.streams.min(most);
     if streams < args.streams {
         println!(
-            "a process may open {} files: {streams} streams in place of {}",
+            "a process may open {} files: {streams} streams instead of {}",
             open_files(),
             args.streams
         );
@@ -30,7 +30,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
         "[server]\nmax_connections = {connections}\n[runs]\nmax_runs = {connections}\ntimeout = \"10m\"\n"
     );
     let setting = Setting::new(database, !args.share, &[], &limits).await;
-    // Each has had a turn, so that what is measured is the streams and not their users.
+    // Each user has a conversation before, so that only the streams are measured.
     let callers = setting.known_callers(streams).await;
     let callers = callers.who_ask_for(Form::Stream).who_say(SLOW.to_owned());
     let before = setting.gateway.memory();
@@ -52,7 +52,8 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     );
 }
 
-/// Opens streams one after the other. Gives the tasks that read them, and the number of refusals.
+/// Opens streams one after the other. Returns the tasks that read them, and the number of
+/// refusals.
 async fn open(callers: &Callers, streams: usize) -> (JoinSet<()>, usize) {
     let (mut open, mut refused) = (JoinSet::new(), 0);
     for _ in 0..streams {

@@ -1,4 +1,4 @@
-//! How many turns a second there are, how long they take, and what they cost.
+//! Rate, latency and cost of turns.
 
 use super::Args;
 use super::answers::Answers;
@@ -32,7 +32,7 @@ pub(crate) async fn report(args: &Args, database: Kind) {
     }
 }
 
-/// Gives the number of turns that were made.
+/// Measures and prints. Returns the number of turns that were made.
 async fn measure(
     args: &Args,
     setting: &Setting,
@@ -52,7 +52,7 @@ async fn measure(
     rounds.iter().map(|(answers, _)| answers.taken.len()).sum()
 }
 
-/// The medians of the rounds.
+/// Prints the medians of the rounds.
 fn print(rounds: &[(Answers, Work)], database: Kind) {
     let of = |figure: fn(&Answers) -> f64| median_of(rounds, |(answers, _)| figure(answers));
     let a_turn = |figure: fn(&Work) -> f64| {

@@ -1,10 +1,12 @@
-//! Everything fails, at random, all the time: replicas are killed, stopped and frozen, connections are cut, the database
-//! goes away and comes back. Hundreds of users talk on, as clients do that take an answer for an answer and silence for
-//! silence. Then everything is put right, and what they were told is compared with what there is.
+//! Chaos: everything fails at random, all the time. Replicas are killed, stopped and frozen.
+//! Connections are cut. The database goes away and comes back. Meanwhile hundreds of users send
+//! messages, as clients do that rely on each answer and know nothing without one. At the end the
+//! test repairs everything, and compares what the users were told with database and upstream.
 //!
-//! `THREADKEEPER_CHAOS_FOR=30m` sets how long; the default is made for `cargo test`. The seed that is printed
-//! (`THREADKEEPER_TEST_SEED`) chooses what is said and what goes wrong; when things happen is up to the machine, so a seed
-//! brings back a scenario, not a run. Without one each run has another: what one run does not meet, the next may.
+//! `THREADKEEPER_CHAOS_FOR=30m` sets the duration; the default suits `cargo test`. The printed
+//! seed (`THREADKEEPER_TEST_SEED`) chooses messages and faults, but not their timing. So a seed
+//! repeats a scenario, not a run. Without a seed each run differs: one run may find what another
+//! one missed.
 
 mod balancer;
 mod check;
@@ -41,23 +43,27 @@ use users::User;
 use world::{Teller, World};
 
 const DEFAULT: Duration = Duration::from_secs(30);
-/// From here on it is a run of its own, and has the machine for itself.
+/// Shortest duration that counts as long. A long run is started alone, and has the machine for
+/// itself.
 const LONG: Duration = Duration::from_mins(2);
-/// After the end each user has the time for one message, if all goes wrong.
+/// Longest wait for the users' last requests after the end. It allows each user one message even
+/// if everything fails.
 const LAST_ONES: Duration = Duration::from_mins(5);
-/// Files and sockets of a process that has nothing to do: its connections with the database, and those that are kept alive.
+/// Largest number of open files and sockets of an idle process: its connections to the database,
+/// and connections that are kept alive.
 const OPEN_FILES: usize = 400;
 
-/// How long a process looks for a message whose sender heard that it was not taken.
+/// Longest time for which a process looks for a message whose sender was told that it was not
+/// accepted.
 const LOOKS_FOR: Duration = Duration::from_secs(28);
 
-/// How much is done, and for how long.
+/// Load and duration of a run.
 struct Scale {
     time: Duration,
     users: usize,
-    /// Messages that are on their way at the same time.
+    /// Largest number of messages in flight at the same time.
     at_once: usize,
-    /// The mean time that a user thinks.
+    /// Mean pause of a user between two messages.
     pause: Duration,
     temper: Temper,
 }
@@ -86,7 +92,8 @@ impl Scale {
 async fn random_failures_neither_lose_nor_duplicate_messages() {
     let seed = seed();
     let scale = Scale::of_environment();
-    // What was made and never heard of again can be found only where threads can be listed.
+    // Upstream threads whose creation was never acknowledged can be found only on a server that
+    // lists threads.
     let config = SimulatorConfig {
         list_threads: true,
         ..SimulatorConfig::default()
@@ -101,10 +108,10 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
     let users = talk(&world, &scale).await;
     all_ready(&world).await;
     check::quiet(&world).await;
-    let users = take_leave(users).await;
+    let users = send_last_messages(users).await;
     check::quiet(&world).await;
 
-    check::unsettled_runs(&world, world.fleet.len()).await;
+    check::nothing_left(&world, world.fleet.len()).await;
     let gateway = world.fleet.lock(0).await;
     stream::iter(&users)
         .for_each_concurrent(8, |user| check::user(&world, gateway.gateway(), user))
@@ -117,18 +124,18 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
         );
     }
     if scale.time >= LONG {
-        // Then nothing at all may be left.
+        // By then no process may look for a refused message any more.
         sleep(LOOKS_FOR).await;
     }
     stop_all(&world).await;
     println!("{}", world.summary());
     if world.has_faults() {
         println!("{}", world.report().await);
-        panic!("the promises do not hold: see above");
+        panic!("the invariants do not hold: see above");
     }
 }
 
-/// The users talk, and the fault_injector does its actions. Both have ended when this returns.
+/// Runs users and fault injector until both have ended.
 async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
     let at_once = Arc::new(Semaphore::new(scale.at_once));
     let mut talking = JoinSet::new();
@@ -155,12 +162,12 @@ async fn talk(world: &Arc<World>, scale: &Scale) -> Vec<User> {
     };
     let mut users = timeout(LAST_ONES, ended)
         .await
-        .expect("everybody comes to an end");
+        .expect("all users end in time");
     users.sort_by_key(|user| user.number);
     users
 }
 
-/// The balancer knows of all replicas.
+/// Waits until the balancer has seen all replicas ready.
 async fn all_ready(world: &World) {
     let ready = async {
         while world.fleet.balancer.ready() < world.fleet.len() {
@@ -175,16 +182,16 @@ async fn all_ready(world: &World) {
     }
 }
 
-/// Everybody says something more, now that all is well.
-async fn take_leave(users: Vec<User>) -> Vec<User> {
+/// Lets each user send two last messages, now that everything works.
+async fn send_last_messages(users: Vec<User>) -> Vec<User> {
     let leaving = users.into_iter().map(|mut user| async move {
-        user.take_leave().await;
+        user.send_last_messages().await;
         user
     });
     stream::iter(leaving).buffered(16).collect().await
 }
 
-/// Stops all replicas at once: nothing is left in them.
+/// Stops all replicas at once, and checks that no task or ticket is left in them.
 async fn stop_all(world: &World) {
     join_all((0..world.fleet.len()).map(|place| async move {
         let mut replica = world.fleet.lock(place).await;
@@ -198,7 +205,7 @@ async fn stop_all(world: &World) {
         if left.runs > may_be_left || left.lines > 0 {
             world.fault(
                 Teller::Nobody,
-                format!("{process} has tasks or places in line left: {left:?}"),
+                format!("{process} has tasks or tickets left: {left:?}"),
             );
         }
     }))
@@ -209,20 +216,24 @@ async fn stop_all(world: &World) {
         .number("SELECT count(*) FROM replicas WHERE expires_at > now()")
         .await;
     if left != 0 {
-        world.fault(Teller::Nobody, format!("{left} replicas seem to live"));
+        world.fault(
+            Teller::Nobody,
+            format!("{left} replicas still have a session"),
+        );
     }
 }
 
-/// What a process was at when it was told to stop.
+/// The work of a process when it was told to stop.
 #[derive(Debug, serde::Deserialize)]
 struct Left {
-    /// Tasks.
+    /// The number of tasks.
     runs: usize,
     lines: usize,
 }
 
-/// What was left by its log, and how many tasks may be: one looks for each message that was not taken because of the
-/// database, whether it appears all the same.
+/// Returns the work that was left according to the log, and the number of tasks that may be left.
+/// For each message that was refused because of the database, one task looks whether it was
+/// recorded all the same.
 fn left_over(log: &[String]) -> (Left, usize) {
     let lines: Vec<Value> = log
         .iter()
@@ -238,7 +249,7 @@ fn left_over(log: &[String]) -> (Left, usize) {
     let stopping = lines
         .iter()
         .find(|line| line["message"] == "stopping")
-        .expect("it says so");
+        .expect("the process logs that it is stopping");
     let lately = lines.iter().filter(|line| {
         (time(stopping) - time(line))
             .to_std()

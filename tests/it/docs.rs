@@ -1,4 +1,5 @@
-//! The documents: links lead somewhere, every setting has a line in the reference, and every page is in the table of contents.
+//! Checks the documents: links have a target, every setting has a line in the reference, and
+//! every page is in the table of contents.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,7 +9,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every Markdown file of the project, outside of what is built.
+/// Returns every Markdown file of the project, except for build products.
 fn pages() -> Vec<PathBuf> {
     fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).unwrap() {
@@ -34,7 +35,7 @@ fn pages() -> Vec<PathBuf> {
     found
 }
 
-/// The lines of a page outside of its code blocks, with code spans blanked.
+/// Returns the lines of a page without its code blocks, and with blanked code spans.
 fn prose(text: &str) -> Vec<String> {
     let mut in_code = false;
     let mut lines = Vec::new();
@@ -48,7 +49,7 @@ fn prose(text: &str) -> Vec<String> {
     lines
 }
 
-/// The targets of the links in a page.
+/// Returns the targets of a page's links.
 fn links(text: &str) -> Vec<String> {
     let lines = prose(text);
     let targets = lines
@@ -59,7 +60,7 @@ fn links(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The anchors of a page's headings, as forges and mdBook make them.
+/// Returns the anchors of a page's headings, as code forges and mdBook make them.
 fn anchors(text: &str) -> HashSet<String> {
     let mut in_code = false;
     let mut found = HashSet::new();
@@ -114,7 +115,7 @@ fn links_between_documents_lead_to_files_and_headings() {
     }
     assert!(
         broken.is_empty(),
-        "links that lead nowhere:\n{}",
+        "links without a target:\n{}",
         broken.join("\n")
     );
 }
@@ -153,12 +154,13 @@ fn documents_stay_short() {
         let lines = fs::read_to_string(&page).unwrap().lines().count();
         assert!(
             lines <= most,
-            "{name} has {lines} lines, and {most} at most: move a question to its own page"
+            "{name} has {lines} lines; the limit is {most}: move a question to its own page"
         );
     }
 }
 
-/// `config/gateway.toml` names every setting (a test in `src/config.rs`), so it is what the reference is compared with.
+/// `config/gateway.toml` names every setting, which a test in `src/config.rs` checks. So the
+/// reference is compared with that file.
 #[test]
 fn every_setting_is_in_the_reference() {
     let reference = fs::read_to_string(root().join("docs/configuration.md")).unwrap();

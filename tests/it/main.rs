@@ -1,4 +1,5 @@
-//! The integration tests: one binary, so that there is one link and one cluster.
+//! The integration tests. They are one binary, so that cargo links once and all tests share one
+//! Postgres cluster.
 
 #![expect(
     clippy::unwrap_used,

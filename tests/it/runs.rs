@@ -1,4 +1,5 @@
-//! The use cases with parts that misbehave as no real one can be made to.
+//! The use cases of `runs/`, with upstreams and databases that misbehave in ways that no real one
+//! can be brought to.
 
 mod lifecycle;
 mod scripted;
@@ -57,7 +58,8 @@ struct Process {
 const ALIVE: Duration = Duration::from_mins(1);
 
 impl Process {
-    /// A process with this store and upstream. It takes nothing before its session is renewed.
+    /// Makes a process with this store and upstream. It accepts no message before its session is
+    /// renewed.
     fn new(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
         let config = Config::default();
         let assistant = AssistantConfig {
@@ -117,17 +119,17 @@ async fn adapter_panic_fails_run_and_frees_thread() {
     let Process { runs, .. } = Process::new(database.store().await, upstream);
     assert!(
         runs.submit(key(), message("too early")).await.is_err(),
-        "a replica that is not registered takes nothing"
+        "a replica without a session accepts no message"
     );
     runs.renew("127.0.0.1:1", ALIVE).await.unwrap();
-    // The last one panics only while it is settled, after its stream broke off.
+    // The last adapter panics only while the run is settled, after its stream broke off.
     for (words, code) in [
         ("panic", RunErrorCode::Internal),
         ("falter", RunErrorCode::Internal),
         ("break", RunErrorCode::StreamBroken),
     ] {
-        // The next run panics too, since it looks first at what this one left. It would be refused if this one still
-        // held its place or its thread.
+        // The second run panics too, since it first settles the run before it. If that one still
+        // held its ticket or its thread, the second would be refused.
         for code in [code, RunErrorCode::Internal] {
             let new = NewMessage {
                 strategy: MultitaskStrategy::Reject,
@@ -153,7 +155,7 @@ async fn adapter_panic_fails_run_and_frees_thread() {
     }
 }
 
-/// A run that was cut off here and had completed upstream all the same is told as a whole.
+/// A run whose stream broke off may have completed upstream. Readers then get the whole reply.
 #[tokio::test]
 async fn readers_see_reply_found_while_settling() {
     let database = TestDatabase::sqlite().await;

@@ -1,4 +1,4 @@
-//! The server's sockets against clients that are slow, silent or too many.
+//! The accept loop against slow clients, silent clients, and too many of them.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -20,13 +20,16 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-/// The header time of the servers here.
+/// Longest time that these servers wait for a request's head.
 const HEADER_TIME: Duration = Duration::from_millis(200);
-/// Nothing here takes this long unless it hangs.
+/// Longest wait for anything that does not hang.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A server of its own with these routes: `/` answers `hello`, `/peer` the client's address, `/stream` says `first`,
-/// waits for the gate, and says `last`; `/endless` never ends.
+/// A server with these routes:
+/// - `/` answers `hello`,
+/// - `/peer` answers the client's address,
+/// - `/stream` sends `first`, waits for the gate, and sends `last`,
+/// - `/endless` never ends.
 struct TestServer {
     address: SocketAddr,
     stop: ServerStop,
@@ -66,7 +69,7 @@ impl TestServer {
         client
     }
 
-    /// Waits for `serve` to return.
+    /// Waits until `serve` returns.
     async fn ended(&mut self) {
         within(self.running.join_next())
             .await
@@ -105,10 +108,12 @@ fn request(path: &str) -> String {
 }
 
 async fn within<T>(work: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, work).await.expect("it hangs")
+    timeout(PATIENCE, work)
+        .await
+        .expect("the step ends in time")
 }
 
-/// Reads until `end` has arrived, and gives back everything.
+/// Reads until `end` has arrived. Returns everything that was read.
 async fn read_until(client: &mut TcpStream, end: &str) -> String {
     let mut text = Vec::new();
     within(async {
@@ -121,7 +126,7 @@ async fn read_until(client: &mut TcpStream, end: &str) -> String {
     String::from_utf8(text).unwrap()
 }
 
-/// Waits for the server to close, and gives back what it said before. A reset counts as a close.
+/// Waits until the server closes. Returns what it sent before. A reset counts as a close.
 async fn read_to_close(client: &mut TcpStream) -> String {
     let mut text = Vec::new();
     match within(client.read_to_end(&mut text)).await {
@@ -131,7 +136,7 @@ async fn read_to_close(client: &mut TcpStream) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// The server closes after about the header's time: not at once, and not never.
+/// Asserts that the server closes after about `HEADER_TIME`.
 async fn assert_closed_on_time(client: &mut TcpStream, since: Instant) {
     read_to_close(client).await;
     let elapsed = since.elapsed();
@@ -184,7 +189,7 @@ async fn dripping_head_has_one_total_time_limit() {
     let (mut reader, mut writer) = server.connect().await.into_split();
     let drip = async {
         writer.write_all(b"GET / HTTP/1.1\r\nx: ").await.unwrap();
-        // Fails when the server has closed.
+        // The write fails once the server has closed.
         while writer.write_all(b"a").await.is_ok() {
             sleep(HEADER_TIME / 10).await;
         }
@@ -296,7 +301,7 @@ async fn client_not_reading_response_is_closed() {
     })
     .await;
     let silent = server.get("/endless").await;
-    // The only place is free again when the server has given up on the first client.
+    // The only permit is free again once the server has given up the first client.
     let mut next = server.get("/").await;
     read_until(&mut next, "hello").await;
     drop(silent);
@@ -338,7 +343,7 @@ async fn soft_stop_finishes_responses_and_closes_idle_connections() {
         assert_eq!(read_to_close(client).await, "");
     }
     let refused = within(async {
-        // The listener closes when its loop has seen the stop.
+        // The listener closes once the accept loop has seen the stop.
         while TcpStream::connect(server.address).await.is_ok() {
             sleep(Duration::from_millis(5)).await;
         }
@@ -346,10 +351,10 @@ async fn soft_stop_finishes_responses_and_closes_idle_connections() {
     refused.await;
     assert!(
         server.running.try_join_next().is_none(),
-        "an answer is still on its way"
+        "a response is still in flight"
     );
     server.gate.add_permits(1);
-    // The end of a chunked body: nothing is missing.
+    // The response is complete if it has the end of a chunked body.
     let rest = read_to_close(&mut streaming).await;
     assert!(
         rest.contains("last") && rest.ends_with("0\r\n\r\n"),

@@ -1,4 +1,4 @@
-//! The simulator at its socket: what it promises to those who test against it.
+//! The simulator at its socket: its promises to the tests that use it.
 
 mod assistants;
 mod faults;

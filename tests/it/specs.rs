@@ -1,4 +1,4 @@
-//! The simulator's answers and events against the published specifications, call by call.
+//! Checks the simulator's answers and events against the published specifications, call by call.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use threadkeeper::simulator::SimulatorConfig;
 use crate::support::openapi::{self, Document};
 use crate::support::wire::{Event, Sim, id};
 
-/// A simulator whose every exchange is checked.
+/// A simulator; every exchange with it is checked.
 struct Checked {
     sim: Sim,
     document: &'static Document,
@@ -67,11 +67,11 @@ impl Checked {
         let path = path.split('?').next().unwrap();
         self.document
             .template(method.as_str(), path)
-            .unwrap_or_else(|| panic!("{method} {path} is not documented"))
+            .unwrap_or_else(|| panic!("the specification lacks {method} {path}"))
     }
 }
 
-/// A user's message that steers the simulator.
+/// A user's message with instructions for the simulator.
 fn says(text: &str) -> Value {
     json!({"role": "user", "content": text})
 }

@@ -1,4 +1,4 @@
-//! What the `Store` trait promises, shown on both backends.
+//! The promises of `Store`, tested on both engines.
 
 mod admission;
 mod api_keys;
@@ -76,7 +76,7 @@ pub(crate) fn user(name: &str) -> ConversationKey {
     }
 }
 
-/// A thread from elsewhere of which nothing is known but its key.
+/// A thread to import of which only the key is known.
 pub(crate) fn imported(key: &ConversationKey) -> ImportedThread {
     ImportedThread {
         id: None,
@@ -98,7 +98,7 @@ pub(crate) async fn import_thread(store: &Store, thread: &ImportedThread) -> Imp
     store.import_threads(&[thread]).await.unwrap()[0]
 }
 
-/// How many were added.
+/// Imports messages. Returns how many were added.
 pub(crate) async fn import_messages(
     store: &Store,
     thread: ThreadId,
@@ -138,7 +138,7 @@ fn metadata(pairs: &[(&str, &str)]) -> Metadata {
     Metadata::try_from(pairs).unwrap()
 }
 
-/// A message of a key, of a replica that nobody knows.
+/// A message under a key, from a replica without a session.
 pub(crate) fn admission(key: &ConversationKey) -> Admission {
     Admission {
         key: key.clone(),
@@ -188,7 +188,7 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
     }
 }
 
-/// A run asks for these calls, after three other events.
+/// A pause of a run that asks for these function calls. Its first event has number `first`.
 fn pause(calls: &[&str], first: i64) -> Pause {
     let call = |id: &&str| ToolCall {
         id: (*id).to_owned(),
@@ -216,7 +216,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
     }
 }
 
-/// Outputs for the calls of a [`pause`].
+/// The outputs for the calls of a [`pause`].
 fn answer(calls: &[&str]) -> ToolAnswer {
     let output = |id: &&str| ToolOutput {
         tool_call_id: (*id).to_owned(),
@@ -248,7 +248,7 @@ fn first_page<Id>() -> PageRequest<Id> {
 fn started(admitted: Admitted) -> StartedRun {
     match admitted {
         Admitted::Started(turn) => *turn,
-        other => panic!("started was expected, not {other:?}"),
+        other => panic!("expected a started run, not {other:?}"),
     }
 }
 
@@ -260,26 +260,26 @@ fn queued(admitted: Admitted) -> (RunLease, Thread, Run, i64) {
             run,
             position,
         } => (lease, *thread, *run, position),
-        other => panic!("queued was expected, not {other:?}"),
+        other => panic!("expected a queued run, not {other:?}"),
     }
 }
 
 fn closed(closing: Closing) -> Finished {
     match closing {
         Closing::Finished(finished) => *finished,
-        other => panic!("finished was expected, not {other:?}"),
+        other => panic!("expected a finished run, not {other:?}"),
     }
 }
 
-fn claimed(claim: QueuedStart) -> StartedRun {
+fn started_from_queue(claim: QueuedStart) -> StartedRun {
     match claim {
         QueuedStart::Started(turn) => *turn,
-        other => panic!("started was expected, not {other:?}"),
+        other => panic!("expected a started run, not {other:?}"),
     }
 }
 
-/// The key's newest thread, and what it is doing.
-async fn seen(store: &Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
+/// Returns the newest thread of a key, and its activity.
+async fn newest_thread(store: &Store, key: &ConversationKey) -> Option<(Thread, ThreadActivity)> {
     let report = store.report(ThreadName::Newest(key)).await.unwrap()?;
     Some((report.thread, report.activity))
 }
@@ -296,7 +296,7 @@ fn every_thread() -> ThreadFilter {
     }
 }
 
-/// A thread may be used for so long from its making.
+/// Limits under which a thread may be used for `max_age` after its creation.
 fn limits(max_age: Duration) -> Limits {
     Limits {
         max_age: Some(max_age),
@@ -304,7 +304,7 @@ fn limits(max_age: Duration) -> Limits {
     }
 }
 
-/// Binds the upstream thread of a run's thread, as the outcome of some intent.
+/// Binds an upstream thread to the run's thread, with a new intent.
 async fn bind(store: &Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bool) -> bool {
     let binding = Binding {
         id: id.clone(),
@@ -319,7 +319,7 @@ async fn bind(store: &Store, lease: &RunLease, id: &UpstreamThreadId, seeded: bo
         == Bound::Done
 }
 
-/// Admits a message of the key and ends its run.
+/// Admits a message under the key and finishes its run.
 async fn exchange(store: &Store, key: &ConversationKey) -> Finished {
     let turn = started(store.admit(admission(key)).await.unwrap());
     closed(
@@ -330,19 +330,20 @@ async fn exchange(store: &Store, key: &ConversationKey) -> Finished {
     )
 }
 
-/// The roles and texts of a key's transcript, after checking that it ascends and is counted right.
+/// Returns roles and texts of a key's transcript. Asserts that positions ascend and that
+/// `message_count` is right.
 async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
-    let (thread, _) = seen(store, key).await.unwrap();
+    let (thread, _) = newest_thread(store, key).await.unwrap();
     let page = store
         .messages(ThreadName::Newest(key), false, &first_page())
         .await
         .unwrap()
         .unwrap();
-    assert!(!page.has_more, "more than a page");
+    assert!(!page.has_more, "the transcript has more than one page");
     assert_eq!(
         thread.message_count,
         i64::try_from(page.data.len()).unwrap(),
-        "message_count is off"
+        "message_count is wrong"
     );
     assert!(
         page.data
@@ -352,14 +353,14 @@ async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
     );
     let line = |message: &Message| {
         let [ContentPart::Text { text }] = &message.content[..] else {
-            panic!("one text was expected")
+            panic!("the message has one text")
         };
         format!("{}: {text}", message.role)
     };
     page.data.iter().map(line).collect()
 }
 
-/// Checks, over the whole database, what must hold at any time.
+/// Checks the invariants that the whole database must satisfy at any time.
 pub(crate) async fn check_invariants(database: &TestDatabase) {
     for (rule, broken) in [
         (

@@ -1,5 +1,5 @@
-//! The adapters over real sockets: against scripted servers for what a hostile or odd one may do, and against the
-//! simulator for whole turns.
+//! The adapters over real sockets: scripted servers play hostile or odd ones, and the simulator
+//! serves whole runs.
 
 mod answers;
 mod background;
@@ -81,18 +81,18 @@ fn profile() -> AssistantConfig {
     }
 }
 
-/// Starts a run with one text and reads it to its end.
-async fn turn(
+/// Starts a run with one text and reads its events to the end.
+async fn run_to_end(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
     let content = vec![ContentPart::Text {
         text: "hello".to_owned(),
     }];
-    turn_with(upstream, thread, &profile(), content).await
+    run_to_end_with(upstream, thread, &profile(), content).await
 }
 
-async fn turn_with(
+async fn run_to_end_with(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
     assistant: &AssistantConfig,
@@ -128,7 +128,8 @@ fn unsettled_run(run: RunId, upstream_run: Option<&str>) -> UnsettledRun {
     }
 }
 
-/// A line per event: `accepted x`, `text x`, `ended status [parts] message`, `error x`.
+/// Returns a line for each event: `accepted x`, `text x`, `ended status [parts] message`, `error
+/// x`.
 fn lines(events: &[Result<UpstreamEvent, UpstreamError>]) -> Vec<String> {
     events
         .iter()
@@ -161,7 +162,7 @@ const EXPECTED: [&str; 4] = [
 ];
 
 #[tokio::test]
-async fn turn_is_one_request_in_any_sse_encoding() {
+async fn run_is_one_request_in_any_sse_encoding() {
     for (upstream_of, transcript) in [
         (
             assistants as fn(&Scripted) -> Box<dyn Upstream>,
@@ -190,7 +191,9 @@ async fn turn_is_one_request_in_any_sse_encoding() {
                     .map(|chunk| Step::Bytes(chunk.to_vec()))
                     .collect();
                 let server = Scripted::start(vec![sse(chunks)]).await;
-                let events = turn(&*upstream_of(&server), Some(&thread())).await.unwrap();
+                let events = run_to_end(&*upstream_of(&server), Some(&thread()))
+                    .await
+                    .unwrap();
                 assert_eq!(lines(&events), EXPECTED, "in pieces of {size}: {text}");
                 assert_eq!(server.requests().len(), 1);
             }
@@ -199,12 +202,12 @@ async fn turn_is_one_request_in_any_sse_encoding() {
 }
 
 #[tokio::test]
-async fn connections_are_reused_after_turn() {
+async fn connections_are_reused_after_run() {
     let play = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start((0..5).map(|_| play()).collect()).await;
     let upstream = responses(&server);
     for _ in 0..5 {
-        turn(&*upstream, Some(&thread())).await.unwrap();
+        run_to_end(&*upstream, Some(&thread())).await.unwrap();
     }
     let peers: std::collections::BTreeSet<_> = server
         .requests()
@@ -215,18 +218,20 @@ async fn connections_are_reused_after_turn() {
 }
 
 #[tokio::test]
-async fn terminal_event_ends_turn_before_body_ends() {
+async fn terminal_event_ends_run_before_body_ends() {
     let server = Scripted::start(vec![sse(vec![
         Step::Bytes(ASSISTANTS_TURN.into()),
         Step::Stall,
     ])])
     .await;
     let started = Instant::now();
-    let events = turn(&*assistants(&server), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*assistants(&server), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(lines(&events), EXPECTED);
     assert!(
         started.elapsed() < Duration::from_secs(4),
-        "the drain is bounded"
+        "the adapter stops reading after a bounded time"
     );
 }
 
@@ -243,13 +248,13 @@ async fn headers_query_and_key_are_sent_as_configured() {
     settings.headers = BTreeMap::from([("X-Team".to_owned(), "tea".to_owned().into())]);
     settings.query = BTreeMap::from([("api-version".to_owned(), "2025-05-01".to_owned().into())]);
     let odd = UpstreamThreadId("a/b?c".to_owned());
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
 
     settings.kind = UpstreamKind::Responses;
     settings.auth = AuthScheme::ApiKey;
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
     settings.api_key = None;
-    turn(&*adapter(&settings), Some(&odd)).await.unwrap();
+    run_to_end(&*adapter(&settings), Some(&odd)).await.unwrap();
 
     let requests = server.requests();
     assert_eq!(
@@ -310,7 +315,7 @@ async fn redirect_is_not_followed() {
     assert_eq!(server.requests().len(), 1);
 }
 
-/// Status, headers, body, and the error that they mean.
+/// Status, headers and body of a refusal, and the error that they mean.
 type Refusal<'a> = (u16, Vec<(&'a str, &'a str)>, String, &'a str);
 
 #[tokio::test]
@@ -359,7 +364,7 @@ async fn refusals_become_errors_without_upstream_text() {
     ];
     for (status, headers, body, expected) in cases {
         let server = Scripted::start(vec![json_answer(status, &headers, &body)]).await;
-        let error = turn(&*assistants(&server), Some(&thread()))
+        let error = run_to_end(&*assistants(&server), Some(&thread()))
             .await
             .unwrap_err();
         assert_eq!(format!("{error:?}"), expected);
@@ -376,7 +381,7 @@ async fn response_without_event_stream_is_protocol_error() {
             r#"{"id":"run_1","status":"queued"}"#,
         )])
         .await;
-        let error = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+        let error = run_to_end(&*adapter(&config(kind, &server.url)), Some(&thread()))
             .await
             .unwrap_err();
         assert!(
@@ -386,7 +391,7 @@ async fn response_without_event_stream_is_protocol_error() {
     }
 }
 
-/// A limit that every silence in a test is longer than.
+/// A limit that is shorter than any silence in these tests.
 const SHORT: Duration = Duration::from_millis(50);
 const LONG: Duration = Duration::from_millis(300);
 const SILENCE: Step = Step::Pause(LONG);
@@ -412,7 +417,7 @@ async fn silent_run_request_outlasts_call_timeout() {
         let upstream = adapter(&settings);
         for _ in turns() {
             assert_eq!(
-                lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+                lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
                 EXPECTED
             );
         }
@@ -459,16 +464,19 @@ async fn silent_recovery_lookup_times_out_without_outage() {
         matches!(error, UpstreamError::Broken { timeout: true }),
         "{error:?}"
     );
-    // A busy machine may give one up before it is seen.
+    // A busy machine may give a connection up before the server has read its request.
     assert!(
         (1..=5).contains(&server.requests().len()),
         "{:?}",
         server.targets()
     );
-    assert!(!error.tells_outage(), "a server that thinks is not broken");
+    assert!(
+        !error.tells_outage(),
+        "a slow server does not count as an outage"
+    );
 }
 
-/// What a run's answer may be that tells an error, and nothing more of a run.
+/// Returns all forms of an answer that contains an error and nothing else of a run.
 fn bare(error: &Value) -> Vec<Play> {
     let event = format!("data: {}\n\n", json!({"error": error}));
     let stream = |text: &str| sse(vec![Step::Bytes(text.into())]);
@@ -490,7 +498,7 @@ fn bare(error: &Value) -> Vec<Play> {
     ]
 }
 
-/// Accepts a run and begins its reply.
+/// Returns the events that accept a run and begin its reply.
 fn begun(kind: UpstreamKind) -> String {
     let transcript = if kind == UpstreamKind::Assistants {
         ASSISTANTS_TURN
@@ -506,7 +514,7 @@ fn begun(kind: UpstreamKind) -> String {
 }
 
 #[tokio::test]
-async fn stream_error_in_any_form_is_recognized() {
+async fn stream_error_in_any_form_is_recognised() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
         for (code, expected) in [
             (json!("content_filter"), "failed (content_filter)"),
@@ -527,7 +535,7 @@ async fn stream_error_in_any_form_is_recognized() {
                     let server = Scripted::start(vec![bare(&error).remove(form)]).await;
                     let mut settings = config(kind, &server.url);
                     settings.conversations = conversations;
-                    let told = match turn(&*adapter(&settings), Some(&thread())).await {
+                    let told = match run_to_end(&*adapter(&settings), Some(&thread())).await {
                         Ok(events) => match &events[..] {
                             [Ok(UpstreamEvent::Ended(ended))]
                                 if ended.status == RunStatus::Failed =>
@@ -564,7 +572,9 @@ async fn error_amid_reply_fails_run_in_any_form() {
                 let server = Scripted::start(vec![sse(vec![Step::Bytes(text.into_bytes())])]).await;
                 let mut settings = config(kind, &server.url);
                 settings.background = background;
-                let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+                let events = run_to_end(&*adapter(&settings), Some(&thread()))
+                    .await
+                    .unwrap();
                 assert_eq!(
                     lines(&events),
                     ["accepted r_1", "text Hel", "ended failed Hel"],
@@ -634,7 +644,7 @@ async fn stream_without_terminal_event_is_broken() {
         let half = &transcript[..transcript.rfind("event:").unwrap() + 20];
         for end in [Step::Cut, Step::Bytes(Vec::new())] {
             let server = Scripted::start(vec![sse(vec![Step::Bytes(half.into()), end])]).await;
-            let events = turn(&*adapter(&config(kind, &server.url)), Some(&thread()))
+            let events = run_to_end(&*adapter(&config(kind, &server.url)), Some(&thread()))
                 .await
                 .unwrap();
             let lines = lines(&events);
@@ -657,7 +667,7 @@ async fn oversized_event_or_response_is_refused() {
     ])
     .await;
     let upstream = responses(&server);
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(
         error.to_string().contains("longer than 65536 bytes"),
         "{error}"
@@ -674,7 +684,7 @@ async fn refused_connection_differs_from_broken_call() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     drop(listener);
-    let error = turn(
+    let error = run_to_end(
         &*adapter(&config(UpstreamKind::Responses, &url)),
         Some(&thread()),
     )
@@ -686,7 +696,7 @@ async fn refused_connection_differs_from_broken_call() {
     );
 
     let server = Scripted::start(vec![Play::HangUp]).await;
-    let error = turn(&*responses(&server), Some(&thread()))
+    let error = run_to_end(&*responses(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(
@@ -706,9 +716,9 @@ async fn error_event_before_acceptance_fails_the_call() {
     let nested = json!({"type": "error", "error": {"code": "rate_limit_exceeded", "message": "m"}});
     let server = Scripted::start(vec![event(&flat), event(&nested)]).await;
     let upstream = responses(&server);
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Busy { .. }), "{error:?}");
-    let error = turn(&*upstream, Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*upstream, Some(&thread())).await.unwrap_err();
     assert!(
         matches!(error, UpstreamError::Unavailable { status: 429, .. }),
         "{error:?}"
@@ -736,12 +746,12 @@ async fn chain_continues_from_last_completed_response() {
     );
     let thread_of = |events: &[Result<UpstreamEvent, UpstreamError>]| match events.last() {
         Some(Ok(UpstreamEvent::Ended(ended))) => ended.thread.clone(),
-        other => panic!("not ended: {other:?}"),
+        other => panic!("the run did not end: {other:?}"),
     };
-    let first = thread_of(&turn(&*upstream, None).await.unwrap()).unwrap();
+    let first = thread_of(&run_to_end(&*upstream, None).await.unwrap()).unwrap();
     assert_eq!(first.as_str(), "r_1");
     assert_eq!(
-        thread_of(&turn(&*upstream, Some(&first)).await.unwrap()),
+        thread_of(&run_to_end(&*upstream, Some(&first)).await.unwrap()),
         None
     );
     let requests = server.requests();
@@ -750,8 +760,9 @@ async fn chain_continues_from_last_completed_response() {
     assert_eq!(requests[1].body["previous_response_id"], "r_1");
 }
 
-/// Without certificates an https upstream must say so, and a plain one must work. The certificates are found by way of
-/// the environment, so the test runs itself as a process that has none.
+/// Without CA certificates, an https upstream must be refused with that reason, and an http one
+/// must work. The environment says where the certificates are, so the test starts itself as a
+/// process without any.
 #[test]
 fn missing_ca_certificates_are_reported_for_https_only() {
     const MARK: &str = "THREADKEEPER_TEST_WITHOUT_CERTIFICATES";

@@ -1,5 +1,5 @@
-//! Makes an upstream thread. The task that does so goes on to its record even if the run is cut off meanwhile: an id that
-//! nobody writes down is lost at most servers.
+//! Creates an upstream thread. Its task continues until the thread is recorded, even if the run is
+//! cut off. Most servers offer no way to find a thread whose id is lost.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,30 +16,34 @@ use crate::runs::backoff::jittered;
 use crate::store::{Binding, Bound, Made, ORPHAN_AFTER, RunLease, Store};
 use crate::upstream::{Items, Ownership, RateLimiter, Upstream, UpstreamError};
 
-/// Longest time for the making of one, after which its intent is the janitor's. So it ends before others look for it.
+/// Longest time of a creation. Afterwards its intent is the janitor's, which looks for it only
+/// after the end of the creation.
 const LONGEST_MAKING: Duration = ORPHAN_AFTER.saturating_sub(Duration::from_mins(2));
-/// Tries to delete one that nothing of the record names, and the pause before the second. It doubles.
+/// Tries to delete an upstream thread that no record names; below, the pause after the first try.
+/// The pause doubles.
 const DELETE_TRIES: u32 = 8;
 const FIRST_DELETE_PAUSE: Duration = Duration::from_secs(1);
-/// Tries to record that nothing, or nothing that is used, came of an intent.
+/// Tries to record the result of an intent.
 const RESOLVE_TRIES: u32 = 4;
 
-/// An upstream thread that is to be made.
+/// An upstream thread to be created.
 pub(in crate::runs) struct ThreadCreation {
     pub(in crate::runs) store: Arc<Store>,
     pub(in crate::runs) upstream: Arc<dyn Upstream>,
     pub(in crate::runs) lease: RunLease,
     pub(in crate::runs) owner: Ownership,
-    /// Under this id it is recorded already that it is about to be made.
+    /// The id of an intent that is already recorded.
     pub(in crate::runs) intent: Option<OrphanId>,
-    /// The messages that it is to hold, and how many of the user's among them come from the thread before.
+    /// The thread's first messages, and the number of user messages among them that come from the
+    /// previous thread.
     pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
 }
 
 impl ThreadCreation {
-    /// Makes it and records it. Dropping this future does not stop that.
+    /// Creates the upstream thread and records it. Dropping this future does not stop that.
     ///
-    /// That it is about to be made is recorded first: one of which nobody hears again is looked for.
+    /// Records the intent first, so that the janitor finds a thread whose creation has no known
+    /// result.
     pub(in crate::runs) async fn run(
         self,
         tasks: &TaskTracker,
@@ -66,7 +70,7 @@ impl ThreadCreation {
         .await
         {
             Ok(Ok(made)) => {
-                made.ok_or_else(|| UpstreamError::Protocol("it made no thread".to_owned()))
+                made.ok_or_else(|| UpstreamError::Protocol("the answer names no thread".to_owned()))
             }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(UpstreamError::Broken { timeout: true }),
@@ -74,7 +78,7 @@ impl ThreadCreation {
         let made = match made {
             Ok(made) => made,
             Err(error) => {
-                // The janitor looks after an intent that is not known to have come to nothing.
+                // The janitor handles an intent whose result is not known.
                 let came_to = if error.is_ambiguous() {
                     Made::Unknown
                 } else {
@@ -112,13 +116,14 @@ impl ThreadCreation {
         }
     }
 
-    /// Records that it is about to be made.
+    /// Records the intent to create the thread.
     async fn intend(&self) -> Result<OrphanId, Failure> {
         let intent = OrphanId::new();
         loop {
             match self.store.intend(&self.lease, intent).await {
                 Ok(true) => return Ok(intent),
-                // Only a lost answer's try can have recorded it.
+                // The lease is lost. An earlier try whose answer was lost may have recorded the
+                // intent.
                 Ok(false) => {
                     self.resolve(intent, Made::Nothing).await;
                     return Err(Failure::LeaseLost);
@@ -132,7 +137,8 @@ impl ThreadCreation {
         resolve(&self.store, intent, made).await;
     }
 
-    /// Deletes an upstream thread whose gateway thread was erased while this one was made: nobody else knows its id.
+    /// Deletes an upstream thread whose gateway thread was erased during the creation: no record
+    /// has its id.
     async fn delete(&self, made: &UpstreamThreadId) {
         let mut pause = FIRST_DELETE_PAUSE;
         for tries_left in (0..DELETE_TRIES).rev() {
@@ -153,7 +159,8 @@ impl ThreadCreation {
     }
 }
 
-/// Records what an intent came to. What cannot be recorded is left to the janitor, as an intent that nobody heard of.
+/// Records the result of an intent. If that fails, the janitor handles it as an intent without a
+/// known result.
 pub(in crate::runs) async fn resolve(store: &Store, intent: OrphanId, made: Made<'_>) {
     for _ in 0..RESOLVE_TRIES {
         let Err(error) = store.resolve(intent, made).await else {
@@ -163,5 +170,5 @@ pub(in crate::runs) async fn resolve(store: &Store, intent: OrphanId, made: Made
             break;
         }
     }
-    tracing::warn!("cannot record what came of an upstream thread");
+    tracing::warn!("cannot record the result of making an upstream thread");
 }

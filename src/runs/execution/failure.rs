@@ -1,4 +1,5 @@
-//! Why a turn did not reach its end at the upstream, and how its run ends by that.
+//! The reasons why a run did not reach its end at the upstream, and the status that follows from
+//! each.
 
 use std::time::Duration;
 
@@ -6,16 +7,18 @@ use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamRunId};
 use crate::runs::registry::RunRegistry;
 use crate::upstream::UpstreamError;
 
-const BREAKER_OPEN: &str = "most requests to the upstream fail, so none is sent to it for a while";
+const BREAKER_OPEN: &str =
+    "most requests to the upstream fail, so the gateway sends none to it for a while";
 
-/// Why a turn did not reach its end at the upstream.
+/// The reason why a run did not reach its end at the upstream.
 pub(in crate::runs) enum Failure {
     Upstream(UpstreamError),
-    /// Most requests to the upstream failed lately, so this one was not made.
+    /// Most requests to the upstream failed lately, so the gateway did not send this one.
     BreakerOpen {
         retry_after: Duration,
     },
-    /// Something that is not ours holds the upstream thread, and the caller did not want to wait.
+    /// Something outside the gateway holds the upstream thread, and the caller did not want to
+    /// wait.
     Conflict {
         blocking_run: Option<UpstreamRunId>,
     },
@@ -24,9 +27,9 @@ pub(in crate::runs) enum Failure {
     Deadline,
     Cancelled,
     Stopped,
-    /// The process that worked on it died.
+    /// The process that worked on the run died.
     ReplicaLost,
-    /// Its sender heard that the message was not taken.
+    /// The caller got the error that the message was not recorded.
     NotRecorded,
     ReplyTooLarge,
     NotConfigured,
@@ -44,15 +47,16 @@ impl Failure {
             Self::Deadline => "deadline".to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
             Self::Stopped => "the gateway is stopping".to_owned(),
-            Self::ReplicaLost => "its process died".to_owned(),
-            Self::NotRecorded => "not recorded, as far as its sender knows".to_owned(),
+            Self::ReplicaLost => "the run's process died".to_owned(),
+            Self::NotRecorded => "the caller was told that the message was not recorded".to_owned(),
             Self::ReplyTooLarge => "the reply is too large".to_owned(),
             Self::NotConfigured => "not configured".to_owned(),
             Self::Panic => "panic".to_owned(),
         }
     }
 
-    /// Something else than the upstream ended the run, so that one may have reached its end there all the same.
+    /// Returns whether the gateway cut the run off, so that the run may have reached its end at
+    /// the upstream.
     pub(in crate::runs) fn cuts_off(&self) -> bool {
         match self {
             Self::Upstream(error) => error.is_ambiguous(),
@@ -86,12 +90,12 @@ impl Failure {
         }
     }
 
-    /// How a run ends by it that was waiting for the upstream thread to be free.
+    /// Returns the end of a run that waited for a busy upstream thread when this failure happened.
     pub(in crate::runs) fn end_while_thread_busy(self) -> (RunStatus, Option<RunError>) {
         if !matches!(self, Self::Deadline) {
             return self.end();
         }
-        let message = "the upstream thread was held by another run until the deadline".to_owned();
+        let message = "another run held the upstream thread until the deadline".to_owned();
         (
             RunStatus::Failed,
             Some(RunError {
@@ -101,7 +105,7 @@ impl Failure {
         )
     }
 
-    /// How a run ends by it.
+    /// Returns the end of a run that had this failure.
     pub(in crate::runs) fn end(self) -> (RunStatus, Option<RunError>) {
         let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
         match self {
@@ -121,7 +125,7 @@ impl Failure {
             Self::Conflict { blocking_run } => {
                 let by = blocking_run.map_or_else(String::new, |id| format!(" `{id}`"));
                 let message = format!(
-                    "the upstream thread is held by another run{by} that is not the gateway's"
+                    "another run{by}, which is not the gateway's, holds the upstream thread"
                 );
                 failed(RunErrorCode::UpstreamBusy, message)
             }
@@ -138,17 +142,18 @@ impl Failure {
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
-                let message = "the gateway process that worked on the run died; the reply, if there was one, is lost";
+                let message =
+                    "the gateway process that worked on the run died; an unrecorded reply is lost";
                 failed(RunErrorCode::ReplicaLost, message.to_owned())
             }
             Self::NotRecorded => {
                 let message =
-                    "the database failed while the message was recorded; its sender was told so";
+                    "the database failed while the message was recorded; the caller got an error";
                 failed(RunErrorCode::NotRecorded, message.to_owned())
             }
             Self::ReplyTooLarge => failed(
                 RunErrorCode::ReplyTooLarge,
-                "the reply grew past the configured limit".to_owned(),
+                "the reply is larger than `runs.max_reply_bytes`".to_owned(),
             ),
             Self::NotConfigured => failed(
                 RunErrorCode::NotConfigured,
@@ -162,7 +167,7 @@ impl Failure {
 pub(in crate::runs) fn internal() -> RunError {
     RunError {
         code: RunErrorCode::Internal,
-        message: "the gateway failed in the middle of the run".to_owned(),
+        message: "the gateway failed during the run".to_owned(),
     }
 }
 
@@ -173,7 +178,8 @@ pub(in crate::runs) fn stopped() -> RunError {
     }
 }
 
-/// This process still has its threads to itself. A process that was stopped for a while may not know yet that it has not.
+/// Checks that this process's session is good, so that no other process works on its threads. A
+/// process that was suspended for a while may not know that its session has lapsed.
 pub(in crate::runs) fn may_send(registry: &RunRegistry) -> Result<(), Failure> {
     if registry.has_lapsed() {
         Err(Failure::LeaseLost)

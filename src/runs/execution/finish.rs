@@ -28,24 +28,24 @@ use crate::runs::registry::ActiveRun;
 use crate::store::{Closing, Finished, Notification, RunEnd, RunLease, StartedRun, StoreError};
 use crate::upstream::drain;
 
-/// How long to try to end what a run left upstream once the process is told to stop.
+/// Time to settle a run's traces at the upstream after the process got the order to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the database may refuse an end before a simpler one is tried.
+/// Number of refusals of the database after which a simpler end is tried.
 const MAX_REFUSALS: u32 = 3;
-/// Pauses between tries to write an end. They double.
+/// First and longest pause between two tries to write an end. The pause doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What became of a run that a task of this process worked on.
+/// The result of a task's work on a run.
 pub(in crate::runs) enum RunResult {
-    /// It has ended.
+    /// The run has ended.
     Ended(Box<Outcome>),
-    /// It has not: another task, of this process or another, goes on with it.
+    /// The run has not ended: another task, of this process or another, continues it.
     LetGo,
 }
 
-/// Ends a run that came to an end upstream, or failed on the way there: first settles what it left upstream, then commits
-/// its end with the knowledge of what is there.
+/// Ends a run that ended at the upstream, or failed on the way there. First settles the run's
+/// traces at the upstream, then commits the end with the knowledge of what is there.
 pub(in crate::runs) async fn finish_run(
     ctx: &Context,
     active: &ActiveRun,
@@ -55,7 +55,8 @@ pub(in crate::runs) async fn finish_run(
 ) -> RunResult {
     let (result, rest) = match result {
         Ok(RoundEnd { ended, rest }) => (Ok(ended), Some(rest)),
-        // A caller who did not want to wait is not told of the deadline, and nothing of the run is kept.
+        // A caller who did not want to wait gets a conflict instead of the deadline, and nothing
+        // of the run is kept.
         Err(Failure::Deadline)
             if progress.busy && started.run.strategy == MultitaskStrategy::Reject =>
         {
@@ -64,7 +65,7 @@ pub(in crate::runs) async fn finish_run(
         Err(failure) => (Err(failure), None),
     };
     let retry_after = result.as_ref().err().and_then(Failure::retry_after);
-    // An end that the upstream tells itself has been told to the readers word by word.
+    // If the upstream ended the run, the readers have seen all its text.
     let mut shown = result.is_err().then(|| progress.shown());
     if matches!(result, Err(Failure::LeaseLost)) {
         return RunResult::LetGo;
@@ -100,7 +101,7 @@ pub(in crate::runs) async fn finish_run(
         }
         match finish_in_store(ctx, &started.lease, end).await {
             Closed::Finished(finished) => break Some(finished),
-            // It was to be removed all along, which only the store knew.
+            // The run was to be discarded before, and only the store knew.
             Closed::MustDiscard => {
                 (local.discard, local.status, local.error) = (true, RunStatus::Cancelled, None);
                 has_to_settle = true;
@@ -136,7 +137,8 @@ pub(in crate::runs) async fn finish_queued_run(
     loop {
         return match finish_in_store(ctx, lease, end.clone()).await {
             Closed::Finished(finished) => ended(*finished, None),
-            // It started just now, without this process knowing, and was to be removed at once.
+            // The run started just now without this process knowing, and a rollback wants it
+            // removed.
             Closed::MustDiscard if !end.discard => {
                 end.discard = true;
                 continue;
@@ -163,8 +165,9 @@ fn ended(finished: Finished, retry_after: Option<Duration>) -> RunResult {
     }))
 }
 
-/// Ends what the run left upstream, within a bound, and takes it away if it is to be discarded. `None` if the run was let
-/// go of meanwhile: then others look after that.
+/// Ends what still works of the run at the upstream, within a bound, and removes it if the run is
+/// discarded. Returns `None` if the task had to let go of the run: then the next owner
+/// settles the traces.
 async fn settle(
     ctx: &Context,
     active: &ActiveRun,
@@ -194,7 +197,7 @@ async fn look(
     let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
         return UpstreamState::None;
     };
-    // Without this the run cannot be ended, so it waits as long as the store takes.
+    // The run cannot end without this, so it waits for the store.
     let stopped = async {
         ctx.tasks.stop.cancelled().await;
         sleep(LAST_SETTLE_TIMEOUT).await;
@@ -210,7 +213,7 @@ async fn look(
         remove: local.discard,
         ..left
     };
-    // A panic in here must not keep the run from ending.
+    // A panic in here must not prevent the run's end.
     let look = take_away(
         ctx,
         &started.lease,
@@ -221,12 +224,12 @@ async fn look(
     let seen = tokio::select! {
         seen = AssertUnwindSafe(look).catch_unwind() => seen,
         () = settling_time_is_over(ctx) => {
-            tracing::warn!("what the run left upstream could not be ended in time");
+            tracing::warn!("settling the run at the upstream took too long");
             return UpstreamState::Unknown(left);
         }
     };
     match seen {
-        // To be looked at once more before the thread is used again.
+        // The gateway looks again before it uses the thread again.
         Ok(Ok(settled)) if settled.unsure => UpstreamState::Unknown(left),
         Ok(Ok(settled)) => UpstreamState::Seen {
             settled,
@@ -235,18 +238,18 @@ async fn look(
         Ok(Err(failure)) => {
             tracing::warn!(
                 error = failure.name(),
-                "what the run left upstream could not be ended"
+                "cannot settle the run at the upstream"
             );
             UpstreamState::Unknown(left)
         }
         Err(_) => {
-            tracing::error!("ending what the run left upstream panicked");
+            tracing::error!("settling the run at the upstream panicked");
             UpstreamState::Unknown(left)
         }
     }
 }
 
-/// Resolves when the time to settle what a run left upstream is over.
+/// Waits until the time to settle a run's traces at the upstream is over.
 async fn settling_time_is_over(ctx: &Context) {
     let last_moment = async {
         ctx.tasks.stop.cancelled().await;
@@ -258,18 +261,18 @@ async fn settling_time_is_over(ctx: &Context) {
     }
 }
 
-/// What became of the attempt to commit an end.
+/// The result of the attempt to commit an end.
 enum Closed {
     Finished(Box<Finished>),
     MustDiscard,
-    /// The run is not ours to end.
+    /// The run is no longer this process's.
     LeaseLost,
-    /// The process is told to stop while the database is away.
+    /// The process must stop while the database is unavailable.
     Stopped,
 }
 
-/// Commits the end, for as long as it takes: a run that has ended upstream must not stay open here. An end
-/// that the database refuses time and again is replaced by a bare failure.
+/// Commits the end and retries without a limit: a run that ended at the upstream must not stay
+/// open here. Replaces an end that the database refuses several times by a bare failure.
 async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed {
     let mut end = Arc::new(end);
     let mut pause = FIRST_PAUSE;
@@ -287,7 +290,7 @@ async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed
         }
         refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
         if refusals == MAX_REFUSALS {
-            // One that is to be removed has to stay so, or the store asks for that again.
+            // A run that is to be discarded must stay so, or the store asks for it again.
             let (unacknowledged_requests, discard, unsettled_run) = (
                 end.unacknowledged_requests,
                 end.discard,
@@ -311,7 +314,8 @@ async fn finish_in_store(ctx: &Context, lease: &RunLease, end: RunEnd) -> Closed
     }
 }
 
-/// The end of a run that could not be written before the process had to stop. Where others can go on with it, it is let go.
+/// Returns the result of a run whose end could not be written before the process had to stop. Lets
+/// go of the run if another process can continue it.
 fn outcome_without_content(ctx: &Context, thread: &Thread, run: &Run) -> RunResult {
     if ctx.store.keeps_content() {
         return RunResult::LetGo;
@@ -332,8 +336,8 @@ fn outcome_without_content(ctx: &Context, thread: &Thread, run: &Run) -> RunResu
     }))
 }
 
-/// Tells all who follow the run how it ended, and those who wait for its thread that it has. A run that was let go is given
-/// up, for others to go on with.
+/// Announces the end of the run to its readers, and to the runs that wait for its thread. Releases
+/// a run that its task let go of, so that another process can continue it.
 pub(in crate::runs) fn announce(ctx: &Context, active: &ActiveRun, result: RunResult) {
     let notifier = &ctx.notifier;
     let RunResult::Ended(outcome) = result else {

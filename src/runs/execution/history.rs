@@ -1,30 +1,34 @@
-//! What an upstream thread is told of the transcript: the newest messages for which there is room.
+//! The part of a transcript that an upstream thread gets: the newest messages for which there is
+//! room.
 
 use std::sync::Arc;
 
 use crate::domain::{ContentPart, Message, Page, Role, RunId};
 use crate::store::{Store, StoreError};
 
-/// Messages read at a time.
+/// Most messages of one read.
 pub(in crate::runs) const PAGE: u32 = 500;
-/// Messages that an upstream thread is told at once, and bytes of their content: several times what a model reads, and more
-/// than the largest body that is taken by default. All of them are in memory, more than once, until the upstream has them.
+/// Most messages of a history, and most bytes of their content. That is several times what a model
+/// reads, and more than the largest body that the gateway accepts by default. The history is in
+/// memory, more than once, until the upstream has it.
 pub(in crate::runs) const MAX_MESSAGES: usize = 5000;
 pub(in crate::runs) const MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// Messages that an upstream thread lacks, oldest first. The task that makes the thread shares them.
+/// Messages that an upstream thread lacks, oldest first. The task that creates the thread shares
+/// them.
 #[derive(Default)]
 pub(in crate::runs) struct History {
     pub(in crate::runs) messages: Arc<Vec<Message>>,
-    /// How many of the user's among them come from the thread before.
+    /// Number of user messages among them that come from the previous thread.
     pub(in crate::runs) carried_users: u32,
 }
 
-/// How much more an upstream thread may be told.
+/// The room that is left in a history.
 pub(in crate::runs) struct Room {
     messages: usize,
     bytes: usize,
-    /// A message did not fit. No older one is sent either, since a story with gaps is another one.
+    /// Whether a message did not fit. No older one is sent either, because a conversation with
+    /// gaps has another meaning.
     pub(in crate::runs) is_full: bool,
 }
 
@@ -51,8 +55,8 @@ impl Room {
     }
 }
 
-/// The newest messages for which there is room, oldest first. They are read backwards in pages, each before the position
-/// at which the last one ended.
+/// Returns the newest messages for which there is room, oldest first. Reads them backwards in
+/// pages, each before the last position of the previous page.
 pub(in crate::runs) async fn newest<E, F>(
     room: &mut Room,
     read: impl Fn(Option<i64>) -> F,
@@ -75,7 +79,7 @@ where
     Ok(messages)
 }
 
-/// What the upstream thread of a run lacked, as far as it was sent with the run.
+/// Returns the unsynced messages that were sent with a run.
 pub(in crate::runs) async fn sent_with(
     store: &Store,
     run: RunId,
@@ -87,13 +91,13 @@ pub(in crate::runs) async fn sent_with(
     Ok(with_content(backlog))
 }
 
-/// Without the messages of which the store kept no content.
+/// Drops messages whose content the store did not keep.
 pub(in crate::runs) fn with_content(mut messages: Vec<Message>) -> Vec<Message> {
     messages.retain(|message| !message.content.is_empty());
     messages
 }
 
-/// How many of them are the user's.
+/// Returns the number of user messages.
 pub(in crate::runs) fn count_users(messages: &[Message]) -> u32 {
     let users = messages
         .iter()

@@ -1,4 +1,4 @@
-//! Decides how a run ends: from how it ended here, and from what the upstream holds of it. Pure.
+//! Decides how a run ends, as a pure function of its local end and of what the upstream has of it.
 
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
@@ -9,21 +9,22 @@ use crate::domain::{
 use crate::store::{Reply, RunEnd};
 use crate::upstream::{Ended, Settled};
 
-/// How a run ended as far as the gateway saw it.
+/// The end of a run as the gateway saw it.
 #[derive(Clone, Debug)]
 pub(in crate::runs) struct LocalOutcome {
     pub(in crate::runs) status: RunStatus,
     pub(in crate::runs) error: Option<RunError>,
-    /// A cancel, a deadline or a broken connection cut it off: the upstream may know of a better end.
+    /// Whether a cancel, a deadline or a broken connection cut the run off. Then the upstream may
+    /// know a better end.
     pub(in crate::runs) cut_off: bool,
-    /// Where the thread stands upstream from now on, if the run moved it.
+    /// The thread's new place at the upstream, if the run moved it.
     pub(in crate::runs) thread: Option<UpstreamThreadId>,
     pub(in crate::runs) upstream_message_id: Option<String>,
     pub(in crate::runs) discard: bool,
 }
 
 impl LocalOutcome {
-    /// Moves what was said into the progress.
+    /// Returns the outcome, and moves the text of the last round into the progress.
     pub(in crate::runs) fn of(result: Result<Ended, Failure>, progress: &mut Progress) -> Self {
         let ended = match result {
             Ok(ended) => ended,
@@ -56,7 +57,7 @@ impl LocalOutcome {
             (status, ended.error)
         } else {
             let message = format!(
-                "the upstream ended the run with the status {}, which is none",
+                "the upstream ended the run with {}, which is not the status of an ended run",
                 ended.status
             );
             (
@@ -86,24 +87,30 @@ impl LocalOutcome {
     }
 }
 
-/// What is known of a run's upstream upstream.
+/// What is known of a run's traces at the upstream.
 #[derive(Clone, Debug)]
 pub(in crate::runs) enum UpstreamState {
-    /// All of it is there, as it should be.
+    /// Everything is there, as it should be.
     Clean,
-    /// Nothing was taken.
+    /// The upstream took nothing.
     None,
-    /// It was looked at. `removed`: and taken away.
+    /// The gateway looked at the traces and, if `removed`, removed them.
     Seen { settled: Settled, removed: bool },
-    /// It could not be looked at, or not taken away: to be done before the thread is used again.
+    /// The gateway could not look at the traces, or not remove them. It must do so before it uses
+    /// the thread again.
     Unknown(UnsettledRun),
 }
 
-/// The end of a run, from what the gateway saw of it and what is left of it upstream. Pure.
+/// Returns the end of a run, from the end that the gateway saw and from the run's traces at the
+/// upstream. Pure.
 ///
-/// The rules: a message whose run never reached the model is withheld from it for good. So is a message whose run the upstream
-/// reported as failed, unless the thread holds it, lest it break every run to come. What else the thread lacks is sent with
-/// the next run, so that in the end the upstream thread and the transcript say the same.
+/// The rules:
+///
+/// - A message whose run never reached the model is withheld from the model for good.
+/// - So is a message whose run the upstream reported as failed, unless the thread has the message.
+///   It would break every later run.
+/// - Any other message that the thread lacks is sent with the next run. So the upstream thread and
+///   the transcript say the same in the end.
 pub(in crate::runs) fn decide_outcome(
     local: &LocalOutcome,
     upstream: &UpstreamState,
@@ -139,19 +146,20 @@ pub(in crate::runs) fn decide_outcome(
             (end.said, reply_sync, end.synced) =
                 (UpstreamSync::Unknown, UpstreamSync::Unknown, false);
             (end.unsettled_run, end.upstream_thread_id) = (Some(left.clone()), None);
-            // What is not known to be there is no mark to go by.
+            // A message that may not be there cannot serve as an anchor.
             upstream_message_id = None;
         }
         UpstreamState::Seen { settled, removed } => {
             let late =
                 local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
             if late {
-                // It was done before the cancel, or whatever cut it off, came: then it is done here too.
+                // The upstream completed the run before the cancel, or the other cause, came. So
+                // it is completed here too.
                 (end.status, end.error) = (RunStatus::Completed, None);
             }
             end.usage = settled.usage.or(end.usage);
             end.synced &= settled.said;
-            // Where the run's own turn is not, the next one must not build on.
+            // If the run's own messages are not there, the next run must not build on them.
             let moved = settled.thread.clone().or(end.upstream_thread_id);
             end.upstream_thread_id = moved.filter(|_| settled.said);
             end.said = if settled.said {
@@ -164,7 +172,7 @@ pub(in crate::runs) fn decide_outcome(
                 UpstreamSync::Missing
             };
             if settled.said && !settled.content.is_empty() {
-                // On a chain it is that of the last round alone.
+                // On a chain, the content is that of the last round only.
                 content = if settled.thread.is_none() {
                     Vec::new()
                 } else {
@@ -180,7 +188,7 @@ pub(in crate::runs) fn decide_outcome(
                 upstream_message_id = None;
             }
             if *removed {
-                // A chain that does not move has not taken in the history either.
+                // A chain that does not move does not contain the history either.
                 end.synced &= settled.thread.is_none();
                 end.upstream_thread_id = None;
             }
@@ -197,8 +205,8 @@ pub(in crate::runs) fn decide_outcome(
     end
 }
 
-/// What readers have yet to see of a reply: the upstream may have more of one that was cut off here. A reader of the deltas
-/// alone gets the whole text too.
+/// Returns the text of a reply that its readers have not seen. The upstream may have more of a
+/// reply that was cut off here. So a reader of the deltas alone gets the whole text too.
 pub(in crate::runs) fn text_not_yet_streamed(shown: &str, reply: &Reply) -> Option<String> {
     let text: String = reply
         .content
@@ -210,7 +218,7 @@ pub(in crate::runs) fn text_not_yet_streamed(shown: &str, reply: &Reply) -> Opti
         .map(str::to_owned)
 }
 
-/// The text that the record tells of a run which ends well.
+/// Returns the text from which the run's record can rebuild the log of a completed run.
 pub(in crate::runs) fn told_by(end: &RunEnd) -> Option<String> {
     let reply = end
         .reply
@@ -225,12 +233,12 @@ pub(in crate::runs) fn told_by(end: &RunEnd) -> Option<String> {
     )
 }
 
-/// What the rounds before the last one said.
+/// Returns the content of the rounds before the last one.
 fn content_before(progress: &Progress) -> Vec<ContentPart> {
     progress.content[..progress.rounds_before].to_vec()
 }
 
-/// The end of a run of which nothing went upstream.
+/// Returns the end of a run that sent nothing to the upstream.
 pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunError>) -> RunEnd {
     RunEnd {
         status,

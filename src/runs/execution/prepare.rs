@@ -1,5 +1,5 @@
-//! What has to be true of an upstream thread before a message is sent to it: what an earlier run left is settled, the
-//! thread exists, and what it lacks of the transcript is known.
+//! Prepares an upstream thread for a message: settles an earlier run's traces, makes sure that the
+//! thread exists, and collects the unsynced messages.
 
 use std::sync::Arc;
 
@@ -18,15 +18,15 @@ use crate::upstream::{Ownership, UpstreamError};
 
 /// The state of an upstream thread before a message is sent to it.
 pub(in crate::runs) struct Prepared {
-    /// What is to be sent before the message.
+    /// The messages to send before the run's own message.
     pub(in crate::runs) history: History,
-    /// The thread has to be made first.
+    /// Whether the thread must be made first.
     pub(in crate::runs) needs_thread: bool,
-    /// It is made from the transcript, so that it lacks nothing.
+    /// Whether the thread is made from the transcript, so that it lacks nothing.
     pub(in crate::runs) is_rebuilt: bool,
 }
 
-/// Settles what an earlier run left in the thread, and finds out what the thread lacks.
+/// Settles an earlier run's traces in the thread, and collects the messages that the thread lacks.
 pub(in crate::runs) async fn prepare(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -57,8 +57,8 @@ pub(in crate::runs) async fn prepare(
     })
 }
 
-/// Settles once more what an earlier run left, of a thread that something held: that may have come in since the last look,
-/// and the history that was sent with it.
+/// Settles an earlier run's traces once more, after the upstream reported that something holds the
+/// thread. They may have arrived since the last look, with the history that was sent with them.
 pub(in crate::runs) async fn prepare_again(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -74,7 +74,7 @@ pub(in crate::runs) async fn prepare_again(
     }
 }
 
-/// Gives the upstream thread up, for a new one that is made from the transcript.
+/// Gives the upstream thread up for a new one, which is made from the transcript.
 pub(in crate::runs) async fn rebuild(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -82,7 +82,7 @@ pub(in crate::runs) async fn rebuild(
     let history = history_before(round).await?;
     tracing::warn!(
         messages = history.messages.len(),
-        "the upstream thread is gone or broken; making it again from the transcript"
+        "the upstream thread is gone or broken; making a new one from the transcript"
     );
     progress.thread = None;
     Ok(Prepared {
@@ -92,7 +92,7 @@ pub(in crate::runs) async fn rebuild(
     })
 }
 
-/// Makes the upstream thread, if it has to be made, and records it before it is used.
+/// Makes the upstream thread if necessary, and records it before it is used.
 pub(in crate::runs) async fn ensure_thread(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -106,7 +106,7 @@ pub(in crate::runs) async fn ensure_thread(
         let seed = prepared.is_rebuilt.then_some(&prepared.history);
         create_thread(round, progress, owner, seed).await?;
         if prepared.is_rebuilt {
-            // It holds that from its beginning.
+            // The new thread has the history from its beginning.
             prepared.history = History::default();
         }
     } else {
@@ -117,8 +117,9 @@ pub(in crate::runs) async fn ensure_thread(
     Ok(())
 }
 
-/// Looks at what an earlier run may have left before anything is sent: its remains are taken away, and what the transcript
-/// holds of it is sent with this run. `false` if the thread is in no state to tell.
+/// Settles an earlier run's traces before anything is sent: removes them at the upstream, so that
+/// this run sends what the transcript has of them. Returns `false` if the thread's state cannot be
+/// known.
 async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
     let RoundContext { ctx, started, .. } = round;
     let Some(left) = &started.thread.unsettled_run else {
@@ -139,7 +140,7 @@ async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
     Ok(true)
 }
 
-/// What the upstream thread lacks of the transcript. What is too much to be told is withheld for good.
+/// Returns the unsynced messages. Withholds for good those for which there is no room.
 async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let mut room = Room::default();
@@ -165,8 +166,9 @@ async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure>
     })
 }
 
-/// What a new upstream thread begins with: what is carried over from the thread before, and the transcript up to this run,
-/// as far as the model may know it. What is too much to be told is withheld for good.
+/// Returns the first messages of a new upstream thread: those carried over from the previous
+/// thread, and the transcript up to this run, without messages that the model must not know.
+/// Withholds for good those for which there is no room.
 async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let Thread { id, carried, .. } = round.started.thread;
@@ -207,7 +209,8 @@ async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
     })
 }
 
-/// Where not all that was said is stored, a new upstream thread begins with nothing: a story with gaps is another one.
+/// Withholds all earlier messages. If the store lacks some content, a new upstream thread begins
+/// empty, because a conversation with gaps has another meaning.
 async fn nothing_before(round: &RoundContext<'_>) -> Result<History, Failure> {
     let all = Withholding {
         carried: Some(0),
@@ -224,7 +227,7 @@ async fn withhold(round: &RoundContext<'_>, what: &Withholding) -> Result<(), Fa
         first_position = what.before,
         max_messages = MAX_MESSAGES,
         max_bytes = MAX_BYTES,
-        "the thread is too long to tell the upstream all of it; older messages are withheld from the model"
+        "the thread is too long for the upstream; its older messages are withheld from the model"
     );
     write_until_ok(|| round.ctx.store.withhold_earlier(&round.started.lease, what)).await
 }

@@ -1,4 +1,4 @@
-//! What is known of a run while it goes on.
+//! The progress of an active run.
 
 use super::history::count_users;
 use crate::domain::{
@@ -12,55 +12,56 @@ use crate::upstream::Ended;
 /// How far a run has come on its way to the upstream.
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub(in crate::runs) enum Delivery {
-    /// Nothing of it is at the upstream.
+    /// The upstream has nothing of the run.
     #[default]
     NotSent,
-    /// A request is or may be there.
+    /// The upstream has a request of the run, or may have it.
     Sent,
     /// The upstream has accepted the run.
     Accepted,
 }
 
-/// What is stored of a run that another process worked on, besides the run itself.
+/// The stored progress of a run of another process, besides the run itself.
 #[derive(Clone, Debug, Default)]
 pub(in crate::runs) struct StoredProgress {
     pub(in crate::runs) log: StoredLog,
-    /// What its thread lacked before. If the run was sent, this was sent with it.
+    /// The unsynced messages of its thread. If the run was sent, these were sent with it.
     pub(in crate::runs) backlog: Vec<Message>,
 }
 
-/// What is known of a run while it goes on. It survives when the run is cut off.
+/// The progress of an active run. It survives when the run is cut off.
 #[derive(Clone, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(in crate::runs) struct Progress {
     pub(in crate::runs) thread: Option<UpstreamThreadId>,
-    /// The newest id: each round of a chain of responses has its own.
+    /// The newest id of the run at the upstream. Each round of a chain of responses has its own.
     pub(in crate::runs) upstream_run: Option<UpstreamRunId>,
     pub(in crate::runs) delivery: Delivery,
-    /// Under this id it is recorded that an upstream thread is about to be made, and nobody makes it yet.
+    /// The id of a recorded intent to create an upstream thread, while no task carries it out.
     pub(in crate::runs) intent: Option<OrphanId>,
-    /// Requests that may be at the upstream under ids that it has not told.
+    /// Number of requests that may be at the upstream under ids that it did not send.
     pub(in crate::runs) unacknowledged_requests: u32,
-    /// Function calls that are not known to be answered.
+    /// Function calls that may not be answered yet.
     pub(in crate::runs) open_calls: Vec<ToolCall>,
-    /// What the rounds before this one said.
+    /// Content of the rounds before this one.
     pub(in crate::runs) content: Vec<ContentPart>,
-    /// How much of it was said before the last round that said something.
+    /// Length of `content` before the last round that added to it.
     pub(in crate::runs) rounds_before: usize,
-    /// What this one has said so far.
+    /// Text of this round so far.
     pub(in crate::runs) text: String,
     pub(in crate::runs) usage: Option<Usage>,
-    /// Earlier messages that the thread lacked were sent with it.
+    /// Whether unsynced messages were sent with the run.
     pub(in crate::runs) synced: bool,
-    /// How many of these were the user's.
+    /// Number of user messages among these.
     pub(in crate::runs) history_users: u32,
     pub(in crate::runs) inputs: u32,
     pub(in crate::runs) cost: usize,
-    /// The upstream says that something else holds the thread.
+    /// Whether the upstream reported that something else holds the thread.
     pub(in crate::runs) busy: bool,
-    /// What the next round is to send may be there already.
+    /// Whether the upstream may already have the next round's request.
     pub(in crate::runs) is_uncertain: bool,
-    /// Something was sent again although an earlier request for it had been sent and had no answer.
+    /// Whether something was sent again although an earlier request for it was sent and had no
+    /// answer.
     pub(in crate::runs) sent_again: bool,
 }
 
@@ -75,8 +76,8 @@ impl Progress {
         }
     }
 
-    /// The run was at work in another process, and what is known of that is what it recorded. `content`: what its earlier
-    /// rounds had said.
+    /// Takes over the progress that another process recorded. `content`: the content of the run's
+    /// earlier rounds.
     pub(in crate::runs) fn taken_over(
         &mut self,
         thread: &Thread,
@@ -85,7 +86,7 @@ impl Progress {
     ) {
         self.delivery = match &self.upstream_run {
             Some(_) => Delivery::Accepted,
-            // That is settled before anything is sent.
+            // The earlier run is settled before anything is sent, so nothing of this run was sent.
             None if thread.unsettled_run.is_some() => Delivery::NotSent,
             None => Delivery::Sent,
         };
@@ -93,17 +94,17 @@ impl Progress {
         self.content = content;
         self.text = stored.log.text;
         self.include_history(&stored.backlog);
-        // Of which it is only known that they are there.
+        // Their number is not known, but there is at least one.
         self.inputs = self.inputs.max(1);
     }
 
-    /// These messages, which the thread lacks, are sent with the run.
+    /// Notes that these unsynced messages are sent with the run.
     pub(in crate::runs) fn include_history(&mut self, history: &[Message]) {
         self.history_users = count_users(history);
         self.synced = !history.is_empty();
     }
 
-    /// These outputs are the next to be sent. `is_uncertain`: they may be there already.
+    /// Notes that these outputs are sent next. `is_uncertain`: the upstream may already have them.
     pub(in crate::runs) fn answers(&mut self, outputs: &[ToolOutput], is_uncertain: bool) {
         let call = |output: &ToolOutput| ToolCall {
             id: output.tool_call_id.clone(),
@@ -115,7 +116,7 @@ impl Progress {
         self.unacknowledged_requests += u32::from(is_uncertain);
     }
 
-    /// The upstream has the run under this id.
+    /// Notes that the upstream has the run under this id.
     pub(in crate::runs) fn accepted(&mut self, id: UpstreamRunId) {
         if self.upstream_run.as_ref() != Some(&id) {
             self.heard();
@@ -125,18 +126,18 @@ impl Progress {
         self.open_calls.clear();
     }
 
-    /// It is known what became of the last request.
+    /// Notes that the result of the last request is known.
     pub(in crate::runs) const fn heard(&mut self) {
         self.unacknowledged_requests = self.unacknowledged_requests.saturating_sub(1);
     }
 
-    /// The round ended with function calls.
+    /// Notes that the round ended with function calls.
     pub(in crate::runs) fn asked(&mut self, ended: Ended) {
         self.open_calls = ended.tool_calls;
         self.said(ended.content, ended.usage);
     }
 
-    /// The text that readers have seen of all rounds.
+    /// Returns the text of all rounds that readers have seen.
     pub(in crate::runs) fn shown(&self) -> String {
         let before: String = self
             .content
@@ -146,7 +147,7 @@ impl Progress {
         before + &self.text
     }
 
-    /// Takes in what a round said and cost.
+    /// Adds the content and the usage of a round.
     pub(in crate::runs) fn said(&mut self, content: Vec<ContentPart>, usage: Option<Usage>) {
         self.text.clear();
         self.rounds_before = self.content.len();

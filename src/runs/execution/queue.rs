@@ -1,4 +1,5 @@
-//! A recorded run's wait for its turn: in this process's queue, then for memory, then until the store lets it start.
+//! The wait of a recorded run for its start: in this process's queue, then for memory, then for
+//! the store.
 
 use std::time::Duration;
 
@@ -19,32 +20,33 @@ use crate::runs::redaction;
 use crate::runs::registry::ActiveRun;
 use crate::store::{Notification, QueuedStart, RunLease, StartedRun};
 
-/// The first pause before a run that is first in its queue asks the store again while a run of another queue is active on its
-/// thread. It doubles up to the longest, since the process that ends that run tells this one.
+/// First pause between two claims of the start by the first run of a queue. A run that is not in
+/// this queue is active on its thread then. The pause doubles up to the longest one, because the
+/// process that ends the active run notifies this one.
 const FIRST_CLAIM_POLL: Duration = Duration::from_millis(100);
 const LONGEST_CLAIM_POLL: Duration = Duration::from_secs(1);
 
-/// What a message holds on its way to its run.
+/// The permits, the ticket and the memory of a message on its way to its run.
 pub(in crate::runs) struct Reservation {
-    /// Its place among the runs of its key.
+    /// The run's place in the queue of its key.
     pub(in crate::runs) ticket: Ticket<ConversationKey, ThreadId>,
-    /// Of the unfinished runs of its tenant. Held until the run has ended.
+    /// A permit of the tenant's unfinished runs, held until the run has ended.
     pub(in crate::runs) tenant_run: Permit<TenantKey>,
-    /// Of the bytes that may wait on a thread. Held until the run starts.
+    /// Permits of the conversation's queued bytes, held until the run starts.
     pub(in crate::runs) queued_bytes: Permit<ConversationKey>,
-    /// Of the memory for what callers send.
+    /// A share of the memory budget for bodies.
     pub(in crate::runs) memory: Share,
 }
 
-/// How a run's wait ended.
+/// The end of a run's wait.
 pub(in crate::runs) enum Waited {
     Started(Box<StartedRun>),
-    /// The run will not start here.
+    /// The run does not start here.
     Over(RunResult),
 }
 
-/// Waits until the run starts, or need not wait any longer. `reservation`: `None` for a run without a place in this process's
-/// queue.
+/// Waits until the run starts, or until it need not wait any longer. `reservation`: `None` for a
+/// run without a ticket in this process's queue.
 pub(in crate::runs) async fn wait_for_start(
     ctx: &Context,
     active: &ActiveRun,
@@ -69,7 +71,7 @@ pub(in crate::runs) async fn wait_for_start(
                     () = turn => {}
                 }
             }
-            // Not to be dropped half-way: the run may have started by then.
+            // This future must not be dropped half-way, because the run may have started by then.
             match redaction::start_queued(ctx, &lease).await {
                 Ok(QueuedStart::Started(started)) => {
                     active.log.push(RunEvent::Started);
@@ -78,7 +80,7 @@ pub(in crate::runs) async fn wait_for_start(
                 Ok(QueuedStart::Lost) => return Waited::Over(RunResult::LetGo),
                 Ok(QueuedStart::NotYet) => cancel_active_run(ctx, run, &lease).await,
                 Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "cannot start a waiting run yet");
+                    tracing::warn!(error = %Chain(&error), "cannot start a queued run yet");
                     pause = LONGEST_CLAIM_POLL;
                 }
             }
@@ -99,7 +101,8 @@ pub(in crate::runs) async fn wait_for_start(
             end_without_output(status, None)
         }
         CalledOff::Stopped => {
-            // All that wait end now: in the order of the queue, so that their messages come into the transcript in that order.
+            // All queued runs end now. They end in the order of the queue, so that their messages
+            // enter the transcript in that order.
             if let Some(reservation) = reservation {
                 reservation.ticket.turn().await;
             }
@@ -109,17 +112,17 @@ pub(in crate::runs) async fn wait_for_start(
     Waited::Over(finish_queued_run(ctx, active, &lease, thread, run, end).await)
 }
 
-/// Why a run need not wait any longer.
+/// The reason why a run need not wait any longer.
 enum CalledOff {
     /// The process stops.
     Stopped,
-    /// Somebody wants it to end.
+    /// A request to end the run came.
     Cancelled,
-    /// Others have taken it over, or shall.
+    /// Another process has taken the run over, or should.
     LetGo,
 }
 
-/// Resolves when a run need not wait any longer.
+/// Waits until the run need not wait any longer, and returns the reason.
 async fn called_off(ctx: &Context, active: &ActiveRun) -> CalledOff {
     tokio::select! {
         biased;
@@ -130,7 +133,7 @@ async fn called_off(ctx: &Context, active: &ActiveRun) -> CalledOff {
     }
 }
 
-/// Resolves when this process stops and other replicas can go on with what waits.
+/// Waits until this process stops and another replica can take over the queued runs.
 async fn others_take_over(ctx: &Context) {
     if !ctx.store.keeps_content() {
         std::future::pending::<()>().await;
@@ -139,8 +142,8 @@ async fn others_take_over(ctx: &Context) {
     ctx.notifier.has_peers().await;
 }
 
-/// Has the run that is active before this one cancelled, if that is what this one's strategy wants. What cannot be
-/// asked now is asked again with the next try to start.
+/// Cancels the active run of the thread if this run's strategy says so. The next try to start
+/// repeats a failed request.
 async fn cancel_active_run(ctx: &Context, run: &Run, lease: &RunLease) {
     let discard = match run.strategy {
         MultitaskStrategy::Interrupt => false,
@@ -148,14 +151,15 @@ async fn cancel_active_run(ctx: &Context, run: &Run, lease: &RunLease) {
         MultitaskStrategy::Enqueue | MultitaskStrategy::Reject | MultitaskStrategy::Merge => return,
     };
     match ctx.store.cancel_active(lease, discard).await {
-        // Another replica's run is ended by that replica, which looks for such requests.
+        // If the active run is another replica's, that replica reads this as a request and ends
+        // the run.
         Ok(Some(active)) => match ctx.registry.handle(active) {
             Some(handle) => handle.cancel.request(discard),
             None => ctx.notifier.notify(Notification::Asked(active)),
         },
         Ok(None) => {}
         Err(error) => {
-            tracing::warn!(error = %Chain(&error), "cannot have the active run cancelled yet");
+            tracing::warn!(error = %Chain(&error), "cannot cancel the active run yet");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Finding out what became of a request that failed half-way.
+//! Recovers a request that failed half-way: asks the upstream what became of it.
 
 use tokio::time::sleep;
 
@@ -14,10 +14,11 @@ use crate::runs::context::Context;
 use crate::store::StartedRun;
 use crate::upstream::{Recovered, UpstreamError};
 
-/// Looks at what became of one request, before it is given up.
+/// Most tries to look a request up.
 const MAX_LOOKS: u32 = 3;
 
-/// Finds out what became of a request. [`Recovered::Unknown`] also if the upstream does not say.
+/// Asks the upstream what became of a request. Returns [`Recovered::Unknown`] also if the upstream
+/// does not answer.
 pub(in crate::runs) async fn recover(
     round: &RoundContext<'_>,
     progress: &Progress,
@@ -31,14 +32,14 @@ pub(in crate::runs) async fn recover(
         match round.upstream.recover(&sent, error).await {
             Ok(recovered) => return Ok(recovered),
             Err(error) => {
-                tracing::warn!(error = %Chain(&error), "cannot find out what became of a request");
+                tracing::warn!(error = %Chain(&error), "cannot look a request up at the upstream");
             }
         }
     }
     Ok(Recovered::Unknown)
 }
 
-/// What a run may have left at the upstream, with what is needed to find it there.
+/// Returns what a run may have left at the upstream, with the data to find it there.
 pub(in crate::runs) async fn unsettled_run(
     ctx: &Context,
     started: &StartedRun,

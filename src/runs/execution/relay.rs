@@ -1,4 +1,4 @@
-//! Relays what an upstream says of a round to the run's log.
+//! Relays the upstream's stream of a round to the run's log.
 
 use futures_util::StreamExt;
 
@@ -11,22 +11,22 @@ use crate::error::Chain;
 use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
 
-/// What each streamed piece of a reply counts at least towards the limit on replies, bytes: the log of a run keeps
-/// the pieces apart.
+/// Bytes that each streamed piece of a reply counts at least towards the limit on replies: the log
+/// of a run keeps the pieces apart.
 const MIN_PIECE_COST: usize = 64;
-/// How often a stream that breaks is taken up again.
+/// Most times that a broken stream is continued.
 const MAX_BREAKS: u32 = 5;
 
-/// Which part of a round a stream tells.
+/// The part of a round that a stream has.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::runs) enum Telling {
-    /// The round as it happens: nothing of it was told before.
+    /// The round as it happens, from its beginning. Readers have seen nothing of it.
     First,
-    /// The round from its beginning again, of which readers may have seen some.
+    /// The round from its beginning again. Readers may have seen some of it.
     Again,
 }
 
-/// Relays the stream to its end. One that breaks is followed up as long as the upstream has the run.
+/// Relays the stream to its end. Continues a broken stream while the upstream has the run.
 pub(in crate::runs) async fn relay(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -98,7 +98,7 @@ async fn relay_once(
             }
             UpstreamEvent::Ended(mut ended) => {
                 if !is_named {
-                    // It failed, as the upstream says, before it had a name.
+                    // The round failed before the upstream sent an id.
                     round.awaits_id.send_replace(false);
                     progress.heard();
                 }
@@ -119,7 +119,7 @@ async fn relay_once(
                 if is_again && ended.content.starts_with(&progress.content) {
                     ended.content.drain(..progress.content.len());
                 }
-                // A reader of the deltas alone gets the whole text too.
+                // So a reader of the deltas alone gets the whole text too.
                 let text: String = ended
                     .content
                     .iter()
@@ -138,16 +138,17 @@ async fn relay_once(
     Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
 }
 
-/// A stream that tells a round from its beginning again, of which some was shown before.
+/// Compares a stream that repeats a round with the text that was shown before.
 struct Retelling {
-    /// What was shown and has not been told again yet.
+    /// The shown text that the stream has not repeated yet.
     shown: String,
-    /// It tells something else: what holds is told by the end.
+    /// Whether the stream has another text than was shown. Then only the end of the round has the
+    /// valid text.
     differs: bool,
 }
 
 impl Retelling {
-    /// What is new of a piece of text.
+    /// Returns the new part of a piece of text.
     fn notifications_in(&mut self, text: String) -> Option<String> {
         let common = self.shown.len().min(text.len());
         if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
@@ -168,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    /// What a reader sees of a retelling in these pieces.
+    /// Returns what a reader sees of a repeated round in these pieces.
     fn seen(shown: &str, pieces: &[&str]) -> String {
         let mut retelling = Retelling {
             shown: shown.to_owned(),
@@ -186,7 +187,7 @@ mod tests {
         assert_eq!(seen("abc", &["ab", "cd", "e"]), "de");
         assert_eq!(seen("abc", &["abcde"]), "de");
         assert_eq!(seen("abc", &["a"]), "");
-        assert_eq!(seen("abc", &["ax", "bc", "d"]), "", "another story");
+        assert_eq!(seen("abc", &["ax", "bc", "d"]), "", "another text");
         assert_eq!(seen("äö", &["ä", "öü"]), "ü");
     }
 

@@ -1,4 +1,4 @@
-//! Sending again what was refused.
+//! Retries of refused requests.
 
 use std::time::Duration;
 
@@ -9,18 +9,19 @@ use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::upstream::UpstreamError;
 
-/// Pauses before a request is sent again, where the upstream names none.
+/// Pauses before a request is sent again, where the upstream names no pause.
 pub(in crate::runs) const FIRST_BACK_OFF: Duration = Duration::from_millis(500);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(8);
-/// The longest pause that an upstream may ask for. One that asks for more is not waited for, and the caller hears so.
+/// Longest pause that the gateway accepts from an upstream. If the upstream asks for more, the run
+/// fails with that answer.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_mins(1);
 
-/// The tries that one request has left. Only a request that was provably not taken is sent again: a user's message must not
-/// reach the upstream twice.
+/// The tries that one request has left. The gateway repeats a request only if the upstream
+/// provably did not take it: a user's message must not reach the upstream twice.
 pub(in crate::runs) struct Retries {
     left: u32,
     made: u32,
-    /// Since when something else holds the thread.
+    /// Time since which something else holds the thread.
     pub(in crate::runs) busy_since: Option<Instant>,
 }
 
@@ -33,10 +34,10 @@ impl Retries {
         }
     }
 
-    /// Waits as long as the upstream asks, else a while that grows.
+    /// Waits for the pause that the upstream asks for, or else for a growing back-off.
     ///
     /// # Errors
-    /// The error itself, if the request shall not be sent again.
+    /// The error itself, if the request must not be sent again.
     pub(in crate::runs) async fn wait_after(
         &mut self,
         error: UpstreamError,
@@ -45,12 +46,13 @@ impl Retries {
             return Err(Failure::Upstream(error));
         };
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; trying again");
+        tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; retrying");
         sleep(wait).await;
         Ok(())
     }
 
-    /// The pause before what failed in this way, and provably was not taken, is sent again; `None` if that would not help.
+    /// Returns the pause before a request that was provably not taken is sent again; `None` if a
+    /// repeat would not help.
     fn pause(&mut self, error: &UpstreamError) -> Option<Duration> {
         let asked = match error {
             UpstreamError::Connect | UpstreamError::Broken { timeout: false } => None,

@@ -1,4 +1,4 @@
-//! A fresh thread in the place of a full one, before a run begins.
+//! Rollover: replaces a full thread with a fresh one before a run begins.
 
 use std::time::Duration;
 
@@ -13,14 +13,15 @@ use crate::runs::redaction;
 use crate::store::{QueuedStart, Rolled, Rollover, RunLease, StartedRun, StoreError};
 use crate::upstream::RateLimiter;
 
-/// Puts a fresh thread in the place of the thread of a run that is about to begin, if that is full. The run as it is then.
+/// Replaces the thread of a run that is about to begin with a fresh one, if the thread is full.
+/// Returns the run as it is then.
 ///
-/// Nothing of the run is upstream yet, and no other run is active, so nothing is cut in two. What fails here is
-/// tried again before the next run. May be dropped at any await.
+/// The upstream has nothing of this run, and no other run is active, so the rollover splits no
+/// run. The next run repeats a failed rollover. The future may be dropped at any await.
 pub(in crate::runs) async fn roll_over_if_full(ctx: &Context, started: StartedRun) -> StartedRun {
     let before = started.thread.id;
     let started = rolled(ctx, started).await;
-    // Those who wait have moved along.
+    // The queued runs have moved to the fresh thread too.
     if started.thread.id != before {
         ctx.queue
             .moved(&started.thread.key, before, started.thread.id);
@@ -57,7 +58,7 @@ async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
         }
         Err(_) => {
             tracing::warn!(
-                "cannot roll the thread over now: the upstream did not tell its history in time"
+                "cannot roll the thread over now: the upstream did not return its messages in time"
             );
             return started;
         }
@@ -78,7 +79,7 @@ async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
     }
 }
 
-/// What the store is asked to do to put a fresh thread in the place of this one.
+/// Returns the request to the store for a rollover of this thread.
 pub(in crate::runs) fn rollover_of(
     ctx: &Context,
     thread: &Thread,
@@ -93,16 +94,16 @@ pub(in crate::runs) fn rollover_of(
     }
 }
 
-/// The run as the store has it: an answer that was lost may have moved it.
+/// Reads the run again, because a rollover whose answer was lost may have moved it.
 async fn reread(ctx: &Context, started: StartedRun) -> StartedRun {
     loop {
         match redaction::start_queued(ctx, &started.lease).await {
             Ok(QueuedStart::Started(now)) => return *now,
-            // The next write says that the lease was lost.
+            // The next write finds out that the lease is lost.
             Ok(QueuedStart::NotYet | QueuedStart::Lost) => return started,
             Err(StoreError::Unavailable(_)) => sleep(jittered(Duration::from_millis(500))).await,
             Err(error) => {
-                tracing::error!(error = %Chain(&error), "cannot read a turn again");
+                tracing::error!(error = %Chain(&error), "cannot read a run again");
                 return started;
             }
         }

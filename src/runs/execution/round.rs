@@ -1,4 +1,4 @@
-//! One round at the upstream: the request, the stream, and what to do when one of them fails.
+//! One round at the upstream: the request, the stream, and the recovery from their failures.
 
 use tokio::time::{Instant, sleep};
 
@@ -16,17 +16,17 @@ use crate::runs::backoff::jittered;
 use crate::runs::breaker::Permit;
 use crate::upstream::{AnswerTools, EventStream, Recovered, StartRun, UpstreamError};
 
-/// What a round sends.
+/// The request of a round.
 #[derive(Clone, Copy)]
 pub(in crate::runs) enum RoundRequest<'a> {
     Message,
     Outputs(&'a [ToolOutput]),
-    /// The message, unless another process has sent it: what became of that is to be found out first.
+    /// The message, unless another process has sent it. The gateway must find that out first.
     Unknown,
 }
 
-/// Sends what the round is about and relays the reply until the upstream says how the round ended. May be dropped at any
-/// await: what is known by then is in the progress.
+/// Sends the request of the round and relays the reply until the upstream ends the round. The
+/// future may be dropped at any await: `progress` has everything that is known by then.
 pub(in crate::runs) async fn run_round(
     round: &RoundContext<'_>,
     progress: &mut Progress,
@@ -46,7 +46,7 @@ pub(in crate::runs) async fn run_round(
     };
     attempt.tell_breaker(&result);
     let mut end = result?;
-    // An upstream that counts each round by itself gives each an id of its own.
+    // An upstream that counts the usage of each round gives each round an id of its own.
     if let (Some(before), Some(now)) = (usage_before, end.ended.usage)
         && id_before != attempt.progress.upstream_run
     {
@@ -55,24 +55,25 @@ pub(in crate::runs) async fn run_round(
     Ok(end)
 }
 
-/// What a round knows while it goes on.
+/// The state of a round.
 struct Round<'a> {
     context: &'a RoundContext<'a>,
     progress: &'a mut Progress,
-    /// What the breaker is to be told: how the request fared, whatever it took.
+    /// The breaker's permit, which gets the verdict on the request with all its tries.
     permit: Option<Permit>,
 }
 
-/// What a failure leads to.
+/// The next step after a failure.
 enum Next {
-    /// The upstream has the run, and this is what it still says.
+    /// The upstream has the run, and this is the rest of its stream.
     Follow(EventStream),
-    /// It provably does not have it.
+    /// The upstream provably does not have the run.
     SendAgain,
 }
 
 impl Round<'_> {
-    /// `ambiguous_error`: how an earlier request failed that might still come in, although the upstream does not show it.
+    /// Sends the message. `ambiguous_error`: the failure of an earlier request that may still
+    /// arrive, although the upstream does not show it.
     async fn send_message(
         &mut self,
         mut ambiguous_error: Option<UpstreamError>,
@@ -114,7 +115,7 @@ impl Round<'_> {
             self.sends();
             let error = match upstream.start(request).await {
                 Ok(events) => match self.relay(events, Telling::First).await {
-                    // A thread that turns out to be broken only after it took the run.
+                    // The thread may turn out to be broken only after it took the run.
                     Err(Failure::Upstream(error @ UpstreamError::ThreadGone))
                         if self.progress.text.is_empty() =>
                     {
@@ -138,7 +139,7 @@ impl Round<'_> {
                     if let Next::Follow(events) = self.after(error, &mut retries).await? {
                         return self.relay(events, Telling::Again).await;
                     }
-                    // What holds the thread may be this run after all, or what an earlier one left there.
+                    // This run may hold the thread after all, or an earlier run's traces may.
                     if was_busy
                         && let Some(error) = &ambiguous_error
                         && let Some(events) = self.came_in_late(error).await?
@@ -153,12 +154,12 @@ impl Round<'_> {
         }
     }
 
-    /// Goes on with a round that another process had begun, or may have.
+    /// Continues a round that another process began, or may have begun.
     async fn resume(&mut self) -> Result<RoundEnd, Failure> {
         let has_threads = self.context.upstream.capabilities().has_threads;
         let lacks_thread = has_threads && self.context.started.thread.upstream_thread_id.is_none();
         if lacks_thread || self.progress.delivery == Delivery::NotSent {
-            // The thread is recorded before anything is sent.
+            // The thread is recorded before anything is sent, so nothing was sent.
             self.progress.delivery = Delivery::NotSent;
             return self.send_message(None).await;
         }
@@ -169,7 +170,7 @@ impl Round<'_> {
                 self.relay(events, Telling::Again).await
             }
             Recovered::Absent => {
-                tracing::info!("the upstream has never seen the message; sending it");
+                tracing::info!("the upstream does not have the message; sending it");
                 self.was_refused();
                 self.note_second_request().await?;
                 self.progress.sent_again = true;
@@ -190,19 +191,20 @@ impl Round<'_> {
         let owner = self.context.owner();
         let mut retries = Retries::new(ctx.config.runs.max_retries);
         let upstream_run = self.progress.upstream_run.clone();
-        // Calls that were found in a thread can be answered without the id of what made them.
+        // Calls in a thread can be answered without the id of their run.
         if upstream_run.is_none() && !upstream.capabilities().has_threads {
             return Err(Failure::ReplicaLost);
         }
         if std::mem::take(&mut self.progress.is_uncertain) {
-            // As if the answer had been lost: it is looked up before anything is sent.
+            // The same as after a lost answer: look the outputs up before anything is sent.
             let lost = UpstreamError::Broken { timeout: false };
             if let Next::Follow(events) = self.after(lost, &mut retries).await? {
                 return self.relay(events, Telling::Again).await;
             }
         }
         self.ask_breaker()?;
-        // A process that takes the run over must know that the outputs may be there.
+        // Record this first, so that a process that takes the run over knows that the upstream may
+        // have the outputs.
         write_until_ok(|| ctx.store.sends_outputs(&started.lease)).await?;
         loop {
             let thread = self.progress.thread.clone();
@@ -229,7 +231,8 @@ impl Round<'_> {
         }
     }
 
-    /// The upstream has taken the request. What becomes of the reply says nothing of other requests.
+    /// Relays the stream of a request that the upstream accepted. The reply says nothing about
+    /// other requests.
     async fn relay(&mut self, events: EventStream, telling: Telling) -> Result<RoundEnd, Failure> {
         if let Some(permit) = &mut self.permit {
             permit.answered();
@@ -237,7 +240,7 @@ impl Round<'_> {
         relay(self.context, self.progress, events, telling).await
     }
 
-    /// Asks the breaker whether a request may be made. What one tries meanwhile is its own.
+    /// Asks the breaker for a permit. One permit covers all tries of the request.
     fn ask_breaker(&mut self) -> Result<(), Failure> {
         if let Some(breaker) = self
             .context
@@ -252,7 +255,8 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// The verdict on the request as a whole. There is none if the run was cut off, or if we ourselves gave a call up.
+    /// Reports the verdict on the request as a whole. There is no verdict if the run was cut off,
+    /// or if the gateway gave a call up.
     fn tell_breaker<T>(&mut self, result: &Result<T, Failure>) {
         let Some(permit) = &mut self.permit else {
             return;
@@ -267,13 +271,14 @@ impl Round<'_> {
         }
     }
 
-    /// A request goes out that may start something. Under which id is not known yet.
+    /// Notes that a request goes out that may start something, under an id that is not known yet.
     fn sends(&mut self) {
         self.progress.unacknowledged_requests += 1;
         self.context.awaits_id.send_replace(true);
     }
 
-    /// An upstream that says how a request failed has not left anything of it.
+    /// Notes the failure of a request. An upstream that reports how a request failed has nothing
+    /// of it.
     fn hears_of_failure(&mut self, error: &UpstreamError) {
         self.context.awaits_id.send_replace(false);
         if !matches!(
@@ -284,7 +289,7 @@ impl Round<'_> {
         }
     }
 
-    /// Nothing of what was sent is at the upstream; what an earlier round left there is.
+    /// Notes that the upstream has nothing of the last request. It may have earlier rounds.
     fn was_refused(&mut self) {
         self.progress.busy = false;
         if self.progress.delivery == Delivery::Sent {
@@ -292,8 +297,9 @@ impl Round<'_> {
         }
     }
 
-    /// Records that the message is sent a second time. A request whose answer broke off may have left something under an id
-    /// that nobody heard, although the thread shows nothing of it.
+    /// Records that the message is sent a second time. A request whose answer broke off may have
+    /// left something under an id that the gateway never received, although the thread shows
+    /// nothing of it.
     async fn note_second_request(&mut self) -> Result<(), Failure> {
         let RoundContext {
             ctx,
@@ -305,13 +311,14 @@ impl Round<'_> {
             return Ok(());
         }
         write_until_ok(|| ctx.store.sends_again(&started.lease)).await?;
-        // Only now: a run that is cut off before says at its end that there was such a request.
+        // Only after the write: a run that is cut off before it reports the request at its end.
         self.progress.heard();
         Ok(())
     }
 
-    /// Decides what to do after a request was refused or broke off. What the upstream answered for may be sent again as
-    /// often as is configured; what it did not answer for, once in a run, and never if we ourselves gave it up.
+    /// Decides what to do after a request was refused or broke off. A request with an answer is
+    /// repeated as often as the settings say. A request without an answer is repeated once in a
+    /// run, and never if the gateway gave it up.
     async fn after(
         &mut self,
         error: UpstreamError,
@@ -327,7 +334,7 @@ impl Round<'_> {
                 .await?
             {
                 Recovered::Running(events) => {
-                    tracing::warn!(error = %Chain(&error), "the upstream has the run all the same; following it");
+                    tracing::warn!(error = %Chain(&error), "the upstream has the run; following its stream");
                     Ok(Next::Follow(events))
                 }
                 Recovered::Absent => {
@@ -350,7 +357,8 @@ impl Round<'_> {
         }
     }
 
-    /// Looks once more for a request that the upstream did not show, before it is sent again to a thread that is held.
+    /// Looks once more for a request that the upstream did not show, before it is sent again to a
+    /// busy thread.
     async fn came_in_late(
         &mut self,
         failure: &UpstreamError,
@@ -366,23 +374,25 @@ impl Round<'_> {
         }
     }
 
-    /// Something else holds the thread. What the caller wants done on a busy thread is done here too.
+    /// Handles an upstream thread that something else holds. Applies the strategy that the caller
+    /// chose for busy threads.
     async fn wait_for_thread(
         &mut self,
         blocking_run: Option<UpstreamRunId>,
         retries: &mut Retries,
     ) -> Result<(), Failure> {
-        // The run that holds it may be of a process that has the thread by now.
+        // The run that holds the thread may be of a process that took the thread over.
         may_send(&self.context.ctx.registry)?;
         tracing::warn!(
             blocking_run = blocking_run.as_ref().map(UpstreamRunId::as_str),
-            "the upstream thread is held by another run"
+            "another run holds the upstream thread"
         );
         self.progress.busy = true;
         let upstream = self.context.upstream;
         let since = *retries.busy_since.get_or_insert_with(Instant::now);
         let strategy = self.context.started.run.strategy;
-        // A lock without a name may be what is left of our own last run, for a while.
+        // A lock without a run's id may be what remains, for a while, of the gateway's own last
+        // run.
         let lingers =
             blocking_run.is_none() && since.elapsed() < upstream.capabilities().lock_window;
         if strategy == MultitaskStrategy::Reject && !lingers {
@@ -397,7 +407,7 @@ impl Round<'_> {
             MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback
         );
         if let Err(error) = upstream.clear(&thread, blocking_run.as_ref(), cancel).await {
-            tracing::warn!(error = %Chain(&error), "cannot see what holds the upstream thread");
+            tracing::warn!(error = %Chain(&error), "cannot find out which run holds the upstream thread");
             sleep(jittered(FIRST_BACK_OFF)).await;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! What a round works with.
+//! The context of a round.
 
 use tokio::sync::watch;
 
@@ -9,26 +9,26 @@ use crate::runs::log::writer::RunLogWriter;
 use crate::store::StartedRun;
 use crate::upstream::{Ended, EventStream, Ownership, Upstream};
 
-/// What a round works with and does not change.
+/// The parts that a round uses and does not change.
 pub(in crate::runs) struct RoundContext<'a> {
     pub(in crate::runs) ctx: &'a Context,
     pub(in crate::runs) upstream: &'a dyn Upstream,
     pub(in crate::runs) assistant: &'a AssistantConfig,
     pub(in crate::runs) started: &'a StartedRun,
     pub(in crate::runs) log: &'a RunLogWriter,
-    /// Whether a request is out whose id at the upstream is not known yet.
+    /// Whether the gateway waits for the upstream's id of a request that it has sent.
     pub(in crate::runs) awaits_id: &'a watch::Sender<bool>,
 }
 
-/// How the upstream ended a round.
+/// The upstream's end of a round.
 pub(in crate::runs) struct RoundEnd {
     pub(in crate::runs) ended: Ended,
-    /// What is left to read of the answer, to be [drained](crate::upstream::drain).
+    /// The unread rest of the answer, to be [drained](crate::upstream::drain).
     pub(in crate::runs) rest: EventStream,
 }
 
 impl RoundContext<'_> {
-    /// Whose thread it is, as far as the upstream may know.
+    /// Returns the owner of the thread, with the names that the upstream may know.
     pub(in crate::runs) fn owner(&self) -> Ownership {
         let (ctx, thread) = (self.ctx, &self.started.thread);
         let gets_keys = ctx

@@ -1,4 +1,4 @@
-//! Ending what a run left at the upstream.
+//! Settles a run's traces at the upstream.
 
 use super::failure::{Failure, may_send};
 use super::store_retry::write_until_ok;
@@ -7,19 +7,21 @@ use crate::runs::context::Context;
 use crate::store::RunLease;
 use crate::upstream::{Settled, Upstream, UpstreamError};
 
-/// When what a run left is taken away.
+/// When a run's messages are removed from the upstream thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::runs) enum Removal {
-    /// If the run is to be discarded.
+    /// If the run is discarded.
     IfDiscarded,
-    /// Also if any of it is there.
+    /// If the run is discarded, or if any of its messages are there.
     IfSaid,
 }
 
-/// Ends what a run left at the upstream, and takes it away. What was there.
+/// Ends what still works of a run at the upstream, removes its messages there if `removal` says
+/// so, and returns what was there.
 ///
-/// The history that was sent with the run stays, and once the run's own messages are gone nothing at the upstream tells that
-/// it is there. So that is recorded before they are removed.
+/// The history that was sent with the run stays. Once the run's own messages are gone, nothing at
+/// the upstream shows that the history is there. So this function records that before it removes
+/// them.
 pub(in crate::runs) async fn take_away(
     ctx: &Context,
     lease: &RunLease,
@@ -33,14 +35,14 @@ pub(in crate::runs) async fn take_away(
     if !is_removed {
         return Ok(settled);
     }
-    // A chain goes on from before that run, and has taken in nothing that was sent with it.
+    // A chain continues from before the run, so it has no history that was sent with the run.
     if left.synced && settled.said && settled.thread.is_none() {
         write_until_ok(|| ctx.store.took_along(lease, left.run)).await?;
     }
-    // What stands there now may be another's.
+    // Check again: what is in the thread now may be another process's.
     may_send(&ctx.registry)?;
     let removed = upstream.remove(left).await.map_err(|error| match error {
-        // It stays there, so what comes next goes to another thread.
+        // The messages stay there, so the next run uses another thread.
         UpstreamError::Refused {
             status: 404 | 405 | 501,
             ..

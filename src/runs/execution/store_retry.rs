@@ -1,4 +1,4 @@
-//! Asking the store in the middle of a run until it answers. The caller bounds that in time.
+//! Retries of store calls during a run. The caller bounds their time.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::store::StoreError;
 
-/// The pause after the database was away.
+/// Pause after the database was unavailable.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Writes something of a run that this process has, however long the database is away.
+/// Writes about a run of this process, and retries while the database is unavailable.
 ///
 /// # Errors
-/// The run is not this process's any more, or the database refused.
+/// The run is no longer this process's, or the database refused the write.
 pub(in crate::runs) async fn write_until_ok<F>(write: impl Fn() -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<bool, StoreError>>,
@@ -27,10 +27,10 @@ where
     }
 }
 
-/// Asks the store until it answers.
+/// Asks the store, and retries while the database is unavailable.
 ///
 /// # Errors
-/// The database refused.
+/// The database refused the query.
 pub(in crate::runs) async fn retry_until_ok<T, F>(ask: impl Fn() -> F) -> Result<T, Failure>
 where
     F: Future<Output = Result<T, StoreError>>,
@@ -43,12 +43,12 @@ where
     }
 }
 
-/// Pauses before another try.
+/// Waits before the next try.
 ///
 /// # Errors
-/// The database refused, so another try would not help.
+/// The database refused the call, so another try would not help.
 pub(in crate::runs) async fn back_off(error: StoreError) -> Result<(), Failure> {
-    tracing::error!(error = %Chain(&error), "the store failed in the middle of a turn");
+    tracing::error!(error = %Chain(&error), "a store call failed during a run");
     if !matches!(error, StoreError::Unavailable(_)) {
         return Err(Failure::Store);
     }

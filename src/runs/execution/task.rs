@@ -1,5 +1,5 @@
-//! The task of a run, from its admission to its end: the wait for its start, its rounds at the upstream, the waits for tool
-//! outputs in between, and its end.
+//! The task of a run, from its admission to its end: the wait for its start, its rounds at the
+//! upstream, the waits for tool outputs between them, and its end.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -33,22 +33,22 @@ use crate::store::{
 };
 use crate::upstream::{Upstream, drain};
 
-/// Longest wait for the id of a run that is cut off before the upstream has told it.
+/// Longest wait for the upstream's id of a run that is cut off before the upstream has sent it.
 const ID_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause before the store is asked again to let a run wait for tool outputs.
+/// Pause before the store is asked again to let a run wait for tool outputs.
 const PAUSE_RETRY: Duration = Duration::from_millis(500);
 
-/// A run that was just recorded, and what it does next.
+/// A run that was just recorded, and its next step.
 pub(in crate::runs) struct AdmittedRun {
     pub(in crate::runs) thread: Thread,
     pub(in crate::runs) run: Run,
     pub(in crate::runs) next: Next,
 }
 
-/// What a run that was just recorded does next.
+/// The next step of a run that was just recorded.
 pub(in crate::runs) enum Next {
     Start(Box<StartedRun>),
-    /// 1: it is the next to start.
+    /// The run waits; at position 1 it starts next.
     Wait {
         lease: RunLease,
         position: i64,
@@ -66,7 +66,7 @@ pub(in crate::runs) async fn run_admitted(
     let waited = match next {
         Next::Start(started) => Waited::Started(started),
         Next::Wait { lease, .. } => {
-            // What waits is in the store alone, if that keeps it.
+            // The store keeps the message of a queued run, so it need not stay in memory.
             if ctx.store.keeps_content() {
                 reservation.memory.give_back();
             }
@@ -87,14 +87,15 @@ pub(in crate::runs) async fn run_admitted(
         }
         Waited::Over(result) => result,
     };
-    // First the ticket, then the notification: a task that receives it finds the thread free.
+    // Drop the ticket before the notification, so that a task that receives it finds the thread
+    // free.
     drop(ticket);
     announce(ctx, &active, result);
     drop((active, memory, tenant_run));
 }
 
-/// Leads a queued run that was taken over from another replica to its end. The store alone keeps its order: it has no
-/// ticket of this process's queue.
+/// Leads a queued run that was taken over from another replica to its end. The run has no ticket
+/// of this process's queue, so only the store keeps its order.
 pub(in crate::runs) async fn resume_queued(
     ctx: &Context,
     mut active: ActiveRun,
@@ -109,7 +110,7 @@ pub(in crate::runs) async fn resume_queued(
     announce(ctx, &active, result);
 }
 
-/// Goes on with a run that others have joined although its own message was refused.
+/// Continues a run whose own message was refused, for the messages that joined it.
 pub(in crate::runs) async fn continue_for_others(
     ctx: &Context,
     active: ActiveRun,
@@ -124,7 +125,7 @@ pub(in crate::runs) async fn continue_for_others(
     else {
         return;
     };
-    tracing::warn!("the run's own message was refused; it goes on with those that joined it");
+    tracing::warn!("the run's own message was refused; the run continues with joined messages");
     active.log.push(RunEvent::Queued { position });
     resume_queued(ctx, active, lease, &thread, &run).await;
 }
@@ -148,7 +149,7 @@ pub(in crate::runs) async fn close_queued_orphans(
     }
 }
 
-/// Goes on with a run that waited for tool outputs, or had just got them, when its process ended.
+/// Continues a run that waited for tool outputs, or had just got them, when its process ended.
 pub(in crate::runs) async fn resume_waiting(
     ctx: &Context,
     mut active: ActiveRun,
@@ -190,8 +191,9 @@ pub(in crate::runs) async fn resume_waiting(
     announce(ctx, &active, result);
 }
 
-/// Goes on with a run that was at work when its process let go of it: follows it where the upstream has it, sends its
-/// message where that was never seen, and ends it if neither can be.
+/// Continues a run that was active when its process let go of it. Follows the run if the upstream
+/// has it, sends its message if the upstream does not have it, and ends the run if neither is
+/// possible.
 pub(in crate::runs) async fn resume_running(
     ctx: &Context,
     mut active: ActiveRun,
@@ -229,8 +231,8 @@ pub(in crate::runs) async fn resume_running(
     announce(ctx, &active, result);
 }
 
-/// Ends a run on which no task works any more: first what still goes on upstream, then the run. If the upstream can tell how
-/// it ended there, it ends so here.
+/// Ends a run without a live owner: first what still works at the upstream, then the run. If the
+/// upstream can say how the run ended there, it ends so here.
 pub(in crate::runs) async fn close_orphan(
     ctx: &Context,
     active: ActiveRun,
@@ -262,17 +264,17 @@ pub(in crate::runs) async fn close_orphan(
     announce(ctx, &active, result);
 }
 
-/// What a run begins with.
+/// The first step of a run's task.
 enum Begin {
-    /// Its message is to be sent.
+    /// Send the message.
     Message,
-    /// It waits for the outputs of these calls.
+    /// Wait for the outputs of these calls.
     Waiting(RequiredAction),
-    /// Outputs came that may or may not have been sent.
+    /// Send these outputs, which may have been sent already.
     Outputs(Vec<ToolOutput>),
-    /// Its message may or may not have been sent, and all that followed is to be found out.
+    /// Find out whether the message was sent, and what followed.
     Unknown,
-    /// It was cut off before it began.
+    /// End the run, which was cut off before its first round.
     CutOff(Failure),
 }
 
@@ -286,7 +288,7 @@ async fn run_from_start(ctx: &Context, active: &mut ActiveRun, started: StartedR
     };
     let (started, begin) = match rolled {
         Ok(started) => (started, Begin::Message),
-        // Nothing of it is upstream, and the store knows on which thread it is.
+        // The upstream has nothing of the run, and the store knows the run's thread.
         Err(cut) => (started, Begin::CutOff(cut)),
     };
     let progress = Progress::new(&started);
@@ -311,7 +313,7 @@ async fn execute(
         .get(&run.assistant)
         .filter(|it| it.upstream == thread.upstream);
     let result = match (ctx.upstream(&thread.upstream), assistant) {
-        // What it was to say was known to another process alone.
+        // Only another process knew the message's content.
         _ if started
             .input
             .iter()
@@ -340,11 +342,11 @@ async fn execute(
         tracing::warn!(
             upstream.name = thread.upstream,
             failure = failure.name(),
-            "the run did not reach its end upstream"
+            "the run did not reach its end at the upstream"
         );
     }
     if let Some(intent) = progress.intent.take() {
-        // Nobody began to make it, and nobody will.
+        // No task has begun to create the thread, and none will.
         let store = Arc::clone(&ctx.store);
         ctx.tasks
             .tracker
@@ -352,7 +354,7 @@ async fn execute(
     }
     let result = finish_run(ctx, active, started, result, progress).await;
     match &result {
-        RunResult::LetGo => tracing::warn!("let go of the run; others go on with it"),
+        RunResult::LetGo => tracing::warn!("let go of the run; another task continues it"),
         RunResult::Ended(outcome) => tracing::info!(
             thread.id = %thread.id,
             assistant = %run.assistant,
@@ -365,7 +367,7 @@ async fn execute(
     result
 }
 
-/// The rounds of one run: what is sent, what comes back, and the waits in between.
+/// The rounds of one run, and the waits for tool outputs between them.
 struct Rounds<'a> {
     ctx: &'a Context,
     upstream: &'a dyn Upstream,
@@ -375,18 +377,18 @@ struct Rounds<'a> {
     progress: &'a mut Progress,
 }
 
-/// How the rounds of a run ended.
+/// The end of a run's rounds.
 enum RoundsEnd {
     Over(Result<RoundEnd, Failure>),
-    /// The run goes on in another process.
+    /// Another process continues the run.
     LetGo,
 }
 
-/// How a wait for tool outputs ended.
+/// The end of a wait for tool outputs.
 enum OutputsWait {
     Given(Vec<ToolOutput>),
     CutOff(Failure),
-    /// This process stops: the run waits on in another one.
+    /// This process stops, and the run waits in another one.
     LetGo,
 }
 
@@ -433,7 +435,7 @@ impl Rounds<'_> {
         }
     }
 
-    /// One round, unless it is cut off or panics.
+    /// Performs one round, unless it is cut off or panics.
     async fn round(
         &mut self,
         active: &ActiveRun,
@@ -467,7 +469,7 @@ impl Rounds<'_> {
             return Err(cut);
         }
         if upstream.capabilities().goes_on_unread {
-            // The id by which it can be ended may be on its way.
+            // The id by which the upstream run can be ended may be on its way.
             tokio::select! {
                 biased;
                 () = active.lost.cancelled() => return Err(Failure::LeaseLost),
@@ -480,7 +482,8 @@ impl Rounds<'_> {
         Err(cut)
     }
 
-    /// Lets the run wait. From here on the outputs may come, and a process that takes the run over knows what it said.
+    /// Records that the run waits. From here on callers may send the outputs, and a process that
+    /// takes the run over has its content.
     async fn pause(&mut self, active: &ActiveRun, action: &RequiredAction) -> Result<(), Failure> {
         let Self {
             ctx,
@@ -516,7 +519,7 @@ impl Rounds<'_> {
             Ok(Paused::Cancelling) => Err(Failure::Cancelled),
             Ok(Paused::Lost) => Err(Failure::LeaseLost),
             Err(error) => {
-                tracing::error!(error = %Chain(&error), "cannot let the run wait for its tool outputs");
+                tracing::error!(error = %Chain(&error), "cannot record that the run waits for tool outputs");
                 Err(Failure::Store)
             }
         }
@@ -551,7 +554,7 @@ impl Rounds<'_> {
     }
 }
 
-/// Resolves when a run at work has to stop before its end, with the reason.
+/// Waits until an active run has to stop before its end, and returns the reason.
 async fn cut_off(ctx: &Context, active: &ActiveRun, deadline: Instant) -> Failure {
     tokio::select! {
         biased;
@@ -562,7 +565,7 @@ async fn cut_off(ctx: &Context, active: &ActiveRun, deadline: Instant) -> Failur
     }
 }
 
-/// Asks the store until it answers; an answer that is lost on its way does no harm.
+/// Asks the store until it answers. A lost answer does no harm, because the call can be repeated.
 async fn record_pause(
     ctx: &Context,
     lease: &RunLease,
@@ -576,7 +579,8 @@ async fn record_pause(
     }
 }
 
-/// How long the run may take, from now: the store has just set its deadline by its own clock.
+/// Returns the time until the run's deadline. The store has just set the deadline by its own
+/// clock.
 fn time_left(run: &Run) -> Duration {
     run.deadline_at
         .zip(run.started_at)

@@ -1,4 +1,5 @@
-//! Taking a message back whose sender heard that it was not taken, although it may have been recorded.
+//! Withdraws a message that may have been recorded although its caller got the error that it was
+//! not.
 
 use std::time::Duration;
 
@@ -14,12 +15,13 @@ use crate::runs::redaction;
 use crate::runs::registry::{ActiveRun, Refused};
 use crate::store::{RunEnd, RunLease, StoreError, Withdrawal, Withdrawn};
 
-/// How often the database may refuse before the message stays as it is.
+/// Most refusals of the database. After them, the message stays as it is.
 const MAX_REFUSALS: u32 = 3;
-/// Pauses between two tries. They double.
+/// First and longest pause between two tries. The pause doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// When to look again for an admission whose answer was lost; the last time is past any statement's time limit.
+/// Pauses before each look for an admission whose answer was lost. The last one exceeds every
+/// statement's time limit.
 const TAKE_BACK_AFTER: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_secs(1),
@@ -27,8 +29,9 @@ const TAKE_BACK_AFTER: [Duration; 4] = [
     Duration::from_secs(20),
 ];
 
-/// Takes a message back of which it is not known whether it was, or still will be, recorded: its sender heard that it was
-/// not. What appears later than this looks is found as a stray.
+/// Withdraws a message whose caller got the error that it was not recorded, and which may be
+/// recorded now or later. A run that appears after the last look is a stray, which the next
+/// takeover finds.
 pub(in crate::runs) async fn take_back(
     ctx: &Context,
     active: ActiveRun,
@@ -53,8 +56,9 @@ pub(in crate::runs) async fn take_back(
     }
 }
 
-/// Takes the message of a run back of which it is not known whether it was recorded: its sender heard that it was not, and
-/// may say the same again. Asks for as long as the database is away; what it refuses stays as it is.
+/// Withdraws the message of a run that may be recorded. Its caller got the error that it was not,
+/// and may send it again. Retries while the database is unavailable. If the database refuses the
+/// withdrawal, the message stays.
 pub(in crate::runs) async fn withdraw(
     ctx: &Context,
     lease: &RunLease,
@@ -74,7 +78,7 @@ pub(in crate::runs) async fn withdraw(
         match redaction::withdraw(ctx, lease, &taken).await {
             Ok(withdrawn) => return withdrawn,
             Err(error) => {
-                tracing::error!(error = %Chain(&error), "cannot take a refused message back yet");
+                tracing::error!(error = %Chain(&error), "cannot withdraw a refused message yet");
                 refusals += u32::from(!matches!(error, StoreError::Unavailable(_)));
             }
         }

@@ -11,9 +11,9 @@ use crate::domain::{
 /// One event of a run.
 #[derive(Clone, Debug)]
 pub enum RunEvent {
-    /// The run waits. 1: it goes next.
+    /// The run waits in the queue; at position 1 it starts next.
     Queued { position: i64 },
-    /// The run has its turn.
+    /// The run has started.
     Started,
     /// More text of the reply.
     Delta(Arc<str>),
@@ -32,12 +32,13 @@ pub struct Outcome {
     pub activity: ThreadActivity,
     pub run: Run,
     pub message: Option<Message>,
-    /// When the upstream asked to come back.
+    /// The wait that the upstream asked for.
     pub retry_after: Option<Duration>,
 }
 
 impl RunEvent {
-    /// The log that the record tells of a run whose reply has this text: see [`RunLogWriter::retold`](super::writer::RunLogWriter::retold).
+    /// Returns the log of a run whose reply has this text, where the run's record alone is enough
+    /// to rebuild it. See [`RunLogWriter::retold`](super::writer::RunLogWriter::retold).
     pub(in crate::runs) fn retell(text: &str) -> EventBatch {
         let delta = Some(text)
             .filter(|text| !text.is_empty())
@@ -48,7 +49,7 @@ impl RunEvent {
         }
     }
 
-    /// As it is stored; `None` for what the record tells anyway.
+    /// Returns the stored form; `None` if the run's record has the event anyway.
     pub(in crate::runs) fn logged(&self) -> Option<LoggedEvent> {
         match self {
             Self::Queued { position } => Some(LoggedEvent::Queued {
@@ -61,7 +62,7 @@ impl RunEvent {
         }
     }
 
-    /// What a stored event tells a reader; `None` for what is left out.
+    /// Returns a stored event as its readers see it; `None` for skipped numbers.
     pub(in crate::runs) fn of(event: LoggedEvent) -> Option<Self> {
         match event {
             LoggedEvent::Queued { position } => Some(Self::Queued { position }),
@@ -72,7 +73,8 @@ impl RunEvent {
         }
     }
 
-    /// The event as it is for a reader who has seen everything before number `from`. `number`: its own.
+    /// Cuts off the text that a reader has seen who read everything before number `from`. `number`
+    /// is the event's own number.
     pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
         let Self::Delta(text) = &self else {
             return self;

@@ -1,4 +1,4 @@
-//! What the store holds of the log of a run.
+//! The stored part of the log of a run.
 
 use std::collections::VecDeque;
 
@@ -7,17 +7,17 @@ use super::offset::{EventOffset, FIRST_EVENT, numbered};
 use crate::domain::{EventBatch, RunId};
 use crate::store::{Store, StoreError};
 
-/// What is stored of the log of a run that changes hands.
+/// The stored log of a run that changes hands.
 #[derive(Clone, Debug, Default)]
 pub(in crate::runs) struct StoredLog {
-    /// The offset after it.
+    /// The offset after the stored events.
     pub(in crate::runs) end: EventOffset,
-    /// What the round that the run is in has said.
+    /// The text of the run's current round.
     pub(in crate::runs) text: String,
 }
 
 impl StoredLog {
-    /// Reads it.
+    /// Reads the stored log of a run.
     pub(in crate::runs) async fn read(store: &Store, run: RunId) -> Result<Self, StoreError> {
         let batches = store.events(run, FIRST_EVENT).await?;
         let end = batches
@@ -42,7 +42,7 @@ impl StoredLog {
     }
 }
 
-/// What a reader sees of these batches who has seen everything before `from`.
+/// Returns the events that a reader still has to see who has seen everything before `from`.
 pub(in crate::runs) fn seen_from(
     from: EventOffset,
     batches: Vec<EventBatch>,

@@ -1,9 +1,10 @@
-//! What happens during a run, as a log that any number of readers follow at their own pace.
+//! The log of an active run, which any number of readers follow at their own speed.
 //!
-//! A reader holds a position in the log, not a queue of its own: a slow one costs nothing and stalls nobody. The
-//! log lives as long as the run's task or its last reader, and is bounded by the limit on replies.
+//! A reader holds a position in the log, not a queue of its own. So a slow reader costs nothing
+//! and delays nobody. The log lives as long as the run's task or its last reader. The limit on the
+//! size of replies bounds it.
 //!
-//! Where an event stands is its [offset](super::offset).
+//! The [offset](super::offset) of an event is its number.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,17 +17,20 @@ use super::event::{Outcome, RunEvent};
 use super::offset::{STARTED, length};
 use crate::domain::{EventBatch, LoggedEvent, RequiredAction, UpstreamRunId};
 
-/// How often a run is recorded at first, and while somebody follows it on another replica.
+/// Shortest pause between two writes of a run's log: at first, and while a reader on another
+/// replica follows it.
 pub(in crate::runs) const OFTEN: Duration = Duration::from_millis(100);
-/// How often it is recorded at last: the pause doubles with each record.
+/// Longest pause between two writes. The pause doubles with each write until then.
 const SELDOM: Duration = Duration::from_secs(1);
-/// How long a reader on another replica counts who has told of itself. It does so more often.
+/// Time for which a reader on another replica counts after it announced itself. It announces
+/// itself more often.
 const FOLLOWED: Duration = Duration::from_secs(3);
 
-/// What is not stored of a run: its id at the upstream, and events.
+/// The unstored part of a run: its id at the upstream, and events.
 pub(in crate::runs) type Unrecorded = (Option<UpstreamRunId>, EventBatch);
 
-/// The writing end of a run's log. Dropped without an [`Ended`](RunEvent::Ended), it leaves the log broken off.
+/// The writing end of a run's log. If it is dropped without an [`Ended`](RunEvent::Ended), the log
+/// breaks off.
 #[derive(Debug)]
 pub(in crate::runs) struct RunLogWriter {
     log: Arc<Mutex<Log>>,
@@ -35,30 +39,31 @@ pub(in crate::runs) struct RunLogWriter {
 
 #[derive(Debug)]
 struct Log {
-    /// Number of the first event that it can give.
+    /// Number of the first event that this log can give.
     first: i64,
-    /// Each with its number.
+    /// Events, each with its number.
     events: Vec<(i64, RunEvent)>,
-    /// The number that comes next.
+    /// Next free number.
     next: i64,
-    /// What is neither text nor the start has this number or a higher one.
+    /// Lowest number of an event that is neither text nor the start.
     others_from: i64,
-    /// Everything before this number is stored.
+    /// Number before which everything is stored.
     stored: i64,
-    /// Since when there has been something to store.
+    /// Start of the wait of the oldest event, or id, that is not stored.
     waiting_since: Option<Instant>,
-    /// How long that is to wait, if nobody else reads along.
+    /// Longest such wait while no reader on another replica follows.
     pause: Duration,
-    /// Until when somebody on another replica reads along, as far as is known.
+    /// Time until which a reader on another replica follows, as far as is known.
     followed_until: Option<Instant>,
-    /// Where the run is at its upstream, if that is not stored yet.
+    /// The run's id at the upstream, if it is not stored yet.
     upstream_run: Option<UpstreamRunId>,
-    /// Some of it is stored while the run goes on, so that others may read along.
+    /// Whether some of the log was stored while the run worked, so that readers on other replicas
+    /// may have it.
     is_public: bool,
 }
 
 impl Log {
-    /// The number that an event gets.
+    /// Returns the number that the event gets.
     fn number_of(&self, event: &RunEvent) -> i64 {
         match event {
             RunEvent::Delta(text) => self.next + length(text) - 1,
@@ -76,7 +81,7 @@ impl Log {
         self.next = number + 1;
     }
 
-    /// The place of the first event with this number or a higher one.
+    /// Returns the index of the first event with this number or a higher one.
     fn place(&self, number: i64) -> usize {
         self.events.partition_point(|(n, _)| *n < number)
     }
@@ -117,13 +122,13 @@ impl Log {
 }
 
 impl RunLogWriter {
-    /// The log of a run that is new.
+    /// Creates the log of a new run.
     pub(in crate::runs) fn new() -> Self {
         Self::resumed(0, 0)
     }
 
-    /// The log of a run that was taken over. `stored`: the number after all that is stored of it. `others_from`: what is
-    /// not text gets this number or a higher one.
+    /// Creates the log of a run that was taken over. `stored`: the number after the stored events.
+    /// `others_from`: lowest number of an event that is not text.
     pub(in crate::runs) fn resumed(stored: i64, others_from: i64) -> Self {
         let log = Log {
             first: stored,
@@ -150,20 +155,21 @@ impl RunLogWriter {
         self.length.send_replace(log.events.len());
     }
 
-    /// The upstream has told its id of the run.
+    /// Notes the run's id at the upstream.
     pub(in crate::runs) fn accepted(&self, id: &UpstreamRunId) {
         let mut log = lock(&self.log);
         log.upstream_run = Some(id.clone());
         log.waiting_since.get_or_insert_with(Instant::now);
     }
 
-    /// The events that are not stored yet, and `last` if there is one, which is about to be pushed.
+    /// Returns the events that are not stored yet, and `last`, an event that is about to be
+    /// pushed.
     pub(in crate::runs) fn unstored(&self, last: Option<RunEvent>) -> EventBatch {
         lock(&self.log).unstored(last)
     }
 
-    /// The events that are not stored yet, where nothing comes after them but the end: what the record tells of it is
-    /// numbered on from there.
+    /// Returns the events that are not stored yet, where only the end follows them. The end, which
+    /// comes from the run's record, gets its number from the end of this batch.
     pub(in crate::runs) fn rest(&self) -> EventBatch {
         let log = lock(&self.log);
         let mut rest = log.unstored(None);
@@ -176,8 +182,8 @@ impl RunLogWriter {
         rest
     }
 
-    /// Whether the record tells all of the log of a run whose reply has this text: that the run has started at once, in this
-    /// process, and the text. Then nothing is left to store, from what is stored on.
+    /// Returns an empty batch if the run's record is enough to rebuild the log: the run started at
+    /// once, in this process, and its text is `text`. Then no event needs to be stored.
     pub(in crate::runs) fn retold(&self, text: &str) -> Option<EventBatch> {
         let log = lock(&self.log);
         let mut events = log.events.iter().map(|(_, event)| event);
@@ -195,19 +201,19 @@ impl RunLogWriter {
         })
     }
 
-    /// All events up to now are stored.
+    /// Notes that all events up to now are stored.
     pub(in crate::runs) fn all_stored(&self) {
         let mut log = lock(&self.log);
         let end = log.next;
         log.stored_to(end);
     }
 
-    /// Others may have read along.
+    /// Returns whether readers on other replicas may have events of this log.
     pub(in crate::runs) fn is_public(&self) -> bool {
         lock(&self.log).is_public
     }
 
-    /// A reading end.
+    /// Returns a reading end.
     pub(in crate::runs) fn reader(&self) -> RunLog {
         RunLog {
             log: Arc::clone(&self.log),
@@ -224,13 +230,14 @@ pub(in crate::runs) struct RunLog {
 }
 
 impl RunLog {
-    /// Number of the first event that this log can give.
+    /// Returns the number of the first event that this log can give.
     pub(in crate::runs) fn first(&self) -> i64 {
         lock(&self.log).first
     }
 
-    /// The events from number `from` on, each with its number, up to and including the last one of the run. Ends
-    /// without that one if the log breaks off. May be dropped at any point.
+    /// Streams the events from number `from` on, each with its number, up to and including
+    /// `Ended`. If the log breaks off, the stream ends without `Ended`. The stream may be dropped
+    /// at any point.
     pub(in crate::runs) fn follow(
         &self,
         from: i64,
@@ -246,8 +253,8 @@ impl RunLog {
                     reader.length.wait_for(|length| *length > next).await.ok()?;
                     let (number, event) = reader.get(next)?;
                     next += 1;
-                    // The owner before may have shown the reader more than it had recorded: then this one has yet to come to
-                    // where the reader is.
+                    // The previous owner may have shown this reader more than it stored. Then this
+                    // log has to catch up with the reader first.
                     if number >= from {
                         return Some(((number, event.cut(number, from)), (reader, next)));
                     }
@@ -259,7 +266,8 @@ impl RunLog {
         )
     }
 
-    /// Waits for the end of the run. `None` if the log breaks off: the run's task is gone without having told it.
+    /// Waits for the end of the run. Returns `None` if the log breaks off, because the run's task
+    /// is gone.
     pub(in crate::runs) async fn ended(mut self) -> Option<Arc<Outcome>> {
         loop {
             let known = *self.length.borrow_and_update();
@@ -272,12 +280,13 @@ impl RunLog {
         }
     }
 
-    /// Waits for the next event from number `from` on that may answer a caller: the run has ended, or has asked for tool
-    /// outputs and nothing has come of it yet. With its number; `None` if the log breaks off before.
+    /// Waits for the next event from number `from` on that can answer a caller: the end of the
+    /// run, or a request for tool outputs that nothing follows yet. Returns the event with its
+    /// number; `None` if the log breaks off before.
     pub(in crate::runs) async fn answer(mut self, from: i64) -> Option<(i64, RunEvent)> {
         loop {
             self.length.borrow_and_update();
-            // What it says after it has asked shows that the calls were answered.
+            // An event after the request shows that the calls were answered.
             let last = lock(&self.log).events.last().cloned();
             if let Some((number, event)) = last
                 && number >= from
@@ -289,7 +298,7 @@ impl RunLog {
         }
     }
 
-    /// The number of the event by which the run asked last for calls of which this is true.
+    /// Returns the number of the latest request for tool outputs that `is_meant` accepts.
     pub(in crate::runs) fn asked(&self, is_meant: impl Fn(&RequiredAction) -> bool) -> Option<i64> {
         let asks = |event: &RunEvent| matches!(event, RunEvent::RequiresAction(it) if is_meant(it));
         lock(&self.log)
@@ -300,15 +309,16 @@ impl RunLog {
             .map(|(number, _)| *number)
     }
 
-    /// What is not stored, if there is anything.
+    /// Returns the unstored part, if there is one.
     pub(in crate::runs) fn unrecorded(&self) -> Option<Unrecorded> {
         let log = lock(&self.log);
         log.waiting_since?;
         Some((log.upstream_run.clone(), log.unstored(None)))
     }
 
-    /// The same, if it has waited for long enough. A process that may take the run over needs its id at the upstream soon, and
-    /// a reader on another replica its text; a long text by itself is told again by the upstream.
+    /// Returns the unstored part if it has waited for long enough. The upstream id of the run is
+    /// urgent, because a process that takes the run over needs it. Text is urgent only for a
+    /// reader on another replica. After a takeover the upstream sends a long text again.
     pub(in crate::runs) fn overdue(&self) -> Option<Unrecorded> {
         {
             let log = lock(&self.log);
@@ -321,12 +331,12 @@ impl RunLog {
         self.unrecorded()
     }
 
-    /// Somebody on another replica reads along.
+    /// Notes that a reader on another replica follows the run.
     pub(in crate::runs) fn followed(&self) {
         lock(&self.log).followed_until = Some(Instant::now() + FOLLOWED);
     }
 
-    /// It is stored.
+    /// Notes that the upstream id and the events are stored.
     pub(in crate::runs) fn recorded(
         &self,
         upstream_run: Option<&UpstreamRunId>,
@@ -346,7 +356,7 @@ impl RunLog {
     }
 }
 
-/// Nothing in here panics half-way through a change.
+/// No code panics between the two halves of a change, so the poison can be ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -364,7 +374,7 @@ mod tests {
         UserKey,
     };
 
-    /// Where a run that changed hands once is numbered on from.
+    /// First number of an event that is not text, in a run that changed hands once.
     const FIRST: i64 = 1 << 32;
 
     fn delta(text: &str) -> LoggedEvent {
@@ -399,7 +409,7 @@ mod tests {
         }
     }
 
-    /// Of any run: that it is the last event is all that matters here.
+    /// Returns the end of any run: the tests only need a last event.
     fn ended() -> RunEvent {
         let (now, id) = (DateTime::UNIX_EPOCH, ThreadId::new());
         let user = UserKey::try_from("alice".to_owned()).unwrap();
@@ -459,7 +469,8 @@ mod tests {
         }))
     }
 
-    /// What can be read at once, the end as `None`, and whether the stream has ended.
+    /// Returns the events that can be read at once, the end as `None`, and whether the stream has
+    /// ended.
     fn read(reader: &RunLog, from: i64) -> (Vec<(i64, Option<LoggedEvent>)>, bool) {
         let mut events = std::pin::pin!(reader.follow(from));
         let mut read = Vec::new();
@@ -514,9 +525,9 @@ mod tests {
         ) {
             let boundary = |at: usize| text.floor_char_boundary(at.min(text.len()));
             let (stored, seen) = (boundary(stored), boundary(seen));
-            // The one before had stored less, or more, than this reader has seen.
+            // The previous owner stored less, or more, than this reader has seen.
             let writer = RunLogWriter::resumed(2 + length(&text[..stored]), FIRST);
-            // One reader comes before it has said a word.
+            // One reader subscribes before the log has an event.
             let (before, from) = (writer.reader(), 2 + length(&text[..seen]));
             let mut early = Box::pin(before.follow(from));
             prop_assert!(early.next().now_or_never().is_none());
@@ -535,7 +546,7 @@ mod tests {
                 _ => None,
             }).collect();
             prop_assert_eq!(&new, &text[stored.max(seen)..]);
-            prop_assert_eq!(events.last(), Some(&(FIRST, Some(asks("1")))), "beyond all that was shown");
+            prop_assert_eq!(events.last(), Some(&(FIRST, Some(asks("1")))), "beyond all that was shown before");
         }
     }
 
@@ -584,7 +595,7 @@ mod tests {
         assert_eq!(read(&reader, FIRST), (seen, true));
         assert!(reader.clone().ended().await.is_none());
         assert!(reader.clone().answer(FIRST).await.is_none());
-        // What it did tell before counts.
+        // An end before the drop counts.
         let writer = RunLogWriter::resumed(FIRST, FIRST);
         let (one, other) = (writer.reader(), writer.reader());
         writer.push(ended());
@@ -610,7 +621,7 @@ mod tests {
             assert_eq!(
                 writer.unstored(Some(told(asks("1")))),
                 whole,
-                "to ask stores nothing"
+                "asking stores nothing"
             );
         }
         push(&writer, &[asks("1")]);
@@ -623,7 +634,7 @@ mod tests {
         );
         push(&writer, &[asks("2")]);
         writer.all_stored();
-        // The end has a number and no place in the batch: nothing comes after it.
+        // The end has a number but is not in the batch: nothing follows it.
         push(&writer, &[delta("c")]);
         writer.push(ended());
         assert_eq!(writer.unstored(None), batch(FIRST + 5, &[delta("c")]));
@@ -671,7 +682,7 @@ mod tests {
         assert_eq!(
             (cut_off.unstored(None).end(), cut_off.rest().end()),
             (5, FIRST),
-            "where its end is numbered"
+            "the end gets its number there"
         );
         assert_eq!(
             (writer.unstored(None), stored.end()),
@@ -700,7 +711,7 @@ mod tests {
         assert!(reader.unrecorded().is_none());
     }
 
-    /// How long a piece of text waits until it is recorded.
+    /// Returns how long a piece of text waits until it is stored.
     async fn recorded_after(writer: &RunLogWriter, reader: &RunLog) -> Duration {
         push(writer, &[delta("a")]);
         let begun = Instant::now();
@@ -724,14 +735,15 @@ mod tests {
                 Duration::from_millis(wait)
             );
         }
-        // An id is not waited for as long, whatever else there is.
+        // An upstream id waits less, whatever else there is.
         push(&writer, &[delta("b")]);
         tokio::time::advance(Duration::from_millis(50)).await;
         assert!(reader.overdue().is_none());
         writer.accepted(&UpstreamRunId("up".to_owned()));
         assert_eq!(recorded_after(&writer, &reader).await, OFTEN / 2);
         assert_eq!(recorded_after(&writer, &reader).await, SELDOM);
-        // Nor is text that somebody waits for, until it is known no more that they do.
+        // So does text that a reader on another replica follows, for as long as the reader
+        // announces itself.
         push(&writer, &[delta("c")]);
         tokio::time::advance(OFTEN).await;
         assert!(reader.overdue().is_none());
@@ -745,7 +757,7 @@ mod tests {
         push(&writer, &[delta("d")]);
         assert!(
             reader.unrecorded().is_some(),
-            "the last word of a process does not wait"
+            "the last write of a process does not wait"
         );
     }
 
@@ -772,7 +784,7 @@ mod tests {
         assert_eq!(
             writer.retold("abc").map(|rest| rest.first),
             Some(5),
-            "what is to be removed"
+            "the number from which stored events are removed"
         );
         push(&writer, &[asks("1")]);
         assert_eq!(writer.retold("abc"), None);
@@ -786,7 +798,7 @@ mod tests {
             ],
         );
         assert_eq!(queued.retold("abc"), None);
-        // Another process had the run before, and may have shown something.
+        // Another process had the run before, and may have shown events to readers.
         for taken_over in [
             RunLogWriter::resumed(0, FIRST),
             RunLogWriter::resumed(2, FIRST),
@@ -806,8 +818,8 @@ mod tests {
         push(&writer, &[asks("1")]);
         let (number, event) = early.await.unwrap();
         assert_eq!((number, event.logged()), (FIRST + 1, Some(asks("1"))));
-        assert!(waits(FIRST + 2), "it is answered by an earlier event");
-        // What comes of it shows that the calls were answered.
+        assert!(waits(FIRST + 2), "an earlier event answers it");
+        // A later event shows that the calls were answered.
         push(&writer, &[delta("a")]);
         assert!(waits(0));
         push(&writer, &[asks("2")]);
@@ -826,7 +838,7 @@ mod tests {
         ));
     }
 
-    /// The owner before may have shown its caller more than it had recorded.
+    /// The previous owner may have shown its caller more than it stored.
     #[tokio::test]
     async fn a_caller_is_not_answered_by_what_it_has_seen() {
         let writer = RunLogWriter::resumed(5, 0);

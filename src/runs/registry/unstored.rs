@@ -1,28 +1,28 @@
-//! `store.transcript = "off"`: this process holds what the store does not keep of a run, for as long as it works on the
-//! run, in the run's entry of the registry.
+//! The content of runs under `store.transcript = "off"`. The store does not keep it, so this
+//! process holds it in the registry while it works on the run.
 //!
-//! Content that is lost with a process is never replaced by something empty: a run that cannot say what it was to say ends,
-//! and a message that the upstream lacks is withheld from it for good.
+//! Content that is lost with a process is never replaced by empty content. A run that lost its
+//! input ends. A message that the upstream lacks is withheld from it for good.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::domain::{MessageId, RequiredAction};
 use crate::store::InputMessage;
 
-/// What is held of an unfinished run.
+/// The content that this process holds of an unfinished run.
 #[derive(Clone, Default)]
 pub(in crate::runs) struct Unstored(Arc<Mutex<Content>>);
 
 #[derive(Default)]
 pub(in crate::runs) struct Content {
-    /// What the user says, or is to say.
+    /// The user's messages.
     pub(in crate::runs) input: Vec<InputMessage>,
     /// The calls that the run asked for last.
     pub(in crate::runs) asked: Option<RequiredAction>,
 }
 
 impl Unstored {
-    /// A message is one of the run's now, if it was not yet.
+    /// Adds a message to the run, unless the run has it.
     pub(in crate::runs) fn add(&self, message: &InputMessage) {
         let mut content = self.lock();
         if content.input.iter().all(|it| it.id != message.id) {
@@ -34,14 +34,14 @@ impl Unstored {
         self.lock().input.retain(|it| it.id != message);
     }
 
-    /// Nothing in here panics half-way through a change.
+    /// No code panics between the two halves of a change, so the poison can be ignored.
     pub(in crate::runs) fn lock(&self) -> MutexGuard<'_, Content> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl std::fmt::Debug for Unstored {
-    /// Without what is held.
+    /// Leaves the content out.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Unstored")
     }

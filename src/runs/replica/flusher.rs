@@ -1,6 +1,6 @@
-//! Writes what runs show while they go on: one write for all of them, not one for each event. A run that is over by then
-//! has cost nothing more than its end. A run that goes on is written less and less often, unless somebody follows it on
-//! another replica.
+//! The flusher: it writes the events of all active runs in batches. A run that ends before the
+//! next write costs only the write of its end. A longer run is written less and less often, unless
+//! a reader on another replica follows it.
 
 use std::time::Duration;
 
@@ -11,12 +11,13 @@ use crate::runs::context::Context;
 use crate::runs::log::writer::{OFTEN, RunLog, Unrecorded};
 use crate::store::{Notification, RunProgress};
 
-/// Longest time for one write.
+/// Longest time of one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Runs recorded in one write.
+/// Most runs in one write.
 const BATCH: usize = 256;
 
-/// Records, time and again, what the runs of this process have shown. Never ends; may be dropped.
+/// Writes new events of this process's runs again and again. Never returns; the future may be
+/// dropped.
 pub(in crate::runs) async fn keep_flushing(ctx: &Context) {
     let mut ticks = interval(OFTEN);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -26,12 +27,12 @@ pub(in crate::runs) async fn keep_flushing(ctx: &Context) {
     }
 }
 
-/// Records all that the runs of this process have shown up to now.
+/// Writes all events that this process's runs have shown up to now.
 pub(in crate::runs) async fn flush_now(ctx: &Context) {
     flush(ctx, RunLog::unrecorded).await;
 }
 
-/// Records what this finds of each run.
+/// Writes what `find` returns of each run.
 async fn flush(ctx: &Context, find: fn(&RunLog) -> Option<Unrecorded>) {
     let handles = ctx.registry.handles().into_iter();
     let found = handles.filter_map(|handle| {
@@ -51,9 +52,9 @@ async fn flush_batch(ctx: &Context, batch: &[RunProgress]) {
     let recorded = match timeout(WRITE_TIMEOUT, ctx.store.record(batch)).await {
         Ok(Ok(recorded)) => recorded,
         Ok(Err(error)) => {
-            return tracing::warn!(error = %Chain(&error), "cannot record what runs have shown yet");
+            return tracing::warn!(error = %Chain(&error), "cannot write the events of active runs yet");
         }
-        Err(_) => return tracing::warn!("cannot record in time what runs have shown"),
+        Err(_) => return tracing::warn!("cannot write the events of active runs in time"),
     };
     for RunProgress {
         lease,

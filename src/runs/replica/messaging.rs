@@ -11,12 +11,12 @@ use crate::runs::context::Context;
 use crate::runs::notifications::Outbox;
 use crate::store::{Notification, Store, StoreError};
 
-/// Longest time for one delivery.
+/// Longest time of one delivery.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause after a delivery that failed.
+/// Pause after a failed delivery.
 const AFTER_FAILURE: Duration = Duration::from_millis(500);
 
-/// Hears what other replicas tell, until the store is closed.
+/// Receives the notifications of other replicas until the store is closed.
 pub(in crate::runs) async fn listen(ctx: &Context) {
     let mut notifications = ctx.store.notifications();
     while let Some(notification) = notifications.next().await {
@@ -38,8 +38,8 @@ pub(in crate::runs) async fn listen(ctx: &Context) {
     }
 }
 
-/// Sends this process's notifications to the other replicas, and gives up the runs that it releases. What comes meanwhile is
-/// in the next delivery. Never ends; may be dropped.
+/// Sends this process's notifications to the other replicas, and releases runs. The next delivery
+/// takes what arrives meanwhile. Never returns; the future may be dropped.
 pub(in crate::runs) async fn deliver(ctx: &Context) {
     loop {
         ctx.notifier.posted().await;
@@ -49,8 +49,8 @@ pub(in crate::runs) async fn deliver(ctx: &Context) {
     }
 }
 
-/// Delivers what there is. While no other replica is known to be alive, none is told: one that has just begun says so, and
-/// looks by itself until that is heard.
+/// Delivers the content of the outbox. Sends no notifications while no other replica is known to
+/// be alive. A new replica announces itself, and polls until its announcement arrives.
 pub(in crate::runs) async fn deliver_once(ctx: &Context) -> Result<(), ()> {
     let has_peers = ctx.notifier.knows_peers();
     let mut delivery = ctx.notifier.take();
@@ -65,7 +65,7 @@ pub(in crate::runs) async fn deliver_once(ctx: &Context) -> Result<(), ()> {
         })
 }
 
-/// Empties it as far as it comes.
+/// Sends the outbox in two steps. An error leaves the unsent part in it.
 async fn send(store: &Store, outbox: &mut Outbox, has_peers: bool) -> Result<(), StoreError> {
     if !outbox.released.is_empty() {
         store.release(&outbox.released).await?;

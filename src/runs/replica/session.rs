@@ -1,4 +1,4 @@
-//! This process among its peers: it keeps its session alive, and does what others ask of its runs.
+//! The session of this replica, and the requests of other replicas about this replica's runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,16 +13,17 @@ use crate::error::Chain;
 use crate::runs::context::Context;
 use crate::store::{Notification, Request, StoreError};
 
-/// Longest time for the last word to the store.
+/// Longest time of the last calls to the store.
 const RETIRE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often all are asked to let go while the session has lapsed: a run may just have begun.
+/// Pause between two orders to let go while the session has lapsed. A run may just have begun.
 const LET_GO_EVERY: Duration = Duration::from_millis(50);
 
-/// Says that this replica is alive for another `ttl`; the first call registers it and must have succeeded
-/// before the first run is submitted.
+/// Renews the session of this replica for another `ttl`. The first call registers the replica; it
+/// must succeed before the first run is submitted.
 ///
-/// The session counts as lapsed here a tenth of `ttl` before it does in the database, and is counted from before the
-/// call: what has to stop by then has stopped when others may begin.
+/// Here the session lapses a tenth of `ttl` before it does in the database, and its time counts
+/// from before the call. So this replica has stopped its runs when other replicas may take them
+/// over.
 ///
 /// # Errors
 /// The store failed, or did not answer within a third of `ttl`.
@@ -41,8 +42,8 @@ pub(in crate::runs) async fn renew(
     Ok(())
 }
 
-/// Keeps the session, takes over what nobody works on, and exchanges with the other replicas what they need to
-/// know, until the stop.
+/// Keeps the session, takes over orphans and strays, and exchanges notifications with the other
+/// replicas, until the stop.
 pub(in crate::runs) async fn keep_session(ctx: &Arc<Context>, address: &str, ttl: Duration) {
     let work = async {
         tokio::join!(
@@ -69,20 +70,22 @@ async fn keep_renewing(ctx: &Context, address: &str, ttl: Duration) {
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
-            // It says, too, whether there are others: who started while this one did not hear yet has told that in vain.
+            // The renewal also finds new replicas, whose announcements this replica may have
+            // missed.
             () = ctx.notifier.missed.notified() => {}
-            // Who stops wants to know whether there are others to go on.
+            // A replica that stops needs to know whether another one can continue its runs.
             () = ctx.tasks.draining.cancelled(), if !stops => stops = true,
         }
         let lapsed = ctx.registry.has_lapsed();
         if lapsed {
-            // If the store was away, the others could not renew either, and are not dead.
+            // If the database was down, the other replicas could not renew either, and are not
+            // dead.
             ctx.registry.trust_from(Instant::now() + ttl);
         }
         match renew(ctx, address, ttl).await {
             Ok(()) if lapsed => {
                 tracing::warn!(
-                    "this replica has a session again; others may have taken over its runs"
+                    "this replica has a session again; another replica may have taken over its runs"
                 );
             }
             Ok(()) => {}
@@ -93,7 +96,8 @@ async fn keep_renewing(ctx: &Context, address: &str, ttl: Duration) {
     }
 }
 
-/// Has all runs let go when the session lapses: from then on others may go on with them.
+/// Makes all tasks let go of their runs when the session lapses. From then on other replicas may
+/// take the runs over.
 async fn watch_session(ctx: &Context) {
     let registry = &ctx.registry;
     loop {
@@ -103,7 +107,7 @@ async fn watch_session(ctx: &Context) {
         }
         tracing::error!(
             runs = registry.runs().len(),
-            "this replica's session could not be renewed in time; letting go of its runs"
+            "this replica's session could not be renewed in time; its tasks let go of their runs"
         );
         while registry.has_lapsed() {
             registry.let_go();
@@ -112,10 +116,10 @@ async fn watch_session(ctx: &Context) {
     }
 }
 
-/// Gives the session up: whatever this replica still owns can be adopted at once.
+/// Ends the session: another process can adopt this replica's runs at once.
 pub(in crate::runs) async fn retire(ctx: &Context) {
     let last = async {
-        // What cannot be told is found by the others all the same.
+        // If the delivery fails, the other replicas find the released runs by polling.
         let _ = deliver_once(ctx).await;
         ctx.store.retire_replica(ctx.replica).await?;
         ctx.store.notify_replicas(&[Notification::Orphans]).await
@@ -123,22 +127,22 @@ pub(in crate::runs) async fn retire(ctx: &Context) {
     match timeout(RETIRE_TIMEOUT, last).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            tracing::warn!(error = %Chain(&error), "cannot give up this replica's session");
+            tracing::warn!(error = %Chain(&error), "cannot end this replica's session");
         }
-        Err(_) => tracing::warn!("cannot give up this replica's session in time"),
+        Err(_) => tracing::warn!("cannot end this replica's session in time"),
     }
 }
 
-/// Has all tasks let go of their runs, for other replicas or the next process to go on with, if these can know what
-/// that takes.
+/// Makes all tasks let go of their runs, so that other replicas or the next process can
+/// continue them. Does nothing if the store does not keep the content that this takes.
 pub(in crate::runs) fn let_go(ctx: &Context) {
     if ctx.store.keeps_content() {
         ctx.registry.let_go();
     }
 }
 
-/// Does what others ask of the runs that this process works on, when it hears of it and as often as it renews its
-/// session.
+/// Carries out the requests of other replicas about this process's runs: after each notification,
+/// and as often as the session is renewed.
 async fn attend(ctx: &Context, ttl: Duration) {
     let limit = ttl / 3;
     loop {
@@ -155,9 +159,9 @@ async fn look_for_requests(ctx: &Context, limit: Duration) {
     let requests = match timeout(limit, ctx.store.requests(ctx.replica)).await {
         Ok(Ok(requests)) => requests,
         Ok(Err(error)) => {
-            return tracing::error!(error = %Chain(&error), "cannot ask what others want of our runs");
+            return tracing::error!(error = %Chain(&error), "cannot read requests from other replicas");
         }
-        Err(_) => return tracing::error!("cannot ask in time what others want of our runs"),
+        Err(_) => return tracing::error!("cannot read requests from other replicas in time"),
     };
     for request in requests {
         match request {
@@ -175,13 +179,14 @@ async fn look_for_requests(ctx: &Context, limit: Duration) {
     }
 }
 
-/// Tells the tasks of runs that others have taken over, one that was to be cancelled in line among them.
+/// Stops the tasks of runs that another replica has taken over, also of runs that were cancelled
+/// in the queue.
 async fn give_up_lost(ctx: &Context, limit: Duration) {
     let active = ctx.registry.runs();
     if active.is_empty() {
         return;
     }
-    // What cannot be asked now is asked again with the next renewal.
+    // If the query fails, the next renewal repeats it.
     if let Ok(Ok(lost)) = timeout(limit, ctx.store.runs_taken_over(ctx.replica, &active)).await {
         for handle in lost.into_iter().filter_map(|run| ctx.registry.handle(run)) {
             handle.let_go();

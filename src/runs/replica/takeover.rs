@@ -1,4 +1,4 @@
-//! Taking over runs that nobody works on: those of replicas that died, and those that were given up.
+//! Takeover of orphans and strays: runs of dead replicas, and runs that were released.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,14 +20,16 @@ use crate::runs::log::stored::StoredLog;
 use crate::runs::registry::{ActiveRun, Refused};
 use crate::store::{Notification, OrphanedRun, Store, StoreError};
 
-/// Orphans taken at a time.
+/// Most orphans of one adoption.
 const ADOPT_BATCH: u32 = 64;
-/// How often orphans are looked for, as a share of a session's time, and the bounds of that.
+/// Number of searches for orphans within the time to live of a session; below, the bounds of the
+/// pause.
 const LOOKS_PER_SESSION: u32 = 10;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Looks for runs that nobody works on, when it hears of some and a few times in a session's time.
+/// Takes over orphans and strays: after each notification, and a few times within a session's time
+/// to live.
 pub(in crate::runs) async fn take_over(ctx: &Arc<Context>, ttl: Duration) {
     let pause = (ttl / LOOKS_PER_SESSION).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
     let mut told = ctx.notifier.subscribe(Notification::Orphans);
@@ -45,7 +47,7 @@ fn may_adopt(ctx: &Context) -> bool {
     !ctx.tasks.draining.is_cancelled() && !registry.has_lapsed() && registry.trusts_sessions()
 }
 
-/// Takes over runs that nobody works on. `true` if there may be more.
+/// Takes over orphans and strays. Returns whether there may be more.
 async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
     let _taking = ctx.registry.taking.lock().await;
     let active = ctx.registry.runs();
@@ -54,7 +56,7 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
         ctx.store.adopt_orphans(ctx.replica, &active, ADOPT_BATCH),
     )
     .await;
-    // What an answer that is given up had taken over, the next look finds as strays.
+    // If the answer comes too late, the adopted runs are strays, which the next search finds.
     let orphans = match adopted
         .unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))
     {
@@ -69,13 +71,13 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
     for orphan in orphans {
         let run = orphan.run.id;
         let span = ctx.span_of(run, &orphan.thread.key);
-        // One that cannot be read is found again as a stray.
+        // A run whose log cannot be read is a stray, which a later search finds.
         let Ok(Ok(stored)) = timeout(limit, stored_progress(&ctx.store, &orphan)).await else {
             continue;
         };
         let active = ctx.registry.goes_on(orphan.lease, stored.log.end);
         span.in_scope(
-            || tracing::warn!(status = %orphan.run.status, "took over a run that nobody worked on"),
+            || tracing::warn!(status = %orphan.run.status, "took over a run without a live owner"),
         );
         let was_refused = ctx.registry.was_refused(run);
         if orphan.run.status == RunStatus::Queued && orphan.content_lost && was_refused.is_none() {
@@ -93,7 +95,7 @@ async fn adopt(ctx: &Arc<Context>, limit: Duration) -> bool {
     may_be_more
 }
 
-/// What is stored of a run that is taken over, besides the run itself.
+/// Reads the stored progress of a run that is taken over.
 async fn stored_progress(
     store: &Store,
     orphan: &OrphanedRun,
@@ -120,7 +122,7 @@ async fn stored_progress(
     })
 }
 
-/// Goes on with a run where the process before left it, or ends it.
+/// Continues a run where the previous process left it, or ends it.
 async fn resume(
     ctx: Arc<Context>,
     active: ActiveRun,
@@ -129,12 +131,13 @@ async fn resume(
     was_refused: Option<Refused>,
 ) {
     if let Some(refused) = was_refused {
-        // Its sender heard that it was not taken, so it must not run.
+        // Its caller got the error that it was not recorded, so it must not run.
         let withdrawn = withdraw(&ctx, &orphan.lease, &refused).await;
         return task::continue_for_others(&ctx, active, orphan.lease, withdrawn).await;
     }
     if orphan.run.status != RunStatus::Queued && stored.log.end <= STARTED {
-        // The process before had no time to record that. Its text is numbered from there, in whichever process.
+        // The previous process had no time to store this event. The text is numbered from here, at
+        // any process.
         active.log.push(RunEvent::Started);
     }
     match orphan.run.status {

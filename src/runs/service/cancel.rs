@@ -1,4 +1,4 @@
-//! Cancelling runs: those of this process by telling their tasks, others through the store.
+//! Cancels runs: those of this process through their tasks, other runs through the store.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,24 +16,24 @@ use crate::runs::execution::outcome::end_without_output;
 use crate::runs::log::offset::others_from;
 use crate::store::{Notification, RunEnd, StoreError};
 
-/// How much longer than the settling a cancel waits for the end of its run.
+/// Time beyond `runs.settle_timeout` for which a cancel waits for the end of its run.
 const SLACK: Duration = Duration::from_secs(2);
-/// How often the store is asked about a run of another process.
+/// Pause between two reads of a run of another process.
 const POLL: Duration = Duration::from_millis(200);
 
-/// Which of a thread's runs are meant.
+/// A choice among a thread's runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Which {
-    /// The one at work.
+    /// The active run.
     Active,
-    /// Those that wait.
+    /// The queued runs.
     Queued,
     /// Both.
     All,
 }
 
-/// Cancels a run and waits, within a bound, for its end. A run that has ended is given as it is: a cancel that
-/// comes too late is no error.
+/// Cancels a run and waits, within a bound, for its end. Returns an ended run as it is: a late
+/// cancel is no error.
 pub(in crate::runs) async fn cancel(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -47,8 +47,9 @@ pub(in crate::runs) async fn cancel(
     read::run(ctx, key, id).await
 }
 
-/// Cancels unfinished runs of the current thread and waits, within a bound, for their end; those that wait go
-/// first, so that none of them starts in between. Gives them as they are then, in order of admission.
+/// Cancels unfinished runs of the current thread and waits, within a bound, for their end. Cancels
+/// queued runs first, so that none of them starts in between. Returns the runs in order of
+/// admission.
 pub(in crate::runs) async fn cancel_some(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -71,7 +72,7 @@ pub(in crate::runs) async fn cancel_some(
     Ok(ended)
 }
 
-/// Has these runs cancelled, those that wait first and of these the last one first, and waits for their end.
+/// Cancels these runs and waits for their end. Begins with the queued runs, the last one first.
 pub(in crate::runs) async fn end_all(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -84,7 +85,7 @@ pub(in crate::runs) async fn end_all(
         ask_to_end(ctx, key, run).await?;
         ends.push(has_ended(ctx, key, run.id));
     }
-    // A request to another replica is seen there when it renews its session, if it did not hear of it.
+    // A replica that misses the notification reads the request when it renews its session.
     let limit = ctx.config.runs.settle_timeout + SLACK + ctx.config.attend_every;
     if timeout(limit, join_all(ends)).await.is_err() {
         tracing::warn!("a cancelled run did not end in time");
@@ -92,18 +93,18 @@ pub(in crate::runs) async fn end_all(
     Ok(())
 }
 
-/// Asks for the end of a run; one that waits and is not this process's is ended on the spot.
+/// Requests the end of a run. Ends a queued run of another process at once.
 async fn ask_to_end(ctx: &Arc<Context>, key: &ConversationKey, run: &Run) -> Result<(), Error> {
     let handle = ctx.registry.handle(run.id);
     if run.status == RunStatus::Queued && handle.is_none() {
-        // A caller who leaves must not leave the run taken and not ended.
+        // A task does this: if the caller disconnects, the run must not stay taken but unfinished.
         let ending = end_waiting(Arc::clone(ctx), run.id, run.thread_id).in_current_span();
         let ended = ctx.tasks.tracker.spawn(ending).await;
         if ended.map_err(|error| Error::Internal(Some(error.into())))?? {
             return Ok(());
         }
     }
-    // Recorded first: a process that takes the run over knows that it is to end.
+    // Record the request first, so that a process that takes the run over knows of it.
     if run.status.is_active() || handle.is_none() {
         ctx.store.request_cancel(key, run.id).await?;
     }
@@ -114,7 +115,8 @@ async fn ask_to_end(ctx: &Arc<Context>, key: &ConversationKey, run: &Run) -> Res
     Ok(())
 }
 
-/// Takes a run that waits in the line of another process and ends it. `false` if it does not wait any more.
+/// Takes a queued run from another process and ends it. Returns `false` if the run is no longer
+/// queued.
 async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<bool, StoreError> {
     let _taking = ctx.registry.taking.lock().await;
     let Some(lease) = ctx.store.take_queued(ctx.replica, run).await? else {
@@ -123,7 +125,7 @@ async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<
     let status = RunStatus::Queued
         .on(Step::Cancel)
         .unwrap_or(RunStatus::Cancelled);
-    // Beyond all that its owner can have shown.
+    // Beyond all numbers that its owner can have shown.
     let events = EventBatch {
         first: others_from(&lease),
         events: Vec::new(),
@@ -137,7 +139,7 @@ async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<
             },
         )
         .await?;
-    // Its owner has lost it, and its readers go on by the store.
+    // The owner has lost the run, and the run's readers need to read its end from the store.
     for notification in [
         Notification::Asked(run),
         Notification::Run(run),
@@ -148,7 +150,7 @@ async fn end_waiting(ctx: Arc<Context>, run: RunId, thread: ThreadId) -> Result<
     Ok(true)
 }
 
-/// Resolves when the run has ended.
+/// Waits for the end of the run.
 async fn has_ended(ctx: &Context, key: &ConversationKey, id: RunId) {
     if let Some(handle) = ctx.registry.handle(id)
         && handle.log.ended().await.is_some()

@@ -1,4 +1,4 @@
-//! What was taken before under an idempotency key.
+//! Requests that repeat an idempotency key.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::error::Error;
 use crate::runs::context::Context;
 use crate::store::{Idempotency, Repeated};
 
-/// The run that an idempotency key stands for, if it was used before.
+/// Returns the run of an idempotency key that was used before.
 pub(in crate::runs) async fn repeated(
     ctx: &Arc<Context>,
     key: &ConversationKey,
     idempotency: Option<&Idempotency>,
 ) -> Result<Option<Submitted>, Error> {
     let earlier = earlier(ctx, key, idempotency).await?;
-    // Its sender heard that it was not taken, and it is still being taken back.
+    // Its caller got the error that it was not recorded, and the gateway is still withdrawing it.
     if earlier
         .as_ref()
         .is_some_and(|earlier| ctx.registry.is_refused(earlier.run.id))
@@ -33,10 +33,10 @@ pub(in crate::runs) async fn repeated(
     }))
 }
 
-/// What an idempotency key stands for by now.
+/// Returns the earlier request of an idempotency key.
 ///
 /// # Errors
-/// [`Error::IdempotencyMismatch`] if that is another request.
+/// [`Error::IdempotencyMismatch`] if the earlier request was a different one.
 pub(in crate::runs) async fn earlier(
     ctx: &Context,
     key: &ConversationKey,

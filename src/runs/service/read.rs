@@ -1,4 +1,4 @@
-//! Reading threads, messages and runs, and how this replica fares.
+//! Reads threads, messages and runs, and the state of this replica.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,19 +15,19 @@ use crate::export_import;
 use crate::runs::context::{Context, NO_THREAD};
 use crate::store::{StoreError, ThreadFilter, ThreadName, ThreadReport};
 
-/// How long the store counts as in order once it was seen to be.
+/// Time for which the store counts as ready after a check.
 const READY_FOR: Duration = Duration::from_secs(1);
 
 /// How much this process works on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Load {
-    /// Runs that tasks of this process work on.
+    /// Runs with a task in this process.
     pub runs: usize,
     /// Conversations with a run in this process's queue.
     pub queues: usize,
 }
 
-/// A thread and what it is doing.
+/// Returns a thread and what it is doing.
 pub(in crate::runs) async fn thread(
     ctx: &Context,
     name: ThreadName<'_>,
@@ -39,7 +39,7 @@ pub(in crate::runs) async fn thread(
     Ok(report)
 }
 
-/// A page of threads, by age.
+/// Returns a page of threads, by age.
 pub(in crate::runs) async fn threads(
     ctx: &Context,
     filter: &ThreadFilter,
@@ -48,7 +48,7 @@ pub(in crate::runs) async fn threads(
     Ok(ctx.store.threads(filter, page).await?)
 }
 
-/// All that is held of a user, as lines of text.
+/// Streams everything that the store keeps of a user, as lines of text.
 pub(in crate::runs) fn export(
     ctx: &Context,
     tenant: TenantKey,
@@ -60,7 +60,8 @@ pub(in crate::runs) fn export(
     )
 }
 
-/// A page of a thread's transcript, or of those of all threads that its key has and had.
+/// Returns a page of a thread's transcript or, with `across`, of the transcripts of all threads
+/// that its key has and had.
 pub(in crate::runs) async fn messages(
     ctx: &Context,
     name: ThreadName<'_>,
@@ -73,7 +74,7 @@ pub(in crate::runs) async fn messages(
         .ok_or(NO_THREAD)
 }
 
-/// A page of the current thread's runs.
+/// Returns a page of the current thread's runs.
 pub(in crate::runs) async fn runs(
     ctx: &Context,
     key: &ConversationKey,
@@ -86,7 +87,7 @@ pub(in crate::runs) async fn runs(
     Ok(page)
 }
 
-/// One run and its reply, if it has one.
+/// Returns a run and its reply, if it has one.
 pub(in crate::runs) async fn run(
     ctx: &Context,
     key: &ConversationKey,
@@ -98,7 +99,7 @@ pub(in crate::runs) async fn run(
     Ok((run, message))
 }
 
-/// How much this process works on.
+/// Returns how much this process works on.
 pub(in crate::runs) fn load(ctx: &Context) -> Load {
     Load {
         runs: ctx.tasks.tracker.len(),
@@ -106,7 +107,7 @@ pub(in crate::runs) fn load(ctx: &Context) -> Load {
     }
 }
 
-/// This replica takes new work.
+/// Checks that this replica takes new work.
 pub(in crate::runs) fn takes_work(ctx: &Context) -> Result<(), Error> {
     if ctx.tasks.draining.is_cancelled() {
         return Err(Error::Draining);
@@ -117,7 +118,7 @@ pub(in crate::runs) fn takes_work(ctx: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// The breaker of this upstream lets requests through.
+/// Checks that the breaker of this upstream lets requests pass.
 pub(in crate::runs) fn is_reachable(ctx: &Context, upstream: &str) -> Result<(), Error> {
     match ctx.breaker(upstream).map(|breaker| breaker.check()) {
         Some(Err(retry_after)) => Err(Error::UpstreamUnavailable { retry_after }),
@@ -125,7 +126,7 @@ pub(in crate::runs) fn is_reachable(ctx: &Context, upstream: &str) -> Result<(),
     }
 }
 
-/// This replica takes new runs, and its store is in order, or was a second ago.
+/// Checks that this replica takes new runs, and that its store works, or worked a second ago.
 pub(in crate::runs) async fn ready(ctx: &Context) -> Result<(), Error> {
     takes_work(ctx)?;
     let mut seen = ctx.seen_ready.lock().await;

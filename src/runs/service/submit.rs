@@ -1,4 +1,5 @@
-//! Submitting a message: checks, a reservation, its admission by the store, and the hand-over to the task of its run.
+//! Submits a message: checks it, reserves room, spawns the task of its run, and has the store
+//! admit it.
 
 use std::mem;
 use std::sync::Arc;
@@ -28,43 +29,47 @@ use crate::runs::redaction;
 use crate::runs::registry::{ActiveRun, Refused};
 use crate::store::{Admission, Admitted, Idempotency, InputMessage, NotWritten, RunLease};
 
-/// How often an idempotency key may be in use, and stand for nothing when it is looked up.
+/// Most tries to admit a message whose idempotency key the store reports as used, but whose
+/// earlier run is not found.
 const MAX_REPEATS: u32 = 3;
 
 /// A user's message that asks for a run.
 #[derive(Debug)]
 pub struct NewMessage {
     pub content: UserContent,
-    /// `None`: the default assistant.
+    /// Name of the assistant; `None`: the default assistant.
     pub assistant: Option<String>,
-    /// It came with a user's own token, which may not choose every assistant.
+    /// Whether it came with a user's own token, which may not choose every assistant.
     pub by_user: bool,
     pub strategy: MultitaskStrategy,
     pub metadata: Metadata,
-    /// `None`: the assistant's, else the configured one.
+    /// Deadline of the run, counted from its start; `None`: the assistant's timeout, else the
+    /// configured one.
     pub timeout: Option<Duration>,
-    /// How long the thread is to live, from now on; `None`: as long as it would anyway.
+    /// Lifetime of the thread from now on; `None`: unchanged.
     pub ttl: Option<Duration>,
-    /// Cancels the run, from its admission on; harmless once it has ended. It does not cancel a run of others that the message
-    /// joins, or the run of an earlier message that it repeats.
+    /// Cancels the run from its admission on; harmless after its end. It does not cancel a queued
+    /// run that the message joins, or the earlier run of a repeated message.
     pub cancel: CancellationToken,
     pub idempotency: Option<Idempotency>,
-    /// It is taken only as a repeat of an earlier one; the reason is told otherwise.
+    /// If set, the message is accepted only as a repeat of an earlier one, and refused for this
+    /// reason otherwise.
     pub only_repeats: Option<TooOften>,
-    /// Of the memory for what callers send, while the content is in memory.
+    /// Share of the memory budget for bodies, held while the content is in memory.
     pub share: Share,
 }
 
-/// Admits a message: its run is durable, started or waiting, when this returns. The run goes on whatever
-/// becomes of the caller; if this future is dropped, the message may or may not have been admitted.
+/// Admits a message. When this returns, its run is durable: started or queued. The run continues
+/// whatever happens to the caller. If this future is dropped, the message may or may not have been
+/// admitted.
 ///
-/// A message whose idempotency key was used before, with the same request, gets the run of then.
+/// A repeated idempotency key with the same request gets the earlier run.
 pub(in crate::runs) async fn submit(
     ctx: &Arc<Context>,
     key: ConversationKey,
     mut new: NewMessage,
 ) -> Result<Submitted, Error> {
-    // Keeps a stop from finding no task between this check and the spawn below.
+    // Without the token, a stop could find no task between this check and the spawn below.
     let _token = ctx.tasks.tracker.token();
     takes_work(ctx)?;
     let (name, assistant) = assistant(ctx, new.assistant.as_deref(), new.by_user)?;
@@ -80,7 +85,7 @@ pub(in crate::runs) async fn submit(
     }
     let reservation = match reserve(ctx, &key, &mut new, &assistant.upstream) {
         Ok(reservation) => reservation,
-        // What was taken before is told again, however busy this replica is.
+        // A repeat gets its earlier answer however busy this replica is.
         Err(refused) => {
             return repeated(ctx, &key, new.idempotency.as_ref())
                 .await?
@@ -110,7 +115,8 @@ pub(in crate::runs) async fn submit(
         idempotency: new.idempotency.clone(),
         idempotency_ttl: ctx.config.runs.idempotency_ttl,
     };
-    // From here on the work belongs to a task: a caller that leaves must not leave a recorded run undone.
+    // From here on a task does the work, so that a recorded run continues if the caller
+    // disconnects.
     let (answer, answered) = oneshot::channel();
     let active = ctx.registry.begins(admission.run_id, new.cancel);
     let task = run_task(
@@ -122,7 +128,7 @@ pub(in crate::runs) async fn submit(
     );
     ctx.tasks.tracker.spawn(task.in_current_span());
     match answered.await.unwrap_or(Err(Error::Internal(None))) {
-        // Nothing of it was recorded, so its key stands for an earlier one or for nothing.
+        // The store has nothing of this request, so its key means an earlier request or none.
         Err(refused @ (Error::Overloaded | Error::StoreUnavailable(None))) => {
             repeated(ctx, &key, new.idempotency.as_ref())
                 .await?
@@ -132,8 +138,8 @@ pub(in crate::runs) async fn submit(
     }
 }
 
-/// The assistant of this name, or the default one, as far as it may be chosen. One that may not be is answered like one
-/// that does not exist.
+/// Returns the assistant of this name, or the default one, if the caller may choose it. A
+/// forbidden assistant gets the same answer as a missing one.
 fn assistant<'a>(
     ctx: &'a Context,
     named: Option<&str>,
@@ -158,16 +164,16 @@ fn assistant<'a>(
     )))
 }
 
-/// Conversations have a thread of their own at this upstream.
+/// Returns whether conversations have threads of their own at this upstream.
 fn needs_thread(ctx: &Context, upstream: &str) -> bool {
     ctx.upstream(upstream)
         .is_some_and(|upstream| upstream.capabilities().has_threads)
 }
 
-/// Reserves what a message needs on its way to its run.
+/// Reserves the permits, the ticket and the memory that a message needs until its run starts.
 ///
 /// # Errors
-/// There is no room for it, or it may not come now.
+/// A limit is reached, the breaker is open, or only a repeat was allowed.
 fn reserve(
     ctx: &Context,
     key: &ConversationKey,
@@ -205,8 +211,8 @@ fn reserve(
         MultitaskStrategy::Interrupt | MultitaskStrategy::Rollback => {
             ctx.queue.join_next(key.clone()).map_err(full)?
         }
-        // Whether the thread is idle is for the store to say: it may be another one than those in the queue are on, and what
-        // makes it busy may be an earlier copy of this request.
+        // Only the store knows whether the thread is idle. The runs in the queue may be on another
+        // thread, and an earlier copy of this request may be what keeps the thread busy.
         MultitaskStrategy::Reject => ctx.queue.join(key.clone()).map_err(|_| Error::ThreadBusy)?,
     };
     Ok(Reservation {
@@ -217,7 +223,8 @@ fn reserve(
     })
 }
 
-/// The task of a message: has it recorded, answers its caller, and leads its run to its end.
+/// The task of a message: has the message recorded, answers the caller, and leads the run to its
+/// end.
 async fn run_task(
     ctx: Arc<Context>,
     active: ActiveRun,
@@ -236,7 +243,7 @@ async fn run_task(
                 });
                 let (thread, run) = (admitted.thread.clone(), admitted.run.clone());
                 let follow = RunSubscription::live(&ctx, &thread, run.id, active.log.reader());
-                // A caller that has left hears nothing; the run goes on.
+                // A caller that has disconnected gets no answer; the run continues.
                 drop(answer.send(Ok(Submitted {
                     thread,
                     run,
@@ -267,19 +274,20 @@ async fn run_task(
     .await;
 }
 
-/// What became of the attempt to record a message.
+/// The result of the attempt to record a message.
 enum Recorded {
     /// Its run is recorded.
     New(Box<AdmittedRun>),
-    /// It has joined the run of others, or repeats an earlier message.
+    /// The message joined another run, or repeats an earlier message.
     Elsewhere(Box<Submitted>),
-    /// Nothing of it is recorded.
+    /// The store has nothing of the message.
     Refused(Error),
-    /// Its sender is told that it was not taken, but its run may have been recorded all the same.
+    /// The caller gets the error that the message was not recorded, but its run may have been
+    /// recorded.
     Unknown(Error),
 }
 
-/// Records a message once those before it are recorded.
+/// Records a message after all earlier messages of its key are recorded.
 async fn record(
     ctx: &Arc<Context>,
     ticket: &mut Ticket<ConversationKey, ThreadId>,
@@ -298,7 +306,7 @@ async fn record(
         };
         match repeated(ctx, &admission.key, admission.idempotency.as_ref()).await {
             Ok(Some(earlier)) => return Recorded::Elsewhere(Box::new(earlier)),
-            // What its key stood for has been deleted since.
+            // The key's earlier run has been deleted since.
             Ok(None) => admitted = redaction::admit(ctx, admission).await,
             Err(error) => return Recorded::Refused(error),
         }

@@ -1,5 +1,5 @@
-//! Following a run: live where a task of this process works on it, else by what the store knows. It goes on wherever the
-//! run goes on.
+//! Subscriptions to runs. A subscription reads the live log where a task of this process works on
+//! the run, and the store otherwise. It continues across takeovers.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,27 +24,29 @@ use crate::runs::log::writer::RunLog;
 use crate::runs::notifications::Subscription;
 use crate::store::{Notification, StoreError, ThreadName, ThreadReport, Waiting};
 
-/// How soon the store is asked again about a run that another process works on. It doubles up to the longest, for
-/// that process tells when there are any.
+/// First pause between two reads of a run of another process. The pause doubles up to the longest
+/// one, because that process also sends notifications.
 const FIRST_POLL: Duration = Duration::from_millis(100);
 const LONGEST_POLL: Duration = Duration::from_secs(1);
-/// How often the process that works on a run is told that somebody follows it here.
+/// Pause between two notifications to a run's owner that a reader here follows the run.
 const TELL_OWNER_EVERY: Duration = Duration::from_secs(1);
 
-/// The run was there when somebody began to follow it.
-pub const DELETED: Error = Error::NotFound("the run was deleted meanwhile");
+/// The answer if a run disappears while somebody follows it.
+pub const DELETED: Error = Error::NotFound("the run was deleted while this request read it");
 
-/// A run that can be followed.
+/// A subscription to a run.
 #[derive(Clone)]
 pub struct RunSubscription {
     ctx: Arc<Context>,
     thread: Thread,
     run: RunId,
-    /// The log of the task that worked on it when this was made: a run may be over before anybody looks.
+    /// The log of the task that worked on the run at first. It is kept, because the run may end
+    /// before the first read.
     live: Option<RunLog>,
 }
 
-/// A run that was admitted, now or, if `replayed`, by an earlier request with the same idempotency key.
+/// A run that was admitted now or, if `replayed`, by an earlier request with the same idempotency
+/// key.
 #[derive(Clone, Debug)]
 pub struct Submitted {
     pub thread: Thread,
@@ -53,7 +55,7 @@ pub struct Submitted {
     pub replayed: bool,
 }
 
-/// What a caller waits for.
+/// What a caller can wait for.
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// The run has ended.
@@ -63,7 +65,7 @@ pub enum Answer {
 }
 
 impl RunSubscription {
-    /// A run that a task of this process works on.
+    /// Subscribes to a run with a task in this process.
     pub(in crate::runs) fn live(
         ctx: &Arc<Context>,
         thread: &Thread,
@@ -78,7 +80,7 @@ impl RunSubscription {
         }
     }
 
-    /// Any run.
+    /// Subscribes to any run.
     pub(in crate::runs) fn of(ctx: &Arc<Context>, thread: &Thread, run: RunId) -> Self {
         let live = ctx.registry.handle(run).map(|handle| handle.log);
         Self {
@@ -89,8 +91,9 @@ impl RunSubscription {
         }
     }
 
-    /// The events from number `from` on, each with its number, up to the last one of the run. It ends without that one
-    /// only if this process stops, or the run was deleted. May be dropped at any point; it does nothing to the run.
+    /// Streams the events from number `from` on, each with its number, up to and including
+    /// `Ended`. The stream ends early only if this process stops, or if the run was deleted. It
+    /// may be dropped at any point, which does not affect the run.
     pub fn events(&self, from: EventOffset) -> BoxStream<'static, (EventOffset, RunEvent)> {
         let reader = Reader::new(self.clone(), from);
         stream::unfold(reader, |mut reader| async move {
@@ -99,7 +102,8 @@ impl RunSubscription {
         .boxed()
     }
 
-    /// The same of a run that has ended, read at once. `None`: nothing comes from number `from` on.
+    /// Returns the events of an ended run, read at once. `None`: there is no event from number
+    /// `from` on.
     pub async fn rest(
         &self,
         from: EventOffset,
@@ -108,18 +112,19 @@ impl RunSubscription {
             Recorded::Gone => return Err(DELETED),
             Recorded::Whole(events) if events.is_empty() => None,
             Recorded::Whole(events) if self.live.is_none() => Some(stream::iter(events).boxed()),
-            // The task tells all that was said, the record maybe not.
+            // The task has all text that was shown; the store may not.
             Recorded::Whole(_) | Recorded::SoFar(_) => Some(self.events(from)),
         })
     }
 
-    /// Waits until the run answers a caller who has seen all before number `from`. Calls that were answered already are no
-    /// answer. `None` as for [`events`](Self::events).
+    /// Waits until the run answers a caller who has seen everything before number `from`: it ends,
+    /// or asks for tool outputs that it still waits for. Returns `None` where
+    /// [`events`](Self::events) would end early.
     pub async fn answer(&self, mut from: EventOffset) -> Option<Answer> {
         let mut reader = None;
         loop {
             let live = match &self.live {
-                // Without looking at each piece of text.
+                // This skips the pieces of text.
                 Some(log) if reader.is_none() && from >= log.first() => {
                     log.clone().answer(from).await
                 }
@@ -152,7 +157,8 @@ impl RunSubscription {
         }
     }
 
-    /// The run waits for outputs of just these calls. Where the store is away this waits for it: so does the run.
+    /// Returns whether the run waits for outputs of exactly these calls. Waits while the store is
+    /// down, as the run does.
     pub async fn waits_for(&self, asked: &RequiredAction) -> bool {
         self.run_that_waits_for(asked).await.is_some()
     }
@@ -184,7 +190,7 @@ impl RunSubscription {
         })
     }
 
-    /// What the store tells, however long that takes. `None` also if this process stops.
+    /// Asks the store until it answers. Returns `None` also if this process stops.
     async fn insist<T, Asked>(&self, ask: impl Fn() -> Asked) -> Option<T>
     where
         Asked: Future<Output = Result<Option<T>, StoreError>>,
@@ -204,8 +210,8 @@ impl RunSubscription {
         }
     }
 
-    /// The number after the event by which the run asked last for the calls that these outputs answer. `None`: nothing of
-    /// what it shows asks for them.
+    /// Returns the number after the run's latest request for the calls that these outputs answer.
+    /// `None`: no event asks for them.
     pub(in crate::runs) async fn after(
         &self,
         outputs: &[ToolOutput],
@@ -224,7 +230,7 @@ impl RunSubscription {
 
     async fn read(&self, from: EventOffset) -> Result<Recorded, Error> {
         let store = &self.ctx.store;
-        // The run first: if it has ended, its log is whole.
+        // Read the run first: if it has ended, the log that is read afterwards is complete.
         let Some((run, message)) = store.run(&self.thread.key, self.run).await? else {
             return Ok(Recorded::Gone);
         };
@@ -263,15 +269,16 @@ impl RunSubscription {
         Ok(Recorded::Whole(events))
     }
 
-    /// Whether the record tells the log of a run that ended well with this reply, and nothing of it is stored but what a
-    /// [record](crate::store::Store::record) left there that came too late. `batches`: what is stored from number `from` on.
+    /// Returns whether the log of a completed run with this reply can be rebuilt from the run's
+    /// record. Then the store has no events of it, or only those of a late
+    /// [record](crate::store::Store::record). `batches`: the stored events from number `from` on.
     async fn is_retold(
         &self,
         reply: &Message,
         batches: &[EventBatch],
         from: EventOffset,
     ) -> Result<bool, StoreError> {
-        // Without it, what was said is not stored.
+        // A reply without content means that the store keeps no content.
         if reply.content.is_empty() {
             return Ok(false);
         }
@@ -280,11 +287,12 @@ impl RunSubscription {
         let whole = retold.end();
         let stored = batches.iter().map(EventBatch::end).max();
         if stored.is_none() {
-            // The log of a run that took more numbers, with its two last events, was removed as it was old.
+            // An older log with more numbers, `MessageCompleted` and `Ended` among them, was
+            // removed because of its age.
             return Ok(from <= whole + 2);
         }
         let all = self.ctx.store.events(self.run, FIRST_EVENT).await?;
-        // A record that was on its way as the log was removed left a later part of it.
+        // A write that was under way during the removal left a later part of the log.
         if all.iter().all(|batch| batch.first > retold.first) {
             return Ok(true);
         }
@@ -302,7 +310,7 @@ impl RunSubscription {
     }
 }
 
-/// The text of a reply, as its readers see it.
+/// Returns the text of a reply, as its readers see it.
 fn text_of(reply: &Message) -> String {
     reply
         .content
@@ -311,19 +319,19 @@ fn text_of(reply: &Message) -> String {
         .collect()
 }
 
-/// What the store knows of a run from some number on.
+/// What the store has of a run from some number on.
 enum Recorded {
     SoFar(VecDeque<(EventOffset, RunEvent)>),
-    /// To its end; nothing if that was before.
+    /// All events up to the end; empty if the reader has seen the end.
     Whole(VecDeque<(EventOffset, RunEvent)>),
-    /// There is no such run any more.
+    /// The run no longer exists.
     Gone,
 }
 
-/// A reader's place in a run, across all that work on it one after the other.
+/// A reader's position in a run, across all processes that work on the run one after the other.
 struct Reader {
     follow: RunSubscription,
-    /// The number that comes next.
+    /// The next number to read.
     next: EventOffset,
     live: Option<BoxStream<'static, (EventOffset, RunEvent)>>,
     read: VecDeque<(EventOffset, RunEvent)>,
@@ -367,7 +375,7 @@ impl Reader {
         }
     }
 
-    /// Finds where the run goes on, or waits until it is worth looking again.
+    /// Finds the next events of the run, or waits until another search is worthwhile.
     async fn find(&mut self) {
         let registry = &self.follow.ctx.registry;
         let log = self
@@ -380,12 +388,12 @@ impl Reader {
             return;
         }
         let notification = Notification::Run(self.follow.run);
-        // Before the look, so that nothing falls in between.
+        // Subscribe before the read, so that no notification falls between the two.
         let subscription = self
             .notifications
             .get_or_insert_with(|| self.follow.ctx.notifier.subscribe(notification));
         match (self.follow.read(self.next).await, &log) {
-            // The run was taken over by this process: what it showed before is in the store.
+            // This process took the run over: the store has the events before.
             (Ok(Recorded::SoFar(events)), Some(log)) => {
                 self.read = events
                     .into_iter()
@@ -419,7 +427,7 @@ impl Reader {
                 return;
             }
             (Err(error), _) => {
-                tracing::warn!(error = %Chain(&error), "cannot read the events of a run");
+                tracing::warn!(error = %Chain(&error), "cannot read the events of a run yet");
             }
         }
         let stop = &self.follow.ctx.tasks.stop;
@@ -441,7 +449,7 @@ impl std::fmt::Debug for RunSubscription {
     }
 }
 
-/// A run of any of the key's threads and how to follow it.
+/// Returns a run of any of the key's threads, and a subscription to it.
 pub(in crate::runs) async fn follow(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -476,7 +484,7 @@ mod tests {
         Store, ToolAnswer,
     };
 
-    /// A process of its own on a database of its own, with a run that asked for outputs once.
+    /// A process and a database of its own, with a run that has asked for outputs once.
     struct World {
         ctx: Arc<Context>,
         store: Arc<Store>,
@@ -484,7 +492,7 @@ mod tests {
         _folder: TempDir,
     }
 
-    /// The run's log so far: numbers 0 to 2.
+    /// The first events of the run's log: numbers 0 to 2.
     fn begun() -> Vec<LoggedEvent> {
         vec![
             LoggedEvent::Started,
@@ -515,7 +523,7 @@ mod tests {
         }]
     }
 
-    /// The number after the event by which the run asked last for call 1.
+    /// Returns the number after the run's latest request for call 1.
     async fn after(follow: &RunSubscription) -> i64 {
         follow.after(&outputs("1")).await.unwrap().unwrap()
     }
@@ -619,7 +627,7 @@ mod tests {
             RunSubscription::of(&self.ctx, &self.turn.thread, self.turn.run.id)
         }
 
-        /// Ends the run, with a log that goes on at `first`.
+        /// Ends the run with a log that continues at `first`.
         async fn finish(&self, lease: &RunLease, first: i64, events: Vec<LoggedEvent>) {
             let reply = Reply {
                 id: MessageId::new(),
@@ -643,7 +651,7 @@ mod tests {
         }
     }
 
-    /// An event as a word.
+    /// Returns a short name of an event.
     fn word(event: &RunEvent) -> String {
         match event {
             RunEvent::Queued { position } => format!("queued {position}"),
@@ -695,7 +703,7 @@ mod tests {
                 "{from}"
             );
         }
-        assert!(follow.answer(6).await.is_none(), "the end was seen already");
+        assert!(follow.answer(6).await.is_none(), "the end was seen before");
     }
 
     #[tokio::test]
@@ -714,7 +722,7 @@ mod tests {
         assert_eq!(rest, numbered_from(4, &["message assistant", "completed"]));
         assert!(
             follow.rest(6).await.unwrap().is_none(),
-            "the end was seen already"
+            "the reader has seen the end"
         );
         let gone = RunSubscription::of(&world.ctx, &world.turn.thread, RunId::new());
         assert!(matches!(gone.rest(6).await, Err(Error::NotFound(_))));
@@ -767,7 +775,8 @@ mod tests {
     #[tokio::test]
     async fn a_run_that_changed_hands_is_read_from_the_record_and_then_live() {
         let world = World::new().await;
-        // What is text goes on where it was, what else it tells comes beyond all that can have been shown.
+        // Text continues at its number. Other events come beyond all numbers that can have been
+        // shown.
         let (key, run, others) = (&world.turn.thread.key, world.turn.run.id, 1 << 32);
         let follow = {
             let lease = world
@@ -779,10 +788,11 @@ mod tests {
                 .lease;
             let active = world.ctx.registry.goes_on(lease, 3);
             let follow = world.follow();
-            assert_eq!(after(&follow).await, 3, "as the store tells it");
+            assert_eq!(after(&follow).await, 3, "from the store");
             assert!(follow.answer(3).now_or_never().is_none());
 
-            // It asks for the same again; that it did is told live and by the record, and is to be seen once.
+            // The run asks for the same call again. The live log and the store both have this
+            // event; the reader sees it once.
             let answer = ToolAnswer {
                 expected: action("1"),
                 outputs: outputs("1"),
@@ -798,7 +808,7 @@ mod tests {
                 live: None,
                 ..follow.clone()
             };
-            assert_eq!(after(&by_record).await, others + 1, "as it has asked last");
+            assert_eq!(after(&by_record).await, others + 1, "the latest request");
             active.log.push(asks);
             active.log.all_stored();
             active.log.push(RunEvent::Delta("c".into()));
@@ -822,7 +832,7 @@ mod tests {
             ));
             follow
         };
-        // Its task is gone. The process that goes on with the run tells what that had not stored.
+        // The task is gone. The next owner sends the text that the task had not stored.
         let mut rest = follow.events(others + 1);
         assert_eq!(
             rest.next().await.map(|(n, event)| (n, word(&event))),
@@ -841,7 +851,7 @@ mod tests {
         assert_eq!(
             rest[0],
             (others + 2, "d".to_owned()),
-            "what it had shown is not shown again"
+            "text that was shown is not shown again"
         );
         assert_eq!(rest.last().unwrap().1, "completed");
         assert!(matches!(
@@ -871,7 +881,7 @@ mod tests {
         drop(active);
         assert!(
             events.next().now_or_never().is_none(),
-            "it waits for whoever goes on"
+            "the reader waits for the next owner"
         );
         world.ctx.tasks.stop.cancel();
         assert!(events.next().await.is_none(), "the process stops");
@@ -891,7 +901,7 @@ mod tests {
         let mut whole = follow.events(0);
         assert!(
             whole.next().now_or_never().is_none(),
-            "what comes before is missing"
+            "the events before the live log are missing"
         );
         assert!(follow.events(3).next().await.is_some());
     }
@@ -905,11 +915,11 @@ mod tests {
         world.store.close().await;
         assert!(
             follow.after(&outputs("1")).await.is_err(),
-            "that it cannot be read does not mean that there are none"
+            "a failed read does not mean that no call exists"
         );
     }
 
-    /// Where contents are not kept, the record tells which calls there were, and not what they said.
+    /// If the store keeps no content, its record has the ids of calls and not their arguments.
     #[tokio::test]
     async fn calls_are_known_by_their_ids() {
         let mut asked = action("1");

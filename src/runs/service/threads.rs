@@ -1,4 +1,4 @@
-//! Changing a thread: its metadata, how long it lives, and a fresh one in its place.
+//! Changes a thread: its metadata, its lifetime, and its replacement by a fresh one.
 
 use std::time::Duration;
 
@@ -13,16 +13,17 @@ use crate::runs::redaction;
 use crate::store::{Rolled, ThreadName, ThreadReport, ThreadUpdate};
 use crate::upstream::RateLimiter;
 
-/// What became of a caller's wish for a fresh thread.
+/// The result of a caller's request for a fresh thread.
 #[derive(Clone, Debug)]
 pub enum Renewed {
-    /// The fresh thread; the same one if it is empty.
+    /// The fresh thread, or the same thread if it was empty.
     Now(Thread),
-    /// A run is active on this one: it happens before the next turn.
+    /// The thread, which has an active run: the rollover happens before the next run.
     Later(Thread),
 }
 
-/// Changes the key's current thread: all of its metadata, or how long it lives; what is `None` stays.
+/// Changes the key's current thread: all of its metadata, its lifetime, or both. `None` changes
+/// nothing.
 pub(in crate::runs) async fn update_thread(
     ctx: &Context,
     key: &ConversationKey,
@@ -42,10 +43,10 @@ pub(in crate::runs) async fn update_thread(
     read::thread(ctx, ThreadName::Id(&key.tenant, thread.id)).await
 }
 
-/// What a caller's `ttl_ms` means for a thread of that key.
+/// Returns the lifetime that a caller's `ttl_ms` means for a thread of the key.
 ///
 /// # Errors
-/// It is longer than a caller may ask for, or none.
+/// The length is zero, or longer than a caller may ask for.
 pub(in crate::runs) fn ttl(
     ctx: &Context,
     key: &ConversationKey,
@@ -64,7 +65,7 @@ pub(in crate::runs) fn ttl(
     })
 }
 
-/// Archives the key's thread and starts a fresh one, at once or before the next turn.
+/// Archives the key's thread and starts a fresh one, at once or before the next run.
 pub(in crate::runs) async fn roll_over(
     ctx: &Context,
     key: &ConversationKey,

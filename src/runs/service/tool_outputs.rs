@@ -1,4 +1,4 @@
-//! Answers to the function calls of a run.
+//! Takes the outputs of a run's function calls.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,40 +19,45 @@ use crate::runs::log::offset::{EventOffset, FIRST_EVENT};
 use crate::runs::redaction;
 use crate::store::{Answered, Idempotency, Notification, StoreError, ThreadName, ToolAnswer};
 
-/// How soon to ask again what became of outputs whose answer was lost.
+/// Pause before the next check of outputs whose answer was lost.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-/// They cannot be taken any more so long after: it is past any statement's time limit.
+/// Time after which lost outputs can no longer be recorded: it exceeds every statement's time
+/// limit.
 const LATEST: Duration = Duration::from_secs(20);
 
-/// Outputs of the functions that a run asked for: all at once.
+/// Outputs of all functions that a run asked for.
 #[derive(Clone, Debug)]
 pub struct NewOutputs {
     pub outputs: Vec<ToolOutput>,
-    /// They came with a user's own token, which may not answer the calls of every assistant.
+    /// Whether they came with a user's own token, which may not answer the calls of every
+    /// assistant.
     pub by_user: bool,
     pub idempotency: Option<Idempotency>,
-    /// They are taken only as a repeat of earlier ones; the reason is told otherwise.
+    /// If set, the outputs are accepted only as a repeat of earlier ones, and refused for this
+    /// reason otherwise.
     pub only_repeats: Option<TooOften>,
 }
 
-/// A run that goes on with the outputs of its function calls.
+/// A run that continues with the outputs of its function calls.
 #[derive(Clone, Debug)]
 pub struct Resumed {
     pub submitted: Submitted,
-    /// The first event after the wait.
+    /// Number of the first event after the wait.
     pub from: EventOffset,
 }
 
 const BACKEND_ANSWERS: Error = Error::Forbidden(
-    "the outputs of this run's function calls come from a backend, which has an API key: a user's own token may send them \
-     only where the assistant's configuration has `client_tools = true`",
+    "only a backend with an API key may send the outputs of this run's function calls; \
+     a user's own token may, if the assistant's configuration has `client_tools = true`",
 );
 
-/// Hands a run the outputs of the function calls that it waits for. They are durable when this returns, and the run goes on.
+/// Hands a run the outputs of the function calls that it waits for. When this returns, the outputs
+/// are durable and the run continues.
 ///
 /// # Errors
-/// [`Error::Forbidden`] if a backend has to answer; [`Error::Invalid`] if the outputs are not one for each call;
-/// [`Error::RunNotWaiting`] if the run does not wait (any more).
+/// - [`Error::Forbidden`] if only a backend may answer the calls.
+/// - [`Error::Invalid`] if the outputs are not exactly one for each call.
+/// - [`Error::RunNotWaiting`] if the run does not wait, or no longer waits.
 pub(in crate::runs) async fn answer_tools(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -89,7 +94,8 @@ pub(in crate::runs) async fn answer_tools(
         .await?
         .thread;
     is_reachable(ctx, &thread.upstream)?;
-    // Before they are taken: where this cannot be read the caller is refused, and nothing has happened.
+    // Read this before the outputs are recorded: if the read fails, the caller gets an error and
+    // nothing has changed.
     let from = follow.after(&new.outputs).await?.unwrap_or(FIRST_EVENT);
     let mut answer = ToolAnswer {
         expected,
@@ -103,7 +109,8 @@ pub(in crate::runs) async fn answer_tools(
     let answered = if ctx.store.keeps_content() {
         handing.await?
     } else {
-        // The store could not give them again: a caller that leaves must not take them along half-way.
+        // The store does not keep the outputs, so a task hands them over even if the caller
+        // disconnects.
         let task = ctx.tasks.tracker.spawn(handing.in_current_span());
         task.await
             .map_err(|error| Error::Internal(Some(error.into())))??
@@ -121,8 +128,8 @@ pub(in crate::runs) async fn answer_tools(
     not_waiting(ctx, key, &run, &follow, new).await
 }
 
-/// The run does not wait for these outputs: another request with the same idempotency key was faster, or they
-/// are too late.
+/// Answers for a run that does not wait for these outputs: another request with the same
+/// idempotency key was faster, or the outputs are too late.
 async fn not_waiting(
     ctx: &Arc<Context>,
     key: &ConversationKey,
@@ -140,7 +147,8 @@ async fn not_waiting(
     )))
 }
 
-/// An earlier request with the same outputs, from where these let the run go on. If the log is gone by now, that is the end.
+/// Returns an earlier request with the same outputs, and the number from which the run continued
+/// with them. Without a stored log, readers begin at the first event.
 async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<Resumed, Error> {
     let from = earlier.follow.after(outputs).await?.unwrap_or(FIRST_EVENT);
     Ok(Resumed {
@@ -149,30 +157,30 @@ async fn after_outputs(earlier: Submitted, outputs: &[ToolOutput]) -> Result<Res
     })
 }
 
-/// Why a run with this status does not wait for the outputs of calls.
+/// Returns why a run with this status does not wait for the outputs.
 fn why_not_waiting(status: RunStatus, were_asked_for: bool) -> String {
     match status {
         RunStatus::Expired => {
-            "the outputs came after the run's deadline; post a new message to go on".to_owned()
+            "the outputs came after the run's deadline; post a new message to continue".to_owned()
         }
         status if were_asked_for && status != RunStatus::Cancelled => {
-            format!("these calls were answered already; the run is {status}")
+            format!("these calls already have their outputs; the run is {status}")
         }
         status if status.is_final() => format!("the run has ended ({status}) and takes no outputs"),
         RunStatus::RequiresAction => {
-            "the run waits for other calls by now; ask for the run to see which".to_owned()
+            "the run now waits for other calls; read the run to see which".to_owned()
         }
-        status => format!("the run is {status} and waits for no outputs"),
+        status => format!("the run is {status} and does not wait for outputs"),
     }
 }
 
-/// What became of outputs.
+/// The result of handing outputs over.
 enum Handover {
     /// The run took them.
     Taken(Box<Thread>, Box<Run>),
-    /// It did not wait for them (any more).
+    /// The run did not wait for them, or no longer.
     NotTaken,
-    /// It cannot be told.
+    /// Not known.
     Unknown,
 }
 
@@ -182,7 +190,7 @@ impl Handover {
     }
 }
 
-/// Records outputs and lets the run go on with them.
+/// Records outputs and lets the run continue with them.
 async fn hand_over(
     ctx: Arc<Context>,
     key: ConversationKey,
@@ -201,7 +209,7 @@ async fn hand_over(
     let (true, Some(used)) = (is_lost, answer.idempotency.clone()) else {
         return Err(error);
     };
-    // The outputs may have to wait for the store longer than their sender does.
+    // Outputs that the store takes late need a task that outlives the caller's request.
     let patience = ctx.config.admission_timeout;
     let tasks = ctx.tasks.tracker.clone();
     let finding = find_out(ctx, key, id, answer, used, patience).in_current_span();
@@ -211,8 +219,8 @@ async fn hand_over(
     }
 }
 
-/// Hands outputs that were taken to the run's task. Another replica's run is resumed by that replica, which looks for such
-/// requests.
+/// Hands recorded outputs to the run's task. Notifies the owner if the run is another replica's;
+/// that replica reads the outputs as a request.
 fn pass_on(ctx: &Context, id: RunId, outputs: Vec<ToolOutput>) {
     match ctx.registry.handle(id) {
         Some(handle) => handle.answer(outputs),
@@ -220,8 +228,9 @@ fn pass_on(ctx: &Context, id: RunId, outputs: Vec<ToolOutput>) {
     }
 }
 
-/// Finds out whether outputs were taken that the store could not give again, and hands them over. For as long as their
-/// sender waits that is done by giving them again, which their idempotency key lets happen once; then only by looking.
+/// Finds out whether the store recorded outputs that it does not keep, and hands them over to the
+/// run. While the caller waits, it records them again, which their idempotency key allows once.
+/// Afterwards it only looks.
 async fn find_out(
     ctx: Arc<Context>,
     key: ConversationKey,
@@ -257,14 +266,14 @@ async fn find_out(
             Ok(_) if begun.elapsed() > LATEST => return Handover::Unknown,
             Ok(_) | Err(Error::StoreUnavailable(_)) => {}
             Err(error) => {
-                tracing::error!(error = %Chain(&error), "cannot tell whether tool outputs were taken");
+                tracing::error!(error = %Chain(&error), "cannot find out whether tool outputs were recorded");
                 return Handover::Unknown;
             }
         }
     }
 }
 
-/// Whether the outputs that came with this key were taken.
+/// Returns whether the outputs with this idempotency key were recorded.
 async fn taken_before(
     ctx: &Context,
     key: &ConversationKey,
@@ -274,7 +283,7 @@ async fn taken_before(
     Ok(earlier.map_or(Handover::NotTaken, |it| Handover::taken(it.thread, it.run)))
 }
 
-/// What is wrong with outputs for these calls.
+/// Returns what is wrong with outputs for these calls.
 fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     if expected.is_answered_by(outputs) {
         return None;
@@ -320,8 +329,8 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     })
 }
 
-/// A key for outputs that have none of their caller's, by which it can be told what became of them if the answer is lost. No
-/// caller's key has a blank.
+/// Makes an idempotency key for outputs without one, so that a lost answer can be looked up. A
+/// caller's key never has a space.
 fn own_key() -> Idempotency {
     Idempotency {
         key: format!("own {}", MessageId::new()),

@@ -1,16 +1,19 @@
--- Admits runs: resolves the current thread of each message's key or makes it, and starts or queues the run. One row for each
--- item, in the order of the items.
+-- Admits runs: finds or creates the current thread of each message's key, and starts or queues the
+-- run. Returns one row for each item, in the order of the items.
 --
--- items       array of objects, one a message; the fields are listed below
--- alone       it is one item, which waits for rows and keys that others hold; and it may have been sent before: what is
---             recorded is answered as it stands. Else such an item is `held`: nothing of it was stored, and it is to be
---             sent alone
+-- items       array of objects, one for each message; the fields are listed below
+-- alone       true: there is a single item. It waits for rows and keys that other transactions
+--             have locked. It may have been sent before. If it was recorded, the function answers
+--             with the recorded state. false: an item whose rows or key are locked is `held`.
+--             Nothing of it was stored, and the caller sends it again, alone.
 --
--- Outcomes: `recorded`, `merged`, `held`; and refusals, of which nothing is stored: `busy`, `repeated`, `other_upstream`.
+-- Outcomes: `recorded`, `merged`, `held`. Refusals, of which nothing is stored: `busy`,
+-- `repeated`, `other_upstream`.
 --
--- Rows are taken in this order, here and in every other statement that waits for one: the run, the thread, the idempotency
--- key. Whether a thread is free is asked by statements that begin when its row is had, so no answer is out of date.
--- An admission is the only step that adds an unfinished run.
+-- This function, like every statement that waits for row locks, locks in this order: the run, the
+-- thread, the idempotency key. The statements that ask whether a thread is free begin after its
+-- row is locked, so no answer is out of date. Admission is the only step that adds an unfinished
+-- run.
 DECLARE
     i record;
     known threads%ROWTYPE;
@@ -27,11 +30,13 @@ BEGIN
     <<next_item>>
     FOR i IN SELECT * FROM jsonb_to_recordset(items) AS x (
         tenant text, user_key text, scope_kind scope_kind, scope_name text,
-        -- Of the scope, and how long the caller wants the thread to live from now on, by one of two measures.
+        -- max_age and max_idle: the limits of the scope. from_now and from_last_activity: the
+        -- caller's limit for the thread, which is set by at most one of them.
         max_age bigint, max_idle bigint, from_now bigint, from_last_activity bigint,
         upstream text, assistant text, strategy run_strategy, metadata jsonb,
         thread uuid, run uuid, message uuid, message_name text, content jsonb, timeout bigint, replica uuid,
-        -- Of the upstream thread of a fresh thread, if it needs one, and how long its making may go unacknowledged_requests of.
+        -- intent: id for the row of the intent to create an upstream thread, if a fresh thread
+        -- needs one. orphan_after: how long that creation may go unacknowledged.
         intent uuid, orphan_after bigint,
         idempotency_key text, request_hash text, remember bigint,
         max_messages bigint, max_bytes bigint
@@ -40,7 +45,7 @@ BEGIN
         seen_upstream := NULL;
         r_id := NULL;
 
-        -- A repeated message waits for nothing, whoever holds the thread.
+        -- A repeated message waits for no lock, whatever holds the thread.
         IF i.idempotency_key IS NOT NULL AND NOT alone THEN
             SELECT {forgotten k, i.remember} INTO is_forgotten FROM idempotency_keys k WHERE {use_of i};
             IF NOT is_forgotten THEN
@@ -72,7 +77,8 @@ BEGIN
             END IF;
         END IF;
 
-        -- The key's thread; where there is none, the key. Whoever makes a thread has its key.
+        -- Lock the key's thread or, if there is none, the key. Every admission that creates a
+        -- thread has locked its key.
         LOOP
             IF alone THEN
                 SELECT t.* INTO known FROM threads t
@@ -108,11 +114,13 @@ BEGIN
         END IF;
         at := clock_timestamp();
 
-        -- A merge makes no run of its own, whose id would refuse a first try that comes in after it was given up.
+        -- Look for an earlier try of the same item. A batch does that for merges too. A merge
+        -- creates no run, so no duplicate run id would refuse a first try that arrives after its
+        -- caller gave up.
         IF alone OR i.strategy = 'merge' THEN
             SELECT {run r}, 'recorded' INTO {run_names}, outcome FROM runs r WHERE r.id = i.run;
             IF r_id IS NULL AND i.strategy = 'merge' THEN
-                -- The run that the message has joined, whether it waits still or not.
+                -- Find the run that the message has joined, queued or not.
                 SELECT {run r}, 'merged' INTO {run_names}, outcome FROM runs r
                 WHERE r.id = COALESCE(
                     (SELECT m.run_id FROM messages m WHERE m.id = i.message),
@@ -205,8 +213,8 @@ BEGIN
                     AND octet_length(r.queued_input::text) + octet_length(i.content::text) <= i.max_bytes
                 RETURNING {run r} INTO {run_names};
             END IF;
-            -- A message that says how long the thread is to live replaces the thread's own limits. `due_at` is indexed, and
-            -- stays the same value otherwise.
+            -- A message with a limit for its thread replaces the thread's own limits. Without one,
+            -- `due_at`, which is indexed, keeps its value.
             UPDATE threads t SET
                 run_count = t.run_count + CASE WHEN r_id IS NULL THEN 1 ELSE 0 END,
                 message_count = t.message_count + CASE WHEN r_id IS NULL AND NOT b.is_busy THEN 1 ELSE 0 END,
@@ -240,7 +248,8 @@ BEGIN
 
         IF r_id IS NULL THEN
             outcome := 'recorded';
-            -- A run that goes before all that wait gets a priority that is lower than any before: less its own number.
+            -- A run that goes before all queued runs gets a priority lower than any before: minus
+            -- its own seq.
             INSERT INTO runs AS r (
                 id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, owner, fence, timeout_ms,
                 created_at, started_at, deadline_at

@@ -1,6 +1,7 @@
--- Admits runs, as the function for Postgres does: admit.function.sql tells what an item holds and what an outcome means. One
--- script for all items, because a trip to the connection's own thread costs more than a statement there. The writer is alone,
--- and no two items have the same key: what one statement finds stays true for the next, and nothing is `held`.
+-- Admits runs, as the Postgres function does. admit.function.sql explains the fields of an item
+-- and the outcomes. One script handles all items, because a round trip to the connection's own
+-- thread costs more than a statement there. This is the only writer, and no two items have the
+-- same key. So what one statement finds stays true for the next, and no item is `held`.
 CREATE TEMP TABLE IF NOT EXISTS admitting (
     n                  INTEGER NOT NULL PRIMARY KEY,
     tenant             TEXT    NOT NULL,
@@ -29,19 +30,19 @@ CREATE TEMP TABLE IF NOT EXISTS admitting (
     remember           INTEGER NOT NULL,
     max_messages       INTEGER NOT NULL,
     max_bytes          INTEGER NOT NULL,
-    -- When it is admitted.
+    -- The time of the admission.
     at                 INTEGER NOT NULL,
-    -- What becomes of it, once that is known, and the run that is told of.
+    -- The outcome, once it is known, and the run that the answer reports.
     outcome            TEXT,
     answer             BLOB,
-    -- The key's thread, what it is like, and the one before a fresh one.
+    -- The key's thread, its state, and the thread before a fresh one.
     known              BLOB,
     seen_upstream      TEXT,
     has_expired        INTEGER NOT NULL DEFAULT false,
     is_busy            INTEGER NOT NULL DEFAULT false,
     is_fresh           INTEGER NOT NULL DEFAULT false,
     previous           BLOB,
-    -- The waiting run that it joins.
+    -- The queued run that the message joins.
     joins              BLOB
 ) STRICT;
 
@@ -59,7 +60,8 @@ SELECT n, it ->> 'tenant', it ->> 'user_key', it ->> 'scope_kind', it ->> 'scope
     it ->> 'max_bytes', {now}
 FROM items;
 
--- It may have been recorded before: as a run of its own, or in a run that it has joined.
+-- Find items that an earlier try recorded: as a run of their own, or in a run that they have
+-- joined.
 UPDATE admitting SET outcome = 'recorded', answer = run WHERE :alone AND EXISTS (SELECT 1 FROM runs r WHERE r.id = run);
 UPDATE admitting AS a SET answer = COALESCE(
     (SELECT m.run_id FROM messages m WHERE m.id = a.message),
@@ -72,7 +74,7 @@ UPDATE admitting AS a SET answer = COALESCE(
 WHERE :alone AND a.strategy = 'merge' AND a.outcome IS NULL;
 UPDATE admitting SET outcome = 'merged' WHERE answer IS NOT NULL AND outcome IS NULL;
 
--- Its idempotency key may be in use.
+-- Refuse items whose idempotency key is in use.
 DELETE FROM idempotency_keys AS k
 WHERE k.rowid IN (
     SELECT k.rowid FROM admitting a CROSS JOIN idempotency_keys k
@@ -82,7 +84,7 @@ UPDATE admitting AS a SET outcome = 'repeated'
 WHERE a.outcome IS NULL AND a.idempotency_key IS NOT NULL
     AND EXISTS (SELECT 1 FROM idempotency_keys k WHERE {use_of a});
 
--- The key's thread, which may refuse it.
+-- Find the key's thread, and refuse what it does not take.
 UPDATE admitting AS a SET
     known = t.id, seen_upstream = t.upstream, has_expired = COALESCE({expiry a.max_age, a.max_idle} <= a.at, false),
     is_busy = {busy}
@@ -105,7 +107,7 @@ WHERE a.outcome IS NULL AND a.strategy = 'merge' AND NOT a.has_expired;
 UPDATE admitting SET outcome = 'busy'
 WHERE outcome IS NULL AND strategy = 'reject' AND is_busy AND NOT has_expired;
 
--- A fresh thread, where there is none that takes it.
+-- Create a fresh thread for a key that has none or whose thread has expired.
 UPDATE threads SET lifecycle = 'archived', archived_at = a.at, due_at = a.at
 FROM admitting a
 WHERE threads.id = a.known AND a.outcome IS NULL AND a.has_expired;
@@ -136,7 +138,7 @@ UPDATE runs SET queued_input =
     json_insert(queued_input, '$[#]', json_object('id', a.message_name, 'content', json(a.content)))
 FROM admitting a
 WHERE runs.id = a.joins;
--- A message that says how long the thread is to live replaces the thread's own limits.
+-- A message with a limit for its thread replaces the thread's own limits.
 UPDATE threads AS t SET
     run_count = t.run_count + (a.joins IS NULL),
     message_count = t.message_count + (a.joins IS NULL AND NOT a.is_busy),
@@ -151,7 +153,7 @@ UPDATE threads AS t SET
 FROM admitting a
 WHERE t.id = a.known AND a.outcome IS NULL AND NOT a.is_fresh;
 
--- A run that goes before all that wait gets a priority that is lower than any before: less its own number.
+-- A run that goes before all queued runs gets a priority lower than any before: minus its own seq.
 INSERT INTO runs (
     id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, owner, fence, timeout_ms,
     created_at, started_at, deadline_at

@@ -1,14 +1,19 @@
--- Binds the threads of runs at work to upstream threads that were made for them. One row for each item, in the order of the
--- items.
+-- Binds the threads of active runs to the upstream threads that were created for them. Returns one
+-- row for each item, in the order of the items.
 --
--- items       array of objects, one a run; the fields are listed below
--- alone       it is one item, which waits for rows that others hold. Else such an item is `held`: nothing of it was stored,
---             and it is to be sent alone
+-- items       array of objects, one for each run; the fields are listed below
+-- alone       true: there is a single item, which waits for rows that other transactions have
+--             locked. false: an item whose rows are locked is `held`. Nothing of it was stored,
+--             and the caller sends it again, alone.
 --
--- Outcomes: `bound`; `lost`: the lease was lost, and what was made is recorded all the same, as a upstream orphan or as the thread's
--- own since an earlier call; `unrecorded`: the lease was lost, and the record has no place for what was made; `held`.
+-- Outcomes:
+-- - `bound`.
+-- - `lost`: the lease was lost. The id is recorded all the same: as an upstream orphan, or as the
+--   thread's own by an earlier call.
+-- - `unrecorded`: the lease was lost, and the database has no row for the id.
+-- - `held`.
 --
--- Rows are taken in this order: the run, the messages that the thread counts, the thread.
+-- Locks are taken in this order: the run, the messages that the thread counts, the thread.
 DECLARE
     i record;
     at_work runs%ROWTYPE;
@@ -19,12 +24,13 @@ BEGIN
     <<next_item>>
     FOR i IN SELECT * FROM jsonb_to_recordset(items) AS x (
         run uuid, fence bigint, upstream_thread text, intent uuid,
-        -- It was made with the transcript, and with so many of the user's messages of the thread before.
+        -- seeded: the upstream thread was created with the transcript. carried_users: how many of
+        -- the user's messages of the previous thread it begins with.
         seeded boolean, carried_users integer,
-        -- An id for the row of the upstream thread that the thread had before.
+        -- orphan: id for the row of the upstream thread that the thread had before.
         orphan uuid
     ) LOOP
-        -- Nobody takes the run over between the check and the write.
+        -- The lock keeps other replicas from taking the run over between the check and the write.
         IF alone THEN
             SELECT r.* INTO at_work FROM runs r WHERE {leased_by i} AND {at_work r}
             FOR SHARE;
@@ -38,9 +44,10 @@ BEGIN
                 RETURN NEXT;
                 CONTINUE next_item;
             END IF;
-            -- What was intended is to be deleted.
+            -- The upstream thread becomes an orphan that is to be deleted.
             UPDATE upstream_orphans o SET upstream_id = i.upstream_thread, due_at = clock_timestamp() WHERE o.id = i.intent;
-            -- A statement of its own, as it must see what an earlier call, or a deletion that went first, has committed.
+            -- A separate statement: it must see the commits of an earlier call, or of a deletion
+            -- that went first.
             outcome := CASE WHEN {has_recorded i} THEN 'lost' ELSE 'unrecorded' END;
             RETURN NEXT;
             CONTINUE next_item;
@@ -49,7 +56,7 @@ BEGIN
         sent := 0;
         IF i.seeded THEN
             first := {first_position at_work};
-            -- What was missing is told from the rest, since the thread counts it.
+            -- Missing messages are updated separately, because the thread counts them.
             UPDATE messages m SET upstream_sync = 'present', upstream_message_id = NULL
             WHERE m.thread_id = at_work.thread_id AND m.position < first AND m.upstream_sync = 'missing';
             GET DIAGNOSTICS sent = ROW_COUNT;

@@ -1,5 +1,6 @@
--- Binds the threads of runs at work to upstream threads, as the function for Postgres does: bind.function.sql tells what an
--- item holds and what an outcome means. One script for all items. The writer is alone, so nothing is `held`.
+-- Binds the threads of active runs to upstream threads, as the Postgres function does.
+-- bind.function.sql explains the fields of an item and the outcomes. One script handles all items.
+-- This is the only writer, so no item is `held`.
 CREATE TEMP TABLE IF NOT EXISTS binding (
     n                  INTEGER NOT NULL PRIMARY KEY,
     run                BLOB    NOT NULL,
@@ -10,7 +11,8 @@ CREATE TEMP TABLE IF NOT EXISTS binding (
     carried_users      INTEGER NOT NULL,
     orphan             BLOB    NOT NULL,
     outcome            TEXT,
-    -- The run's thread. Where its messages begin, if others of the thread concern this, and how many of those were missing.
+    -- The run's thread. first: the position at which the run's messages begin, if earlier messages
+    -- are to change. sent: how many of those were missing.
     thread             BLOB,
     first              INTEGER,
     sent               INTEGER NOT NULL DEFAULT 0
@@ -24,7 +26,7 @@ FROM items;
 
 UPDATE binding AS b SET thread = (SELECT r.thread_id FROM runs r WHERE {leased_by b} AND {at_work r});
 UPDATE binding SET outcome = 'bound' WHERE thread IS NOT NULL;
--- The lease was lost: what was intended is to be deleted.
+-- The lease was lost: the upstream thread becomes an orphan that is to be deleted.
 UPDATE upstream_orphans AS o SET upstream_id = b.upstream_thread, due_at = {now}
 FROM binding b
 WHERE o.id = b.intent AND b.outcome IS NULL;

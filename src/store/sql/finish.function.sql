@@ -1,17 +1,24 @@
--- Ends runs: status, reply, counters and log of each. One row for each item, in the order of the items.
+-- Ends runs: writes the status, reply, counters and log of each. Returns one row for each item, in
+-- the order of the items.
 --
--- items       array of objects, one a run; the fields are listed below
--- alone       it is one item, which waits for rows that others hold. Else such an item is `held`: nothing of it was stored,
---             and it is to be sent alone
+-- items       array of objects, one for each run; the fields are listed below
+-- alone       true: there is a single item, which waits for rows that other transactions have
+--             locked. false: an item whose rows are locked is `held`. Nothing of it was stored,
+--             and the caller sends it again, alone.
 --
--- Outcomes: `finished`, also if it had ended so under this lease before; `must_discard`: the run is marked to be discarded,
--- and the end does not do that; `lost`: the lease was lost; `held`.
+-- Outcomes:
+-- - `finished`, also if the run had ended with the same status under this lease before.
+-- - `must_discard`: the run is marked to be discarded, and the item does not discard it.
+-- - `lost`: the lease was lost.
+-- - `held`.
 --
--- Rows are taken in this order: the run, the messages that the thread counts, the thread. What the others hold of an
--- item is found out first, by locking all of it or nothing.
+-- Locks are taken in this order: the run, the messages that the thread counts, the thread. An item
+-- of a batch first tries to lock its run and its thread, without waiting. It goes on only with
+-- both, else it is `held`.
 --
--- What concerns other messages than the new ones hangs on the item, so that a run which ended well does not look at any. A
--- part of the log may be there already, if the answer to its recording did not come in time.
+-- Changes to other messages than the new ones depend on fields of the item. So a run that ended
+-- well reads no other messages. A part of the log may be stored already, if the answer to its
+-- recording did not come in time.
 DECLARE
     i record;
     ending runs%ROWTYPE;
@@ -97,7 +104,7 @@ BEGIN
             DELETE FROM run_events l WHERE l.run_id = i.run;
         END IF;
 
-        -- The run's own messages say what came before it, so they are removed after this.
+        -- The run's own messages mark where the earlier ones end, so they are removed after this.
         IF i.synced THEN
             first := {first_position ending};
             UPDATE messages m SET upstream_sync = 'present'

@@ -1,7 +1,8 @@
--- Ends runs, as the function for Postgres does: finish.function.sql tells what an item holds and what an outcome means. One
--- script for all items, because a trip to the connection's own thread costs more than a statement there. The writer is alone:
--- only the second of two runs of one thread is `held`. What concerns other messages than the new ones hangs on the item, so
--- that a run which ended well does not look at any.
+-- Ends runs, as the Postgres function does. finish.function.sql explains the fields of an item and
+-- the outcomes. One script handles all items, because a round trip to the connection's own thread
+-- costs more than a statement there. This is the only writer, so only the second of two runs of
+-- one thread is `held`. Changes to other messages than the new ones depend on fields of the item.
+-- So a run that ended well reads no other messages.
 CREATE TEMP TABLE IF NOT EXISTS ending (
     n                  INTEGER NOT NULL PRIMARY KEY,
     run                BLOB    NOT NULL,
@@ -28,8 +29,10 @@ CREATE TEMP TABLE IF NOT EXISTS ending (
     unacknowledged     INTEGER NOT NULL,
     at                 INTEGER NOT NULL,
     outcome            TEXT,
-    -- The run's thread, its messages that are not in the transcript yet, and how many. What is done to others: how many are
-    -- removed, how many get another mark, and how many of those before the first one went along.
+    -- thread: the run's thread. input and said: the run's messages that are not in the transcript
+    -- yet, and their number. removed and marked: how many of its messages are removed, and how
+    -- many get another mark. first: the position of its first message. sent: how many missing
+    -- messages before that one were sent with the run.
     thread             BLOB,
     input              TEXT,
     said               INTEGER NOT NULL DEFAULT 0,
@@ -83,7 +86,7 @@ ON CONFLICT (run_id, first_offset) DO UPDATE SET events = excluded.events, end_o
 DELETE FROM run_events
 WHERE run_id IN (SELECT run FROM ending WHERE outcome IS NULL AND drops_log AND first_offset > 0);
 
--- The run's own messages say what came before it, so they are removed after this.
+-- The run's own messages mark where the earlier ones end, so they are removed after this.
 UPDATE ending AS e SET first = {first_position_of e.run} WHERE e.outcome IS NULL AND e.synced;
 UPDATE ending AS e SET sent = (
     SELECT count(*) FROM messages m

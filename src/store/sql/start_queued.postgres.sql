@@ -1,13 +1,17 @@
--- Starts a queued run, if no run of its thread is active and none before it waits.
+-- Starts a queued run, if no run of its thread is active and none is queued before it.
 --
--- Once a run waits, no admission starts a run of its thread, and only the run at the head of the queue can be claimed. The
--- snapshot may be out of date in one way: it may lack a run that came just now and goes first. If both are claimed at once, the
--- index `runs_active` refuses one, which is told to come again; and a run that started although another went before it by then
--- has done so before that one came, as far as anybody can tell.
+-- While a run is queued, no admission starts a run of its thread, and only the head of the queue
+-- can be started. The snapshot may be out of date in one way: it may lack a run that was just
+-- admitted and goes first.
+-- - If both runs are started at the same time, the index `runs_active` refuses one of them. Its
+--   caller tries again later.
+-- - If a run starts although another went before it by then, it started before that one was
+--   admitted, as far as anyone can observe.
 --
--- `seen` is the run as in the snapshot. It is locked only if it may start, since a lock is a write: a task that waits for its
--- turn asks again and again. While its row was waited for, the run may have moved to a fresh thread or changed hands: then
--- nothing is changed, and it is tried again.
+-- `seen` is the run as in the snapshot. `held` locks the run only if it may start: a lock is a
+-- write, and the task of a queued run repeats this statement often. While the statement waited for
+-- the row, the run may have moved to a fresh thread or changed hands. Then nothing is changed, and
+-- the caller tries again.
 WITH seen AS MATERIALIZED (
     SELECT r.id, r.thread_id,
         NOT EXISTS (SELECT FROM runs o WHERE o.thread_id = r.thread_id AND {active o})
@@ -15,7 +19,7 @@ WITH seen AS MATERIALIZED (
                 SELECT FROM runs o
                 WHERE o.thread_id = r.thread_id AND o.status = 'queued' AND (o.priority, o.seq) < (r.priority, r.seq)
             )
-            -- What waits on a thread that is being deleted is only to be ended.
+            -- A run that is queued on a thread which is being deleted can only be ended.
             AND NOT EXISTS (SELECT FROM threads o WHERE o.id = r.thread_id AND o.deletion IS NOT NULL)
         AS may_start
     FROM runs r

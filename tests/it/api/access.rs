@@ -1,4 +1,4 @@
-//! Who may ask for what: every route, as nobody, with too little, and as another tenant.
+//! Access to every route: without a key, with too little access, and as another tenant.
 
 use std::collections::BTreeSet;
 use std::process::{Command, Output};
@@ -12,7 +12,7 @@ use threadkeeper::domain::{Access, DeletionId, MessageId, RunId, ThreadId};
 use crate::support::gateway::{Answer, Gateway, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Each opens one level, of the tenant `default` or of `other`.
+/// Keys of each access level, of the tenant `default` and of the tenant `other`.
 const KEYS: &str = r#"
 [auth.keys.reader]
 key = "reader-of-the-tenant-default"
@@ -39,20 +39,21 @@ const SCOPES: [&str; 3] = [
     "/v1/users/alice/topics/t",
 ];
 
-/// What another tenant gets that names what is the first one's.
+/// The answer to a tenant whose request names another tenant's things.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Gets {
-    /// The same as for what never was: 404.
+    /// 404, as for things that never existed.
     NotFound,
-    /// Its own, of which there is nothing: an empty answer.
+    /// An empty list of its own things.
     Nothing,
-    /// Its own, which is made by this.
+    /// Its own thing, which the request creates.
     Own,
-    /// What concerns no tenant.
+    /// Something that belongs to no tenant.
     Served,
 }
 
-/// Every route, by its end. One that is new has no row, and fails the test.
+/// Every route by its end, with the answer to another tenant. A new route without a row fails the
+/// test.
 const ROWS: &[(&str, &str, Gets)] = &[
     ("GET", "/healthz", Gets::Served),
     ("GET", "/readyz", Gets::Served),
@@ -79,7 +80,7 @@ const ROWS: &[(&str, &str, Gets)] = &[
     ("POST", "/v1/admin/cleanup", Gets::Served),
 ];
 
-/// A route's end: what it is below a kind of conversation, or below a user.
+/// Returns the end of a route: the part below a scope or a user.
 fn end(path: &str) -> String {
     for scope in [
         "/v1/users/{user}/sessions/{session}",
@@ -108,7 +109,7 @@ fn end(path: &str) -> String {
     path.to_owned()
 }
 
-/// The path names a user, or headers do.
+/// Whether path or headers name a user.
 fn names_a_user(route: &Route) -> bool {
     route.path.contains("{user}") || has_key_headers(route)
 }
@@ -117,7 +118,7 @@ fn has_key_headers(route: &Route) -> bool {
     route.path.starts_with("/v1/conversation/") || route.path.split('/').nth(2) == Some("user")
 }
 
-/// Ids of each kind.
+/// An id of each kind.
 struct Ids {
     user: &'static str,
     run: String,
@@ -168,7 +169,7 @@ fn request(gateway: &Gateway, route: &Route, ids: &Ids) -> RequestBuilder {
     }
 }
 
-/// The key of this level.
+/// Returns a key with this access level.
 fn key(access: Access) -> &'static str {
     match access {
         Access::Read => "reader-of-the-tenant-default",
@@ -258,11 +259,11 @@ async fn every_route_checks_authentication_and_scope() {
             .logs()
             .iter()
             .any(|line| line.contains(r#""caller":"chatter""#)),
-        "who asked is logged"
+        "the log names the caller"
     );
 }
 
-/// What a tenant has: a conversation of each kind, and a deletion.
+/// Makes a conversation of each scope and a deletion. Returns their ids.
 async fn prepare(gateway: &Gateway) -> Vec<Ids> {
     let mine = key(Access::Operator);
     let gone = gateway
@@ -299,7 +300,8 @@ async fn prepare(gateway: &Gateway) -> Vec<Ids> {
     all
 }
 
-/// What must be the same whether something is another's or is not at all.
+/// The parts of an answer that must be the same for another tenant's thing and for one that never
+/// existed.
 fn outcome(answer: &Answer) -> (StatusCode, Value, Value) {
     (
         answer.status,
@@ -319,7 +321,7 @@ async fn tenants_are_isolated_on_every_route() {
             .flat_map(|ids| [ids.run.clone(), ids.thread.clone(), ids.deletion.clone()])
             .chain(["planted".to_owned()])
             .collect();
-        // What is made comes last: it is not there before, then.
+        // Routes that create something come last, so that earlier ones do not see it.
         let mut all = routes();
         all.sort_by_key(|route| row(route) == Gets::Own);
         for route in all.iter().filter(|route| route.needs.is_some()) {
@@ -338,10 +340,11 @@ async fn tenants_are_isolated_on_every_route() {
             for secret in &secrets {
                 assert!(
                     !text.contains(secret.as_str()),
-                    "{what} tells of another tenant's: {text}"
+                    "{what} reveals another tenant's data: {text}"
                 );
             }
-            // By headers it is the conversation that was asked for by its path before.
+            // The routes by headers reach the same conversations as the routes by paths before
+            // them.
             let is_own = route.path.starts_with("/v1/conversation") && row(route) == Gets::Own;
             assert!(
                 is_own || !theirs.headers.contains_key("idempotent-replayed"),
@@ -350,7 +353,7 @@ async fn tenants_are_isolated_on_every_route() {
             assert_eq!(
                 outcome(&theirs),
                 outcome(&never),
-                "{what} tells what there is"
+                "{what} reveals what exists"
             );
             match row(route) {
                 Gets::NotFound => assert_eq!(theirs.problem(), (404, "not-found"), "{what}"),
@@ -364,7 +367,7 @@ async fn tenants_are_isolated_on_every_route() {
                 }
             }
         }
-        // Nothing of the first tenant's has changed.
+        // The first tenant's things have not changed.
         for (ids, scope) in mine.iter().zip(SCOPES) {
             let get = |path: String| {
                 gateway.send(
@@ -395,7 +398,7 @@ fn row(route: &Route) -> Gets {
         .2
 }
 
-/// The command `keys` with a configuration.
+/// Runs the command `keys` with a configuration.
 fn keys(config: &str, args: &[&str]) -> (Output, String) {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
@@ -444,7 +447,7 @@ async fn api_key_changes_reach_running_replicas() {
     );
     assert!(
         !String::from_utf8_lossy(&output.stderr).contains(&key),
-        "it is told once"
+        "replicas are notified"
     );
     for gateway in [&one, &other] {
         becomes(gateway, &key, 200).await;
@@ -452,7 +455,7 @@ async fn api_key_changes_reach_running_replicas() {
     let (_, list) = keys(&config, &["list", "--tenant", "acme"]);
     let prefix = &key[..15];
     for part in [prefix, "read", "acme", "good", "for reports"] {
-        assert!(list.contains(part), "{part} is not in: {list}");
+        assert!(list.contains(part), "the list lacks {part}: {list}");
     }
     assert!(!list.contains(&key[16..]), "{list}");
     assert_eq!(
@@ -483,12 +486,12 @@ async fn api_key_changes_reach_running_replicas() {
 async fn becomes(gateway: &Gateway, key: &str, wanted: u16) {
     let begun = std::time::Instant::now();
     while status(gateway, key).await != wanted {
-        assert!(begun.elapsed() < PATIENCE, "the key is never {wanted}");
+        assert!(begun.elapsed() < PATIENCE, "the key never became {wanted}");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
 }
 
-/// One file for one process: keys are made before the gateway starts.
+/// A SQLite file can be open in one process only, so keys are made before the gateway starts.
 #[tokio::test(flavor = "multi_thread")]
 async fn sqlite_api_keys_managed_only_while_gateway_stopped() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -539,18 +542,18 @@ async fn cors_allows_configured_origins_only() {
         "threadkeeper-session",
         "threadkeeper-topic",
     ] {
-        assert!(allowed.contains(name), "{name} is not in: {allowed}");
+        assert!(allowed.contains(name), "{name} is missing in: {allowed}");
     }
     assert!(
         !known
             .headers
             .contains_key("access-control-allow-credentials"),
-        "no cookies"
+        "cookies are not allowed"
     );
     let app = preflight("capacitor://localhost").await;
     assert_eq!(
         app.headers["access-control-allow-origin"], "capacitor://localhost",
-        "a page inside an app"
+        "a page inside an app gets an answer"
     );
     for other in [
         "https://chat.example.evil",
@@ -597,7 +600,7 @@ async fn cors_allows_configured_origins_only() {
     assert_eq!(refused.problem(), (401, "unauthenticated"));
     assert_eq!(
         refused.headers["access-control-allow-origin"], "https://chat.example",
-        "a page can read why"
+        "a page can read the reason"
     );
 }
 
@@ -613,7 +616,7 @@ admin_claim = "roles"
 admin_value = "chat-admin"
 "#;
 
-/// A token with these claims, besides the usual ones.
+/// Returns a token with these claims and the usual ones.
 pub(super) fn token(secret: &str, claims: &Value) -> String {
     let mut all = json!({"iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "org": "acme"});
     all.as_object_mut()
@@ -651,7 +654,7 @@ async fn user_token_opens_only_its_own_user() {
             );
             assert!(
                 opens(&ask(&gateway, &route, &own, &alice).await),
-                "{what} of its own"
+                "{what} of the token's user"
             );
         } else {
             assert_eq!(opens(&others), needs <= Access::Chat, "{what}: {others:?}");
@@ -662,7 +665,7 @@ async fn user_token_opens_only_its_own_user() {
             "{what} for an admin"
         );
     }
-    // Spelled in another way it is the same user.
+    // Another spelling of the path names the same user.
     let spelled = gateway
         .request(Method::GET, "/v1/users/%61lice/threads")
         .bearer_auth(&alice);
@@ -671,7 +674,7 @@ async fn user_token_opens_only_its_own_user() {
         .request(Method::GET, "/v1/user/threads")
         .header("threadkeeper-user", "%61lice");
     gateway.send(spelled.bearer_auth(&alice)).await.ok();
-    // Nobody's by two names.
+    // Two names that contradict each other name nobody.
     for (path, user) in [
         ("/v1/users/alice/threads", "bob"),
         ("/v1/users/bob/threads", "alice"),
@@ -711,7 +714,7 @@ async fn user_token_opens_only_its_own_user() {
     }
 }
 
-/// Neither by the ids of what they have in the path, nor by cursors of their lists.
+/// Ids in paths and cursors of lists do not reach another user's things.
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_reveals_nothing_of_other_users() {
     for backend in [Backend::Sqlite, Backend::Postgres] {
@@ -783,7 +786,8 @@ async fn user_token_reveals_nothing_of_other_users() {
     }
 }
 
-/// Also where the path names no user: it is not the others of the tenant who pay for it.
+/// The user's rate applies even if the path names no user. Otherwise the tenant's other users
+/// would pay for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_is_rate_limited_on_userless_paths() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -799,7 +803,8 @@ async fn user_token_is_rate_limited_on_userless_paths() {
     assert_eq!(ask(&good("bob")).await.problem(), (404, "not-found"));
 }
 
-/// A deletion is its user's, and nobody else's, before it is done and afterwards, though the receipt names nobody then.
+/// Only its user sees a deletion, before it is done and afterwards. The finished receipt contains
+/// no name.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_receipt_hidden_from_other_users_and_tenants() {
     for backend in [Backend::Sqlite, Backend::Postgres] {

@@ -1,4 +1,4 @@
-//! Bodies that are too large, unwanted, or too many.
+//! Request bodies that are too large, not wanted, or too many.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use super::pages::memory;
 use crate::support::gateway::{EventReader, Gateway, PATIENCE};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// As on a real link, where not all of a body fits between the client and us.
+/// Size of the client's send buffer, in bytes. As on a real link, a large body does not fit
+/// between client and gateway.
 const SEND_BUFFER: u32 = 64 * 1024;
 const MIB: usize = 1024 * 1024;
 
@@ -27,29 +28,27 @@ async fn connect(gateway: &Gateway) -> TcpStream {
         .unwrap()
 }
 
-/// What comes until the gateway closes.
+/// Reads until the gateway closes.
 async fn rest(mut from: impl AsyncReadExt + Unpin) -> String {
     let mut answer = Vec::new();
     timeout(PATIENCE, from.read_to_end(&mut answer))
         .await
-        .expect("it hangs")
+        .expect("the gateway closes in time")
         .unwrap();
     String::from_utf8(answer).unwrap()
 }
 
-/// Sends all of a request before it reads a byte of the answer, as Python's `http.client` does.
+/// Sends the whole request before it reads the answer, as Python's `http.client` does.
 async fn all_then_read(gateway: &Gateway, request: &[u8]) -> String {
     let mut connection = connect(gateway).await;
     let sent = timeout(PATIENCE, connection.write_all(request))
         .await
-        .expect("it hangs");
-    sent.unwrap_or_else(|error| {
-        panic!("the connection broke before the answer could be read: {error}")
-    });
+        .expect("the request is sent in time");
+    sent.unwrap_or_else(|error| panic!("the connection broke before the answer was read: {error}"));
     rest(connection).await
 }
 
-/// A request with a body of so many bytes; `head` is all but the fields that tell its length.
+/// Returns a request with a body of this many bytes. `head` lacks only the fields for the length.
 fn request(head: &str, bytes: usize) -> Vec<u8> {
     let mut request = format!("{head}\r\ncontent-length: {bytes}\r\n\r\n").into_bytes();
     request.resize(request.len() + bytes, b' ');
@@ -130,7 +129,7 @@ async fn refusal_readable_after_client_sends_whole_body() {
             "415",
             "unsupported-media-type",
         ),
-        // Told by the HTTP library.
+        // The HTTP library answers this one.
         (
             "a large head",
             format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "x".repeat(mib)).into_bytes(),
@@ -142,7 +141,7 @@ async fn refusal_readable_after_client_sends_whole_body() {
         assert_refused(what, &all_then_read(&gateway, request).await, status, name);
     });
     join_all(tried).await;
-    // The second request within a second.
+    // The limit refuses the second request within a second.
     let limited = post("seven", &json);
     let answer = loop {
         all_then_read(
@@ -171,7 +170,7 @@ fn assert_refused(what: &str, answer: &str, status: &str, name: &str) {
         answer.contains("\r\nconnection: close\r\n") || status_line.starts_with("HTTP/1.0");
     assert!(
         closes || name.is_empty(),
-        "{what}: it does not say that it closes: {answer}"
+        "{what}: the answer lacks `connection: close`: {answer}"
     );
 }
 
@@ -193,22 +192,22 @@ async fn endless_body_is_drained_up_to_limit() {
         }
         (sent, begun.elapsed())
     };
-    // A client that reads meanwhile has the answer at once.
+    // A client that reads while it sends gets the answer at once.
     let reads = async {
         let mut reads = reads;
         let mut answer = vec![0; 8 * 1024];
         let length = timeout(PATIENCE, reads.read(&mut answer))
             .await
-            .expect("it hangs")
+            .expect("the answer arrives in time")
             .unwrap();
         String::from_utf8(answer[..length].to_vec()).unwrap()
     };
     let ((sent, took), answer) = tokio::join!(sends, reads);
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
-    // What the sockets between us hold comes on top.
+    // Socket buffers hold some more.
     assert!(
         (LINGER_BYTES..2 * LINGER_BYTES).contains(&sent),
-        "{sent} bytes were read"
+        "the gateway read {sent} bytes"
     );
     assert!(took < LINGER_TIME + Duration::from_secs(5), "{took:?}");
     let grown = memory(&gateway, "VmHWM:") - before;
@@ -250,7 +249,7 @@ async fn expect_continue_withheld_when_request_is_refused() {
     assert_eq!(interim, *b"HTTP/1.1 100 Continue\r\n\r\n");
 }
 
-/// A message with a picture of about so many bytes.
+/// Returns a message with a picture of about this many bytes.
 fn picture(bytes: usize) -> Value {
     let url = format!("data:image/jpeg;base64,{}", "A".repeat(bytes));
     json!({"content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]})
@@ -266,7 +265,7 @@ fn streamed(message: &Value, strategy: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_for_concurrent_large_bodies_is_bounded() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
-    // Four have room.
+    // There is memory for four of the bodies.
     let gateway = scene
         .gateway_with("[server]\nmax_body_bytes = 2097152\nmax_buffered_body_bytes = 8388608\n")
         .await;
@@ -285,14 +284,14 @@ async fn memory_for_concurrent_large_bodies_is_bounded() {
             .await
             .unwrap()
     };
-    // One is at work; those that wait behind it are in the database.
+    // One run is active. The ones behind it are in the database, not in memory.
     let mut streams = Vec::new();
     for _ in 0..6 {
         streams.push(EventReader::new(open("alice").await));
     }
     let users: Vec<_> = (0..10).map(|n| format!("user-{n}")).collect();
     let answers = async { join_all(users.iter().map(|user| open(user))).await };
-    // Ordinary messages do not wait behind pictures.
+    // Ordinary messages do not wait for memory behind pictures.
     let small = async {
         let small = streamed(&json!({"content": "hi"}), "enqueue");
         let begun = Instant::now();
@@ -394,7 +393,7 @@ async fn merged_run_is_bounded_in_bytes() {
         let mut runs = Vec::new();
         let mut streams = vec![gateway.stream("/v1/users/alice", "first").await];
         streams[0].next().await.unwrap();
-        // Two fit into one run.
+        // Two pictures fit into one run.
         for _ in 0..3 {
             let body = streamed(&picture(5 * MIB), "merge");
             let answer = gateway
@@ -416,8 +415,8 @@ async fn merged_run_is_bounded_in_bytes() {
     }
 }
 
-/// SQLite puts what is too large for its memory into files beside the database, which no erasure reaches, unless it is told
-/// not to.
+/// By default SQLite writes values that exceed its memory to temporary files beside the database.
+/// No erasure reaches those.
 #[tokio::test]
 async fn large_message_leaves_no_sqlite_temp_file() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;

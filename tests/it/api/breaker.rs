@@ -1,4 +1,5 @@
-//! What the breaker counts: requests as a whole. `recovery.rs` shows it open.
+//! The circuit breaker counts whole requests, not their retries. `recovery.rs` tests it when it
+//! is open.
 
 use reqwest::{Method, StatusCode};
 
@@ -11,7 +12,7 @@ on_each_protocol!(
 );
 
 const SCOPE: &str = "/v1/users/alice";
-/// One failed request would open it.
+/// Settings with which one failed request opens the breaker.
 const AT_ONCE: &str =
     "breaker_min_requests = 1\nbreaker_open_duration = \"1h\"\nlock_window = \"300ms\"\n";
 
@@ -33,7 +34,7 @@ async fn status_of(gateway: &Gateway, content: &str) -> StatusCode {
 
 async fn breaker_counts_request_once_despite_retries(scene: Scene) {
     let gateway = gateway(&scene).await;
-    // Of tries, or of looks at what became of them.
+    // The faults hit retries of the request, or look-ups of what it did.
     scene.fault("any", "status=503 retry_after=0", 6);
     assert_eq!(
         status_of(&gateway, "the seventh call is answered").await,
@@ -58,7 +59,7 @@ async fn refusals_cancels_and_cut_streams_keep_breaker_closed(scene: Scene) {
             "{refusal}"
         );
     }
-    // Nobody knows whether it would have been answered.
+    // Whether the upstream would have answered is not known.
     let mut silent = gateway.stream(SCOPE, "[[sim: silent]]").await;
     let run = silent.next().await.unwrap().data["run_id"]
         .as_str()
@@ -69,7 +70,7 @@ async fn refusals_cancels_and_cut_streams_keep_breaker_closed(scene: Scene) {
         gateway.send(cancel).await.ok()["run"]["status"],
         "cancelled"
     );
-    // What breaks off later was answered, too.
+    // A stream that breaks off later was an answer, too.
     if scene.protocol != Protocol::Assistants {
         assert_eq!(
             status_of(&gateway, "a story [[sim: cut=2]]").await,

@@ -1,4 +1,4 @@
-//! Stopping what runs or waits.
+//! Cancelling active and queued runs.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ on_each_protocol!(
 
 const SCOPE: &str = "/v1/users/alice";
 
-/// Lets a process see soon what others ask of its runs, or that another one is gone.
+/// Lets a replica see soon what others request of its runs, and that another replica is gone.
 const SHORT: &str = "[replica]\nsession_ttl = \"900ms\"\n";
 
 async fn cancel(gateway: &Gateway, path: &str) -> crate::support::gateway::Answer {
@@ -38,7 +38,7 @@ async fn works_again(gateway: &Gateway, scene: &Scene) {
     assert_eq!(
         scene.simulator.stats().active_runs,
         0,
-        "nothing goes on upstream"
+        "the upstream has no active run"
     );
 }
 
@@ -65,7 +65,7 @@ async fn active_run_when_cancelled_keeps_partial_reply(scene: Scene) {
     assert_eq!(
         names,
         ["message.completed", "run.cancelled"],
-        "what came so far stays"
+        "the partial reply is kept"
     );
     assert_eq!(rest[0].data["message"], cancelled["message"]);
     let transcript = gateway.get(&format!("{SCOPE}/messages")).await.ok();
@@ -101,7 +101,7 @@ async fn queued_run_when_cancelled_never_starts(scene: Scene) {
         assert_eq!(
             scene.simulator.threads().remove(0).user_texts,
             ["first", "third"],
-            "it was never sent"
+            "the message was never sent"
         );
     }
     works_again(&gateway, &scene).await;
@@ -118,7 +118,7 @@ async fn queued_run_when_cancelled_never_starts(scene: Scene) {
     assert_eq!(
         said.filter(|text| *text == "second").count(),
         1,
-        "what was said stays"
+        "the message stays in the transcript"
     );
 }
 
@@ -164,7 +164,7 @@ async fn thread_cancel_ends_selected_runs(scene: Scene) {
         assert_eq!(
             cancel(&gateway, &path).await.ok()["data"],
             json!([]),
-            "there is nothing left"
+            "no run is left to cancel"
         );
         works_again(&gateway, &scene).await;
     }
@@ -210,7 +210,7 @@ async fn disconnect_cancels_run_when_requested(scene: Scene) {
                 drop(response);
             } else {
                 tokio::select! {
-                    answer = request.send() => panic!("it cannot end: {answer:?}"),
+                    answer = request.send() => panic!("cancelling cannot change it: {answer:?}"),
                     () = leaves => {}
                 }
             }
@@ -243,7 +243,11 @@ async fn every_reader_sees_cancellation_of_run(scene: Scene) {
             .send()
     };
     let mut other = EventReader::new(follow(&gateway).await.unwrap());
-    assert_eq!(other.next().await.unwrap(), started, "both see the same");
+    assert_eq!(
+        other.next().await.unwrap(),
+        started,
+        "both readers see the same events"
+    );
     for _ in 0..3 {
         assert_eq!(other.next().await, own.next().await);
     }
@@ -261,15 +265,16 @@ async fn every_reader_sees_cancellation_of_run(scene: Scene) {
     assert_eq!(
         late[late.len() - own.len()..],
         own,
-        "and so does whoever comes later"
+        "a later reader sees the same events"
     );
     works_again(&gateway, &scene).await;
 }
 
-/// One at work, one in line and one that waits for outputs, each asked to end by a process that does not work on it.
+/// Cancels an active run, a queued one, and one that awaits tool outputs, each at a replica that
+/// does not own it.
 async fn any_replica_can_cancel_run(scene: Scene) {
     if scene.backend == Backend::Sqlite {
-        // A file has one process.
+        // SQLite serves one process only.
         return;
     }
     let (owner, other) = tokio::join!(scene.gateway_with(SHORT), scene.gateway_with(SHORT));
@@ -285,7 +290,7 @@ async fn any_replica_can_cancel_run(scene: Scene) {
         .as_str()
         .unwrap()
         .to_owned();
-    // Whoever follows it there hears of it too.
+    // A follower at that replica sees the end, too.
     let path = format!("{SCOPE}/runs/{at_work}/events");
     let follower = EventReader::new(other.request(Method::GET, &path).send().await.unwrap());
 
@@ -299,7 +304,7 @@ async fn any_replica_can_cancel_run(scene: Scene) {
         assert_eq!(
             first.next().await.unwrap().name,
             "message.delta",
-            "the one before it goes on"
+            "the run before it continues"
         );
     }
     let cancelled = cancel(&other, &format!("runs/{at_work}/cancel")).await.ok();
@@ -319,8 +324,8 @@ async fn any_replica_can_cancel_run(scene: Scene) {
     assert_same(&scene, &owner, SCOPE).await;
 }
 
-/// A response in the background goes on though nobody reads it. So whoever cuts one off before its id was heard waits for
-/// that, and ends it.
+/// A background response continues even if no client reads it. So a cancel before its id has
+/// arrived waits for the id, and then cancels the response.
 #[tokio::test(flavor = "multi_thread")]
 async fn cancel_before_upstream_id_arrives_still_cancels_upstream() {
     for protocol in [Protocol::Responses, Protocol::Chain] {
@@ -359,7 +364,8 @@ async fn cancel_before_upstream_id_arrives_still_cancels_upstream() {
     }
 }
 
-/// Nobody heard its id, so it works on while the next message waits, and what it was told besides is there in the end.
+/// The response's id never arrived, so it continues while the next message waits. The earlier
+/// message that was sent with it is upstream in the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -378,7 +384,7 @@ async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
             .to_owned();
         (stream, format!("runs/{run}/cancel"))
     };
-    // The upstream forgets it, so it goes along with the next one.
+    // The upstream drops this message, so the next one is sent with it.
     let (_first, stop) = begin("first [[sim: silent_after=3]]").await;
     scene
         .simulator
@@ -401,7 +407,11 @@ async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
         cancel(&gateway, &stop).await.ok()["run"]["status"],
         "cancelled"
     );
-    assert_eq!(scene.simulator.stats().active_runs, 1, "it goes on");
+    assert_eq!(
+        scene.simulator.stats().active_runs,
+        1,
+        "the response continues"
+    );
     let third = gateway.say(SCOPE, "third").await;
     assert!(text(&third["message"]).contains("third"), "{third:#}");
     works_again(&gateway, &scene).await;

@@ -1,4 +1,4 @@
-//! Clients that ask and do not stay for the answer.
+//! Clients that disconnect before the answer.
 
 use std::time::Duration;
 
@@ -11,22 +11,23 @@ use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
-/// Of `store.max_connections`, half are set aside for what must not wait.
+/// Settings with four database connections. Half of them are reserved for work that must not
+/// wait.
 const SETTINGS: [(&str, &str); 2] = [
     ("THREADKEEPER_STORE__MAX_CONNECTIONS", "4"),
     ("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "1s"),
 ];
 const FOR_CALLERS: i64 = 2;
-/// All, and two more, for the session and for what others tell.
+/// Most connections of the gateway: four, one for the session, and one for notifications.
 const MOST: i64 = 6;
 const OURS: &str = "FROM pg_stat_activity WHERE application_name = 'threadkeeper' AND datname = current_database()";
 
-/// The statements of callers, of which they have a part in common, which wait for a lock.
+/// SQL for the callers' statements that contain `part` and wait for a lock.
 fn stuck(part: &str) -> String {
     format!("{OURS} AND wait_event_type = 'Lock' AND query LIKE '%{part}%'")
 }
 
-/// Sends requests one after another, each of which waits in the database, and hangs up on each.
+/// Sends requests that wait in the database, one after another, and disconnects from each.
 async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
     let count = async |what: &str| {
         scene
@@ -38,7 +39,8 @@ async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
         let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
         let request = format!("{request} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n");
         socket.write_all(request.as_bytes()).await.unwrap();
-        // Until the database works on it, or it is told that no connection is free.
+        // Waits until the statement waits for the lock, or the gateway has refused the request
+        // for want of a connection.
         let told = async {
             while timeout(Duration::from_millis(20), socket.readable())
                 .await
@@ -51,9 +53,9 @@ async fn hang_up(scene: &Scene, gateway: &Gateway, request: &str, stuck: &str) {
         };
         timeout(Duration::from_secs(20), told)
             .await
-            .expect("the request comes to something");
+            .expect("the request waits or is refused in time");
         socket.shutdown().await.unwrap();
-        // The gateway has let go of it.
+        // The gateway has dropped the request.
         socket.read_to_end(&mut Vec::new()).await.unwrap();
         let connections = count(OURS).await;
         assert!(
@@ -84,8 +86,8 @@ async fn clients_hanging_up_leak_no_database_connections() {
     assert_eq!(same, FOR_CALLERS, "the connections are used again");
 }
 
-/// A rollover waits for its thread, which a turn holds while it ends; who asks for one takes none of the connections that end
-/// runs.
+/// A rollover waits for the lock of its thread, which a finishing run also takes. Waiting
+/// rollovers must not use the connections that finish runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn abandoned_rollovers_leak_no_database_connections() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;

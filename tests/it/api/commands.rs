@@ -1,4 +1,4 @@
-//! The commands besides `serve`.
+//! All commands except `serve`.
 
 use std::process::{Command, Output, Stdio};
 
@@ -59,7 +59,7 @@ fn configuration_problems_are_all_reported_at_once() {
         ] {
             assert!(
                 text.contains(problem),
-                "{command} does not speak of {problem}:\n{text}"
+                "{command} does not mention {problem}:\n{text}"
             );
         }
     }
@@ -104,7 +104,8 @@ async fn serve_without_automatic_migration_requires_migrate_command() {
     gateway.say("/v1/users/alice", "hi").await;
 }
 
-/// Exit status and output of `check-config --probe` above this configuration.
+/// Runs `check-config --probe` with this configuration. Returns whether it succeeded, and its
+/// output.
 fn probe(config: &str) -> (bool, String) {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
@@ -153,7 +154,7 @@ async fn probe_reports_upstream_capabilities_and_cleans_up() {
             (vec![], vec![])
         );
 
-        // Nothing can be deleted: said, and no reason not to use it.
+        // A server that cannot delete is reported, but can be used.
         for on in ["delete_thread", "delete_conversation", "delete_response"] {
             scene.fault(on, "status=405 wording=detail", 10);
         }
@@ -163,7 +164,10 @@ async fn probe_reports_upstream_capabilities_and_cleans_up() {
             "{text}"
         );
         for id in scene.upstream_threads() {
-            assert!(text.contains(&id), "what stays is named: {text}");
+            assert!(
+                text.contains(&id),
+                "the output names what stays upstream: {text}"
+            );
         }
         scene.simulator.clear_faults();
 
@@ -239,7 +243,7 @@ async fn dev_conversation_survives_restart() {
         .await;
     assert!(
         text(&answer.ok()["message"]).contains("Hi"),
-        "the other protocol can be tried too"
+        "the other protocol can be tried, too"
     );
     dev.terminate();
     assert!(dev.exit().await.success());
@@ -247,7 +251,7 @@ async fn dev_conversation_survives_restart() {
     let answer = dev.say("/v1/users/alice", "again").await;
     assert_eq!(
         answer["thread"]["message_count"], 4,
-        "the conversation goes on: {answer:#}"
+        "the conversation continues: {answer:#}"
     );
 }
 
@@ -261,7 +265,7 @@ async fn health_reports_whether_gateway_is_alive() {
         run(&mut command).0.status.success()
     };
     assert!(health(gateway.address()));
-    // A port that is taken, so that nobody else can listen there, and does not listen itself.
+    // This socket occupies the port without listening, so that no other process can listen there.
     let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     silent
         .bind(
@@ -281,7 +285,7 @@ async fn health_reports_whether_gateway_is_alive() {
     ));
 }
 
-/// A key in the environment and the rest in a file: what a container often has.
+/// Container set-ups often have the key in the environment and the rest in a file.
 const KEY: (&str, &str) = ("THREADKEEPER_UPSTREAMS__OPENAI__API_KEY", "sk-1");
 
 #[tokio::test(flavor = "multi_thread")]
@@ -329,7 +333,8 @@ async fn health_needs_only_listen_address() {
     );
 }
 
-/// What a command does not use may be wrong, as long as the rest was read: a half of the settings may mean something else.
+/// Settings that a command does not use may be wrong, as long as the sources could be read.
+/// Settings from half of the sources could mean something else.
 #[test]
 fn commands_require_only_settings_they_use() {
     let folder = TempDir::new().unwrap();
@@ -362,7 +367,7 @@ fn commands_require_only_settings_they_use() {
         let (output, text) = run(alone.env("DATABASE_URL", &database));
         assert!(
             output.status.success(),
-            "the environment may hold all that there is: {text}"
+            "a variable may have any value: {text}"
         );
     }
     std::fs::write(
@@ -377,7 +382,7 @@ fn commands_require_only_settings_they_use() {
     );
 }
 
-/// As `threadkeeper keys list | head` does.
+/// `threadkeeper keys list | head` closes its output early.
 #[test]
 fn closed_stdout_does_not_fail_commands() {
     let folder = TempDir::new().unwrap();
@@ -520,7 +525,8 @@ async fn dev_on_public_address_warns_of_open_access() {
     assert!(!banner.contains("OPEN TO OTHERS"), "{banner}");
 }
 
-/// The lines that begin with `curl` in a text, with the address of this gateway in the place of the documented one.
+/// Returns the lines of a text that begin with `curl`, with this gateway's address instead of the
+/// documented one.
 fn curl_lines(text: &str, address: &str) -> Vec<String> {
     let lines = text
         .lines()
@@ -531,7 +537,8 @@ fn curl_lines(text: &str, address: &str) -> Vec<String> {
         .collect()
 }
 
-/// What a newcomer types, as it is written: the lines of the README, of the pages about the API, and of `dev`.
+/// Runs the commands of a newcomer as they are written: those of the README, of the pages about
+/// the API, and of `dev`.
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_curl_commands_work() {
     let (curl, _) = run(Command::new("curl").arg("--version"));
@@ -544,7 +551,7 @@ async fn documented_curl_commands_work() {
     let mut dev = Gateway::command(&["dev", "--listen", "127.0.0.1:0", "--data"]);
     dev.arg(&data);
     let dev = Gateway::spawn(dev, TempDir::new().unwrap()).await;
-    // In this order: what one page deletes the next one makes anew.
+    // The order matters: one page deletes what the next one creates again.
     let pages = [
         include_str!("../../../README.md"),
         include_str!("../../../docs/idempotency.md"),

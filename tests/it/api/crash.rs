@@ -1,4 +1,4 @@
-//! kill -9 in the middle of a run.
+//! SIGKILL in the middle of a run.
 
 use std::time::{Duration, Instant};
 
@@ -9,20 +9,20 @@ use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(killed_gateway_loses_no_message_silently);
 
-/// A session's life that a test can wait for.
+/// A session life that a test can wait for.
 const SHORT: Duration = Duration::from_millis(1500);
-/// For the work itself, on a busy machine.
+/// Extra time for the work itself on a busy machine.
 const SLACK: Duration = Duration::from_secs(5);
 
 async fn killed_gateway_loses_no_message_silently(scene: Scene) {
-    // What the documentation promises: on Postgres the session's life and 2 s; a SQLite file has one process, so whoever
-    // opens it knows at once that the old one is gone.
+    // The documentation promises 2 s beyond the session's life on Postgres. A SQLite file serves
+    // one process, so a new one takes the runs over at once.
     let (ttl, bound) = match scene.backend {
         Backend::Postgres => (SHORT, SHORT + Duration::from_secs(2)),
         Backend::Sqlite => (Duration::from_hours(1), Duration::ZERO),
     };
     let settings = format!("[replica]\nsession_ttl = \"{}ms\"\n", ttl.as_millis());
-    // What the upstream's own lock needs comes on top.
+    // The lock of the upstream adds its time.
     let upstream = "lock_window = \"500ms\"\n";
     let gateway = scene.gateway_both(&settings, upstream).await;
     gateway.say("/v1/users/alice", "hello").await;
@@ -39,7 +39,7 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     let answer = again.say("/v1/users/alice", "and now?").await;
     assert!(
         restarted.elapsed() < bound + SLACK,
-        "usable again after {:?}",
+        "the conversation was usable again after {:?}",
         restarted.elapsed()
     );
     assert!(text(&answer["message"]).contains("and now?"));
@@ -50,8 +50,8 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
         .iter()
         .map(|run| run["status"].as_str().unwrap())
         .collect();
-    // A run goes on upstream without its client where the protocol is such. Where it stops, it is sent again only if its
-    // conversation proves that nothing of it is left.
+    // With Assistants a run continues without its client. Other protocols stop it. The gateway
+    // then sends it again only if the conversation proves that nothing of it is left.
     let goes_on = match scene.protocol {
         Protocol::Assistants => true,
         Protocol::Responses => statuses[1] == "completed",
@@ -68,7 +68,7 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     } else {
         json!("replica_lost")
     };
-    assert_eq!(runs[1]["error"]["code"], reason, "the reason is told");
+    assert_eq!(runs[1]["error"]["code"], reason, "the run has the reason");
     let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
     let said: Vec<_> = said["data"]
         .as_array()
@@ -91,12 +91,12 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     );
 }
 
-/// More than are taken over at a time.
+/// The number of runs is larger than one takeover handles at a time.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_gateway_leaves_no_conversation_locked() {
     for backend in [Backend::Postgres, Backend::Sqlite] {
         let scene = Scene::new(Protocol::Responses, backend).await;
-        // One look must do: the next one comes after 20 minutes.
+        // The first look for orphans must suffice, since the next one is due after 20 minutes.
         let settings = "[replica]\nsession_ttl = \"1h\"\n";
         let gateway = scene.gateway_with(settings).await;
         scene.simulator.hold();
@@ -115,7 +115,7 @@ async fn killed_gateway_leaves_no_conversation_locked() {
         let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
         let start = Instant::now();
         while scene.database.number(unfinished).await > 0 {
-            assert!(start.elapsed() < PATIENCE, "some keys stay locked");
+            assert!(start.elapsed() < PATIENCE, "some conversations stay locked");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         again.say("/v1/users/user-149", "and now?").await;

@@ -1,6 +1,9 @@
-//! kill -9 at each step of a deletion and of a rollover: at each question to the database and each request to the upstream,
-//! before it has arrived or before its answer has. Whoever starts next finishes what was begun. Each run of the suite kills
-//! at the first of these steps and at every third later one; the seed (`THREADKEEPER_TEST_SEED`) chooses which.
+//! SIGKILL at each step of a deletion and of a rollover. A step is a statement for the database
+//! or a request to the upstream. The kill comes before the step has arrived, or before its answer
+//! has. The next process must finish what was begun.
+//!
+//! Each run of the suite kills at the first steps and at every third later one. The seed
+//! (`THREADKEEPER_TEST_SEED`) chooses which.
 
 use std::time::{Duration, Instant};
 
@@ -15,30 +18,31 @@ use crate::support::history::{Line, transcript};
 use crate::support::recording_proxy::{DatabaseTap, HttpTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Side by side, each with a database and an upstream of its own, each with every so manieth step.
+/// Number of lanes that run side by side. Each has a separate database and upstream, and every
+/// `LANES`-th step.
 const LANES: usize = 2;
-/// All of these are tried, since some operations have no more.
+/// Number of first steps that are always tried. Some operations have no more.
 const FIRST_STEPS: usize = 4;
-/// No operation has so many steps.
+/// Upper limit of steps; no operation has this many.
 const MANY: usize = 400;
-/// Longer than any look is put off or an intent waited for.
+/// A time longer than any back-off of the janitor and any wait for an intent.
 const LONG: Duration = Duration::from_hours(3);
-/// The session is longer than any kill takes, so that nothing but the operation is stopped.
+/// The session lasts longer than a test, so that no step belongs to its renewal.
 const SETTINGS: &str = "[replica]\nsession_ttl = \"30s\"\n[runs]\nsettle_timeout = \"2s\"\n\
      [janitor]\ninterval = \"1h\"\ncalls_per_second = 100000\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\n";
 
-/// What is asked for, and killed.
+/// The operation that is killed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Operation {
     DeleteConversation,
     DeleteToArchive,
     DeleteUser,
-    /// On an idle thread.
+    /// A rollover of an idle thread.
     RollOver,
-    /// While a run waits for its outputs and another one for its turn.
+    /// A rollover while one run awaits tool outputs and another one is queued.
     RollOverLater,
-    /// By a message to a full thread.
+    /// A rollover by a message to a full thread.
     RollOverByMessage,
 }
 
@@ -102,7 +106,7 @@ async fn at_each_step(protocol: Protocol, backend: Backend, operation: Operation
     let kills = join_all(lanes).await;
     assert!(
         kills.iter().any(|(kills, _)| *kills > 0),
-        "nothing was killed"
+        "no step was reached"
     );
     println!(
         "{operation:?}, {protocol:?}, {backend:?}: {} kills at {} steps in {:.1?}",
@@ -113,8 +117,9 @@ async fn at_each_step(protocol: Protocol, backend: Backend, operation: Operation
 }
 
 impl Operation {
-    /// When to stop the `n`-th step. Of the many of a deletion, what comes before one is what comes after the last one,
-    /// where one follows the other; so the moments take turns, unless all is wanted.
+    /// Returns the moments at which to stop the `n`-th step. For the many steps of a deletion,
+    /// the moment before one step equals the moment after the step before it. So the moments
+    /// alternate, except in a thorough run.
     fn moments(self, n: usize) -> &'static [Moment] {
         let is_long = matches!(self, DeleteConversation | DeleteToArchive | DeleteUser);
         match n % 2 {
@@ -125,10 +130,10 @@ impl Operation {
     }
 }
 
-/// What is told if the test fails.
-struct Told(String);
+/// A text that is printed if the test fails.
+struct FailureNote(String);
 
-impl Drop for Told {
+impl Drop for FailureNote {
     fn drop(&mut self) {
         if std::thread::panicking() {
             println!("{}", self.0);
@@ -136,7 +141,7 @@ impl Drop for Told {
     }
 }
 
-/// A database and an upstream, and ways to both that can be stopped.
+/// A database and an upstream, and proxies to both that a gate can stop.
 struct World {
     scene: Scene,
     operation: Operation,
@@ -146,16 +151,16 @@ struct World {
     _upstream: HttpTap,
 }
 
-/// A conversation to which it happens.
+/// The conversation on which the operation works.
 struct Story {
-    /// Begins every text, and is the user.
+    /// Prefix of every text, and the key of the user.
     word: String,
     scope: String,
-    /// What the user said, in order.
+    /// The user's messages, in order.
     said: Vec<String>,
-    /// The run that waits for outputs.
+    /// The run that awaits tool outputs.
     waiting: Option<Value>,
-    /// Recorded before the operation.
+    /// Number of deletions before the operation.
     deletions: i64,
     runs: i64,
 }
@@ -164,14 +169,16 @@ impl World {
     async fn new(protocol: Protocol, backend: Backend, operation: Operation) -> Self {
         let scene = Scene::new(protocol, backend).await;
         let gate = Gate::default();
-        // What reads, or is not committed, leaves things as they were, so a kill there is one that was tried before.
+        // Reads and uncommitted statements change nothing. So a kill at one of them equals a kill
+        // at an earlier step.
         let steps = if is_thorough() {
             Steps::All
         } else {
             Steps::Changes
         };
         let upstream = HttpTap::gated(&scene.upstream_url, &gate, steps).await;
-        // A chain is a matter of the upstream; of SQLite nothing passes a wire.
+        // For chains the upstream decides, so the database is not tapped. SQLite has no
+        // connection to tap.
         let tap = match (backend, protocol) {
             (Backend::Postgres, Protocol::Responses | Protocol::Assistants) => {
                 Some(DatabaseTap::gated(&scene.database.url(), &gate, steps).await)
@@ -201,7 +208,8 @@ impl World {
         }
     }
 
-    /// Kills at the steps of one lane, until the operation has no such step. How many kills, and the last step.
+    /// Kills at the steps of one lane until the operation has no further step. Returns the number
+    /// of kills and the last step.
     async fn lane(&self, lane: usize) -> (usize, usize) {
         let seed = seed();
         let is_tried = |n: &usize| is_thorough() || *n <= FIRST_STEPS || *n as u64 % 3 == seed % 3;
@@ -227,20 +235,21 @@ impl World {
                 let answered = tokio::select! {
                     answered = operation => Some(answered),
                     () = self.gate.caught() => None,
-                    () = tokio::time::sleep(PATIENCE) => panic!("step {n} never came"),
+                    () = tokio::time::sleep(PATIENCE) => panic!("step {n} was not reached in time"),
                 };
                 gateway.kill();
                 let steps = self.gate.open();
-                let killed = Told(format!("{}: {moment:?} step {n} of {steps:#?}", story.word));
+                let killed =
+                    FailureNote(format!("{}: {moment:?} step {n} of {steps:#?}", story.word));
                 reached |= answered.is_none();
                 kills += usize::from(answered.is_none());
-                // So that what the dead one had is anybody's at once.
+                // The dead process's work may be taken over at once.
                 self.scene.database.execute("DELETE FROM replicas").await;
-                self.scene.database.age_looks(LONG).await;
+                self.scene.database.age_due_times(LONG).await;
                 gateway = Gateway::start(&self.config).await;
                 story.check(self, &gateway, answered).await;
                 if self.operation == RollOverByMessage {
-                    story.can_be_deleted(self, &gateway, &steps).await;
+                    story.check_deletable(self, &gateway, &steps).await;
                 }
                 drop(killed);
             }
@@ -248,10 +257,10 @@ impl World {
                 return (kills, n);
             }
         }
-        panic!("the operation never ends");
+        panic!("the operation never ended");
     }
 
-    /// The newest receipt, once its deletion is finished.
+    /// Returns the newest receipt, once its deletion is finished.
     async fn receipt(&self, gateway: &Gateway) -> Value {
         let id = match self.scene.backend {
             Backend::Postgres => "replace(id::text, '-', '')",
@@ -267,7 +276,7 @@ impl World {
         .await
     }
 
-    /// Has the janitor look until something is as wanted.
+    /// Starts passes of the janitor until `wanted` returns a value.
     async fn until<T>(
         &self,
         gateway: &Gateway,
@@ -279,8 +288,11 @@ impl World {
             if let Some(found) = wanted().await {
                 return found;
             }
-            assert!(start.elapsed() < PATIENCE, "it never came to this: {what}");
-            self.scene.database.age_looks(LONG).await;
+            assert!(
+                start.elapsed() < PATIENCE,
+                "this did not happen in time: {what}"
+            );
+            self.scene.database.age_due_times(LONG).await;
             gateway
                 .send(gateway.request(Method::POST, "/v1/admin/cleanup"))
                 .await
@@ -307,7 +319,7 @@ impl Story {
         }
     }
 
-    /// A text that nobody else says.
+    /// Returns a text that is unique to this conversation.
     fn text(&self, what: &str) -> String {
         format!("{}: {what}.", self.word)
     }
@@ -318,7 +330,7 @@ impl Story {
         gateway.say(&self.scope, &text).await
     }
 
-    /// Says something that is answered with a function call.
+    /// Sends a message that the model answers with a function call.
     async fn ask(&mut self, gateway: &Gateway, what: &str) -> Value {
         let text = self.text(what);
         self.said.push(text.clone());
@@ -340,7 +352,8 @@ impl Story {
         gateway.post(&path, &json!({"tool_outputs": outputs})).await
     }
 
-    /// Two generations, and where it makes a difference a run that waits for outputs and one behind it.
+    /// Makes a conversation of two generations. Where it matters, one run awaits tool outputs and
+    /// another one is queued.
     async fn prepare(&mut self, gateway: &Gateway, operation: Operation) {
         self.say(gateway, "one").await;
         let asked = self.ask(gateway, "two").await;
@@ -398,7 +411,7 @@ impl Story {
         gateway.send(gateway.request(Method::DELETE, &path)).await
     }
 
-    /// What is killed, from its first request to the end of all that this leads to.
+    /// Performs the operation, from its first request until all its work is done.
     async fn operate(&self, gateway: &Gateway, operation: Operation) {
         match operation {
             DeleteConversation | DeleteToArchive | DeleteUser => {
@@ -429,30 +442,34 @@ impl Story {
     async fn check(&mut self, world: &World, gateway: &Gateway, answered: Option<()>) {
         match world.operation {
             DeleteConversation | DeleteToArchive | DeleteUser => {
-                self.is_deleted(world, gateway, answered.is_some()).await;
+                self.check_deleted(world, gateway, answered.is_some()).await;
             }
             RollOver | RollOverLater | RollOverByMessage => {
-                self.is_rolled_over(world, gateway, answered.is_some())
+                self.check_rolled_over(world, gateway, answered.is_some())
                     .await;
             }
         }
     }
 
-    /// What was begun is finished; what was not has changed nothing.
-    async fn is_deleted(&mut self, world: &World, gateway: &Gateway, answered: bool) {
+    /// Checks that a recorded deletion is finished, and that an unrecorded one has changed
+    /// nothing.
+    async fn check_deleted(&mut self, world: &World, gateway: &Gateway, answered: bool) {
         let is_begun = world
             .scene
             .database
             .number("SELECT count(*) FROM deletions")
             .await
             > self.deletions;
-        assert!(is_begun || !answered, "answered, and nothing is written");
+        assert!(
+            is_begun || !answered,
+            "a deletion that was acknowledged is recorded"
+        );
         if !is_begun {
             self.cancel_all(gateway).await;
             assert_eq!(
-                self.heard(gateway).await,
+                self.user_messages(gateway).await,
                 self.said,
-                "nothing is missing, nothing is there twice"
+                "each message is there once"
             );
             self.say(gateway, "six").await;
             assert!(
@@ -483,7 +500,11 @@ impl Story {
         }
         if world.operation == DeleteToArchive {
             self.cancel_all(gateway).await;
-            assert_eq!(self.heard(gateway).await, self.said, "the transcript stays");
+            assert_eq!(
+                self.user_messages(gateway).await,
+                self.said,
+                "the transcript is kept"
+            );
             for gone in ["three", "four", "five", "six"] {
                 assert_eq!(world.scene.simulator.holds_text(&self.text(gone)), [""; 0]);
             }
@@ -491,12 +512,12 @@ impl Story {
             assert_eq!(
                 world.scene.database.holding(&self.word).await,
                 [""; 0],
-                "in the database"
+                "the database still has texts of the conversation"
             );
             assert_eq!(
                 world.scene.simulator.holds_text(&self.word),
                 [""; 0],
-                "at the upstream"
+                "the upstream still has texts of the conversation"
             );
         }
         assert_eq!(world.scene.simulator.leaked_items(), [""; 0]);
@@ -517,8 +538,9 @@ impl Story {
         );
     }
 
-    /// Nothing is lost or doubled across the seam, and the model knows what was carried over.
-    async fn is_rolled_over(&mut self, world: &World, gateway: &Gateway, answered: bool) {
+    /// Checks that no message is lost or doubled by the rollover, and that the model knows the
+    /// carried-over ones.
+    async fn check_rolled_over(&mut self, world: &World, gateway: &Gateway, answered: bool) {
         self.cancel_all(gateway).await;
         if world.operation == RollOverByMessage {
             let admitted = world
@@ -527,7 +549,10 @@ impl Story {
                 .number("SELECT count(*) FROM runs")
                 .await
                 > self.runs;
-            assert!(admitted || !answered, "answered, and nothing is written");
+            assert!(
+                admitted || !answered,
+                "a rollover that was acknowledged is recorded"
+            );
             if admitted {
                 self.said.push(self.text("five"));
             }
@@ -546,12 +571,12 @@ impl Story {
         assert_eq!(
             world.scene.database.number(&count).await,
             1,
-            "one thread is current"
+            "exactly one thread is current"
         );
         assert_eq!(
-            self.heard(gateway).await,
+            self.user_messages(gateway).await,
             self.said,
-            "nothing is missing, nothing is there twice"
+            "each message is there once"
         );
 
         let all = self.messages(gateway).await;
@@ -579,10 +604,10 @@ impl Story {
         assert_eq!(
             joined(&held),
             joined(&expected),
-            "the model knows what was carried over and said since"
+            "the model knows the carried-over messages and the later ones"
         );
 
-        // What was before that is not at the upstream any more.
+        // The upstream does not have the messages before them any more.
         let one = self.text("one");
         world
             .until(
@@ -600,9 +625,9 @@ impl Story {
             .await;
     }
 
-    /// Whatever a kill left, a deletion finds. But for what was made at the upstream and whose id nobody has recorded, an
-    /// upstream thread or the response of a run that was killed at work: the receipt tells of these.
-    async fn can_be_deleted(&self, world: &World, gateway: &Gateway, steps: &[String]) {
+    /// Checks that a deletion finds whatever a kill left. There are two exceptions, which the
+    /// receipt counts: an upstream thread and a response whose id was never recorded.
+    async fn check_deletable(&self, world: &World, gateway: &Gateway, steps: &[String]) {
         assert!(
             self.delete(gateway, DeleteConversation)
                 .await
@@ -613,7 +638,7 @@ impl Story {
         assert_eq!(
             world.scene.database.holding(&self.word).await,
             [""; 0],
-            "in the database"
+            "the database still has texts of the conversation"
         );
         let threads = receipt["threads"]["data"].as_array().unwrap().iter();
         let unknown: i64 = threads
@@ -622,20 +647,18 @@ impl Story {
         let made = |what: &str| steps.iter().any(|step| step == what);
         let made_thread = made("POST /v1/threads") || made("POST /v1/conversations");
         let left = world.scene.simulator.holds_text(&self.word);
-        // A response may also be one of who went on with the run, if that was cancelled before it had answered.
+        // If the run was cancelled before its successor's response was answered, that response's
+        // id is not recorded either.
         let excused = left
             .iter()
             .all(|place| place.contains("response ") || made_thread);
-        // Each with what is in it.
+        // Entries for the content of a listed thing do not count.
         let things = left.iter().filter(|place| !place.contains(" of ")).count();
         let told = things <= usize::try_from(unknown).unwrap();
-        assert!(
-            excused && told,
-            "{left:#?} is left at the upstream: {receipt:#}"
-        );
+        assert!(excused && told, "{left:#?} is left upstream: {receipt:#}");
     }
 
-    /// Ends what still waits for somebody.
+    /// Cancels all unfinished runs.
     async fn cancel_all(&self, gateway: &Gateway) {
         let path = format!("{}/thread/cancel?which=all", self.scope);
         gateway.send(gateway.request(Method::POST, &path)).await;
@@ -645,7 +668,7 @@ impl Story {
         gateway.until(&format!("{}/thread", self.scope), idle).await;
     }
 
-    /// All messages that the conversation ever had, oldest first.
+    /// Returns all messages of the conversation, archived ones too, oldest first.
     async fn messages(&self, gateway: &Gateway) -> Vec<Value> {
         let path = format!("{}/messages?archived=true&order=asc&limit=100", self.scope);
         let page = gateway.get(&path).await.ok();
@@ -653,8 +676,8 @@ impl Story {
         page["data"].as_array().unwrap().clone()
     }
 
-    /// What the user said, as it is told, without directives.
-    async fn heard(&self, gateway: &Gateway) -> Vec<String> {
+    /// Returns the user's messages without their directives.
+    async fn user_messages(&self, gateway: &Gateway) -> Vec<String> {
         let all = self.messages(gateway).await;
         let users = all.iter().filter(|message| message["role"] == "user");
         users
@@ -663,13 +686,13 @@ impl Story {
     }
 }
 
-/// All text of a message.
+/// Returns the whole text of a message.
 fn whole(message: &Value) -> String {
     let parts = message["content"].as_array().unwrap().iter();
     parts.map(|part| part["text"].as_str().unwrap()).collect()
 }
 
-/// Lines without directives, in which a reply in several parts is one.
+/// Returns the lines without directives. A reply in several parts becomes one line.
 fn joined(lines: &[Line]) -> Vec<Line> {
     let mut all: Vec<Line> = Vec::new();
     for (role, text) in lines {

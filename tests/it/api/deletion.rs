@@ -1,4 +1,4 @@
-//! Deleting a conversation: here, upstream, and for good.
+//! Deleting a conversation from database and upstream.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ async fn nothing_is_left(scene: &Scene) {
     assert_eq!(scene.simulator.holds_text("needle"), Vec::<String>::new());
 }
 
-/// A conversation of several turns, one of them with a function call.
+/// Makes a conversation of several runs, one of them with a function call.
 async fn converse(gateway: &Gateway) -> Value {
     gateway.say(SCOPE, "needle one").await;
     let asks = json!({"content": "needle two [[sim: tool=look_up]]"});
@@ -92,7 +92,10 @@ async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
         assert!(old["upstream_items"].as_u64().unwrap() >= 6, "{old:#}");
     }
     if scene.protocol != Protocol::Assistants {
-        assert_eq!(old["upstream_responses"], 4, "each round of a run is one");
+        assert_eq!(
+            old["upstream_responses"], 4,
+            "each round of a run is one response"
+        );
     }
     let id = receipt["id"].as_str().unwrap();
     let again = gateway.get(&format!("/v1/deletions/{id}")).await.ok();
@@ -119,7 +122,7 @@ async fn deleted_conversation_is_gone_locally_and_upstream(scene: Scene) {
     assert_eq!(
         fresh["thread"]["previous_thread"],
         Value::Null,
-        "a key that was erased finds nothing of it"
+        "an erased idempotency key finds nothing"
     );
     assert!(text(&fresh["message"]).contains("turn 1"));
     let all = gateway
@@ -145,7 +148,7 @@ async fn deletion_cancels_active_and_queued_runs(scene: Scene) {
     }
     scene.simulator.release();
     nothing_is_left(&scene).await;
-    // One that waits for outputs, too.
+    // This run awaits tool outputs.
     let asks = json!({"content": "needle [[sim: tool=look_up]]"});
     gateway.post(&format!("{SCOPE}/messages"), &asks).await.ok();
     gateway.delete(THREAD).await.ok();
@@ -156,7 +159,7 @@ async fn deletion_tolerates_repeats_and_missing_upstream_thread(scene: Scene) {
     let gateway = scene.gateway_with(BY_HAND).await;
     assert_eq!(gateway.delete(THREAD).await.problem(), (404, "not-found"));
     converse(&gateway).await;
-    // Longer than any clock goes.
+    // The wait is longer than any clock can count.
     let receipt = gateway
         .delete_after(THREAD, &format!("wait={}", u64::MAX))
         .await
@@ -164,7 +167,7 @@ async fn deletion_tolerates_repeats_and_missing_upstream_thread(scene: Scene) {
     assert_eq!(
         gateway.delete(THREAD).await.problem(),
         (404, "not-found"),
-        "there is nothing any more"
+        "there is nothing left to delete"
     );
     assert_eq!(gateway.get(THREAD).await.problem(), (404, "not-found"));
     let id = receipt["id"].as_str().unwrap();
@@ -184,7 +187,7 @@ async fn deletion_tolerates_repeats_and_missing_upstream_thread(scene: Scene) {
     );
     nothing_is_left(&scene).await;
 
-    // Two at once are one.
+    // Two concurrent requests are one deletion.
     converse(&gateway).await;
     let (one, other) = join(gateway.delete(THREAD), gateway.delete(THREAD)).await;
     let ids: Vec<Value> = [one, other]
@@ -211,7 +214,7 @@ async fn message_during_deletion_starts_fresh_thread(scene: Scene) {
     assert_eq!(
         gateway.get(THREAD).await.problem(),
         (404, "not-found"),
-        "nobody reads it any more"
+        "the old thread cannot be read any more"
     );
     assert_eq!(
         gateway
@@ -225,7 +228,7 @@ async fn message_during_deletion_starts_fresh_thread(scene: Scene) {
     assert_ne!(fresh["thread"]["id"], old["thread"]["id"]);
     assert_eq!(fresh["thread"]["previous_thread"], Value::Null);
     assert!(text(&fresh["message"]).contains("turn 1"));
-    // The deletion that is under way does not take the fresh one along.
+    // The deletion that is under way spares the fresh thread.
     finish(
         &scene,
         &gateway,
@@ -252,7 +255,7 @@ async fn deletion_accepted_when_receipt_is_unreadable(scene: Scene) {
     assert_eq!(
         gateway.get(THREAD).await.problem(),
         (404, "not-found"),
-        "nobody reads it any more"
+        "the thread cannot be read any more"
     );
     scene
         .database
@@ -267,7 +270,8 @@ async fn deletion_accepted_when_receipt_is_unreadable(scene: Scene) {
     nothing_is_left(&scene).await;
 }
 
-/// Has the janitor go on, whatever wait it is in, until the deletion is done.
+/// Starts passes of the janitor, whatever it waits for, until the deletion is done. Returns the
+/// receipt.
 async fn finish(scene: &Scene, gateway: &Gateway, receipt: &str) -> Value {
     let start = std::time::Instant::now();
     loop {
@@ -315,7 +319,7 @@ async fn deletion_refused_upstream_is_retried_in_background(scene: Scene) {
     let asked_again = gateway.delete_after(THREAD, "respond-async").await;
     assert_eq!(
         asked_again.body["id"], pending["id"],
-        "it is the same deletion"
+        "the receipt names the same deletion"
     );
     let done = finish(&scene, &gateway, &place).await;
     assert_eq!(
@@ -345,7 +349,7 @@ async fn deletion_with_archive_keeps_transcript(scene: Scene) {
     let fresh = gateway.say(SCOPE, "hello?").await;
     assert_eq!(fresh["thread"]["previous_thread"], old["thread"]["id"]);
     assert!(text(&fresh["message"]).contains("turn 1"));
-    // All of it can still be erased.
+    // All archived threads can still be erased.
     let receipt = gateway.delete(THREAD).await.ok();
     assert_eq!(receipt["threads_done"], 2, "{receipt:#}");
     nothing_is_left(&scene).await;
@@ -364,7 +368,8 @@ async fn killed_deletion_resumes_after_restart(scene: Scene) {
     nothing_is_left(&scene).await;
 }
 
-/// What the database was not there to take is recorded when it is back, not when the claim of the thread is over.
+/// A failure that the database could not take is recorded once the database is back, not when the
+/// lease of the thread ends.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_failure_recorded_once_database_returns() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -376,7 +381,7 @@ async fn deletion_failure_recorded_once_database_returns() {
     let gateway = Gateway::start(&config.replace(&scene.upstream_url, &upstream.url)).await;
     converse(&gateway).await;
     let requests = scene.simulator.stats().requests;
-    // The upstream says nothing until the database is away.
+    // The upstream stays silent until the database is away.
     scene.fault("any", "silent", 1);
     scene.fault("any", "status=403", 1000);
     let answer = gateway.delete_after(THREAD, "respond-async").await;
@@ -401,7 +406,8 @@ async fn deletion_failure_recorded_once_database_returns() {
         .ok();
 }
 
-/// More than one, so that none of them is taken for one that is being made.
+/// There are several orphans, so that none of them is taken for a thread that is just being
+/// created.
 #[tokio::test(flavor = "multi_thread")]
 async fn orphaned_upstream_threads_are_deleted_or_reported() {
     for list_threads in [true, false] {
@@ -420,8 +426,8 @@ async fn orphaned_upstream_threads_are_deleted_or_reported() {
         gateway.say(SCOPE, "needle").await;
         assert_eq!(scene.upstream_threads().len(), 3);
         if !list_threads {
-            // The janitor looks for them before the thread is deleted.
-            scene.database.age_looks(Duration::from_hours(3)).await;
+            // The janitor deals with the orphans before the thread is deleted.
+            scene.database.age_due_times(Duration::from_hours(3)).await;
             gateway.post("/v1/admin/cleanup", &json!({})).await.ok();
         }
         let receipt = gateway.delete(THREAD).await.ok();
@@ -442,8 +448,8 @@ async fn orphaned_upstream_threads_are_deleted_or_reported() {
     }
 }
 
-/// Sends a message whose upstream thread is made only after the deletion has come.
-async fn delete_while_it_is_made(scene: &Scene, gateway: &Gateway) {
+/// Sends a message, and deletes the conversation while the upstream thread is being created.
+async fn delete_during_creation(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "latency=1500ms", 1);
     let mut running = gateway.stream(SCOPE, "needle at last").await;
     running.next().await.unwrap();
@@ -477,11 +483,11 @@ async fn deletion_removes_upstream_thread_being_created(scene: Scene) {
         return;
     }
     let gateway = scene.gateway_with(BY_HAND).await;
-    delete_while_it_is_made(&scene, &gateway).await;
+    delete_during_creation(&scene, &gateway).await;
     nothing_is_left(&scene).await;
 }
 
-/// It begins with all that was said.
+/// The recreated upstream thread begins with the whole transcript.
 async fn deletion_removes_upstream_thread_being_recreated(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
@@ -490,8 +496,8 @@ async fn deletion_removes_upstream_thread_being_recreated(scene: Scene) {
     let last = converse(&gateway).await;
     let gone = last["thread"]["upstream_thread_id"].as_str().unwrap();
     scene.delete_thread(gone).await;
-    delete_while_it_is_made(&scene, &gateway).await;
-    // Whoever deletes a conversation leaves its items, and these are not the gateway's to find.
+    delete_during_creation(&scene, &gateway).await;
+    // Deleting a conversation directly leaves its items, which the gateway cannot find.
     let left = scene.simulator.holds_text("needle");
     assert!(left.iter().all(|it| it.contains(gone)), "{left:#?}");
 }

@@ -1,4 +1,4 @@
-//! A person's data: what is held, a copy of it, and its end.
+//! A person's data: the list of threads, the export, and the erasure.
 
 use serde_json::{Value, json};
 
@@ -13,14 +13,14 @@ on_each_protocol!(
     user_deletion_supports_archive_and_dry_run,
     erasure_completes_when_upstream_cannot_delete,
     differently_worded_not_found_counts_as_already_gone,
-    erasure_gives_up_after_configured_time,
+    upstream_erasure_stops_after_configured_time,
 );
 on_each_store!(thread_list_includes_all_threads_of_user);
 
 const USER: &str = "/v1/users/auth0%7C5f7c";
 const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
-/// Every deletion at the upstream is answered so.
+/// Makes every deletion at the upstream fail with this fault.
 fn deletions_answer(scene: &Scene, fault: &str) {
     for on in [
         "delete_thread",
@@ -32,7 +32,7 @@ fn deletions_answer(scene: &Scene, fault: &str) {
     }
 }
 
-/// Threads of all kinds, one of them archived.
+/// Makes threads of all scopes, one of them archived.
 async fn populate(gateway: &Gateway) {
     gateway.say(USER, "needle user").await;
     for n in 0..3 {
@@ -119,7 +119,7 @@ async fn export_contains_all_data_of_user(scene: Scene) {
     let nobody = gateway.get("/v1/users/nobody/export").await;
     assert!(
         nobody.body.to_string().contains("end"),
-        "a user of whom nothing is held: {:?}",
+        "export of a user without data: {:?}",
         nobody.body
     );
 }
@@ -137,7 +137,7 @@ async fn user_erasure_removes_everything_and_reports_it(scene: Scene) {
         .stream(&format!("{USER}/sessions/0"), "needle at work")
         .await;
     running.next().await.unwrap();
-    // One of them cannot be deleted at once.
+    // One thread cannot be deleted at once.
     let on = match scene.protocol {
         Protocol::Assistants => "delete_thread",
         Protocol::Responses => "delete_conversation",
@@ -219,7 +219,7 @@ async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
         assert!(!answer.headers.contains_key("location"));
         answer.ok()
     };
-    // Five current ones, one of which goes on with what is archived.
+    // There are five current threads. One of them has an archived predecessor.
     assert_eq!(dry("dry_run=true&archive=true").await["threads"], 5);
     let all = dry("dry_run=true").await;
     assert_eq!(
@@ -230,7 +230,7 @@ async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
     assert_eq!(
         dry("dry_run=true&archive=false").await,
         all,
-        "nothing has changed"
+        "a dry run changes nothing"
     );
     let nobody = gateway.delete("/v1/users/nobody?dry_run=true").await.ok();
     assert_eq!(nobody, counts(false, 0, 0));
@@ -284,7 +284,7 @@ async fn user_deletion_supports_archive_and_dry_run(scene: Scene) {
         "current"
     );
     assert_eq!(dry("dry_run=true&archive=true").await, counts(true, 0, 0));
-    // All of it can still be erased.
+    // All archived threads can still be erased.
     assert_eq!(gateway.delete(USER).await.ok()["threads_done"], 6);
     assert_eq!(
         scene.database.holding("needle session").await,
@@ -340,7 +340,7 @@ async fn erasure_completes_when_upstream_cannot_delete(scene: Scene) {
             (&json!(null), &json!(null))
         );
         let threads = gateway.get(&format!("{user}/threads")).await.ok();
-        assert_eq!(threads["data"], json!([]), "here all is gone");
+        assert_eq!(threads["data"], json!([]), "the database has nothing left");
     }
 }
 
@@ -368,7 +368,7 @@ async fn differently_worded_not_found_counts_as_already_gone(scene: Scene) {
     }
 }
 
-async fn erasure_gives_up_after_configured_time(scene: Scene) {
+async fn upstream_erasure_stops_after_configured_time(scene: Scene) {
     let gateway = scene
         .gateway_with(&format!("{BY_HAND}give_up_after = \"1d\"\n"))
         .await;
@@ -397,9 +397,13 @@ async fn erasure_gives_up_after_configured_time(scene: Scene) {
             .await;
         gateway.post("/v1/admin/cleanup", &json!({})).await.ok()
     };
-    assert_eq!(look().await["failed"], 1, "it has its day");
+    assert_eq!(
+        look().await["failed"],
+        1,
+        "the upstream's limit of a day has begun"
+    );
     assert_eq!(gateway.get(&place).await.ok()["status"], "in_progress");
-    // A day later.
+    // Moves the limit a day back.
     let until = thread["upstream_tried_until"].as_str().unwrap();
     let column = if scene.backend == Backend::Postgres {
         "upstream_cleanup::text"

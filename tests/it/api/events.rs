@@ -1,4 +1,5 @@
-//! A run's events, read again: from the start or from where a reader stopped, while it goes on and after its end.
+//! Reading a run's events again: from the start, or from where a reader stopped, during the run
+//! and afterwards.
 
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ on_each_store!(
 );
 on_every_scene!(@ alone_on_sqlite Responses Sqlite [unfollowed_run_is_recorded_infrequently]);
 on_every_scene!(@ alone_on_postgres Chain Postgres [unfollowed_run_is_recorded_infrequently]);
-// Readers have nothing to do with the protocol, and this takes a while.
+// The protocol does not affect slow readers, and this test takes long.
 on_every_scene!(@ many_on_sqlite Assistants Sqlite [slow_readers_neither_stall_run_nor_grow_memory]);
 on_every_scene!(@ many_on_postgres Responses Postgres [slow_readers_neither_stall_run_nor_grow_memory]);
 
@@ -57,7 +58,7 @@ async fn stream_replays_from_any_event(scene: Scene) {
     let run = run_of(&original[0]);
     assert_eq!(original.last().unwrap().name, "run.completed");
     let started = scene.simulator.stats().runs_started;
-    // In this process, and in one that never saw the run.
+    // The first round reads in this process, the second in one that never saw the run.
     let mut gateway = gateway;
     for round in 0..2 {
         assert_eq!(
@@ -77,7 +78,7 @@ async fn stream_replays_from_any_event(scene: Scene) {
         assert_eq!(
             over.status(),
             StatusCode::NO_CONTENT,
-            "nothing more will come"
+            "the stream says that it has ended"
         );
         if round == 0 {
             gateway.kill();
@@ -87,7 +88,7 @@ async fn stream_replays_from_any_event(scene: Scene) {
     assert_eq!(
         scene.simulator.stats().runs_started,
         started,
-        "reading starts nothing"
+        "reading starts no run"
     );
 }
 
@@ -98,7 +99,8 @@ async fn stored(scene: &Scene) -> i64 {
         .await
 }
 
-/// While a reply streams, others may have to go on with it; once it has ended, the record tells it.
+/// During a reply the log is stored, so that another replica could continue the run. After the
+/// end the transcript suffices.
 async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
     let gateway = scene.gateway().await;
     gateway.stream(SCOPE, "quick").await.rest().await;
@@ -107,17 +109,18 @@ async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
     let mut stream = gateway
         .stream(SCOPE, "tell me [[sim: tokens=40 hold_after=20]]")
         .await;
-    let mut original = stream.until_told("story").await;
+    let mut original = stream.until_text("story").await;
     let start = std::time::Instant::now();
     while stored(&scene).await == 0 {
-        assert!(start.elapsed() < PATIENCE, "it is never recorded");
+        assert!(start.elapsed() < PATIENCE, "the log was never stored");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     scene.simulator.release();
     original.extend(stream.rest().await);
     assert_eq!(stored(&scene).await, 0);
 
-    // A record that came too late left a part of it: its beginning, or a later one. Nobody reads less, or anything twice.
+    // A write that was late leaves a part of the log: its beginning or a later part. Readers miss
+    // nothing and read nothing twice.
     let run = run_of(&original[0]);
     let text = text_of(&original);
     drop(gateway);
@@ -134,20 +137,21 @@ async fn event_log_of_completed_run_is_not_stored(scene: Scene) {
         assert_eq!(
             joined(&replay(&gateway, &run, None).await),
             joined(&original),
-            "with a part from {n} on"
+            "with the stored part from {n} on"
         );
         for at in 0..original.len() - 1 {
             let rest = replay(&gateway, &run, Some(&original[at].id)).await;
             assert_eq!(
                 joined(&rest),
                 joined(&original[at + 1..]),
-                "after {at}, with a part from {n} on"
+                "after {at}, with the stored part from {n} on"
             );
         }
     }
 }
 
-/// Four records in the first second and a half, then one a second, however slow the machine is.
+/// Without readers the log is written four times in the first 1.5 s, then once a second, however
+/// slow the machine is.
 async fn unfollowed_run_is_recorded_infrequently(scene: Scene) {
     let gateway = scene.gateway().await;
     scene.simulator.hold();
@@ -162,7 +166,7 @@ async fn unfollowed_run_is_recorded_infrequently(scene: Scene) {
     let (rows, most) = (stored(&scene).await, 4 + begun.elapsed().as_secs());
     assert!(
         rows > 0 && rows.unsigned_abs() <= most,
-        "{rows} rows of {most}"
+        "{rows} rows; the limit is {most}"
     );
     scene.simulator.release();
     stream.rest().await;
@@ -180,7 +184,7 @@ async fn event_log_kept_for_failed_incomplete_or_queued_runs(scene: Scene) {
             "{content}"
         );
     }
-    // One that waited in line, which the record does not tell.
+    // The transcript does not say that this run was queued, so its log stays.
     scene.simulator.hold();
     let first = gateway.stream(SCOPE, "one").await;
     let mut second = gateway.stream(SCOPE, "two").await;
@@ -211,7 +215,7 @@ async fn reader_joins_run_in_progress(scene: Scene) {
     let run = run_of(&seen[0]);
     let whole = EventReader::new(open(&gateway, &run, None).await);
     let later = EventReader::new(open(&gateway, &run, Some(&seen[5].id)).await);
-    // The one who asked leaves; the others read on.
+    // The first reader leaves; the others continue.
     drop(original);
     let (whole, later) = tokio::join!(whole.rest(), later.rest());
     assert_eq!(whole[..6], seen);
@@ -248,7 +252,7 @@ async fn foreign_or_malformed_last_event_id_is_refused(scene: Scene) {
     }
     for beyond in [i64::MAX.to_string(), "9".repeat(19)] {
         let told = open(&gateway, &run, Some(&format!("{run}:{beyond}"))).await;
-        // Either the end alone or nothing, by what is stored of its log.
+        // The answer is the end alone or nothing, depending on the stored part of the log.
         assert!(told.status().is_success(), "{beyond}: {told:?}");
     }
     let unknown = gateway
@@ -296,7 +300,7 @@ async fn unreadable_event_log_is_not_reported_as_end(scene: Scene) {
         assert_eq!(
             answer.problem().0,
             500,
-            "a reader who hears that this was the end asks no more"
+            "a reader that is told of an end does not ask again"
         );
     }
     scene
@@ -322,7 +326,7 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
     let run = runs["data"][0]["id"].as_str().unwrap().to_owned();
     let before = resident(&gateway);
     for _ in 0..40 {
-        // They ask, and then read nothing.
+        // These clients send a request, and then read nothing.
         let mut socket = TcpStream::connect(gateway.address()).await.unwrap();
         let request = format!("GET {SCOPE}/runs/{run}/events HTTP/1.1\r\nhost: x\r\n\r\n");
         socket.write_all(request.as_bytes()).await.unwrap();
@@ -340,10 +344,10 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
     let grown = resident(&gateway).saturating_sub(before);
     assert!(
         grown < 64 * 1024,
-        "40 slow readers of one long reply made the process grow by {grown} KiB"
+        "the process grew by {grown} KiB for 40 slow readers of one long reply"
     );
     gateway.say(SCOPE, "and now?").await;
-    // The rest of the story is there for those who wake up.
+    // A reader that reads again gets the rest.
     let mut late = readers.pop().unwrap();
     let mut text = String::new();
     let read = tokio::time::timeout(Duration::from_secs(20), async {
@@ -354,10 +358,10 @@ async fn slow_readers_neither_stall_run_nor_grow_memory(scene: Scene) {
             text.push_str(&String::from_utf8_lossy(&buffer[..n]));
         }
     });
-    read.await.expect("the rest comes");
+    read.await.expect("the rest of the reply arrives");
 }
 
-/// Memory of the process, KiB.
+/// Returns the resident memory of the process in KiB.
 fn resident(gateway: &Gateway) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
     let line = status

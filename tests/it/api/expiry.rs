@@ -1,4 +1,4 @@
-//! How long threads are used, and what becomes of them then. Rows are moved in time, not clocks.
+//! Expiry of threads, and what follows it. Tests move times in the database instead of clocks.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ on_each_store!(
 );
 
 const HOUR: Duration = Duration::from_hours(1);
-/// The janitor works only when it is told to.
+/// With these settings the janitor works only on request.
 const BY_HAND: &str = "[janitor]\ninterval = \"1h\"\ncalls_per_second = 10000\n";
 
 async fn clean_up(gateway: &Gateway) -> Value {
@@ -55,13 +55,13 @@ async fn session_ttl_counts_from_creation_or_last_message(scene: Scene) {
         if !slides {
             assert_eq!(third["thread"]["previous_thread"], first["thread"]["id"]);
         }
-        // To the millisecond: whatever the work takes, the time is up by then.
+        // Times count in milliseconds, so the thread has expired by the next statement.
         scene.database.age_threads(HOUR).await;
         let fourth = gateway.say(&scope, "four").await;
         assert_ne!(id(&third), id(&fourth));
         assert!(
             text(&fourth["message"]).contains("turn 1"),
-            "it knows nothing of the old one"
+            "the fresh thread knows nothing of the old one"
         );
         let all = gateway
             .get(&format!(
@@ -98,12 +98,12 @@ async fn request_can_set_thread_ttl(scene: Scene) {
         .await
         .ok();
     assert_eq!(id(&first), id(&second));
-    assert!(life(&second) >= 7_200_000, "from now on");
+    assert!(life(&second) >= 7_200_000, "the TTL counts from now");
     let third = say(json!({"content": "three"})).await.ok();
     assert_eq!(
         life(&third),
         life(&second),
-        "who does not ask changes nothing"
+        "a request without a TTL changes nothing"
     );
     scene.database.age_threads(2 * HOUR).await;
     let fourth = say(json!({"content": "four"})).await.ok();
@@ -111,7 +111,7 @@ async fn request_can_set_thread_ttl(scene: Scene) {
     assert_eq!(
         fourth["thread"]["expires_at"],
         Value::Null,
-        "the fresh one has the configured life"
+        "the fresh thread has the configured TTL"
     );
     for bad in [0, 7_200_001] {
         assert_eq!(
@@ -130,7 +130,7 @@ async fn user_and_topic_threads_expire_when_configured(scene: Scene) {
         assert_eq!(id(&first), id(&gateway.say(scope, "two").await));
         scene.database.age_threads(HOUR).await;
         let idle = gateway.say(scope, "three").await;
-        assert_ne!(id(&first), id(&idle), "it was idle for too long");
+        assert_ne!(id(&first), id(&idle), "the thread was idle for too long");
         for _ in 0..15 {
             scene.database.age_threads(HOUR * 2 / 3).await;
             gateway.say(scope, "still here").await;
@@ -138,7 +138,7 @@ async fn user_and_topic_threads_expire_when_configured(scene: Scene) {
         assert_ne!(
             id(&idle),
             id(&gateway.say(scope, "last").await),
-            "it is too old"
+            "the thread is too old"
         );
     }
 }
@@ -166,7 +166,7 @@ async fn janitor_archives_clears_and_erases(scene: Scene) {
     assert_eq!(
         gateway.get(&format!("{scope}/thread")).await.ok()["lifecycle"],
         "current",
-        "a dry run does nothing"
+        "a dry run changes nothing"
     );
 
     let done = clean_up(&gateway).await;
@@ -183,7 +183,7 @@ async fn janitor_archives_clears_and_erases(scene: Scene) {
     assert_eq!(
         scene.simulator.holds_text("needle"),
         Vec::<String>::new(),
-        "its upstream copy is gone"
+        "the upstream copy is gone"
     );
     assert!(!scene.simulator.holds_text("stays").is_empty());
     let said = gateway
@@ -192,10 +192,10 @@ async fn janitor_archives_clears_and_erases(scene: Scene) {
         .ok();
     assert_eq!(
         said["data"][0]["content"][0]["text"], "needle",
-        "the archive can be read"
+        "the archived thread can be read"
     );
 
-    // The key's next message starts a fresh thread that names it.
+    // The key's next message starts a fresh thread, which names the old one.
     let next = gateway.say(scope, "again").await;
     assert_eq!(next["thread"]["previous_thread"], first["thread"]["id"]);
     let before = gateway
@@ -258,7 +258,7 @@ async fn undeletable_thread_does_not_block_janitor(scene: Scene) {
     } else {
         "delete_conversation"
     };
-    // A refusal that no repetition helps.
+    // The upstream refuses for good, so a retry would not help.
     scene.fault(delete, "status=400", 1);
     let done = clean_up(&gateway).await;
     assert_eq!(
@@ -287,8 +287,9 @@ async fn undeletable_thread_does_not_block_janitor(scene: Scene) {
     assert_eq!(scene.upstream_threads(), Vec::<String>::new());
 }
 
-/// The run of an old thread goes on for as long as its upstream is silent. A fresh thread is free meanwhile.
-async fn talk_on_a_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
+/// Leaves the run of an old thread active, since its upstream is silent, and uses a fresh thread
+/// meanwhile.
+async fn use_fresh_thread(gateway: &Gateway, scope: &str, old: &str) {
     let busy = json!({"content": "two [[sim: tokens=40 rate=10ms]]", "stream": true});
     let first = gateway
         .request(reqwest::Method::POST, &format!("{scope}/messages"))
@@ -320,8 +321,8 @@ async fn fresh_thread_ignores_run_of_expired_thread(scene: Scene) {
     scene.database.age_threads(24 * HOUR).await;
     let body = json!({"content": "at once", "multitask_strategy": "reject"});
     let answer = gateway.post(&format!("{scope}/messages"), &body).await.ok();
-    assert_ne!(id(&answer), thread, "nothing runs on the fresh thread");
-    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    assert_ne!(id(&answer), thread, "the fresh thread has no active run");
+    use_fresh_thread(&gateway, scope, &thread).await;
     let run = format!("{scope}/runs/{}", started.data["run_id"].as_str().unwrap());
     assert_eq!(gateway.get(&run).await.ok()["run"]["status"], "in_progress");
     gateway
@@ -332,7 +333,7 @@ async fn fresh_thread_ignores_run_of_expired_thread(scene: Scene) {
 }
 
 async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
-    // Nothing is asked of a chain before its run ends.
+    // A chain gets no request before its run ends.
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -345,10 +346,10 @@ async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
     assert_eq!(
         old.next().await.unwrap().name,
         "message.delta",
-        "it is known upstream"
+        "the run is known upstream"
     );
     let thread = started.data["thread_id"].as_str().unwrap().to_owned();
-    // What ends the run upstream takes its time.
+    // The cancel at the upstream takes long.
     let on = if scene.protocol == Protocol::Assistants {
         "cancel_run"
     } else {
@@ -359,7 +360,7 @@ async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
         .delete_after(&format!("{scope}/thread"), "respond-async")
         .await;
     assert_eq!(answer.status, 202, "{:#}", answer.body);
-    talk_on_a_fresh_thread(&gateway, scope, &thread).await;
+    use_fresh_thread(&gateway, scope, &thread).await;
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     assert_eq!(
         scene.database.number(unfinished).await,
@@ -369,7 +370,7 @@ async fn fresh_thread_ignores_run_of_deleted_thread(scene: Scene) {
     gateway.kill();
 }
 
-/// The janitor is stopped between its claim of a thread and its word on when to look again.
+/// The gate stops the janitor between its lease of a thread and the reschedule.
 #[tokio::test(flavor = "multi_thread")]
 async fn ttl_patched_while_janitor_works_is_kept() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
@@ -396,7 +397,10 @@ async fn ttl_patched_while_janitor_works_is_kept() {
         .await
         == 0
     {
-        assert!(start.elapsed() < PATIENCE, "the janitor never came");
+        assert!(
+            start.elapsed() < PATIENCE,
+            "the janitor did not take the thread in time"
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let patched = gateway

@@ -1,4 +1,4 @@
-//! Taking conversations out, and bringing them along.
+//! Exporting and importing conversations.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,8 @@ use crate::store_contract::{admission, completed, user};
 use crate::support::TestDatabase;
 use crate::support::gateway::Gateway;
 
-/// Makes a test of each function for each store: `case(a way to make databases)`.
+/// Makes a test of each function for each store. A case is `case(databases)`, and `databases`
+/// makes a new database.
 macro_rules! on_both {
     ($($case:ident),+ $(,)?) => {
         mod sqlite {
@@ -46,13 +47,13 @@ on_both!(
     export_from_before_0_2_is_imported,
 );
 
-/// A database, and the configuration that leads to it.
+/// A database, and a configuration for it.
 struct Place {
     database: TestDatabase,
     folder: TempDir,
 }
 
-/// What a command said.
+/// The result of a command.
 struct Said {
     ok: bool,
     out: String,
@@ -80,7 +81,7 @@ impl Place {
         let mut child = it.spawn().unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_owned();
-        // A command that does not read its input to the end closes it.
+        // A command that stops reading closes its input, so the write may fail.
         let writer = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
         let output = child.wait_with_output().unwrap();
         writer.join().unwrap();
@@ -99,7 +100,7 @@ impl Place {
         said.out
     }
 
-    /// Must be taken without a complaint; gives the summary.
+    /// Imports lines, which must succeed without warnings. Returns the summary.
     #[track_caller]
     fn import(&self, lines: &str) -> String {
         let said = self.run("import", &[], lines);
@@ -107,7 +108,7 @@ impl Place {
         said.err.lines().last().unwrap().to_owned()
     }
 
-    /// Has a part that is refused; gives all that is said of it.
+    /// Imports lines of which some must be refused. Returns the messages.
     #[track_caller]
     fn import_fails(&self, lines: &str) -> String {
         let said = self.run("import", &[], lines);
@@ -115,7 +116,7 @@ impl Place {
         said.err
     }
 
-    /// Admits a message and answers it.
+    /// Admits a message and finishes its run.
     async fn exchange(&self, user_key: &str) {
         let store = self.database.store().await;
         let request = Admission {
@@ -123,7 +124,7 @@ impl Place {
             ..admission(&user(user_key))
         };
         let Admitted::Started(turn) = store.admit(request.clone()).await.unwrap() else {
-            panic!("not started")
+            panic!("the run was not started")
         };
         store
             .finish(&turn.lease, completed(Some("hi")))
@@ -152,7 +153,7 @@ fn of_type<'a>(lines: &'a [Value], name: &str) -> Vec<&'a Value> {
     lines.iter().filter(|line| line["type"] == name).collect()
 }
 
-/// Two conversations, one with a past.
+/// Two conversations, one of them with an archived thread.
 const RICH: &str = r#"{"type":"thread","id":"thr_0190163d8694739aea0d1e59d2a9a001","key":{"tenant":"default","user":"alice","scope":"session:tab-1"},"upstream":"gone","lifecycle":"archived","created_at":"2024-06-14T12:00:00.123Z","last_active_at":"2024-06-15T12:00:00Z","archived_at":"2024-07-01T00:00:00Z"}
 {"type":"message","id":"msg_0190163d8694739aea0d1e59d2a9b001","role":"user","content":[{"type":"text","text":"H\u00ebllo\n\"quoted\""},{"type":"image_url","image_url":{"url":"https://example.org/a.png"}}],"context":"withheld","created_at":"2024-06-14T12:00:01Z"}
 
@@ -177,7 +178,7 @@ async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestData
         said.err
     );
     let first = std::fs::read_to_string(&file).unwrap();
-    assert_eq!(first, one.export(), "it says the same each time");
+    assert_eq!(first, one.export(), "each export is the same");
 
     let mut all = parsed(&first);
     assert_eq!(
@@ -206,7 +207,7 @@ async fn export_round_trips_through_import(databases: impl AsyncFn() -> TestData
     );
     assert!(summary.contains("1 lines of runs passed over"), "{summary}");
     let second = two.export();
-    // All but the run, whose messages do not name it any more.
+    // Everything but the run comes back. The messages do not name it any more.
     all.retain(|line| line["type"] != "run");
     for line in &mut all {
         if line["type"] == "message" {
@@ -257,18 +258,18 @@ async fn minimal_import_lines_are_accepted_and_idempotent(
     );
     assert_eq!(place.export(), first);
 
-    // More of the same conversation.
+    // These lines add to the same conversation.
     table.insert(3, said("user", "One more thing"));
     let marked = format!("\u{feff}{}", lines(&table));
     assert!(
         place
             .import(&marked)
             .contains("0 threads and 1 messages added"),
-        "saved by a program of Windows"
+        "the byte order mark of Windows programs is accepted"
     );
     let all = parsed(&place.export());
     let threads = of_type(&all, "thread");
-    // Threads that came in the same millisecond are in no order.
+    // Threads of the same millisecond have no order.
     let mut keys: Vec<_> = threads
         .iter()
         .map(|thread| thread["key"]["scope"].as_str().unwrap())
@@ -291,7 +292,7 @@ async fn minimal_import_lines_are_accepted_and_idempotent(
     assert_eq!(
         place.database.number(due).await,
         3,
-        "they expire as configured"
+        "the threads expire as configured"
     );
 }
 
@@ -460,7 +461,7 @@ async fn paged_export_is_complete_despite_concurrent_deletion(
         .collect();
     assert_eq!(texts, (0..230).map(|n| format!("m{n}")).collect::<Vec<_>>());
 
-    // The thread after which the next page begins is erased while the lines are read.
+    // The thread before the next page is erased during the export.
     let store = place.database.store().await;
     let mut lines = std::pin::pin!(export(store.clone(), What::All(TenantKey::default())));
     let mut got = vec![];
@@ -514,7 +515,10 @@ async fn export_groups_runs_and_messages_by_thread(databases: impl AsyncFn() -> 
             kind => {
                 assert_eq!(&line["thread_id"], thread);
                 let (_, runs, messages) = got.last_mut().unwrap();
-                assert!(kind == "message" || *messages == 0, "runs come first");
+                assert!(
+                    kind == "message" || *messages == 0,
+                    "runs come before messages"
+                );
                 *if kind == "run" { runs } else { messages } += 1;
             }
         }
@@ -583,7 +587,7 @@ async fn imported_messages_may_name_any_known_thread(databases: impl AsyncFn() -
         let others = refused
             .iter()
             .position(|line| line.starts_with("line 8: `id` belongs to a thread of another key"));
-        // The second time, the thread is there before its line.
+        // The second time, the thread exists before its line.
         assert_eq!(
             (refused.len(), others),
             if added.0 == 2 {
@@ -687,7 +691,7 @@ async fn user_export_contains_only_own_threads(databases: impl AsyncFn() -> Test
     store.close().await;
 }
 
-/// docs/upgrading.md: what a version before 0.2 has exported from its database.
+/// `docs/upgrading.md` promises that an export of a version before 0.2 can be imported.
 async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDatabase) {
     let place = Place::new(databases().await);
     let old = include_str!("../../fixtures/export/before-0.2.ndjson")
@@ -705,7 +709,7 @@ async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDat
         assert_eq!(
             ours(&place.export()),
             ours(&old),
-            "but for the runs, which stay behind"
+            "everything but the runs is imported"
         );
     }
 }
@@ -752,7 +756,7 @@ async fn failing_export_and_import_report_reason() {
     assert_eq!(
         std::fs::read_to_string(&file).unwrap(),
         "precious",
-        "nothing is lost before there is something"
+        "a failed export leaves the earlier file"
     );
 
     let said = place.run("export", &[Path::new("--tenant"), Path::new("")], "");

@@ -1,4 +1,4 @@
-//! Every run ends, and the thread is usable afterwards, whatever the upstream does.
+//! Whatever the upstream does, every run ends, and the thread is usable afterwards.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -19,10 +19,10 @@ on_each_protocol!(
     slow_upstream_is_awaited_without_retry,
     slow_upstream_thread_creation_is_not_retried,
     broken_connection_is_retried_at_most_once,
-    error_event_in_stream_is_taken_as_answer,
+    error_event_in_stream_counts_as_answer,
     foreign_upstream_lock_is_waited_out,
     foreign_upstream_lock_wait_ends_at_deadline,
-    stream_dialects_are_all_parsed,
+    every_sse_encoding_is_parsed,
     lost_upstream_thread_is_rebuilt_from_transcript,
 );
 on_each_store!(oversized_reply_fails_run);
@@ -37,7 +37,8 @@ async fn say(gateway: &Gateway, content: &str) -> crate::support::gateway::Answe
     post(gateway, &json!({"content": content})).await
 }
 
-/// The thread takes the next message, and the upstream saw no forbidden call.
+/// Checks that the thread accepts the next message, and that the upstream saw no forbidden
+/// request.
 async fn works_again(gateway: &Gateway) {
     let answer = say(gateway, "and now?").await.ok();
     assert!(text(&answer["message"]).contains("and now?"));
@@ -129,7 +130,7 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
     assert_eq!(
         names,
         ["run.started", "run.failed"],
-        "a stream that has opened tells it as an event"
+        "an open stream reports the failure as an event"
     );
     works_again(&gateway).await;
     let said = gateway
@@ -144,7 +145,7 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
         .count();
     assert_eq!(
         users, 8,
-        "what a user said stays in the transcript, answered or not"
+        "a user's message stays in the transcript, answered or not"
     );
 }
 
@@ -168,7 +169,7 @@ async fn request_provably_not_accepted_is_retried(scene: Scene) {
             .copied()
             .unwrap_or(0)
     };
-    // The upstream's own word is obeyed, so that the test need not wait for the back-off.
+    // The upstream's `Retry-After` counts, so the test need not wait for the back-off.
     let refusal = "status=429 retry_after=0.01";
     fault(
         "create_thread",
@@ -239,7 +240,7 @@ async fn model_refusal_is_returned_as_refusal_content(scene: Scene) {
 
 async fn broken_stream_fails_run_and_frees_thread(scene: Scene) {
     if scene.protocol == Protocol::Assistants {
-        return; // there the run goes on, and is followed to its end
+        return; // the run continues there, and the gateway follows it to its end
     }
     let gateway = scene.gateway_upstream("lock_window = \"200ms\"\n").await;
     for directive in ["cut=5 tokens=40 rate=1ms", "no_terminal"] {
@@ -268,7 +269,7 @@ async fn broken_stream_fails_run_and_frees_thread(scene: Scene) {
     works_again(&gateway).await;
 }
 
-/// How often a run was asked for.
+/// Returns how many requests for a run the upstream got.
 fn sends(scene: &Scene) -> u64 {
     let requests = scene.simulator.stats().requests_by_operation;
     ["create_run", "create_response"]
@@ -278,7 +279,7 @@ fn sends(scene: &Scene) -> u64 {
 }
 
 async fn silent_upstream_expires_run_at_deadline(scene: Scene) {
-    // Looks and lists are given up long before.
+    // Look-ups and lists time out long before the deadline.
     let gateway = scene.gateway_upstream("call_timeout = \"100ms\"\n").await;
     for directive in [
         "silent",
@@ -354,13 +355,13 @@ async fn slow_upstream_thread_creation_is_not_retried(scene: Scene) {
     scene.fault("create_thread", "latency=500ms", 1);
     say(&gateway, "hello").await.ok();
     assert_eq!(asked(), 1);
-    // With all that it is to hold.
+    // The new upstream thread gets the whole transcript.
     scene.delete_thread(&scene.upstream_threads()[0]).await;
     scene.fault("create_thread", "latency=500ms", 1);
     let answer = say(&gateway, "and now?").await.ok();
     assert!(text(&answer["message"]).contains("turn 2 of"), "{answer:#}");
     assert_eq!(asked(), 2);
-    // The deadline does not wait for it.
+    // The deadline does not wait for the creation.
     scene.fault("create_thread", "silent", 1);
     let other = gateway
         .post(
@@ -378,9 +379,9 @@ async fn slow_upstream_thread_creation_is_not_retried(scene: Scene) {
 async fn broken_connection_is_retried_at_most_once(scene: Scene) {
     let gateway = scene.gateway_upstream("lock_window = \"200ms\"\n").await;
     say(&gateway, "hello").await.ok();
-    // What a server in front of it gave up is no answer either.
+    // A 504 of a proxy in front of the server is no answer either.
     for breaks in ["drop=before", "status=504 retry_after=0.01"] {
-        // Where nothing can be looked up it is not tried at all.
+        // Without a look-up the gateway must not send the request again.
         let tries = if scene.protocol == Protocol::Chain {
             1
         } else {
@@ -402,8 +403,8 @@ async fn broken_connection_is_retried_at_most_once(scene: Scene) {
     }
 }
 
-async fn error_event_in_stream_is_taken_as_answer(scene: Scene) {
-    // Whoever waited to see what became of the message would meet the deadline.
+async fn error_event_in_stream_counts_as_answer(scene: Scene) {
+    // With a wait to see what became of the message, the run would miss its deadline.
     let gateway = scene.gateway_upstream("lock_window = \"10m\"\n").await;
     say(&gateway, "hello").await.ok();
     let refused = "the upstream refused the request with status 400 (content_filter)";
@@ -448,7 +449,7 @@ async fn error_event_in_stream_is_taken_as_answer(scene: Scene) {
         assert_eq!(sends(&scene) - before, 1, "{directive}");
         works_again(&gateway).await;
     }
-    // What waiting helps is waited out, for it is not there.
+    // A rate limit is waited out, since the upstream did not accept the message.
     let before = sends(&scene);
     scene.fault("start", "bare_error=object code=429", 1);
     say(&gateway, "and now?").await.ok();
@@ -468,7 +469,7 @@ async fn foreign_upstream_lock_is_waited_out(scene: Scene) {
     let refused = scene.simulator.wait_for(|stats| stats.lock_refusals > 0);
     tokio::time::timeout(PATIENCE, refused)
         .await
-        .expect("the lock is met");
+        .expect("the request met the lock");
     assert!(scene.simulator.stop_foreign_run(&thread));
     let events = stream.rest().await;
     assert_eq!(events.last().unwrap().name, "run.completed");
@@ -477,7 +478,7 @@ async fn foreign_upstream_lock_is_waited_out(scene: Scene) {
     assert_eq!(
         texts.iter().filter(|text| *text == "may I?").count(),
         1,
-        "it was sent until accepted, and kept once"
+        "the message was sent until accepted, and is upstream once"
     );
 }
 
@@ -498,7 +499,7 @@ async fn foreign_upstream_lock_wait_ends_at_deadline(scene: Scene) {
     works_again(&gateway).await;
 }
 
-async fn stream_dialects_are_all_parsed(scene: Scene) {
+async fn every_sse_encoding_is_parsed(scene: Scene) {
     let gateway = scene.gateway().await;
     let plain = say(&gateway, "wörld").await.ok();
     let mut dialects = vec![
@@ -549,7 +550,7 @@ async fn lost_upstream_thread_is_rebuilt_from_transcript(scene: Scene) {
     let answer = say(&gateway, "and now?").await.ok();
     assert_eq!(
         answer["thread"]["id"], before["id"],
-        "the same conversation"
+        "the conversation is the same"
     );
     assert_ne!(
         answer["thread"]["upstream_thread_id"],
@@ -557,7 +558,7 @@ async fn lost_upstream_thread_is_rebuilt_from_transcript(scene: Scene) {
     );
     assert!(
         text(&answer["message"]).contains("turn 13 of"),
-        "it knows all that was said: {answer:#}"
+        "the model knows the whole transcript: {answer:#}"
     );
     if scene.protocol != Protocol::Chain {
         let id = answer["thread"]["upstream_thread_id"].as_str().unwrap();

@@ -1,8 +1,9 @@
-//! Requests made from the gateway's own document: good ones, and ones that are wrong in every way, many at a time. Whatever
-//! is sent, the answer is one that the document tells of, and never that something is wrong here.
+//! Requests made from the gateway's own OpenAPI document: good ones, and ones that are wrong in
+//! every way, many at a time. Every answer must be documented, and none may report a failure of
+//! the gateway.
 //!
-//! `THREADKEEPER_FUZZ_FOR=10m` sets how long; the default is made for `cargo test`. The seed that is printed
-//! (`THREADKEEPER_TEST_SEED`) chooses what is sent; which ids it is sent with, and when, is up to the machine.
+//! `THREADKEEPER_FUZZ_FOR=10m` sets the duration; the default suits `cargo test`. The printed
+//! seed (`THREADKEEPER_TEST_SEED`) chooses the requests, but not their timing or the ids in them.
 
 mod pool;
 mod raw;
@@ -33,16 +34,18 @@ on_each_protocol_by_chance!(
 );
 
 const WORKERS: usize = 12;
-/// By each worker.
+/// Number of requests of each worker.
 const REQUESTS: usize = 90;
-/// Longest wait for an answer. A clean-up waits for all that is due, which on a busy machine takes more than half a minute.
+/// Longest wait for an answer. A cleanup waits for all due work, which can take more than half a
+/// minute on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(2);
-/// How long events are read before their reader leaves.
+/// How long a reader reads events before it leaves.
 const READS_FOR: Duration = Duration::from_millis(300);
-/// After so many faults the rest would not tell more.
+/// Number of faults after which the test stops.
 const ENOUGH: usize = 5;
 
-/// Runs that wait for tool outputs do not wait for long, and bodies that do not come are given up soon.
+/// Settings with short deadlines: for runs that await tool outputs, and for bodies that never
+/// arrive.
 const SETTINGS: &str = r#"
 [server]
 max_body_bytes = 65536
@@ -77,8 +80,9 @@ algorithms = ["HS256"]
 secret = "what-the-gateway-and-its-issuer-share"
 "#;
 const OPERATOR: &str = "operator-of-the-tenant-default";
-/// The token of one user, signed with that secret:
-/// `{"iss":"https://login.example.com/","aud":"chat","sub":"alice","exp":4102444800}`, which is in the year 2100.
+/// A signed token of one user. Its claims are
+/// `{"iss":"https://login.example.com/","aud":"chat","sub":"alice","exp":4102444800}`; it expires
+/// in the year 2100.
 const ALICE: &str = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJpc3MiOiJodHRwczovL2xvZ2luLmV4YW1wbGUuY29tLyIsImF1ZCI6ImNoYX\
                      QiLCJzdWIiOiJhbGljZSIsImV4cCI6NDEwMjQ0NDgwMH0.9rSw-7c96oCQ509bdSBzQqBGTXXnewKqLC2pxv9iWwM";
 
@@ -95,9 +99,9 @@ struct World {
 #[derive(Default)]
 struct Seen {
     faults: Vec<String>,
-    /// How often each status was answered.
+    /// Number of answers with each status.
     statuses: BTreeMap<u16, usize>,
-    /// Operations that were asked for with success.
+    /// Operations that succeeded at least once.
     served: BTreeSet<String>,
 }
 
@@ -131,7 +135,7 @@ async fn send_and_judge(gateway: Gateway) {
     )
     .await;
 
-    // It lives, and does what it is there for.
+    // The gateway lives, and answers a message.
     let last = world
         .gateway
         .request(Method::POST, "/v1/users/last/messages")
@@ -162,7 +166,7 @@ async fn send_and_judge(gateway: Gateway) {
     println!("served: {served} of {all} operations");
     assert!(
         served * 3 > all * 2,
-        "only {served} of {all} operations did anything: this shows little"
+        "only {served} of {all} operations succeeded: this shows little"
     );
 }
 
@@ -192,7 +196,7 @@ async fn work(world: &World, mut rng: StdRng) {
     }
 }
 
-/// What is wrong with an answer.
+/// Checks an answer. The error says what is wrong with it.
 fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), String> {
     let status = answer.status;
     *world
@@ -202,7 +206,7 @@ fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), Stri
         .statuses
         .entry(status.as_u16())
         .or_default() += 1;
-    // What is no HTTP does not reach the routes.
+    // A request that is not HTTP does not reach the routes.
     let is_bare = answer.body.is_empty() && !answer.headers.contains_key("x-request-id");
     if is_bare && request.may_be_no_http && [400, 414, 431].contains(&status.as_u16()) {
         return Ok(());
@@ -251,13 +255,13 @@ fn judge(world: &World, request: &Request, answer: &Response) -> Result<(), Stri
     Ok(())
 }
 
-/// A run that met the deadline that its caller had set, or waited for tool outputs that never came, has failed, which is
-/// told as such.
+/// Whether the answer is the failure of a run that met its deadline: the caller's, or the one for
+/// tool outputs.
 fn may_fail(body: &str) -> bool {
     serde_json::from_str::<Value>(body).is_ok_and(|problem| problem["code"] == "deadline_exceeded")
 }
 
-/// `None`: a comment.
+/// Parses an event. Returns `None` for a comment.
 fn event(block: &str) -> Result<Option<Event>, String> {
     if block.starts_with(':') {
         return Ok(None);

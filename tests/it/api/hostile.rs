@@ -1,5 +1,5 @@
-//! An upstream that means harm is contained: what it sends costs bounded memory and time, nothing of it comes through,
-//! and the thread is usable afterwards.
+//! A hostile upstream is contained. Its answers cost bounded memory and time, none of its text
+//! reaches a caller, and the thread is usable afterwards.
 
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
@@ -10,8 +10,8 @@ use threadkeeper::simulator::Stats;
 use crate::support::gateway::{Answer, Gateway, text};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Makes a test of each function for a way to speak to the upstream, which may need further settings. What is tried is the
-/// adapters, not the stores: one is enough.
+/// Makes a test of each function for a way to use the upstream, which may need further settings.
+/// One store is enough, since the adapters are tested.
 macro_rules! on_every_way {
     ($($module:ident $protocol:ident $more:literal [$($case:ident)+])+) => {$(
         mod $module {
@@ -45,7 +45,7 @@ on_every_way! {
         redirect_is_not_followed
         dripping_reply_expires_run_at_deadline
     ]
-    // A response is looked for by its id here, and again and again.
+    // In this way the gateway polls a response by its id.
     background Responses "background = true\n" [
         hostile_run_answers_are_contained
         hostile_lookup_answers_are_contained
@@ -53,7 +53,7 @@ on_every_way! {
         redirect_is_not_followed
         dripping_reply_expires_run_at_deadline
     ]
-    // There is nothing to be made, and no list.
+    // In this way the gateway creates no upstream thread and reads no list.
     chain Chain "" [
         hostile_run_answers_are_contained
         hostile_lookup_answers_are_contained
@@ -63,10 +63,10 @@ on_every_way! {
     ]
 }
 
-/// A way to speak to the upstream.
+/// A way to use the upstream.
 struct Way {
     scene: Scene,
-    /// Settings of the upstream that make it that way.
+    /// Settings of the upstream for this way.
     more: &'static str,
 }
 
@@ -81,7 +81,7 @@ impl Way {
         !self.more.is_empty()
     }
 
-    /// What is asked for to learn what became of a run whose stream broke.
+    /// Returns the operation that looks up a run whose stream broke.
     fn look(&self) -> &'static str {
         match self.scene.protocol {
             Protocol::Assistants => "get_run",
@@ -91,30 +91,32 @@ impl Way {
     }
 }
 
-/// Neither locks that may linger, nor repeats, nor rests are what is tried here.
+/// Settings without long locks, retries or the breaker, which are not tested here.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 0\n";
 const UPSTREAM: &str = "lock_window = \"100ms\"\nbreaker_min_requests = 0\n";
-/// For what drips instead of the answer to a look.
+/// Settings for a look-up whose answer drips.
 const SOON: &str = "lock_window = \"100ms\"\nbreaker_min_requests = 0\ncall_timeout = \"500ms\"\n";
-/// What hostile answers may cost, one after the other: an event or a JSON answer of the length that it may have by default
-/// (16 MiB), three times, for a buffer that grows is there twice at its last step, once at double length; and twice more
-/// for what the allocator keeps of the answers before, which other threads read.
+/// Largest growth of the process in KiB, after one hostile answer after the other. An event or a
+/// JSON answer may have 16 MiB by default. It counts three times: a growing buffer exists twice
+/// at its last step, once at double length. Two more are for memory that the allocator keeps of
+/// earlier answers, which other threads read.
 const MAX_GROWTH_KIB: u64 = 5 * 16 * 1024;
-/// The longest that an answer may take which nothing but the reader's patience ends. The machine may be busy.
+/// Longest time until an answer that only a time limit ends. It is long, since the machine may be
+/// busy.
 const BOUND: Duration = Duration::from_secs(20);
-/// A word that is in all that the simulator sends to harm.
+/// A word in every hostile text of the simulator.
 const WORD: &str = "quagmire";
 
-/// Watches what a process takes while it is treated badly.
+/// Watches the memory of a process during hostile answers.
 struct Watch<'a> {
     gateway: &'a Gateway,
     before: u64,
-    /// How much it may grow, KiB.
+    /// Largest growth in KiB.
     most: u64,
 }
 
 impl<'a> Watch<'a> {
-    /// A gateway that has answered `user` once.
+    /// Watches a gateway, which has answered one message of `user`.
     async fn over(gateway: &'a Gateway, user: &str) -> Self {
         gateway.say(&scope(user), "hello").await;
         Self {
@@ -124,8 +126,9 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// A message that is answered by harm is refused in this way, in time, without anything that the upstream said; and the
-    /// thread takes the next one. `what` says which harm it is.
+    /// Checks that a message with a hostile answer is refused as expected, in time, and without
+    /// the upstream's text. The thread must then accept the next message. `what` names the
+    /// hostile answer.
     async fn refused(
         &self,
         what: &str,
@@ -150,7 +153,7 @@ impl<'a> Watch<'a> {
     async fn contained(&self, what: &str, user: &str, since: Instant, answer: &Answer) {
         assert!(
             !answer.body.to_string().contains(WORD),
-            "{what} came through: {:#}",
+            "text of {what} reached the caller: {:#}",
             answer.body
         );
         assert!(since.elapsed() < BOUND, "{what} took {:?}", since.elapsed());
@@ -161,8 +164,8 @@ impl<'a> Watch<'a> {
 
     fn small(&self, what: &str) {
         let grown = memory(self.gateway, "VmHWM:").saturating_sub(self.before);
-        println!("after {what} the most memory so far is {grown} KiB more");
-        assert!(grown <= self.most, "{what} took {grown} KiB of memory");
+        println!("after {what} the largest memory so far is {grown} KiB more");
+        assert!(grown <= self.most, "{what} cost {grown} KiB of memory");
     }
 }
 
@@ -176,7 +179,7 @@ async fn say(gateway: &Gateway, user: &str, body: &Value) -> Answer {
         .await
 }
 
-/// The thread takes the next message.
+/// Checks that the thread accepts the next message.
 async fn works_again(gateway: &Gateway, user: &str, what: &str) {
     let answer = say(gateway, user, &json!({"content": "and now?"})).await;
     assert_eq!(answer.status, 200, "after {what}: {:#}", answer.body);
@@ -188,7 +191,7 @@ async fn works_again(gateway: &Gateway, user: &str, what: &str) {
     assert_eq!(answer.body["thread"]["state"], "idle", "after {what}");
 }
 
-/// A line of the process's status, KiB.
+/// Returns a line of the process's status, in KiB.
 fn memory(gateway: &Gateway, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
     let line = status
@@ -203,7 +206,7 @@ fn nothing_came_through(gateway: &Gateway) {
         .logs()
         .into_iter()
         .find(|line| line.contains(&format!("{WORD} ")));
-    assert_eq!(line, None, "what the upstream said is in the log");
+    assert_eq!(line, None, "the log contains text of the upstream");
 }
 
 const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
@@ -263,7 +266,7 @@ async fn hostile_thread_creation_answers_are_contained(way: Way) {
     ] {
         way.scene
             .fault("create_thread", &format!("hostile={kind}"), 1);
-        // What it makes would be paid for and lost, so that it is waited for.
+        // The creation would be paid for and lost, so the gateway waits for it.
         let (timeout_ms, expected) = if kind == "drip" {
             (700, LATE)
         } else {
@@ -281,7 +284,7 @@ async fn hostile_thread_creation_answers_are_contained(way: Way) {
     nothing_came_through(&gateway);
 }
 
-/// A stream breaks, and whoever looks for what became of its run is answered so.
+/// A stream breaks, and the look-up of its run gets this answer.
 async fn hostile_lookup_answers_are_contained(way: Way) {
     let gateway = way.gateway(SOON).await;
     let watch = Watch::over(&gateway, "alice").await;
@@ -295,7 +298,7 @@ async fn hostile_lookup_answers_are_contained(way: Way) {
     ] {
         way.scene.fault(way.look(), &format!("hostile={kind}"), 1);
         let message = json!({"content": "oh [[sim: cut=2 tokens=9 rate=1ms]]"});
-        // Where the run goes on, it is followed to its end after the next look.
+        // Where the run continues, the next look-up follows it to its end.
         if way.scene.protocol == Protocol::Assistants || way.is_background() {
             let since = Instant::now();
             let answer = say(&gateway, "alice", &message).await;
@@ -308,14 +311,15 @@ async fn hostile_lookup_answers_are_contained(way: Way) {
     nothing_came_through(&gateway);
 }
 
-/// Lists whose pages are as full as can be, and always have another one behind them.
+/// Lists have full pages, and each page announces another one.
 async fn endless_lists_are_contained(way: Way) {
     let settings = SETTINGS.replace("\"2s\"", "\"20s\"");
     let gateway = way
         .scene
         .gateway_both(&settings, &format!("{UPSTREAM}{}", way.more))
         .await;
-    // A page is kept while the next one is read; and of what is compared with a transcript twice as much.
+    // A page is kept while the next one is read. A comparison with the transcript needs twice as
+    // much.
     let watch = Watch {
         most: 2 * MAX_GROWTH_KIB,
         ..Watch::over(&gateway, "alice").await
@@ -338,7 +342,11 @@ async fn endless_lists_are_contained(way: Way) {
     let verified = gateway
         .get(&format!("{}/thread?verify=upstream", scope("alice")))
         .await;
-    assert!(since.elapsed() < BOUND, "it took {:?}", since.elapsed());
+    assert!(
+        since.elapsed() < BOUND,
+        "the answer took {:?}",
+        since.elapsed()
+    );
     assert_eq!(verified.ok()["verified"]["upstream_thread"], "cannot_tell");
     watch.small("a comparison");
     way.scene.simulator.clear_faults();
@@ -393,12 +401,12 @@ async fn redirect_is_not_followed(way: Way) {
     assert_eq!(
         nobody,
         Some(std::io::ErrorKind::WouldBlock),
-        "somebody came to where a redirect led"
+        "a client followed the redirect"
     );
 }
 
 async fn dripping_reply_expires_run_at_deadline(way: Way) {
-    // Each byte ends a silence, so that the longest one that is allowed never comes.
+    // Each byte ends a silence, so that no silence reaches its limit.
     let gateway = way.gateway(SOON).await;
     gateway.say(&scope("alice"), "hello").await;
     let since = Instant::now();
@@ -413,11 +421,11 @@ async fn dripping_reply_expires_run_at_deadline(way: Way) {
     let took = since.elapsed();
     assert!(
         took >= Duration::from_millis(1500) && took < BOUND,
-        "it took {took:?}"
+        "the answer took {took:?}"
     );
     works_again(&gateway, "alice", "drip").await;
 
-    // A message behind it in the line has its turn.
+    // A queued message behind it starts.
     let begun = |stats: &Stats| {
         let of = |name: &str| stats.requests_by_operation.get(name).copied().unwrap_or(0);
         of("create_run") + of("create_response")
@@ -430,7 +438,7 @@ async fn dripping_reply_expires_run_at_deadline(way: Way) {
     let begins = way.scene.simulator.wait_for(|stats| begun(stats) > before);
     tokio::time::timeout(BOUND, begins)
         .await
-        .expect("it begins");
+        .expect("the queued run starts");
     works_again(&gateway, "alice", "drip").await;
     drop(first);
 }

@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: a request that is sent twice does one thing.
+//! `Idempotency-Key`: a request that is sent twice takes effect once.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ on_each_protocol!(
     concurrent_retries_start_one_run,
     concurrent_retries_with_reject_strategy_share_one_run,
     idempotent_retry_of_merged_message_adds_nothing,
-    retried_tool_outputs_are_taken_once,
+    retried_tool_outputs_are_accepted_once,
     idempotent_retry_of_failed_run_returns_failure,
     idempotent_retry_reports_current_run_state,
     idempotent_retry_waits_past_answered_tool_calls,
@@ -61,7 +61,7 @@ async fn idempotent_retry_returns_same_run(scene: Scene) {
     let first = say(&gateway, "k1", "hello").await;
     assert!(!is_replay(&first));
     let first = first.ok();
-    // Blanks and the order of fields do not make it another request.
+    // White space and the order of fields do not make another request.
     let again = gateway
         .request(Method::POST, &format!("{SCOPE}/messages"))
         .header("idempotency-key", "k1");
@@ -75,7 +75,7 @@ async fn idempotent_retry_returns_same_run(scene: Scene) {
         (&again["run"], &again["message"]),
         (&first["run"], &first["message"])
     );
-    // In any form, and in another process.
+    // A repeat may ask for any form, and may reach another process.
     let run = first["run"]["id"].as_str().unwrap();
     gateway.kill();
     let gateway = scene.gateway().await;
@@ -131,7 +131,7 @@ async fn idempotent_retry_joins_active_run(scene: Scene) {
     );
     assert!(
         is_replay(&first) != is_replay(&second),
-        "one of them was first"
+        "exactly one of them was first"
     );
     assert_eq!(first.ok(), second.ok());
     assert_eq!(scene.simulator.stats().runs_started, 1);
@@ -165,7 +165,8 @@ async fn idempotency_key_is_scoped_to_conversation(scene: Scene) {
         runs.insert(answer.ok()["run"]["id"].to_string());
     }
     assert_eq!(runs.len(), 4);
-    // Not to a generation of it: the session's thread has expired, and the answer is still the one of then.
+    // A key belongs to the conversation, not to one of its threads. The session's thread has
+    // expired, and a repeat still gets the first answer.
     scene.database.age_threads(Duration::from_hours(25)).await;
     let path = "/v1/users/alice/sessions/s/messages";
     let again = send(&gateway, path, "k1", &json!({"content": "hello"})).await;
@@ -228,7 +229,7 @@ async fn idempotent_retry_of_merged_message_adds_nothing(scene: Scene) {
     assert_eq!(thirds, 1);
 }
 
-async fn retried_tool_outputs_are_taken_once(scene: Scene) {
+async fn retried_tool_outputs_are_accepted_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = gateway
         .say(SCOPE, "weather? [[sim: tool=get_weather]]")
@@ -271,7 +272,7 @@ async fn idempotent_retry_of_failed_run_returns_failure(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-/// The same message as a stream.
+/// Repeats the message as a stream.
 async fn stream(gateway: &Gateway, key: &str, content: &str) -> EventReader {
     let request = gateway
         .request(Method::POST, &format!("{SCOPE}/messages"))
@@ -284,7 +285,7 @@ async fn stream(gateway: &Gateway, key: &str, content: &str) -> EventReader {
     EventReader::new(response)
 }
 
-/// Gives the run that asked these outputs, and does not wait for what comes of it.
+/// Sends the outputs that a run asked for. Does not wait for the end of the run.
 async fn give(gateway: &Gateway, asked: &Value, output: &str) {
     let path = format!(
         "{SCOPE}/runs/{}/tool_outputs",
@@ -295,7 +296,7 @@ async fn give(gateway: &Gateway, asked: &Value, output: &str) {
     let request = gateway
         .request(Method::POST, &path)
         .header("prefer", "respond-async");
-    // What has come of it by then is told with it.
+    // If the run has ended by then, the answer is its result.
     let status = gateway.send(request.json(&body)).await.status;
     assert!(
         matches!(
@@ -306,8 +307,8 @@ async fn give(gateway: &Gateway, asked: &Value, output: &str) {
     );
 }
 
-/// The run's whole story, as whoever reads it hears it.
-async fn story(gateway: &Gateway, asked: &Value) -> Vec<Event> {
+/// Returns all events of the run.
+async fn all_events(gateway: &Gateway, asked: &Value) -> Vec<Event> {
     gateway
         .events(SCOPE, asked["run"]["id"].as_str().unwrap(), None)
         .await
@@ -322,12 +323,12 @@ async fn idempotent_retry_reports_current_run_state(scene: Scene) {
     assert_eq!(
         say(&gateway, "k1", content).await.ok(),
         asked,
-        "it waits as before"
+        "the run waits as before"
     );
     let events = stream(&gateway, "k1", content).await.rest().await;
     assert_eq!(events.last().unwrap().name, "run.requires_action");
 
-    // It asks again: the calls of before are answered, these are not.
+    // The run asks again: the earlier calls are answered, the new ones are not.
     give(&gateway, &asked, "Paris [[sim: tool=get_weather]]").await;
     let again = say(&gateway, "k1", content).await.ok();
     assert_eq!(again["run"]["status"], "requires_action", "{again:#}");
@@ -361,14 +362,14 @@ async fn idempotent_retry_reports_current_run_state(scene: Scene) {
         );
         assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
         let events = stream(&gateway, "k1", content).await.rest().await;
-        assert_eq!(events, story(&gateway, &asked).await, "round {round}");
+        assert_eq!(events, all_events(&gateway, &asked).await, "round {round}");
         assert!(text_of(&events).contains("4 °C"));
         if round == 0 {
             gateway.kill();
             gateway = scene.gateway().await;
         }
     }
-    // What failed is repeated as the same failure.
+    // A repeat of a failed run gets the same failure.
     let content = "and there? [[sim: tool=get_weather]]";
     let asked = say(&gateway, "k2", content).await.ok();
     give(&gateway, &asked, "30 °C [[sim: fail]]").await;
@@ -389,7 +390,7 @@ async fn idempotent_retry_reports_current_run_state(scene: Scene) {
     );
 }
 
-/// Neither while the run that asked for them goes on.
+/// A repeat does not stop at calls that are answered already, while the run continues.
 async fn idempotent_retry_waits_past_answered_tool_calls(scene: Scene) {
     let gateway = scene.gateway().await;
     let content = "weather? [[sim: tool=get_weather]]";
@@ -403,7 +404,7 @@ async fn idempotent_retry_waits_past_answered_tool_calls(scene: Scene) {
     }
     assert_eq!(
         events[1].name, "run.requires_action",
-        "it is told where it was"
+        "the stream repeats the earlier pause"
     );
     let request = gateway
         .request(Method::POST, &format!("{SCOPE}/messages"))
@@ -424,7 +425,7 @@ async fn idempotent_retry_waits_past_answered_tool_calls(scene: Scene) {
     let ended = ended.ok();
     assert!(text(&ended["message"]).contains("4 °C"), "{ended:#}");
     events.extend(rest);
-    assert_eq!(events, story(&gateway, &asked).await);
+    assert_eq!(events, all_events(&gateway, &asked).await);
 }
 
 async fn refused_request_does_not_use_idempotency_key(scene: Scene) {
@@ -513,7 +514,7 @@ async fn concurrent_retries_with_reject_strategy_share_one_run(scene: Scene) {
             answers.iter().filter(|answer| !is_replay(answer)).count(),
             1
         );
-        // The thread is busy for all others.
+        // The thread is busy for all other requests.
         let others = join_all((0..3).map(|_| send_async(user, "k2"))).await;
         for other in others {
             assert_eq!(other.problem(), (409, "thread-busy"));

@@ -1,4 +1,4 @@
-//! Whose conversations a request is about: keys in paths and in headers, and queries that nobody knows.
+//! The keys of a request: in paths and in headers; and unknown query parameters.
 
 use reqwest::header::HeaderValue;
 use reqwest::{Method, RequestBuilder, StatusCode};
@@ -9,7 +9,7 @@ use crate::support::gateway::{Answer, EventReader, Gateway, text};
 use crate::support::routes::Routes;
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// As somebody's directory may have it.
+/// A user key as somebody's directory may have it.
 const USER: &str = "org/42?x#é .";
 const ENCODED: &str = "org%2F42%3Fx%23%C3%A9%20.";
 
@@ -74,7 +74,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         assert_eq!(by_path, by_header);
         assert_eq!(text(&by_path["data"][0]), "hello");
 
-        // A link leads on by headers, too.
+        // An answer's link can be followed with headers, too.
         scene.simulator.hold();
         let body = json!({"content": "later"});
         let later = post("/v1/conversation/messages", body).header("prefer", "respond-async");
@@ -105,7 +105,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
             "completed"
         );
 
-        // What is sent again the other way is known.
+        // A repeat by the other kind of keys is recognised.
         let body = json!({"content": "once"});
         let first = post("/v1/conversation/messages", body.clone()).header("idempotency-key", "k");
         let first = gateway.send(first).await.ok();
@@ -116,7 +116,7 @@ async fn header_keys_name_same_conversations_as_path_keys() {
         assert_eq!(again.headers["idempotent-replayed"], "true");
         assert_eq!(again.ok()["run"], first["run"]);
     }
-    // A key of another conversation is another request's.
+    // In another conversation the same idempotency key is another request's.
     let other = by_headers(
         gateway.request(Method::POST, "/v1/conversation/messages"),
         &[("user", "other")],
@@ -260,11 +260,11 @@ async fn conflicting_or_malformed_keys_are_refused() {
     assert_eq!(
         gateway.get("/v1/users/alice/thread").await.ok()["message_count"],
         2,
-        "nothing happened"
+        "no refused request had an effect"
     );
 }
 
-/// As it is, past a client's own rules.
+/// Sends a path unchanged, which ordinary clients would normalise.
 async fn raw(gateway: &Gateway, method: &str, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut socket = tokio::net::TcpStream::connect(gateway.address())
@@ -295,7 +295,8 @@ async fn dot_segments_are_refused_as_keys() {
     }
     let (status, _) = raw(&gateway, "DELETE", "/v1/users/alice/topics/%2e%2e/thread").await;
     assert_eq!(status, 400);
-    // What only looks like them is a key like any other, here and for a client that reads the path by its rules.
+    // Texts that only resemble dot segments are ordinary keys, for the gateway and for clients
+    // that normalise paths.
     for key in ["...", "%252e%252e", "..%3B", ".%2F..", "%2F"] {
         let scope = format!("/v1/users/alice/topics/{key}");
         gateway.say(&scope, "hello").await;
@@ -308,7 +309,7 @@ async fn dot_segments_are_refused_as_keys() {
     gateway.get("/v1/users/alice/thread").await.ok();
 }
 
-/// One that is ignored may be what was to keep the request from doing harm.
+/// An ignored parameter might have been meant to limit the effect of the request.
 #[tokio::test(flavor = "multi_thread")]
 async fn authenticated_routes_refuse_unknown_query_parameters() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -344,7 +345,7 @@ async fn authenticated_routes_refuse_unknown_query_parameters() {
             );
             let answer = gateway.send(request.json(&json!({"content": "no"}))).await;
             if route.needs.is_none() {
-                // Whoever watches may add what keeps caches away.
+                // Probes may add a parameter against caches.
                 assert_eq!(answer.status, StatusCode::OK, "{what}");
                 continue;
             }
@@ -367,8 +368,8 @@ async fn authenticated_routes_refuse_unknown_query_parameters() {
     assert_eq!(
         gateway.get("/v1/users/alice/thread").await.ok()["message_count"],
         2,
-        "nothing happened"
+        "no refused request had an effect"
     );
-    // One `?` alone asks for nothing.
+    // A lone `?` is no parameter.
     gateway.get("/v1/users/alice/thread?").await.ok();
 }

@@ -1,4 +1,4 @@
-//! Callers who ask too often.
+//! Rate limits and limits of concurrency.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ async fn request_rate_limit_answers_with_retry_after() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = scene.gateway_with(LIMITS).await;
     let (path, begun) = ("/v1/users/alice/threads", Instant::now());
-    // By whatever path.
+    // The limit counts all paths together.
     let by_header = || {
         gateway
             .request(Method::GET, "/v1/user/threads")
@@ -35,13 +35,13 @@ async fn request_rate_limit_answers_with_retry_after() {
         }
     };
     let answers = join_all((0..12).map(ask)).await;
-    // One more for each second that it took.
+    // Each second that the loop took allows one more.
     let most = 4 + usize::try_from(begun.elapsed().as_secs()).unwrap();
     let (taken, refused): (Vec<_>, Vec<_>) =
         answers.iter().partition(|answer| answer.status == 200);
     assert!(
         taken.len() >= 3 && taken.len() <= most,
-        "{} were taken",
+        "{} requests were accepted",
         taken.len()
     );
     for answer in &taken {
@@ -64,12 +64,12 @@ async fn request_rate_limit_answers_with_retry_after() {
     assert_eq!(
         gateway.get("/healthz").await.status,
         200,
-        "who watches is not counted"
+        "probes are not limited"
     );
     gateway.until(path, |answer| answer.status == 200).await;
 }
 
-/// Says something, with an idempotency key if there is one.
+/// Sends a message, with an idempotency key if there is one.
 async fn say(gateway: &Gateway, user: &str, content: &str, key: Option<&str>) -> Answer {
     let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
     let request = key.iter().fold(request, |request, key| {
@@ -103,7 +103,7 @@ async fn message_rate_limit_is_separate_from_requests() {
     let output =
         json!({"tool_call_id": run["required_action"]["tool_calls"][0]["id"], "output": "4 °C"});
     let outputs = json!({"tool_outputs": [output]});
-    // What is no message, and a repeat of one, leave as many.
+    // Other requests, and repeats, do not count as messages.
     for _ in 0..5 {
         let repeat = say(
             &gateway,
@@ -133,7 +133,7 @@ async fn message_rate_limit_is_separate_from_requests() {
         .await;
     assert_eq!(
         answered.headers["ratelimit"], "\"user-messages\";r=1",
-        "the model answers outputs, too"
+        "tool outputs count, since the model answers them"
     );
     say(&gateway, "alice", "hello", None).await.ok();
 
@@ -145,7 +145,10 @@ async fn message_rate_limit_is_separate_from_requests() {
             .unwrap()
             .parse()
             .unwrap();
-        assert!((1000..=1200).contains(&wait), "one in 20 minutes: {wait}");
+        assert!(
+            (1000..=1200).contains(&wait),
+            "the rate is one in 20 minutes: {wait}"
+        );
         assert_eq!(
             refused.headers["ratelimit"],
             format!("\"user-messages\";r=0;t={wait}")
@@ -158,7 +161,8 @@ async fn message_rate_limit_is_separate_from_requests() {
         .post(&format!("{place}/tool_outputs"), &outputs)
         .await;
     assert_eq!(refused.problem(), (429, "rate-limited"));
-    // Who lost the answer to a message that was taken gets it all the same, and everybody reads.
+    // A client that lost the answer to an accepted message still gets it, and reading is never
+    // limited.
     let repeat = say(
         &gateway,
         "alice",
@@ -184,7 +188,7 @@ async fn message_rate_limit_is_separate_from_requests() {
     assert_eq!(
         said["data"].as_array().unwrap().len(),
         4,
-        "what was refused is nowhere: {said:#}"
+        "a refused message left something: {said:#}"
     );
 }
 
@@ -208,7 +212,7 @@ async fn exhausted_request_limit_still_allows_messages() {
             .unwrap()
             .starts_with("too many requests: each user may send 2 a day;")
     );
-    // A repeat that has no place as a request has one as a message, and costs it.
+    // A repeat without room in the request limit uses the message limit, and counts there.
     assert_eq!(
         say(&gateway, "alice", "hello", Some("1")).await.headers["idempotent-replayed"],
         "true"
@@ -236,7 +240,7 @@ async fn concurrent_runs_are_limited_globally_and_per_tenant() {
                 .json(&json!({"content": "hello"})),
         )
     };
-    // One at work, one that waits.
+    // One run is active, the other one is queued.
     for _ in 0..2 {
         assert_eq!(say("first", "alice").await.status, 202);
     }
@@ -250,7 +254,7 @@ async fn concurrent_runs_are_limited_globally_and_per_tenant() {
     scene.simulator.release();
     let begun = Instant::now();
     while say("first", "bob").await.status != 202 {
-        assert!(begun.elapsed() < PATIENCE, "no seat is free again");
+        assert!(begun.elapsed() < PATIENCE, "no permit was released");
         sleep(Duration::from_millis(50)).await;
     }
 }
@@ -293,14 +297,17 @@ async fn concurrent_event_readers_are_limited() {
     drop(one);
     let begun = Instant::now();
     while gateway.open_events(&path, None).await.status() != 200 {
-        assert!(begun.elapsed() < PATIENCE, "who left still has a seat");
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "a reader that left still has a permit"
+        );
         sleep(Duration::from_millis(50)).await;
     }
     scene.simulator.release();
     assert_eq!(own.rest().await.last().unwrap().name, "run.completed");
 }
 
-/// Many more callers than there are connections, each of whom waits for the answer.
+/// There are many more callers than connections, and each waits for its answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_outnumbering_connections_are_all_served() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -314,7 +321,8 @@ async fn callers_outnumbering_connections_are_all_served() {
     futures_util::future::join_all((0..64).map(call)).await;
 }
 
-/// The database takes nothing. What was sent is not refused, and what waits behind it is, when it has waited for long enough.
+/// The database is locked. The statement under way is not refused, but messages that wait too
+/// long behind it are.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_waiting_too_long_for_database_are_refused() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -337,7 +345,7 @@ async fn messages_waiting_too_long_for_database_are_refused() {
     let lock = scene.database.lock("threads").await;
     let mut waiting: FuturesUnordered<_> = (0..4).map(say).collect();
     let mut further = 4..;
-    // Those who came while the first were on their way.
+    // The statement under way includes the messages that were collected until it began.
     let (refused, took) = loop {
         let begun = Instant::now();
         tokio::select! {
@@ -357,8 +365,8 @@ async fn messages_waiting_too_long_for_database_are_refused() {
         );
         answered += i64::from(answer.status == 200);
     }
-    assert!(answered >= 2, "those who were sent first");
-    // Nothing is left of those who were refused.
+    assert!(answered >= 2, "the messages of the statement under way");
+    // Refused messages leave nothing.
     assert_eq!(
         scene.database.number("SELECT count(*) FROM runs").await,
         answered

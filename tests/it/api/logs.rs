@@ -1,4 +1,4 @@
-//! What the gateway writes about its work. What it never writes: `secrets.rs`.
+//! The log lines about the gateway's work. `secrets.rs` tests what must not be logged.
 
 use serde_json::{Value, json};
 
@@ -35,7 +35,7 @@ async fn log_lines_are_json_with_request_and_run_ids() {
     let ended = ended.to_string();
     assert!(
         ended.contains("my-request"),
-        "a run's lines carry the request's id: {ended}"
+        "the lines of a run have the request's id: {ended}"
     );
     assert!(
         ended.contains("duration_ms") && ended.contains("completed"),
@@ -48,11 +48,11 @@ async fn log_lines_are_json_with_request_and_run_ids() {
         .to_string();
     assert!(
         answered.contains("/v1/users/{user}/sessions/{session}/messages"),
-        "the route, not the path: {answered}"
+        "the line has the route, not the path: {answered}"
     );
 }
 
-/// Each line names the upstream, and what an operator has to look at.
+/// Each line names the upstream and the thing that an operator has to look at.
 #[tokio::test(flavor = "multi_thread")]
 async fn upstream_failure_is_logged_once_with_upstream_name() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -111,7 +111,11 @@ async fn upstream_failure_is_logged_once_with_upstream_name() {
         let mut own = lines.iter().filter(|line| line.contains(&named));
         let line = own.next().unwrap_or_else(|| panic!("{name}: {lines:#?}"));
         assert!(line.contains(words[1]) && line.contains("WARN"), "{line}");
-        assert_eq!(own.next(), None, "one line, however often it happens");
+        assert_eq!(
+            own.next(),
+            None,
+            "one line for each kind, however often it happens"
+        );
     }
     let planted: Vec<_> = gateway
         .logs()

@@ -1,4 +1,4 @@
-//! Threads that are longer than what an upstream is told at once.
+//! Threads that are longer than what can be sent to an upstream at once.
 
 use std::fmt::Write;
 
@@ -11,23 +11,23 @@ use crate::support::gateway::{Gateway, text};
 use crate::support::history::{Line, upstream};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Each protocol and each store, but not all of both: that would take minutes.
+/// Each protocol and each store, but not all combinations, since those would take minutes.
 mod gone {
     use super::*;
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_assistants_thread_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
+        long_thread_is_rebuilt(Protocol::Assistants, Backend::Postgres, "thread_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_conversation_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
+        long_thread_is_rebuilt(Protocol::Responses, Backend::Sqlite, "conv_gone").await;
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn long_chain_rebuilt_from_newest_messages() {
-        long_thread_is_made_anew(Protocol::Chain, Backend::Postgres, "resp_gone").await;
+        long_thread_is_rebuilt(Protocol::Chain, Backend::Postgres, "resp_gone").await;
     }
 }
 
@@ -35,10 +35,10 @@ const SCOPE: &str = "/v1/users/alice";
 /// 60 MB in all.
 const MESSAGES: usize = 300;
 const MESSAGE_BYTES: usize = 200_000;
-/// What an upstream thread is told at once.
+/// Most bytes of messages that are sent to an upstream thread at once.
 const TOLD_BYTES: usize = 16 * 1024 * 1024;
-/// What a process may grow by, in KiB: the messages that are told, as values and as the text of a request, once each and
-/// once more for what the allocator keeps, and a page of messages that is being read.
+/// Largest growth of a process, in KiB. It includes the sent messages twice, as values and as the
+/// text of a request, as much again that the allocator keeps, and one page of messages.
 const MAX_GROWTH_KIB: u64 = 144 * 1024;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -48,19 +48,19 @@ async fn long_thread_without_upstream_thread_starts_with_newest_messages() {
         upstream: "simulated".to_owned(),
         ..imported(&user("alice"))
     };
-    goes_on_with_its_newest_messages(scene, &thread).await;
+    continues_with_newest_messages(scene, &thread).await;
 }
 
-async fn long_thread_is_made_anew(protocol: Protocol, backend: Backend, gone: &str) {
+async fn long_thread_is_rebuilt(protocol: Protocol, backend: Backend, gone: &str) {
     let thread = ImportedThread {
         upstream: "simulated".to_owned(),
         upstream_thread_id: Some(UpstreamThreadId(gone.to_owned())),
         ..imported(&user("alice"))
     };
-    goes_on_with_its_newest_messages(Scene::new(protocol, backend).await, &thread).await;
+    continues_with_newest_messages(Scene::new(protocol, backend).await, &thread).await;
 }
 
-async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread) {
+async fn continues_with_newest_messages(scene: Scene, thread: &ImportedThread) {
     fill(&scene, thread).await;
     let gateway = scene.gateway().await;
     gateway.get(&format!("{SCOPE}/thread")).await.ok();
@@ -70,7 +70,7 @@ async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread)
     println!("{grown} KiB more");
     assert!(grown < MAX_GROWTH_KIB, "the process grew by {grown} KiB");
 
-    // As many of the newest as there is room for, in their order.
+    // The upstream gets the newest messages that fit, in their order.
     let told = TOLD_BYTES / MESSAGE_BYTES;
     let mut expected: Vec<String> = (MESSAGES - told..MESSAGES)
         .map(|n| format!("{n:03} "))
@@ -84,7 +84,7 @@ async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread)
         .count();
     assert_eq!(lines, 1);
 
-    // The turns that follow bring none of the rest back, nor does another loss.
+    // Later runs and another loss do not bring back older messages.
     for (n, word) in [(2, "two"), (3, "three")] {
         let next = gateway.say(SCOPE, word).await;
         let users = (MESSAGES - told..MESSAGES)
@@ -100,7 +100,8 @@ async fn goes_on_with_its_newest_messages(scene: Scene, thread: &ImportedThread)
     }
 }
 
-/// The upstream thread holds messages that begin like this, and so many are withheld from it.
+/// Checks that the upstream thread has messages that begin like `expected`, and that `withheld`
+/// messages stay withheld.
 async fn check(scene: &Scene, gateway: &Gateway, expected: &[String], withheld: usize) {
     let there = upstream(scene, gateway, SCOPE).await;
     let begins = |((_, there), expected): (&Line, &String)| there.starts_with(expected);
@@ -117,11 +118,11 @@ async fn check(scene: &Scene, gateway: &Gateway, expected: &[String], withheld: 
     assert_eq!(
         thread["message_count"],
         withheld + expected.len(),
-        "nothing is forgotten here"
+        "the transcript keeps all messages"
     );
 }
 
-/// Somebody else deletes the upstream thread.
+/// Deletes the upstream thread directly, as another client may.
 async fn lose_thread(scene: &Scene, gateway: &Gateway) {
     let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     let id = thread["upstream_thread_id"].as_str().unwrap();
@@ -139,11 +140,11 @@ async fn lose_thread(scene: &Scene, gateway: &Gateway) {
     }
 }
 
-/// A thread of long messages by turns, that begin with their number.
+/// Fills a thread with long messages of alternating roles, which begin with their number.
 async fn fill(scene: &Scene, thread: &ImportedThread) {
     let store = scene.database.store().await;
     let Imported::Added(id) = import_thread(&store, thread).await else {
-        panic!("it is new")
+        panic!("the thread is new")
     };
     let message = |n: usize| {
         let mut text = format!("{n:03} ");

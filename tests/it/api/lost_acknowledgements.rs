@@ -1,4 +1,4 @@
-//! Answers of the database that are lost: what was asked for may have been done all the same.
+//! Lost acknowledgements of the database: the statement may have taken effect.
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ use crate::support::recording_proxy::{DatabaseTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
-/// Longer than any of these tests takes.
+/// The session lasts longer than any of these tests.
 const SESSION: &str = "[replica]\nsession_ttl = \"5m\"\n";
 /// Names of statements.
 const ANSWER_TOOLS: &str = "tools.answer";
@@ -41,7 +41,7 @@ impl World {
         }
     }
 
-    /// Sends a request, and cuts the connection on which it asks for this.
+    /// Sends a request, and cuts the connection on which the gateway executes this statement.
     async fn cut(
         &self,
         statement: &'static str,
@@ -63,7 +63,7 @@ impl World {
         answer
     }
 
-    async fn heard(&self) -> Vec<String> {
+    async fn user_messages(&self) -> Vec<String> {
         let lines = upstream(&self.scene, &self.gateway, SCOPE)
             .await
             .into_iter();
@@ -74,8 +74,8 @@ impl World {
     }
 }
 
-/// The message joins the run that waits, once, and its sender is told so.
-async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
+/// Checks that the message joins the queued run once, and that its sender learns so.
+async fn merge_is_applied_once(transcript: &str, moment: Moment) {
     let world = World::new(transcript).await;
     let gateway = &world.gateway;
     gateway.say(SCOPE, "hello").await;
@@ -101,27 +101,31 @@ async fn a_merge_is_taken_once(transcript: &str, moment: Moment) {
     active.rest().await;
     let ended = waiting.rest().await;
     assert_eq!(ended.last().unwrap().name, "run.completed", "{ended:#?}");
-    assert_eq!(world.heard().await, ["hello", "first", "second", "third"]);
+    assert_eq!(
+        world.user_messages().await,
+        ["hello", "first", "second", "third"]
+    );
     assert_eq!(all(gateway, &format!("{SCOPE}/runs")).await.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_answer_is_not_repeated() {
-    a_merge_is_taken_once("on", Moment::After).await;
+    merge_is_applied_once("on", Moment::After).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_request_is_retried() {
-    a_merge_is_taken_once("on", Moment::Before).await;
+    merge_is_applied_once("on", Moment::Before).await;
 }
 
-/// What is said is known to this process alone, and goes along all the same.
+/// Without stored content, only this process knows the message. It is sent with the run all the
+/// same.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_answer_keeps_unstored_content() {
-    a_merge_is_taken_once("off", Moment::After).await;
+    merge_is_applied_once("off", Moment::After).await;
 }
 
-/// The sender of a message hears of the run that it joined even if that has ended by then.
+/// The sender of a message learns of the run that it joined, even if that run has ended by then.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_lost_answer_found_by_idempotency_key() {
     let world = World::new("on").await;
@@ -153,10 +157,10 @@ async fn merge_with_lost_answer_found_by_idempotency_key() {
     world.scene.simulator.release();
     active.rest().await;
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(world.heard().await, ["first", "second", "third"]);
+    assert_eq!(world.user_messages().await, ["first", "second", "third"]);
 }
 
-/// The database stays away for longer than the sender waits.
+/// The database stays away longer than the sender waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn merge_with_unknown_outcome_is_reported_as_such() {
     let world = World::new("off").await;
@@ -174,10 +178,10 @@ async fn merge_with_unknown_outcome_is_reported_as_such() {
     world.scene.simulator.release();
     active.rest().await;
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(world.heard().await, ["first", "second", "third"]);
+    assert_eq!(world.user_messages().await, ["first", "second", "third"]);
 }
 
-/// Where outputs are not stored only this process can hand them over.
+/// Without stored outputs only this process can send them to the upstream.
 async fn outputs_reach_their_run(moment: Moment) {
     let world = World::new("off").await;
     let gateway = &world.gateway;
@@ -214,7 +218,8 @@ async fn tool_outputs_with_lost_request_are_retried() {
     outputs_reach_their_run(Moment::Before).await;
 }
 
-/// Their sender does not wait so long, they do.
+/// The database stays away longer than the sender waits, but the outputs are kept until it is
+/// back.
 #[tokio::test(flavor = "multi_thread")]
 async fn tool_outputs_survive_database_outage() {
     let world = World::new("off").await;
@@ -236,12 +241,13 @@ async fn tool_outputs_survive_database_outage() {
     assert_eq!(read["run"]["status"], "completed", "{read:#}");
 }
 
-/// A message joins a waiting run whose own sender is about to hear that it was not taken.
+/// A message joins a queued run whose own sender is about to learn that its message was not
+/// accepted.
 #[tokio::test(flavor = "multi_thread")]
 async fn merged_message_survives_refusal_of_first_message() {
     let world = World::new("on").await;
     let gateway = &world.gateway;
-    // Its way to the database is not tapped.
+    // This replica reaches the database without the gate.
     let other = Gateway::start(&world.scene.config(SESSION)).await;
     world.scene.simulator.hold();
     let mut active = gateway.stream(SCOPE, "first").await;
@@ -256,7 +262,8 @@ async fn merged_message_survives_refusal_of_first_message() {
             .await
     };
     world.gate.set_at(ADMIT, Moment::After);
-    // Its request is over once it is refused, which concerns nobody else.
+    // The refusal of the first message counts as the end of its request. It must not end the run
+    // for the message that joined it.
     let (second, third) = (
         json!({"content": "second", "on_disconnect": "cancel"}),
         json!({"content": "third", "multitask_strategy": "merge"}),
@@ -265,7 +272,7 @@ async fn merged_message_survives_refusal_of_first_message() {
         world.gate.caught().await;
         post(&other, "k3", &third).await
     });
-    // It was asked for as long as its sender waits, and the database stayed away.
+    // The gateway asked again for as long as the sender waits, but the database stayed away.
     world.gate.open();
     assert_eq!(refused.problem(), (503, "store-unavailable"));
     assert_eq!(joined.status, StatusCode::ACCEPTED, "{joined:?}");
@@ -284,8 +291,8 @@ async fn merged_message_survives_refusal_of_first_message() {
         .await
         .ok();
     assert_eq!(ended["run"]["status"], "completed", "{ended:#}");
-    assert_eq!(world.heard().await, ["first", "third"]);
-    // Its sender says it again, and is not told of a run that does not have it.
+    assert_eq!(world.user_messages().await, ["first", "third"]);
+    // The first sender repeats its message, and must not get the run without it.
     let again = post(gateway, "k2", &second).await;
     assert!(
         !again.headers.contains_key("idempotent-replayed"),
@@ -298,8 +305,8 @@ async fn merged_message_survives_refusal_of_first_message() {
         })
         .await
         .ok();
-    assert_eq!(world.heard().await, ["first", "third", "second"]);
-    // And the other one is told of the run that has it.
+    assert_eq!(world.user_messages().await, ["first", "third", "second"]);
+    // The other sender gets the run with its message.
     let again = post(gateway, "k3", &third).await;
     assert_eq!(again.body["run"]["id"], run, "{again:?}");
 }

@@ -1,18 +1,19 @@
-//! A turn beside many runs that are unfinished, of replicas that are alive.
+//! The cost of a run while other live replicas have many unfinished runs.
 
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
 const OTHERS: i64 = 2000;
 const TURNS: i64 = 20;
-/// Entries of indexes that a turn may read, and that the replica may read by the way in the time that it takes.
+/// Most index entries that one run may read, including reads of the replica's background work in
+/// that time.
 const MOST: i64 = 100;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
+async fn run_cost_is_independent_of_unfinished_runs_elsewhere() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     scene.gateway().await.say(SCOPE, "hello").await;
-    // The server knows of a quiet time, and plans for it.
+    // These statistics describe a quiet time, so the server plans for one.
     scene.database.execute("ANALYZE").await;
     let mut gateway = scene.gateway().await;
     for _ in 0..TURNS {
@@ -34,14 +35,14 @@ async fn turn_cost_independent_of_unfinished_runs_elsewhere() {
     for _ in 0..TURNS {
         gateway.say(SCOPE, "hello").await;
     }
-    // With their end connections tell the server what they read.
+    // Connections report their reads to the server when they end.
     gateway.terminate();
     assert!(gateway.exit().await.success());
     let read = "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes WHERE relname = 'runs'";
     let read = scene.database.number(read).await;
     assert!(
         read > 0 && read <= 2 * TURNS * MOST,
-        "{read} entries in {} turns",
+        "{read} entries in {} runs",
         2 * TURNS
     );
     let scans = "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'runs'";

@@ -1,4 +1,4 @@
-//! The real binary, over HTTP.
+//! The real binary over HTTP.
 
 mod access;
 mod bodies;
@@ -23,6 +23,7 @@ mod logs;
 mod long_threads;
 mod lost_acknowledgements;
 mod many_unfinished_runs;
+mod messages;
 mod openapi;
 mod operators;
 mod pages;
@@ -44,6 +45,5 @@ mod shutdown;
 mod statistics;
 mod strategies;
 mod tools;
-mod turns;
 mod user_tokens;
 mod without_transcript;

@@ -1,4 +1,4 @@
-//! The document that the gateway gives of itself.
+//! The gateway's own OpenAPI document.
 
 use std::collections::BTreeSet;
 
@@ -45,7 +45,7 @@ fn every_reference_resolves() {
                 .unwrap_or_else(|| panic!("{reference}"));
             assert!(
                 document.pointer(place).is_some(),
-                "{reference} is not there"
+                "{reference} has no target"
             );
             found += 1;
         }
@@ -53,7 +53,7 @@ fn every_reference_resolves() {
     assert!(found > 100, "{found}");
 }
 
-/// As JSON Schema 2020-12, which OpenAPI 3.1 uses.
+/// The schemas must be JSON Schema 2020-12, which OpenAPI 3.1 uses.
 #[test]
 fn every_schema_is_valid_json_schema() {
     let document = openapi();
@@ -64,7 +64,7 @@ fn every_schema_is_valid_json_schema() {
         .cloned()
         .collect();
     walk(&document, &mut |value| {
-        // Of parameters, headers and contents.
+        // Schemas of parameters, headers and contents.
         if let Some(schema) = value
             .get("schema")
             .filter(|_| value.get("properties").is_none())
@@ -98,7 +98,10 @@ fn operations_are_complete_and_consistent() {
     for (path, method, operation) in operations(&document) {
         let what = format!("{method} {path}");
         let id = operation["operationId"].as_str().unwrap();
-        assert!(ids.insert(id.to_owned()), "{what}: {id} is another's, too");
+        assert!(
+            ids.insert(id.to_owned()),
+            "{what}: another operation has the id {id}, too"
+        );
         assert!(
             operation["summary"]
                 .as_str()
@@ -167,7 +170,7 @@ fn operations_are_complete_and_consistent() {
     }
 }
 
-/// All other tests rely on that.
+/// All other tests rely on this check.
 #[test]
 fn undocumented_answers_are_detected() {
     let only = |lines: &[(&'static str, &str)]| {
@@ -195,14 +198,14 @@ fn undocumented_answers_are_detected() {
     assert!(!told(ok, &good, r#"{"status":"ok","more":1}"#), "a field");
     assert!(!told(ok, &good, r#"{"status":"fine"}"#), "a value");
     assert!(!told(ok, &good, "ok"), "no JSON");
-    assert!(!told(ok, &bare, ready), "no id");
-    assert!(!told(ok, &kept, ready), "what may be stored on its way");
+    assert!(!told(ok, &bare, ready), "the answer lacks an id");
+    assert!(!told(ok, &kept, ready), "a cache could store the answer");
     assert!(!told(ok, &more, ready), "a header");
     assert!(!told(ok, &html, ready), "a type");
     assert!(!told(StatusCode::CREATED, &good, ready), "a status");
 }
 
-/// Every operation with its path and its method.
+/// Returns every operation with its path and its method.
 fn operations(document: &Value) -> Vec<(String, String, &Value)> {
     let mut all = Vec::new();
     for (path, methods) in document["paths"].as_object().unwrap() {

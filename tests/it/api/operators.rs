@@ -1,4 +1,4 @@
-//! What operators see and do: threads of all users, orphans upstream, and what is past its time.
+//! Operators' requests: threads of all users, upstream orphans, and cleanup of old data.
 
 use std::time::Duration;
 
@@ -65,7 +65,7 @@ async fn thread_list_filters_by_state_and_attributes(scene: Scene) {
         listed(&gateway, "upstream=other").await,
         Vec::<String>::new()
     );
-    // Half an hour ago, by the clock that counts.
+    // Half an hour ago by the database's clock.
     let shown = gateway.get("/v1/users/b/thread").await.ok()["last_active_at"].clone();
     let active: chrono::DateTime<chrono::Utc> = shown.as_str().unwrap().parse().unwrap();
     let ago = (active - chrono::TimeDelta::minutes(30))
@@ -102,7 +102,8 @@ async fn runs_and_events_past_retention_are_pruned(scene: Scene) {
     let gateway = scene.gateway_with(&settings).await;
     let scope = "/v1/users/alice";
     let post = gateway.request(reqwest::Method::POST, &format!("{scope}/messages"));
-    // One that ends otherwise than well: the record alone does not tell its log.
+    // This run does not complete, so its log is stored: the transcript alone does not describe
+    // it.
     let body = json!({"content": "hello [[sim: incomplete]]"});
     let first = gateway
         .send(post.header("idempotency-key", "k").json(&body))
@@ -142,15 +143,16 @@ async fn runs_and_events_past_retention_are_pruned(scene: Scene) {
     assert_eq!(
         said["data"].as_array().unwrap().len(),
         2,
-        "what was said stays"
+        "the messages stay"
     );
-    // It goes on, and what the pruned run stored upstream is still deleted in the end.
+    // The thread stays in use, and a later deletion still removes what the pruned run stored
+    // upstream.
     gateway.say(scope, "needle").await;
     gateway.delete(&format!("{scope}/thread")).await.ok();
     assert_eq!(scene.simulator.stored_responses(), Vec::<String>::new());
 }
 
-/// As many rows of a log as many streams leave in a while.
+/// The number of rows is that of many streams over a while.
 async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
     const ROWS: i64 = 120_000;
     if scene.protocol != Protocol::Responses {
@@ -194,15 +196,19 @@ async fn single_cleanup_prunes_all_events_past_retention(scene: Scene) {
     );
 }
 
-/// The answer to the call that makes a thread is lost.
-async fn lose_an_answer(scene: &Scene, gateway: &Gateway) {
+/// Loses the answer to the creation of an upstream thread.
+async fn lose_creation_answer(scene: &Scene, gateway: &Gateway) {
     scene.fault("create_thread", "drop=after", 1);
     gateway.say("/v1/users/alice", "hello").await;
-    assert_eq!(scene.upstream_threads().len(), 2, "one of them is lost");
+    assert_eq!(
+        scene.upstream_threads().len(),
+        2,
+        "the answer of one creation is lost"
+    );
     assert_eq!(
         clean_up(gateway).await["upstream_orphans_deleted"],
         0,
-        "it may still be on its way"
+        "the creation may still be under way"
     );
     scene.database.execute("UPDATE upstream_orphans SET due_at = (SELECT t.created_at FROM threads t WHERE t.id = thread_id)").await;
 }
@@ -212,7 +218,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
         return;
     }
     let gateway = scene.gateway_with(BY_HAND).await;
-    lose_an_answer(&scene, &gateway).await;
+    lose_creation_answer(&scene, &gateway).await;
     let plan = gateway
         .post("/v1/admin/cleanup?dry_run=true", &json!({}))
         .await
@@ -224,14 +230,14 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
         .await;
     drop(gateway);
 
-    // Where the server lists threads it is found.
+    // A server that lists threads shows the orphan.
     let lists = SimulatorConfig {
         list_threads: true,
         ..SimulatorConfig::default()
     };
     let scene = Scene::with(scene.protocol, scene.backend, lists).await;
     let gateway = scene.gateway_with(BY_HAND).await;
-    lose_an_answer(&scene, &gateway).await;
+    lose_creation_answer(&scene, &gateway).await;
     assert_eq!(clean_up(&gateway).await["upstream_orphans_deleted"], 1);
     let thread = gateway.get("/v1/users/alice/thread").await.ok();
     assert_eq!(
@@ -251,7 +257,7 @@ async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
     if scene.protocol == Protocol::Chain || scene.backend == Backend::Sqlite {
         return;
     }
-    // The process dies between the making of the thread and its record.
+    // The process dies after the creation of the upstream thread and before its record.
     let ttl = "[replica]\nsession_ttl = \"1s\"\n";
     let lists = SimulatorConfig {
         list_threads: true,
@@ -282,7 +288,7 @@ async fn crash_during_thread_creation_leaves_no_orphan(scene: Scene) {
     );
 }
 
-/// What one database takes and another does not, and what no database takes.
+/// Values that one engine accepts and another one does not, and values that no engine accepts.
 #[tokio::test(flavor = "multi_thread")]
 async fn filter_values_unsupported_by_databases_are_refused() {
     for backend in [Backend::Sqlite, Backend::Postgres] {

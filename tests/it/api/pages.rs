@@ -28,7 +28,8 @@ async fn long_messages_cost_little_memory_on_postgres() {
         .await;
 }
 
-/// Callers who ask for as much as they may, and read nothing of it; then one who reads it all, page by page, and one who takes it out.
+/// Four callers ask for the largest page and do not read it. Then one caller reads all pages, and
+/// another one exports them.
 async fn long_messages_cost_little_memory(scene: Scene) {
     const READERS: u64 = 4;
     add_messages(&scene).await;
@@ -105,12 +106,13 @@ async fn long_messages_cost_little_memory(scene: Scene) {
     );
 }
 
-/// A thread of messages of 1 MiB each, that begin with their number: every other one can be compressed to almost nothing.
+/// Adds messages of 1 MiB each, which begin with their number. Every other one can be compressed
+/// to almost nothing.
 async fn add_messages(scene: &Scene) {
     let store = scene.database.store().await;
     let thread = imported(&user("alice"));
     let Imported::Added(id) = import_thread(&store, &thread).await else {
-        panic!("it is new")
+        panic!("the thread is new")
     };
     let mut noise = 1_u64;
     for n in 0..MESSAGES {
@@ -137,7 +139,7 @@ async fn add_messages(scene: &Scene) {
     store.close().await;
 }
 
-/// Memory of the process, KiB.
+/// Returns a line of the process's status, in KiB.
 pub(super) fn memory(gateway: &Gateway, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.id())).unwrap();
     let line = status

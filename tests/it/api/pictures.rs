@@ -1,4 +1,5 @@
-//! A conversation with a picture in it, such as a phone makes: it is told, kept, told again and carried along like any other.
+//! A conversation with a phone's picture. The picture is sent, stored, sent again and carried
+//! over like any other content.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -11,26 +12,41 @@ use crate::support::history::messages;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 const SCOPE: &str = "/v1/users/alice";
-/// Of the data URL.
+/// Length of the data URL, in bytes.
 const PICTURE_BYTES: usize = 8 * 1024 * 1024;
 
-/// Each protocol and each store, but not all of both: that would take minutes.
+/// Each protocol and each store, but not all combinations, since those would take minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_assistants_thread_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Assistants, Backend::Postgres, Backend::Sqlite).await;
+    picture_survives_rebuild_import_rollover(
+        Protocol::Assistants,
+        Backend::Postgres,
+        Backend::Sqlite,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_conversation_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Responses, Backend::Sqlite, Backend::Postgres).await;
+    picture_survives_rebuild_import_rollover(
+        Protocol::Responses,
+        Backend::Sqlite,
+        Backend::Postgres,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn picture_in_chain_survives_rebuild_import_rollover() {
-    goes_wherever_its_thread_goes(Protocol::Chain, Backend::Postgres, Backend::Sqlite).await;
+    picture_survives_rebuild_import_rollover(Protocol::Chain, Backend::Postgres, Backend::Sqlite)
+        .await;
 }
 
-async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, other: Backend) {
+async fn picture_survives_rebuild_import_rollover(
+    protocol: Protocol,
+    backend: Backend,
+    other: Backend,
+) {
     let scene = Scene::new(protocol, backend).await;
     let gateway = scene.gateway().await;
     let url = format!("data:image/jpeg;base64,{}", "A".repeat(PICTURE_BYTES));
@@ -42,7 +58,7 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
         .ok();
     gateway.say(SCOPE, "two").await;
 
-    // Its upstream thread is lost, and made again from the transcript.
+    // Deletes the upstream thread, which is then rebuilt from the transcript.
     let thread = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     let id = thread["upstream_thread_id"].as_str().unwrap();
     if protocol == Protocol::Chain {
@@ -59,7 +75,7 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     assert_turn(&gateway.say(SCOPE, "three").await, 3);
     check(&scene, &gateway, &picture).await;
 
-    // Exported here and imported elsewhere, where the upstream knows nothing of it.
+    // Exports the thread, and imports it at a gateway whose upstream does not know it.
     let export = gateway
         .request(reqwest::Method::GET, &format!("{SCOPE}/export"))
         .send()
@@ -72,7 +88,7 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     assert_turn(&successor.say(SCOPE, "four").await, 4);
     check(&elsewhere, &successor, &picture).await;
 
-    // Carried over into a fresh thread.
+    // The rollover carries the picture over into a fresh thread.
     gateway
         .post(&format!("{SCOPE}/thread/rollover"), &json!({}))
         .await
@@ -85,7 +101,7 @@ async fn goes_wherever_its_thread_goes(protocol: Protocol, backend: Backend, oth
     assert_eq!(archived["data"][0]["content"], picture);
 }
 
-/// The model was told of as many turns.
+/// Asserts that the model got this number of messages.
 #[track_caller]
 fn assert_turn(answer: &Value, turn: usize) {
     assert!(
@@ -95,7 +111,7 @@ fn assert_turn(answer: &Value, turn: usize) {
     );
 }
 
-/// The picture is the first that was said, and nothing is kept from the model.
+/// Asserts that the picture is the first message, and that no message is withheld from the model.
 async fn check(scene: &Scene, gateway: &Gateway, picture: &Value) {
     assert_eq!(messages(gateway, SCOPE).await[0]["content"], *picture);
     let withheld = "SELECT count(*) FROM messages WHERE upstream_sync = 'withheld'";

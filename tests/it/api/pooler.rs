@@ -1,5 +1,5 @@
-//! Behind a pooler that lends connections to the database by the transaction: `store.url` leads to it, and
-//! `store.direct_url` past it.
+//! A pooler that lends connections to the database by the transaction. `store.url` leads to the
+//! pooler, `store.direct_url` to the database.
 
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,8 @@ use crate::support::pooler::Pooler;
 use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
 on_shared_scene!(
-    turns_of_many_users_are_answered,
-    busy_thread_honors_multitask_strategies,
+    messages_of_many_users_are_answered,
+    busy_thread_honours_multitask_strategies,
     two_gateways_serve_conversation_in_order,
 );
 
@@ -38,7 +38,7 @@ async fn gateway(scene: &Scene, pooler: &Pooler) -> Gateway {
     .await
 }
 
-/// A turn with an idempotency key.
+/// Sends a message with an idempotency key.
 async fn say(gateway: &Gateway, user: usize, turn: &str) -> Answer {
     let request = gateway.request(Method::POST, &format!("/v1/users/{user}/messages"));
     let request = request
@@ -58,7 +58,8 @@ async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader
     (stream, first)
 }
 
-/// The record is as it should be, and no connection is left with a transaction or a lock that outlives one.
+/// Checks the invariants of the database, and that no connection is left with an open transaction
+/// or a session lock.
 async fn assert_sound(scene: &Scene) {
     check_invariants(&scene.database).await;
     for left in [
@@ -68,7 +69,7 @@ async fn assert_sound(scene: &Scene) {
          WHERE l.locktype = 'advisory' AND d.datname = current_database()",
     ] {
         let begun = Instant::now();
-        // What the gateway does by the way may be under way.
+        // Background work of the gateway may be under way.
         while scene.database.number(left).await != 0 {
             assert!(begun.elapsed() < PATIENCE, "not 0: {left}");
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -76,7 +77,7 @@ async fn assert_sound(scene: &Scene) {
     }
 }
 
-async fn turns_of_many_users_are_answered(scene: Scene) {
+async fn messages_of_many_users_are_answered(scene: Scene) {
     scene
         .database
         .execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
@@ -109,8 +110,8 @@ async fn turns_of_many_users_are_answered(scene: Scene) {
     assert_sound(&scene).await;
 }
 
-/// These statements are planned each time, so they have no name, and no pooler brings them along to another
-/// connection.
+/// Lists are planned each time, so their statements have no name. A pooler does not carry unnamed
+/// statements to another connection.
 #[tokio::test(flavor = "multi_thread")]
 async fn thread_lists_are_complete() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -140,12 +141,12 @@ async fn thread_lists_are_complete() {
     assert_sound(&scene).await;
 }
 
-async fn busy_thread_honors_multitask_strategies(scene: Scene) {
+async fn busy_thread_honours_multitask_strategies(scene: Scene) {
     let pooler = Pooler::on(&scene.database.url()).await;
     let gateway = gateway(&scene, &pooler).await;
     gateway.say(SCOPE, "hello").await;
     let (mut active, _) = begin(&gateway, "enqueue", "a long story [[sim: silent_after=3]]").await;
-    active.until_told("said: a").await;
+    active.until_text("said: a").await;
     let (waiting, queued) = begin(&gateway, "enqueue", "and I wait").await;
     assert_eq!(
         (queued.name.as_str(), &queued.data["position"]),
@@ -160,7 +161,7 @@ async fn busy_thread_honors_multitask_strategies(scene: Scene) {
     assert_eq!(
         (first.name.as_str(), &first.data["position"]),
         ("run.queued", &json!(1)),
-        "it goes next"
+        "the interrupting run is next"
     );
     assert_eq!(active.rest().await.last().unwrap().name, "run.cancelled");
     for (stream, wanted) in [
@@ -252,7 +253,7 @@ async fn two_gateways_serve_conversation_in_order(scene: Scene) {
     assert_sound(&scene).await;
 }
 
-/// With no startup parameter that a pooler refuses.
+/// Connects to the pooler without the startup parameter that it refuses.
 async fn client(pooler: &Pooler) -> PgConnection {
     let options: PgConnectOptions = pooler.url.parse().unwrap();
     options.extra_float_digits(None).connect().await.unwrap()
@@ -265,13 +266,14 @@ async fn backend(connection: &mut PgConnection) -> i32 {
         .unwrap()
 }
 
-/// A gateway that gets on with this pooler gets on with one that lends by the transaction.
+/// The test's pooler lends by the transaction: a gateway that works with it works with such
+/// poolers.
 #[tokio::test]
 async fn pooler_keeps_only_named_statements_across_transactions() {
     let database = TestDatabase::postgres().await;
     let pooler = Pooler::on(&database.url()).await;
     let mut one = client(&pooler).await;
-    // A setting stays with the connection that it was made over.
+    // A setting stays with the server's connection on which it was made.
     one.execute("SET statement_timeout = '4321s'")
         .await
         .unwrap();
@@ -287,7 +289,8 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
         shown.iter().any(|setting| setting == "4321s")
             && shown.iter().any(|setting| setting == "0")
     );
-    // A statement has the same name for all, and is prepared where it is lacking.
+    // A named statement has the same name for all clients. The pooler prepares it on connections
+    // that lack it.
     let mut other = client(&pooler).await;
     for n in 0..6 {
         for client in [&mut one, &mut other] {
@@ -299,7 +302,7 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
             assert_eq!(twice, 2 * n);
         }
     }
-    // One without a name is not.
+    // An unnamed statement stays on its connection.
     let unnamed = sqlx::query("SELECT 3 * $1::int").bind(1).persistent(false);
     let error = unnamed.execute(&mut one).await.unwrap_err();
     assert_eq!(
@@ -307,7 +310,7 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
         "26000",
         "{error}"
     );
-    // An error leaves the client in step.
+    // After an error the client can use the connection again.
     let error = sqlx::query("SELECT 1 / $1::int")
         .bind(0)
         .execute(&mut one)
@@ -321,7 +324,7 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
     one.ping().await.unwrap();
 
     let (first, next) = (backend(&mut one).await, backend(&mut one).await);
-    assert_ne!(first, next, "the next statement has another connection");
+    assert_ne!(first, next, "the next statement gets another connection");
     let mut transaction = one.begin().await.unwrap();
     let kept = backend(&mut transaction).await;
     for _ in 0..3 {
@@ -330,9 +333,13 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
             kept,
             "a transaction keeps its connection"
         );
-        assert_ne!(backend(&mut other).await, kept, "nobody else has it");
+        assert_ne!(
+            backend(&mut other).await,
+            kept,
+            "no other client gets that connection"
+        );
     }
-    // Whoever leaves in the midst takes the connection along.
+    // A client that leaves during a transaction loses the connection for all.
     drop(transaction);
     drop(one);
     let open = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {kept}");
@@ -344,7 +351,7 @@ async fn pooler_keeps_only_named_statements_across_transactions() {
     assert_ne!(
         backend(&mut other).await,
         backend(&mut other).await,
-        "another one takes its place"
+        "a new connection replaces the lost one"
     );
 }
 

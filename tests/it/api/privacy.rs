@@ -1,4 +1,5 @@
-//! Names of users, tenants, sessions and topics: none leaves the gateway in clear unless the configuration says so.
+//! Keys of users, tenants, sessions and topics. None leaves the gateway in clear unless the
+//! configuration allows it.
 
 use std::collections::BTreeSet;
 
@@ -26,10 +27,10 @@ secret = "a-secret-that-is-shared-with-the-issuer"
 tenant_claim = "org"
 "#;
 const UPSTREAM: &str = "lock_window = \"100ms\"\n";
-/// What a name may hold that is written differently here and there.
+/// Characters of a key that are encoded differently in different places.
 const ODD: &str = "|é\"\\+%&/ ";
 
-/// One name of each kind, by which it is found in whatever form.
+/// One key of each kind, which the search finds in any encoding.
 struct Names {
     needles: Needles,
     token: String,
@@ -70,10 +71,14 @@ impl Names {
         let lines = gateway.logs();
         assert!(
             lines.iter().any(|line| line.contains("run ended")),
-            "nothing was logged"
+            "the gateway logged nothing"
         );
         for line in lines {
-            assert_eq!(self.needles.find(line.as_bytes()), None, "a name is logged");
+            assert_eq!(
+                self.needles.find(line.as_bytes()),
+                None,
+                "a key is logged in clear"
+            );
         }
     }
 }
@@ -98,7 +103,7 @@ fn scopes() -> [String; 3] {
     ]
 }
 
-/// What these requests call a tenant, user, session or topic.
+/// Returns how these requests name a tenant, user, session or topic.
 fn tags(requests: &[Recorded], kind: &str) -> BTreeSet<String> {
     let of = |body: &Value| {
         body["metadata"][format!("threadkeeper_{kind}")]
@@ -111,7 +116,7 @@ fn tags(requests: &[Recorded], kind: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// What the upstream was asked for after its first `known` requests.
+/// Returns the requests to the upstream after the first `known` ones.
 fn after(scene: &Scene, known: usize) -> Vec<Recorded> {
     let mut recorded = scene.simulator.recorded();
     let new = usize::try_from(scene.simulator.stats().requests).unwrap() - known;
@@ -119,11 +124,11 @@ fn after(scene: &Scene, known: usize) -> Vec<Recorded> {
         recorded
             .len()
             .checked_sub(new)
-            .expect("all that is new is still recorded"),
+            .expect("the simulator still has all new requests"),
     )
 }
 
-/// A gateway at which users answer the function calls of their runs themselves.
+/// Starts a gateway at which users answer their runs' function calls.
 async fn start(scene: &Scene, upstream: &str) -> Gateway {
     // The table of the assistant comes last.
     Gateway::start(&format!(
@@ -138,7 +143,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     let mut gateway = start(&scene, UPSTREAM).await;
     let mut requests = Vec::new();
     for scope in scopes() {
-        story(&scene, &gateway, &names, &scope).await;
+        converse(&scene, &gateway, &names, &scope).await;
         requests.extend(after(&scene, requests.len()));
     }
     let delete = names.ask(&gateway, Method::DELETE, &user());
@@ -149,7 +154,7 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     requests.extend(after(&scene, requests.len()));
     assert!(
         requests.len() > 20,
-        "{} requests are no story",
+        "{} requests show too little",
         requests.len()
     );
     for request in &requests {
@@ -158,14 +163,15 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
             .find(format!("{request:?} {}", request.body).as_bytes());
         assert_eq!(
             found, None,
-            "a name is sent upstream: {} {}",
+            "a key is sent upstream in clear: {} {}",
             request.method, request.path
         );
     }
 
-    // What is there instead is the same all the time, and to be found by its name.
+    // A fingerprint stands for the key. It is always the same, and the command finds it by the
+    // key.
     for kind in ["session", "topic"] {
-        for (kind, fingerprint) in told(&scene, kind) {
+        for (kind, fingerprint) in printed_fingerprints(&scene, kind) {
             assert_eq!(
                 tags(&requests, &kind),
                 BTreeSet::from([fingerprint.clone()]),
@@ -195,8 +201,8 @@ async fn names_are_never_logged_and_sent_only_when_configured(scene: Scene) {
     }
 }
 
-/// What the command says of a session or a topic of the user.
-fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
+/// Returns the fingerprints that the command prints for a session or a topic of the user.
+fn printed_fingerprints(scene: &Scene, kind: &str) -> Vec<(String, String)> {
     let folder = tempfile::TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, scene.config(SETTINGS)).unwrap();
@@ -217,7 +223,10 @@ fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
     let lines = String::from_utf8(output.stdout).unwrap();
     let told: Vec<_> = lines
         .lines()
-        .map(|line| line.split_once(' ').expect("a kind and its fingerprint"))
+        .map(|line| {
+            line.split_once(' ')
+                .expect("a line has a kind and a fingerprint")
+        })
         .collect();
     assert_eq!(
         told.iter().map(|(kind, _)| *kind).collect::<Vec<_>>(),
@@ -228,7 +237,8 @@ fn told(scene: &Scene, kind: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The replicas of a database, and those that come after them, have the same fingerprints; those of another have others.
+/// Replicas of one database have the same fingerprints, later ones too. Other databases have
+/// others.
 #[tokio::test(flavor = "multi_thread")]
 async fn fingerprints_are_stable_per_database() {
     let mut seen = Vec::new();
@@ -249,8 +259,8 @@ async fn fingerprints_are_stable_per_database() {
     assert_ne!(seen[0].1, seen[1].1);
 }
 
-/// A conversation in which all happens that calls the upstream.
-async fn story(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
+/// Runs a conversation with all events that cause upstream requests.
+async fn converse(scene: &Scene, gateway: &Gateway, names: &Names, scope: &str) {
     let messages = format!("{scope}/messages");
     let say = |text: &str| names.post(gateway, &messages, json!({"content": text}));
     let first = say("hello").await;

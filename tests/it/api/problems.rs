@@ -1,4 +1,4 @@
-//! Bad input gets a typed problem that tells how to mend it.
+//! Bad input gets a typed problem that says how to mend it.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::support::routes::Routes;
 use crate::support::scene::{Backend, Protocol, Scene};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bad_requests_are_refused_with_a_typed_problem() {
+async fn bad_requests_are_refused_with_typed_problem() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = Routes::new(&scene, "[server]\nmax_body_bytes = 4096\n").await;
     let messages = "/v1/users/alice/messages";
@@ -192,12 +192,12 @@ async fn bad_requests_are_refused_with_a_typed_problem() {
     assert_eq!(
         gateway.get("/v1/users/alice/thread").await.problem(),
         (404, "not-found"),
-        "nothing was stored"
+        "no refused request stored anything"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_paths_and_types_are_refused_with_a_typed_problem() {
+async fn wrong_paths_and_types_are_refused_with_typed_problem() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
     let gateway = Routes::new(&scene, "").await;
     let messages = "/v1/users/alice/messages";

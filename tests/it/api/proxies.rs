@@ -1,4 +1,4 @@
-//! Behind a proxy: links that callers can follow, and whose request it is.
+//! The gateway behind a proxy: links that callers can follow, and the client's address.
 
 use reqwest::Method;
 use serde_json::json;
@@ -8,7 +8,7 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 const MESSAGES: &str = "/v1/users/alice/messages";
 
-/// Where to look for what comes of a message and of a deletion.
+/// Posts a message and a deletion. Returns the links to their results.
 async fn places(gateway: &Gateway, headers: &[(&str, &str)]) -> (String, String) {
     let asked = async |method: Method, path: &str| {
         let request = gateway
@@ -59,7 +59,8 @@ async fn links_include_prefix_stripped_by_proxy() {
         ),
     ] {
         let gateway = scene.gateway_with(&format!("[server]\n{settings}")).await;
-        // Who waits for nothing is told where to look, unless there is nothing to wait for by then.
+        // An answer that does not wait for the result has a link, unless the result is there
+        // already.
         scene.simulator.hold();
         let (run, deletion) = places(&gateway, headers).await;
         scene.simulator.release();
@@ -73,7 +74,7 @@ async fn links_include_prefix_stripped_by_proxy() {
             run.starts_with("/v1/users/alice/runs/run_"),
             "{settings}: {run}"
         );
-        // Behind the proxy, which takes the prefix away.
+        // The proxy removes the prefix before the gateway sees the path.
         assert!(gateway.get(deletion).await.ok()["id"].is_string());
     }
 }
@@ -101,7 +102,7 @@ async fn reconnect_event_link_includes_proxy_prefix() {
     scene.simulator.release();
 }
 
-/// The lines of the log that tell of a request, which was sent with these values of `X-Forwarded-For`.
+/// Sends a request with these values of `X-Forwarded-For`. Returns the log line about it.
 async fn line(gateway: &Gateway, id: &str, forwarded_for: &[&str]) -> String {
     let request = gateway
         .request(Method::GET, MESSAGES)

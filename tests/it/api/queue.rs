@@ -1,4 +1,4 @@
-//! One run at a time, first come first served, whatever the concurrency.
+//! One run at a time, in the order of arrival, at any concurrency.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +20,7 @@ on_each_store!(
 );
 
 async fn concurrent_messages_to_one_thread_run_serially_in_order(scene: Scene) {
-    // Each is recorded after the one before it: a busy machine takes its time.
+    // Each message is recorded after the one before it, and a busy machine takes its time.
     let gateway = Gateway::start_with(
         &scene.config(""),
         &[("THREADKEEPER_STORE__ACQUIRE_TIMEOUT", "30s")],
@@ -38,10 +38,10 @@ async fn concurrent_messages_to_one_thread_run_serially_in_order(scene: Scene) {
     assert_eq!(
         (stats.runs_started, stats.lock_refusals),
         (200, 0),
-        "nothing ran twice, nothing was refused: {stats:?}"
+        "no run is doubled and none is refused: {stats:?}"
     );
 
-    // Order of admission (the runs' own order) = order of the turns = order of the transcript.
+    // The order of admission, the order of the runs and the order of the transcript are the same.
     let runs = all(&gateway, "/v1/users/alice/runs").await;
     assert_eq!(runs.len(), 200);
     let messages = messages(&gateway, "/v1/users/alice").await;
@@ -77,7 +77,7 @@ async fn busy_thread_refuses_message_with_reject_strategy(scene: Scene) {
     let refused = gateway.post("/v1/users/alice/messages", &reject).await;
     assert_eq!(refused.problem(), (409, "thread-busy"));
     assert!(refused.headers.contains_key("retry-after"));
-    // Through another process it is the store that says so.
+    // At another process the store refuses the message.
     if scene.backend == Backend::Postgres {
         let other = scene.gateway().await;
         assert_eq!(
@@ -123,7 +123,8 @@ async fn full_queue_refuses_message(scene: Scene) {
         .await;
     assert_eq!(refused.problem(), (429, "queue-full"));
     assert!(refused.headers.contains_key("retry-after"));
-    // Other keys are not affected: their run starts, and waits at the held simulator like the first.
+    // Other keys are not affected. Their run starts, and waits at the held simulator like the
+    // first one.
     assert_eq!(
         gateway
             .stream("/v1/users/bob", "hi")
@@ -146,7 +147,7 @@ async fn messages_to_different_threads_run_concurrently(scene: Scene) {
     let said = (0..200)
         .map(|n| gateway.say(&format!("/v1/users/user-{n}"), "hi"))
         .collect::<Vec<_>>();
-    // All of them are at work at once, or this never comes about.
+    // The wait ends only if all runs are active at once.
     let all_at_work = async {
         scene
             .simulator
@@ -158,7 +159,7 @@ async fn messages_to_different_threads_run_concurrently(scene: Scene) {
         tokio::join!(join_all(said), all_at_work)
     })
     .await
-    .expect("200 runs side by side");
+    .expect("200 runs are active at once");
     assert_eq!(answers.len(), 200);
 }
 
@@ -175,8 +176,12 @@ async fn first_messages_at_two_replicas_create_one_thread() {
             .iter()
             .map(|answer| answer["thread"]["id"].to_string())
             .collect();
-        assert_eq!(threads.len(), 1, "one gateway thread");
-        assert_eq!(scene.upstream_threads().len(), 1, "one upstream thread");
+        assert_eq!(threads.len(), 1, "there is one gateway thread");
+        assert_eq!(
+            scene.upstream_threads().len(),
+            1,
+            "there is one upstream thread"
+        );
         let stats = scene.simulator.stats();
         assert_eq!(
             (

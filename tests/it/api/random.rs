@@ -1,5 +1,5 @@
-//! Everything at once, at random: messages, cancels, tool outputs, readers that leave, and an upstream that fails. What
-//! must hold afterwards is checked; the seed of a failure is printed.
+//! Everything at once and at random: messages, cancels, tool outputs, readers that leave, and an
+//! upstream that fails. The test checks the invariants afterwards. A failure prints the seed.
 
 mod erasures;
 
@@ -25,11 +25,11 @@ on_each_protocol_by_chance!(random_operations_keep_all_guarantees);
 const OPERATIONS: usize = 1700;
 const WORKERS: usize = 16;
 const USERS: usize = 12;
-/// So short that lost locks and silent upstreams do not take the test's time.
+/// Settings with short times, so that lost locks and silent upstreams do not prolong the test.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
 
-/// What a turn may be made to do.
+/// Directives for the simulator, one for each message.
 const TURNS: [&str; 18] = [
     "",
     "",
@@ -74,7 +74,7 @@ const STRATEGIES: [&str; 6] = [
 struct World<'a> {
     scene: &'a Scene,
     gateway: &'a Gateway,
-    /// Runs that were admitted, with their user.
+    /// Admitted runs, with their user.
     admitted: Mutex<Vec<(usize, String)>>,
     /// Runs that asked for function calls.
     asked: Mutex<Vec<(usize, Value)>>,
@@ -88,7 +88,7 @@ fn scope(user: usize) -> String {
 async fn random_operations_keep_all_guarantees(scene: Scene) {
     let seed = seed();
     let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
-    // A warm-up, so that what is opened once is open.
+    // A warm-up opens the files that stay open.
     join_all((0..USERS).map(|user| gateway.say(&scope(user), "hello"))).await;
     let descriptors = open_files(&gateway);
     let world = World {
@@ -111,7 +111,7 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
     println!("answers: {:?}", world.answers.lock().unwrap());
     scene.simulator.clear_faults();
 
-    // Every run that was admitted has ended, or does so by its deadline.
+    // Every admitted run has ended, or ends by its deadline.
     all_end(&scene).await;
     let admitted = world.admitted.lock().unwrap().clone();
     for (user, run) in admitted {
@@ -121,7 +121,8 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
             .ok();
         assert!(read["run"]["finished_at"].is_string(), "{read:#}");
     }
-    // The next message of everybody works, and after it both sides say the same.
+    // The next message of each user succeeds, and then transcript and upstream thread are the
+    // same.
     for user in 0..USERS {
         for text in ["and now?", "and on"] {
             let answer = gateway
@@ -148,9 +149,9 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
         (1, 0),
         "{stats:?}"
     );
-    assert_eq!(stats.active_runs, 0, "nothing goes on upstream");
+    assert_eq!(stats.active_runs, 0, "the upstream has no active run");
 
-    // Nothing is left behind in the process.
+    // The process has no work left.
     let grown = open_files(&gateway).saturating_sub(descriptors);
     assert!(
         grown < 64,
@@ -162,13 +163,13 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
         .logs()
         .into_iter()
         .find(|line| line.contains("\"stopping\""))
-        .expect("it says so");
+        .expect("the process logs that it is stopping");
     let stopping: Value = serde_json::from_str(&stopping).unwrap();
     let left = (&stopping["runs"], &stopping["lines"]);
     assert_eq!(
         left,
         (&json!(0), &json!(0)),
-        "tasks or places in line are left: {stopping}"
+        "tasks or tickets are left: {stopping}"
     );
 }
 
@@ -176,12 +177,12 @@ async fn all_end(scene: &Scene) {
     let start = Instant::now();
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     while scene.database.number(unfinished).await > 0 {
-        assert!(start.elapsed() < PATIENCE, "some runs never end");
+        assert!(start.elapsed() < PATIENCE, "some runs never ended");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-/// Open files and sockets of the process.
+/// Returns the number of the process's open files and sockets.
 fn open_files(gateway: &Gateway) -> usize {
     std::fs::read_dir(format!("/proc/{}/fd", gateway.id()))
         .unwrap()
@@ -221,7 +222,7 @@ async fn operate(world: &World<'_>, rng: &mut StdRng) {
         68..82 => give(world, rng).await,
         82..90 => {
             let fault = FAULTS.choose(rng).unwrap();
-            // A cut is for streams, the rest for anything.
+            // Only streams can be cut; the other faults suit any request.
             let on = if fault.starts_with("cut") || rng.random_bool(0.7) {
                 "start"
             } else {
@@ -273,7 +274,7 @@ fn ends(name: &str) -> bool {
     .contains(&name)
 }
 
-/// Counts an answer, which must be one of those that are documented.
+/// Counts an answer, which must be a documented one.
 fn seen(world: &World<'_>, answer: &Answer, expected: &[u16]) {
     let kind = answer.body["type"]
         .as_str()
@@ -304,7 +305,7 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
     let mut body = json!({
         "content": format!("message {}{turn}", rng.random_range(0..1_000_000)),
         "multitask_strategy": STRATEGIES.choose(rng).unwrap(),
-        // Some meet their deadline, most have time.
+        // Some runs meet their deadline, most have time.
         "timeout_ms": if rng.random_bool(0.3) { 150 } else { 3000 },
     });
     if rng.random_bool(0.2) {
@@ -384,7 +385,7 @@ fn noted(world: &World<'_>, user: usize, run: &Value) {
     }
 }
 
-/// Answers a run that asked for function calls: in time or not, all of them or not.
+/// Answers a run that asked for function calls: early or late, all calls or some.
 async fn give(world: &World<'_>, rng: &mut StdRng) {
     let Some((user, run)) = world.asked.lock().unwrap().last().cloned() else {
         return;

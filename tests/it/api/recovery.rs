@@ -1,4 +1,5 @@
-//! What is uncertain is looked up, what is safe is repeated, what is broken is mended; nothing is sent twice on a guess.
+//! Recovery: the gateway looks up what is uncertain, repeats what is safe, and mends what is
+//! broken. It sends nothing twice on a guess.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ fn fault(scene: &Scene, on: &str, fault: &str, times: u32) {
         .unwrap();
 }
 
-/// The operation that starts a run.
+/// Returns the operation that starts a run.
 fn start(scene: &Scene) -> &'static str {
     if scene.protocol == Protocol::Assistants {
         "create_run"
@@ -57,8 +58,8 @@ fn start(scene: &Scene) -> &'static str {
     }
 }
 
-/// How often the upstream has a message.
-async fn heard(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
+/// Returns how often the upstream has a message.
+async fn times_upstream(scene: &Scene, gateway: &Gateway, content: &str) -> usize {
     let lines = upstream(scene, gateway, SCOPE).await;
     lines
         .iter()
@@ -74,12 +75,17 @@ async fn request_with_lost_answer_is_looked_up_before_retry(scene: Scene) {
         let content = format!("question {n}");
         let answer = say(&gateway, &content).await;
         if scene.protocol == Protocol::Chain {
-            // A response whose id was never told cannot be looked up, and so must not be made again.
+            // A response whose id never arrived cannot be looked up, so it must not be made
+            // again.
             assert_eq!(answer.problem(), (502, "upstream-error"), "{when}");
             assert_eq!(answer.body["code"], "stream_broken");
         } else {
             assert!(text(&answer.ok()["message"]).contains(&content), "{when}");
-            assert_eq!(heard(&scene, &gateway, &content).await, 1, "{when}");
+            assert_eq!(
+                times_upstream(&scene, &gateway, &content).await,
+                1,
+                "{when}"
+            );
         }
     }
     say(&gateway, "and now?").await.ok();
@@ -98,7 +104,7 @@ async fn refused_request_is_retried_without_duplicates(scene: Scene) {
         let before = scene.simulator.stats().requests_by_operation[start(&scene)];
         let answer = say(&gateway, refusal).await.ok();
         assert!(text(&answer["message"]).contains(refusal));
-        assert_eq!(heard(&scene, &gateway, refusal).await, 1);
+        assert_eq!(times_upstream(&scene, &gateway, refusal).await, 1);
         assert_eq!(
             scene.simulator.stats().requests_by_operation[start(&scene)] - before,
             3
@@ -129,12 +135,13 @@ async fn broken_stream_is_followed_to_end_when_possible(scene: Scene) {
         assert_eq!(
             text(message),
             text_of(&events),
-            "whoever reads the deltas has the whole text"
+            "the deltas give the whole text"
         );
-        assert_eq!(heard(&scene, &gateway, &content).await, 1);
+        assert_eq!(times_upstream(&scene, &gateway, &content).await, 1);
     }
     assert_same(&scene, &gateway, SCOPE).await;
-    // Without background a response stops with its connection; that is told, and what was said goes along later.
+    // Without background a response stops with its connection. The run fails, and its message is
+    // sent again with the next one.
     if scene.protocol != Protocol::Assistants {
         let plain = scene.gateway_instead(gateway, WINDOW).await;
         let answer = say(&plain, "a story [[sim: cut=5 tokens=40 rate=2ms]]").await;
@@ -210,7 +217,7 @@ async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
     let after = (scene.simulator.stats().requests, run_count(&gateway).await);
     assert!(
         after == (before, runs) || opened.elapsed() >= OPEN,
-        "neither sent nor stored: {after:?}"
+        "the message is neither sent nor stored: {after:?}"
     );
     scene.simulator.clear_faults();
     let found = Instant::now();
@@ -221,7 +228,7 @@ async fn dead_upstream_fails_fast_and_recovers(scene: Scene) {
         }
         assert!(
             found.elapsed() < PATIENCE,
-            "it is never found again: {answer:?}"
+            "the upstream was never found again: {answer:?}"
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -243,7 +250,8 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
     let thread = scene.upstream_threads().remove(0);
     let foreign = scene.simulator.start_foreign_run(&thread).unwrap();
 
-    // Who does not want to wait is told, with the run where the protocol names it; nothing is kept of the message.
+    // With `reject` the caller gets a refusal, with the run if the protocol names it. Nothing of
+    // the message is kept.
     let refused = post(
         &gateway,
         &json!({"content": "may I?", "multitask_strategy": "reject"}),
@@ -263,7 +271,8 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
             .all(|message| text(message) != "may I?")
     );
 
-    // Who wants it gone has it cancelled, where that can be; else it is waited out.
+    // With `interrupt` the gateway cancels the other client's run if the protocol allows it, or
+    // else waits for its end.
     let urgent = json!({"content": "now!", "multitask_strategy": "interrupt"});
     let answered = post(&gateway, &urgent);
     let answer = if scene.protocol == Protocol::Assistants {
@@ -280,13 +289,16 @@ async fn foreign_run_is_handled_by_caller_strategy(scene: Scene) {
         answer
     };
     assert!(text(&answer.ok()["message"]).contains("now!"));
-    assert!(!scene.simulator.stop_foreign_run(&thread), "it is gone");
-    assert_eq!(heard(&scene, &gateway, "now!").await, 1);
+    assert!(
+        !scene.simulator.stop_foreign_run(&thread),
+        "the other client's run is cancelled"
+    );
+    assert_eq!(times_upstream(&scene, &gateway, "now!").await, 1);
 
-    // Other servers say it with a 409.
+    // Other servers report the lock with a 409.
     fault(&scene, start(&scene), "status=409 code=conflict", 2);
     assert!(text(&say(&gateway, "hello again").await.ok()["message"]).contains("hello again"));
-    assert_eq!(heard(&scene, &gateway, "hello again").await, 1);
+    assert_eq!(times_upstream(&scene, &gateway, "hello again").await, 1);
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
@@ -307,7 +319,7 @@ async fn resumed_stream_can_be_cancelled(scene: Scene) {
         .as_str()
         .unwrap()
         .to_owned();
-    // The connection is gone after two tokens, and the run is looked up.
+    // The connection breaks after two tokens, and the gateway looks the run up.
     let looked_up = |stats: &threadkeeper::simulator::Stats| {
         ["get_run", "get_response"]
             .iter()
@@ -315,7 +327,7 @@ async fn resumed_stream_can_be_cancelled(scene: Scene) {
     };
     tokio::time::timeout(PATIENCE, scene.simulator.wait_for(looked_up))
         .await
-        .expect("it is looked up");
+        .expect("the gateway looks the run up");
     let path = format!("{SCOPE}/runs/{run}/cancel");
     let cancelled = gateway
         .send(gateway.request(Method::POST, &path))
@@ -329,7 +341,7 @@ async fn resumed_stream_can_be_cancelled(scene: Scene) {
     assert_eq!(
         scene.simulator.stats().active_runs,
         0,
-        "it goes on no longer"
+        "the upstream has no active run"
     );
     say(&gateway, "and now?").await.ok();
     assert_same(&scene, &gateway, SCOPE).await;
@@ -365,7 +377,7 @@ async fn cancel_ignored_upstream_is_not_waited_for(scene: Scene) {
         "{:?}",
         began.elapsed()
     );
-    // The next message finds the thread still held, and says so at its deadline.
+    // The thread is still locked, so the next message fails at its deadline.
     if scene.protocol != Protocol::Chain {
         let answer = post(&gateway, &json!({"content": "and now?", "timeout_ms": 500})).await;
         assert!(matches!(answer.problem(), (504 | 502, _)), "{answer:?}");
@@ -385,7 +397,7 @@ async fn cancel_losing_race_returns_completed_run(scene: Scene) {
     } else {
         "cancel_response"
     };
-    // The cancel takes longer on its way than the run to its end.
+    // The cancel takes longer than the rest of the run.
     fault(&scene, operation, "latency=1s", 1);
     let mut stream = gateway
         .stream(SCOPE, "a story [[sim: tokens=20 rate=10ms]]")
@@ -432,10 +444,10 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
         assert_eq!(
             scene.upstream_threads(),
             threads,
-            "nothing is made again for a {refusal}"
+            "the gateway creates nothing again for a {refusal}"
         );
     }
-    // So for one that was cancelled while it waited.
+    // The same holds for a run that was cancelled while it was queued.
     scene.simulator.hold();
     let mut active = gateway.stream(SCOPE, "first").await;
     active.next().await.unwrap();
@@ -455,14 +467,18 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
         .iter()
         .filter(|message| message["visible_to_model"] == false)
         .collect();
-    assert_eq!(withheld.len(), 7, "they stay in the transcript, marked");
+    assert_eq!(
+        withheld.len(),
+        7,
+        "the messages stay in the transcript, marked"
+    );
     assert!(
         withheld
             .iter()
             .all(|message| message["status"] == "incomplete")
     );
     assert_same(&scene, &gateway, SCOPE).await;
-    // Nor when the thread is made again.
+    // A rebuilt upstream thread does not get them either.
     scene.simulator.reset();
     let answer = say(&gateway, "and now again?").await.ok();
     assert!(text(&answer["message"]).contains("turn 4 of"), "{answer:#}");
@@ -487,7 +503,7 @@ async fn cancelled_run_is_settled_once_upstream_returns(scene: Scene) {
     for _ in 0..2 {
         stream.next().await.unwrap();
     }
-    // From here on the upstream answers nothing, so what the run left cannot be seen.
+    // From here on the upstream answers nothing, so the run cannot be settled.
     fault(&scene, "any", "status=503", 1000);
     let path = format!("{SCOPE}/runs/{run}/cancel");
     let cancelled = gateway
@@ -506,7 +522,7 @@ async fn cancelled_run_is_settled_once_upstream_returns(scene: Scene) {
 
 async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     if scene.protocol != Protocol::Responses {
-        return; // nobody else can write to a chain, and a thread has no such items
+        return; // no other client can write to a chain, and a thread has no such items
     }
     let gateway = scene.gateway().await;
     say(&gateway, "hello").await.ok();
@@ -522,7 +538,7 @@ async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     assert_eq!(
         scene.upstream_threads(),
         [conversation],
-        "it is the same conversation"
+        "the conversation is the same"
     );
     assert_same(&scene, &gateway, SCOPE).await;
 }

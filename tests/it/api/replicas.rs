@@ -1,4 +1,5 @@
-//! Several gateways on one database: what one of them has begun, all can show, steer and finish.
+//! Several gateways on one database: each replica can show, control and finish the runs of the
+//! others.
 
 use std::time::{Duration, Instant};
 
@@ -8,44 +9,46 @@ use serde_json::{Value, json};
 use crate::support::gateway::{Answer, Event, EventReader, Gateway, PATIENCE, text_of};
 use crate::support::scene::Scene;
 
-mod alone;
-mod asks;
-mod backlog;
 mod clocks;
 mod files;
+mod frozen;
 mod handover;
 mod order;
 mod outages;
 mod pools;
+mod requests;
 mod resent;
 mod rolling;
-mod sleepers;
+mod single;
 mod streams;
 mod takeover;
+mod unsynced;
 
 const SCOPE: &str = "/v1/users/alice";
 
-/// Nothing in a test waits until such a session is renewed, or lapses. What is prompt is so because replicas tell each
-/// other.
+/// With this session, no test waits for a renewal or a lapse. Whatever is prompt is due to
+/// notifications between replicas.
 const LONG: &str = "[replica]\nsession_ttl = \"60s\"\n";
-/// Well below the 20 s after which such a session is renewed.
+/// Longest time that counts as prompt. It is well below the 20 s between two renewals of such a
+/// session.
 const PROMPT: Duration = Duration::from_secs(8);
 
-/// A session's life that a test can wait for.
+/// A session life that a test can wait for.
 const TTL: Duration = Duration::from_secs(3);
 
-/// Such a one, as a setting.
+/// The setting for that life.
 const SHORT: &str = "[replica]\nsession_ttl = \"3s\"\n";
 
-/// Words that come before a reply is held.
+/// Number of words before the simulator holds a reply.
 const HELD_AFTER: usize = 20;
 
-/// What makes the simulator stop half-way, once it is told to hold.
+/// Adds a directive to a text: the simulator stops in the middle of the reply while it is on
+/// hold.
 fn half_way(text: &str) -> String {
     format!("{text} [[sim: tokens=60 hold_after={HELD_AFTER}]]")
 }
 
-/// A reply of which the first half was told.
+/// A reply of which a reader has seen the first half.
 struct Half {
     run: String,
     seen: Vec<Event>,
@@ -53,14 +56,15 @@ struct Half {
 }
 
 impl Half {
-    /// Has a run come half-way, and stay there until the simulator is released.
+    /// Starts a run and reads the first half of its reply. The run stays there until the
+    /// simulator is released.
     async fn at(scene: &Scene, gateway: &Gateway, text: &str) -> Self {
         scene.simulator.hold();
         let mut stream = gateway.stream(SCOPE, &half_way(text)).await;
         let mut seen = Vec::new();
-        // Each word of the reply has a blank behind it.
+        // Each word of the reply ends with a space.
         while text_of(&seen).matches(' ').count() < HELD_AFTER {
-            seen.push(stream.next().await.expect("the reply goes on"));
+            seen.push(stream.next().await.expect("the reply continues"));
         }
         Self {
             run: run_of(&seen[0]),
@@ -82,7 +86,7 @@ fn run_of(event: &Event) -> String {
     event.data["run_id"].as_str().unwrap().to_owned()
 }
 
-/// The number of an event in its run.
+/// Returns the number of an event within its run.
 fn number(event: &Event) -> i64 {
     event.id.rsplit_once(':').unwrap().1.parse().unwrap()
 }
@@ -97,23 +101,23 @@ fn assert_ascending(events: &[Event]) {
     );
 }
 
-/// All text of a message.
+/// Returns the whole text of a message.
 fn whole(message: &Value) -> String {
     let parts = message["content"]
         .as_array()
-        .unwrap_or_else(|| panic!("no message: {message:#}"))
+        .unwrap_or_else(|| panic!("the message has no content: {message:#}"))
         .iter();
     parts.map(|part| part["text"].as_str().unwrap()).collect()
 }
 
-/// The message that a stream ended with.
+/// Returns the text of the completed message at the end of a stream.
 fn completed(events: &[Event]) -> String {
     let message = events
         .iter()
         .find(|event| event.name == "message.completed");
     whole(
         &message
-            .unwrap_or_else(|| panic!("no message: {events:#?}"))
+            .unwrap_or_else(|| panic!("no event has a completed message: {events:#?}"))
             .data["message"],
     )
 }
@@ -135,7 +139,7 @@ async fn begin(gateway: &Gateway, strategy: &str, content: &str) -> (EventReader
     (stream, first)
 }
 
-/// Asks for something that the model answers with a function call.
+/// Sends a message that the model answers with a function call.
 async fn ask(gateway: &Gateway, scope: &str) -> Value {
     let asked = gateway
         .say(scope, "weather? [[sim: tool=get_weather]]")
@@ -144,7 +148,7 @@ async fn ask(gateway: &Gateway, scope: &str) -> Value {
     asked
 }
 
-/// The outputs of these calls, as a request's path and body.
+/// Returns path and body of the request with outputs for these calls.
 fn outputs(scope: &str, asked: &Value) -> (String, Value) {
     let path = format!(
         "{scope}/runs/{}/tool_outputs",
@@ -157,7 +161,7 @@ fn outputs(scope: &str, asked: &Value) -> (String, Value) {
     )
 }
 
-/// Asks the database until it counts as many.
+/// Repeats a query until it counts `wanted`.
 async fn counted(scene: &Scene, sql: &str, wanted: i64) {
     let start = Instant::now();
     loop {
@@ -170,8 +174,8 @@ async fn counted(scene: &Scene, sql: &str, wanted: i64) {
     }
 }
 
-/// What the users of a conversation said, in the order of the transcript, without directives.
-async fn heard(gateway: &Gateway, scope: &str) -> Vec<String> {
+/// Returns the users' messages in the order of the transcript, without directives.
+async fn user_messages(gateway: &Gateway, scope: &str) -> Vec<String> {
     let all = crate::support::history::messages(gateway, scope).await;
     let users = all
         .iter()

@@ -1,4 +1,4 @@
-//! A gateway whose role in the database may do little.
+//! A gateway with a database role that has few privileges.
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, Connection, Executor};
@@ -10,7 +10,7 @@ use crate::support::gateway::Gateway;
 use crate::support::scene::{Backend, Protocol, Scene};
 use threadkeeper::simulator::SimulatorConfig;
 
-/// The same database for the role that owns nothing.
+/// Returns the URL of the same database for a role that owns nothing.
 fn as_the_app(url: &str) -> String {
     url.replace("postgres://postgres@", "postgres://app@")
 }
@@ -28,12 +28,12 @@ fn run(command: &[&str], url: &str) -> (bool, String) {
     (output.status.success(), text)
 }
 
-/// What a server's error must not look like.
+/// Checks that a text contains nothing of the server's own error format.
 #[track_caller]
 fn assert_plain(text: &str) {
     assert!(
         !text.contains(" at line "),
-        "the server's own source: {text}"
+        "the text names the server's source code: {text}"
     );
     assert_eq!(text.matches("permission denied").count(), 1, "{text}");
 }
@@ -52,7 +52,7 @@ async fn gateway_runs_under_unprivileged_database_role() {
         owner.close().await.unwrap();
     };
 
-    // Nothing is there: it is told who can make it.
+    // The database is empty, and the role cannot create tables. The error says which role can.
     let fresh = cluster.url("fresh");
     of(&fresh, "REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
     for command in [&["migrate"][..], &["keys", "list"]] {
@@ -69,9 +69,9 @@ async fn gateway_runs_under_unprivileged_database_role() {
     }
     of(&fresh, "GRANT CREATE ON SCHEMA public TO app").await;
     let (ok, text) = run(&["migrate"], &as_the_app(&fresh));
-    assert!(ok, "what was told helps: {text}");
+    assert!(ok, "the suggested command helps: {text}");
 
-    // All is there, and it may not even read: it is told what it needs.
+    // All tables exist, but the role may not read them. The error says what it needs.
     let database = TestDatabase::on(&cluster).await;
     let url = database.url();
     of(&url, "REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
@@ -82,7 +82,7 @@ async fn gateway_runs_under_unprivileged_database_role() {
     );
     assert_plain(&text);
 
-    // It may read and write: it does everything.
+    // With read and write privileges everything works.
     of(
         &url,
         "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO app",
@@ -109,7 +109,7 @@ async fn gateway_runs_under_unprivileged_database_role() {
     assert_eq!(gateway.delete("/v1/users/alice").await.status, 200);
     drop(gateway);
 
-    // The next version brings more, which only the owner can.
+    // The next version has a migration that only the owner can apply.
     of(
         &url,
         "DELETE FROM _sqlx_migrations WHERE version = (SELECT max(version) FROM _sqlx_migrations)",
@@ -120,7 +120,7 @@ async fn gateway_runs_under_unprivileged_database_role() {
         !ok && text.contains("run `threadkeeper migrate` with the role that owns the tables"),
         "{text}"
     );
-    // A newer program has been here.
+    // A newer version has migrated the database.
     of(
         &url,
         "INSERT INTO _sqlx_migrations VALUES (9999, 'later', now(), true, '', 1)",

@@ -1,4 +1,4 @@
-//! A fresh thread in the place of a full one.
+//! Rollover: a fresh thread replaces a full one.
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
@@ -9,10 +9,10 @@ use crate::support::scene::{Protocol, Scene, on_each_protocol, on_every_scene};
 
 on_every_scene!(rollover_under_load_neither_loses_nor_doubles_messages);
 on_each_protocol!(
-    full_thread_rolls_over_before_next_turn,
+    full_thread_rolls_over_before_next_run,
     thread_rolls_over_on_request,
     rollover_waits_for_active_run,
-    rollover_archives_foreign_upstream_messages,
+    rollover_archives_external_messages,
     lost_upstream_thread_is_rebuilt_with_carried_over_messages,
     deadline_and_cancel_end_run_before_rollover,
 );
@@ -23,13 +23,13 @@ fn thread(answer: &Value) -> &str {
     answer["thread"]["id"].as_str().unwrap()
 }
 
-/// Texts of a list of messages.
+/// Returns the texts of messages.
 fn texts(messages: &[Value]) -> Vec<&str> {
     messages.iter().map(text).collect()
 }
 
-/// What the upstream has of the current thread: the user's lines.
-async fn heard(scene: &Scene, gateway: &Gateway) -> Vec<String> {
+/// Returns the user's lines in the upstream thread of the current thread.
+async fn user_messages_upstream(scene: &Scene, gateway: &Gateway) -> Vec<String> {
     let report = gateway.get(&format!("{SCOPE}/thread")).await.ok();
     let lines = scene
         .simulator
@@ -41,12 +41,12 @@ async fn heard(scene: &Scene, gateway: &Gateway) -> Vec<String> {
         .collect()
 }
 
-/// Says something in each thread of the key, and what was said to it in the thread's order.
+/// Returns the messages of all threads of the key, in their order.
 async fn transcript(gateway: &Gateway) -> Vec<Value> {
     all(gateway, &format!("{SCOPE}/messages?archived=true")).await
 }
 
-async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
+async fn full_thread_rolls_over_before_next_run(scene: Scene) {
     let settings =
         "[threads]\nmax_messages = 60\ncarry_over_messages = 50\n[janitor]\ninterval = \"100ms\"\n";
     let gateway = scene.gateway_with(settings).await;
@@ -69,10 +69,10 @@ async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
     assert_eq!(next["thread"]["previous_thread"], first["thread"]["id"]);
     assert_eq!(next["thread"]["metadata"], json!({"team": "blue"}));
     assert_eq!(next["thread"]["message_count"], 2);
-    // 25 turns came along, more than one request may seed.
+    // 25 messages are carried over, which is more than one upstream request may have.
     assert!(text(&next["message"]).contains("turn 26"), "{next:#}");
     let expected: Vec<String> = (5..=30).map(|n| format!("message {n}")).collect();
-    assert_eq!(heard(&scene, &gateway).await, expected);
+    assert_eq!(user_messages_upstream(&scene, &gateway).await, expected);
     let said = transcript(&gateway).await;
     assert_eq!(said.len(), 62);
     let users: Vec<&str> = texts(&said).into_iter().step_by(2).collect();
@@ -80,7 +80,7 @@ async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
         users,
         (0..=30).map(|n| format!("message {n}")).collect::<Vec<_>>()
     );
-    // The old one's upstream copy is not needed any more.
+    // The old thread's upstream copy is not needed any more.
     let old = format!("/v1/threads/{}", thread(&first));
     let archived = gateway
         .until(&old, |answer| answer.body["upstream_thread_id"].is_null())
@@ -94,7 +94,7 @@ async fn full_thread_rolls_over_before_next_turn(scene: Scene) {
     if scene.protocol != Protocol::Chain {
         assert_eq!(scene.upstream_threads().len(), 1);
     }
-    // And it goes on as if nothing had been.
+    // The conversation continues in the fresh thread.
     assert!(text(&gateway.say(SCOPE, "message 31").await["message"]).contains("turn 27"));
 }
 
@@ -116,12 +116,18 @@ async fn thread_rolls_over_on_request(scene: Scene) {
         (&json!(0), &json!(0))
     );
     let again = gateway.post(&rollover, &json!({})).await.ok();
-    assert_eq!(again["id"], fresh["id"], "an empty one is fresh enough");
+    assert_eq!(
+        again["id"], fresh["id"],
+        "an empty thread is not rolled over"
+    );
     let next = gateway.say(SCOPE, "three").await;
     assert_eq!(next["thread"]["id"], fresh["id"]);
-    assert_eq!(heard(&scene, &gateway).await, ["two", "three"]);
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway).await,
+        ["two", "three"]
+    );
     assert_eq!(transcript(&gateway).await.len(), 6);
-    // The key's runs can all be found, those of the archive too.
+    // All runs of the key can be found, including those of the archived thread.
     let run = gateway
         .get(&format!(
             "{SCOPE}/runs/{}",
@@ -130,7 +136,7 @@ async fn thread_rolls_over_on_request(scene: Scene) {
         .await
         .ok();
     assert_eq!(run["message"], old["message"]);
-    // A session that is rolled over lives no longer for it.
+    // A rollover does not prolong a session.
     let session = "/v1/users/alice/sessions/tab";
     let first = gateway.say(session, "one").await;
     let fresh = gateway
@@ -162,7 +168,7 @@ async fn rollover_waits_for_active_run(scene: Scene) {
         (&answer.body["id"], &answer.body["rollover_pending"]),
         (&old["thread"]["id"], &json!(true))
     );
-    // The open call is answered as if nothing had been asked.
+    // The open function call can still be answered.
     let call = &asked["run"]["required_action"]["tool_calls"][0]["id"];
     let outputs = json!({"tool_outputs": [{"tool_call_id": call, "output": "sunny"}]});
     let path = format!(
@@ -180,7 +186,13 @@ async fn rollover_waits_for_active_run(scene: Scene) {
         gateway.get(&format!("{SCOPE}/thread")).await.ok()["rollover_pending"],
         false
     );
-    assert_eq!(heard(&scene, &gateway).await.last().unwrap(), "two");
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway)
+            .await
+            .last()
+            .unwrap(),
+        "two"
+    );
     assert_eq!(transcript(&gateway).await.len(), 6);
 }
 
@@ -215,7 +227,7 @@ async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
             (0..each)
                 .map(|n| format!("{talker}-{n}"))
                 .collect::<Vec<_>>(),
-            "each once, in order"
+            "each message is there once, in order"
         );
     }
     users.sort_unstable();
@@ -230,15 +242,15 @@ async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
     );
     assert!(
         scene.database.number("SELECT count(*) FROM threads").await > 8,
-        "it was rolled over often"
+        "the conversation was rolled over often"
     );
     let counted = "SELECT count(*) FROM threads t WHERE message_count <> \
                    (SELECT count(*) FROM messages m WHERE m.thread_id = t.id)";
     assert_eq!(scene.database.number(counted).await, 0);
-    // Two clean turns bring the upstream up to date, whatever was interrupted.
+    // Two clean runs bring the upstream thread up to date, whatever was interrupted.
     gateway.say(SCOPE, "a").await;
     gateway.say(SCOPE, "b").await;
-    let last = heard(&scene, &gateway).await;
+    let last = user_messages_upstream(&scene, &gateway).await;
     assert!(
         last.ends_with(&["a".to_owned(), "b".to_owned()]),
         "{last:?}"
@@ -256,12 +268,12 @@ async fn rollover_under_load_neither_loses_nor_doubles_messages(scene: Scene) {
         assert_eq!(
             scene.upstream_threads().len(),
             1,
-            "all that was rolled over is gone upstream"
+            "the upstream copies of all old threads are gone"
         );
     }
 }
 
-async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
+async fn rollover_archives_external_messages(scene: Scene) {
     if scene.protocol == Protocol::Chain {
         return;
     }
@@ -272,7 +284,7 @@ async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
     gateway.say(SCOPE, "one").await;
     let old = gateway.say(SCOPE, "two").await;
     let id = old["thread"]["upstream_thread_id"].as_str().unwrap();
-    // More than a page of them.
+    // There is more than one page of them.
     for n in 0..120 {
         scene
             .write(
@@ -297,9 +309,9 @@ async fn rollover_archives_foreign_upstream_messages(scene: Scene) {
     );
     gateway.say(SCOPE, "four").await;
     assert_eq!(
-        heard(&scene, &gateway).await,
+        user_messages_upstream(&scene, &gateway).await,
         ["three", "four"],
-        "the last three were foreign 119, three, and its reply"
+        "the last three are the foreign message 119, `three`, and its reply"
     );
 }
 
@@ -321,8 +333,11 @@ async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene
         .delete_thread(third["thread"]["upstream_thread_id"].as_str().unwrap())
         .await;
     gateway.say(SCOPE, "four").await;
-    assert_eq!(heard(&scene, &gateway).await, ["two", "three", "four"]);
-    // A run that ends uncleanly is told from what stands before it.
+    assert_eq!(
+        user_messages_upstream(&scene, &gateway).await,
+        ["two", "three", "four"]
+    );
+    // A run that ends uncleanly is settled by the messages before it.
     gateway
         .post(
             &format!("{SCOPE}/messages"),
@@ -331,7 +346,7 @@ async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene
         .await;
     gateway.say(SCOPE, "six").await;
     gateway.say(SCOPE, "seven").await;
-    let heard = heard(&scene, &gateway).await;
+    let heard = user_messages_upstream(&scene, &gateway).await;
     assert_eq!(heard[..3], ["two", "three", "four"]);
     assert!(
         heard.ends_with(&["six".to_owned(), "seven".to_owned()]),
@@ -339,7 +354,7 @@ async fn lost_upstream_thread_is_rebuilt_with_carried_over_messages(scene: Scene
     );
 }
 
-/// Before a rollover the upstream is asked what others wrote there, and takes its time.
+/// Before a rollover the gateway reads the upstream thread, and the upstream takes long.
 async fn deadline_and_cancel_end_run_before_rollover(scene: Scene) {
     let on = match scene.protocol {
         Protocol::Assistants => "list_messages",

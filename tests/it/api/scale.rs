@@ -1,8 +1,10 @@
-//! A hundred thousand threads and a million messages: lists, reads, a message and the janitor's work on them. What counts
-//! is that the rate is the same from the first tenth of a phase to the last, and that no table is read from end to end.
+//! A hundred thousand threads and a million messages: lists, reads, a message, and the janitor's
+//! work on them. The rate must stay the same from the first to the last tenth of a phase. No
+//! table may be read from end to end.
 //!
-//! Times are told, not judged, since the machine may be busy: run it with `--nocapture`. `THREADKEEPER_TEST_SCALE` is the
-//! size in percent of what is said above; a run of the whole suite takes a fifth.
+//! The test prints times but does not judge them, since the machine may be busy; run it with
+//! `--nocapture`. `THREADKEEPER_TEST_SCALE` is the size in percent. A run of the whole suite uses
+//! a fifth.
 
 use std::time::{Duration, Instant};
 
@@ -24,14 +26,16 @@ const TABLES: [&str; 8] = [
     "deletions",
     "deleted_threads",
 ];
-/// Only what is asked for is cleaned up, as fast as it can be; nothing is pruned by the way.
+/// The janitor works only on request, at full speed, and prunes nothing else.
 const SETTINGS: &str = "[janitor]\ninterval = \"100h\"\ncalls_per_second = 1000000\n\
      [retention]\nruns = \"1000d\"\nevents = \"1000d\"\nreceipts = \"1000d\"\n\
      [runs]\nidempotency_ttl = \"1000d\"\n[replica]\nsession_ttl = \"1h\"\n";
-/// Of `THREADKEEPER_TEST_SCALE`. From here on the planner takes indexes wherever there are any.
+/// Smallest `THREADKEEPER_TEST_SCALE` at which the planner uses indexes wherever it can. It is
+/// the default.
 const USUAL: i64 = 20;
 const DAY: Duration = Duration::from_hours(24);
-/// How long ago the first thread was made, in how long all but those of today were, and these, in milliseconds.
+/// Age of the oldest thread, period in which all but today's threads were made, and period of
+/// today's threads, in milliseconds.
 const OLDEST: i64 = 60 * DAY_MS;
 const SPAN: i64 = 58 * DAY_MS;
 const TODAY: i64 = 20 * HOUR_MS;
@@ -82,7 +86,7 @@ async fn grows(backend: Backend) {
         println!("slow: {}", line.replace("\\n", "\n"));
     }
 
-    println!("all in all {:.1?}", began.elapsed());
+    println!("all phases took {:.1?}", began.elapsed());
     assert_eq!(
         scans(&scene).await,
         scanned,
@@ -90,7 +94,7 @@ async fn grows(backend: Backend) {
     );
 }
 
-/// Tells how many rows a second each tenth of the samples came to: rows and time.
+/// Prints the rows per second of each tenth of the samples. A sample has rows and time.
 fn tell(what: &str, samples: &[(usize, Duration)]) {
     let tenths = samples
         .chunks(samples.len().div_ceil(10).max(1))
@@ -110,7 +114,7 @@ fn tell(what: &str, samples: &[(usize, Duration)]) {
     );
 }
 
-/// Sequential scans of each table so far. SQLite does not count them.
+/// Returns the sequential scans of each table so far. SQLite does not count them.
 async fn scans(scene: &Scene) -> Vec<String> {
     if scene.backend == Backend::Sqlite {
         return Vec::new();
@@ -122,7 +126,7 @@ async fn scans(scene: &Scene) -> Vec<String> {
     scene.database.texts(&counts).await
 }
 
-/// Has Postgres tell the plans of slow statements, which the gateway logs then. Where the role may not do that, it is left.
+/// Lets Postgres log the plans of slow statements, if the role may do that.
 async fn tell_plans(scene: &Scene) {
     if scene.backend == Backend::Postgres {
         let set = [
@@ -138,12 +142,12 @@ async fn tell_plans(scene: &Scene) {
     }
 }
 
-/// The user's own conversation of the `k`-th thread.
+/// Returns the path of the conversation of the `k`-th thread's user.
 fn user(k: i64) -> String {
     format!("/v1/users/user-{k}")
 }
 
-/// What is past its time, kind by kind, a thousand rows at a time.
+/// Prunes all old rows, kind by kind, a thousand rows at a time.
 async fn prune(scene: &Scene) {
     let (old, storing) = (Some(20 * DAY), vec!["simulated".to_owned()]);
     let none = Pruning {
@@ -202,7 +206,7 @@ async fn get(gateway: &Gateway, path: &str) -> (Value, Duration) {
     (body, began.elapsed())
 }
 
-/// Pages through lists of threads, each for so many pages.
+/// Reads lists of threads, each up to a number of pages.
 async fn lists(gateway: &Gateway) {
     for (filter, most) in [
         ("order=asc", 100),
@@ -238,7 +242,7 @@ async fn lists(gateway: &Gateway) {
     }
 }
 
-/// What is asked about users and conversations, spread over all of them.
+/// Reads users and conversations, spread over all of them.
 async fn reads(gateway: &Gateway, threads: i64) {
     let (mut of_users, mut reports, mut messages) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..200 {
@@ -256,13 +260,16 @@ async fn reads(gateway: &Gateway, threads: i64) {
     tell("messages with archived ones", &messages);
 }
 
-/// After its start the janitor looks through all threads, and then at those that are due: one here. Then lets all be due
-/// that is.
+/// Waits until the janitor has looked through all threads after its start, and at the one that is
+/// due. Then makes all work due.
 async fn first_look(scene: &Scene) {
     let began = Instant::now();
     let canary = "SELECT count(*) FROM threads WHERE tenant = 'default' AND user_key = 'canary' AND lifecycle = 'current'";
     while scene.database.number(canary).await > 0 {
-        assert!(began.elapsed() < PATIENCE, "the janitor never looked");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "the janitor looks at the thread in time"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     println!("looked through all threads {:.1?} later", began.elapsed());
@@ -315,11 +322,12 @@ async fn post(gateway: &Gateway, query: &str) -> (Value, Duration) {
     (body, began.elapsed())
 }
 
-/// Threads by age: archived past their time, sessions that have expired, deletions under way, archives, threads of
-/// users, sessions of today. Ten messages, two runs and what belongs to them each.
+/// Loads threads by age: archived ones past their retention, expired sessions, deletions under
+/// way, archived ones, users' threads, and today's sessions. Each has ten messages and two runs
+/// with their rows.
 async fn load(scene: &Scene, threads: i64) {
     let pg = scene.backend == Backend::Postgres;
-    // Ids sort by their first part, milliseconds since 1970, as UUIDs do that are made at that time.
+    // Ids sort by their first part, the milliseconds since 1970, like UUIDs of that time.
     let id = |ms: &str, n: &str| {
         if pg {
             format!("(lpad(to_hex({ms}), 12, '0') || '70008' || lpad(to_hex({n}), 15, '0'))::uuid")
@@ -423,7 +431,8 @@ async fn load(scene: &Scene, threads: i64) {
         said_at = at("created + p"),
         kept = at(&format!("created + {}", HOUR_MS + 30 * DAY_MS)),
         expires = at(&format!("created + {DAY_MS}")),
-        // In an order that is not that of the threads; set back by as much once it is time.
+        // The due times are not in the order of the threads. They lie in the future, and are
+        // moved back by as much later.
         soon = at(&format!("now + {} + (k * 7919) % 3000000", 100 * DAY_MS)),
         cleared = json(r#"{"outcome": "deleted"}"#),
         nothing = json("[]"),
@@ -432,8 +441,8 @@ async fn load(scene: &Scene, threads: i64) {
     scene.database.execute(&sql).await;
 }
 
-/// The kind of a thread's key, its lifecycle, whether it is being deleted, and whose a message is. Enumerations are types
-/// in Postgres.
+/// SQL for a thread's scope, its lifecycle, its deletion, and a message's role. In Postgres these
+/// are enumeration types.
 fn enumerations(pg: bool) -> [String; 4] {
     [
         (
@@ -452,11 +461,12 @@ fn enumerations(pg: bool) -> [String; 4] {
     })
 }
 
-/// What comes before the load, the time now, whole numbers from 0 on, and 32 bytes.
+/// SQL that comes before the load, SQL for the present time, whole numbers from 0 on, and 32
+/// bytes.
 fn beginnings(pg: bool, threads: i64) -> (&'static str, &'static str, String, &'static str) {
     if pg {
         (
-            // Without checks of references, if the role may do that.
+            // References are not checked, if the role may do that.
             "SELECT set_config('session_replication_role', 'replica', false)
             FROM pg_roles WHERE rolname = current_user AND rolsuper;",
             "CAST(extract(epoch FROM now()) * 1000 AS bigint)",

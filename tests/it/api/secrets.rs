@@ -1,8 +1,9 @@
-//! Everything that a process ever writes, searched for secrets and for what was said.
+//! Searches everything that a process writes for secrets and for users' texts.
 //!
-//! Secrets are planted wherever one can be configured or presented, words wherever a caller can say something. Then the
-//! binary goes through good days and bad ones, with all that it and its libraries can log. No piece of a secret may be in
-//! its logs, its answers, its files or its database, and no piece of a word in its logs.
+//! The test plants secrets wherever one can be configured or presented, and words wherever a
+//! caller can send a text. Then the binary works and fails in many ways, with the fullest log. No
+//! piece of a secret may be in its logs, answers, files or database. No piece of a word may be in
+//! its logs.
 
 mod echo_upstream;
 mod fixture;
@@ -112,12 +113,12 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
         assert_eq!(
             world.secrets.find(format!("{store:?}").as_bytes()),
             None,
-            "its text tells a secret"
+            "the debug text of a store contains a secret"
         );
         store.close().await;
     }
     deletions(&world, &gateway, &backend).await;
-    // One that is at work when it is told to stop.
+    // One run is active when the process gets SIGTERM.
     let silent = format!("{} [[sim: silent_after=2]]", word("what is said last"));
     let path = format!("/v1/users/{}/messages", word("a user"));
     let last = gateway.request(Method::POST, &path).bearer_auth(&backend);
@@ -147,7 +148,7 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
     let export = std::fs::read_to_string(&file).unwrap();
     assert!(
         export.contains(&word("what is said")),
-        "the export holds what was said: {export}"
+        "the export contains the texts: {export}"
     );
     world.run(&["import", file.to_str().unwrap()]);
     std::fs::write(&file, broken_lines()).unwrap();
@@ -161,13 +162,13 @@ async fn nothing_is_written(scene: Scene, format: &str, mut cluster: Option<Clus
     let stored = scene.database.texts("SELECT user_key FROM threads").await;
     assert!(
         stored.contains(&word("a user")),
-        "it looked at another database: {stored:?}"
+        "the search reads the right database: {stored:?}"
     );
 }
 
-/// A secret, always the same for what it is for.
+/// Returns a secret, which is always the same for a name.
 fn secret(name: &str) -> String {
-    // Some characters that are written differently here and there.
+    // Some characters are encoded differently in different places.
     format!(
         "{}\"\\/+%&{}",
         planted(name),
@@ -175,12 +176,12 @@ fn secret(name: &str) -> String {
     )
 }
 
-/// A secret that may stand in an error's code.
+/// Returns a secret that may stand in an error's code.
 fn plain_secret(name: &str) -> String {
     format!("sk-{}7", planted(name))
 }
 
-/// What a caller says.
+/// Returns a word of a caller's text.
 fn word(name: &str) -> String {
     planted(&format!("said: {name}"))
 }

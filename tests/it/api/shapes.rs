@@ -1,4 +1,4 @@
-//! The exact shapes of answers, one of each kind, so that a change of them is seen, and read here.
+//! The exact shapes of answers, one of each kind, so that a change of them is seen here.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ macro_rules! assert_shape {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn message_answer_holds_thread_run_and_reply() {
+async fn message_answer_has_thread_run_and_reply() {
     let (_scene, gateway) = gateway().await;
     assert_shape!(gateway.say(SCOPE, "Hello").await, @r#"
     {
@@ -90,7 +90,7 @@ async fn message_answer_holds_thread_run_and_reply() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn accepted_message_answer_holds_no_reply() {
+async fn accepted_message_answer_has_no_reply() {
     let (scene, gateway) = gateway().await;
     scene.simulator.hold();
     let request = gateway.request(Method::POST, &format!("{SCOPE}/messages"));
@@ -145,7 +145,7 @@ async fn accepted_message_answer_holds_no_reply() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn run_with_function_call_tells_required_action() {
+async fn run_with_function_call_has_required_action() {
     let (_scene, gateway) = gateway().await;
     let answer = gateway
         .say(SCOPE, "Weather? [[sim: tool=get_weather]]")
@@ -183,7 +183,7 @@ async fn run_with_function_call_tells_required_action() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failed_run_tells_code_and_message() {
+async fn failed_run_has_code_and_message() {
     let (_scene, gateway) = gateway().await;
     let answer = gateway
         .post(
@@ -207,7 +207,7 @@ async fn failed_run_tells_code_and_message() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stream_tells_each_event_with_its_data() {
+async fn stream_has_each_event_with_its_data() {
     let (_scene, gateway) = gateway().await;
     let events = gateway.stream(SCOPE, "Hello").await.rest().await;
     let deltas = events
@@ -224,7 +224,7 @@ async fn stream_tells_each_event_with_its_data() {
             seen.push(json!({"event": event.name, "data": event.data}));
         }
     }
-    // The data of the end are those of an answer.
+    // The data of the last event are those of an answer.
     assert_shape!(json!(seen), @r#"
     [
       {
@@ -292,7 +292,7 @@ async fn stream_tells_each_event_with_its_data() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_tell_their_first_and_last_ids() {
+async fn lists_have_first_and_last_ids() {
     let (_scene, gateway) = gateway().await;
     gateway.say(SCOPE, "Hello").await;
     assert_shape!(gateway.get(&format!("{SCOPE}/messages?limit=1")).await.ok(), @r#"
@@ -554,7 +554,7 @@ async fn export_begins_with_thread_and_its_messages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn problem_tells_how_to_mend_request() {
+async fn problem_says_how_to_mend_request() {
     let (_scene, gateway) = gateway().await;
     let problem = gateway
         .post(&format!("{SCOPE}/messages"), &json!({"content": 7}))
@@ -571,7 +571,7 @@ async fn problem_tells_how_to_mend_request() {
     "#);
 }
 
-/// Ids and times are new each time; everything else is exact.
+/// Replaces ids and times, which differ each time. Everything else must match exactly.
 fn redact(value: &mut Value) {
     match value {
         Value::Object(fields) => {

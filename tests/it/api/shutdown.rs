@@ -1,4 +1,4 @@
-//! SIGTERM: readiness drops, running turns end within the grace time, exit 0.
+//! SIGTERM: readiness drops, active runs end within the grace time, and the process exits with 0.
 
 use serde_json::json;
 
@@ -6,11 +6,11 @@ use crate::support::gateway::{text, text_of};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    running_and_queued_turns_finish_before_shutdown,
+    active_and_queued_runs_finish_before_shutdown,
     runs_past_grace_time_are_left_to_successor,
 );
 
-async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
+async fn active_and_queued_runs_finish_before_shutdown(scene: Scene) {
     let mut gateway = scene.gateway().await;
     assert_eq!(
         gateway.get("/readyz").await.ok(),
@@ -29,7 +29,7 @@ async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
     assert_eq!(
         gateway.get("/healthz").await.ok(),
         json!({"status": "ok"}),
-        "it still lives"
+        "the process still lives"
     );
     let refused = gateway
         .post("/v1/users/bob/messages", &json!({"content": "hi"}))
@@ -47,7 +47,7 @@ async fn running_and_queued_turns_finish_before_shutdown(scene: Scene) {
     assert_eq!(
         scene.database.number("SELECT count(*) FROM replicas").await,
         0,
-        "its session is given up"
+        "its session is closed"
     );
 }
 
@@ -92,7 +92,7 @@ async fn runs_past_grace_time_are_left_to_successor(scene: Scene) {
     assert_eq!(
         said.collect::<Vec<_>>(),
         wanted,
-        "all that was said is in the transcript, in order"
+        "the transcript has all messages in order"
     );
     let runs = again
         .get("/v1/users/alice/runs?order=asc&limit=100")
@@ -101,9 +101,10 @@ async fn runs_past_grace_time_are_left_to_successor(scene: Scene) {
     let runs = runs["data"].as_array().unwrap();
     assert!(
         runs[1..].iter().all(|run| run["status"] == "completed"),
-        "what waited has run: {runs:#?}"
+        "the queued run has completed: {runs:#?}"
     );
-    // What was at work has ended as the upstream says, if that goes on without its client.
+    // The active run has ended as the upstream says, where the upstream continues without its
+    // client.
     let completed = runs[0]["status"] == "completed";
     assert!(
         completed || runs[0]["error"]["code"] == "replica_lost",

@@ -1,4 +1,4 @@
-//! What the record says of a thread, and how that compares with the upstream.
+//! The statistics of a thread, and their comparison with the upstream.
 
 use serde_json::{Value, json};
 
@@ -29,7 +29,7 @@ async fn statistics_need_no_upstream_requests(scene: Scene) {
     assert_eq!(report["run_count"], 2);
     assert_eq!(
         report["message_count"], 4,
-        "what the failed one asked and said among them"
+        "the messages of the failed run count, too"
     );
     assert_eq!(
         (&report["state"], &report["queue_depth"]),
@@ -70,7 +70,7 @@ async fn statistics_need_no_upstream_requests(scene: Scene) {
     let asked = scene.simulator.stats().requests - before;
     assert!(
         asked <= 6,
-        "three turns, one of them behind the failed one, and nothing for the statistics: {asked}"
+        "three runs, one of them after the failed one, and no request for the statistics: {asked}"
     );
     let other = gateway.get("/v1/users/nobody/thread").await;
     assert_eq!(other.problem(), (404, "not-found"));
@@ -144,7 +144,7 @@ async fn thread_metadata_and_ttl_can_be_patched(scene: Scene) {
     assert_eq!(
         changed["metadata"],
         json!({"a": "b"}),
-        "what is left out stays"
+        "a field that is left out stays"
     );
     assert!(changed["expires_at"].is_string());
     let changed = patch(json!({"ttl_ms": null, "metadata": {}})).await.ok();

@@ -1,4 +1,4 @@
-//! What a new message does on a busy thread, by the caller's choice.
+//! The multitask strategies: what a new message does on a busy thread.
 
 use serde_json::{Value, json};
 
@@ -47,7 +47,7 @@ fn last(events: &[Event]) -> (&str, &Value) {
     (&last.name, &last.data["run"])
 }
 
-/// Roles and texts of the transcript, with how their runs ended if these did not complete.
+/// Returns roles and texts of the transcript, and how their runs ended if they did not complete.
 async fn said(gateway: &Gateway) -> Vec<(String, String, Value)> {
     let line = |message: &Value| {
         let word = |name: &str| message[name].as_str().unwrap().to_owned();
@@ -79,7 +79,7 @@ async fn interrupt_cancels_active_run_and_goes_next(scene: Scene) {
     assert_eq!(
         (first.name.as_str(), &first.data["position"]),
         ("run.queued", &json!(1)),
-        "it goes next"
+        "the interrupting run is next"
     );
 
     let active = active.rest().await;
@@ -112,11 +112,11 @@ async fn interrupt_cancels_active_run_and_goes_next(scene: Scene) {
         .collect();
     assert_eq!(
         shown, wanted,
-        "nothing is lost, and what was cut short says so"
+        "nothing is lost, and the interrupted reply is marked"
     );
     assert!(
         text_of(&urgent).contains("turn 3 of"),
-        "the model knows what was interrupted: {urgent:#?}"
+        "the model knows the interrupted message: {urgent:#?}"
     );
     assert_same(&scene, &gateway, SCOPE).await;
 }
@@ -166,10 +166,10 @@ async fn rollback_removes_messages_locally_and_upstream(scene: Scene) {
     assert_eq!(transcript(&gateway, SCOPE).await, wanted);
     assert!(
         text_of(&instead).contains("turn 2 of"),
-        "the model never heard of it: {instead:#?}"
+        "the model does not know the removed message: {instead:#?}"
     );
     assert_same(&scene, &gateway, SCOPE).await;
-    // The run itself stays on record, without its messages.
+    // The run itself can still be read, without its messages.
     let run = started.data["run_id"].as_str().unwrap();
     let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
     assert_eq!(
@@ -222,7 +222,7 @@ async fn rollback_removes_reasoning_items(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
     if scene.protocol == Protocol::Responses {
         let deleted = scene.simulator.stats().requests_by_operation["delete_item"];
-        assert_eq!(deleted, 3, "the message, the reasoning, the call");
+        assert_eq!(deleted, 3, "message, reasoning and function call");
     }
     gateway.say(SCOPE, "and on").await;
 }
@@ -235,7 +235,7 @@ async fn merge_joins_last_queued_run(scene: Scene) {
     let (waiting, queued) = begin(&gateway, "merge", "second").await;
     assert_eq!(
         queued.name, "run.queued",
-        "with none waiting it waits itself"
+        "without a queued run the message waits in its own"
     );
     let (third, first) = begin(&gateway, "merge", "third").await;
     assert_eq!(
@@ -245,7 +245,7 @@ async fn merge_joins_last_queued_run(scene: Scene) {
     let body = json!({"content": "fourth", "multitask_strategy": "merge"});
     let path = format!("{SCOPE}/messages");
     let fourth = gateway.post(&path, &body);
-    // The third and the fourth are in when the run shows three messages; only then may it start.
+    // The run must not start before both messages have joined it: it shows three then.
     let (fourth, ()) = tokio::join!(fourth, async {
         let started = std::time::Instant::now();
         while scene.database.number(MERGED).await != 3 {
@@ -265,7 +265,7 @@ async fn merge_joins_last_queued_run(scene: Scene) {
     assert_eq!(&fourth["run"], last(&waiting).1);
     assert!(
         text_of(&third).contains("fourth"),
-        "the reply is to the newest: {third:#?}"
+        "the reply is to the newest message: {third:#?}"
     );
     let said: Vec<_> = transcript(&gateway, SCOPE)
         .await
@@ -280,7 +280,7 @@ async fn merge_joins_last_queued_run(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 3);
 }
 
-/// How many messages wait, in all runs together.
+/// SQL for the number of queued messages in all runs.
 const MERGED: &str = "SELECT COALESCE(SUM(LENGTH(CAST(queued_input AS TEXT)) - LENGTH(REPLACE(CAST(queued_input AS TEXT), 'msg_', ''))), 0) / 4 \
      FROM runs WHERE status = 'queued'";
 
@@ -324,8 +324,8 @@ async fn every_strategy_starts_immediately_on_idle_thread(scene: Scene) {
 }
 
 async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
-    // The cancel of the first takes its time, so that both come while it is still there; through two processes where
-    // the store is shared.
+    // The cancel of the first run takes long, so that both interrupts arrive during it. With a
+    // shared store they use two processes.
     let gateway = scene
         .gateway_with("[replica]\nsession_ttl = \"1500ms\"\n")
         .await;
@@ -342,7 +342,7 @@ async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
     deltas(&mut active, 2).await;
     let second = other.as_ref().unwrap_or(&gateway);
     let (one, two) = tokio::join!(begin(second, "interrupt", "one"), async {
-        // It is recorded after the other one.
+        // This message is recorded after the other one.
         while scene.database.number("SELECT count(*) FROM runs").await < 3 {
             tokio::time::sleep(std::time::Duration::from_millis(2)).await;
         }
@@ -350,7 +350,8 @@ async fn later_interrupt_goes_before_earlier_one(scene: Scene) {
     });
     assert_eq!(last(&active.rest().await).0, "run.cancelled");
     let (one, two) = (one.0.rest().await, two.0.rest().await);
-    // The first of them may have started before the second came, and is interrupted then; or it waits behind it.
+    // If the first interrupt started before the second arrived, it was interrupted itself.
+    // Otherwise it waits behind the second.
     let ends = (last(&one).0, last(&two).0);
     assert!(
         matches!(ends, ("run.completed" | "run.cancelled", "run.completed")),

@@ -1,4 +1,4 @@
-//! Function calls: the run waits for its caller's outputs and goes on with them.
+//! Function calls: the run waits for its caller's outputs and continues with them.
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -13,14 +13,14 @@ on_each_protocol!(
     run_may_request_tool_calls_repeatedly,
     tool_outputs_support_streaming_and_async_replies,
     mismatched_tool_outputs_are_refused_with_reason,
-    concurrent_tool_outputs_are_taken_once,
+    concurrent_tool_outputs_are_accepted_once,
     wait_for_tool_outputs_expires_at_deadline,
     wait_for_tool_outputs_can_be_cancelled,
     wait_for_tool_outputs_survives_crash,
     wait_for_tool_outputs_survives_orderly_shutdown,
     submitted_tool_outputs_survive_crash_when_recoverable,
     tool_outputs_lost_after_takeover_are_looked_up,
-    message_queued_behind_tool_call_gets_its_turn,
+    message_queued_behind_tool_call_is_answered,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -85,13 +85,13 @@ async fn run_waits_for_tool_outputs_and_continues(scene: Scene) {
         .ok();
     assert_eq!(
         read["run"], asked["run"],
-        "the answer is what another request reads back"
+        "another request reads the same answer"
     );
 
     let answer = give(&gateway, &asked, "4 °C").await.ok();
     assert_eq!(
         answer["run"]["id"], asked["run"]["id"],
-        "it is the same run"
+        "the run is the same"
     );
     assert_eq!(
         (&answer["run"]["status"], &answer["thread"]["state"]),
@@ -125,7 +125,7 @@ async fn run_may_request_tool_calls_repeatedly(scene: Scene) {
     assert_eq!(
         late.problem(),
         (422, "invalid-request"),
-        "these are not the calls that it waits for"
+        "the run does not wait for these calls"
     );
     let answer = give(&gateway, &second, "4 °C").await.ok();
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
@@ -146,7 +146,7 @@ async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
     assert_eq!(
         names,
         ["run.started", "run.requires_action"],
-        "the stream ends with the wait"
+        "the stream ends with the pause"
     );
     let wait = events.pop().unwrap();
     let asked = &wait.data;
@@ -164,7 +164,7 @@ async fn tool_outputs_support_streaming_and_async_replies(scene: Scene) {
         events
             .iter()
             .all(|event| event.name != "run.requires_action"),
-        "only what came after"
+        "the stream has only the later events"
     );
     let n = |event: &crate::support::gateway::Event| {
         event.id.rsplit_once(':').unwrap().1.parse::<u64>().unwrap()
@@ -243,7 +243,7 @@ async fn mismatched_tool_outputs_are_refused_with_reason(scene: Scene) {
     assert_eq!(late.problem(), (409, "run-not-waiting"));
 }
 
-async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
+async fn concurrent_tool_outputs_are_accepted_once(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     scene.simulator.hold();
@@ -277,7 +277,7 @@ async fn concurrent_tool_outputs_are_taken_once(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-/// The operation by which outputs reach the simulator.
+/// Returns the operation that sends outputs to the simulator.
 fn answers(scene: &Scene) -> &'static str {
     if scene.protocol == Protocol::Assistants {
         "submit_tool_outputs"
@@ -330,7 +330,7 @@ async fn wait_for_tool_outputs_can_be_cancelled(scene: Scene) {
     assert_eq!(scene.simulator.stats().active_runs, 0);
 }
 
-/// So that the next process need not wait long for the one before to count as dead.
+/// With this session the next process soon counts the one before as dead.
 const SHORT: &str = "[replica]\nsession_ttl = \"900ms\"\n";
 
 async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
@@ -338,7 +338,7 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     gateway.kill();
     let gateway = scene.gateway_with(SHORT).await;
-    goes_on(&scene, &gateway, &asked).await;
+    run_continues(&scene, &gateway, &asked).await;
 }
 
 async fn wait_for_tool_outputs_survives_orderly_shutdown(scene: Scene) {
@@ -347,7 +347,7 @@ async fn wait_for_tool_outputs_survives_orderly_shutdown(scene: Scene) {
     gateway.terminate();
     assert!(gateway.exit().await.success());
     let gateway = scene.gateway_with(SHORT).await;
-    goes_on(&scene, &gateway, &asked).await;
+    run_continues(&scene, &gateway, &asked).await;
 }
 
 async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
@@ -387,7 +387,8 @@ async fn submitted_tool_outputs_survive_crash_when_recoverable(scene: Scene) {
         .await
         .ok();
     if scene.protocol == Protocol::Chain {
-        // Whether they arrived cannot be told there, so they are not sent again.
+        // Without a look-up the gateway cannot know whether they arrived, so it does not send
+        // them again.
         assert_eq!(read["run"]["error"]["code"], "stream_broken", "{read:#}");
     } else {
         assert!(text(&read["message"]).contains("4 °C"), "{read:#}");
@@ -423,17 +424,17 @@ async fn tool_outputs_lost_after_takeover_are_looked_up(scene: Scene) {
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
+async fn run_continues(scene: &Scene, gateway: &Gateway, asked: &Value) {
     let run = path(asked).trim_end_matches("/tool_outputs").to_owned();
     assert_eq!(
         gateway.get(&run).await.ok()["run"],
         asked["run"],
-        "it waits as before"
+        "the run waits as before"
     );
     let answer = give(gateway, asked, "4 °C").await.ok();
     assert_eq!(answer["run"]["status"], "completed");
     assert!(text(&answer["message"]).contains("4 °C"));
-    // The whole story can be read in the new process, beginning in the old one.
+    // The new process shows all events, including those of the old process.
     let events = gateway
         .request(Method::GET, &format!("{run}/events"))
         .send()
@@ -454,7 +455,7 @@ async fn goes_on(scene: &Scene, gateway: &Gateway, asked: &Value) {
     assert_same(scene, gateway, SCOPE).await;
 }
 
-async fn message_queued_behind_tool_call_gets_its_turn(scene: Scene) {
+async fn message_queued_behind_tool_call_is_answered(scene: Scene) {
     let gateway = scene.gateway().await;
     let asked = ask(&gateway, "weather? [[sim: tool=get_weather]]").await;
     let mut waiting = gateway.stream(SCOPE, "and me?").await;

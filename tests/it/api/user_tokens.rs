@@ -1,4 +1,4 @@
-//! What a user's own token may ask of assistants, and what a refused caller and the log are told.
+//! Which assistants a user's own token may use, and what a refused caller and the log learn.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use super::access::{ISSUER, SECRET, token};
 use crate::support::gateway::{Answer, Gateway, text};
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Besides the default assistant of the scene, which is open to nobody's token more than by its name.
+/// Further assistants. The scene's default assistant is open to user tokens by name only.
 const ASSISTANTS: &str = r#"
 [auth.keys.backend]
 key = "backend-of-the-tenant-acme"
@@ -121,7 +121,7 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
     let asked = say(&gateway, &alice(), &ask("default")).await.ok();
     assert_eq!(
         asked["run"]["status"], "requires_action",
-        "its caller sees that the run waits"
+        "the caller sees that the run waits"
     );
     for key in [None, Some("1")] {
         let refused = give(&gateway, &alice(), &asked, key).await;
@@ -143,7 +143,7 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
         assert_eq!(
             repeated.problem(),
             (403, "forbidden"),
-            "what the backend sent is not sent by it again"
+            "the backend cannot send its outputs twice"
         );
     }
     let nobodys = asked["run"]["id"]
@@ -161,11 +161,11 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
     give(&gateway, &alice(), &own, Some("2")).await.ok();
     let again = give(&gateway, &alice(), &own, Some("2")).await;
     assert_eq!(again.headers["idempotent-replayed"], "true", "{again:?}");
-    // The assistant decides, not who may choose it.
+    // The setting of the assistant decides, not the right to choose it.
     let internal = say(&gateway, BACKEND, &ask("internal")).await.ok();
     give(&gateway, &alice(), &internal, None).await.ok();
 
-    // Nobody allows it any more for an assistant that is gone.
+    // If the assistant is no longer configured, users may not answer.
     let gateway = {
         let mut old = gateway;
         old.terminate();
@@ -237,7 +237,7 @@ async fn authentication_refusal_reason_reaches_caller_and_log() {
         );
         let id = refused.body["request_id"].as_str().unwrap();
         gateway.logged(|line| line.contains(id)).await;
-        // Its own line tells it, so that refusals fill no log faster than requests do.
+        // The request's own line has the reason, so refusals add no further lines.
         let lines: Vec<_> = gateway
             .logs()
             .into_iter()
@@ -266,7 +266,7 @@ async fn authentication_refusal_reason_reaches_caller_and_log() {
         weak.headers["www-authenticate"],
         "Bearer error=\"insufficient_scope\", scope=\"admin\""
     );
-    // More of a scope does not open another user's.
+    // A wider scope does not open another user's threads.
     let request = gateway
         .request(Method::GET, "/v1/users/bob/threads")
         .bearer_auth(alice());

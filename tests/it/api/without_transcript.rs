@@ -1,4 +1,4 @@
-//! `store.transcript = "off"`: all that is said is heard, and nothing of it is stored.
+//! `store.transcript = "off"`: all texts reach their readers, and none is stored.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use crate::support::history::{all, assert_same, messages, upstream};
 use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
-    plain_turns_are_answered_and_not_stored,
+    plain_messages_are_answered_and_not_stored,
     queued_messages_are_not_stored,
     function_calls_are_not_stored,
     interrupted_replies_are_delivered_but_not_stored,
@@ -28,9 +28,9 @@ on_each_protocol!(
 
 const SCOPE: &str = "/v1/users/alice";
 
-/// In all that is said here: by users, by tools, and, since these repeat it, in replies and arguments.
+/// A word in all texts of users and tools. Replies and arguments repeat it.
 const NEEDLE: &str = "needle";
-/// What the simulated model says of its own.
+/// The simulated model's own words.
 const REPLIES: [&str; 3] = ["You said", "tools answered", "of this conversation"];
 
 async fn gateway(scene: &Scene) -> Gateway {
@@ -44,7 +44,7 @@ async fn gateway_with(scene: &Scene, more: &str) -> Gateway {
     Gateway::start(&config.replace("[store]\n", "[store]\ntranscript = \"off\"\n")).await
 }
 
-/// Nothing that was said so far is stored or logged.
+/// Checks that no text so far is stored or logged.
 async fn assert_silent(scene: &Scene, gateway: &Gateway) {
     let found = |bytes: &[u8]| {
         let said = REPLIES.iter().chain(&[NEEDLE]);
@@ -56,7 +56,7 @@ async fn assert_silent(scene: &Scene, gateway: &Gateway) {
         stored
             .iter()
             .any(|(_, value)| value.windows(5).any(|at| at == b"alice")),
-        "it reads nothing"
+        "the search finds what the database has"
     );
     for (place, value) in stored {
         if let Some(said) = found(&value) {
@@ -71,10 +71,13 @@ async fn assert_silent(scene: &Scene, gateway: &Gateway) {
     }
 }
 
-/// Whatever the upstream has was said by somebody.
+/// Checks that the upstream thread has no empty message.
 async fn assert_nothing_empty_was_sent(scene: &Scene, gateway: &Gateway) {
     for (role, text) in upstream(scene, gateway, SCOPE).await {
-        assert!(!text.is_empty(), "an empty message of the {role}");
+        assert!(
+            !text.is_empty(),
+            "the upstream thread has an empty message of the {role}"
+        );
     }
     for request in scene.simulator.recorded() {
         let body = request.body.to_string();
@@ -155,7 +158,8 @@ async fn events(gateway: &Gateway, run: &str) -> Vec<Event> {
     EventReader::new(request.send().await.unwrap()).rest().await
 }
 
-/// Role, run's end and whether the model knows it, of each entry; all of them say nothing.
+/// Returns role, run status and visibility to the model of each entry, and checks that none has
+/// content.
 async fn entries(gateway: &Gateway) -> Vec<(String, Value, bool)> {
     let entry = |message: &Value| {
         assert_eq!(message["content"], json!([]), "{message:#}");
@@ -177,7 +181,7 @@ async fn users_upstream(scene: &Scene, gateway: &Gateway) -> Vec<String> {
         .collect()
 }
 
-async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
+async fn plain_messages_are_answered_and_not_stored(scene: Scene) {
     let gateway = gateway(&scene).await;
     let first = gateway.say(SCOPE, "needle one").await;
     assert!(
@@ -217,7 +221,7 @@ async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
     gateway.say(SCOPE, "needle six").await;
     assert_silent(&scene, &gateway).await;
 
-    // Who looks later sees what happened, and nothing of what was said.
+    // A later reader sees the statuses, but no text.
     let entries = entries(&gateway).await;
     let ended: Vec<_> = entries
         .iter()
@@ -236,14 +240,14 @@ async fn plain_turns_are_answered_and_not_stored(scene: Scene) {
     assert_eq!(
         names,
         ["run.started", "message.completed", "run.completed"],
-        "no empty pieces"
+        "no piece of text is empty"
     );
     assert_eq!(later[1].data["message"]["content"], json!([]));
     let (of_live, of_later) = (&live[live.len() - 1], &later[2]);
     assert_eq!(
         (&of_live.id, &of_live.data),
         (&of_later.id, &of_later.data),
-        "numbers stay what they were"
+        "event numbers stay the same"
     );
     assert!(first["run"]["usage"]["total_tokens"].as_u64().unwrap() > 0);
     assert_nothing_empty_was_sent(&scene, &gateway).await;
@@ -266,7 +270,7 @@ async fn queued_messages_are_not_stored(scene: Scene) {
     assert!(text_of(&active).contains("needle one"));
     assert!(
         text_of(&waiting).contains("needle three"),
-        "the reply is to the newest: {waiting:#?}"
+        "the reply is to the newest message: {waiting:#?}"
     );
     assert_eq!(text_of(&joined), text_of(&waiting));
     assert!(text_of(&other).contains("needle four"));
@@ -300,7 +304,7 @@ async fn function_calls_are_not_stored(scene: Scene) {
     let read = gateway.get(&path(&asked["run"])).await.ok();
     assert_eq!(
         read["run"], asked["run"],
-        "whoever asks this process sees the calls"
+        "the owning process shows the calls"
     );
     assert_eq!(
         all(&gateway, &format!("{SCOPE}/runs")).await[0],
@@ -326,7 +330,7 @@ async fn function_calls_are_not_stored(scene: Scene) {
     assert_eq!(
         late.problem(),
         (422, "invalid-request"),
-        "these are not the calls that it waits for"
+        "the run does not wait for these calls"
     );
 
     let answer = give(&gateway, &again["run"], "needle here").await.ok();
@@ -337,7 +341,7 @@ async fn function_calls_are_not_stored(scene: Scene) {
     );
     assert_silent(&scene, &gateway).await;
 
-    // As a stream.
+    // The same as a stream.
     let (stream, run) = begin(
         &gateway,
         "enqueue",
@@ -364,10 +368,10 @@ async fn function_calls_are_not_stored(scene: Scene) {
         events
             .iter()
             .all(|event| event.name != "run.requires_action"),
-        "only what came after"
+        "the stream has only the later events"
     );
 
-    // A wait that is called off.
+    // This wait for outputs is cancelled.
     let asked = ask(&gateway, "needle never mind [[sim: tool=get_weather]]").await;
     let cancel = gateway.request(Method::POST, &format!("{}/cancel", path(&asked["run"])));
     assert_eq!(
@@ -423,7 +427,7 @@ async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
         assert!(text_of(&waiting.rest().await).contains("needle three"));
         assert_silent(&scene, &gateway).await;
     }
-    // One that ends while it waits.
+    // This run ends while it is queued.
     scene.simulator.hold();
     let (active, _) = begin(&gateway, "enqueue", "needle five").await;
     let (waiting, run) = begin(&gateway, "enqueue", "needle never").await;
@@ -437,7 +441,7 @@ async fn interrupted_replies_are_delivered_but_not_stored(scene: Scene) {
     gateway.say(SCOPE, "needle six").await;
     assert_silent(&scene, &gateway).await;
 
-    // What the upstream lacks is never sent, and says so.
+    // The upstream never gets the messages that it lacks, and the transcript says so.
     let (said, entries) = (
         users_upstream(&scene, &gateway).await,
         entries(&gateway).await,
@@ -480,7 +484,7 @@ async fn idempotent_retry_replays_only_live_content(scene: Scene) {
     scene.simulator.release();
     let (first, second) = (first.rest().await, second.rest().await);
     assert!(text_of(&first).contains("needle"));
-    assert_eq!(first, second, "a run at work is told to all who ask for it");
+    assert_eq!(first, second, "repeats get the live run");
     let late = gateway.send(request()).await;
     assert_eq!(late.headers["idempotent-replayed"], "true");
     let (late, message) = (late.ok(), &first[first.len() - 2].data["message"]);
@@ -503,7 +507,7 @@ async fn settles(scene: &Scene) {
         .await
         > 0
     {
-        assert!(start.elapsed() < PATIENCE, "a run never ends");
+        assert!(start.elapsed() < PATIENCE, "a run never ended");
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }
@@ -536,7 +540,7 @@ async fn queued_messages_lost_in_crash_are_not_sent_empty(scene: Scene) {
     for lost in ["needle two", "needle three", "needle four"] {
         assert!(!said.contains(&lost.to_owned()), "{said:#?}");
     }
-    // They stand in the transcript in their order, and say that the model does not know them.
+    // The transcript has them in order, and says that the model does not know them.
     let users = messages(&second, SCOPE)
         .await
         .into_iter()
@@ -558,7 +562,7 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     let asked = ask(&first, "needle weather? [[sim: tool=get_weather]]").await;
     first.kill();
     let second = gateway(&scene).await;
-    // Its outputs are taken once this process has taken the run over.
+    // The outputs are accepted once this process has taken the run over.
     let start = Instant::now();
     let answer = loop {
         let answer = give(&second, &asked["run"], "needle cold").await;
@@ -566,7 +570,7 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
             break answer.ok();
         }
         assert_eq!(answer.problem(), (421, "other-replica"), "{answer:?}");
-        assert!(start.elapsed() < PATIENCE, "nobody takes the run over");
+        assert!(start.elapsed() < PATIENCE, "no process took the run over");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     };
     assert_eq!(answer["run"]["status"], "completed");
@@ -579,7 +583,8 @@ async fn wait_for_tool_outputs_survives_crash(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &second).await;
 }
 
-/// A run got its outputs when its process died: the upstream had taken them, or was to get them again.
+/// The process dies after a run got its outputs: either the upstream has them, or they would have
+/// to be sent again.
 async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
     let operation = if scene.protocol == Protocol::Assistants {
         "submit_tool_outputs"
@@ -624,7 +629,7 @@ async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
         let second = gateway(&scene).await;
         settles(&scene).await;
         let read = second.get(&path(&asked["run"])).await.ok();
-        // It ended as the upstream says, if that can say so.
+        // The run ended as the upstream says, if the upstream can say so.
         if !taken || read["run"]["status"] != "completed" {
             assert_eq!(read["run"]["error"]["code"], "replica_lost", "{read:#}");
         }
@@ -637,7 +642,7 @@ async fn tool_outputs_lost_in_crash_are_not_sent_empty(scene: Scene) {
 
 async fn tool_outputs_accepted_only_by_owning_replica(scene: Scene) {
     if scene.backend == Backend::Sqlite {
-        // A file has one process.
+        // SQLite serves one process only.
         return;
     }
     let (own, other) = tokio::join!(gateway(&scene), gateway(&scene));
@@ -647,14 +652,14 @@ async fn tool_outputs_accepted_only_by_owning_replica(scene: Scene) {
     assert_eq!(
         arguments(&seen["run"]),
         "",
-        "another process does not know them"
+        "another process does not know the calls"
     );
     let refused = give(&other, &seen["run"], "needle cold").await;
     assert_eq!(refused.problem(), (421, "other-replica"), "{refused:?}");
     assert!(refused.headers.contains_key("retry-after"));
     let answer = give(&own, &asked["run"], "needle cold").await.ok();
     assert!(text(&answer["message"]).contains("needle cold"));
-    // Whoever looks from there sees the end.
+    // A reader at another process sees the end.
     let seen = other.get(&path(&asked["run"])).await.ok();
     assert_eq!(
         (&seen["run"], &seen["message"]["content"]),
@@ -674,7 +679,7 @@ async fn merge_never_joins_run_of_another_replica(scene: Scene) {
     let (active, _) = begin(&one, "enqueue", "needle one").await;
     let (waiting, run) = begin(&one, "merge", "needle two").await;
     let (elsewhere, own) = begin(&two, "merge", "needle three").await;
-    assert_ne!(own, run, "there its content would be lost");
+    assert_ne!(own, run, "at another process the text would be lost");
     assert_silent(&scene, &two).await;
     scene.simulator.release();
     for (stream, said) in [
@@ -698,10 +703,11 @@ async fn lost_upstream_thread_restarts_empty(scene: Scene) {
     let answer = gateway.say(SCOPE, "needle four").await;
     assert!(
         text(&answer["message"]).contains("turn 1 of"),
-        "there is nothing to tell it: {answer:#}"
+        "there is nothing to send: {answer:#}"
     );
     assert_eq!(users_upstream(&scene, &gateway).await, ["needle four"]);
-    // What a turn leaves in the new thread is told from what was before.
+    // A run that leaves something in the new upstream thread is settled by the items before its
+    // own.
     let (mut cancelled, run) =
         begin(&gateway, "enqueue", "needle five [[sim: silent_after=4]]").await;
     deltas(&mut cancelled, 4).await;
@@ -747,7 +753,7 @@ async fn rollover_carries_nothing_over(scene: Scene) {
     assert_nothing_empty_was_sent(&scene, &gateway).await;
 }
 
-/// The content is stored from now on.
+/// From now on the content is stored.
 async fn unstored_messages_are_skipped_when_thread_is_rebuilt(scene: Scene) {
     let mut gateway = gateway(&scene).await;
     gateway.say(SCOPE, "needle one").await;
@@ -762,7 +768,7 @@ async fn unstored_messages_are_skipped_when_thread_is_rebuilt(scene: Scene) {
     let answer = gateway.say(SCOPE, "four").await;
     assert!(text(&answer["message"]).contains("turn 2 of"), "{answer:#}");
     scene.simulator.reset();
-    // What came since then is whole.
+    // Messages since then are complete.
     let answer = gateway.say(SCOPE, "five").await;
     assert!(text(&answer["message"]).contains("turn 3 of"), "{answer:#}");
     assert_same(&scene, &gateway, SCOPE).await;

@@ -1,4 +1,4 @@
-//! Which file of the library uses which others, read from its text.
+//! The files of the library and the files that each of them uses, read from their text.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -7,17 +7,17 @@ use super::code;
 /// A file and the paths that it names.
 pub(super) struct Source {
     name: String,
-    /// Where its module stands in the crate.
+    /// The path of its module within the crate.
     module: Vec<String>,
-    /// From the crate's root.
+    /// Named paths, from the crate's root.
     named: Vec<Vec<String>>,
-    /// The same of its tests. They may close a circle, but not point upwards.
+    /// Paths that its tests name. They may be part of a cycle, but must not point upwards.
     named_in_tests: Vec<Vec<String>>,
-    /// What it only passes on, by its last name.
+    /// Paths that it only re-exports, by their last name.
     passed_on: BTreeMap<String, Vec<String>>,
 }
 
-/// All files, and what they name.
+/// All files, and the paths that they name.
 pub(super) struct Tree {
     files: Vec<Source>,
 }
@@ -61,7 +61,7 @@ impl Tree {
         }
     }
 
-    /// The file that a path leads to: the one that defines it, not one that passes it on.
+    /// Returns the file that defines a path, not one that re-exports it.
     fn file(&self, path: &[String]) -> Option<&Source> {
         let at = (1..=path.len()).rev().find_map(|length| {
             let file = self
@@ -84,12 +84,13 @@ impl Tree {
             .collect()
     }
 
-    /// Top modules use only what stands to their right in the order.
+    /// Asserts that top modules use only modules to their right in the order.
     pub(super) fn assert_top_order(&self, order: &[&str]) {
         self.assert_below(&[], order);
     }
 
-    /// So do those in a module, and none of them uses the module's own file, which stands above all.
+    /// Asserts the same for the modules in a module, and that none of them uses the module's own
+    /// file, which is above them.
     pub(super) fn assert_order(&self, module: &str, order: &[&str]) {
         self.assert_below(&[module], order);
         let hub = format!("{module}.rs");
@@ -138,7 +139,7 @@ impl Tree {
             .collect()
     }
 
-    /// Sets of files each of which leads to all others of its set.
+    /// Returns sets of files, in each of which every file leads to all others.
     pub(super) fn circles(&self) -> Vec<BTreeSet<&str>> {
         let graph = self.graph();
         let reached: BTreeMap<&str, BTreeSet<&str>> = graph
@@ -165,7 +166,7 @@ impl Tree {
         circles
     }
 
-    /// A shortest way from the first file of a circle back to it.
+    /// Returns a shortest way from the first file of a cycle back to it.
     pub(super) fn way_around<'a>(&'a self, circle: &BTreeSet<&'a str>) -> Vec<&'a str> {
         let graph = self.graph();
         let first = *circle.first().unwrap();
@@ -181,11 +182,11 @@ impl Tree {
                 }
             }
         }
-        unreachable!("a circle leads back to each of its files")
+        unreachable!("each file of a cycle leads back to itself")
     }
 }
 
-/// What code names, and what it only passes on, from the crate's root.
+/// Returns the paths that code names, and those that it only re-exports, from the crate's root.
 fn names(
     modules: &BTreeSet<Vec<String>>,
     module: &[String],
@@ -210,7 +211,7 @@ fn names(
     (named, passed_on)
 }
 
-/// The first name of a path below this module, if it is below it.
+/// Returns the first name of a path below this module, if the path is below it.
 fn below<'a>(above: &[&str], path: &'a [String]) -> Option<&'a String> {
     path.iter()
         .zip(above)
@@ -219,7 +220,7 @@ fn below<'a>(above: &[&str], path: &'a [String]) -> Option<&'a String> {
         .flatten()
 }
 
-/// Each `use` of a file, with whether it passes on what it names, and the code without them.
+/// Returns each `use` of a file, with whether it re-exports, and the code without them.
 fn split_uses(code: &str) -> (Vec<(bool, String)>, String) {
     let (mut uses, mut rest) = (Vec::new(), String::new());
     let mut lines = code.lines();
@@ -244,7 +245,7 @@ fn split_uses(code: &str) -> (Vec<(bool, String)>, String) {
     (uses, rest)
 }
 
-/// The paths of a `use`: `a::{b, c::d}` -> `a::b`, `a::c::d`.
+/// Returns the paths of a `use`: `a::{b, c::d}` -> `a::b`, `a::c::d`.
 fn expand(tree: &str) -> Vec<Vec<String>> {
     let tree = tree
         .split(" as ")
@@ -286,7 +287,8 @@ fn expand(tree: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// The paths that stand in code: names with `::` between them. `pub(in …)` names a path and uses nothing.
+/// Returns the paths in code: names with `::` between them. The path in `pub(in …)` does not
+/// count.
 fn paths_in(code: &str) -> Vec<Vec<String>> {
     let mut pieces = code.split("pub(in ");
     let first = pieces.next().unwrap();
@@ -305,7 +307,8 @@ fn paths_in(code: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// A path as it is from the crate's root. `None`: it leads elsewhere, or to something within the file.
+/// Returns a path from the crate's root, or `None` if it leads elsewhere or to something within
+/// the file.
 fn from_root(
     modules: &BTreeSet<Vec<String>>,
     here: &[String],

@@ -1,4 +1,4 @@
-//! A load balancer: deals connections out in turn to the replicas whose `/readyz` says 200.
+//! A load balancer. It deals connections in rotation to the replicas whose `/readyz` answers 200.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,10 +11,10 @@ use tokio::time::{sleep, timeout};
 
 const CHECK_EVERY: Duration = Duration::from_millis(100);
 const CHECK_TIMEOUT: Duration = Duration::from_millis(500);
-/// How long a connection waits for a replica if none is ready.
+/// Longest time that a connection waits while no replica is ready.
 const QUEUE: Duration = Duration::from_secs(2);
 
-/// Dropping it breaks all connections.
+/// A running balancer. Dropping it breaks all connections.
 pub(super) struct Balancer {
     pub(super) url: String,
     shared: Arc<Shared>,
@@ -26,7 +26,7 @@ struct Shared {
     turn: AtomicUsize,
 }
 
-/// Where a replica may be.
+/// The address of a replica, while one runs there.
 struct Place {
     address: Mutex<Option<SocketAddr>>,
     ready: Mutex<bool>,
@@ -61,18 +61,18 @@ impl Balancer {
         }
     }
 
-    /// A replica is there now, or none is any more.
+    /// Sets the address of a replica; `None` if its process has ended.
     pub(super) fn set(&self, place: usize, address: Option<SocketAddr>) {
         *self.shared.places[place].ready.lock().unwrap() = false;
         *self.shared.places[place].address.lock().unwrap() = address;
     }
 
-    /// What steers the connections of clients with this replica.
+    /// The valve of the connections between clients and this replica.
     pub(super) fn valve(&self, place: usize) -> &Valve {
         &self.shared.places[place].valve
     }
 
-    /// How many replicas are ready.
+    /// Returns the number of ready replicas.
     pub(super) fn ready(&self) -> usize {
         self.shared
             .places
@@ -83,7 +83,7 @@ impl Balancer {
 }
 
 impl Shared {
-    /// The ready replicas, beginning with the one whose turn it is.
+    /// Returns the ready replicas, beginning with the next one in rotation.
     fn candidates(&self) -> Vec<&Place> {
         let first = self.turn.fetch_add(1, Ordering::Relaxed);
         let places = (0..self.places.len()).map(|n| &self.places[(first + n) % self.places.len()]);
@@ -109,7 +109,7 @@ async fn check(shared: Arc<Shared>, place: usize) {
                 answer.is_ok_and(|answer| answer.status() == 200)
             }
         };
-        // Another process may be there by now.
+        // Another process may have this place by now.
         if *place.address.lock().unwrap() == address {
             *place.ready.lock().unwrap() = ready;
         }
@@ -123,7 +123,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
         let client = next_client(&listener, &mut connections).await;
         let shared = Arc::clone(&shared);
         connections.spawn(async move {
-            // Without a replica the client's connection is closed.
+            // If no replica is ready in time, the client's connection is closed.
             if let Ok((place, server)) = timeout(QUEUE, connect(&shared)).await {
                 place.valve.join(client, server).await;
             }
@@ -131,7 +131,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// A connection with a replica. Nothing is sent before, so another one may be tried.
+/// Connects to a replica. Nothing has been sent yet, so a failed connection can be replaced by
+/// another replica's.
 async fn connect(shared: &Shared) -> (&Place, TcpStream) {
     loop {
         for place in shared.candidates() {

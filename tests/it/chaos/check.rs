@@ -1,4 +1,4 @@
-//! What must hold when all is quiet.
+//! The invariants that must hold once no fault is active and no work is left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -13,20 +13,21 @@ use super::world::{Teller, World};
 use crate::support::gateway::Gateway;
 use crate::support::history::{Line, joined, messages, transcript};
 
-/// Within which the rest is worked off once everything is well.
+/// Longest time for the remaining work once all faults are over.
 const QUIET: Duration = Duration::from_mins(2);
-/// Carries the id of the run that a request is for.
+/// Name of the upstream tag with the id of a request's run.
 const RUN_TAG: &str = "threadkeeper_run";
-/// Runs of each user whose events are read once more.
+/// Number of each user's runs whose events are read a second time.
 const READ_AGAIN: usize = 4;
 
-/// Waits until the database and the upstream agree that nothing goes on.
+/// Waits until neither the database nor the upstream has unfinished work.
 pub(super) async fn quiet(world: &World) {
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     let deleting = "SELECT count(*) FROM threads WHERE lifecycle = 'deleting'";
     let database = &world.scene.database;
-    // What failed is tried again after a while, and what the dead had claimed when their claim is over. That is now.
-    database.age_looks(Duration::from_mins(5)).await;
+    // Failed work is retried after a while. Work that a dead replica had leased waits for the end
+    // of the lease. Both are due now.
+    database.age_due_times(Duration::from_mins(5)).await;
     let begun = Instant::now();
     loop {
         let left = (
@@ -51,7 +52,7 @@ pub(super) async fn quiet(world: &World) {
     }
 }
 
-/// What was said is what was acknowledged, here and upstream.
+/// Checks that transcript and upstream thread contain exactly a user's acknowledged messages.
 pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     let scope = &user.talk.scope;
     let fault = |what: String| world.fault(Teller::User(user.number), what);
@@ -60,7 +61,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     let upstream = thread["upstream_thread_id"].as_str().unwrap_or_default();
     let there = joined(world.scene.simulator.thread_history(upstream).into_iter());
     let here = transcript(gateway, scope).await;
-    // A fresh thread begins upstream with the last that was said in the one before.
+    // After a rollover, the upstream thread begins with the last messages of the thread before.
     let is_same = if thread["previous_thread"].is_string() {
         there.ends_with(&here)
     } else {
@@ -68,7 +69,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
     };
     if !is_same {
         fault(format!(
-            "the transcript is not what the upstream has: {}",
+            "transcript and upstream thread differ: {}",
             difference(&here, &there)
         ));
     }
@@ -105,7 +106,8 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
         }
         if sent.is_erased(user.deletions()) {
             world.count("messages: erased");
-            // A response that was cut off before its id was heard can be deleted by nobody, and the receipt tells of it.
+            // A response that was cut off before its id arrived cannot be deleted by anybody. The
+            // receipt of the deletion says so.
             let left = world.scene.simulator.holds_text(&sent.plan.token);
             let left: Vec<&String> = left
                 .iter()
@@ -119,7 +121,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
             }
         }
         if sent.fate == Fate::Unknown && !places.is_empty() {
-            world.count("messages: unknown, and taken");
+            world.count("messages: unknown, and accepted");
         }
         let (Some(run), [message]) = (run, places.as_slice()) else {
             continue;
@@ -144,10 +146,11 @@ fn is_of(message: &Value, sent: &Sent) -> bool {
     message["role"] == "user" && text_of(message).contains(&sent.plan.token)
 }
 
-/// How many times a message may be in the transcript.
+/// Returns how many times a message may be in the transcript.
 fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
     let mut expected = match sent.fate {
-        // A request of one who does not wait may have come after the deletion, if it was not answered.
+        // A hectic user does not wait, so an unanswered request may have arrived after the
+        // deletion.
         _ if sent.generation < user.deletions()
             && sent.had_silence
             && user.habit == Habit::Hectic =>
@@ -157,14 +160,14 @@ fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
         _ if sent.generation < user.deletions() => vec![0],
         Fate::Acknowledged => match run {
             Some(run) if run["run"]["rolled_back"] == true => vec![0],
-            // Refused once it had its turn: something held the upstream thread.
+            // The run was refused when it started: something else held the upstream thread.
             Some(run)
                 if run["run"]["error"]["code"] == "upstream_busy"
                     && sent.plan.strategy == "reject" =>
             {
                 vec![0]
             }
-            // Whether another one rolled it back is not known.
+            // Whether another run rolled this one back is not known.
             None if !user.habit.is_orderly() => vec![0, 1],
             _ => vec![1],
         },
@@ -178,7 +181,7 @@ fn expected(user: &User, sent: &Sent, run: Option<&Value>) -> Vec<usize> {
     expected
 }
 
-/// The run is final, has its reply, and showed its readers what it said.
+/// Checks that the run is final, has one reply, and showed its text to its reader.
 fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Value]) {
     let (run, token) = (&answer["run"], &sent.plan.token);
     let fault = |what: String| world.fault(Teller::User(user.number), what);
@@ -197,7 +200,7 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
         if replies != 1 {
             fault(format!("{token}: {replies} replies in the transcript"));
         }
-        // One that was merged into another's run is answered with that one.
+        // A message that was merged into another's run gets that run's reply.
         if !text.contains(token) && user.habit.is_orderly() {
             fault(format!("{token}: the reply of another message: {text}"));
         }
@@ -205,32 +208,32 @@ fn check_run(world: &World, user: &User, sent: &Sent, answer: &Value, said: &[Va
     let Some(seen) = &sent.seen else { return };
     if seen.end.as_deref() != Some(&*format!("run.{status}")) {
         fault(format!(
-            "{token}: its reader saw {:?}, it is {status}",
+            "{token}: its reader saw the end {:?}, the run is {status}",
             seen.end
         ));
     }
     if status == "completed" && seen.message.as_deref() != Some(&text) {
         fault(format!(
-            "{token}: its reader was told {:?}, it said {text:?}",
+            "{token}: its reader got the message {:?}, the transcript has {text:?}",
             seen.message
         ));
     }
-    // One that was to stop and was done before tells what it had not shown with its message.
+    // A run that completed before its Stop may show the rest of its text only in its message.
     let is_whole = status == "completed" && !matches!(sent.plan.whim, Whim::Stops(_));
     if is_whole && seen.text != text {
         fault(format!(
-            "{token}: its reader saw {:?}, it said {text:?}",
+            "{token}: its reader saw the text {:?}, the transcript has {text:?}",
             seen.text
         ));
     } else if !seen.text.starts_with(&text) && !text.starts_with(&seen.text) {
         fault(format!(
-            "{token}: its reader saw {:?}, which is no part of {text:?}",
+            "{token}: its reader saw the text {:?}, which is no part of {text:?}",
             seen.text
         ));
     }
 }
 
-/// Who comes late sees the same as who was there.
+/// Checks that a late reader sees the same events as the first one.
 async fn read_again(world: &World, gateway: &Gateway, user: &User) {
     let followed = user
         .sent
@@ -275,7 +278,7 @@ async fn read_again(world: &World, gateway: &Gateway, user: &User) {
     }
 }
 
-/// The first line in which both differ, with those around it.
+/// Returns the first line in which the two differ, with the lines around it.
 fn difference(here: &[Line], there: &[Line]) -> String {
     let first = here
         .iter()
@@ -292,11 +295,12 @@ fn difference(here: &[Line], there: &[Line]) -> String {
     )
 }
 
-/// Nothing is left in the database that nobody owns, and nothing upstream that nobody names.
-pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
+/// Checks that the database has no rows without an owner, and the upstream no threads without a
+/// name here.
+pub(super) async fn nothing_left(world: &World, replicas: usize) {
     let database = &world.scene.database;
-    // An intent that nobody heard of again is left alone for ten minutes.
-    database.age_looks(Duration::from_mins(11)).await;
+    // The janitor leaves an unacknowledged creation alone for ten minutes.
+    database.age_due_times(Duration::from_mins(11)).await;
     let owed =
         "SELECT count(*) FROM upstream_orphans WHERE due_at IS NOT NULL OR upstream_id IS NULL";
     let named = "SELECT upstream_thread_id FROM threads WHERE upstream_thread_id IS NOT NULL";
@@ -306,14 +310,14 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
         let there: BTreeSet<String> = world.scene.upstream_threads().into_iter().collect();
         let owed = database.number(owed).await;
         if named == there && owed == 0 {
-            world.took("until all was cleaned up", begun.elapsed());
+            world.took("until all upstream orphans were deleted", begun.elapsed());
             break;
         }
         if begun.elapsed() > QUIET {
             let nameless: Vec<_> = there.difference(&named).collect();
             let missing: Vec<_> = named.difference(&there).collect();
             let what = format!(
-                "{owed} orphans; upstream threads without a name {nameless:?}, missing {missing:?}"
+                "{owed} orphans; upstream threads without an owner {nameless:?}, missing {missing:?}"
             );
             world.fault(Teller::Nobody, what);
             break;
@@ -323,18 +327,18 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     let living = i64::try_from(replicas).unwrap();
     let none: [(&str, i64, &str); 8] = [
         (
-            "living replicas",
+            "live replicas",
             living,
             "SELECT count(*) FROM replicas WHERE expires_at > now()",
         ),
         (
-            "unsettled messages",
+            "messages that the upstream may lack",
             0,
             "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
             WHERE t.lifecycle = 'current' AND m.upstream_sync IN ('missing', 'unknown')",
         ),
         (
-            "threads with a backlog or a unsettled_run",
+            "threads with unsynced messages or an unsettled run",
             0,
             "SELECT count(*) FROM threads WHERE lifecycle = 'current' AND (unsynced_messages > 0 OR unsettled_run IS NOT NULL)",
         ),
@@ -351,13 +355,13 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
             WHERE run_count <> (SELECT count(*) FROM runs r WHERE r.thread_id = t.id)",
         ),
         (
-            "messages of no run",
+            "messages of a missing run",
             0,
             "SELECT count(*) FROM messages m \
             WHERE m.run_id IS NOT NULL AND NOT EXISTS (SELECT FROM runs r WHERE r.id = m.run_id)",
         ),
         (
-            "runs with something left to send",
+            "runs with tool outputs or calls left",
             0,
             "SELECT count(*) FROM runs WHERE tool_outputs IS NOT NULL OR required_action IS NOT NULL",
         ),
@@ -381,7 +385,7 @@ pub(super) async fn unsettled_runs(world: &World, replicas: usize) {
     upstream(world);
 }
 
-/// What the upstream has seen of all of them together.
+/// Checks the counters of the upstream, which concern all users.
 fn upstream(world: &World) {
     let stats = world.scene.simulator.stats();
     let seen = [
@@ -405,7 +409,7 @@ fn upstream(world: &World) {
             );
         }
     }
-    // What answers function calls is another request of the same run.
+    // Tool outputs are another request of the same run.
     let answered = world
         .scene
         .simulator

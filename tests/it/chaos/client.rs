@@ -1,4 +1,4 @@
-//! A user's client: it takes whatever answer or silence it gets, and tries again what may be tried again.
+//! A user's client. It accepts any answer or silence, and repeats what is safe to repeat.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,9 +11,9 @@ use super::world::{Teller, World};
 use crate::support::contract;
 use crate::support::gateway::{Answer, EventReader};
 
-/// How long an answer is waited for.
+/// Longest wait for an answer.
 const ATTEMPT: Duration = Duration::from_secs(12);
-/// How long anything is tried again. No outage is half as long.
+/// Longest time for which a request is repeated. It is more than twice the longest outage.
 pub(super) const PERSEVERANCE: Duration = Duration::from_mins(2);
 
 pub(super) struct Client {
@@ -22,16 +22,17 @@ pub(super) struct Client {
     http: reqwest::Client,
 }
 
-/// What came of one request.
+/// The result of one request.
 pub(super) enum Reply {
-    /// Nothing, or half of something: what it did is not known.
+    /// No answer, or a part of one. What the request did is not known.
     Broken(String),
     Stream(EventReader),
     Answer(Answer),
 }
 
 impl Client {
-    /// `keeps_alive`: connections are used again, so that its requests mostly reach the same replica.
+    /// Makes a client. With `keeps_alive` it reuses connections, so that most requests reach the
+    /// same replica.
     pub(super) fn new(world: Arc<World>, user: usize, keeps_alive: bool) -> Self {
         let http = reqwest::Client::builder()
             .no_proxy()
@@ -75,7 +76,7 @@ impl Client {
             let text = response.text().await?;
             if let Err(error) = contract::checked(&method, &path, status, &headers, Some(&text)) {
                 self.fault(format!(
-                    "{method} {path} is answered against the contract: {error}"
+                    "{method} {path}: the answer breaks the OpenAPI document: {error}"
                 ));
             }
             let body = serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text));
@@ -96,7 +97,7 @@ impl Client {
         reply
     }
 
-    /// What no answer may be, whatever happens.
+    /// Checks that an answer is one that may occur during faults.
     fn judge(&self, answer: &Answer) {
         let status = answer.status;
         let kind = answer.body["type"]
@@ -111,17 +112,17 @@ impl Client {
         if status == StatusCode::INTERNAL_SERVER_ERROR
             || (status.is_client_error() && kind.is_empty())
         {
-            self.fault(format!("an answer that must not be: {answer:?}"));
+            self.fault(format!("unexpected answer: {answer:?}"));
         }
         if status == StatusCode::SERVICE_UNAVAILABLE && !answer.headers.contains_key("retry-after")
         {
-            self.fault(format!("503 without a hint when to come back: {answer:?}"));
+            self.fault(format!("503 without Retry-After: {answer:?}"));
         }
     }
 
-    /// Asks until there is an answer that is none of an unavailable service. For what may be repeated. `None`: there
-    /// never was one.
-    pub(super) async fn insist(
+    /// Repeats a request until its answer is not that of an unavailable service. The request must
+    /// be safe to repeat. Returns `None` if there never was such an answer.
+    pub(super) async fn retry_until_answered(
         &self,
         what: &str,
         request: impl Fn() -> RequestBuilder,
@@ -132,11 +133,11 @@ impl Client {
                 Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
                     return Some(answer);
                 }
-                // A failure of the run, which is all that will ever be said.
+                // The run failed. No later answer will say more.
                 Reply::Answer(answer) if answer.body["run_id"].is_string() => return Some(answer),
                 Reply::Answer(_) | Reply::Broken(_) => self.pause().await,
                 Reply::Stream(_) => {
-                    self.fault(format!("{what}: a stream that nobody asked for"));
+                    self.fault(format!("{what}: an unrequested stream"));
                     return None;
                 }
             }
@@ -146,17 +147,18 @@ impl Client {
     }
 
     pub(super) async fn get(&self, path: &str) -> Option<Answer> {
-        self.insist(path, || self.request(Method::GET, path)).await
+        self.retry_until_answered(path, || self.request(Method::GET, path))
+            .await
     }
 
-    /// Before something is tried again.
+    /// Waits before a request is repeated.
     pub(super) async fn pause(&self) {
         let time = rand::rng().random_range(50..400);
         sleep(Duration::from_millis(time)).await;
     }
 }
 
-/// What is at the bottom of an error: the rest says only that a request failed.
+/// Returns the innermost cause of an error. The outer ones only say that a request failed.
 fn innermost(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {

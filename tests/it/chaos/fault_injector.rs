@@ -1,4 +1,4 @@
-//! What goes wrong: processes, connections and the database, at random.
+//! The fault injector: it disturbs processes, connections and the database at random.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +15,12 @@ use super::world::{Teller, World};
 use crate::support::cluster::Stop;
 use crate::support::link::{Valve, Weather};
 
-/// How bad it gets.
+/// Frequency and length of the faults.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Temper {
-    /// The mean pause between two actions.
+    /// Mean pause between two faults.
     pub(super) pause: Duration,
-    /// The longest time without the database.
+    /// Longest time without the database.
     pub(super) longest_outage: Duration,
 }
 
@@ -28,27 +28,27 @@ pub(super) struct Temper {
 enum Action {
     Kill,
     Stop,
-    /// For longer than a session.
+    /// Freezes a replica for longer than its session lasts.
     Freeze,
-    /// For less.
+    /// Freezes a replica for less than its session lasts.
     Hiccup,
-    /// Connections of clients with a replica.
+    /// Cuts the connections between clients and a replica.
     CutClients,
     DelayClients,
-    /// Connections of a replica with the database.
+    /// Cuts the connections between a replica and the database.
     CutDatabase,
     DelayDatabase,
-    /// A replica without the database: nothing passes, and nobody is told.
+    /// Swallows everything between a replica and the database. The connections stay open.
     LoseDatabase,
-    /// The same, and it is told.
+    /// Refuses connections from a replica to the database.
     RefuseDatabase,
     CutUpstream,
     UpstreamFault,
-    /// The database's server is gone for a while.
+    /// Stops the database's server for a while.
     Outage,
-    /// It is started anew.
+    /// Restarts the database's server.
     Restart,
-    /// The database is slow for all.
+    /// Delays everything between all replicas and the database.
     SlowDatabase,
 }
 
@@ -79,7 +79,7 @@ const UPSTREAM_FAULTS: [(&str, &str); 6] = [
     ("any", "latency=200ms"),
 ];
 
-/// Does its actions until it is over, then puts everything right.
+/// Injects faults until the run is over, then repairs everything.
 pub(super) async fn work(world: Arc<World>, temper: Temper) {
     let mut rng = StdRng::seed_from_u64(world.seed);
     let mut actions = JoinSet::new();
@@ -120,7 +120,7 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
                 actions.spawn(slow_all(Arc::clone(&world), part));
             }
             _ => {
-                // One replica is left alone, or there would be nothing to see.
+                // One replica always stays undisturbed. Otherwise no work would be done.
                 let busy = (0..world.fleet.len())
                     .filter(|place| world.fleet.try_lock(*place).is_none())
                     .count();
@@ -142,10 +142,10 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
 }
 
 fn log(world: &World, what: String) {
-    world.tell(Teller::Monkey, what);
+    world.tell(Teller::FaultInjector, what);
 }
 
-/// Some time, up to the most.
+/// Returns a time between `least` and `most`.
 fn part_of(least: Duration, most: Duration, part: f64) -> Duration {
     least + (most.saturating_sub(least)).mul_f64(part)
 }
@@ -220,7 +220,7 @@ async fn trouble_one(world: &Arc<World>, replica: &mut Replica, action: Action, 
     log(world, format!("{what} is over"));
 }
 
-/// The server is away, or starts anew, or is slow.
+/// Stops, restarts or slows the database's server.
 async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Temper) {
     let Ok(mut server) = Arc::clone(&world.server).try_write_owned() else {
         return;
@@ -230,7 +230,7 @@ async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Tempe
         Action::Restart => Duration::ZERO,
         _ => part_of(Duration::from_millis(300), temper.longest_outage, part),
     };
-    // One that crashes is more interesting than one that says goodbye.
+    // A crash occurs more often, since it is harder to survive than an orderly stop.
     let how = if part < 0.3 {
         Stop::Fast
     } else {
@@ -250,7 +250,7 @@ async fn trouble_all(world: Arc<World>, action: Action, part: f64, temper: Tempe
     log(&world, format!("the database: {action:?} is over"));
 }
 
-/// The way to it is long for all replicas, or for those that are in no other trouble: these have theirs.
+/// Delays the database for all replicas without another fault.
 async fn slow_all(world: Arc<World>, part: f64) {
     let held: Vec<_> = (0..world.fleet.len())
         .filter_map(|place| world.fleet.try_lock(place))
@@ -284,18 +284,18 @@ async fn during(valve: &Valve, weather: Weather, time: Duration) {
     valve.set(Weather::default());
 }
 
-/// A process that was asked to stop has done so in time, whatever else was the matter.
+/// Checks that a process ended with 0 and within its bound after it was asked to.
 pub(super) fn check_stop(world: &World, process: &str, stopped: &Stopped) {
     world.took("stop", stopped.took);
     if !stopped.status.success() {
         world.fault(
-            Teller::Monkey,
+            Teller::FaultInjector,
             format!("{process} was stopped and ended with {}", stopped.status),
         );
     }
     if stopped.took > GRACE + LAST_WORDS {
         world.fault(
-            Teller::Monkey,
+            Teller::FaultInjector,
             format!("{process} took {:?} to stop", stopped.took),
         );
     }

@@ -1,4 +1,5 @@
-//! Three replicas of the real binary, each with its own clock and its own ways to the database and the upstream.
+//! Three replicas of the real binary. Each has its own clock and its own links to database and
+//! upstream.
 
 use std::fmt::Write as _;
 use std::process::ExitStatus;
@@ -13,16 +14,17 @@ use crate::support::clock;
 use crate::support::gateway::Gateway;
 use crate::support::link::Link;
 
-/// How long a replica that is silent counts as alive.
+/// Time after which a silent replica counts as dead.
 pub(super) const SESSION: Duration = Duration::from_secs(2);
 pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// What the end of a process may take beyond its grace.
+/// Longest time that the end of a process may take beyond its grace.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(10);
 
-/// Their names and how wrong their clocks are, seconds.
+/// The names of the replicas, and the error of their clocks in seconds.
 const REPLICAS: [(&str, i64); 3] = [("right", 0), ("ahead", 3600), ("behind", -3600)];
 
-/// The assistants, each at an upstream of its own kind: name, and the settings of upstream and assistant.
+/// The assistants, each at an upstream of another kind: name, settings of the upstream, settings
+/// of the assistant.
 pub(super) const ASSISTANTS: [(&str, &str, &str); 3] = [
     (
         "threads",
@@ -44,11 +46,11 @@ pub(super) const ASSISTANTS: [(&str, &str, &str); 3] = [
 pub(super) struct Fleet {
     pub(super) balancer: Balancer,
     replicas: Vec<Arc<AsyncMutex<Replica>>>,
-    /// What processes that have ended had logged.
+    /// The logs of processes that have ended, by process.
     logs: Mutex<Vec<(String, Vec<String>)>>,
 }
 
-/// A place for one process after the other.
+/// A replica, which is one process after the other.
 pub(super) struct Replica {
     pub(super) place: usize,
     pub(super) name: &'static str,
@@ -59,16 +61,16 @@ pub(super) struct Replica {
     processes: usize,
 }
 
-/// How a process ended that was asked to.
+/// How a process ended after it was asked to.
 pub(super) struct Stopped {
     pub(super) status: ExitStatus,
     pub(super) took: Duration,
-    /// Its log, for the line that says what was left.
+    /// The log, which has a line about the work that was left.
     pub(super) log: Vec<String>,
 }
 
 impl Fleet {
-    /// Starts all of them.
+    /// Starts all replicas.
     pub(super) async fn start(database: &str, upstream: &str) -> Self {
         let mut replicas = Vec::new();
         for (place, (name, clock)) in REPLICAS.into_iter().enumerate() {
@@ -100,17 +102,17 @@ impl Fleet {
         self.replicas.len()
     }
 
-    /// The replica, once nobody else does something with its process.
+    /// Waits until no other task holds this replica's process, and takes it.
     pub(super) async fn lock(&self, place: usize) -> OwnedMutexGuard<Replica> {
         Arc::clone(&self.replicas[place]).lock_owned().await
     }
 
-    /// The replica, if nobody does something with its process.
+    /// Takes the replica, unless another task holds its process.
     pub(super) fn try_lock(&self, place: usize) -> Option<OwnedMutexGuard<Replica>> {
         Arc::clone(&self.replicas[place]).try_lock_owned().ok()
     }
 
-    /// Starts a process, and lets the balancer know.
+    /// Starts a process and tells the balancer its address.
     pub(super) async fn launch(&self, replica: &mut Replica) {
         let folder = TempDir::new().unwrap();
         let file = folder.path().join("gateway.toml");
@@ -127,14 +129,14 @@ impl Fleet {
         replica.processes += 1;
     }
 
-    /// SIGKILL. The balancer finds out by itself.
+    /// Sends SIGKILL. The balancer must find out by itself.
     pub(super) fn kill(&self, replica: &mut Replica) {
         let gateway = replica.gateway.take().unwrap();
-        self.bury(replica, gateway.logs());
+        self.keep_log(replica, gateway.logs());
         gateway.kill();
     }
 
-    /// SIGTERM, and the end.
+    /// Sends SIGTERM and waits for the end.
     pub(super) async fn stop(&self, replica: &mut Replica) -> Stopped {
         let mut gateway = replica.gateway.take().unwrap();
         let begun = Instant::now();
@@ -143,15 +145,15 @@ impl Fleet {
         let took = begun.elapsed();
         self.balancer.set(replica.place, None);
         let log = gateway.logs();
-        self.bury(replica, log.clone());
+        self.keep_log(replica, log.clone());
         Stopped { status, took, log }
     }
 
-    fn bury(&self, replica: &Replica, log: Vec<String>) {
+    fn keep_log(&self, replica: &Replica, log: Vec<String>) {
         self.logs.lock().unwrap().push((replica.process(), log));
     }
 
-    /// All that was logged, by process.
+    /// Returns the logs of all processes, by process.
     pub(super) async fn logs(&self) -> Vec<(String, Vec<String>)> {
         let mut logs = self.logs.lock().unwrap().clone();
         for place in 0..self.len() {
@@ -168,17 +170,17 @@ impl Fleet {
 }
 
 impl Replica {
-    /// Of the place, while there is one.
+    /// The running process of this replica.
     pub(super) fn gateway(&self) -> &Gateway {
         self.gateway.as_ref().unwrap()
     }
 
-    /// Its name in reports.
+    /// The process's name in reports.
     pub(super) fn process(&self) -> String {
         format!("{}-{}", self.name, self.processes)
     }
 
-    /// Open files and sockets of the process.
+    /// Returns the number of the process's open files and sockets.
     pub(super) fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.gateway().id()))
             .unwrap()
@@ -197,7 +199,7 @@ fn config(database: &str, upstream: &str) -> String {
         SESSION.as_millis(),
     );
     for (name, kind, assistant) in ASSISTANTS {
-        // The first one answers where a message names none, which none does.
+        // The default assistant answers messages that name none. No message here names none.
         let assistant_name = if name == ASSISTANTS[0].0 {
             "default"
         } else {

@@ -1,4 +1,5 @@
-//! One message: what is asked for, how often, and what is known of it in the end.
+//! One message: what it asks for, what its user does meanwhile, and what is known of it in the
+//! end.
 
 use std::time::Duration;
 
@@ -9,18 +10,18 @@ use serde_json::{Value, json};
 
 use super::seen::Seen;
 
-/// How the answer is to come.
+/// The form of answer that the client asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Form {
-    /// When all is done.
+    /// JSON when the run has ended.
     Json,
-    /// After a second at the latest.
+    /// JSON after a second at the latest.
     Wait,
-    /// At once.
+    /// JSON at once.
     Async,
-    /// As a stream, asked for in the body.
+    /// A stream, which the body asks for.
     Stream,
-    /// The same, asked for in a header.
+    /// A stream, which a header asks for.
     Accept,
 }
 
@@ -28,18 +29,18 @@ pub(super) enum Form {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Whim {
     None,
-    /// Leaves the stream after so many events, and comes back.
+    /// Leaves the stream after this many events, and returns.
     Leaves(usize),
-    /// Presses Stop after so many events.
+    /// Presses Stop after this many events.
     Stops(usize),
     /// Never answers function calls.
     Forgets,
 }
 
-/// A message as it is meant.
+/// A message before it is sent.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// Found nowhere else.
+    /// A text that occurs nowhere else.
     pub(super) token: String,
     pub(super) key: Option<String>,
     pub(super) form: Form,
@@ -50,7 +51,7 @@ pub(super) struct Plan {
     assistant: &'static str,
 }
 
-/// Whether it was taken, as far as its sender knows.
+/// Whether the message was accepted, as far as its sender knows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Fate {
     Acknowledged,
@@ -58,22 +59,22 @@ pub(super) enum Fate {
     Unknown,
 }
 
-/// What is known of a message that was sent.
+/// What is known of a sent message.
 #[derive(Debug)]
 pub(super) struct Sent {
     pub(super) plan: Plan,
     pub(super) fate: Fate,
-    /// At least one request had no answer.
+    /// At least one request got no answer.
     pub(super) had_silence: bool,
     pub(super) run: Option<String>,
-    /// Of who followed it to its end.
+    /// What the reader saw that followed the run to its end.
     pub(super) seen: Option<Seen>,
-    /// How many deletions its user had asked for before.
+    /// Number of deletions that the user had requested before.
     pub(super) generation: usize,
 }
 
 impl Plan {
-    /// The `number`-th message of a user.
+    /// Makes the `number`-th message of a user.
     pub(super) fn new(
         rng: &mut StdRng,
         user: usize,
@@ -126,7 +127,7 @@ impl Plan {
         plan
     }
 
-    /// A plain message that has to be answered.
+    /// Makes a plain message that must be answered.
     pub(super) fn plain(user: usize, number: usize, assistant: &'static str) -> Self {
         Self {
             token: format!("<{user}.{number}>"),
@@ -145,7 +146,7 @@ impl Plan {
         self
     }
 
-    /// Its sender only wants to know that it was taken, and asks until that is known.
+    /// Changes the message so that its sender only asks until it knows that it was accepted.
     pub(super) fn handed_in(self) -> Self {
         let key = format!("key-of-{}", self.token);
         Self {
@@ -159,7 +160,8 @@ impl Plan {
         matches!(self.form, Form::Stream | Form::Accept)
     }
 
-    /// The same each time, or a key would be refused.
+    /// The request's body. It is the same for each repeat, since a key with another body is
+    /// refused.
     pub(super) fn body(&self) -> Value {
         let directives = if self.directives.is_empty() {
             String::new()
@@ -180,7 +182,7 @@ impl Plan {
         body
     }
 
-    /// For stories.
+    /// A description for the report.
     pub(super) fn describe(&self) -> String {
         format!(
             "{} {:?} {:?} {} key={:?} [{}]",
@@ -201,7 +203,8 @@ impl Sent {
         }
     }
 
-    /// All that was sent of it came before the last of so many deletions, and so nothing of it is anywhere.
+    /// Whether all requests with this message arrived before the last of `deletions`. Nothing of
+    /// it may remain then.
     pub(super) fn is_erased(&self, deletions: usize) -> bool {
         self.generation < deletions && !self.had_silence
     }

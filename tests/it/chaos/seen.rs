@@ -1,4 +1,4 @@
-//! What one reader has seen of a run, over all the connections that it took.
+//! What one reader has seen of a run, over all its connections.
 
 use serde_json::Value;
 
@@ -9,16 +9,16 @@ pub(super) struct Seen {
     pub(super) run: Option<String>,
     /// The number of the last event.
     pub(super) last: Option<i64>,
-    /// The deltas, put together.
+    /// The text of all deltas.
     pub(super) text: String,
-    /// The text of the message that was shown as completed.
+    /// The text of the completed message that was shown.
     pub(super) message: Option<String>,
-    /// Name of the last event of the run.
+    /// The name of the run's last event.
     pub(super) end: Option<String>,
 }
 
 impl Seen {
-    /// The next event, or what is wrong with it.
+    /// Adds the next event. The error says what is wrong with it.
     pub(super) fn take(&mut self, event: &Event) -> Result<(), String> {
         let wrong = |what: &str| {
             Err(format!(
@@ -39,10 +39,10 @@ impl Seen {
             return wrong("an event of another run");
         }
         if self.last.is_some_and(|last| last >= number) {
-            return wrong("an event whose number was told before");
+            return wrong("an event with an earlier number");
         }
         if self.message.is_some() && !is_end(&event.name) {
-            return wrong("more after the message");
+            return wrong("an event after the completed message");
         }
         match event.name.as_str() {
             "message.delta" => self.text += event.data["text"].as_str().unwrap_or_default(),
@@ -56,7 +56,7 @@ impl Seen {
         Ok(())
     }
 
-    /// As a client that reconnects tells it.
+    /// The `Last-Event-ID` of a client that reconnects.
     pub(super) fn last_event_id(&self) -> Option<String> {
         Some(format!("{}:{}", self.run.as_ref()?, self.last?))
     }
@@ -73,7 +73,7 @@ fn is_end(name: &str) -> bool {
     .contains(&name)
 }
 
-/// All text of a message.
+/// Returns the whole text of a message.
 pub(super) fn text_of(message: &Value) -> String {
     let parts = message["content"].as_array().into_iter().flatten();
     parts.filter_map(|part| part["text"].as_str()).collect()

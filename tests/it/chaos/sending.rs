@@ -1,4 +1,4 @@
-//! Sending a message until its fate is known, and following its run to the end.
+//! Sends a message until its fate is known, and follows its run to the end.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,20 @@ use super::message::{Fate, Form, Plan, Sent, Whim};
 use super::seen::Seen;
 use crate::support::gateway::{Answer, EventReader};
 
-/// A stream that says nothing for so long is broken: it has something to say every second.
+/// Silence after which a stream counts as broken. The gateway sends something every second.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// How a look at a stream ended.
+/// Why reading a stream ended.
 enum Look {
     /// The run has ended.
     End,
-    /// It asks for these function calls.
+    /// The run asks for these function calls.
     Asked(Value),
-    /// Its reader has had enough.
+    /// The reader leaves.
     Left,
-    /// The connection is gone, or is of no use any more.
+    /// The connection is gone, or of no further use.
     Broken,
-    /// There is no such run any more.
+    /// The run does not exist any more.
     Gone,
 }
 
@@ -32,12 +32,12 @@ enum Look {
 pub(super) struct Conversation {
     pub(super) client: Client,
     pub(super) scope: String,
-    /// It may be deleted at any time from now on.
+    /// The conversation may be deleted at any time from now on.
     pub(super) may_be_deleted: bool,
 }
 
 impl Conversation {
-    /// Sends a message, and again where that is harmless, and stays with its run to the end.
+    /// Sends a message, repeats it where that is safe, and follows its run to the end.
     pub(super) async fn send(&self, plan: Plan, generation: usize) -> Sent {
         let client = &self.client;
         client.tell(format!("sends {}", plan.describe()));
@@ -49,7 +49,7 @@ impl Conversation {
             attempts += 1;
             match client.ask(self.request(&sent.plan)).await {
                 Reply::Broken(why) => {
-                    client.tell(format!("{} has no answer: {why}", sent.plan.token));
+                    client.tell(format!("{} got no answer: {why}", sent.plan.token));
                     sent.had_silence = true;
                 }
                 Reply::Stream(reader) => {
@@ -58,7 +58,7 @@ impl Conversation {
                         break;
                     }
                     client.tell(format!(
-                        "{} broke off before its run was told",
+                        "the stream of {} broke off before it named the run",
                         sent.plan.token
                     ));
                 }
@@ -93,7 +93,7 @@ impl Conversation {
         sent
     }
 
-    /// Sends a message, and again until its fate is known. What becomes of its run is not waited for.
+    /// Sends a message until its fate is known. Does not wait for its run.
     pub(super) async fn hand_in(&self, plan: Plan, generation: usize) -> Sent {
         let client = &self.client;
         client.tell(format!("hands in {}", plan.describe()));
@@ -103,23 +103,19 @@ impl Conversation {
         while begun.elapsed() < PERSEVERANCE {
             match client.ask(self.request(&sent.plan)).await {
                 Reply::Answer(answer) => {
-                    client.tell(format!(
-                        "{} is answered {}",
-                        sent.plan.token,
-                        brief(&answer)
-                    ));
+                    client.tell(format!("answer to {}: {}", sent.plan.token, brief(&answer)));
                     sent.run = answer.body["run"]["id"].as_str().map(str::to_owned);
                     match answer.status.as_u16() {
                         200 | 202 => sent.fate = Fate::Acknowledged,
                         409 | 429 => sent.fate = Fate::Refused,
-                        // It was taken, and has ended meanwhile.
+                        // The message was accepted, and its run has ended meanwhile.
                         502..=504 if answer.body["run_id"].is_string() => {
                             sent.fate = Fate::Acknowledged
                         }
                         503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
                         _ => {
                             client.fault(format!(
-                                "{} is answered {}",
+                                "unexpected answer to {}: {}",
                                 sent.plan.token,
                                 brief(&answer)
                             ));
@@ -129,7 +125,7 @@ impl Conversation {
                     }
                 }
                 Reply::Broken(_) => sent.had_silence = true,
-                Reply::Stream(_) => client.fault("a stream that nobody asked for"),
+                Reply::Stream(_) => client.fault("an unrequested stream"),
             }
             if sent.fate != Fate::Unknown {
                 return sent;
@@ -156,11 +152,12 @@ impl Conversation {
         }
     }
 
-    /// `false`: it should be sent again, if it can be.
+    /// Handles the answer to a message. Returns `false` if the message should be sent again where
+    /// that is safe.
     async fn answered(&self, sent: &mut Sent, answer: &Answer) -> bool {
         let token = sent.plan.token.clone();
         self.client
-            .tell(format!("{token} is answered {}", brief(answer)));
+            .tell(format!("answer to {token}: {}", brief(answer)));
         if answer.headers.contains_key("idempotent-replayed") {
             self.client.world.count("messages: replayed");
         }
@@ -175,12 +172,13 @@ impl Conversation {
                 self.stay(sent, answer).await;
                 true
             }
-            // Another run was unfinished, or something held the upstream thread. Then nothing of it is kept.
+            // Another run was unfinished, or something else held the upstream thread. The gateway
+            // keeps nothing of the message then.
             409 | 429 => {
                 sent.fate = Fate::Refused;
                 true
             }
-            // It was taken, and this is what became of it.
+            // The message was accepted, and the answer is the failure of its run.
             502..=504 if run.is_some() => {
                 sent.fate = Fate::Acknowledged;
                 sent.run = run;
@@ -195,17 +193,15 @@ impl Conversation {
                 true
             }
             _ => {
-                self.client.fault(format!(
-                    "{token} has an answer that must not be: {}",
-                    brief(answer)
-                ));
+                self.client
+                    .fault(format!("unexpected answer to {token}: {}", brief(answer)));
                 sent.had_silence = true;
                 true
             }
         }
     }
 
-    /// Sees a run to its end whose message was answered.
+    /// Follows the run of an answered message to its end.
     async fn stay(&self, sent: &mut Sent, answer: &Answer) {
         let status = answer.body["run"]["status"].as_str().unwrap_or_default();
         if status == "requires_action" && sent.plan.whim != Whim::Forgets {
@@ -217,7 +213,7 @@ impl Conversation {
         {
             self.stop(sent).await;
         }
-        // Some read the events, some only ask for the end.
+        // Some clients read the events, others only poll for the end.
         if sent.plan.form == Form::Async {
             let seen = Seen {
                 run: sent.run.clone(),
@@ -254,13 +250,16 @@ impl Conversation {
     fn is_gone(&self, answer: &Answer) -> bool {
         let is_gone = answer.status == StatusCode::NOT_FOUND;
         if is_gone && !self.may_be_deleted {
-            self.client
-                .fault(format!("something is gone: {}", brief(answer)));
+            self.client.fault(format!(
+                "something that exists was not found: {}",
+                brief(answer)
+            ));
         }
         is_gone
     }
 
-    /// Follows a run to its end over as many connections as it takes. `false`: which run it is was never told.
+    /// Follows a run to its end over any number of connections. Returns `false` if the client
+    /// never learned which run it is.
     async fn follow(
         &self,
         sent: &mut Sent,
@@ -308,7 +307,7 @@ impl Conversation {
                     if seen.run.is_none() {
                         return false;
                     }
-                    client.world.count("streams: taken up again");
+                    client.world.count("streams: resumed");
                     client.tell(format!(
                         "the stream of {} broke after {:?}",
                         sent.plan.token,
@@ -321,7 +320,8 @@ impl Conversation {
         true
     }
 
-    /// Asks any replica for the events after those that were seen. `None`: the reader is set, or shall be tried again.
+    /// Asks any replica for the events after the last one seen. Returns `None` if `reader` is set
+    /// now, or the caller should try again.
     async fn reopen(&self, seen: &Seen, reader: &mut Option<EventReader>) -> Option<Look> {
         let path = format!("{}/runs/{}/events", self.scope, seen.run.as_ref()?);
         let mut request = self.client.request(Method::GET, &path);
@@ -332,17 +332,15 @@ impl Conversation {
             Reply::Stream(stream) => *reader = Some(stream),
             Reply::Answer(answer) if answer.status == StatusCode::NO_CONTENT => {
                 self.client.fault(format!(
-                    "{path} ended for one who saw {:?}, not the end",
+                    "{path}: the stream has ended for a reader that saw {:?} last, and not the end",
                     seen.last
                 ));
                 return Some(Look::Gone);
             }
             Reply::Answer(answer) if self.is_gone(&answer) => return Some(Look::Gone),
             Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                self.client.fault(format!(
-                    "{path} has an answer that must not be: {}",
-                    brief(&answer)
-                ));
+                self.client
+                    .fault(format!("unexpected answer to {path}: {}", brief(&answer)));
                 return Some(Look::Gone);
             }
             Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -350,7 +348,7 @@ impl Conversation {
         None
     }
 
-    /// Reads until something is to be done.
+    /// Reads events until the caller has to act. Returns why.
     async fn read(&self, seen: &mut Seen, reader: &mut EventReader, whim: Whim) -> Option<Look> {
         let mut events = 0;
         loop {
@@ -363,7 +361,9 @@ impl Conversation {
             let event = match timeout(SILENCE, reader.next_or_broken()).await {
                 Ok(Ok(Some(event))) => event,
                 Ok(Ok(None)) => {
-                    self.client.world.count("streams: ended without a word");
+                    self.client
+                        .world
+                        .count("streams: ended without an end event");
                     return Some(Look::Broken);
                 }
                 Ok(Err(_)) => return Some(Look::Broken),
@@ -391,18 +391,19 @@ impl Conversation {
         }
     }
 
-    /// The hint must lead on from where the reader is.
+    /// Checks that the hint to reconnect continues at the reader's last event.
     fn check_hint(&self, seen: &Seen, hint: &Value) {
         let Some(run) = &seen.run else { return };
         let wanted = json!({"events": format!("{}/runs/{run}/events", self.scope), "after": seen.last_event_id()});
-        // Who was not told anything by this stream is not told after what.
+        // A stream that has shown no event gives no event to continue after.
         if *hint != wanted && !(hint["after"].is_null() && hint["events"] == wanted["events"]) {
             self.client
-                .fault(format!("the hint {hint} instead of {wanted}"));
+                .fault(format!("the hint is {hint} instead of {wanted}"));
         }
     }
 
-    /// Hands a run the outputs of its calls. The stream of the rest, if there is one.
+    /// Sends a run the outputs of its calls. Returns the stream of the rest, if the answer is
+    /// one.
     async fn give(&self, sent: &Sent, calls: &Value, streams: bool) -> Option<EventReader> {
         let run = sent.run.as_ref()?;
         let path = format!("{}/runs/{run}/tool_outputs", self.scope);
@@ -412,7 +413,7 @@ impl Conversation {
             .flatten()
             .map(|call| json!({"tool_call_id": call["id"], "output": "4 °C"}))
             .collect();
-        // Its key is the same whenever it is sent again: after a wait at most one set of outputs counts.
+        // A repeat has the same key. So one set of outputs counts, however often it is sent.
         let key = format!(
             "outputs-{streams}-{}",
             calls[0]["id"].as_str().unwrap_or_default()
@@ -432,16 +433,20 @@ impl Conversation {
             };
             match self.client.ask(request).await {
                 Reply::Stream(reader) => return Some(reader),
-                // It may have ended, or have got them before.
+                // The run may have ended, or have got its outputs before.
                 Reply::Answer(answer) if [200, 202, 404, 409].contains(&answer.status.as_u16()) => {
-                    self.client
-                        .tell(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client.tell(format!(
+                        "answer to the outputs of {run}: {}",
+                        brief(&answer)
+                    ));
                     return None;
                 }
                 Reply::Answer(answer) if answer.body["run_id"].is_string() => return None,
                 Reply::Answer(answer) if answer.status != StatusCode::SERVICE_UNAVAILABLE => {
-                    self.client
-                        .fault(format!("outputs of {run} are answered {}", brief(&answer)));
+                    self.client.fault(format!(
+                        "unexpected answer to the outputs of {run}: {}",
+                        brief(&answer)
+                    ));
                     return None;
                 }
                 Reply::Answer(_) | Reply::Broken(_) => self.client.pause().await,
@@ -451,21 +456,21 @@ impl Conversation {
         None
     }
 
-    /// Has a run cancelled.
+    /// Cancels a run.
     async fn stop(&self, sent: &Sent) {
         let Some(run) = &sent.run else { return };
         let path = format!("{}/runs/{run}/cancel", self.scope);
         if let Some(answer) = self
             .client
-            .insist(&path, || self.client.request(Method::POST, &path))
+            .retry_until_answered(&path, || self.client.request(Method::POST, &path))
             .await
         {
-            self.client.world.count("runs: asked to stop");
+            self.client.world.count("runs: cancelled by their user");
             self.client
-                .tell(format!("{run} is stopped: {}", brief(&answer)));
+                .tell(format!("cancels {run}: {}", brief(&answer)));
             if answer.status != StatusCode::OK && !self.is_gone(&answer) {
                 self.client
-                    .fault(format!("a cancel is answered {}", brief(&answer)));
+                    .fault(format!("unexpected answer to a cancel: {}", brief(&answer)));
             }
         }
     }
@@ -480,7 +485,7 @@ fn run_of(hint: &Value) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// An answer in a few words.
+/// Summarises an answer in a few words.
 pub(super) fn brief(answer: &Answer) -> String {
     let body = &answer.body;
     let replayed = if answer.headers.contains_key("idempotent-replayed") {

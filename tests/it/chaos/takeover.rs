@@ -1,4 +1,4 @@
-//! How long the runs of a killed replica stand still.
+//! Measures how long the runs of a killed replica stand still.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,19 +7,19 @@ use tokio::time::sleep;
 
 use super::world::{Teller, World};
 
-/// After this it is a fault, whatever else was the matter.
+/// Longest time until the takeover, whatever other faults are active.
 const BOUND: Duration = Duration::from_mins(1);
 
-/// The runs of a replica that is about to die.
+/// The runs of a replica that is about to be killed.
 pub(super) struct Watch {
     runs: Vec<String>,
     fences: String,
-    /// Nothing else was the matter.
+    /// The number of the kill, if no other fault was active.
     only: Option<usize>,
 }
 
 impl Watch {
-    /// `None` while the database is away.
+    /// Reads the runs of the replica at this address. Returns `None` while the database is away.
     pub(super) async fn begin(world: &World, address: &str) -> Option<Self> {
         let _is_up = world.server.try_read().ok()?;
         let sql = format!(
@@ -41,7 +41,7 @@ impl Watch {
         })
     }
 
-    /// Waits until all of them have ended or go on elsewhere.
+    /// Waits until all these runs have ended or changed hands.
     pub(super) async fn end(self, world: Arc<World>) {
         let killed = Instant::now();
         if self.runs.is_empty() {
@@ -63,9 +63,9 @@ impl Watch {
                     world.took("takeover without other trouble", took);
                 }
                 world.tell(
-                    Teller::Monkey,
+                    Teller::FaultInjector,
                     format!(
-                        "{} runs of the dead moved again after {took:?}",
+                        "{} runs of a killed replica continued after {took:?}",
                         self.runs.len()
                     ),
                 );
@@ -73,7 +73,7 @@ impl Watch {
             }
             if took > BOUND {
                 let what = format!("{left} of the runs {:?} were never taken over", self.runs);
-                return world.fault(Teller::Monkey, what);
+                return world.fault(Teller::FaultInjector, what);
             }
             sleep(Duration::from_millis(50)).await;
         }

@@ -1,5 +1,5 @@
-//! What users do: most send one message after the other, some several at once, some delete their conversation, and some do
-//! all of that at once.
+//! The behaviour of users. Most send one message after the other. Some send several at once, some
+//! delete their conversation, and some do all of that at once.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,18 +22,19 @@ use super::world::World;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Habit {
-    /// Waits for the answer before the next message, so that there is an order.
+    /// Waits for the answer before the next message, so that the messages have an order.
     Orderly,
-    /// Sends several at once, with all strategies.
+    /// Sends several messages at once, with all strategies.
     Hasty,
     /// Is orderly, and deletes the conversation now and then.
     Deleting,
-    /// Sends several at once, and has the conversation rolled over or deleted, or both, while their runs are at work.
+    /// Sends several messages at once. Meanwhile it rolls the conversation over, deletes it, or
+    /// both.
     Hectic,
 }
 
 impl Habit {
-    /// Its messages have an order, and each a run of its own.
+    /// Whether the user's messages have an order, and a run each.
     pub(super) fn is_orderly(self) -> bool {
         matches!(self, Self::Orderly | Self::Deleting)
     }
@@ -44,7 +45,7 @@ pub(super) struct User {
     pub(super) habit: Habit,
     pub(super) talk: Conversation,
     pub(super) assistant: &'static str,
-    /// In order of acknowledgement for those who are orderly.
+    /// For orderly users, in the order of acknowledgement.
     pub(super) sent: Vec<Sent>,
     deletions: usize,
     rng: StdRng,
@@ -81,7 +82,7 @@ impl User {
             name
         };
         let client = Client::new(world, number, rng.random_bool(0.5));
-        // A run that is not followed may have been deleted by the time that it is asked for.
+        // A run that its sender does not follow may be deleted before the sender asks for it.
         let talk = Conversation {
             client,
             scope,
@@ -98,7 +99,7 @@ impl User {
         }
     }
 
-    /// Talks until it is over.
+    /// Sends messages until the run of the test is over.
     pub(super) async fn talk(&mut self, at_once: &Semaphore, pause: Duration) {
         let over = self.talk.client.world.over.clone();
         loop {
@@ -141,8 +142,8 @@ impl User {
         self.sent.extend(sent);
     }
 
-    /// Several messages of all strategies are acknowledged; then, while their runs are at work, the thread is rolled over and
-    /// the conversation deleted.
+    /// Has several messages of all strategies acknowledged. Then, while their runs are active,
+    /// rolls the thread over and deletes the conversation.
     async fn upheaval(&mut self) {
         let first = self.sent.len();
         let plans: Vec<Plan> = (0..self.rng.random_range(2..5))
@@ -169,7 +170,7 @@ impl User {
         if deletes {
             self.delete().await;
         }
-        // Whatever it came to.
+        // Either result of the rollover is right.
         rolling.join_all().await;
     }
 
@@ -177,41 +178,44 @@ impl User {
     async fn delete(&mut self) {
         let client = &self.talk.client;
         let path = format!("{}/thread", self.talk.scope);
-        client.tell("deletes all that was said");
+        client.tell("deletes the conversation");
         let begun = Instant::now();
         while begun.elapsed() < PERSEVERANCE {
             match client.ask(client.request(Method::DELETE, &path)).await {
                 Reply::Answer(answer) if [200, 202, 404].contains(&answer.status.as_u16()) => {
-                    client.tell(format!("the deletion is answered {}", brief(&answer)));
+                    client.tell(format!("answer to the deletion: {}", brief(&answer)));
                     client.world.count("threads: deleted");
                     self.deletions += 1;
                     return;
                 }
-                // A request that nobody waits for any more may still be on its way.
+                // A request whose client has given up may still arrive.
                 Reply::Broken(why) => {
-                    client.tell(format!("the deletion has no answer: {why}"));
+                    client.tell(format!("the deletion got no answer: {why}"));
                     self.talk.may_be_deleted = true;
                 }
                 Reply::Answer(answer) if answer.status == 503 => self.talk.may_be_deleted = true,
                 Reply::Answer(answer) => {
-                    client.fault(format!("a deletion is answered {}", brief(&answer)));
+                    client.fault(format!(
+                        "unexpected answer to a deletion: {}",
+                        brief(&answer)
+                    ));
                     return;
                 }
-                Reply::Stream(_) => return client.fault("a deletion is answered with a stream"),
+                Reply::Stream(_) => return client.fault("the answer to a deletion is a stream"),
             }
             client.pause().await;
         }
         client.fault("a deletion was never answered");
     }
 
-    /// Says something that must be answered: everybody can talk on, and what the upstream lacks goes along.
-    pub(super) async fn take_leave(&mut self) {
+    /// Sends messages that must be answered. They also bring what the upstream thread lacks.
+    pub(super) async fn send_last_messages(&mut self) {
         for _ in 0..2 {
             let plan = Plan::plain(self.number, self.sent.len(), self.assistant);
             let sent = self.talk.send(plan, self.deletions).await;
             if sent.fate != Fate::Acknowledged {
                 self.talk.client.fault(format!(
-                    "{} was not taken although all is well",
+                    "{} was not accepted although no fault was active",
                     sent.plan.token
                 ));
             }
@@ -219,7 +223,7 @@ impl User {
         }
     }
 
-    /// How many deletions were asked for.
+    /// Returns how many deletions were requested.
     pub(super) fn deletions(&self) -> usize {
         self.deletions
     }

@@ -1,4 +1,4 @@
-//! What all parts of the program share, and what it finds.
+//! What all parts of the chaos test share, and its findings.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -17,23 +17,23 @@ pub(super) struct World {
     pub(super) seed: u64,
     pub(super) fleet: Fleet,
     pub(super) scene: Scene,
-    /// The server of the scene's database. It is held for writing while it is down.
+    /// The server of the scene's database. A fault holds the write lock while the server is down.
     pub(super) server: Arc<RwLock<Cluster>>,
-    /// No message is begun any more.
+    /// Cancelled once no user may begin another message.
     pub(super) over: CancellationToken,
     begun: Instant,
     notes: Mutex<Notes>,
     troubles: Arc<Troubles>,
 }
 
-/// What the fault_injector is at.
+/// Counts of the fault injector's faults.
 #[derive(Default)]
 struct Troubles {
     begun: AtomicUsize,
     ended: AtomicUsize,
 }
 
-/// A action of the fault_injector, while it lasts.
+/// A fault of the fault injector, while it lasts.
 pub(super) struct Trouble(Arc<Troubles>);
 
 impl Drop for Trouble {
@@ -46,22 +46,22 @@ impl Drop for Trouble {
 struct Notes {
     counts: BTreeMap<String, usize>,
     most: BTreeMap<&'static str, Duration>,
-    /// By user, and of the fault_injector.
+    /// What each user and the fault injector did.
     stories: BTreeMap<Teller, Vec<(Duration, String)>>,
-    /// With the user that it concerns, if it concerns one.
+    /// The findings, each with the user that it concerns, if it concerns one.
     faults: Vec<(Teller, String)>,
 }
 
-/// Whose story it is.
+/// Whose story a line belongs to.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) enum Teller {
-    Monkey,
+    FaultInjector,
     User(usize),
-    /// What holds for all.
+    /// A finding that concerns no single user.
     Nobody,
 }
 
-/// Of those whom a fault concerns, so many are told at length.
+/// Largest number of users whose stories the report tells at length.
 const STORIES: usize = 8;
 
 impl World {
@@ -78,13 +78,13 @@ impl World {
         }
     }
 
-    /// A action begins.
+    /// Notes that a fault begins. Dropping the value notes its end.
     pub(super) fn trouble(&self) -> Trouble {
         self.troubles.begun.fetch_add(1, Ordering::SeqCst);
         Trouble(Arc::clone(&self.troubles))
     }
 
-    /// How many actions have begun if there is but one at present.
+    /// Returns the number of faults so far if exactly one is active.
     pub(super) fn only_trouble(&self) -> Option<usize> {
         let ended = self.troubles.ended.load(Ordering::SeqCst);
         let begun = self.troubles.begun.load(Ordering::SeqCst);
@@ -102,7 +102,7 @@ impl World {
             .push((at, what.into()));
     }
 
-    /// Something is not as it must be.
+    /// Records a finding: something that must not be.
     pub(super) fn fault(&self, teller: Teller, what: impl Into<String>) {
         let what = what.into();
         self.tell(teller, format!("!! {what}"));
@@ -133,7 +133,7 @@ impl World {
             .unwrap_or_default()
     }
 
-    /// Keeps the longest.
+    /// Keeps the longest time.
     pub(super) fn took(&self, what: &'static str, time: Duration) {
         let mut notes = self.notes.lock().unwrap();
         let most = notes.most.entry(what).or_default();
@@ -144,7 +144,7 @@ impl World {
         !self.notes.lock().unwrap().faults.is_empty()
     }
 
-    /// A few lines on what was done.
+    /// Returns a few lines on what was done.
     pub(super) fn summary(&self) -> String {
         let notes = self.notes.lock().unwrap();
         let mut text = format!(
@@ -168,7 +168,8 @@ impl World {
         text
     }
 
-    /// What is wrong, with the stories of those whom it concerns and what the replicas had logged of their runs.
+    /// Returns the findings, with the stories of their users and the replicas' log lines about
+    /// their runs.
     pub(super) async fn report(&self) -> String {
         let logs = self.fleet.logs().await;
         let folder = std::env::temp_dir().join(format!("threadkeeper-chaos-{}", self.seed));
@@ -188,7 +189,7 @@ impl World {
                 concerned.push(*teller);
             }
         }
-        for teller in concerned.into_iter().chain([Teller::Monkey]) {
+        for teller in concerned.into_iter().chain([Teller::FaultInjector]) {
             let _ = writeln!(text, "\nThe story of {teller:?}:");
             for (at, what) in notes.stories.get(&teller).into_iter().flatten() {
                 let _ = writeln!(text, "  {:8.3} {what}", at.as_secs_f64());

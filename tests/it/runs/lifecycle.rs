@@ -1,4 +1,4 @@
-//! The life of runs where it cannot be steered over HTTP.
+//! The life of runs in situations that cannot be brought about over HTTP.
 
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
@@ -15,7 +15,7 @@ use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::PATIENCE;
 use crate::support::recording_proxy::{DatabaseTap, Steps};
 
-/// A test's stores: two processes' views of one database.
+/// Two stores on one database, as two processes have them.
 struct Stores {
     database: TestDatabase,
     one: Arc<Store>,
@@ -23,7 +23,7 @@ struct Stores {
 }
 
 impl Stores {
-    /// A process with the first of them, and its upstream.
+    /// Makes a process with the first store, and its upstream.
     async fn process(&self, chain: bool) -> (Process, Arc<Scripted>) {
         let upstream = Scripted::new(chain);
         (
@@ -33,7 +33,8 @@ impl Stores {
     }
 }
 
-/// Runs a case with each backend. A file can be open once only.
+/// Runs a case on both backends. On SQLite both stores are the same, since a file can be open
+/// only once.
 async fn on_both(case: impl AsyncFn(Stores)) {
     let database = TestDatabase::sqlite().await;
     let one = database.store().await;
@@ -53,11 +54,11 @@ async fn on_both(case: impl AsyncFn(Stores)) {
     .await;
 }
 
-/// What must come to pass soon.
+/// Awaits something that must happen soon.
 async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, what)
         .await
-        .expect("it never came")
+        .expect("the step ends in time")
 }
 
 async fn until(what: impl AsyncFn() -> bool) {
@@ -76,7 +77,7 @@ async fn ended(submitted: &Submitted) -> Arc<Outcome> {
             match submitted.follow.answer(from).await {
                 Some(Answer::Ended(outcome)) => return outcome,
                 Some(Answer::RequiresAction(_)) => from += 1,
-                None => panic!("the log broke off"),
+                None => panic!("the log ended without the run's end"),
             }
         }
     })
@@ -87,7 +88,7 @@ async fn stored(store: &Store, run: &Run) -> Run {
     store.run(&key(), run.id).await.unwrap().unwrap().0
 }
 
-/// The transcript: texts and where they stand.
+/// Returns the texts of the transcript and their sync states.
 async fn transcript(store: &Store) -> Vec<(String, UpstreamSync)> {
     let page = PageRequest::<MessageId> {
         limit: 100,
@@ -116,11 +117,11 @@ fn said(message: &Message) -> String {
 fn lines(wanted: &[(&str, UpstreamSync)]) -> Vec<(String, UpstreamSync)> {
     wanted
         .iter()
-        .map(|(text, context)| ((*text).to_owned(), *context))
+        .map(|(text, sync)| ((*text).to_owned(), *sync))
         .collect()
 }
 
-/// A message past all processes.
+/// A message that reaches the store past all processes.
 fn admission(words: &str, strategy: MultitaskStrategy) -> Admission {
     let message = InputMessage {
         id: MessageId::new(),
@@ -136,7 +137,7 @@ fn admission(words: &str, strategy: MultitaskStrategy) -> Admission {
 async fn queue(store: &Store, words: &str, strategy: MultitaskStrategy) -> RunLease {
     match store.admit(admission(words, strategy)).await.unwrap() {
         Admitted::Queued { lease, .. } => lease,
-        other => panic!("the thread is busy, and yet: {other:?}"),
+        other => panic!("expected a queued run, since the thread is busy, not {other:?}"),
     }
 }
 
@@ -159,7 +160,7 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
             .events(0)
             .map(|(_, event)| event)
             .collect::<Vec<_>>();
-        // The one that waits in line ends with the stop, the other does not.
+        // The stop ends the queued run, but not the run that awaits outputs.
         process.draining.cancel();
         process.stop.cancel();
         process.tasks.close();
@@ -178,7 +179,7 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         assert_eq!(
             upstream.calls(),
             ["start [] ask"],
-            "nothing is ended upstream"
+            "the gateway cancels nothing upstream"
         );
         process.runs.retire().await;
 
@@ -186,7 +187,7 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         let janitor = heir.runs.clone();
         let mut session = JoinSet::new();
         session.spawn(async move { janitor.keep_session("127.0.0.1:2".to_owned(), ALIVE).await });
-        // Not before it is taken over: then there is somebody to go on at once.
+        // After the takeover, a task can continue the run at once.
         soon(async {
             while heir.runs.load().runs == 0 {
                 tokio::task::yield_now().await;
@@ -213,14 +214,14 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
             .await
             .unwrap();
         let Some(Answer::Ended(outcome)) = soon(resumed.follow.answer(from)).await else {
-            panic!("it ends")
+            panic!("the run did not end")
         };
         assert_eq!(outcome.run.status, RunStatus::Completed);
         let content = outcome.message.as_ref().unwrap().content.clone();
         assert_eq!(
             content,
             [text("let me see"), text("thanks")].concat(),
-            "with what it had said before"
+            "the reply includes the text before the call"
         );
         assert_eq!(upstream.calls(), ["answer 4"]);
         heir.stop.cancel();
@@ -232,7 +233,7 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
 #[tokio::test]
 async fn discard_mark_in_store_removes_run_upstream() {
     on_both(async |stores: Stores| {
-        // However the run ends, or would go on.
+        // This holds for upstreams with threads and with chains.
         for (words, chain) in [("hold", false), ("hold", true)] {
             let (process, upstream) = stores.process(chain).await;
             let submitted = process.runs.submit(key(), message(words)).await.unwrap();
@@ -255,7 +256,7 @@ async fn discard_mark_in_store_removes_run_upstream() {
             assert_eq!(
                 upstream.calls()[1..],
                 [format!("settle {run}"), format!("remove {run}")],
-                "it is ended and taken away upstream"
+                "the run is cancelled and removed upstream"
             );
             assert_eq!(transcript(&stores.one).await, []);
             let moved = outcome
@@ -267,7 +268,7 @@ async fn discard_mark_in_store_removes_run_upstream() {
             assert_eq!(outcome.thread.unsettled_run, None);
             let QueuedStart::Started(turn) = stores.other.start_queued(&rollback).await.unwrap()
             else {
-                panic!("it is next")
+                panic!("the queued run starts next")
             };
             assert_eq!(turn.run.id, rollback.run_id);
             // Makes room for the next case.
@@ -299,7 +300,7 @@ async fn failed_removal_of_discarded_run_leaves_unsettled_run() {
             .thread
             .unsettled_run
             .as_ref()
-            .expect("it is to be looked at");
+            .expect("the run is left unsettled");
         assert_eq!(
             (unsettled_run.run, unsettled_run.remove),
             (submitted.run.id, true)
@@ -344,7 +345,7 @@ async fn deadline_passed_during_settling_sends_nothing() {
             .thread
             .unsettled_run
             .clone()
-            .expect("it is to be looked at");
+            .expect("the run is left unsettled");
         upstream.calls();
 
         upstream.settles(Settling::Hangs);
@@ -362,12 +363,12 @@ async fn deadline_passed_during_settling_sends_nothing() {
         assert_eq!(
             outcome.thread.unsettled_run,
             Some(unsettled_run),
-            "it is still to be looked at"
+            "the run is still unsettled"
         );
         assert_eq!(
             upstream.calls(),
             ["settle run of break"],
-            "nothing is sent, and nothing of it settled"
+            "nothing is sent, and nothing is settled"
         );
         let wanted = lines(&[
             ("break", UpstreamSync::Unknown),
@@ -389,14 +390,14 @@ async fn deadline_passed_during_settling_sends_nothing() {
                 "remove run of break",
                 "start [break] next"
             ],
-            "what was said goes along, what came too late does not"
+            "the unsynced message is sent with the run, the expired one is not"
         );
     })
     .await;
 }
 
 #[tokio::test]
-async fn backlog_of_abandoned_chain_run_is_resent() {
+async fn unsynced_messages_of_abandoned_chain_run_are_resent() {
     on_both(async |stores: Stores| {
         let (process, upstream) = stores.process(true).await;
         upstream.settles(Settling::Absent);
@@ -424,7 +425,7 @@ async fn backlog_of_abandoned_chain_run_is_resent() {
             .into_iter()
             .filter(|call| call.starts_with("start"))
             .collect();
-        // The chain goes on from before both.
+        // The chain continues from before both messages.
         let wanted = [
             "start [] break 1",
             "start [break 1] break 2",
@@ -466,7 +467,8 @@ async fn merge_into_run_being_cancelled_keeps_message() {
             };
             let merge = process.runs.submit(key(), merge);
             let (key, id) = (key(), waiting.run.id);
-            // Ever later, as far as the scheduler has it.
+            // Each cancel comes a little later than the one before, as far as the scheduler
+            // allows.
             let cancel = async {
                 for _ in 0..n {
                     tokio::task::yield_now().await;
@@ -480,7 +482,7 @@ async fn merge_into_run_being_cancelled_keeps_message() {
                 joined += 1;
                 assert_eq!(ended(&merged).await.run.status, RunStatus::Cancelled, "{n}");
             } else {
-                // The cancel was first: it waits by itself.
+                // The cancel came first, so the merged message waits in a run of its own.
                 process.runs.cancel(&key, merged.run.id).await.unwrap();
             }
             assert_eq!(ended(&waiting).await.run.status, RunStatus::Cancelled);
@@ -495,12 +497,12 @@ async fn merge_into_run_being_cancelled_keeps_message() {
             .into_iter()
             .map(|(words, _)| words)
             .collect();
-        assert_eq!(all, wanted, "each message once");
+        assert_eq!(all, wanted, "each message is recorded once");
     })
     .await;
 }
 
-/// What an answer that did not come was about may have been done.
+/// The statement of a lost acknowledgement may have taken effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn message_reported_as_not_recorded_never_runs() {
     let database = TestDatabase::postgres().await;
@@ -533,7 +535,7 @@ async fn message_reported_as_not_recorded_never_runs() {
     assert_eq!(
         transcript(&*database.store().await).await,
         [],
-        "it may be said again"
+        "the client may send the message again"
     );
     let again = process.runs.submit(key(), message("hello")).await.unwrap();
     assert_eq!(ended(&again).await.run.status, RunStatus::Completed);
@@ -574,7 +576,7 @@ async fn runs_lost_to_takeover_are_not_ended_upstream() {
         let mut session = JoinSet::new();
         session.spawn(async move { janitor.keep_session("127.0.0.1:1".to_owned(), ALIVE).await });
         until(async || process.tasks.is_empty()).await;
-        assert_eq!(upstream.calls(), [""; 0], "whoever has them now goes on");
+        assert_eq!(upstream.calls(), [""; 0], "the new owner continues the run");
         assert_eq!(
             stored(&stores.one, &waits.run).await.status,
             RunStatus::RequiresAction
@@ -590,7 +592,7 @@ async fn runs_lost_to_takeover_are_not_ended_upstream() {
             assert_eq!(
                 ended(run).await.run.status,
                 RunStatus::Completed,
-                "its readers hear of it"
+                "readers learn of the takeover"
             );
         }
         process.stop.cancel();
@@ -599,7 +601,8 @@ async fn runs_lost_to_takeover_are_not_ended_upstream() {
     .await;
 }
 
-/// The database refuses what a run showed, again and again; the run is to be removed with all that it said.
+/// The database refuses the run's events again and again. The run is to be discarded with all its
+/// text.
 #[tokio::test]
 async fn discarded_run_ends_when_log_is_refused() {
     let database = TestDatabase::postgres().await;

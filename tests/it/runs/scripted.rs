@@ -1,4 +1,5 @@
-//! An upstream that does what the first word of a message says, and settles as it is told.
+//! A scripted upstream: the first word of a message says what it does, and the test says how it
+//! settles runs.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -15,27 +16,33 @@ use threadkeeper::upstream::{
 };
 use tokio::sync::Semaphore;
 
-/// `hold`: replies once it is let go; `ask`: asks for outputs, then replies; `ponder`: asks once it is let go; `break`: accepts and breaks off, and does
-/// not say what became of the run; `panic` and `falter`: panics, at once or in the stream. Anything else is replied to.
+/// The first word of a message decides:
+/// - `hold`: replies after [`let_go`](Self::let_go),
+/// - `ask`: asks for tool outputs, then replies,
+/// - `ponder`: asks for tool outputs after [`let_go`](Self::let_go),
+/// - `break`: accepts and breaks off, so that the run's state is unknown,
+/// - `panic`, `falter`: panics, at once or within the stream.
+///
+/// Any other message gets a reply.
 #[derive(Debug)]
 pub(super) struct Scripted {
     /// Threads are chains of responses.
     chain: bool,
-    /// What was called, in words.
+    /// The calls so far, in words.
     calls: Mutex<Vec<String>>,
     settling: Mutex<Settling>,
     gate: Arc<Semaphore>,
 }
 
-/// How it settles what a run left.
+/// The answer to settling a run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Settling {
     Fails,
     Hangs,
     Panics,
-    /// Nothing of the run is there.
+    /// The upstream has nothing of the run.
     Absent,
-    /// It completed and is all there.
+    /// The run completed, and the upstream has all of it.
     Held,
 }
 
@@ -49,7 +56,7 @@ impl Scripted {
         })
     }
 
-    /// Lets a run go that is on hold, now or when it comes.
+    /// Lets one held run continue: one that waits now, or the next one.
     pub(super) fn let_go(&self) {
         self.gate.add_permits(1);
     }
@@ -58,7 +65,7 @@ impl Scripted {
         *self.settling.lock().unwrap() = settling;
     }
 
-    /// What was called since the last time.
+    /// Returns the calls since the last time.
     pub(super) fn calls(&self) -> Vec<String> {
         std::mem::take(&mut *self.calls.lock().unwrap())
     }
@@ -86,7 +93,7 @@ impl Scripted {
         }
     }
 
-    /// Accepts a run and ends it as it says.
+    /// Accepts a run and ends it as `ended` says.
     fn events(&self, run: UpstreamRunId, held: bool, ended: Ended) -> EventStream {
         let gate = Arc::clone(&self.gate);
         let end = async move {
@@ -104,11 +111,11 @@ impl Scripted {
     }
 }
 
-/// The texts of messages.
+/// Joins the texts of messages.
 fn words<'a>(contents: impl IntoIterator<Item = &'a Vec<ContentPart>>) -> String {
     let texts = contents.into_iter().flatten().map(|part| match part {
         ContentPart::Text { text } => text.as_str(),
-        other => unreachable!("the tests send text, not {other:?}"),
+        other => unreachable!("the tests send only text, not {other:?}"),
     });
     texts.collect::<Vec<_>>().join(" + ")
 }

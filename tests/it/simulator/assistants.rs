@@ -8,18 +8,18 @@ use threadkeeper::simulator::SimulatorConfig;
 
 use crate::support::wire::{PATIENCE, Sim, id, names};
 
-/// A run request whose user message is `text`.
-fn turn(text: &str) -> Value {
+/// A request for a run whose user message is `text`.
+fn run_request(text: &str) -> Value {
     json!({"assistant_id": "asst_1", "additional_messages": [{"role": "user", "content": text}]})
 }
 
 fn streamed(text: &str) -> Value {
-    let mut body = turn(text);
+    let mut body = run_request(text);
     body["stream"] = true.into();
     body
 }
 
-/// Polls a run until it has that status.
+/// Polls a run until it has this status.
 async fn run_with(sim: &Sim, path: &str, status: &str) -> Value {
     let poll = async {
         loop {
@@ -32,7 +32,7 @@ async fn run_with(sim: &Sim, path: &str, status: &str) -> Value {
     };
     tokio::time::timeout(PATIENCE, poll)
         .await
-        .unwrap_or_else(|_| panic!("{path} does not become {status}"))
+        .unwrap_or_else(|_| panic!("{path} never became {status}"))
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn function_call_run_continues_after_tool_outputs() {
 
     let path = format!("{runs}/{}", id(&run));
     let submit = format!("{path}/submit_tool_outputs");
-    let (status, error) = sim.refused(&runs, turn("Too early")).await;
+    let (status, error) = sim.refused(&runs, run_request("Too early")).await;
     assert_eq!(
         (
             status,
@@ -191,10 +191,10 @@ async fn conflicts_name_active_run() {
     let thread = sim.thread().await;
     sim.handle.hold();
     let run = id(&sim
-        .post(&format!("/threads/{thread}/runs"), turn("One"))
+        .post(&format!("/threads/{thread}/runs"), run_request("One"))
         .await);
     let (status, error) = sim
-        .refused(&format!("/threads/{thread}/runs"), turn("Two"))
+        .refused(&format!("/threads/{thread}/runs"), run_request("Two"))
         .await;
     assert_eq!(status, 400);
     assert_eq!(
@@ -221,7 +221,7 @@ async fn conflicts_name_active_run() {
         (2, 1)
     );
     assert_eq!(seen.violations, Vec::<String>::new());
-    // What was refused has left no trace.
+    // A refused request has left no trace.
     assert_eq!(sim.handle.threads()[0].user_texts, ["One"]);
     sim.events(&format!("/threads/{thread}/runs"), streamed("Four"))
         .await;
@@ -237,7 +237,7 @@ async fn unenforced_locks_still_count_overlaps() {
     let thread = sim.thread().await;
     sim.handle.hold();
     for text in ["One", "Two", "Three"] {
-        sim.post(&format!("/threads/{thread}/runs"), turn(text))
+        sim.post(&format!("/threads/{thread}/runs"), run_request(text))
             .await;
     }
     sim.post(
@@ -261,12 +261,12 @@ async fn unenforced_locks_still_count_overlaps() {
     sim.handle.release();
     let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
     assert_eq!(stats.runs_ended["completed"], 3);
-    // Runs on different threads are no overlap.
+    // Runs on different threads do not overlap.
     let sim = Sim::instant().await;
     sim.handle.hold();
     for _ in 0..3 {
         let thread = sim.thread().await;
-        sim.post(&format!("/threads/{thread}/runs"), turn("One"))
+        sim.post(&format!("/threads/{thread}/runs"), run_request("One"))
             .await;
     }
     let stats = sim.handle.stats();
@@ -322,7 +322,7 @@ async fn cancelled_run_passes_through_cancelling() {
         (400, Some("Cannot cancel run with status 'cancelled'."))
     );
 
-    let run = sim.post(&runs, turn("[[sim: tools=1]]")).await;
+    let run = sim.post(&runs, run_request("[[sim: tools=1]]")).await;
     let path = format!("{runs}/{}", id(&run));
     run_with(&sim, &path, "requires_action").await;
     assert_eq!(
@@ -349,7 +349,7 @@ async fn stuck_cancel_leaves_run_cancelling_until_expiry() {
     ] {
         let thread = sim.thread().await;
         let runs = format!("/threads/{thread}/runs");
-        let path = format!("{runs}/{}", id(&sim.post(&runs, turn(text)).await));
+        let path = format!("{runs}/{}", id(&sim.post(&runs, run_request(text)).await));
         let status = if text.contains("tools") {
             "requires_action"
         } else {
@@ -476,7 +476,7 @@ async fn thread_list_requires_setting() {
 }
 
 #[tokio::test]
-async fn deleted_message_is_absent_from_next_turn() {
+async fn deleted_message_is_absent_from_next_run() {
     let sim = Sim::instant().await;
     let thread = sim.thread().await;
     let runs = format!("/threads/{thread}/runs");
@@ -512,7 +512,7 @@ async fn run_expires_in_every_waiting_state() {
     ] {
         let thread = sim.thread().await;
         let runs = format!("/threads/{thread}/runs");
-        let run = sim.post(&runs, turn(text)).await;
+        let run = sim.post(&runs, run_request(text)).await;
         let run = run_with(&sim, &format!("{runs}/{}", id(&run)), "expired").await;
         assert_eq!(
             (&run["expires_at"], &run["required_action"]),
@@ -625,7 +625,7 @@ async fn assistant_message_parts_join_into_one_text() {
     assert_eq!(
         texts,
         ["Part 1.Part 2.", "Part 1. Part 2."],
-        "as in messages of their own"
+        "the parts are as in separate messages"
     );
 }
 
@@ -699,7 +699,7 @@ async fn invalid_requests_are_refused_with_parameter() {
             "array_above_max_length",
             "tools",
         ),
-        (&runs, turn("[[sim: fial]]"), "invalid_directive", ""),
+        (&runs, run_request("[[sim: fial]]"), "invalid_directive", ""),
     ] {
         let (status, error) = sim.refused(path, body).await;
         let got = (
@@ -801,7 +801,7 @@ async fn foreign_run_holds_thread_until_stopped() {
     let run = sim.handle.start_foreign_run(&thread).unwrap();
     assert_eq!(sim.handle.start_foreign_run(&thread), None);
     let (_, error) = sim
-        .refused(&format!("/threads/{thread}/runs"), turn("Mine"))
+        .refused(&format!("/threads/{thread}/runs"), run_request("Mine"))
         .await;
     assert!(error["message"].as_str().unwrap().contains(&run));
     let listed = sim.get(&format!("/threads/{thread}/runs?limit=1")).await;
@@ -812,7 +812,7 @@ async fn foreign_run_holds_thread_until_stopped() {
     assert!(sim.handle.stop_foreign_run(&thread));
     sim.events(&format!("/threads/{thread}/runs"), streamed("Mine"))
         .await;
-    // It can be cancelled like any other.
+    // A foreign run can be cancelled like any other.
     let run = sim.handle.start_foreign_run(&thread).unwrap();
     let path = format!("/threads/{thread}/runs/{run}");
     sim.post(&format!("{path}/cancel"), json!({})).await;

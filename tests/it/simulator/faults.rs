@@ -1,4 +1,4 @@
-//! Faults, knobs, the record, and what is below `/_simulator`.
+//! Faults, settings, the record of requests, and the endpoints below `/_simulator`.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ fn fault(on: &str, fault: &str, times: u32) -> Fault {
     }
 }
 
-/// The text that the events of a response stream make up.
+/// Joins the text of a response stream's events.
 fn text(events: &[Event]) -> String {
     let data = events.iter().map(Event::json);
     let deltas = data.filter(|data| data["type"] == "response.output_text.delta");
@@ -264,7 +264,7 @@ async fn cut_directive_breaks_stream() {
 }
 
 #[tokio::test]
-async fn silent_directive_stalls_accepted_turn() {
+async fn silent_directive_stalls_accepted_run() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     for (directive, deltas) in [("silent", 0), ("silent_after=2", 2)] {
@@ -337,7 +337,7 @@ async fn bare_error_returns_error_with_status_200() {
 }
 
 #[tokio::test]
-async fn hold_after_pauses_turn_midway() {
+async fn hold_after_pauses_reply_midway() {
     let sim = Sim::instant().await;
     let text = "One two three [[sim: hold_after=2]]";
     let message = json!([{"role": "user", "content": text}]);
@@ -403,7 +403,7 @@ async fn stream_can_end_early_or_with_error() {
 }
 
 #[tokio::test]
-async fn every_sse_dialect_carries_same_text() {
+async fn every_sse_encoding_carries_same_text() {
     let sim = Sim::instant().await;
     let plain = text(&sim.events("/responses", response("Hé 🙂")).await);
     for dialect in [
@@ -542,7 +542,7 @@ async fn handle_operations_are_available_over_http() {
         .await
         .unwrap();
     assert_eq!(places, sim.handle.holds_text("Hi"));
-    assert_eq!(places.len(), 2, "what was said, and the reply");
+    assert_eq!(places.len(), 2, "the message and the reply");
     for list in ["responses", "leaked_items"] {
         let none: Vec<String> = client
             .get(at(list))
@@ -621,7 +621,7 @@ async fn run_views_record_input_and_outcome() {
         .await;
     sim.wait_for(|stats| stats.active_runs == 0).await;
 
-    // A response whose client leaves, and one that it answers.
+    // One response whose client disconnects, and one that is answered.
     let conversation = sim.conversation().await;
     let turn = |input: Value| json!({"model": "m", "conversation": conversation, "stream": true, "input": input});
     let slow = sim
@@ -702,7 +702,7 @@ async fn only_newest_run_views_are_kept() {
     );
 }
 
-/// The first `size` bytes of an answer, or all of it.
+/// Returns the first `size` bytes of an answer, or all of it.
 async fn beginning(mut response: reqwest::Response, size: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     while bytes.len() < size
@@ -792,7 +792,8 @@ async fn hostile_directive_produces_named_response() {
             );
         }
     }
-    // From a user's text too, with a status of choice; and nothing of it takes effect.
+    // A directive in a user's text does the same with any status. The request has no other
+    // effect.
     let conversation = sim.conversation().await;
     let body = json!({"model": "m", "conversation": conversation, "input": "[[sim: hostile=html status=503]]"});
     let answer = sim

@@ -8,7 +8,7 @@ use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::wire::{Sim, Stream, id, names};
 
-fn turn(conversation: &str, text: &str) -> Value {
+fn response_request(conversation: &str, text: &str) -> Value {
     json!({"model": "m", "conversation": conversation, "input": text})
 }
 
@@ -26,7 +26,7 @@ fn background(mut body: Value) -> Value {
 fn text(response: &Value) -> &str {
     response["output"][0]["content"][0]["text"]
         .as_str()
-        .unwrap_or_else(|| panic!("no text in {response}"))
+        .unwrap_or_else(|| panic!("{response} has no text"))
 }
 
 #[tokio::test]
@@ -34,7 +34,10 @@ async fn plain_response_streams_in_documented_order() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let mut stream = sim
-        .open("/responses", &streamed(turn(&conversation, "Hello")))
+        .open(
+            "/responses",
+            &streamed(response_request(&conversation, "Hello")),
+        )
         .await;
     assert!(stream.content_type.starts_with("text/event-stream"));
     let events = stream.rest().await.unwrap();
@@ -73,7 +76,9 @@ async fn plain_response_streams_in_documented_order() {
         .map(|event| event.json()["delta"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(streamed, text(&last["response"]));
-    let next = sim.post("/responses", turn(&conversation, "Again")).await;
+    let next = sim
+        .post("/responses", response_request(&conversation, "Again"))
+        .await;
     assert_eq!(
         text(&next),
         "You said: Again. (This is turn 2 of this conversation.)"
@@ -141,10 +146,16 @@ async fn busy_conversation_is_locked_without_naming_response() {
     let conversation = sim.conversation().await;
     sim.handle.hold();
     let running = id(&sim
-        .post("/responses", background(turn(&conversation, "One")))
+        .post(
+            "/responses",
+            background(response_request(&conversation, "One")),
+        )
         .await);
     for (path, body) in [
-        ("/responses".to_owned(), turn(&conversation, "Two")),
+        (
+            "/responses".to_owned(),
+            response_request(&conversation, "Two"),
+        ),
         (
             format!("/conversations/{conversation}/items"),
             json!({"items": [{"role": "user", "content": "x"}]}),
@@ -164,18 +175,20 @@ async fn busy_conversation_is_locked_without_naming_response() {
         (stats.lock_refusals, stats.max_active_runs_per_thread),
         (2, 1)
     );
-    sim.post("/responses", turn(&conversation, "Two")).await;
+    sim.post("/responses", response_request(&conversation, "Two"))
+        .await;
 
     let run = sim.handle.start_foreign_run(&conversation).unwrap();
     assert!(run.starts_with("resp_"));
     assert_eq!(
-        sim.refused("/responses", turn(&conversation, "Three"))
+        sim.refused("/responses", response_request(&conversation, "Three"))
             .await
             .1["code"],
         "conversation_locked"
     );
     assert!(sim.handle.stop_foreign_run(&conversation));
-    sim.post("/responses", turn(&conversation, "Three")).await;
+    sim.post("/responses", response_request(&conversation, "Three"))
+        .await;
 }
 
 #[tokio::test]
@@ -186,14 +199,15 @@ async fn conversation_lock_can_outlive_response() {
     })
     .await;
     let conversation = sim.conversation().await;
-    sim.post("/responses", turn(&conversation, "One")).await;
+    sim.post("/responses", response_request(&conversation, "One"))
+        .await;
     let mut refusals = 0;
     loop {
         match sim
             .send(
                 Method::POST,
                 "/responses",
-                Some(&turn(&conversation, "Two")),
+                Some(&response_request(&conversation, "Two")),
             )
             .await
         {
@@ -216,13 +230,13 @@ async fn disconnect_abandons_foreground_response() {
     let conversation = sim.conversation().await;
     for stream in [true, false] {
         sim.handle.hold();
-        let mut body = turn(&conversation, "Goodbye");
+        let mut body = response_request(&conversation, "Goodbye");
         body["stream"] = stream.into();
         let request = sim.request(Method::POST, "/responses").json(&body).send();
         let started = sim.handle.stats().runs_started;
         tokio::select! {
             answer = request => {
-                // The stream's head is there at once, its end is not.
+                // The head of the stream arrives at once, its end does not.
                 assert!(stream);
                 drop(answer.unwrap());
             }
@@ -234,7 +248,7 @@ async fn disconnect_abandons_foreground_response() {
     }
     assert_eq!(sim.handle.stats().runs_ended["abandoned"], 2);
     let next = sim
-        .post("/responses", turn(&conversation, "Hello again"))
+        .post("/responses", response_request(&conversation, "Hello again"))
         .await;
     assert_eq!(
         text(&next),
@@ -243,7 +257,7 @@ async fn disconnect_abandons_foreground_response() {
 }
 
 #[tokio::test]
-async fn append_unfinished_keeps_failed_turn() {
+async fn append_unfinished_keeps_failed_response() {
     let sim = Sim::start(SimulatorConfig {
         append_unfinished: true,
         ..SimulatorConfig::default()
@@ -251,8 +265,11 @@ async fn append_unfinished_keeps_failed_turn() {
     .await;
     let conversation = sim.conversation().await;
     assert_eq!(
-        sim.post("/responses", turn(&conversation, "Bad [[sim: fail]]"))
-            .await["status"],
+        sim.post(
+            "/responses",
+            response_request(&conversation, "Bad [[sim: fail]]")
+        )
+        .await["status"],
         "failed"
     );
     assert_eq!(sim.handle.threads()[0].user_texts, ["Bad [[sim: fail]]"]);
@@ -262,7 +279,10 @@ async fn append_unfinished_keeps_failed_turn() {
 async fn unanswered_function_call_blocks_conversation() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let body = streamed(turn(&conversation, "Weather? [[sim: tools=2 reasoning]]"));
+    let body = streamed(response_request(
+        &conversation,
+        "Weather? [[sim: tools=2 reasoning]]",
+    ));
     let events = sim.events("/responses", body).await;
     let response = events.last().unwrap().json()["response"].clone();
     assert_eq!(response["status"], "completed");
@@ -319,7 +339,8 @@ async fn unanswered_function_call_blocks_conversation() {
         text(&answered),
         "You said: Weather?. The tools answered: 4 °C; 4 °C. (This is turn 1 of this conversation.)"
     );
-    sim.post("/responses", turn(&conversation, "Thanks")).await;
+    sim.post("/responses", response_request(&conversation, "Thanks"))
+        .await;
 }
 
 #[tokio::test]
@@ -329,27 +350,31 @@ async fn item_deletion_repairs_conversation_tail() {
     let response = sim
         .post(
             "/responses",
-            turn(&conversation, "Look [[sim: tools=1 reasoning]]"),
+            response_request(&conversation, "Look [[sim: tools=1 reasoning]]"),
         )
         .await;
     let (reasoning, call) = (id(&response["output"][0]), id(&response["output"][1]));
     sim.delete(&format!("/conversations/{conversation}/items/{call}"))
         .await;
-    let (status, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
+    let (status, error) = sim
+        .refused("/responses", response_request(&conversation, "Next"))
+        .await;
     let text = format!(
         "Item '{reasoning}' of type 'reasoning' was provided without its required following item."
     );
     assert_eq!((status, error["message"].as_str()), (400, Some(&*text)));
     sim.delete(&format!("/conversations/{conversation}/items/{reasoning}"))
         .await;
-    sim.post("/responses", turn(&conversation, "Next")).await;
+    sim.post("/responses", response_request(&conversation, "Next"))
+        .await;
 }
 
 #[tokio::test]
 async fn resent_stored_item_is_refused() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    sim.post("/responses", turn(&conversation, "One")).await;
+    sim.post("/responses", response_request(&conversation, "One"))
+        .await;
     let items = sim
         .get(&format!("/conversations/{conversation}/items"))
         .await;
@@ -382,7 +407,7 @@ async fn background_response_survives_disconnect_and_resumes() {
     let mut stream = sim
         .open(
             "/responses",
-            &streamed(background(turn(&conversation, "Hello"))),
+            &streamed(background(response_request(&conversation, "Hello"))),
         )
         .await;
     let response = id(&stream.until("response.created").await.json()["response"]);
@@ -428,7 +453,7 @@ async fn background_response_survives_disconnect_and_resumes() {
 async fn cancelled_background_response_leaves_no_output() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    let body = streamed(background(turn(
+    let body = streamed(background(response_request(
         &conversation,
         "Stop [[sim: tokens=100 rate=1m]]",
     )));
@@ -451,8 +476,11 @@ async fn cancelled_background_response_leaves_no_output() {
     assert_eq!(names(&rest), ["response.failed"]);
     assert_eq!(rest[0].json()["response"]["status"], "cancelled");
     assert_eq!(sim.handle.thread_history(&conversation), []);
-    sim.post("/responses", turn(&conversation, "The lock is free"))
-        .await;
+    sim.post(
+        "/responses",
+        response_request(&conversation, "The lock is free"),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -534,7 +562,7 @@ async fn directives_set_response_outcome() {
     let events = sim
         .events(
             "/responses",
-            streamed(turn(&conversation, "A [[sim: fail]]")),
+            streamed(response_request(&conversation, "A [[sim: fail]]")),
         )
         .await;
     assert!(names(&events).ends_with(&["response.output_text.delta", "response.failed"]));
@@ -545,14 +573,17 @@ async fn directives_set_response_outcome() {
     );
     assert_eq!(sim.handle.thread_history(&conversation), []);
     let cut = sim
-        .post("/responses", turn(&conversation, "B [[sim: incomplete]]"))
+        .post(
+            "/responses",
+            response_request(&conversation, "B [[sim: incomplete]]"),
+        )
         .await;
     assert_eq!(
         (cut["status"].as_str(), cut["output"][0]["status"].as_str()),
         (Some("incomplete"), Some("incomplete"))
     );
     assert_eq!(cut["incomplete_details"]["reason"], "max_output_tokens");
-    let mut body = turn(&conversation, "C [[sim: tokens=40]]");
+    let mut body = response_request(&conversation, "C [[sim: tokens=40]]");
     body["max_output_tokens"] = 16.into();
     let cut = sim.post("/responses", body).await;
     assert_eq!(
@@ -563,13 +594,16 @@ async fn directives_set_response_outcome() {
         (16, Some(16))
     );
     let two = sim
-        .post("/responses", turn(&conversation, "D [[sim: parts=2]]"))
+        .post(
+            "/responses",
+            response_request(&conversation, "D [[sim: parts=2]]"),
+        )
         .await;
     assert_eq!(two["output"].as_array().unwrap().len(), 2);
     let refusal = sim
         .events(
             "/responses",
-            streamed(turn(&conversation, "E [[sim: refusal]]")),
+            streamed(response_request(&conversation, "E [[sim: refusal]]")),
         )
         .await;
     assert!(names(&refusal).contains(&"response.refusal.delta"));
@@ -579,7 +613,7 @@ async fn directives_set_response_outcome() {
 async fn conversation_deletion_leaks_its_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
-    sim.post("/responses", turn(&conversation, "Remember me"))
+    sim.post("/responses", response_request(&conversation, "Remember me"))
         .await;
     let path = format!("/conversations/{conversation}");
     assert_eq!(sim.delete(&path).await["object"], "conversation.deleted");
@@ -592,7 +626,9 @@ async fn conversation_deletion_leaks_its_items() {
         );
     }
     assert_eq!(
-        sim.refused("/responses", turn(&conversation, "x")).await.0,
+        sim.refused("/responses", response_request(&conversation, "x"))
+            .await
+            .0,
         404
     );
     assert_eq!(
@@ -631,7 +667,7 @@ async fn emptied_conversation_leaves_only_stored_responses() {
     let path = format!("/conversations/{conversation}");
     sim.post(&path, json!({"metadata": {"note": "about a needle"}}))
         .await;
-    let body = streamed(background(turn(&conversation, "A needle")));
+    let body = streamed(background(response_request(&conversation, "A needle")));
     let response = id(&sim.events("/responses", body).await[0].json()["response"]);
     sim.wait_for(|stats| stats.active_runs == 0).await;
     let items = sim.get(&format!("{path}/items?order=asc")).await;
@@ -667,8 +703,11 @@ async fn response_outliving_its_conversation_leaks_items() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
-    sim.post("/responses", background(turn(&conversation, "A needle")))
-        .await;
+    sim.post(
+        "/responses",
+        background(response_request(&conversation, "A needle")),
+    )
+    .await;
     sim.delete(&format!("/conversations/{conversation}")).await;
     sim.handle.release();
     let stats = sim.wait_for(|stats| stats.active_runs == 0).await;
@@ -833,7 +872,10 @@ async fn damaged_conversation_can_fail_after_acceptance() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     let response = sim
-        .post("/responses", turn(&conversation, "Look [[sim: tools=1]]"))
+        .post(
+            "/responses",
+            response_request(&conversation, "Look [[sim: tools=1]]"),
+        )
         .await;
     let call = response["output"][0]["call_id"].as_str().unwrap();
     let fault = Fault {
@@ -842,7 +884,9 @@ async fn damaged_conversation_can_fail_after_acceptance() {
         times: 1,
     };
     sim.handle.add_fault(fault).unwrap();
-    let failed = sim.post("/responses", turn(&conversation, "Next")).await;
+    let failed = sim
+        .post("/responses", response_request(&conversation, "Next"))
+        .await;
     assert_eq!(
         (failed["status"].as_str(), &failed["output"]),
         (Some("failed"), &json!([]))
@@ -852,7 +896,7 @@ async fn damaged_conversation_can_fail_after_acceptance() {
         format!("No tool output found for function call {call}.")
     );
     assert_eq!(
-        sim.refused("/responses", turn(&conversation, "Next"))
+        sim.refused("/responses", response_request(&conversation, "Next"))
             .await
             .0,
         400
@@ -870,18 +914,21 @@ async fn dangling_reasoning_damages_conversation() {
     let response = sim
         .post(
             "/responses",
-            turn(&conversation, "Think [[sim: dangling_reasoning]]"),
+            response_request(&conversation, "Think [[sim: dangling_reasoning]]"),
         )
         .await;
     let reasoning = id(&response["output"][1]);
-    let (_, error) = sim.refused("/responses", turn(&conversation, "Next")).await;
+    let (_, error) = sim
+        .refused("/responses", response_request(&conversation, "Next"))
+        .await;
     assert!(
         error["message"].as_str().unwrap().contains(&reasoning),
         "{error}"
     );
     sim.delete(&format!("/conversations/{conversation}/items/{reasoning}"))
         .await;
-    sim.post("/responses", turn(&conversation, "Next")).await;
+    sim.post("/responses", response_request(&conversation, "Next"))
+        .await;
 }
 
 #[tokio::test]
@@ -889,7 +936,10 @@ async fn stuck_cancel_of_response_stays_unanswered() {
     let sim = Sim::instant().await;
     let conversation = sim.conversation().await;
     sim.handle.hold();
-    let body = background(turn(&conversation, "Stay [[sim: stuck_cancel]]"));
+    let body = background(response_request(
+        &conversation,
+        "Stay [[sim: stuck_cancel]]",
+    ));
     let path = format!("/responses/{}", id(&sim.post("/responses", body).await));
     let cancel = sim.request(Method::POST, &format!("{path}/cancel")).send();
     tokio::select! {

@@ -1,4 +1,4 @@
-//! Keys, threads, and who may start.
+//! Admission: the thread of a key, and which runs start at once.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -46,7 +46,7 @@ async fn concurrent_first_messages_create_one_thread(database: &TestDatabase, st
                 assert_eq!(
                     position,
                     run.seq - 1,
-                    "the first run works, the rest wait in order"
+                    "the first run starts, the rest is queued in order"
                 );
                 (*thread, *run)
             }
@@ -111,7 +111,7 @@ async fn first_message_starts_run_on_new_thread(_: &TestDatabase, store: &Store)
     );
     assert_eq!(turn.run.finished_at, None);
 
-    let (thread, activity) = seen(store, &key).await.unwrap();
+    let (thread, activity) = newest_thread(store, &key).await.unwrap();
     assert_eq!(thread, turn.thread);
     assert_eq!(
         (activity.state, activity.queue_depth),
@@ -139,7 +139,7 @@ async fn second_message_is_queued(_: &TestDatabase, store: &Store) {
     assert_eq!(position, 1);
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
-    // A free thread on which somebody waits is not for a newcomer.
+    // A new message does not start on a free thread that has a queued run.
     closed(
         store
             .finish(&first.lease, completed(Some("hi")))
@@ -158,14 +158,14 @@ async fn queued_runs_report_positions(_: &TestDatabase, store: &Store) {
         assert_eq!(position, place);
         leases.push(lease);
     }
-    let (_, activity) = seen(store, &key).await.unwrap();
+    let (_, activity) = newest_thread(store, &key).await.unwrap();
     assert_eq!(
         (activity.state, activity.queue_depth),
         (ThreadState::Active, 3)
     );
 
     closed(store.finish(&leases[0], completed(None)).await.unwrap());
-    claimed(store.start_queued(&leases[1]).await.unwrap());
+    started_from_queue(store.start_queued(&leases[1]).await.unwrap());
     let (_, _, _, position) = queued(store.admit(admission(&key)).await.unwrap());
     assert_eq!(position, 3);
 }
@@ -174,20 +174,20 @@ async fn reject_on_busy_thread_stores_nothing(database: &TestDatabase, store: &S
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
-    let before = seen(store, &key).await.unwrap();
+    let before = newest_thread(store, &key).await.unwrap();
     let reject = || Admission {
         strategy: MultitaskStrategy::Reject,
         ..admission(&key)
     };
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
-    assert_eq!(seen(store, &key).await.unwrap(), before);
+    assert_eq!(newest_thread(store, &key).await.unwrap(), before);
 
-    // A run that only waits keeps the thread busy, too.
+    // A queued run keeps the thread busy, too.
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Busy);
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
 
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     closed(store.finish(&next.lease, completed(None)).await.unwrap());
     assert_eq!(started(store.admit(reject()).await.unwrap()).run.seq, 3);
     check_invariants(database).await;
@@ -228,7 +228,7 @@ async fn admission_for_other_upstream_is_refused(database: &TestDatabase, store:
     );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 1);
 
-    // It is the more lasting obstacle, and named before a busy thread.
+    // The other upstream is the more lasting obstacle, so it is named before the busy thread.
     started(store.admit(admission(&key)).await.unwrap());
     let other = Admission {
         strategy: MultitaskStrategy::Reject,
@@ -277,7 +277,7 @@ async fn similar_keys_get_separate_threads(database: &TestDatabase, store: &Stor
         assert_eq!(exchange(store, key).await.run.seq, 2, "{key:?}");
         assert_eq!(transcript(store, key).await.len(), 4, "{key:?}");
     }
-    // Not even by id.
+    // Another key cannot read the run by its id.
     let alice = store
         .runs(&keys[0], &first_page())
         .await
@@ -315,11 +315,11 @@ async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, sto
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
 
     database.age_threads(hour / 2).await;
-    let (thread, _) = seen(store, &key).await.unwrap();
+    let (thread, _) = newest_thread(store, &key).await.unwrap();
     assert_eq!(thread.lifecycle, Lifecycle::Current);
     assert_eq!(
         thread.id, old.thread.id,
-        "nothing happens before a message comes"
+        "nothing changes before a message arrives"
     );
     let request = with_ttl();
     let fresh = started(store.admit(request.clone()).await.unwrap());
@@ -335,7 +335,7 @@ async fn expired_thread_is_replaced_on_next_message(database: &TestDatabase, sto
     );
     assert_eq!(transcript(store, &key).await, ["user: hello"]);
 
-    // The old generation's runs can still be had.
+    // The old thread's runs can still be read.
     let (run, reply) = store.run(&key, old.run.id).await.unwrap().unwrap();
     assert_eq!(
         (run.thread_id, run.status),
@@ -392,7 +392,7 @@ async fn expired_thread_can_be_replaced_on_other_upstream(database: &TestDatabas
     };
     let old = started(store.admit(request.clone()).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
-    // The old thread's run is still active; it does not hold the new thread.
+    // The old thread's run is still active, but does not block the new thread.
     let strategy = MultitaskStrategy::Reject;
     let moved = Admission {
         upstream: "spare".to_owned(),
@@ -449,7 +449,7 @@ async fn queued_run_survives_expiry_of_its_thread(database: &TestDatabase, store
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
         (turn.thread.id, turn.thread.lifecycle),
         (first.thread.id, Lifecycle::Archived)
@@ -487,7 +487,7 @@ async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, sto
         (&first.metadata, &first.assistant)
     );
     assert_eq!(turn.thread.key, key);
-    // Once more by way of the queue.
+    // The same through the queue.
     let second = Admission {
         message: InputMessage {
             id: MessageId::new(),
@@ -501,7 +501,7 @@ async fn message_content_and_metadata_round_trip_unchanged(_: &TestDatabase, sto
     };
     let (lease, ..) = queued(store.admit(second.clone()).await.unwrap());
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, std::slice::from_ref(&second.message));
     assert_eq!(turn.run.metadata, second.metadata);
 

@@ -1,4 +1,4 @@
-//! API keys, and the key of fingerprints.
+//! Stored API keys, and the key of fingerprints.
 
 use futures_util::future::join_all;
 use threadkeeper::domain::{Access, KeyId};
@@ -41,7 +41,7 @@ async fn revoked_key_stays_listed_but_invalid(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.revoke_key(&keys[0].prefix).await.unwrap(),
         Some(revoked),
-        "as it was"
+        "the key is unchanged"
     );
     assert_eq!(store.revoke_key("tk_").await.unwrap(), None);
 }

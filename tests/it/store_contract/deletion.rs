@@ -1,4 +1,4 @@
-//! Requests to delete, from the mark to the receipt.
+//! Requests to delete, from the mark on a thread to the receipt.
 
 use threadkeeper::domain::{Deletion, DeletionId, Lifecycle, Removed, UpstreamOutcome};
 use threadkeeper::store::{
@@ -10,7 +10,7 @@ use super::rollover::rollover;
 use super::*;
 
 on_every_backend!(
-    thread_under_erasure_takes_no_new_messages,
+    thread_under_erasure_accepts_no_new_messages,
     erasure_covers_all_threads_of_target,
     deletion_marks_threads_in_batches,
     deletion_of_empty_target_finishes_at_once,
@@ -25,7 +25,7 @@ on_every_backend!(
     deletion_waits_for_threads_of_overlapping_request,
     deletion_interrupted_between_batches_still_completes,
     upstream_removals_are_recorded,
-    unheard_upstream_runs_are_counted,
+    unacknowledged_upstream_requests_are_counted,
     deletion_receipt_is_paged,
     deletion_under_way_is_found_by_target,
     expired_deletion_receipt_is_pruned,
@@ -59,7 +59,7 @@ async fn report(store: &Store, request: &DeletionRequest) -> DeletionReport {
         .unwrap()
 }
 
-/// The upstream part of a deletion is done.
+/// Records that a thread's upstream copy is deleted.
 pub(super) async fn gone_upstream(store: &Store, thread: ThreadId) {
     store.removed(thread, &gone(), &[]).await.unwrap();
 }
@@ -83,7 +83,7 @@ async fn archive(database: &TestDatabase, key: &ConversationKey) {
         .await;
 }
 
-async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, store: &Store) {
+async fn thread_under_erasure_accepts_no_new_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let active = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -114,7 +114,7 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     assert_eq!(
         statuses,
         [RunStatus::Cancelling, RunStatus::Queued],
-        "who waits is left to others"
+        "queued runs are left for others to end"
     );
     let cancelled = RunEnd {
         status: RunStatus::Cancelled,
@@ -129,7 +129,7 @@ async fn thread_under_erasure_takes_no_new_messages(database: &TestDatabase, sto
     assert_eq!(
         store.start_queued(&waiting).await.unwrap(),
         QueuedStart::NotYet,
-        "nor does it start what waits"
+        "the queued run does not start"
     );
     closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
     let report = report(store, &erase).await;
@@ -170,7 +170,7 @@ async fn erasure_covers_all_threads_of_target(database: &TestDatabase, store: &S
     assert_eq!(
         store.begin_deletion(&all, 10).await.unwrap(),
         6,
-        "but what is another's"
+        "nothing of another key is deleted"
     );
     assert_eq!(report(store, &erase).await.pending, 2);
     assert_eq!(report(store, &all).await.pending, 6);
@@ -227,7 +227,7 @@ async fn deletion_of_empty_target_finishes_at_once(database: &TestDatabase, stor
                 .unwrap(),
             None
         );
-        // And it stays so.
+        // The receipt does not change later.
         exchange(store, &user("alice")).await;
         assert_eq!(store.begin_deletion(&request, 10).await.unwrap(), 0);
         database
@@ -277,7 +277,7 @@ async fn deletion_preview_counts_target_content(database: &TestDatabase, store: 
         .await
         .unwrap();
     assert_eq!(found, Deletable::default());
-    // What another request takes is still there.
+    // Threads that another request erases still count.
     assert_eq!(
         store.begin_deletion(&erase_user(&key), 10).await.unwrap(),
         2
@@ -299,7 +299,8 @@ async fn threads_created_after_deletion_request_are_spared(database: &TestDataba
     );
 }
 
-/// A rollover puts a fresh thread in the place of one that is meant. It holds a message that was acknowledged before.
+/// A rollover replaces a thread that the request includes. The fresh thread has a message that
+/// was acknowledged before the request.
 async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let old = exchange(store, &key).await.thread.id;
@@ -310,7 +311,7 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
     assert_eq!(
         store.begin_deletion(&erase, 0).await.unwrap(),
         0,
-        "it is recorded, and has no thread yet"
+        "the request is recorded, and has no thread yet"
     );
     closed(
         store
@@ -318,23 +319,23 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&waiting).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&waiting).await.unwrap());
     for lease in [Some(turn.lease), None] {
-        let before = seen(store, &key).await.unwrap().0.id;
+        let before = newest_thread(store, &key).await.unwrap().0.id;
         let rolled = store.roll_over(&rollover(before, lease)).await.unwrap();
         assert!(
             matches!(rolled, Rolled::Done { .. } | Rolled::Later(_)),
             "{rolled:?}"
         );
     }
-    let fresh = seen(store, &key).await.unwrap().0;
+    let fresh = newest_thread(store, &key).await.unwrap().0;
     assert_eq!(fresh.previous_thread, Some(old));
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 2);
     let after = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
         store.begin_deletion(&erase, 10).await.unwrap(),
         0,
-        "what came after it is not meant"
+        "a thread after the request is spared"
     );
     closed(
         store
@@ -358,7 +359,7 @@ async fn rollover_after_erasure_request_is_erased_too(database: &TestDatabase, s
     assert_eq!(database.number(&left).await, 0);
 }
 
-/// What a user has is taken bit by bit, and threads are rolled over in between.
+/// A user's threads are marked in batches, and rolled over in between.
 async fn rollover_between_deletion_batches_is_erased_too(database: &TestDatabase, store: &Store) {
     let keys = [session("alice", "a"), session("alice", "b")];
     for key in &keys {
@@ -366,10 +367,10 @@ async fn rollover_between_deletion_batches_is_erased_too(database: &TestDatabase
     }
     let erase = erase_user(&keys[0]);
     assert_eq!(store.begin_deletion(&erase, 1).await.unwrap(), 1);
-    let mut current = seen(store, &keys[1]).await.unwrap().0;
+    let mut current = newest_thread(store, &keys[1]).await.unwrap().0;
     for _ in 0..2 {
         store.roll_over(&rollover(current.id, None)).await.unwrap();
-        current = seen(store, &keys[1]).await.unwrap().0;
+        current = newest_thread(store, &keys[1]).await.unwrap().0;
         exchange(store, &keys[1]).await;
     }
     while store.begin_deletion(&erase, 1).await.unwrap() > 0 {}
@@ -389,7 +390,7 @@ async fn deletion_concludes_only_after_runs_and_upstream_cleanup(_: &TestDatabas
     gone_upstream(store, made).await;
     assert!(
         !store.conclude(made, 10).await.unwrap(),
-        "nobody wants it deleted"
+        "no request includes the thread"
     );
     let erase = erase(&key);
     store.begin_deletion(&erase, 10).await.unwrap();
@@ -412,13 +413,13 @@ async fn deletion_concludes_only_after_runs_and_upstream_cleanup(_: &TestDatabas
         .unwrap();
     assert!(
         !store.conclude(made, 10).await.unwrap(),
-        "it is still upstream"
+        "the thread is still upstream"
     );
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());
     assert!(
         store.conclude(made, 10).await.unwrap(),
-        "an answer was lost"
+        "a repeat after a lost acknowledgement succeeds"
     );
 }
 
@@ -450,7 +451,10 @@ async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Sto
         steps += 1;
         let left = report(store, &erase).await;
         assert_eq!((left.done, left.pending, left.finished_at), (0, 1, None));
-        assert_eq!(left.threads.data[0].messages, 11, "what there was");
+        assert_eq!(
+            left.threads.data[0].messages, 11,
+            "the receipt counts the content"
+        );
     }
     assert!((4..=6).contains(&steps), "{steps}");
     assert_eq!(thread(store, made).await, None);
@@ -502,7 +506,7 @@ async fn erasure_concludes_in_bounded_steps(database: &TestDatabase, store: &Sto
     assert_eq!(
         database.number(keys).await,
         0,
-        "nothing names the user any more"
+        "no row names the user any more"
     );
     let fresh = exchange(store, &key).await.thread;
     assert_eq!((fresh.previous_thread, fresh.message_count), (None, 2));
@@ -526,7 +530,7 @@ async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     assert_eq!(
         store.begin_deletion(&archive, 10).await.unwrap(),
         1,
-        "the current one alone"
+        "the preview counts the current thread only"
     );
     assert_eq!(
         thread(store, old).await.unwrap().lifecycle,
@@ -550,7 +554,7 @@ async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     assert_eq!(
         store.due_threads(10).await.unwrap()[0].thread,
         found,
-        "it is kept for a while only"
+        "the archived thread is kept for a while only"
     );
     assert_eq!(store.transcript(made, 0, 10).await.unwrap().len(), 2);
     let report = report(store, &archive).await;
@@ -562,7 +566,7 @@ async fn archive_keeps_transcript(database: &TestDatabase, store: &Store) {
     );
     assert!(
         !store.conclude(made, 1).await.unwrap(),
-        "nothing is under way"
+        "no deletion is under way"
     );
     check_invariants(database).await;
 }
@@ -591,7 +595,10 @@ async fn archive_can_be_escalated_to_erasure(database: &TestDatabase, store: &St
         (due[0].thread.id, due[0].thread.deletion),
         (made, Some(Deletion::Erase))
     );
-    assert_eq!(due[0].thread.removed.items, 3, "what is done is done");
+    assert_eq!(
+        due[0].thread.removed.items, 3,
+        "earlier removals still count"
+    );
     gone_upstream(store, made).await;
     assert!(store.conclude(made, 10).await.unwrap());
     assert_eq!(thread(store, made).await, None);
@@ -620,7 +627,7 @@ async fn discarded_thread_appears_in_later_deletion_receipt(
     let report = report(store, &erase).await;
     assert_eq!((report.done, report.finished_at.is_some()), (1, true));
 
-    // Without a request there is none, and nothing goes wrong.
+    // Without a request there is no receipt, and the deletion succeeds all the same.
     let made = exchange(store, &key).await.thread.id;
     archive(database, &key).await;
     assert!(store.discard(made, Duration::ZERO).await.unwrap());
@@ -650,7 +657,7 @@ async fn deletion_waits_for_threads_of_overlapping_request(_: &TestDatabase, sto
     assert_eq!(
         (left.done, left.pending, left.finished_at),
         (1, 0, None),
-        "the user still has something"
+        "the user still has a thread"
     );
     assert!(store.conclude(first, 10).await.unwrap());
     assert!(report(store, &all).await.finished_at.is_some());
@@ -669,7 +676,7 @@ async fn deletion_interrupted_between_batches_still_completes(_: &TestDatabase, 
     }
     let erase = erase_user(&user("alice"));
     assert_eq!(store.begin_deletion(&erase, 2).await.unwrap(), 2);
-    // Nobody repeats that. What is done goes on with the rest.
+    // No client repeats the request. Each finished thread leads to the next batch.
     let mut rounds = 0;
     while report(store, &erase).await.finished_at.is_none() {
         rounds += 1;
@@ -887,7 +894,8 @@ async fn expired_deletion_receipt_is_pruned(database: &TestDatabase, store: &Sto
     );
 }
 
-/// Messages come and runs end while all that the user has is being deleted: nothing deadlocks, nothing stays.
+/// Messages arrive and runs end while a user is being deleted. Nothing may deadlock, and nothing
+/// may be left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     let database = TestDatabase::postgres().await;
@@ -975,7 +983,7 @@ async fn concurrent_deletions_and_messages_leave_nothing_behind() {
     }
 }
 
-async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
+async fn unacknowledged_upstream_requests_are_counted(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let thread = turn.thread.id;
@@ -988,7 +996,7 @@ async fn unheard_upstream_runs_are_counted(_: &TestDatabase, store: &Store) {
     };
     assert!(
         !store.sends_again(&stale).await.unwrap(),
-        "the run is another's"
+        "another replica owns the run"
     );
     assert_eq!(store.unacknowledged_requests(thread).await.unwrap(), 2);
     let unacknowledged_requests = RunEnd {

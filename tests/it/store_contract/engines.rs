@@ -1,4 +1,4 @@
-//! What only one backend promises.
+//! Promises of one engine only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +14,8 @@ use super::*;
 use crate::support::cluster::Cluster;
 use crate::support::recording_proxy::DatabaseTap;
 
-/// Counts what each step costs on the wire, but for the first round, in which the statements are prepared.
+/// Counts each step's round trips on the wire. The first round does not count, since it prepares
+/// the statements.
 struct Meter {
     tap: DatabaseTap,
     round: usize,
@@ -38,7 +39,7 @@ impl Meter {
 }
 
 #[tokio::test]
-async fn turn_steps_take_one_round_trip_on_postgres() {
+async fn common_run_steps_take_one_round_trip_on_postgres() {
     let database = TestDatabase::postgres().await;
     let tap = DatabaseTap::on(&database.url()).await;
     let config = StoreConfig {
@@ -74,7 +75,7 @@ async fn turn_steps_take_one_round_trip_on_postgres() {
         meter.one("a refusal");
         closed(store.finish(&turn.lease, end()).await.unwrap());
         meter.one("an end with another waiting");
-        claimed(store.start_queued(&waiting).await.unwrap());
+        started_from_queue(store.start_queued(&waiting).await.unwrap());
         meter.one("a claim");
         closed(store.finish(&waiting, end()).await.unwrap());
         meter.one("the last end");
@@ -166,7 +167,7 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
                 .unwrap(),
         );
         meter.one("a discarding end");
-        claimed(store.start_queued(&rollback).await.unwrap());
+        started_from_queue(store.start_queued(&rollback).await.unwrap());
         meter.one("a claim of a run that goes first");
         store
             .unsynced_messages(rollback.run_id, None, 10)
@@ -208,7 +209,7 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
     }
 }
 
-/// The same request comes to both replicas at once, several times.
+/// The same request reaches both replicas at once, several times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_idempotent_requests_create_one_run() {
     let database = TestDatabase::postgres().await;
@@ -257,9 +258,9 @@ async fn concurrent_idempotent_requests_create_one_run() {
     }
 }
 
-/// A claim that began before a run came which goes first is refused if that one was faster.
+/// An earlier-ranked run arrives after a start began. If it was faster, the start is refused.
 #[tokio::test]
-async fn claim_overtaken_by_interrupt_is_deferred() {
+async fn start_overtaken_by_interrupt_is_deferred() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -279,7 +280,7 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
             ..admission(&key)
         };
         let (third, ..) = queued(store.admit(interrupt.clone()).await.unwrap());
-        claimed(store.start_queued(&third).await.unwrap());
+        started_from_queue(store.start_queued(&third).await.unwrap());
         holder.execute("ROLLBACK").await.unwrap();
         third
     };
@@ -287,13 +288,13 @@ async fn claim_overtaken_by_interrupt_is_deferred() {
     assert_eq!(overtaken.unwrap(), QueuedStart::NotYet);
     check_invariants(&database).await;
     closed(store.finish(&third, completed(None)).await.unwrap());
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
 }
 
-/// Whoever waits for a turn asks again and again: what has nothing to change takes no lock, and so no number of a
-/// transaction, whose commit would be flushed.
+/// A queued run polls for its start. A poll that changes nothing must take no lock, since it
+/// would then get a transaction id, whose commit is flushed.
 #[tokio::test]
-async fn fruitless_claim_writes_nothing_on_postgres() {
+async fn refused_start_writes_nothing_on_postgres() {
     let cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = database.store().await;
@@ -321,7 +322,7 @@ async fn fruitless_claim_writes_nothing_on_postgres() {
     store.close().await;
 }
 
-/// A message whose run begins while it is about to join it waits by itself.
+/// A run starts while a message is about to join it. The message is then queued alone.
 #[tokio::test]
 async fn merge_into_run_starting_meanwhile_is_queued() {
     let database = TestDatabase::postgres().await;
@@ -348,13 +349,13 @@ async fn merge_into_run_starting_meanwhile_is_queued() {
     assert_eq!((run.seq, position), (3, 1));
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&third).await.unwrap()).input,
+        started_from_queue(store.start_queued(&third).await.unwrap()).input,
         [merge.message]
     );
     check_invariants(&database).await;
 }
 
-/// Waits until so many statements wait for a lock.
+/// Waits until `wanted` statements wait for a lock.
 pub(super) async fn blocked(database: &TestDatabase, wanted: i64) {
     let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
                    AND datname = current_database()";
@@ -362,12 +363,13 @@ pub(super) async fn blocked(database: &TestDatabase, wanted: i64) {
     while database.number(blocked).await < wanted {
         assert!(
             tokio::time::Instant::now() < deadline,
-            "fewer than {wanted} wait"
+            "fewer than {wanted} statements wait"
         );
     }
 }
 
-/// All that two replicas can do to one conversation, at once: nothing deadlocks, and no message is lost.
+/// Two replicas do everything to one conversation at once. Nothing may deadlock, and no message
+/// may be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
     const MESSAGES: usize = 150;
@@ -473,7 +475,7 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
     let all = futures_util::future::join_all((0..MESSAGES).map(send));
     tokio::time::timeout(Duration::from_mins(2), all)
         .await
-        .expect("every run gets its turn");
+        .expect("every run starts in time");
 
     assert_eq!(begun.into_inner(), MESSAGES);
     let left = i64::try_from(MESSAGES - removed.into_inner()).unwrap();
@@ -494,7 +496,7 @@ async fn concurrent_strategies_neither_deadlock_nor_lose_messages() {
     }
 }
 
-/// Beside a long history, no step reads more than a few rows, counted by the server.
+/// Beside a long history, each step reads only a few rows, as the server counts them.
 #[tokio::test]
 async fn run_steps_read_bounded_rows() {
     let database = TestDatabase::postgres().await;
@@ -502,7 +504,8 @@ async fn run_steps_read_bounded_rows() {
     let store = database.store().await;
     exchange(&store, &key).await;
     store.close().await;
-    // A thread with a long history, many others, and much that was missing there once or still is.
+    // A thread with a long history, many other threads, and many messages that were or are
+    // unsynced.
     database
         .execute(
             "INSERT INTO threads (id, tenant, user_key, scope_kind, scope_name, upstream, lifecycle, message_count, \
@@ -581,7 +584,7 @@ async fn run_steps_read_bounded_rows() {
             .await
             .unwrap(),
     );
-    claimed(store.start_queued(&next).await.unwrap());
+    started_from_queue(store.start_queued(&next).await.unwrap());
     assert_eq!(
         store
             .unsynced_messages(next.run_id, None, 10)
@@ -610,7 +613,7 @@ async fn run_steps_read_bounded_rows() {
         ..completed(Some("x"))
     };
     closed(store.finish(&next, end.clone()).await.unwrap());
-    seen(&store, &key).await;
+    newest_thread(&store, &key).await;
     store.run(&key, next.run_id).await.unwrap();
     store.close().await;
 
@@ -632,10 +635,10 @@ async fn run_steps_read_bounded_rows() {
         }
     }
     let read = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'messages'";
-    assert!(database.number(read).await > 0, "the server counts");
+    assert!(database.number(read).await > 0, "the server counts reads");
 }
 
-/// The column that the janitor looks for is indexed, and so are others; a message writes none of them.
+/// The janitor's column is indexed, and so are others. A message must change no indexed column.
 #[tokio::test]
 async fn message_updates_no_thread_index() {
     let database = TestDatabase::postgres().await;
@@ -663,7 +666,7 @@ async fn message_updates_no_thread_index() {
                 .await
                 .unwrap(),
         );
-        claimed(store.start_queued(&waiting).await.unwrap());
+        started_from_queue(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(Some("hi"))).await.unwrap());
     }
     store.close().await;
@@ -675,7 +678,7 @@ async fn message_updates_no_thread_index() {
     assert_eq!(database.number(others).await, 0);
 }
 
-/// Beside many threads, no list reads more than a few rows, and none reads a whole table.
+/// Beside many threads, each list reads only a few rows, and no list reads a whole table.
 #[tokio::test]
 async fn lists_read_bounded_rows() {
     let database = TestDatabase::postgres().await;
@@ -840,7 +843,8 @@ async fn lists_read_bounded_rows() {
     }
 }
 
-/// Waits until all connections but the asking one are gone: with its end each tells the server what it read.
+/// Waits until all other connections are gone, since each reports its reads to the server when it
+/// ends.
 pub(super) async fn alone(database: &TestDatabase) {
     let connections = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
                        AND datname = current_database()";
@@ -848,12 +852,12 @@ pub(super) async fn alone(database: &TestDatabase) {
     while database.number(connections).await > 1 {
         assert!(
             tokio::time::Instant::now() < deadline,
-            "somebody stays connected"
+            "another connection stays open"
         );
     }
 }
 
-/// Two replicas admit, claim and end runs of one key, as fast as they can.
+/// Two replicas admit, start and finish runs of one key as fast as they can.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_replicas_never_hold_two_active_runs() {
     const EACH: usize = 100;
@@ -868,7 +872,7 @@ async fn two_replicas_never_hold_two_active_runs() {
             assert_eq!(
                 active.fetch_add(1, Ordering::SeqCst),
                 0,
-                "two runs at a time"
+                "a second run is active"
             );
             order.lock().unwrap().push(turn.run.seq);
             tokio::task::yield_now().await;
@@ -900,13 +904,13 @@ async fn two_replicas_never_hold_two_active_runs() {
     let all = futures_util::future::join_all((0..2 * EACH).map(turn));
     tokio::time::timeout(Duration::from_mins(1), all)
         .await
-        .expect("every run gets its turn");
+        .expect("every run starts in time");
 
     let order = order.into_inner().unwrap();
     assert_eq!(
         order,
         (1..=2 * i64::try_from(EACH).unwrap()).collect::<Vec<_>>(),
-        "in order of admission"
+        "runs start in the order of admission"
     );
     assert_eq!(database.number("SELECT count(*) FROM threads").await, 1);
     let completed = format!(
@@ -923,7 +927,8 @@ async fn two_replicas_never_hold_two_active_runs() {
     }
 }
 
-/// A statement that waits for a thread's row decides on what it finds then, not on what was when it began.
+/// A statement that waits for a thread's row must decide on the row that it gets, not on its
+/// earlier snapshot.
 #[tokio::test]
 async fn stale_snapshot_never_starts_run() {
     let database = TestDatabase::postgres().await;
@@ -932,7 +937,7 @@ async fn stale_snapshot_never_starts_run() {
     exchange(&store, &key).await;
 
     for strategy in [MultitaskStrategy::Enqueue, MultitaskStrategy::Reject] {
-        // Holds the thread's row, and admits a run under it.
+        // This transaction holds the thread's row, and admits a run meanwhile.
         let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
         holder
             .execute("BEGIN; UPDATE threads SET run_count = run_count + 1")
@@ -968,7 +973,7 @@ async fn stale_snapshot_never_starts_run() {
     }
 }
 
-/// Reads that occupy all of their connections do not keep a run from ending.
+/// Blocked admissions use all their connections. A run can still finish.
 #[tokio::test]
 async fn run_finishes_during_flood_of_blocked_admissions() {
     let database = TestDatabase::postgres().await;
@@ -984,7 +989,7 @@ async fn run_finishes_during_flood_of_blocked_admissions() {
     let admissions: Vec<_> = (0..64).map(|_| admission(&key)).collect();
     let flood = futures_util::future::join_all(admissions.iter().map(|it| store.admit(it.clone())));
     let work = async {
-        // Those who go alone have a quarter of the connections.
+        // Single admissions may use a quarter of the connections.
         blocked(&database, 4).await;
         closed(
             store
@@ -1003,7 +1008,7 @@ async fn run_finishes_during_flood_of_blocked_admissions() {
     check_invariants(&database).await;
 }
 
-/// Admissions and ends have lanes of their own, so neither waits for the other's.
+/// Admissions and finishes have separate lanes, so neither waits for the other.
 #[tokio::test]
 async fn admissions_and_finishes_use_separate_lanes() {
     let database = TestDatabase::postgres().await;
@@ -1092,7 +1097,7 @@ async fn sqlite_file_is_locked_to_one_store() {
     store.close().await;
     Store::open(&database.config())
         .await
-        .expect("a closed store leaves the file to the next");
+        .expect("a closed store releases the file");
 }
 
 #[tokio::test]
@@ -1105,7 +1110,7 @@ async fn sqlite_file_keeps_data_after_reopen() {
     drop(store);
     let store = database.store().await;
     assert_eq!(
-        seen(&store, &key).await.unwrap(),
+        newest_thread(&store, &key).await.unwrap(),
         (finished.thread, finished.activity)
     );
     assert_eq!(
@@ -1146,10 +1151,10 @@ async fn orphans_in_reopened_sqlite_file_are_adoptable_immediately() {
     );
 }
 
-/// A claim whose caller gave up on it commits while the end of the run waits for the row: what it put into the transcript
-/// must be marked like all that the run said.
+/// A start whose caller gave up commits while the finish waits for the row. The finish must mark
+/// the messages of that start, too.
 #[tokio::test]
-async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
+async fn finish_marks_messages_of_start_committed_meanwhile_on_postgres() {
     let database = TestDatabase::postgres().await;
     let store = database.store().await;
     let key = user("alice");
@@ -1192,7 +1197,8 @@ async fn finish_marks_messages_of_claim_committed_meanwhile_on_postgres() {
     check_invariants(&database).await;
 }
 
-/// A call that is dropped at any moment is done or not done, and its connection is good for the next ones.
+/// A call that is dropped at any moment took effect or did not. Its connection can be used for
+/// later calls.
 async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread.id;
@@ -1206,7 +1212,7 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
             created_at: None,
         }];
         polled(store.import_messages(&[(thread, message.to_vec())]), polls).await;
-        // One statement, which nobody else would see if it were in a transaction that was left open.
+        // A single statement would stay invisible within an open transaction.
         started(
             store
                 .admit(admission(&user(&format!("n{polls}"))))
@@ -1227,7 +1233,7 @@ async fn dropped_calls_leave_nothing_open(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-/// What a dropped call was waiting for may end in an error. The transaction that it began is over then, too.
+/// The statement of a dropped call may fail later. Its transaction must be over then, too.
 #[tokio::test]
 async fn failure_of_dropped_call_leaves_next_calls_unaffected() {
     let database = TestDatabase::postgres().await;
@@ -1254,7 +1260,7 @@ async fn failure_of_dropped_call_leaves_next_calls_unaffected() {
     store.close().await;
 }
 
-/// Polls a future so many times, if it takes so many, and drops it.
+/// Polls a future up to `polls` times, and drops it.
 async fn polled(future: impl Future, mut polls: u32) {
     let mut future = std::pin::pin!(future);
     std::future::poll_fn(|context| {
@@ -1280,7 +1286,7 @@ async fn dropped_calls_leave_no_open_transaction_on_sqlite() {
 #[tokio::test]
 async fn dropped_calls_leave_no_open_transaction_on_postgres() {
     let database = TestDatabase::postgres().await;
-    // One of them for callers: each call gets the connection of the one before.
+    // One connection is for callers, so each call gets the connection of the call before.
     let config = StoreConfig {
         max_connections: 2,
         ..database.config()
@@ -1301,5 +1307,5 @@ async fn store_closes_while_server_executes_dropped_call() {
     }
     tokio::time::timeout(Duration::from_secs(5), store.close())
         .await
-        .expect("it closes at once");
+        .expect("the store closes at once");
 }

@@ -1,4 +1,4 @@
-//! What runs show while they are at work, and whatever else is written to their log meanwhile.
+//! The stored events of runs, and what else is recorded during a run.
 
 use threadkeeper::domain::UpstreamRunId;
 use threadkeeper::store::{Answered, Paused, Request, RunProgress};
@@ -19,7 +19,7 @@ on_every_backend!(
     late_upstream_run_id_is_ignored,
 );
 
-/// Texts of one byte each from a number on.
+/// A batch of texts of one byte each, which begins at number `first`.
 fn texts(first: i64, texts: &[&str]) -> EventBatch {
     EventBatch {
         first,
@@ -38,7 +38,7 @@ fn progress(lease: RunLease, events: EventBatch) -> RunProgress {
     }
 }
 
-/// A pause whose events begin with these.
+/// A pause whose events begin with this batch.
 fn pause_after(EventBatch { first, mut events }: EventBatch) -> Pause {
     let calls = pause(&["call_1"], 0);
     events.push(LoggedEvent::RequiresAction(calls.required_action.clone()));
@@ -95,12 +95,12 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
             "from {from}"
         );
     }
-    // Nothing new is no row.
+    // A batch without events adds no row.
     let nothing = progress(turn.lease, texts(16, &[]));
     assert_eq!(store.record(&[nothing]).await.unwrap(), [turn.run.id]);
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), batches);
 
-    // A run that waits has something to show as well.
+    // A queued run has an event to record, too.
     let (waits, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let place = EventBatch {
         first: 0,
@@ -119,7 +119,7 @@ async fn shown_events_are_recorded_in_order(database: &TestDatabase, store: &Sto
         ..completed(Some("hi"))
     };
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    claimed(store.start_queued(&waits).await.unwrap());
+    started_from_queue(store.start_queued(&waits).await.unwrap());
     assert_eq!(
         store.events(turn.run.id, 12).await.unwrap(),
         [batches[3].clone(), texts(16, &["!"])]
@@ -171,7 +171,7 @@ async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, stor
     let mut all = vec![];
     for n in 0..50 {
         let turn = begin(store, &user(&n.to_string())).await;
-        // One with a character that cannot be stored does no harm to the others.
+        // An upstream id that cannot be stored does not affect the other runs.
         let id = if n == 7 {
             "resp\0".to_owned()
         } else {
@@ -212,7 +212,8 @@ async fn progress_of_many_runs_records_in_one_call(database: &TestDatabase, stor
     check_invariants(database).await;
 }
 
-/// The answer to a recording was lost, so it is repeated with more; or it is only slow, and comes after that one.
+/// The longer batch repeats one whose acknowledgement was lost. If that one was only slow, it
+/// arrives after the longer one.
 async fn longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let (short, long) = (texts(2, &["a", "b"]), texts(2, &["a", "b", "c"]));
@@ -221,7 +222,7 @@ async fn longer_of_two_recordings_wins(_: &TestDatabase, store: &Store) {
             .record(&[progress(turn.lease, events.clone())])
             .await
             .unwrap();
-        assert_eq!(recorded, [turn.run.id], "all of it is stored");
+        assert_eq!(recorded, [turn.run.id], "the longer batch is stored");
         assert_eq!(
             &store.events(turn.run.id, 0).await.unwrap()[..],
             std::slice::from_ref(wanted)
@@ -233,7 +234,8 @@ async fn pause_extends_recorded_events(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = begin(store, &key).await;
     let calls = pause_after(texts(2, &["a", "b"]));
-    // All of the text, or a part: whose answer was lost, so that the pause begins with it too.
+    // Some or all of the text is recorded. Its acknowledgement was lost, so the pause begins with
+    // it, too.
     for recorded in [texts(2, &["a"]), texts(2, &["a", "b"])] {
         store
             .record(&[progress(turn.lease, recorded)])
@@ -241,21 +243,22 @@ async fn pause_extends_recorded_events(database: &TestDatabase, store: &Store) {
             .unwrap();
     }
     let Paused::Waiting(paused) = store.pause(&turn.lease, &calls).await.unwrap() else {
-        panic!("it was in progress")
+        panic!("the run was in progress")
     };
     assert_eq!(paused.run.status, RunStatus::RequiresAction);
     assert_eq!(
         store.events(turn.run.id, 0).await.unwrap(),
         std::slice::from_ref(&calls.events)
     );
-    // It is known as recorded now: repeated after the answer, it does not wait again.
+    // The pause is recorded already. If it is repeated after the outputs, the run does not wait
+    // again.
     let answered = store
         .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
         .await
         .unwrap();
     assert!(matches!(answered, Answered::Resumed(_)), "{answered:?}");
     let Paused::Waiting(again) = store.pause(&turn.lease, &calls).await.unwrap() else {
-        panic!("it is in progress")
+        panic!("the run is in progress")
     };
     assert_eq!(again.run.status, RunStatus::InProgress);
     check_invariants(database).await;
@@ -298,7 +301,7 @@ async fn recording_after_pause_changes_nothing(_: &TestDatabase, store: &Store) 
     );
 }
 
-/// The pause was made before two recordings were known to be good, and is sent after them.
+/// The pause was built before two recordings were acknowledged, and is sent after them.
 async fn pause_overlapping_recorded_batches_leaves_no_gap(_: &TestDatabase, store: &Store) {
     let turn = begin(store, &user("alice")).await;
     let calls = pause_after(texts(2, &["a", "b", "c"]));
@@ -309,7 +312,7 @@ async fn pause_overlapping_recorded_batches_leaves_no_gap(_: &TestDatabase, stor
             .unwrap();
     }
     store.pause(&turn.lease, &calls).await.unwrap();
-    // Whoever has seen some of it finds all that comes after.
+    // A reader gets all events after the ones that it has seen.
     let all = [calls.events.clone(), texts(3, &["b", "c"])];
     assert_eq!((all[0].end(), all[1].end()), (6, 5));
     for (from, known) in [(0, 2), (3, 2), (4, 2), (5, 1), (6, 1), (9, 1)] {
@@ -340,7 +343,7 @@ async fn finish_extends_recorded_events(database: &TestDatabase, store: &Store) 
                 store.events(turn.run.id, 0).await.unwrap(),
                 std::slice::from_ref(&all)
             );
-            // It was under way still.
+            // The run's log is still kept.
             assert_eq!(
                 store
                     .record(&[progress(turn.lease, texts(2, &["a"]))])
@@ -392,7 +395,7 @@ async fn finish_dropping_log_removes_recorded_events(database: &TestDatabase, st
         assert_eq!(
             rows().await,
             1 + i64::try_from(recorded.len()).unwrap(),
-            "the lease was lost"
+            "another owner has the lease"
         );
         for _ in 0..2 {
             closed(store.finish(&turn.lease, end.clone()).await.unwrap());
@@ -430,7 +433,7 @@ async fn upstream_run_ids_of_all_rounds_are_kept(database: &TestDatabase, store:
         store.record(&[records("resp_1")]).await.unwrap();
         assert_eq!(known().await, ("resp_1".to_owned(), String::new()));
     }
-    // The pause tells the same id, the next round has another.
+    // The pause has the same upstream id. The next round has another one.
     store
         .pause(&turn.lease, &pause_after(texts(2, &["a"])))
         .await

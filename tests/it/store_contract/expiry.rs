@@ -1,4 +1,4 @@
-//! How long threads live.
+//! Expiry of threads.
 
 use threadkeeper::domain::{Lifecycle, Lifetimes, NewLife, Timestamp, Ttl};
 use threadkeeper::store::ThreadUpdate;
@@ -45,25 +45,26 @@ async fn talk(store: &Store, request: Admission) -> Thread {
 }
 
 async fn thread(store: &Store, key: &ConversationKey) -> Thread {
-    seen(store, key).await.unwrap().0
+    newest_thread(store, key).await.unwrap().0
 }
 
-/// The same but for what a clock shows between two looks at it.
+/// Asserts that two times are equal, except for the time between two reads of the clock.
 #[track_caller]
 fn close_to(one: Option<Timestamp>, other: Timestamp) {
     let off = (one.unwrap() - other).abs();
     assert!(
         off <= chrono::TimeDelta::seconds(2),
-        "{one:?} is not {other}"
+        "{one:?} is not close to {other}"
     );
 }
 
-/// Moves the end of a thread over the present in steps of a millisecond, and looks who gets the next message: by the
-/// database's own times, never one that had expired, and never a fresh one too early.
+/// Moves the end of a thread across the present in steps of a millisecond, and looks which thread
+/// gets the next message. By the database's own times, an expired thread must never get it, and a
+/// fresh thread never too early.
 async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &Store) {
     let ms = Duration::from_millis;
     let (mut kept, mut replaced) = (0, 0);
-    // What the thread and the configuration say, in milliseconds.
+    // The limits of the thread and of the configuration, in milliseconds.
     for (case, (own_age, own_idle, age, idle)) in [
         (None, None, Some(40_000), None),
         (None, None, None, Some(30_000)),
@@ -100,7 +101,7 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
                 number(own_idle),
             );
             database.execute(&own).await;
-            // The first ones have expired by then, however fast this machine is.
+            // The first threads have expired by then, however fast this machine is.
             database
                 .date_threads(&name, ms(40_004 - 2 * step), ms(30_004 - 2 * step))
                 .await;
@@ -108,7 +109,7 @@ async fn database_and_domain_agree_on_expiry(database: &TestDatabase, store: &St
             let turn = started(store.admit(within(configured, &key)).await.unwrap());
             if turn.thread.id == old.id {
                 kept += 1;
-                // The time is written a moment after it was looked at.
+                // The time is written a moment after the check.
                 let used = turn.thread.last_active_at - chrono::TimeDelta::milliseconds(1);
                 assert!(end.is_none_or(|end| end > used), "{case}: {end:?} {used}");
             } else {
@@ -145,7 +146,7 @@ async fn new_thread_is_due_at_expiry(database: &TestDatabase, store: &Store) {
         assert_eq!(
             thread.limits,
             Limits::NONE,
-            "the configuration is not copied"
+            "the configured limits are not copied"
         );
         let end = limits.end(thread.created_at, thread.created_at);
         assert_eq!(database.due_at(key.user.as_str()).await, end);
@@ -162,7 +163,7 @@ async fn own_limits_override_configured_limits(database: &TestDatabase, store: &
     assert_eq!(
         talk(store, within(limits(MINUTE), &key)).await.id,
         old.id,
-        "its age does not matter"
+        "the thread's age does not matter"
     );
     database.age_threads(2 * HOUR).await;
     assert_ne!(talk(store, within(Limits::NONE, &key)).await.id, old.id);
@@ -187,19 +188,19 @@ async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) 
         ttl: Some(ttl),
         ..within(limits(MINUTE), &key)
     };
-    // From the first message on.
+    // The TTL counts from the first message.
     let old = talk(store, with(Ttl::FromNow(HOUR))).await;
     assert_eq!(old.limits, limits(HOUR));
     assert_eq!(none.expiry(&old), database.due_at("alice").await);
 
-    // From a later one on: the thread is older by then.
+    // The TTL counts from a later message. The thread is older by then.
     database.age_threads(HOUR / 2).await;
     let same = talk(store, with(Ttl::FromNow(HOUR))).await;
     assert_eq!((same.id, same.limits.max_idle), (old.id, None));
     close_to(none.expiry(&same), same.last_active_at + HOUR);
     close_to(database.due_at("alice").await, same.last_active_at + HOUR);
 
-    // A message that says nothing of it changes nothing.
+    // A message without a TTL changes nothing.
     let before = database.due_at("alice").await;
     let again = talk(store, within(limits(MINUTE), &key)).await;
     assert_eq!(
@@ -211,7 +212,7 @@ async fn message_ttl_sets_thread_expiry(database: &TestDatabase, store: &Store) 
     assert_eq!((same.id, same.limits), (old.id, idle(MINUTE)));
     close_to(database.due_at("alice").await, same.last_active_at + MINUTE);
 
-    // What has expired is not revived.
+    // An expired thread is not revived.
     database.age_threads(MINUTE).await;
     let fresh = talk(store, with(Ttl::FromLastActivity(HOUR))).await;
     assert_eq!(
@@ -233,7 +234,7 @@ async fn merged_message_ttl_sets_thread_expiry(database: &TestDatabase, store: &
         ..admission(&key)
     };
     let Admitted::Merged { thread, .. } = store.admit(merge.clone()).await.unwrap() else {
-        panic!("not merged")
+        panic!("the message was not merged")
     };
     close_to(
         Lifetimes::default().expiry(&thread),
@@ -245,7 +246,7 @@ async fn merged_message_ttl_sets_thread_expiry(database: &TestDatabase, store: &
 async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(admission(&key)).await.unwrap());
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     let ttl = Some(Ttl::FromNow(MINUTE));
     let reject = Admission {
         strategy: MultitaskStrategy::Reject,
@@ -262,7 +263,7 @@ async fn refused_message_ttl_changes_nothing(_: &TestDatabase, store: &Store) {
         store.admit(other.clone()).await.unwrap(),
         Admitted::OtherUpstream("main".to_owned())
     );
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 }
 
 async fn merge_never_joins_run_of_expired_thread(database: &TestDatabase, store: &Store) {
@@ -312,7 +313,7 @@ async fn new_thread_links_newest_archived_thread(database: &TestDatabase, store:
         Some(second.id)
     );
 
-    // One that is on its way out is not one before.
+    // A thread that is being deleted is not linked.
     let deletion = format!(
         "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE created_at >= \
          (SELECT t.created_at FROM threads t WHERE t.user_key = 'alice' AND t.lifecycle = 'current') \
@@ -362,7 +363,7 @@ async fn update_changes_only_given_fields(database: &TestDatabase, store: &Store
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(same, changed, "nothing was asked for");
+    assert_eq!(same, changed, "the update has no fields");
     assert_eq!(same.id, before.id);
     let cleared = update(Some(Metadata::default()), None);
     assert_eq!(
@@ -393,7 +394,10 @@ async fn update_sets_or_resets_thread_expiry(database: &TestDatabase, store: &St
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(one.last_active_at, active, "it is no activity");
+    assert_eq!(
+        one.last_active_at, active,
+        "an update does not count as activity"
+    );
     let due = database.due_at("alice").await.unwrap();
     close_to(none.expiry(&one), due);
     assert!(due - active >= chrono::TimeDelta::minutes(90));
@@ -424,7 +428,7 @@ async fn update_sets_or_resets_thread_expiry(database: &TestDatabase, store: &St
 
     let zero = update(NewLife::Own(Ttl::FromNow(Duration::ZERO)));
     store.update_thread(&key, &zero).await.unwrap().unwrap();
-    // What is left of a millisecond counts as a whole one.
+    // A part of a millisecond counts as a whole one.
     database.age_threads(Duration::from_millis(1)).await;
     assert_ne!(talk(store, admission(&key)).await.id, three.id);
 }
@@ -433,12 +437,12 @@ async fn expired_thread_is_not_updated(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     talk(store, within(limits(HOUR), &key)).await;
     database.age_threads(HOUR).await;
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     let update = ThreadUpdate {
         life: Some(NewLife::Own(Ttl::FromNow(HOUR))),
         limits: limits(HOUR),
         metadata: None,
     };
     assert_eq!(store.update_thread(&key, &update).await.unwrap(), None);
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 }

@@ -12,7 +12,7 @@ on_every_backend!(
     idempotency_key_resolves_to_its_run,
     merged_message_has_own_idempotency_key,
     refused_message_uses_no_idempotency_key,
-    idempotent_retry_is_recognized_before_refusal,
+    idempotent_retry_is_recognised_before_refusal,
     idempotency_key_is_scoped_to_conversation,
     idempotency_key_outlives_its_thread,
     idempotency_key_expires_after_ttl,
@@ -38,7 +38,7 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
     let key = user("alice");
     let turn = started(store.admit(once(&key, "k")).await.unwrap());
     queued(store.admit(once(&key, "other")).await.unwrap());
-    let before = seen(store, &key).await;
+    let before = newest_thread(store, &key).await;
     for strategy in MultitaskStrategy::ALL {
         let again = Admission {
             strategy: *strategy,
@@ -55,9 +55,9 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
             "{strategy}"
         );
     }
-    assert_eq!(seen(store, &key).await, before);
+    assert_eq!(newest_thread(store, &key).await, before);
 
-    // A free thread makes no difference, nor does a thread that would have to be made.
+    // This also holds on a free thread, and for a key without a thread.
     closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(
         store.admit(once(&key, "k")).await.unwrap(),
@@ -69,7 +69,7 @@ async fn idempotent_retry_stores_nothing(database: &TestDatabase, store: &Store)
         Admitted::Repeated
     );
     assert_eq!(
-        seen(store, &key).await.unwrap().0.lifecycle,
+        newest_thread(store, &key).await.unwrap().0.lifecycle,
         Lifecycle::Archived
     );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 2);
@@ -112,7 +112,7 @@ async fn idempotency_key_resolves_to_its_run(_: &TestDatabase, store: &Store) {
             .id,
         waiting.run_id
     );
-    // As it stands at the time of the question.
+    // The answer shows the run as it is now.
     let finished = closed(
         store
             .finish(&turn.lease, completed(Some("hi")))
@@ -155,7 +155,11 @@ async fn merged_message_has_own_idempotency_key(database: &TestDatabase, store: 
         ..completed(None)
     };
     closed(store.finish(&waiting, cancelled.clone()).await.unwrap());
-    assert_eq!(transcript(store, &key).await.len(), 3, "each message once");
+    assert_eq!(
+        transcript(store, &key).await.len(),
+        3,
+        "each message is stored once"
+    );
     check_invariants(database).await;
 }
 
@@ -181,14 +185,14 @@ async fn refused_message_uses_no_idempotency_key(database: &TestDatabase, store:
     check_invariants(database).await;
 }
 
-async fn idempotent_retry_is_recognized_before_refusal(_: &TestDatabase, store: &Store) {
+async fn idempotent_retry_is_recognised_before_refusal(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let reject = || Admission {
         strategy: MultitaskStrategy::Reject,
         ..once(&key, "k")
     };
     started(store.admit(reject()).await.unwrap());
-    // Its own first attempt is what keeps the thread busy.
+    // Its own first attempt keeps the thread busy.
     assert_eq!(store.admit(reject()).await.unwrap(), Admitted::Repeated);
     let elsewhere = Admission {
         upstream: "spare".to_owned(),
@@ -232,7 +236,7 @@ async fn idempotency_key_outlives_its_thread(database: &TestDatabase, store: &St
     };
     let old = started(store.admit(with_ttl("a")).await.unwrap());
     database.age_threads(Duration::from_mins(1)).await;
-    // Nothing is put in the place of the expired thread for it.
+    // A repeat does not replace the expired thread.
     assert_eq!(
         store.admit(with_ttl("a")).await.unwrap(),
         Admitted::Repeated
@@ -269,7 +273,7 @@ async fn admission_reuses_expired_idempotency_key(database: &TestDatabase, store
     assert_eq!(
         store.admit(once(DAY)).await.unwrap(),
         Admitted::Repeated,
-        "it is in use anew"
+        "the key is in use again"
     );
 
     let error = Some(RunError {
@@ -321,7 +325,7 @@ async fn idempotency_key_expires_after_ttl(database: &TestDatabase, store: &Stor
         repeated(store, &key, "k").await.unwrap().run.id,
         again.run_id
     );
-    // How long it was remembered is the caller's to say.
+    // The caller decides how long a key is remembered.
     assert_eq!(
         store.repeated(&key, "young", Duration::ZERO).await.unwrap(),
         None
@@ -347,12 +351,12 @@ async fn idempotency_key_of_unrecorded_run_is_released(database: &TestDatabase, 
     };
     for code in RunErrorCode::ALL {
         let turn = started(store.admit(once(&key, code.as_str())).await.unwrap());
-        // Neither is a key of the same name in another conversation, nor another one in this.
+        // The same key in another conversation stays in use, and so does another key in this one.
         let same = started(store.admit(once(&other, code.as_str())).await.unwrap());
         closed(store.finish(&same.lease, completed(None)).await.unwrap());
         let found = repeated(store, &key, code.as_str())
             .await
-            .expect("it has not failed yet");
+            .expect("the run has not failed yet");
         assert_eq!(found.run, turn.run, "{code}");
         let finished = closed(store.finish(&turn.lease, failed(*code)).await.unwrap());
         let found = repeated(store, &key, code.as_str())
@@ -375,7 +379,7 @@ async fn idempotency_key_of_unrecorded_run_is_released(database: &TestDatabase, 
         closed(store.finish(&again.lease, completed(None)).await.unwrap());
         assert!(
             repeated(store, &key, code.as_str()).await.is_some(),
-            "the new use stays"
+            "the new use is kept"
         );
     }
     for code in RunErrorCode::ALL {
@@ -419,7 +423,11 @@ async fn tool_outputs_have_own_idempotency_key(_: &TestDatabase, store: &Store) 
         Answered::Repeated
     );
     let (run, _) = store.run(&key, turn.run.id).await.unwrap().unwrap();
-    assert_eq!(run.status, RunStatus::RequiresAction, "nothing has changed");
+    assert_eq!(
+        run.status,
+        RunStatus::RequiresAction,
+        "the thread is unchanged"
+    );
 
     let answered = store
         .answer_tools(&key, turn.run.id, &once("answer"))

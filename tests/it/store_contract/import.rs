@@ -1,4 +1,4 @@
-//! Threads and messages from elsewhere.
+//! Imported threads and messages.
 
 use threadkeeper::domain::{Role, Timestamp};
 use threadkeeper::store::{Imported, ImportedMessage};
@@ -15,7 +15,7 @@ on_every_backend!(
     imported_thread_continues_with_next_message,
     imported_messages_keep_order_and_fields,
     message_import_is_idempotent,
-    imported_messages_without_upstream_thread_form_backlog,
+    imported_messages_without_upstream_thread_are_unsynced,
     imported_messages_append_after_last_position,
     many_messages_import_in_one_call,
     batched_thread_import_equals_sequential_import,
@@ -44,7 +44,7 @@ fn message(role: Role, said: &str) -> ImportedMessage {
 async fn added(store: &Store, thread: &ImportedThread) -> ThreadId {
     match import_thread(store, thread).await {
         Imported::Added(id) => id,
-        other => panic!("added was expected, not {other:?}"),
+        other => panic!("expected an added thread, not {other:?}"),
     }
 }
 
@@ -185,7 +185,8 @@ async fn thread_import_without_id_matches_by_key(database: &TestDatabase, store:
     };
     assert_eq!(import_thread(store, &elsewhere).await, Imported::Taken(id));
 
-    // It is still the same when another thread took its place, or its upstream thread was deleted.
+    // The import is recognised even after another thread took its place, or its upstream thread
+    // was deleted.
     database.archive_threads().await;
     exchange(store, &key).await;
     assert_eq!(
@@ -251,7 +252,7 @@ async fn archived_thread_import_keeps_current_thread(database: &TestDatabase, st
     assert_eq!(import_thread(store, &two).await, Imported::Known(id));
     let three = archived(None, "2025-02-01T00:00:00Z", None);
     added(store, &three).await;
-    assert_eq!(seen(store, &key).await.unwrap().0.id, current.id);
+    assert_eq!(newest_thread(store, &key).await.unwrap().0.id, current.id);
     check_invariants(database).await;
 }
 
@@ -395,7 +396,7 @@ async fn imported_messages_keep_order_and_fields(_: &TestDatabase, store: &Store
     assert_eq!((after.message_count, after.backlog), (4, 1));
     assert_eq!(
         after.last_active_at, before.last_active_at,
-        "it is no activity"
+        "an import does not count as activity"
     );
 }
 
@@ -413,7 +414,8 @@ async fn message_import_is_idempotent(database: &TestDatabase, store: &Store) {
         transcript(store, &user("alice")).await,
         ["user: one", "user: two", "user: three"]
     );
-    // Not in another thread either, nor in one that is not there or is on its way out.
+    // The message's id is taken in all threads. A missing thread and one that is being deleted
+    // take no messages.
     let other = added(store, &imported(&user("bob"))).await;
     assert_eq!(import_messages(store, other, &[one]).await, 0);
     let four = [message(Role::User, "four")];
@@ -425,7 +427,7 @@ async fn message_import_is_idempotent(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn imported_messages_without_upstream_thread_form_backlog(
+async fn imported_messages_without_upstream_thread_are_unsynced(
     database: &TestDatabase,
     store: &Store,
 ) {
@@ -467,7 +469,7 @@ async fn imported_messages_without_upstream_thread_form_backlog(
 async fn imported_messages_append_after_last_position(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread;
-    // A gap, as a rollback leaves it.
+    // Such a gap is left by a rollback.
     database
         .execute("UPDATE threads SET last_position = 7")
         .await;
@@ -505,7 +507,8 @@ async fn many_messages_import_in_one_call(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-/// What became of each thread, with the number of the first that had the id in the place of the id.
+/// Returns the result for each thread. Instead of its id stands the number of the first result
+/// with that id.
 fn outcomes(results: &[Imported]) -> Vec<String> {
     let mut ids: Vec<ThreadId> = Vec::new();
     let mut number = |id: ThreadId| {
@@ -540,7 +543,7 @@ async fn batched_thread_import_equals_sequential_import(database: &TestDatabase,
         let alone = pick(4);
         let mut got = Vec::new();
         for together in [false, true] {
-            // Of which one is found follows from when each was made.
+            // The creation times decide which thread is found.
             let id = |n: usize| {
                 format!(
                     "thr_018000000000700080000000{round:04x}{}{n:03x}",
@@ -566,7 +569,7 @@ async fn batched_thread_import_equals_sequential_import(database: &TestDatabase,
                 }
             };
             let threads: Vec<_> = choices.iter().enumerate().map(thread).collect();
-            // One of the ids is another tenant's.
+            // One of the ids belongs to another tenant.
             let tenant = TenantKey::try_from("other".to_owned()).unwrap();
             let elsewhere = ConversationKey {
                 tenant,
@@ -615,7 +618,7 @@ async fn batched_thread_import_keeps_order(_: &TestDatabase, store: &Store) {
         .unwrap();
     let added = results.into_iter().map(|result| match result {
         Imported::Added(id) => id,
-        other => panic!("added was expected, not {other:?}"),
+        other => panic!("expected an added thread, not {other:?}"),
     });
     assert!(added.is_sorted());
 }
@@ -705,7 +708,7 @@ async fn concurrent_imports_and_admissions_never_deadlock(database: &TestDatabas
             };
             assert_eq!(a, b, "{n}");
         }
-        // The same messages, too.
+        // The same messages again.
         let transcripts: Vec<_> = one_message_each(store, &threads).await;
         let back: Vec<_> = transcripts.iter().rev().cloned().collect();
         let (one, two) = tokio::join!(
@@ -723,7 +726,7 @@ async fn one_message_each(
 ) -> Vec<(ThreadId, Vec<ImportedMessage>)> {
     let mut transcripts = Vec::new();
     for thread in threads {
-        let id = seen(store, &thread.key).await.unwrap().0.id;
+        let id = newest_thread(store, &thread.key).await.unwrap().0.id;
         transcripts.push((id, vec![message(Role::User, "hello")]));
     }
     transcripts

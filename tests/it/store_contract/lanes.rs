@@ -1,4 +1,4 @@
-//! Admissions and ends of many callers, which go to Postgres together.
+//! Lanes: admissions and finishes of many callers that go to Postgres together.
 
 use futures_util::future::join_all;
 use sqlx::{Connection, Executor};
@@ -9,7 +9,7 @@ use super::engines::blocked;
 use super::*;
 use crate::support::link::{Link, Weather};
 
-/// As many as one batch takes, behind one that goes first.
+/// Number of calls: one that goes first, and as many as a batch takes behind it.
 const BATCH: i64 = 33;
 
 fn users() -> Vec<Admission> {
@@ -18,7 +18,7 @@ fn users() -> Vec<Admission> {
         .collect()
 }
 
-/// One row that others hold keeps only those waiting who want it.
+/// A locked row blocks only the calls that need it.
 #[tokio::test]
 async fn locked_thread_row_blocks_no_other_threads() {
     let database = TestDatabase::postgres().await;
@@ -36,7 +36,7 @@ async fn locked_thread_row_blocks_no_other_threads() {
     let waits = store.admit(admission(&user("locked")));
     let ends = store.finish(&ending.lease, completed(Some("hi")));
     let others = async {
-        // Each in the company of those who wait.
+        // Each call is in a batch with calls that wait.
         for round in 0..10 {
             let all = users();
             let turns = join_all(all.iter().map(|it| store.admit(it.clone()))).await;
@@ -60,7 +60,7 @@ async fn locked_thread_row_blocks_no_other_threads() {
     store.close().await;
 }
 
-/// An upstream may name a run as no database can.
+/// An upstream run's id may contain a character that no database stores.
 #[tokio::test]
 async fn refused_finish_fails_alone_in_its_batch() {
     let database = TestDatabase::postgres().await;
@@ -104,7 +104,7 @@ async fn refused_finish_fails_alone_in_its_batch() {
     store.close().await;
 }
 
-/// The server has committed, and the answer is lost on its way.
+/// The server has committed, and its answer is lost.
 #[tokio::test]
 async fn batch_with_lost_response_returns_recorded_results() {
     let database = TestDatabase::postgres().await;
@@ -115,7 +115,7 @@ async fn batch_with_lost_response_returns_recorded_results() {
     };
     let store = Store::open(&config).await.unwrap();
     let loses = async |held: &mut sqlx::PgConnection| {
-        // Of the two batches that are on their way.
+        // Two batches are under way.
         blocked(&database, 2).await;
         link.valve.set(Weather {
             swallows: true,
@@ -235,7 +235,7 @@ async fn batched_admissions_return_individual_results() {
         let (lease, _, _, position) = queued(next());
         assert_eq!((lease.run_id, position), (all[2].run_id, 1));
         let Admitted::Merged { run, .. } = next() else {
-            panic!("not merged")
+            panic!("the message was not merged")
         };
         assert_eq!(run.id, waiting.run_id);
         assert_eq!(next(), Admitted::OtherUpstream("main".to_owned()));
@@ -250,7 +250,7 @@ async fn batched_admissions_return_individual_results() {
     }
 }
 
-/// The thread of a message that was taken before may be held by others: its sender is told all the same.
+/// The thread's row may be locked. A repeat of an accepted message is answered all the same.
 #[tokio::test]
 async fn idempotent_retry_takes_no_row_lock() {
     let database = TestDatabase::postgres().await;
@@ -262,7 +262,10 @@ async fn idempotent_retry_takes_no_row_lock() {
     started(store.admit(keyed()).await.unwrap());
     let _held = database.lock("threads").await;
     let repeated = tokio::time::timeout(Duration::from_secs(5), store.admit(keyed())).await;
-    assert_eq!(repeated.expect("it waits").unwrap(), Admitted::Repeated);
+    assert_eq!(
+        repeated.expect("the repeat waits for the lock").unwrap(),
+        Admitted::Repeated
+    );
 }
 
 async fn bind(store: &Store, lease: &RunLease, name: RunId, intent: OrphanId) -> Bound {
@@ -313,7 +316,7 @@ async fn batched_bindings_return_individual_results() {
     }
 }
 
-/// What waits can be withdrawn at the moment in which the run before it ends.
+/// A queued run can be withdrawn at the moment in which the run before it finishes.
 #[tokio::test]
 async fn two_runs_of_one_thread_finish_concurrently() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {
@@ -337,7 +340,7 @@ async fn two_runs_of_one_thread_finish_concurrently() {
     }
 }
 
-/// A message that joined a waiting run has no run of its own by which it could be told that it is recorded.
+/// A message that joined a queued run has no run of its own by which a retry could recognise it.
 #[tokio::test]
 async fn merge_with_lost_response_is_applied_once() {
     let database = TestDatabase::postgres().await;
@@ -377,7 +380,7 @@ async fn merge_with_lost_response_is_applied_once() {
     };
     let (merged, ()) = tokio::join!(store.admit(merge), loses);
     let Admitted::Merged { run, .. } = merged.unwrap() else {
-        panic!("not merged")
+        panic!("the message was not merged")
     };
     assert_eq!(run.id, waiting.run_id);
     assert_eq!(
@@ -390,7 +393,7 @@ async fn merge_with_lost_response_is_applied_once() {
     store.close().await;
 }
 
-/// A first try that was given up comes in after the retry has done it.
+/// A first attempt that was given up arrives after the retry has taken effect.
 #[tokio::test]
 async fn repeated_merge_is_applied_once() {
     let database = TestDatabase::postgres().await;
@@ -404,7 +407,7 @@ async fn repeated_merge_is_applied_once() {
     };
     let again = async || {
         let Admitted::Merged { run, .. } = store.admit(merge.clone()).await.unwrap() else {
-            panic!("not merged")
+            panic!("the message was not merged")
         };
         assert_eq!(run.id, waiting.run_id);
     };
@@ -416,9 +419,9 @@ async fn repeated_merge_is_applied_once() {
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&waiting).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(turn.input.len(), 2);
-    // It has started by then.
+    // The run has started by then.
     again().await;
     closed(
         store
@@ -430,7 +433,8 @@ async fn repeated_merge_is_applied_once() {
     store.close().await;
 }
 
-/// Others make the thread of a new key: whoever comes meanwhile waits alone, and finds it.
+/// Another replica creates the thread of a new key. Calls that arrive meanwhile wait alone, and
+/// find the thread.
 #[tokio::test]
 async fn concurrent_replicas_create_one_thread_per_key() {
     let database = TestDatabase::postgres().await;
@@ -456,7 +460,7 @@ async fn concurrent_replicas_create_one_thread_per_key() {
     }
 }
 
-/// The thread of a fresh conversation is recorded along with what is about to be made for it.
+/// The admission of a new conversation also records the intent to create its upstream thread.
 #[tokio::test]
 async fn admission_records_intent_only_for_new_thread() {
     for database in [TestDatabase::postgres().await, TestDatabase::sqlite().await] {

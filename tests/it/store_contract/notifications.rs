@@ -1,4 +1,4 @@
-//! What replicas tell each other.
+//! Notifications between replicas.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 async fn next(notifications: &mut BoxStream<'static, Notification>) -> Option<Notification> {
     tokio::time::timeout(LIMIT, notifications.next())
         .await
-        .expect("something is told")
+        .expect("a notification arrives")
 }
 
 fn some_notifications(runs: usize) -> Vec<Notification> {
@@ -30,7 +30,7 @@ fn some_notifications(runs: usize) -> Vec<Notification> {
 }
 
 #[tokio::test]
-async fn news_reaches_all_replicas_of_database() {
+async fn notifications_reach_all_replicas_of_database() {
     let (database, other) = (
         TestDatabase::postgres().await,
         TestDatabase::postgres().await,
@@ -49,10 +49,10 @@ async fn news_reaches_all_replicas_of_database() {
         assert_eq!(
             next(listener).await,
             Some(Notification::Missed),
-            "nobody knows what was told before"
+            "a listener gets no earlier notifications"
         );
     }
-    // Far more than fits into one notifications.
+    // These are far more than one Postgres notification can carry.
     let notifications = some_notifications(300);
     here.notify_replicas(&[]).await.unwrap();
     here.notify_replicas(&[Notification::Missed]).await.unwrap();
@@ -64,7 +64,7 @@ async fn news_reaches_all_replicas_of_database() {
         }
         assert_eq!(heard, notifications);
     }
-    // What another version tells is passed over, word by word.
+    // Unknown words of another version are skipped one by one.
     let run = RunId::new();
     let notify = format!(
         "NOTIFY threadkeeper, 'x1 r{} later o'; NOTIFY threadkeeper, 'x'",
@@ -75,7 +75,7 @@ async fn news_reaches_all_replicas_of_database() {
         assert_eq!(next(listener).await, Some(Notification::Run(run)));
         assert_eq!(next(listener).await, Some(Notification::Orphans));
     }
-    // Another database of the server heard none of it.
+    // Listeners on another database of the server get none of them.
     elsewhere
         .notify_replicas(&[Notification::Orphans])
         .await
@@ -86,7 +86,7 @@ async fn news_reaches_all_replicas_of_database() {
     assert_eq!(
         next(&mut listeners[0]).await,
         None,
-        "it ends with its store"
+        "the stream ends with its store"
     );
     there
         .notify_replicas(&[Notification::Orphans])
@@ -98,7 +98,7 @@ async fn news_reaches_all_replicas_of_database() {
 }
 
 #[tokio::test]
-async fn interrupted_listener_reports_missed_news() {
+async fn interrupted_listener_reports_missed_notifications() {
     let mut cluster = Cluster::start();
     let database = TestDatabase::on(&cluster).await;
     let store = Store::open(&database.config()).await.unwrap();
@@ -118,14 +118,15 @@ async fn interrupted_listener_reports_missed_news() {
             Some(Notification::Missed),
             "{round}"
         );
-        // It found out about the restart, so the store knows that its other connections are gone too.
+        // The listener noticed the restart, so the store knows that its other connections are
+        // gone, too.
         store
             .notify_replicas(&[Notification::Orphans])
             .await
             .unwrap();
         assert_eq!(next(&mut notifications).await, Some(Notification::Orphans));
     }
-    // While the server is away, nothing is heard, and nothing ends.
+    // While the server is away, the stream is silent and does not end.
     cluster.stop(Stop::Fast);
     let silence = tokio::time::timeout(Duration::from_millis(500), notifications.next()).await;
     assert!(silence.is_err(), "{silence:?}");
@@ -133,11 +134,15 @@ async fn interrupted_listener_reports_missed_news() {
     assert_eq!(next(&mut notifications).await, Some(Notification::Missed));
     cluster.stop(Stop::Fast);
     store.close().await;
-    assert_eq!(next(&mut notifications).await, None, "it ends even so");
+    assert_eq!(
+        next(&mut notifications).await,
+        None,
+        "the stream ends even so"
+    );
 }
 
 #[tokio::test]
-async fn sqlite_store_delivers_no_news() {
+async fn sqlite_store_delivers_no_notifications() {
     let database = TestDatabase::sqlite().await;
     let store = database.store().await;
     let mut notifications = store.notifications();

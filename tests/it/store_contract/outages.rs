@@ -1,4 +1,4 @@
-//! What a store does while its server is away, and afterwards.
+//! The store while its server is away, and afterwards.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ async fn fill(store: &Store) {
     join_all(calls).await;
 }
 
-/// Whoever calls is told in time, and once the server is back each call works.
+/// During the outage each call fails in time. Once the server is back, each call succeeds.
 #[tokio::test]
 async fn store_calls_succeed_right_after_outage() {
     let mut cluster = Cluster::start();
@@ -61,7 +61,8 @@ async fn store_calls_succeed_right_after_outage() {
     store.close().await;
 }
 
-/// A restart that nobody noticed costs the one call that finds out, not one for each connection.
+/// A restart that the store did not notice fails the one call that finds out, not one call for
+/// each connection.
 #[tokio::test]
 async fn unnoticed_database_restart_fails_at_most_one_call() {
     let mut cluster = Cluster::start();
@@ -85,8 +86,8 @@ async fn unnoticed_database_restart_fails_at_most_one_call() {
     store.close().await;
 }
 
-/// A commit that does not come to its end costs its caller no more than the time for a call, and those who find no
-/// connection then, the time for that.
+/// A commit that hangs costs its caller at most the time limit for a call. Callers without a
+/// connection wait at most the time limit for that.
 #[tokio::test]
 async fn hanging_commit_times_out() {
     let cluster = Cluster::start();
@@ -128,10 +129,10 @@ async fn hanging_commit_times_out() {
             "{late:?}"
         );
         assert!(begin.elapsed() < limit * 3 / 2, "{:?}", begin.elapsed());
-        // What does not write goes on, over the other connections.
+        // Reads continue over the other connections.
         store.events(RunId::new(), 0).await.unwrap();
     };
-    // A connection that is there already may hear of the setting a moment later.
+    // An open connection may learn of the setting a moment later.
     let first = async {
         loop {
             if let Err(error) = renew().await {

@@ -1,8 +1,9 @@
-//! The plans of Postgres. Each statement is sent by the store itself and its plan is read from the server's log, by way of
-//! `auto_explain`, which comes with the server. Without that module no connection is made, and the test fails.
+//! The query plans of Postgres. The store sends each statement, and the test reads its plan from
+//! the server's log. The module `auto_explain`, which comes with the server, writes the plans.
+//! Without it no connection can be made, and the test fails.
 //!
-//! A connection makes the plan of a statement once and keeps it. So the statements are planned while the statistics say one
-//! thing, and judged once the tables hold another.
+//! A connection plans a statement once and keeps the plan. So the test plans the statements under
+//! one state of the statistics, and judges the plans once the tables have other content.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,9 +20,9 @@ use super::deletion::{gone, request};
 use super::*;
 use crate::support::cluster::Cluster;
 
-/// Rows that one scan of a plan may read, also those that it passes over.
+/// Most rows that one scan of a plan may read, including rows that it filters out.
 const MOST: f64 = 40.0;
-/// Tables of a few rows, which may be read from end to end.
+/// Tables with few rows, which may be read from end to end.
 const SMALL: &[&str] = &[
     "replicas",
     "api_keys",
@@ -29,9 +30,10 @@ const SMALL: &[&str] = &[
     "schema_versions",
     "_sqlx_migrations",
 ];
-/// Statements that read all runs of a thread which is being deleted, and are sent once for it.
+/// Statements that read all runs of a thread. Each is sent once for a thread that is being
+/// deleted.
 const OF_A_WHOLE_THREAD: &[&str] = &["orphans.count_unacknowledged"];
-/// What the tables hold when the plans are judged.
+/// Sizes of the tables when the plans are judged.
 const UNFINISHED: i64 = 2000;
 const HISTORY: i64 = 2000;
 const ARCHIVED: i64 = 2000;
@@ -41,18 +43,18 @@ const NO_LIMITS: Lifetimes = Lifetimes {
     others: Limits::NONE,
 };
 
-/// What the server knows of the tables when the statements are planned.
+/// The statistics of the tables when the statements are planned.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Statistics {
-    /// As in a new database, or after a restore.
+    /// No statistics, as in a new database or after a restore.
     Missing,
     OfEmptyTables,
     OfFewUnfinishedRuns,
     OfManyUnfinishedRuns,
 }
 
-/// Statements that the story does not send: for what is done once or in another schema; and lists that are made from all runs
-/// at work, of which the replicas allow only so many.
+/// Statements that the story does not send: those that run once or in another schema; and lists
+/// of all active runs, whose number the replicas limit.
 const NOT_TOLD: &[&str] = &[
     "api_keys.add_fingerprint_key",
     "schema.count_migrations",
@@ -61,7 +63,7 @@ const NOT_TOLD: &[&str] = &[
     "threads.list_at_work_downwards",
 ];
 
-/// Indexes that are there to refuse what must not be twice.
+/// Indexes that only enforce uniqueness.
 const UPHOLDING: &[&str] = &[
     "api_keys_pkey",
     "fingerprint_key_pkey",
@@ -89,7 +91,8 @@ async fn query_plans_read_bounded_rows_under_any_statistics() {
     );
 }
 
-/// As `threadkeeper sql` prints them: nothing but the text tells of which types the parameters are.
+/// `threadkeeper sql` prints statements without the types of their parameters, so the text alone
+/// must determine them.
 #[tokio::test]
 async fn every_printed_statement_prepares_without_declared_types() {
     let database = TestDatabase::postgres().await;
@@ -112,7 +115,7 @@ async fn every_printed_statement_prepares_without_declared_types() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// The faults of the plans that were made while this was known.
+/// Returns the faults of the plans that were made with these statistics.
 async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
     let database = TestDatabase::on(cluster).await;
     database
@@ -132,7 +135,8 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
         Statistics::Missing => {}
         Statistics::OfEmptyTables => {
             database.execute("ANALYZE").await;
-            // Of what takes no space at all, every way of reading costs the same.
+            // For empty tables all ways of reading cost the same, so the tables must take some
+            // space.
             let store = database.store().await;
             story(&store, &user("first")).await;
             store.close().await;
@@ -146,7 +150,7 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
             database.execute("ANALYZE").await;
         }
     }
-    // One connection of each pool, so that the statements which are judged are those that were planned.
+    // Each pool has one connection, so that the judged plans are those that were made before.
     let config = StoreConfig {
         max_connections: 2,
         ..database.config()
@@ -166,7 +170,7 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
     store.close().await;
     assert!(
         judged.len() >= 100 && planned.len() >= 100,
-        "the server tells the plans: {}",
+        "the server logs no plans: {}",
         judged.len()
     );
     let told: BTreeSet<&str> = planned
@@ -179,7 +183,7 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
         .iter()
         .filter(|name| !told.contains(**name) && !NOT_TOLD.contains(name))
         .collect();
-    assert!(missing.is_empty(), "the story sends no {missing:?}");
+    assert!(missing.is_empty(), "the story does not send {missing:?}");
     let leading = leading(&database).await;
     let read: BTreeSet<String> = planned
         .iter()
@@ -190,7 +194,10 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
         .keys()
         .filter(|it| !read.contains(*it) && !UPHOLDING.contains(&it.as_str()))
         .collect();
-    assert!(unread.is_empty(), "no statement reads {unread:?}");
+    assert!(
+        unread.is_empty(),
+        "no statement uses the indexes {unread:?}"
+    );
     let faults = planned
         .iter()
         .chain(&judged)
@@ -198,7 +205,8 @@ async fn judged(cluster: &Cluster, known: Statistics) -> Vec<String> {
     faults.map(|fault| format!("{known:?}: {fault}")).collect()
 }
 
-/// A thread of the key with a long history, archived ones of others, and unfinished runs of replicas that are alive.
+/// Adds a thread of the key with a long history, archived threads of others, and unfinished runs
+/// of live replicas.
 async fn fill(database: &TestDatabase, key: &ConversationKey, unfinished_runs: i64) {
     let (tenant, user) = (key.tenant.as_str(), key.user.as_str());
     database
@@ -248,7 +256,7 @@ async fn unfinished(database: &TestDatabase, number: i64) {
         .await;
 }
 
-/// All that a replica asks the database for, about one key.
+/// Sends all statements of a replica, about one key.
 async fn story(store: &Store, key: &ConversationKey) {
     let me = ReplicaId::new();
     store
@@ -263,7 +271,7 @@ async fn story(store: &Store, key: &ConversationKey) {
     store.retire_replica(me).await.unwrap();
 }
 
-/// A turn, and what may happen to it.
+/// A run, and everything that may happen to it.
 async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let with = |strategy| Admission {
         strategy,
@@ -398,8 +406,8 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     };
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
     closed(store.finish(&turn.lease, discarded.clone()).await.unwrap());
-    claimed(store.start_queued(&first).await.unwrap());
-    claimed(store.start_queued(&first).await.unwrap());
+    started_from_queue(store.start_queued(&first).await.unwrap());
+    started_from_queue(store.start_queued(&first).await.unwrap());
     store
         .unsynced_messages(first.run_id, None, LIMIT)
         .await
@@ -444,7 +452,7 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
         .await
         .unwrap()
         .unwrap();
-    claimed(store.start_queued(&waiting).await.unwrap());
+    started_from_queue(store.start_queued(&waiting).await.unwrap());
     store.release(&[waiting]).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], LIMIT).await.unwrap();
     closed(
@@ -455,7 +463,7 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
     );
 }
 
-/// API keys, and what is asked of the schema.
+/// API keys, and checks of the schema.
 async fn keys(store: &Store, key: &ConversationKey) {
     store.ready().await.unwrap();
     let new = NewKey {
@@ -477,7 +485,7 @@ async fn keys(store: &Store, key: &ConversationKey) {
         .unwrap();
 }
 
-/// A fresh thread in the place of an expired one.
+/// An expired thread is replaced.
 async fn expiries(store: &Store, key: &ConversationKey) {
     let key = session("expires", key.user.as_str());
     let admission = Admission {
@@ -551,8 +559,8 @@ async fn reads(store: &Store, key: &ConversationKey) {
         .unwrap();
 }
 
-/// Lists of a tenant with few threads beside one with many. Those of threads at work are made from all runs at work, of which
-/// the replicas allow only so many.
+/// Lists of a tenant with few threads beside a tenant with many. Lists of active threads read all
+/// active runs, whose number the replicas limit.
 async fn lists(store: &Store, key: &ConversationKey) {
     let all = ThreadFilter {
         tenant: key.tenant.clone(),
@@ -607,7 +615,7 @@ async fn lists(store: &Store, key: &ConversationKey) {
     }
 }
 
-/// What the janitor does, rollovers, deletions and imports.
+/// Work of the janitor, rollovers, deletions and imports.
 async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let report = store
         .report(ThreadName::Newest(key))
@@ -662,7 +670,7 @@ async fn life(store: &Store, key: &ConversationKey, me: ReplicaId) {
     let [Imported::Added(added), Imported::Taken(_)] =
         store.import_threads(&all).await.unwrap()[..]
     else {
-        panic!("one is taken")
+        panic!("one thread is added, and the other id is taken")
     };
     store
         .threads_of(&elsewhere.tenant, &BTreeSet::from([added]))
@@ -759,7 +767,7 @@ struct Plan {
 }
 
 impl Plan {
-    /// The name of the statement, if it is one of the store's.
+    /// The name of the statement, if it belongs to the store.
     fn name(&self) -> Option<&str> {
         self.text
             .strip_prefix("/* ")?
@@ -767,7 +775,7 @@ impl Plan {
             .map(|(name, _)| name)
     }
 
-    /// The indexes that it reads.
+    /// The indexes that the plan reads.
     fn indexes(&self) -> Vec<String> {
         let (mut found, mut nodes) = (Vec::new(), vec![&self.root]);
         while let Some(node) = nodes.pop() {
@@ -778,7 +786,7 @@ impl Plan {
     }
 }
 
-/// The plans that a part of the server's log tells.
+/// Parses the plans in a part of the server's log.
 fn plans(log: &str) -> Vec<Plan> {
     let mut plans = Vec::new();
     let mut lines = log.lines().peekable();
@@ -793,7 +801,7 @@ fn plans(log: &str) -> Vec<Plan> {
         let told: Value = serde_json::from_str(&json).expect("a plan is JSON");
         let text = told["Query Text"]
             .as_str()
-            .expect("with its statement")
+            .expect("a plan has the text of its statement")
             .to_owned();
         plans.push(Plan {
             text,
@@ -803,7 +811,7 @@ fn plans(log: &str) -> Vec<Plan> {
     plans
 }
 
-/// The first column of each index.
+/// Returns the first column of each index.
 async fn leading(database: &TestDatabase) -> BTreeMap<String, String> {
     let columns = "SELECT i.relname || ' ' || a.attname FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid \
                    JOIN pg_attribute a ON a.attrelid = x.indrelid AND a.attnum = x.indkey[0] \
@@ -816,7 +824,7 @@ async fn leading(database: &TestDatabase) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// What a plan does that it should not.
+/// Returns what a plan does that it must not.
 fn faults(plan: &Plan, leading: &BTreeMap<String, String>) -> Vec<String> {
     let mut faults = Vec::new();
     let mut nodes = vec![&plan.root];
@@ -878,14 +886,15 @@ const GROWING: &[&str] = &[
     "deletions",
     "deleted_threads",
 ];
-/// Statements that read an index of unfinished runs from end to end: there are as many as this one process works on.
+/// Statements that read a whole index of unfinished runs. SQLite serves one process, so these are
+/// only its own runs.
 const OF_ALL_UNFINISHED: &[&str] = &[
     "replicas.find_orphans",
     "threads.list_at_work_upwards",
     "threads.list_at_work_downwards",
 ];
 
-/// SQLite plans without its parameters' values, and by statistics only if somebody asked for them.
+/// SQLite plans without the values of parameters, and uses statistics only after `ANALYZE`.
 #[tokio::test]
 async fn sqlite_plans_never_scan_growing_tables() {
     let database = TestDatabase::sqlite().await;
@@ -917,7 +926,7 @@ async fn sqlite_plans_never_scan_growing_tables() {
     assert!(faults.is_empty(), "{}", Vec::from_iter(faults).join("\n"));
 }
 
-/// Whether a step of a plan reads a table that grows, known there by its name or by its alias.
+/// Whether a step of a plan reads a growing table, which it names by its name or alias.
 fn scans_what_grows(statement: &str, step: &str) -> bool {
     let Some(rest) = step.strip_prefix("SCAN ") else {
         return false;
@@ -936,7 +945,7 @@ fn scans_what_grows(statement: &str, step: &str) -> bool {
     !rest.contains("VIRTUAL TABLE") && GROWING.iter().any(stands_for)
 }
 
-/// Many threads, each with two runs, some messages and what belongs to them.
+/// Adds many threads, each with two runs, some messages and their rows.
 async fn fill_sqlite(database: &TestDatabase) {
     database
         .execute(&format!(

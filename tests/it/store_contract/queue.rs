@@ -1,4 +1,4 @@
-//! Who goes before whom, who joins whom, and who has to go.
+//! The queue: order of runs, merges, withdrawals and interrupts.
 
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ on_every_backend!(
     interrupt_on_free_thread_starts,
     merge_joins_last_queued_run,
     merge_joins_only_matching_run,
-    full_merged_run_takes_no_more_messages,
+    full_merged_run_accepts_no_more_messages,
     merge_without_queued_run_is_queued_alone,
-    interrupt_displaces_only_earlier_active_run,
-    discard_mark_of_displaced_run_stays,
+    interrupt_cancels_only_earlier_active_run,
+    discard_mark_of_cancelled_run_stays,
     cancel_marks_only_active_runs,
     queued_run_can_be_taken_over,
     withdrawal_keeps_merged_messages_queued,
@@ -74,7 +74,7 @@ async fn interrupt_and_rollback_go_before_queued_runs(database: &TestDatabase, s
             .unwrap();
         active = waiting.remove(at).1;
         assert_eq!(
-            claimed(store.start_queued(&active).await.unwrap()).input[0].content,
+            started_from_queue(store.start_queued(&active).await.unwrap()).input[0].content,
             text(next)
         );
     }
@@ -100,14 +100,14 @@ async fn merge_joins_last_queued_run(database: &TestDatabase, store: &Store) {
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
     queued(store.admit(with(&key, Enqueue, "2")).await.unwrap());
     let (last, _, before, _) = queued(store.admit(with(&key, Enqueue, "3")).await.unwrap());
-    // It came later, but does not stand last.
+    // This run arrives later, but is not last in the queue.
     queued(store.admit(with(&key, Interrupt, "0")).await.unwrap());
 
     let joins = [with(&key, Merge, "4"), with(&key, Merge, "5")];
     for join in &joins {
         match store.admit(join.clone()).await.unwrap() {
             Admitted::Merged { thread, run } => {
-                assert_eq!(*run, before, "it stays what it was");
+                assert_eq!(*run, before, "the run is still queued");
                 assert_eq!(
                     (thread.id, thread.run_count, thread.message_count),
                     (first.thread.id, 4, 1)
@@ -119,7 +119,7 @@ async fn merge_joins_last_queued_run(database: &TestDatabase, store: &Store) {
         assert_eq!(
             store.run(&key, join.run_id).await.unwrap(),
             None,
-            "it is no run of its own"
+            "the merged message has no run of its own"
         );
     }
     let cancelled = RunEnd {
@@ -210,7 +210,7 @@ async fn withdrawal_keeps_merged_messages_queued(database: &TestDatabase, store:
     assert_eq!(
         store.repeated(&key, "k2", remember).await.unwrap(),
         None,
-        "it may be said again"
+        "the client may send the message again"
     );
     for name in ["k3", "k4"] {
         assert_eq!(
@@ -241,9 +241,9 @@ async fn withdrawal_keeps_merged_messages_queued(database: &TestDatabase, store:
         run_id: interrupt.unwrap().id,
         fence: 1,
     };
-    claimed(store.start_queued(&interrupt).await.unwrap());
+    started_from_queue(store.start_queued(&interrupt).await.unwrap());
     closed(store.finish(&interrupt, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     assert_eq!(turn.input, joins.map(|join| join.message));
     closed(store.finish(&lease, completed(Some("hi"))).await.unwrap());
     check_invariants(database).await;
@@ -294,7 +294,7 @@ async fn merge_joins_only_matching_run(database: &TestDatabase, store: &Store) {
         ..with(&key, Merge, "x")
     };
     let other = queued(store.admit(other.clone()).await.unwrap()).2;
-    // The like of the run before the last.
+    // This message matches only the run before the last one.
     let behind = queued(store.admit(with(&key, Merge, "x")).await.unwrap()).2;
     assert!(plain.id != other.id && behind.seq == 4);
     let tagged = || Admission {
@@ -310,7 +310,7 @@ async fn merge_joins_only_matching_run(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: &Store) {
+async fn full_merged_run_accepts_no_more_messages(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::Merge;
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
@@ -328,7 +328,7 @@ async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: 
     let (_, _, next, position) = queued(store.admit(with(&key, Merge, "next")).await.unwrap());
     assert_eq!((next.seq, position), (3, 2));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    let turn = claimed(store.start_queued(&full).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&full).await.unwrap());
     let words: Vec<_> = (0..MAX_MERGED).map(|n| text(&n.to_string())).collect();
     assert_eq!(
         turn.input
@@ -337,7 +337,10 @@ async fn full_merged_run_takes_no_more_messages(database: &TestDatabase, store: 
             .collect::<Vec<_>>(),
         words
     );
-    assert_eq!(claimed(store.start_queued(&full).await.unwrap()), turn);
+    assert_eq!(
+        started_from_queue(store.start_queued(&full).await.unwrap()),
+        turn
+    );
     check_invariants(database).await;
 }
 
@@ -350,7 +353,7 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
     };
     let first = started(store.admit(merge()).await.unwrap());
     assert_eq!(first.run.strategy, Merge);
-    // Nobody waits, and what is at work is not joined.
+    // No run is queued, and a message cannot join the active one.
     let (second, _, _, position) = queued(store.admit(merge()).await.unwrap());
     assert_eq!(position, 1);
     let elsewhere = Admission {
@@ -361,13 +364,13 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
         store.admit(elsewhere.clone()).await.unwrap(),
         Admitted::OtherUpstream("main".to_owned())
     );
-    // Who waits on a thread that has expired is not joined either.
+    // A message cannot join a queued run of an expired thread either.
     database.age_threads(Duration::from_mins(1)).await;
     let fresh = started(store.admit(merge()).await.unwrap());
     assert_eq!(fresh.thread.previous_thread, Some(first.thread.id));
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&second).await.unwrap())
+        started_from_queue(store.start_queued(&second).await.unwrap())
             .input
             .len(),
         1
@@ -375,7 +378,7 @@ async fn merge_without_queued_run_is_queued_alone(database: &TestDatabase, store
     check_invariants(database).await;
 }
 
-async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, store: &Store) {
+async fn interrupt_cancels_only_earlier_active_run(database: &TestDatabase, store: &Store) {
     use MultitaskStrategy::{Enqueue, Interrupt};
     let key = user("alice");
     let first = started(store.admit(with(&key, Enqueue, "1")).await.unwrap());
@@ -388,7 +391,7 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
     assert_eq!(
         store.cancel_active(&first.lease, false).await.unwrap(),
         None,
-        "it does not wait"
+        "the run is not queued"
     );
     for _ in 0..2 {
         assert_eq!(
@@ -401,9 +404,9 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
     assert_eq!(
         store.start_queued(&second).await.unwrap(),
         QueuedStart::NotYet,
-        "it still holds the thread"
+        "the cancelled run still occupies the thread"
     );
-    // Another interrupt takes the place that was made.
+    // Another interrupt starts once the cancelled run has ended.
     let (third, ..) = queued(store.admit(with(&key, Interrupt, "3")).await.unwrap());
     let cancelled = RunEnd {
         status: RunStatus::Cancelled,
@@ -413,25 +416,25 @@ async fn interrupt_displaces_only_earlier_active_run(database: &TestDatabase, st
     assert_eq!(
         store.cancel_active(&second, false).await.unwrap(),
         None,
-        "none is active"
+        "no run is active"
     );
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     assert_eq!(
         store.cancel_active(&second, true).await.unwrap(),
         None,
-        "it came later"
+        "the active run arrived later"
     );
     let (run, _) = store.run(&key, third.run_id).await.unwrap().unwrap();
     assert_eq!((run.status, run.discarded), (RunStatus::InProgress, false));
-    // One of another thread does not matter.
+    // An active run of another thread does not matter.
     started(store.admit(admission(&user("bob"))).await.unwrap());
     closed(store.finish(&third, completed(None)).await.unwrap());
     assert_eq!(store.cancel_active(&second, true).await.unwrap(), None);
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
     check_invariants(database).await;
 }
 
-async fn discard_mark_of_displaced_run_stays(_: &TestDatabase, store: &Store) {
+async fn discard_mark_of_cancelled_run_stays(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(
@@ -503,7 +506,7 @@ async fn cancel_marks_only_active_runs(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.start_queued(&first.lease).await.unwrap(),
         QueuedStart::Lost,
-        "it does not start again"
+        "the run does not start again"
     );
     let finished = closed(
         store
@@ -537,7 +540,7 @@ async fn queued_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
     assert_eq!(
         store.take_queued(me, first.run.id).await.unwrap(),
         None,
-        "it does not wait"
+        "the run is not queued"
     );
     assert_eq!(store.take_queued(me, RunId::new()).await.unwrap(), None);
     let lease = store.take_queued(me, second.run_id).await.unwrap().unwrap();
@@ -551,7 +554,7 @@ async fn queued_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
             .await
             .unwrap(),
         [],
-        "its owner lives now"
+        "its owner is alive now"
     );
 
     let cancelled = RunEnd {
@@ -566,7 +569,7 @@ async fn queued_run_can_be_taken_over(database: &TestDatabase, store: &Store) {
     assert_eq!(
         store.take_queued(me, second.run_id).await.unwrap(),
         None,
-        "it has ended"
+        "the run has ended"
     );
     check_invariants(database).await;
 }

@@ -1,4 +1,4 @@
-//! Random sequences of steps against a plain model of the queue.
+//! Random sequences of steps, compared with a plain model of the queue.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::support::chance::seed;
 
 on_every_backend!(random_steps_match_queue_model);
 
-/// What the store should hold of one thread: the active run, and those that wait, in order.
+/// What the store should have of one thread: the active run, and the queued ones in order.
 #[derive(Default)]
 struct Model {
     active: Option<ModelRun>,
@@ -39,7 +39,7 @@ impl Model {
         self.active.is_some() || !self.waiting.is_empty()
     }
 
-    /// Whether a message would join the run that waits last.
+    /// Whether a message would join the last queued run.
     fn joins(&self, request: &Admission) -> bool {
         let most = i64::try_from(MAX_MERGED).unwrap();
         request.strategy == MultitaskStrategy::Merge
@@ -50,7 +50,8 @@ impl Model {
     }
 }
 
-/// 600 random steps on three keys. The seed of a failure is printed; set it in `THREADKEEPER_TEST_SEED` to repeat.
+/// Makes 600 random steps on three keys. A failure prints its seed; set `THREADKEEPER_TEST_SEED`
+/// to repeat it.
 async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) {
     let mut rng = StdRng::seed_from_u64(seed());
 
@@ -237,12 +238,12 @@ async fn admit(
     }
 }
 
-/// Ends the active run, in one of many ways.
+/// Ends the active run in one of many ways.
 async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     let Some(run) = model.active.take() else {
         return;
     };
-    let context = |rng: &mut StdRng| {
+    let sync = |rng: &mut StdRng| {
         *[
             UpstreamSync::Present,
             UpstreamSync::Present,
@@ -254,13 +255,13 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     };
     let mut end = completed(rng.random_bool(0.75).then_some("hi"));
     end.events.first = run.pauses * 4;
-    end.said = context(rng);
+    end.said = sync(rng);
     end.synced = rng.random_bool(0.2);
     if rng.random_bool(0.5) {
         end.status = RunStatus::Failed;
     }
     if let Some(reply) = &mut end.reply {
-        reply.sync = context(rng);
+        reply.sync = sync(rng);
     }
     if run.discard {
         assert_eq!(
@@ -270,7 +271,7 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
         );
     }
     end.discard = run.discard || rng.random_bool(0.1);
-    // What was missing before the run's own messages went along; what came later did not.
+    // The unsynced messages before the run's own were sent with it, later ones were not.
     let earlier = store
         .unsynced_messages(run.lease.run_id, None, 1000)
         .await
@@ -298,7 +299,7 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
     assert_eq!(finished.run.discarded, end.discard, "step {step}");
 }
 
-/// Lets the active run wait for tool outputs, or answers it.
+/// Lets the active run wait for tool outputs, or answers its call.
 async fn wait_or_answer(store: &Store, key: &ConversationKey, model: &mut Model, step: usize) {
     let Some(run) = &mut model.active else { return };
     let call = format!("call_{}", run.pauses);
@@ -332,7 +333,7 @@ async fn wait_or_answer(store: &Store, key: &ConversationKey, model: &mut Model,
     }
 }
 
-/// Another replica takes all runs over.
+/// Lets another replica take all runs over.
 async fn adopt(
     store: &Store,
     models: &mut [Model; 3],
@@ -353,7 +354,7 @@ async fn adopt(
         let at = orphans
             .iter()
             .position(|it| it.run.id == run.lease.run_id)
-            .expect("every run was adopted");
+            .expect("every run was taken over");
         let orphan = orphans.remove(at);
         assert_eq!(orphan.lease.fence, run.lease.fence + 1, "step {step}");
         assert_eq!(

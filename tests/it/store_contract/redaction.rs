@@ -1,4 +1,4 @@
-//! `transcript = "off"`: nothing that was said gets into the database, and all else is as it always is.
+//! `transcript = "off"`: the database gets no text, and everything else works as usual.
 
 use threadkeeper::config::{StoreConfig, Transcript};
 use threadkeeper::domain::{Baseline, Role, UnsettledRun};
@@ -8,12 +8,12 @@ use threadkeeper::store::{
 
 use super::*;
 
-/// Part of all that is said here.
+/// A part of all texts in these tests.
 const SAID: &str = "planted";
 
 on_every_backend!(
     content_is_delivered_but_not_stored,
-    imported_and_foreign_content_is_not_stored,
+    imported_and_external_content_is_not_stored,
     takeover_of_redacted_run_loses_content,
     redacted_rollover_carries_no_messages,
 );
@@ -78,7 +78,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     assert_eq!(
         turn.input[0].content,
         text(SAID),
-        "a turn that starts at once says it"
+        "a run that starts at once has its text"
     );
     let (waiting, ..) = queued(
         store
@@ -110,7 +110,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     assert_eq!(
         numbers.last(),
         Some(&(1 + length + 1)),
-        "events keep their numbers"
+        "event numbers stay the same"
     );
     let output = ToolOutput {
         tool_call_id: "call".to_owned(),
@@ -153,13 +153,13 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     assert_eq!(
         store.events(turn.run.id, 20).await.unwrap().len(),
         1,
-        "the record does not tell the log"
+        "the transcript does not replace the log"
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.input.len(), 2);
     assert!(
         next.input.iter().all(|message| message.content.is_empty()),
-        "who says it knows it"
+        "the process that sends the text knows it"
     );
     assert!(
         store
@@ -219,7 +219,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     assert_eq!(database.holding(SAID).await, Vec::<String>::new());
 }
 
-/// The owner of a run, whoever that is: admissions of these tests have one each.
+/// Returns the owner of the run. Each admission of these tests has another one.
 async fn turn_owner(database: &TestDatabase) -> ReplicaId {
     let hex = if database.url().starts_with("sqlite") {
         "lower(hex(owner))"
@@ -232,7 +232,7 @@ async fn turn_owner(database: &TestDatabase) -> ReplicaId {
     ReplicaId::from_uuid(owners[0].parse().unwrap())
 }
 
-async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, store: &Store) {
+async fn imported_and_external_content_is_not_stored(database: &TestDatabase, store: &Store) {
     let (store, key) = (redacting(database, store).await, user("alice"));
     let thread = exchange(&store, &key).await.thread.id;
     let imported = |sync| ImportedMessage {
@@ -266,7 +266,7 @@ async fn imported_and_foreign_content_is_not_stored(database: &TestDatabase, sto
         transcript
             .iter()
             .all(|message| message.sync != UpstreamSync::Missing),
-        "it could not be sent"
+        "the message has no text to send"
     );
     check_invariants(database).await;
     store.close().await;
@@ -304,9 +304,10 @@ async fn takeover_of_redacted_run_loses_content(database: &TestDatabase, store: 
     assert_eq!(
         orphans[0].content,
         [],
-        "what it had said is not known either"
+        "the text before is not known either"
     );
-    // Outputs that come reach it by the process that takes them: another one could not send them.
+    // Later outputs reach the run only through the process that got them. Another process could
+    // not send them.
     let output = ToolOutput {
         tool_call_id: "call".to_owned(),
         output: SAID.to_owned(),

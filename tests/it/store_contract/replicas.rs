@@ -1,4 +1,4 @@
-//! Sessions of replicas, and what the dead ones leave behind.
+//! Sessions of replicas, and the runs of dead replicas.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ on_every_backend!(
     concurrent_adopters_share_orphans,
     replica_adopts_its_own_stray_runs,
     orphan_carries_its_run_state,
-    run_taken_over_elsewhere_is_lost,
+    run_taken_over_elsewhere_is_reported,
     renewal_reports_peers_and_database_time,
     released_run_is_adoptable_immediately,
     adopted_merged_run_keeps_message_order,
@@ -24,7 +24,7 @@ on_every_backend!(
 
 const ALIVE: Duration = Duration::from_mins(1);
 
-/// Registers a replica and lets it start a run on the key.
+/// Registers a replica and starts its run on the key.
 async fn busy(store: &Store, key: &ConversationKey, replica: ReplicaId) -> StartedRun {
     store
         .renew_replica(replica, "127.0.0.1:1", ALIVE)
@@ -78,7 +78,7 @@ async fn only_dead_replicas_leave_orphans(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.adopt_orphans(me, &runs(&orphans), 100).await.unwrap(),
         [],
-        "they have an owner again"
+        "the runs have an owner again"
     );
 }
 
@@ -110,14 +110,14 @@ async fn orphans_are_adopted_in_order_and_batches(database: &TestDatabase, store
         adopted.extend(part);
     }
     assert_eq!(runs(&adopted), wanted);
-    // The new owner can go on where the old one stopped.
+    // The new owner can continue the run.
     let end = RunEnd {
         status: RunStatus::Failed,
         ..completed(None)
     };
     for orphan in &adopted {
         if orphan.run.status == RunStatus::Queued {
-            claimed(store.start_queued(&orphan.lease).await.unwrap());
+            started_from_queue(store.start_queued(&orphan.lease).await.unwrap());
         }
         closed(store.finish(&orphan.lease, end.clone()).await.unwrap());
     }
@@ -132,7 +132,7 @@ async fn lapsed_replica_session_can_be_renewed(_: &TestDatabase, store: &Store) 
         .renew_replica(late, "127.0.0.1:1", Duration::ZERO)
         .await
         .unwrap();
-    // In time: nobody has adopted yet.
+    // The renewal is in time, since no replica has taken the runs over yet.
     store
         .renew_replica(late, "127.0.0.1:1", ALIVE)
         .await
@@ -158,11 +158,11 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
     store.renew_replica(me, "127.0.0.1:2", ALIVE).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 100).await.unwrap();
     let before = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.runs(&key, &first_page()).await.unwrap(),
     );
 
-    // The dead replica was only paused, and goes on.
+    // The replica was only paused, and continues.
     let id = UpstreamThreadId("conv_late".to_owned());
     assert!(!bind(store, &turn.lease, &id, false).await);
     assert_eq!(
@@ -181,7 +181,7 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
         QueuedStart::Lost
     );
     let after = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.runs(&key, &first_page()).await.unwrap(),
     );
     assert_eq!(before, after);
@@ -203,7 +203,7 @@ async fn stale_fence_cannot_write(database: &TestDatabase, store: &Store) {
         store.start_queued(&waiting).await.unwrap(),
         QueuedStart::Lost
     );
-    claimed(store.start_queued(&orphans[1].lease).await.unwrap());
+    started_from_queue(store.start_queued(&orphans[1].lease).await.unwrap());
     assert_eq!(
         transcript(store, &key).await,
         ["user: hello", "assistant: hi", "user: hello"]
@@ -233,7 +233,7 @@ async fn concurrent_adopters_share_orphans(_: &TestDatabase, store: &Store) {
             .unwrap();
     }
     let mut adopted = vec![];
-    // A row that one adopter looks at is passed over by the others, so it may take a second round.
+    // An adopter skips a row that another one has locked, so a second round may be needed.
     while adopted.len() < wanted.len() {
         let working = runs(&adopted);
         let parts = adopters
@@ -241,13 +241,16 @@ async fn concurrent_adopters_share_orphans(_: &TestDatabase, store: &Store) {
             .map(|id| store.adopt_orphans(*id, &working, 3));
         let parts = futures_util::future::join_all(parts).await;
         let part: Vec<_> = parts.into_iter().flat_map(Result::unwrap).collect();
-        assert!(!part.is_empty(), "some are left, and all are free");
+        assert!(
+            !part.is_empty(),
+            "runs are left, and none of them is locked"
+        );
         adopted.extend(part);
     }
     let mut ids = runs(&adopted);
     ids.sort_unstable();
     wanted.sort_unstable();
-    assert_eq!(ids, wanted, "each has one adopter");
+    assert_eq!(ids, wanted, "each run has one new owner");
 }
 
 async fn replica_adopts_its_own_stray_runs(database: &TestDatabase, store: &Store) {
@@ -256,7 +259,7 @@ async fn replica_adopts_its_own_stray_runs(database: &TestDatabase, store: &Stor
     store.retire_replica(dead).await.unwrap();
     let own = busy(store, &user("b"), me).await.run.id;
 
-    // The answer of this call is lost on its way, so nobody works on what it took over.
+    // The answer to this call is lost, so no task works on its runs.
     let first = store.adopt_orphans(me, &[own], 100).await.unwrap();
     assert_eq!(runs(&first), [lost]);
     let again = store.adopt_orphans(me, &[own], 100).await.unwrap();
@@ -270,17 +273,18 @@ async fn replica_adopts_its_own_stray_runs(database: &TestDatabase, store: &Stor
         []
     );
 
-    // An own run of the first fence may be an admission under way, until it is too old for that.
+    // An own run with its first fence may be an admission under way, until it is too old for
+    // that.
     assert_eq!(store.adopt_orphans(me, &[lost], 100).await.unwrap(), []);
     database.age_runs(Duration::from_mins(1)).await;
     assert_eq!(
         store.adopt_orphans(me, &[lost, own], 100).await.unwrap(),
         [],
-        "it is worked on"
+        "a task works on the run"
     );
     let stray = store.adopt_orphans(me, &[lost], 100).await.unwrap();
     assert_eq!((runs(&stray), stray[0].lease.fence), (vec![own], 2));
-    // Another replica leaves both alone: their owner lives.
+    // Another replica takes neither run over, since their owner lives.
     assert_eq!(
         store
             .adopt_orphans(ReplicaId::new(), &[], 100)
@@ -361,11 +365,11 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
             orphan.time_left
         );
     }
-    // With what the user said, of all that had started.
+    // Runs that have started include the user's messages.
     assert_eq!(orphans[0].input, first.input);
     assert_eq!(orphans[1].input, []);
     assert!(orphans[2..].iter().all(|orphan| orphan.input.len() == 1));
-    // The new owner is asked what the old one was asked, and can go on.
+    // The new owner gets the old owner's requests, and can continue.
     let requests = store.requests(me).await.unwrap();
     assert_eq!(requests.len(), 2, "{requests:?}");
     let orphan = orphans.remove(2);
@@ -386,7 +390,7 @@ async fn orphan_carries_its_run_state(database: &TestDatabase, store: &Store) {
     check_invariants(database).await;
 }
 
-async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
+async fn run_taken_over_elsewhere_is_reported(_: &TestDatabase, store: &Store) {
     let (me, other) = (ReplicaId::new(), ReplicaId::new());
     let mine = busy(store, &user("a"), me).await.run.id;
     let (waiting, ..) = queued(
@@ -401,7 +405,7 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     let ended = busy(store, &user("b"), me).await;
     let others = busy(store, &user("c"), other).await.run.id;
     closed(store.finish(&ended.lease, completed(None)).await.unwrap());
-    // One that is not recorded yet is not lost.
+    // A run that is not recorded yet does not count as taken over.
     let working = [mine, waiting.run_id, ended.run.id, RunId::new()];
     assert_eq!(store.runs_taken_over(me, &working).await.unwrap(), []);
     assert_eq!(store.runs_taken_over(me, &[]).await.unwrap(), []);
@@ -423,7 +427,7 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.runs_taken_over(me, &working).await.unwrap(),
         [waiting.run_id],
-        "even if it has ended there"
+        "a run counts even if it has ended there"
     );
     assert_eq!(
         store
@@ -431,7 +435,7 @@ async fn run_taken_over_elsewhere_is_lost(_: &TestDatabase, store: &Store) {
             .await
             .unwrap(),
         [],
-        "only of those that were named"
+        "the answer includes named runs only"
     );
 
     store.retire_replica(me).await.unwrap();
@@ -506,10 +510,14 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(store.requests(me).await.unwrap(), [], "nobody is asked");
+    assert_eq!(
+        store.requests(me).await.unwrap(),
+        [],
+        "no replica owns the run"
+    );
     check_invariants(database).await;
 
-    // Although its session is alive.
+    // The runs can be taken over although the session of their former owner lives.
     let orphans = store
         .adopt_orphans(other, &[others.run.id], 10)
         .await
@@ -519,7 +527,7 @@ async fn released_run_is_adoptable_immediately(database: &TestDatabase, store: &
         assert_eq!(orphan.previous_owner, None);
         assert!(orphan.lease.fence > lease.fence);
     }
-    // A release that comes late takes nothing away.
+    // A late release takes nothing from the new owner.
     store.release(&leases).await.unwrap();
     assert_eq!(
         store.adopt_orphans(me, &[kept.run.id], 10).await.unwrap(),
@@ -556,7 +564,7 @@ async fn adopted_merged_run_keeps_message_order(_: &TestDatabase, store: &Store)
             .await
             .unwrap(),
     );
-    let turn = claimed(store.start_queued(&lease).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&lease).await.unwrap());
     store.retire_replica(dead).await.unwrap();
     let orphans = store.adopt_orphans(me, &[], 10).await.unwrap();
     assert_eq!(orphans[0].input, turn.input);

@@ -1,4 +1,4 @@
-//! What the janitor looks at, expiry, and what is past its time.
+//! Threads that the janitor is due to look at, expiry, and pruning.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -16,14 +16,14 @@ use super::deletion::request;
 use super::*;
 
 on_every_backend!(
-    due_thread_is_claimed_by_one_janitor,
-    longest_due_threads_are_claimed_first,
-    stale_schedule_keeps_newer_due_time,
-    janitor_schedule_keeps_ttl_set_meanwhile,
+    due_thread_is_leased_by_one_janitor,
+    longest_due_threads_are_leased_first,
+    stale_reschedule_keeps_newer_due_time,
+    janitor_reschedule_keeps_ttl_set_meanwhile,
     deletion_begun_during_janitor_pass_keeps_its_hold,
-    unclaimed_schedule_only_moves_due_time_earlier,
+    reschedule_without_lease_only_moves_due_time_earlier,
     janitor_failures_are_counted_until_success,
-    review_sets_due_time_to_expiry,
+    changed_limits_set_due_time_to_expiry,
     only_expired_threads_are_archived,
     expired_thread_is_archived_and_its_runs_continue,
     archived_thread_is_discarded_after_retention,
@@ -38,7 +38,7 @@ pub(super) fn is_postgres(database: &TestDatabase) -> bool {
     database.url().starts_with("postgres")
 }
 
-/// An id as a literal.
+/// Returns an id as an SQL literal.
 pub(super) fn id(database: &TestDatabase, id: Uuid) -> String {
     if is_postgres(database) {
         format!("'{id}'::uuid")
@@ -47,7 +47,7 @@ pub(super) fn id(database: &TestDatabase, id: Uuid) -> String {
     }
 }
 
-/// Lets the times in some columns lie so much earlier.
+/// Moves the times in some columns back by `by`.
 pub(super) async fn earlier(database: &TestDatabase, table: &str, columns: &[&str], by: Duration) {
     let ms = by.as_millis();
     let by = if is_postgres(database) {
@@ -64,7 +64,7 @@ pub(super) async fn earlier(database: &TestDatabase, table: &str, columns: &[&st
         .await;
 }
 
-/// Lets runs have been made so much earlier, by their ids too.
+/// Moves all times of the runs back by `by`, and the times within their ids too.
 async fn older_runs(database: &TestDatabase, by: Duration) {
     earlier(
         database,
@@ -93,7 +93,7 @@ async fn older_runs(database: &TestDatabase, by: Duration) {
             ("idempotency_keys", "run_id"),
             ("runs", "id"),
         ] {
-            // Hexadecimal digits to a number, by way of a list of their places.
+            // The recursion reads hexadecimal digits, which SQLite has no function for.
             database
                 .execute(&format!(
                     "PRAGMA foreign_keys = OFF; UPDATE {table} SET {column} = unhex(printf('%012x', ( \
@@ -107,7 +107,7 @@ async fn older_runs(database: &TestDatabase, by: Duration) {
     }
 }
 
-/// A point in time in a thread's row, in milliseconds; -1 for none.
+/// Returns a time of a thread's row in milliseconds; -1 for none.
 pub(super) async fn time(database: &TestDatabase, column: &str, thread: ThreadId) -> i64 {
     let column = if is_postgres(database) {
         format!("(EXTRACT(epoch FROM {column}) * 1000)::bigint")
@@ -141,9 +141,13 @@ pub(super) async fn thread(store: &Store, id: ThreadId) -> Option<Thread> {
         .map(|report| report.thread)
 }
 
-async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
+async fn due_thread_is_leased_by_one_janitor(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread;
-    assert_eq!(store.due_threads(10).await.unwrap(), [], "it has no limits");
+    assert_eq!(
+        store.due_threads(10).await.unwrap(),
+        [],
+        "the thread has no limits"
+    );
     due_now(database).await;
     let due = store.due_threads(10).await.unwrap();
     assert_eq!((ids(&due), due[0].attempts), (vec![made.id], 0));
@@ -152,7 +156,7 @@ async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &S
     assert_eq!(
         ids(&store.due_threads(10).await.unwrap()),
         [made.id],
-        "nothing is changed"
+        "reading changes nothing"
     );
 
     let claimed = store.lease_due_threads(10, HOUR).await.unwrap();
@@ -163,17 +167,17 @@ async fn due_thread_is_claimed_by_one_janitor(database: &TestDatabase, store: &S
     assert_eq!(
         ids(&store.lease_due_threads(10, HOUR).await.unwrap()),
         [made.id],
-        "whoever had it is dead"
+        "the lease of a dead replica has ended"
     );
     check_invariants(database).await;
 }
 
-async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &Store) {
+async fn longest_due_threads_are_leased_first(database: &TestDatabase, store: &Store) {
     let mut threads = vec![];
     for n in 0..5 {
         threads.push(exchange(store, &user(&n.to_string())).await.thread.id);
     }
-    // The youngest waits longest.
+    // The youngest thread has been due longest.
     for thread in &threads {
         earlier(database, "threads", &["due_at"], HOUR).await;
         let thread = id(database, thread.uuid());
@@ -196,7 +200,7 @@ async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &
         ids(&store.lease_due_threads(2, HOUR).await.unwrap()),
         threads[4..]
     );
-    // One that always fails goes behind the others.
+    // A thread that always fails goes behind the others.
     earlier(database, "threads", &["due_at"], HOUR * 2).await;
     let first = lease(store).await;
     store
@@ -215,7 +219,7 @@ async fn longest_due_threads_are_claimed_first(database: &TestDatabase, store: &
     );
 }
 
-async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
+async fn stale_reschedule_keeps_newer_due_time(database: &TestDatabase, store: &Store) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     let looked = lease(store).await;
@@ -227,7 +231,7 @@ async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &St
     assert_eq!(
         ids(&store.due_threads(1).await.unwrap()),
         [made],
-        "somebody made it due"
+        "the thread was made due meanwhile"
     );
     let looked = lease(store).await;
     store
@@ -251,7 +255,7 @@ async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &St
     assert_eq!(
         time(database, "due_at", made).await,
         -1,
-        "it is not that look's any more"
+        "the thread's lease has ended"
     );
     store
         .reschedule(ThreadId::new(), None, None, None)
@@ -259,21 +263,21 @@ async fn stale_schedule_keeps_newer_due_time(database: &TestDatabase, store: &St
         .unwrap();
 }
 
-/// The one thread that has waited longest.
+/// Leases the thread that has been due longest.
 async fn lease(store: &Store) -> DueThread {
     let mut due = store.lease_due_threads(1, HOUR).await.unwrap();
     assert!(due.len() == 1 && due[0].claimed.is_some(), "{due:?}");
     due.remove(0)
 }
 
-/// The times at which a look at a thread may end, and how.
+/// How a look at a thread may end: the time of the next look, and the error.
 const ENDS: [(Option<Duration>, Option<&str>); 3] = [
     (None, None),
     (Some(Duration::from_hours(24)), None),
     (Some(Duration::from_hours(24)), Some("broken")),
 ];
 
-async fn janitor_schedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
+async fn janitor_reschedule_keeps_ttl_set_meanwhile(database: &TestDatabase, store: &Store) {
     for (n, (after, failure)) in ENDS.into_iter().enumerate() {
         for by_message in [false, true] {
             let key = user(&format!("u{n}-{by_message}"));
@@ -346,8 +350,11 @@ async fn deletion_begun_during_janitor_pass_keeps_its_hold(database: &TestDataba
     }
 }
 
-/// As the replica does that was asked for a deletion: it works on threads that are held for it.
-async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase, store: &Store) {
+/// A replica that got a request to delete works on threads whose due time is put off for it.
+async fn reschedule_without_lease_only_moves_due_time_earlier(
+    database: &TestDatabase,
+    store: &Store,
+) {
     let made = exchange(store, &user("alice")).await.thread.id;
     due_now(database).await;
     lease(store).await;
@@ -370,7 +377,7 @@ async fn unclaimed_schedule_only_moves_due_time_earlier(database: &TestDatabase,
     assert_eq!(
         store.due_threads(1).await.unwrap()[0].attempts,
         2,
-        "it stays due"
+        "the thread stays due"
     );
 }
 
@@ -403,7 +410,7 @@ fn limits(max_age: Option<Duration>, max_idle: Option<Duration>) -> Limits {
     Limits { max_age, max_idle }
 }
 
-/// Threads of all kinds of limits: without any of their own, and with each and both.
+/// Makes threads with all combinations of limits: no own ones, each of them, and both.
 async fn threads_with_limits(database: &TestDatabase, store: &Store) -> Vec<Thread> {
     let mut threads = vec![];
     for (n, own) in [
@@ -455,7 +462,7 @@ fn lifetimes() -> Lifetimes {
     }
 }
 
-async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) {
+async fn changed_limits_set_due_time_to_expiry(database: &TestDatabase, store: &Store) {
     let threads = threads_with_limits(database, store).await;
     let archived = exchange(store, &user("archived")).await.thread.id;
     database
@@ -490,7 +497,7 @@ async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) 
     assert_eq!(
         time(database, "due_at", archived).await,
         -1,
-        "it is not current"
+        "the thread is not current"
     );
     let expired = threads.iter().filter(|made| {
         lifetimes()
@@ -498,7 +505,7 @@ async fn review_sets_due_time_to_expiry(database: &TestDatabase, store: &Store) 
             .is_some_and(|at| at <= threads[0].last_active_at + HOUR + HOUR / 2)
     });
     assert_eq!(store.due_threads(100).await.unwrap().len(), expired.count());
-    // What is due early is not put off, and what is due late comes earlier.
+    // An early due time is not put off, and a late one is moved forward.
     database
         .execute("UPDATE threads SET due_at = created_at WHERE scope_kind = 'topic'")
         .await;
@@ -565,7 +572,7 @@ async fn only_expired_threads_are_archived(database: &TestDatabase, store: &Stor
     assert_eq!(
         time(database, "due_at", endless.id).await,
         -1,
-        "it never does"
+        "the thread never expires"
     );
     check_invariants(database).await;
 }
@@ -593,9 +600,9 @@ async fn expired_thread_is_archived_and_its_runs_continue(database: &TestDatabas
     assert!(
         thread.archived_at.unwrap() <= *now && thread.archived_at.unwrap() >= thread.created_at
     );
-    // Its runs go on.
+    // The runs of the archived thread continue.
     closed(store.finish(&first.lease, completed(None)).await.unwrap());
-    claimed(store.start_queued(&second).await.unwrap());
+    started_from_queue(store.start_queued(&second).await.unwrap());
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_ne!(exchange(store, &key).await.thread.id, first.thread.id);
     assert!(!store.expire(ThreadId::new(), Limits::NONE).await.unwrap());
@@ -608,7 +615,7 @@ async fn archived_thread_is_discarded_after_retention(database: &TestDatabase, s
     let made = turn.thread.id;
     assert!(
         !store.discard(made, Duration::ZERO).await.unwrap(),
-        "it is current"
+        "the thread is current"
     );
     assert!(
         store
@@ -625,12 +632,15 @@ async fn archived_thread_is_discarded_after_retention(database: &TestDatabase, s
         (due[0].thread.lifecycle, due[0].thread.deletion),
         (Lifecycle::Deleting, Some(Deletion::Erase))
     );
-    assert!(!store.discard(made, HOUR).await.unwrap(), "it has begun");
+    assert!(
+        !store.discard(made, HOUR).await.unwrap(),
+        "the deletion has begun"
+    );
     let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
     assert_eq!(run.status, RunStatus::Cancelling);
 }
 
-/// All is past its time.
+/// Settings under which all records are old enough.
 fn all() -> Pruning {
     Pruning {
         runs: Some(HOUR),
@@ -666,7 +676,7 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
     );
     assert_eq!(database.number("SELECT count(*) FROM runs").await, 3);
 
-    // What a unsettled run names is still needed; and one that ended late is young.
+    // A run that an unsettled run names is still needed. A run that ended late counts as young.
     older_runs(database, HOUR * 2).await;
     database
         .execute("UPDATE runs SET finished_at = created_at WHERE finished_at IS NOT NULL")
@@ -721,7 +731,7 @@ async fn pruning_spares_recent_and_unfinished_runs(database: &TestDatabase, stor
         }
     );
     let page = store.transcript(made.thread.id, 0, 10).await.unwrap();
-    assert_eq!(page.len(), 2, "the messages stay");
+    assert_eq!(page.len(), 2, "the messages are kept");
 }
 
 async fn expired_records_are_pruned_in_batches(database: &TestDatabase, store: &Store) {
@@ -842,7 +852,7 @@ async fn pruned_runs_leave_stored_responses_as_upstream_orphans(
     assert_eq!(
         store.due_upstream_orphans(100).await.unwrap(),
         [],
-        "they go with their thread"
+        "the orphans are deleted with their thread"
     );
     assert_eq!(store.lease_upstream_orphans(100, HOUR).await.unwrap(), []);
     store
@@ -851,9 +861,9 @@ async fn pruned_runs_leave_stored_responses_as_upstream_orphans(
         .unwrap();
 }
 
-/// Many threads, claimed by two replicas at once: each by one of them.
+/// Two replicas lease many threads at once. Each thread goes to one of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_replicas_claim_disjoint_due_threads() {
+async fn two_replicas_lease_disjoint_due_threads() {
     const THREADS: usize = 60;
     let database = TestDatabase::postgres().await;
     let replicas = [database.store().await, database.store().await];
@@ -886,7 +896,8 @@ async fn two_replicas_claim_disjoint_due_threads() {
     }
 }
 
-/// Beside many threads with long histories, the janitor reads no table as a whole, counted by the server.
+/// Beside many threads with long histories, the janitor reads no whole table, as the server
+/// counts reads.
 #[tokio::test]
 async fn janitor_reads_bounded_rows() {
     let database = TestDatabase::postgres().await;
@@ -925,10 +936,10 @@ async fn janitor_reads_bounded_rows() {
         }
     }
     let read = "SELECT idx_scan FROM pg_stat_user_tables WHERE relname = 'threads'";
-    assert!(database.number(read).await > 0, "the server counts");
+    assert!(database.number(read).await > 0, "the server counts reads");
 }
 
-/// Many threads, runs, requests and so on, two days old by their ids.
+/// Adds many threads, runs, requests and so on, two days old by their ids.
 async fn fill(database: &TestDatabase) {
     let old = "(lpad(to_hex((EXTRACT(epoch FROM now() - interval '2 days') * 1000)::bigint + n), 12, '0') || \
                substr(md5(n::text || 'x'), 13))::uuid";
@@ -966,7 +977,7 @@ async fn fill(database: &TestDatabase) {
         .await;
 }
 
-/// What the janitor does.
+/// Calls the store as the janitor does.
 async fn keep(store: &Store) {
     let tenant = TenantKey::default();
     assert!(!store.due_threads(20).await.unwrap().is_empty());
@@ -1053,7 +1064,7 @@ async fn keep(store: &Store) {
     store.lease_upstream_orphans(10, HOUR).await.unwrap();
 }
 
-/// What turns do that the janitor makes way for.
+/// Rolls a thread over and binds an upstream thread, as runs do while the janitor works.
 async fn roll_over(store: &Store, key: &ConversationKey) {
     let turn = started(store.admit(admission(key)).await.unwrap());
     queued(store.admit(admission(key)).await.unwrap());

@@ -1,4 +1,4 @@
-//! A fresh thread in the place of a full one, and what others wrote to the upstream thread.
+//! Rollover of a full thread, and messages that other clients wrote to its upstream thread.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::*;
 on_every_backend!(
     rollover_by_run_moves_run_and_its_messages,
     free_thread_is_rolled_over_at_once,
-    busy_thread_is_rolled_over_at_next_turn,
+    busy_thread_is_rolled_over_at_next_run,
     rollover_keeps_queue_order,
     rollover_renumbers_runs_without_gaps,
     only_active_run_rolls_its_thread_over,
@@ -25,9 +25,9 @@ on_every_backend!(
     erased_thread_carries_no_messages,
     moved_run_continues_its_lifecycle,
     idempotency_key_moves_with_its_run,
-    foreign_messages_are_inserted_at_their_positions,
-    foreign_messages_are_inserted_once,
-    foreign_messages_need_lease_of_active_run,
+    external_messages_are_inserted_at_their_positions,
+    external_messages_are_inserted_once,
+    external_messages_need_lease_of_active_run,
 );
 
 pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
@@ -43,7 +43,7 @@ pub(super) fn rollover(thread: ThreadId, by: Option<RunLease>) -> Rollover {
 fn done(rolled: Rolled) -> (Thread, Option<StartedRun>) {
     match rolled {
         Rolled::Done { thread, turn } => (*thread, turn.map(|turn| *turn)),
-        other => panic!("done was expected, not {other:?}"),
+        other => panic!("expected a finished rollover, not {other:?}"),
     }
 }
 
@@ -62,12 +62,12 @@ fn enqueue(key: &ConversationKey, words: &str) -> Admission {
     said(key, words, MultitaskStrategy::Enqueue)
 }
 
-/// The texts of a thread's messages, with their positions.
+/// Returns the texts of a thread's messages, with their positions.
 async fn texts(store: &Store, thread: ThreadId) -> Vec<(i64, String)> {
     lines(store.transcript(thread, 0, 1000).await.unwrap())
 }
 
-/// What a thread begins with, oldest first.
+/// Returns the messages with which a thread begins, oldest first.
 async fn carried(store: &Store, thread: ThreadId) -> Vec<Message> {
     let mut newest_first = store.carried(thread, None, 100).await.unwrap().data;
     newest_first.reverse();
@@ -77,7 +77,7 @@ async fn carried(store: &Store, thread: ThreadId) -> Vec<Message> {
 fn lines(messages: Vec<Message>) -> Vec<(i64, String)> {
     let line = |message: Message| {
         let [ContentPart::Text { text }] = &message.content[..] else {
-            panic!("one text was expected")
+            panic!("the message has one text")
         };
         (message.position, text.clone())
     };
@@ -210,7 +210,7 @@ async fn free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Sto
     assert_eq!(
         store.roll_over(&rollover(old, None)).await.unwrap(),
         Rolled::Lost,
-        "it is not current any more"
+        "the thread is not current any more"
     );
     assert_eq!(
         store
@@ -222,7 +222,7 @@ async fn free_thread_is_rolled_over_at_once(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store: &Store) {
+async fn busy_thread_is_rolled_over_at_next_run(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(enqueue(&key, "next")).await.unwrap());
@@ -245,8 +245,8 @@ async fn busy_thread_is_rolled_over_at_next_turn(database: &TestDatabase, store:
             .await
             .unwrap(),
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
-    assert!(next.thread.rolls, "the next turn sees it");
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
+    assert!(next.thread.rolls, "the next run sees the mark");
     let (fresh, moved) = done(
         store
             .roll_over(&rollover(next.thread.id, Some(next.lease)))
@@ -274,7 +274,7 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
             queued(store.admit(said(&key, words, strategy)).await.unwrap()).0,
         ));
     }
-    let mut current = seen(store, &key).await.unwrap().0.id;
+    let mut current = newest_thread(store, &key).await.unwrap().0.id;
     let (fresh, _) = done(
         store
             .roll_over(&rollover(current, Some(active)))
@@ -290,7 +290,7 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
     assert_eq!(store.unfinished_of(current).await.unwrap(), []);
     assert_eq!(thread(store, current).await.unwrap().run_count, 1);
     current = fresh.id;
-    // They are joined by others, which have their places as ever; and each turn rolls the thread over again.
+    // Further runs join the queue in their usual order, and each run rolls the thread over again.
     for (strategy, words) in [(Enqueue, "e"), (Interrupt, "f")] {
         waiting.push((
             words,
@@ -313,7 +313,7 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
             .position(|(words, _)| *words == next)
             .unwrap();
         active = waiting.remove(at).1;
-        let turn = claimed(store.start_queued(&active).await.unwrap());
+        let turn = started_from_queue(store.start_queued(&active).await.unwrap());
         assert_eq!(turn.input[0].content, text(next));
         assert_eq!(turn.thread.id, current);
         let (fresh, turn) = done(
@@ -331,7 +331,8 @@ async fn rollover_keeps_queue_order(database: &TestDatabase, store: &Store) {
     check_counts(database).await;
 }
 
-/// As `check_invariants`, but for the numbers of runs in threads of the past, which may have holes.
+/// Checks the counts as `check_invariants` does, but allows gaps in the run numbers of archived
+/// threads.
 async fn check_counts(database: &TestDatabase) {
     for broken in [
         "SELECT count(*) FROM threads t WHERE run_count <> (SELECT count(*) FROM runs r WHERE r.thread_id = t.id)",
@@ -600,7 +601,7 @@ async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) 
             ][..],
         ),
     ] {
-        // Each time as if for the first time.
+        // Each round makes a new request.
         let place = rollover(made, Some(turn.lease));
         let rollover = Rollover {
             carry_over,
@@ -610,7 +611,7 @@ async fn rollover_carries_last_messages(database: &TestDatabase, store: &Store) 
             let (fresh, _) = done(store.roll_over(&rollover).await.unwrap());
             assert_eq!(fresh.carried, i64::from(carry_over));
             assert_eq!(lines(carried(store, fresh.id).await), expect(expected));
-            // Only what stands in the thread right before is carried.
+            // Only messages of the thread right before are carried over.
             closed(
                 store
                     .finish(&turn.lease, completed(Some("then")))
@@ -681,7 +682,7 @@ async fn carried_messages_page_backwards(_: &TestDatabase, store: &Store) {
     assert_eq!(positions(None, 3).await, [6, 5, 4]);
     assert_eq!(positions(Some(4), 3).await, [3]);
     assert_eq!(positions(Some(3), 3).await, [0; 0]);
-    // A new upstream thread may begin with fewer of them, and with no more from then on.
+    // A new upstream thread may begin with fewer messages, and never with more after that.
     for (carried, left) in [
         (Some(2), &[6, 5][..]),
         (Some(3), &[6, 5]),
@@ -710,7 +711,7 @@ async fn erased_thread_carries_no_messages(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.carried(fresh.id, None, 100).await.unwrap().data,
         [],
-        "it is to be erased"
+        "the thread is being erased"
     );
     gone_upstream(store, old).await;
     assert!(store.conclude(old, 10).await.unwrap());
@@ -758,7 +759,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
     };
     let ended = closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     assert_eq!((ended.thread.id, ended.thread.message_count), (fresh.id, 0));
-    let next = claimed(store.start_queued(&rollback).await.unwrap());
+    let next = started_from_queue(store.start_queued(&rollback).await.unwrap());
     assert_eq!((next.thread.id, next.thread.message_count), (fresh.id, 1));
     assert_eq!(
         store
@@ -780,7 +781,7 @@ async fn moved_run_continues_its_lifecycle(database: &TestDatabase, store: &Stor
 }
 
 async fn started_again(store: &Store, lease: &RunLease) -> StartedRun {
-    claimed(store.start_queued(lease).await.unwrap())
+    started_from_queue(store.start_queued(lease).await.unwrap())
 }
 
 async fn idempotency_key_moves_with_its_run(_: &TestDatabase, store: &Store) {
@@ -823,7 +824,7 @@ fn external(after: i64, words: &str) -> ExternalMessage {
     }
 }
 
-async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabase, store: &Store) {
+async fn external_messages_are_inserted_at_their_positions(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     for _ in 0..2 {
         exchange(store, &key).await;
@@ -898,7 +899,7 @@ async fn foreign_messages_are_inserted_at_their_positions(database: &TestDatabas
     check_invariants(database).await;
 }
 
-async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Store) {
+async fn external_messages_are_inserted_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let mut end = completed(Some("hi"));
@@ -947,7 +948,7 @@ async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Sto
         texts(store, made).await,
         expect(&[(1, "hello"), (2, "hi"), (3, "a"), (4, "x")])
     );
-    // What is known of one thread may be new in another.
+    // A message that is known in one thread may be new in another.
     let other = exchange(store, &user("bob")).await.thread.id;
     assert_eq!(
         store
@@ -963,7 +964,7 @@ async fn foreign_messages_are_inserted_once(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Store) {
+async fn external_messages_need_lease_of_active_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -988,7 +989,7 @@ async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Sto
             .await
             .unwrap(),
         1,
-        "who waits does not mind"
+        "a queued run does not matter"
     );
     let late = store
         .insert_external_messages(made, Some(turn.lease), &[external(0, "b")])
@@ -997,8 +998,8 @@ async fn foreign_messages_need_lease_of_active_run(_: &TestDatabase, store: &Sto
     assert_eq!(late, 0, "the run is over");
 }
 
-/// Messages of all kinds come to two replicas while the thread is rolled over again and again, by its runs and by callers:
-/// no message is lost or doubled, and all have their turn in the order in which they came.
+/// Messages of all kinds reach two replicas while runs and callers roll the thread over again and
+/// again. No message may be lost or doubled, and all runs must start in order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_rollovers_and_messages_lose_nothing() {
     use MultitaskStrategy::{Enqueue, Interrupt, Merge};
@@ -1063,7 +1064,7 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
         let (store, key) = (&replicas[n % 2], &key);
         async move {
             for _ in 0..20 {
-                if let Some((thread, _)) = seen(store, key).await {
+                if let Some((thread, _)) = newest_thread(store, key).await {
                     store.roll_over(&rollover(thread.id, None)).await.unwrap();
                 }
                 tokio::task::yield_now().await;
@@ -1075,13 +1076,13 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     let all = async { tokio::join!(sends, rolls) };
     tokio::time::timeout(Duration::from_mins(2), all)
         .await
-        .expect("every run gets its turn");
+        .expect("every run starts in time");
 
     let mut begun = begun.into_inner().unwrap();
     assert_eq!(begun.len(), MESSAGES);
     begun.sort_by_key(|id| id.uuid());
     begun.dedup();
-    assert_eq!(begun.len(), MESSAGES, "none is doubled");
+    assert_eq!(begun.len(), MESSAGES, "no message is doubled");
     let said = "SELECT count(*) FROM messages WHERE role = 'user'";
     assert_eq!(
         database.number(said).await,
@@ -1094,7 +1095,8 @@ async fn concurrent_rollovers_and_messages_lose_nothing() {
     }
 }
 
-/// A queue that is rolled over while its runs are claimed and ended by others keeps its order.
+/// One replica rolls the thread over while others start and finish its runs. The queue keeps its
+/// order.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn queue_order_survives_concurrent_rollovers() {
     let database = TestDatabase::postgres().await;
@@ -1147,7 +1149,7 @@ async fn queue_order_survives_concurrent_rollovers() {
         };
         let roll = async {
             for n in 0..12_usize {
-                if let Some((thread, _)) = seen(&replicas[n % 2], &key).await {
+                if let Some((thread, _)) = newest_thread(&replicas[n % 2], &key).await {
                     replicas[n % 2]
                         .roll_over(&rollover(thread.id, None))
                         .await
@@ -1167,12 +1169,12 @@ async fn queue_order_survives_concurrent_rollovers() {
         let all = async { tokio::join!(claims, roll) };
         tokio::time::timeout(Duration::from_mins(1), all)
             .await
-            .expect("every run gets its turn");
+            .expect("every run starts in time");
         assert_eq!(order.into_inner().unwrap(), [0, 1, 2, 3, 4, 6, 7]);
         let said = format!(
             "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id WHERE t.user_key = '{round}'"
         );
-        assert_eq!(database.number(&said).await, 9 + 7, "nothing said is lost");
+        assert_eq!(database.number(&said).await, 9 + 7, "no message is lost");
         check_counts(&database).await;
     }
     for store in replicas {
@@ -1180,7 +1182,7 @@ async fn queue_order_survives_concurrent_rollovers() {
     }
 }
 
-/// What begins while a thread is rolled over, and waits for one of its runs, does not take the run for what it was.
+/// Calls that wait for a run during a rollover must see the run on its new thread.
 #[tokio::test]
 async fn calls_blocked_by_rollover_find_new_thread() {
     let database = TestDatabase::postgres().await;
@@ -1195,7 +1197,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
             closed(store.finish(&first.lease, completed(None)).await.unwrap());
         }
         let old = first.thread.id;
-        // The rollover has the runs, and waits for the thread.
+        // The rollover holds the runs, and waits for the thread.
         let mut holder = sqlx::PgConnection::connect(&database.url()).await.unwrap();
         let hold = format!(
             "BEGIN; SELECT FROM threads WHERE id = '{}' FOR UPDATE",
@@ -1213,7 +1215,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
             match round {
                 0 => {
                     let (claim, ()) = tokio::join!(other.start_queued(&second), release);
-                    let turn = claimed(claim.unwrap());
+                    let turn = started_from_queue(claim.unwrap());
                     assert_eq!((turn.thread.previous_thread, turn.run.seq), (Some(old), 1));
                 }
                 1 => {
@@ -1234,12 +1236,16 @@ async fn calls_blocked_by_rollover_find_new_thread() {
                     let merge = said(&key, "4", MultitaskStrategy::Merge);
                     let (merged, ()) = tokio::join!(other.admit(merge.clone()), release);
                     let Admitted::Merged { thread, run } = merged.unwrap() else {
-                        panic!("not merged")
+                        panic!("the message was not merged")
                     };
                     assert_eq!((thread.previous_thread, run.id), (Some(old), third.run_id));
                     let merged =
                         "SELECT count(*) FROM runs WHERE jsonb_array_length(queued_input) > 1";
-                    assert_eq!(database.number(merged).await, 1, "it is in one run");
+                    assert_eq!(
+                        database.number(merged).await,
+                        1,
+                        "the message is in one run"
+                    );
                 }
                 _ => {
                     let (marked, ()) =
@@ -1252,7 +1258,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
         let (fresh, _) = done(rolled.unwrap());
         check_counts(&database).await;
         if round < 3 {
-            let turn = claimed(store.start_queued(&second).await.unwrap());
+            let turn = started_from_queue(store.start_queued(&second).await.unwrap());
             assert_eq!(
                 (turn.thread.id, &turn.input[0].content),
                 (fresh.id, &text("2"))

@@ -1,4 +1,4 @@
-//! From the queue to the end of a run.
+//! Runs from the queue to the end.
 
 use threadkeeper::domain::{
     Role, RunError, RunErrorCode, RunStatus, ThreadState, UpstreamRunId, UpstreamThreadId, Usage,
@@ -8,8 +8,8 @@ use super::*;
 
 on_every_backend!(
     runs_start_in_order_of_admission,
-    claim_requires_current_lease_of_unfinished_run,
-    concurrent_claims_start_run_once,
+    start_requires_current_lease_of_unfinished_run,
+    concurrent_start_calls_start_run_once,
     finish_returns_all_recorded_fields,
     finish_is_idempotent,
     conflicting_finish_changes_nothing,
@@ -49,10 +49,10 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     assert_eq!(
         store.start_queued(&third).await.unwrap(),
         QueuedStart::NotYet,
-        "the second waits before it"
+        "the run before it is queued, too"
     );
 
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
         (turn.lease, turn.run.status, turn.run.seq),
         (second, RunStatus::InProgress, 2)
@@ -67,7 +67,7 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
         QueuedStart::NotYet
     );
     closed(store.finish(&second, completed(Some("two"))).await.unwrap());
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     closed(
         store
             .finish(&third, completed(Some("three")))
@@ -87,13 +87,13 @@ async fn runs_start_in_order_of_admission(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 }
 
-async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store: &Store) {
+async fn start_requires_current_lease_of_unfinished_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&first.lease).await.unwrap()),
+        started_from_queue(store.start_queued(&first.lease).await.unwrap()),
         first,
-        "it has started, and that is the answer"
+        "the run has started, and the start says so"
     );
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let stale = RunLease {
@@ -105,25 +105,25 @@ async fn claim_requires_current_lease_of_unfinished_run(_: &TestDatabase, store:
     assert_eq!(
         store.start_queued(&first.lease).await.unwrap(),
         QueuedStart::Lost,
-        "it has ended"
+        "the run has ended"
     );
     assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
-    let turn = claimed(store.start_queued(&second).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&second).await.unwrap());
     assert_eq!(
-        claimed(store.start_queued(&second).await.unwrap()),
+        started_from_queue(store.start_queued(&second).await.unwrap()),
         turn,
-        "a claim whose answer was lost can be repeated"
+        "a start whose acknowledgement was lost can be repeated"
     );
     assert_eq!(store.start_queued(&stale).await.unwrap(), QueuedStart::Lost);
     closed(store.finish(&second, completed(None)).await.unwrap());
     assert_eq!(
         store.start_queued(&second).await.unwrap(),
         QueuedStart::Lost,
-        "it has ended"
+        "the run has ended"
     );
 }
 
-async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store) {
+async fn concurrent_start_calls_start_run_once(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     let first = started(store.admit(admission(&key)).await.unwrap());
     let (second, ..) = queued(store.admit(admission(&key)).await.unwrap());
@@ -131,7 +131,7 @@ async fn concurrent_claims_start_run_once(database: &TestDatabase, store: &Store
     let claims = futures_util::future::join_all((0..8).map(|_| store.start_queued(&second))).await;
     let turns: Vec<_> = claims
         .into_iter()
-        .map(|claim| claimed(claim.unwrap()))
+        .map(|claim| started_from_queue(claim.unwrap()))
         .collect();
     assert!(turns.iter().all(|turn| *turn == turns[0]), "{turns:#?}");
     assert_eq!(transcript(store, &key).await.len(), 2);
@@ -204,7 +204,7 @@ async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
 
     // Another request reads the same.
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (finished.thread, finished.activity)
     );
     assert_eq!(
@@ -319,7 +319,7 @@ async fn cancelled_queued_run_keeps_its_message(database: &TestDatabase, store: 
             .await
             .unwrap(),
     );
-    claimed(store.start_queued(&third).await.unwrap());
+    started_from_queue(store.start_queued(&third).await.unwrap());
     let lines = transcript(store, &key).await;
     assert_eq!(
         lines,
@@ -374,24 +374,31 @@ async fn upstream_thread_binding_persists(_: &TestDatabase, store: &Store) {
     assert!(!bind(store, &stale, &id, false).await);
     assert!(
         !bind(store, &waiting, &id, false).await,
-        "it has not started"
+        "the run has not started"
     );
-    assert_eq!(seen(store, &key).await.unwrap().0.upstream_thread_id, None);
+    assert_eq!(
+        newest_thread(store, &key)
+            .await
+            .unwrap()
+            .0
+            .upstream_thread_id,
+        None
+    );
     assert!(bind(store, &turn.lease, &id, false).await);
     assert!(
         bind(store, &turn.lease, &id, false).await,
-        "again is harmless"
+        "a repeat is harmless"
     );
 
-    // An end that says nothing of it leaves it alone.
+    // A finish without an upstream thread does not change it.
     let finished = closed(store.finish(&turn.lease, completed(None)).await.unwrap());
     assert_eq!(finished.thread.upstream_thread_id.as_ref(), Some(&id));
     let late = UpstreamThreadId("conv_2".to_owned());
     assert!(
         !bind(store, &turn.lease, &late, false).await,
-        "it has ended"
+        "the run has ended"
     );
-    let next = claimed(store.start_queued(&waiting).await.unwrap());
+    let next = started_from_queue(store.start_queued(&waiting).await.unwrap());
     assert_eq!(next.thread.upstream_thread_id, Some(id));
 }
 
@@ -430,7 +437,7 @@ async fn database_refuses_second_active_run(database: &TestDatabase, store: &Sto
     check_invariants(database).await;
 }
 
-/// Drops calls after 0, 1, 2, … polls, wherever that finds them.
+/// Drops calls after 0, 1, 2, … polls, at whichever step that is.
 async fn dropped_call_is_atomic(database: &TestDatabase, store: &Store) {
     async fn drop_after<F: Future>(polls: usize, call: F) -> Option<F::Output> {
         let mut call = std::pin::pin!(call);
@@ -464,7 +471,7 @@ async fn dropped_call_is_atomic(database: &TestDatabase, store: &Store) {
                 .await
                 .is_none(),
         );
-        // Closing waits for what is still under way.
+        // Closing waits for statements under way.
         store.close().await;
 
         let store = database.store().await;

@@ -1,4 +1,4 @@
-//! What is upstream and what is not, and what is taken out of the transcript.
+//! The sync state of messages, and messages that are removed from the transcript.
 
 use threadkeeper::domain::{Baseline, UnsettledRun, UpstreamThreadId};
 use threadkeeper::store::{PAGE_BYTES, Withholding};
@@ -6,17 +6,17 @@ use threadkeeper::store::{PAGE_BYTES, Withholding};
 use super::*;
 
 on_every_backend!(
-    finish_records_context_of_its_messages,
+    finish_records_sync_state_of_its_messages,
     completed_run_leaves_no_outcome_on_messages,
-    messages_of_unstarted_run_get_context_too,
-    backlog_holds_missing_messages_of_earlier_runs,
-    synced_finish_marks_backlog_present,
+    messages_of_unstarted_run_get_sync_state,
+    unsynced_messages_are_missing_ones_of_earlier_runs,
+    synced_finish_marks_unsynced_messages_present,
     synced_finish_leaves_later_messages_missing,
     synced_discard_leaves_later_messages_missing,
     unsettled_run_stays_until_replaced_or_synced,
     settling_run_resolves_its_unknown_messages,
-    backlog_sent_with_unsettled_run_is_settled_present,
-    backlog_sent_with_discarded_run_is_settled_present,
+    unsynced_messages_sent_with_unsettled_run_are_settled_present,
+    unsynced_messages_sent_with_discarded_run_are_settled_present,
     seeded_upstream_thread_contains_all_earlier_messages,
     all_earlier_messages_can_be_withheld,
     messages_before_position_can_be_withheld,
@@ -73,7 +73,7 @@ fn unsettled_run(run: RunId) -> UnsettledRun {
     }
 }
 
-/// Each message of the key's transcript: its text, its context, and how its run ended.
+/// Returns each message of the key's transcript: its text, its sync state, and how its run ended.
 async fn syncs(
     store: &Store,
     key: &ConversationKey,
@@ -93,13 +93,13 @@ async fn syncs(
         .collect()
 }
 
-/// Admits a message on a free thread and ends its run.
-async fn turn(store: &Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
+/// Admits a message on a free thread and finishes its run.
+async fn finished_run(store: &Store, key: &ConversationKey, words: &str, end: &RunEnd) -> Finished {
     let turn = started(store.admit(say(key, words)).await.unwrap());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap())
 }
 
-/// The texts of a run's unsynced messages.
+/// Returns the texts of a run's unsynced messages.
 async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
     let text = |message: Message| match &message.content[..] {
         [ContentPart::Text { text }] => text.clone(),
@@ -116,7 +116,7 @@ async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
         .collect()
 }
 
-async fn finish_records_context_of_its_messages(database: &TestDatabase, store: &Store) {
+async fn finish_records_sync_state_of_its_messages(database: &TestDatabase, store: &Store) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
     let mut missing = 0;
@@ -129,7 +129,7 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
                 reply: Some(reply("reply", None, replied)),
                 ..failed(said)
             };
-            let finished = turn(store, &key, "message", &end).await;
+            let finished = finished_run(store, &key, "message", &end).await;
             missing += i64::from(said == Missing) + i64::from(replied == Missing);
             assert_eq!(finished.thread.backlog, missing, "{said} {replied}");
             let message = finished.message.unwrap();
@@ -139,39 +139,39 @@ async fn finish_records_context_of_its_messages(database: &TestDatabase, store: 
         }
     }
     assert_eq!(syncs(store, &key).await, wanted);
-    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 8);
+    assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 8);
     check_invariants(database).await;
 }
 
 async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let finished = turn(store, &key, "1", &completed(Some("one"))).await;
+    let finished = finished_run(store, &key, "1", &completed(Some("one"))).await;
     assert_eq!(
         (finished.thread.backlog, &finished.thread.unsettled_run),
         (0, &None)
     );
-    // Nothing forbids one that completed but is not known upstream.
+    // A run may complete although the upstream thread lacks its messages.
     let end = RunEnd {
         said: UpstreamSync::Missing,
         ..completed(Some("two"))
     };
-    assert_eq!(turn(store, &key, "2", &end).await.thread.backlog, 1);
+    assert_eq!(finished_run(store, &key, "2", &end).await.thread.backlog, 1);
     let wanted = [
         ("1", "present"),
         ("one", "present"),
         ("2", "missing"),
         ("two", "present"),
     ];
-    for ((words, context, ended), wanted) in syncs(store, &key).await.iter().zip(wanted) {
+    for ((words, sync, ended), wanted) in syncs(store, &key).await.iter().zip(wanted) {
         assert_eq!(
-            (words.as_str(), context.as_str(), *ended),
+            (words.as_str(), sync.as_str(), *ended),
             (wanted.0, wanted.1, None)
         );
     }
     check_invariants(database).await;
 }
 
-async fn messages_of_unstarted_run_get_context_too(database: &TestDatabase, store: &Store) {
+async fn messages_of_unstarted_run_get_sync_state(database: &TestDatabase, store: &Store) {
     let key = user("alice");
     started(store.admit(say(&key, "1")).await.unwrap());
     let mut missing = 0;
@@ -202,23 +202,26 @@ async fn messages_of_unstarted_run_get_context_too(database: &TestDatabase, stor
     check_invariants(database).await;
 }
 
-async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase, store: &Store) {
+async fn unsynced_messages_are_missing_ones_of_earlier_runs(
+    database: &TestDatabase,
+    store: &Store,
+) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
-    turn(store, &key, "1", &failed(Missing)).await;
-    turn(store, &key, "2", &failed(Withheld)).await;
-    turn(store, &key, "3", &failed(Unknown)).await;
+    finished_run(store, &key, "1", &failed(Missing)).await;
+    finished_run(store, &key, "2", &failed(Withheld)).await;
+    finished_run(store, &key, "3", &failed(Unknown)).await;
     let partial = RunEnd {
         reply: Some(reply("four", None, Missing)),
         ..failed(Present)
     };
-    turn(store, &key, "4", &partial).await;
-    turn(store, &user("bob"), "other", &failed(Missing)).await;
+    finished_run(store, &key, "4", &partial).await;
+    finished_run(store, &user("bob"), "other", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
     assert_eq!(now.thread.backlog, 2);
     assert_eq!(unsynced_messages(store, now.run.id).await, ["1", "four"]);
     assert_eq!(unsynced_messages(store, RunId::new()).await, [""; 0]);
-    // Nothing went along: it stays.
+    // No unsynced message was sent with this run, so all stay.
     let own = RunEnd {
         reply: Some(reply("five", None, Missing)),
         ..failed(Missing)
@@ -238,36 +241,36 @@ async fn backlog_holds_missing_messages_of_earlier_runs(database: &TestDatabase,
     check_invariants(database).await;
 }
 
-async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &Store) {
+async fn synced_finish_marks_unsynced_messages_present(database: &TestDatabase, store: &Store) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
-    turn(store, &key, "1", &failed(Missing)).await;
-    turn(store, &key, "2", &failed(Withheld)).await;
-    turn(store, &key, "3", &failed(Unknown)).await;
-    let others = turn(store, &user("bob"), "other", &failed(Missing)).await;
+    finished_run(store, &key, "1", &failed(Missing)).await;
+    finished_run(store, &key, "2", &failed(Withheld)).await;
+    finished_run(store, &key, "3", &failed(Unknown)).await;
+    let others = finished_run(store, &user("bob"), "other", &failed(Missing)).await;
 
-    // The run itself may have been left out all the same.
+    // The run's own messages may still be missing.
     let end = RunEnd {
         synced: true,
         reply: Some(reply("four", None, Missing)),
         ..failed(Missing)
     };
-    let finished = turn(store, &key, "4", &end).await;
+    let finished = finished_run(store, &key, "4", &end).await;
     assert_eq!(finished.thread.backlog, 2);
     let told = |all: Vec<(String, UpstreamSync, Option<RunStatus>)>| {
         all.into_iter()
-            .map(|(words, context, _)| (words, context))
+            .map(|(words, sync, _)| (words, sync))
             .collect::<Vec<_>>()
     };
-    let wanted = |context| {
+    let wanted = |sync| {
         [
             ("1", Present),
             ("2", Withheld),
             ("3", Present),
-            ("4", context),
-            ("four", context),
+            ("4", sync),
+            ("four", sync),
         ]
-        .map(|(words, context)| (words.to_owned(), context))
+        .map(|(words, sync)| (words.to_owned(), sync))
     };
     assert_eq!(told(syncs(store, &key).await), wanted(Missing));
     check_invariants(database).await;
@@ -276,17 +279,17 @@ async fn synced_finish_marks_backlog_present(database: &TestDatabase, store: &St
         synced: true,
         ..completed(Some("five"))
     };
-    let finished = turn(store, &key, "5", &end).await;
+    let finished = finished_run(store, &key, "5", &end).await;
     assert_eq!(finished.thread.backlog, 0);
     assert_eq!(told(syncs(store, &key).await)[..5], wanted(Present));
-    let (bob, _) = seen(store, &user("bob")).await.unwrap();
-    assert_eq!(bob, others.thread, "no other thread is touched");
+    let (bob, _) = newest_thread(store, &user("bob")).await.unwrap();
+    assert_eq!(bob, others.thread, "no other thread changes");
     check_invariants(database).await;
 }
 
 async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
+    finished_run(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     closed(
@@ -305,7 +308,7 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
     let next = started(store.admit(say(&key, "4")).await.unwrap());
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
 
-    // A run that has no messages yet comes after all others.
+    // A run without messages counts as the last.
     let (waiting, ..) = queued(store.admit(say(&key, "5")).await.unwrap());
     let end = RunEnd {
         synced: true,
@@ -322,7 +325,7 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
 
 async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    turn(store, &key, "1", &failed(UpstreamSync::Missing)).await;
+    finished_run(store, &key, "1", &failed(UpstreamSync::Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     closed(
@@ -351,24 +354,24 @@ async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &
     };
     let (one, two) = (RunId::new(), RunId::new());
     assert_eq!(
-        turn(store, &key, "1", &left(one))
+        finished_run(store, &key, "1", &left(one))
             .await
             .thread
             .unsettled_run,
         Some(unsettled_run(one))
     );
     assert_eq!(
-        seen(store, &key).await.unwrap().0.unsettled_run,
+        newest_thread(store, &key).await.unwrap().0.unsettled_run,
         Some(unsettled_run(one))
     );
-    let finished = turn(store, &key, "2", &completed(None)).await;
+    let finished = finished_run(store, &key, "2", &completed(None)).await;
     assert_eq!(
         finished.thread.unsettled_run,
         Some(unsettled_run(one)),
-        "the end does not say"
+        "the finish does not name an unsettled run"
     );
     assert_eq!(
-        turn(store, &key, "3", &left(two))
+        finished_run(store, &key, "3", &left(two))
             .await
             .thread
             .unsettled_run,
@@ -379,7 +382,10 @@ async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &
         ..left(one)
     };
     assert_eq!(
-        turn(store, &key, "4", &both).await.thread.unsettled_run,
+        finished_run(store, &key, "4", &both)
+            .await
+            .thread
+            .unsettled_run,
         Some(unsettled_run(one))
     );
     let synced = RunEnd {
@@ -387,7 +393,10 @@ async fn unsettled_run_stays_until_replaced_or_synced(_: &TestDatabase, store: &
         ..completed(None)
     };
     assert_eq!(
-        turn(store, &key, "5", &synced).await.thread.unsettled_run,
+        finished_run(store, &key, "5", &synced)
+            .await
+            .thread
+            .unsettled_run,
         None
     );
 }
@@ -400,13 +409,16 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
             reply: Some(reply("reply", None, Withheld)),
             ..failed(Unknown)
         };
-        let earlier = turn(store, &key, "message", &end).await.run.id;
+        let earlier = finished_run(store, &key, "message", &end).await.run.id;
         let end = RunEnd {
             unsettled_run: Some(unsettled_run(earlier)),
             ..completed(Some("other"))
         };
-        turn(store, &key, "other", &end).await;
-        let other = turn(store, &key, "unknown", &failed(Unknown)).await.run.id;
+        finished_run(store, &key, "other", &end).await;
+        let other = finished_run(store, &key, "unknown", &failed(Unknown))
+            .await
+            .run
+            .id;
         let now = started(store.admit(say(&key, "now")).await.unwrap());
         let (waiting, ..) = queued(store.admit(say(&key, "waits")).await.unwrap());
         let stale = RunLease {
@@ -424,7 +436,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
                 .record_settlement(&waiting, earlier, found)
                 .await
                 .unwrap(),
-            "it is not active"
+            "the run is not active"
         );
         for _ in 0..2 {
             assert!(
@@ -434,7 +446,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
                     .unwrap()
             );
         }
-        let (thread, _) = seen(store, &key).await.unwrap();
+        let (thread, _) = newest_thread(store, &key).await.unwrap();
         assert_eq!(
             (thread.backlog, thread.unsettled_run),
             (missing, None),
@@ -452,7 +464,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
             .unwrap()
             .data;
         let syncs: Vec<_> = data.iter().filter(of(earlier)).map(|it| it.sync).collect();
-        assert_eq!(syncs, [Withheld, found], "only what was not known");
+        assert_eq!(syncs, [Withheld, found], "only unknown messages change");
         assert!(data.iter().filter(of(other)).all(|it| it.sync == Unknown));
         check_invariants(database).await;
 
@@ -468,29 +480,32 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
                 .record_settlement(&now.lease, other, Missing)
                 .await
                 .unwrap(),
-            "it has ended"
+            "the run has ended"
         );
-        claimed(store.start_queued(&waiting).await.unwrap());
+        started_from_queue(store.start_queued(&waiting).await.unwrap());
         closed(store.finish(&waiting, completed(None)).await.unwrap());
     }
     check_invariants(database).await;
 }
 
-async fn backlog_sent_with_unsettled_run_is_settled_present(
+async fn unsynced_messages_sent_with_unsettled_run_are_settled_present(
     database: &TestDatabase,
     store: &Store,
 ) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     for (found, own) in [(Present, 0), (Missing, 2), (Withheld, 0)] {
         let key = user(found.as_str());
-        turn(store, &key, "1", &failed(Missing)).await;
+        finished_run(store, &key, "1", &failed(Missing)).await;
         let partial = RunEnd {
             reply: Some(reply("two", None, Missing)),
             ..failed(Withheld)
         };
-        turn(store, &key, "2", &partial).await;
-        let forgotten = turn(store, &key, "3", &failed(Unknown)).await.run.id;
-        let others = turn(
+        finished_run(store, &key, "2", &partial).await;
+        let forgotten = finished_run(store, &key, "3", &failed(Unknown))
+            .await
+            .run
+            .id;
+        let others = finished_run(
             store,
             &session("bob", found.as_str()),
             "other",
@@ -515,7 +530,7 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
                 .backlog,
             3
         );
-        turn(store, &key, "6", &failed(Missing)).await;
+        finished_run(store, &key, "6", &failed(Missing)).await;
 
         let next = started(store.admit(say(&key, "7")).await.unwrap());
         assert_eq!(next.thread.backlog, 4);
@@ -540,7 +555,7 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
                     .await
                     .unwrap()
             );
-            let (thread, _) = seen(store, &key).await.unwrap();
+            let (thread, _) = newest_thread(store, &key).await.unwrap();
             assert_eq!(
                 (thread.backlog, thread.unsettled_run),
                 (2 + own, None),
@@ -560,15 +575,15 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
             let all = syncs(store, &key).await;
             let all: Vec<_> = all
                 .iter()
-                .map(|(words, context, _)| (words.as_str(), *context))
+                .map(|(words, sync, _)| (words.as_str(), *sync))
                 .collect();
             assert_eq!(
                 all, wanted,
-                "what came later did not go along; what is not known stays so"
+                "later messages were not sent, and unknown ones stay unknown"
             );
             check_invariants(database).await;
         }
-        // It alone is not known any more, and nothing was missing before it that is not sent.
+        // Only this run is unsettled now, and no message before it is unsynced.
         assert!(store.took_along(&next.lease, forgotten).await.unwrap());
         assert!(
             store
@@ -576,22 +591,22 @@ async fn backlog_sent_with_unsettled_run_is_settled_present(
                 .await
                 .unwrap()
         );
-        let (thread, _) = seen(store, &key).await.unwrap();
+        let (thread, _) = newest_thread(store, &key).await.unwrap();
         assert_eq!(thread.backlog, 3 + own);
-        let (bob, _) = seen(store, &others.thread.key).await.unwrap();
-        assert_eq!(bob, others.thread, "no other thread is touched");
+        let (bob, _) = newest_thread(store, &others.thread.key).await.unwrap();
+        assert_eq!(bob, others.thread, "no other thread changes");
         check_invariants(database).await;
     }
 }
 
-/// Of such a run no message is left that could say where it stood.
-async fn backlog_sent_with_discarded_run_is_settled_present(
+/// A discarded run has no messages left that show its position.
+async fn unsynced_messages_sent_with_discarded_run_are_settled_present(
     database: &TestDatabase,
     store: &Store,
 ) {
     use UpstreamSync::{Missing, Present};
     let key = user("alice");
-    turn(store, &key, "1", &failed(Missing)).await;
+    finished_run(store, &key, "1", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     database.age_starts(Duration::from_secs(1)).await;
     let (waiting, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
@@ -606,7 +621,7 @@ async fn backlog_sent_with_discarded_run_is_settled_present(
         ..failed(Missing)
     };
     closed(store.finish(&now.lease, end.clone()).await.unwrap());
-    turn(store, &key, "4", &failed(Missing)).await;
+    finished_run(store, &key, "4", &failed(Missing)).await;
     let next = started(store.admit(say(&key, "5")).await.unwrap());
     for _ in 0..2 {
         assert!(store.took_along(&next.lease, now.run.id).await.unwrap());
@@ -619,7 +634,7 @@ async fn backlog_sent_with_discarded_run_is_settled_present(
         let all = syncs(store, &key).await;
         let all: Vec<_> = all
             .iter()
-            .map(|(words, context, _)| (words.as_str(), *context))
+            .map(|(words, sync, _)| (words.as_str(), *sync))
             .collect();
         assert_eq!(
             all,
@@ -630,7 +645,7 @@ async fn backlog_sent_with_discarded_run_is_settled_present(
                 ("5", Present)
             ]
         );
-        assert_eq!(seen(store, &key).await.unwrap().0.backlog, 2);
+        assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 2);
         check_invariants(database).await;
     }
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3", "4"]);
@@ -646,35 +661,35 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
         reply: Some(reply(words, Some(words), Present)),
         ..completed(None)
     };
-    turn(store, &key, "1", &ids("one")).await;
-    turn(store, &key, "2", &failed(Missing)).await;
+    finished_run(store, &key, "1", &ids("one")).await;
+    finished_run(store, &key, "2", &failed(Missing)).await;
     let partial = RunEnd {
         reply: Some(reply("three", Some("m3"), Missing)),
         ..failed(Unknown)
     };
-    turn(store, &key, "3", &partial).await;
+    finished_run(store, &key, "3", &partial).await;
     let withheld = RunEnd {
         unsettled_run: Some(unsettled_run(RunId::new())),
         ..failed(Withheld)
     };
-    turn(store, &key, "4", &withheld).await;
-    let others = turn(store, &user("bob"), "other", &ids("bob")).await;
+    finished_run(store, &key, "4", &withheld).await;
+    let others = finished_run(store, &user("bob"), "other", &ids("bob")).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "6")).await.unwrap());
     closed(store.finish(&waiting, failed(Missing)).await.unwrap());
 
     let id = UpstreamThreadId("conv_2".to_owned());
-    let before = seen(store, &key).await.unwrap().0;
+    let before = newest_thread(store, &key).await.unwrap().0;
     assert_eq!(before.backlog, 3);
     let stale = RunLease {
         fence: now.lease.fence - 1,
         ..now.lease
     };
     assert!(!bind(store, &stale, &id, true).await);
-    assert_eq!(seen(store, &key).await.unwrap().0, before);
-    // To learn where a thread lives makes nothing known of what it holds.
+    assert_eq!(newest_thread(store, &key).await.unwrap().0, before);
+    // Binding an upstream thread that is not seeded says nothing about its content.
     assert!(bind(store, &now.lease, &id, false).await);
-    let bound = seen(store, &key).await.unwrap().0;
+    let bound = newest_thread(store, &key).await.unwrap().0;
     assert_eq!(
         (bound.backlog, &bound.unsettled_run),
         (3, &before.unsettled_run)
@@ -682,14 +697,14 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
 
     for _ in 0..2 {
         assert!(bind(store, &now.lease, &id, true).await);
-        let (thread, _) = seen(store, &key).await.unwrap();
+        let (thread, _) = newest_thread(store, &key).await.unwrap();
         assert_eq!(
             (thread.upstream_thread_id.as_ref(), thread.unsettled_run),
             (Some(&id), None)
         );
         assert_eq!(
             thread.backlog, 1,
-            "what came after the run's own is not in it"
+            "the upstream thread lacks messages after the run's own"
         );
         let all: Vec<_> = syncs(store, &key)
             .await
@@ -717,7 +732,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
     assert_eq!(
         page.data[1],
         others.message.unwrap(),
-        "no other thread is touched"
+        "no other thread changes"
     );
     check_invariants(database).await;
 }
@@ -730,7 +745,7 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
             reply: Some(reply("reply", Some("msg_1"), Present)),
             ..failed(said)
         };
-        turn(store, &key, "message", &end).await;
+        finished_run(store, &key, "message", &end).await;
     }
     let turn = started(store.admit(say(&key, "and now?")).await.unwrap());
     assert!(
@@ -746,9 +761,9 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
             .unwrap()
     );
     assert_eq!(
-        seen(store, &key).await.unwrap().0.backlog,
+        newest_thread(store, &key).await.unwrap().0.backlog,
         1,
-        "the lease was lost"
+        "another owner has the lease"
     );
     for _ in 0..2 {
         assert!(
@@ -761,11 +776,11 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     let mut syncs: Vec<_> = syncs(store, &key)
         .await
         .into_iter()
-        .map(|(_, context, _)| context)
+        .map(|(_, sync, _)| sync)
         .collect();
     assert_eq!(syncs.pop(), Some(Present));
     assert_eq!(syncs, [Withheld; 8]);
-    assert_eq!(seen(store, &key).await.unwrap().0.backlog, 0);
+    assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 0);
     assert_eq!(
         store.baseline(turn.run.id).await.unwrap(),
         Baseline::default()
@@ -773,7 +788,8 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
     check_invariants(database).await;
 }
 
-/// Six messages of three runs, the first two of which the upstream lacks, and a run that has just started.
+/// Makes six messages of three runs, of which the upstream lacks the first two, and starts
+/// another run.
 async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun {
     for (n, said) in [
         UpstreamSync::Missing,
@@ -788,7 +804,7 @@ async fn three_runs_and_one(store: &Store, key: &ConversationKey) -> StartedRun 
             Some(&format!("m{n}")),
             UpstreamSync::Present,
         );
-        turn(
+        finished_run(
             store,
             key,
             &format!("say {n}"),
@@ -828,14 +844,14 @@ async fn messages_before_position_can_be_withheld(database: &TestDatabase, store
         let seen = syncs(store, &key)
             .await
             .into_iter()
-            .map(|(_, context, _)| context);
+            .map(|(_, sync, _)| sync);
         let wanted = [
             Withheld, Withheld, Withheld, Present, Missing, Present, Present,
         ];
         assert_eq!(seen.collect::<Vec<_>>(), wanted);
         check_invariants(database).await;
     }
-    // The run's own are never withheld by it.
+    // A run's own messages are never withheld by it.
     let all = Withholding {
         before: Some(i64::MAX),
         ..Withholding::default()
@@ -844,7 +860,7 @@ async fn messages_before_position_can_be_withheld(database: &TestDatabase, store
     let seen = syncs(store, &key)
         .await
         .into_iter()
-        .map(|(_, context, _)| context);
+        .map(|(_, sync, _)| sync);
     assert_eq!(
         seen.collect::<Vec<_>>(),
         [&[Withheld; 6][..], &[Present]].concat()
@@ -867,7 +883,7 @@ async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: 
     let seen = syncs(store, &key)
         .await
         .into_iter()
-        .map(|(_, context, _)| context);
+        .map(|(_, sync, _)| sync);
     assert_eq!(
         seen.collect::<Vec<_>>(),
         [
@@ -878,7 +894,7 @@ async fn missing_messages_can_be_withheld_alone(database: &TestDatabase, store: 
     assert_eq!(
         store.baseline(now.run.id).await.unwrap(),
         baseline,
-        "what is upstream keeps its id"
+        "messages that are upstream keep their id"
     );
     check_invariants(database).await;
 }
@@ -905,7 +921,7 @@ async fn earlier_messages_page_backwards(_: &TestDatabase, store: &Store) {
     assert_eq!(
         positions(store.earlier(run, Some(99), 1).await.unwrap().data),
         [6],
-        "not its own"
+        "the run's own message is not included"
     );
     assert_eq!(
         positions(store.earlier(run, Some(1), 2).await.unwrap().data),
@@ -953,7 +969,7 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
     let key = user("alice");
     let long = "x".repeat(PAGE_BYTES / 4);
     for _ in 0..6 {
-        turn(store, &key, &long, &failed(UpstreamSync::Missing)).await;
+        finished_run(store, &key, &long, &failed(UpstreamSync::Missing)).await;
     }
     let now = started(store.admit(say(&key, "now")).await.unwrap());
     let run = now.run.id;
@@ -977,8 +993,8 @@ async fn pages_of_long_earlier_messages_are_bounded_in_bytes(_: &TestDatabase, s
 async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, store: &Store) {
     use UpstreamSync::{Missing, Present, Unknown, Withheld};
     let key = user("alice");
-    let replied = |id: Option<&str>, context| RunEnd {
-        reply: Some(reply("x", id, context)),
+    let replied = |id: Option<&str>, sync| RunEnd {
+        reply: Some(reply("x", id, sync)),
         ..completed(None)
     };
     let baseline = |anchor: Option<&str>, skip| Baseline {
@@ -1022,7 +1038,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
                 .unwrap(),
         );
     }
-    // A run without a message yet comes after all.
+    // A run without a message counts as the last.
     started(store.admit(say(&key, "x")).await.unwrap());
     let (waiting, ..) = queued(store.admit(say(&key, "y")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "z")).await.unwrap());
@@ -1030,7 +1046,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
         store.baseline(waiting.run_id).await.unwrap(),
         baseline(Some("m9"), 2)
     );
-    // What others add afterwards does not matter.
+    // Messages that other runs add later do not matter.
     closed(store.finish(&cancelled, failed(Present)).await.unwrap());
     assert_eq!(
         store.baseline(waiting.run_id).await.unwrap(),
@@ -1044,7 +1060,7 @@ async fn baseline_anchors_at_newest_known_upstream_message(_: &TestDatabase, sto
 
 async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store) {
     let key = user("alice");
-    turn(store, &key, "1", &completed(Some("one"))).await;
+    finished_run(store, &key, "1", &completed(Some("one"))).await;
     let now = started(store.admit(say(&key, "2")).await.unwrap());
     let (cancelled, ..) = queued(store.admit(say(&key, "3")).await.unwrap());
     let (next, ..) = queued(store.admit(say(&key, "4")).await.unwrap());
@@ -1077,7 +1093,7 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
     assert_eq!(
         closed(store.finish(&now.lease, end.clone()).await.unwrap()),
         finished,
-        "again is harmless"
+        "a repeat is harmless"
     );
     assert_eq!(
         store.run(&key, now.run.id).await.unwrap().unwrap(),
@@ -1090,7 +1106,7 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
     check_invariants(database).await;
 
     // No position is given twice, not even that of the last message.
-    let turn = claimed(store.start_queued(&next).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&next).await.unwrap());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     exchange(store, &key).await;
     let page = store
@@ -1129,7 +1145,7 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
     let (rollback, ..) = queued(store.admit(say(&key, "2")).await.unwrap());
     store.cancel_active(&rollback, true).await.unwrap().unwrap();
     let before = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.run(&key, now.run.id).await.unwrap(),
     );
     let end = RunEnd {
@@ -1144,7 +1160,7 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
         );
     }
     let after = (
-        seen(store, &key).await,
+        newest_thread(store, &key).await,
         store.run(&key, now.run.id).await.unwrap(),
     );
     assert_eq!(before, after);
@@ -1165,6 +1181,6 @@ async fn run_marked_for_rollback_must_be_discarded(database: &TestDatabase, stor
     };
     let finished = closed(store.finish(&now.lease, discarded.clone()).await.unwrap());
     assert_eq!((finished.thread.message_count, finished.message), (0, None));
-    claimed(store.start_queued(&rollback).await.unwrap());
+    started_from_queue(store.start_queued(&rollback).await.unwrap());
     check_invariants(database).await;
 }

@@ -1,4 +1,4 @@
-//! Threads as operators look at them, and transcripts of more than one.
+//! Threads as operators see them, and transcripts across threads.
 
 use threadkeeper::domain::{Lifecycle, Page, ThreadState};
 use threadkeeper::store::StoreError;
@@ -16,7 +16,8 @@ on_every_backend!(
     message_cursor_must_belong_to_key,
 );
 
-/// Each key has the given number of threads, the last of them current, each with an exchange. Oldest first.
+/// Makes as many threads for each key as given, oldest first. Each has an exchange, and the last
+/// is current.
 async fn generations(
     database: &TestDatabase,
     store: &Store,
@@ -95,7 +96,8 @@ async fn report_describes_thread_and_activity(database: &TestDatabase, store: &S
         None
     );
 
-    // Of two that have no successor the newest archived one is told, but none that is being deleted.
+    // Without a current thread the report describes the newest archived one, but none that is
+    // being deleted.
     database.archive_threads().await;
     assert_eq!(
         store
@@ -544,7 +546,7 @@ async fn transcript_across_threads_is_paged(database: &TestDatabase, store: &Sto
         }
     }
 
-    // What is being deleted is not shown any more.
+    // A thread that is being deleted is not shown.
     database
         .execute(
             "UPDATE threads SET lifecycle = 'deleting', deletion = 'erase' WHERE run_count = 1 \

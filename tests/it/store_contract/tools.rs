@@ -1,4 +1,4 @@
-//! Runs that wait for tool outputs, what others ask of runs, and their log.
+//! Runs that wait for tool outputs, requests of other replicas, and the log.
 
 use threadkeeper::domain::{LoggedEvent, ThreadState, ToolOutput, UpstreamRunId, Usage};
 use threadkeeper::store::{Answered, Paused, Request, Waiting};
@@ -22,14 +22,14 @@ on_every_backend!(
 fn waiting(paused: Paused) -> Waiting {
     match paused {
         Paused::Waiting(waiting) => *waiting,
-        other => panic!("waiting was expected, not {other:?}"),
+        other => panic!("expected a waiting run, not {other:?}"),
     }
 }
 
 fn resumed(answered: Answered) -> Waiting {
     match answered {
         Answered::Resumed(waiting) => *waiting,
-        other => panic!("resumed was expected, not {other:?}"),
+        other => panic!("expected a resumed run, not {other:?}"),
     }
 }
 
@@ -57,7 +57,7 @@ async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
     assert_eq!(paused.run.usage, wanted.usage);
     assert_eq!(paused.run.deadline_at, turn.run.deadline_at);
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (paused.thread, paused.activity)
     );
     assert_eq!(
@@ -86,7 +86,7 @@ async fn pause_is_idempotent(_: &TestDatabase, store: &Store) {
         paused
     );
 
-    // The answer came before the repetition: the run does not wait for it again.
+    // The outputs arrived before the repeat, so the run does not wait again.
     let answer = answer(&["call_1"]);
     let answered = resumed(
         store
@@ -119,14 +119,14 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.pause(&next, &calls).await.unwrap(),
         Paused::Lost,
-        "it has not started"
+        "the run has not started"
     );
     waiting(store.pause(&turn.lease, &calls).await.unwrap());
     let others = pause(&["call_2"], 5);
     assert_eq!(
         store.pause(&turn.lease, &others).await.unwrap(),
         Paused::Lost,
-        "it waits for others"
+        "the run waits for other calls"
     );
 
     store
@@ -142,10 +142,10 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.pause(&turn.lease, &calls).await.unwrap(),
         Paused::Lost,
-        "it has ended"
+        "the run has ended"
     );
 
-    let turn = claimed(store.start_queued(&next).await.unwrap());
+    let turn = started_from_queue(store.start_queued(&next).await.unwrap());
     store
         .request_cancel(&key, turn.run.id)
         .await
@@ -158,7 +158,7 @@ async fn pause_requires_active_run(_: &TestDatabase, store: &Store) {
     assert_eq!(
         store.events(turn.run.id, 0).await.unwrap(),
         [],
-        "nothing was recorded"
+        "no event was recorded"
     );
 }
 
@@ -170,7 +170,7 @@ async fn tool_outputs_must_match_pending_calls(_: &TestDatabase, store: &Store) 
     assert_eq!(
         store.answer_tools(&key, id, &fitting).await.unwrap(),
         Answered::NotWaiting,
-        "not yet"
+        "the run does not wait yet"
     );
     let paused = waiting(
         store
@@ -221,7 +221,11 @@ async fn tool_outputs_after_deadline_or_cancel_are_refused(database: &TestDataba
         .answer_tools(&key, turn.run.id, &answer(&["call_1"]))
         .await
         .unwrap();
-    assert_eq!(late, Answered::NotWaiting, "its deadline has passed");
+    assert_eq!(
+        late,
+        Answered::NotWaiting,
+        "the deadline of the run has passed"
+    );
     assert_eq!(
         store
             .run(&key, turn.run.id)
@@ -244,7 +248,7 @@ async fn tool_outputs_after_deadline_or_cancel_are_refused(database: &TestDataba
         .answer_tools(&other, turn.run.id, &answer(&["call_1"]))
         .await
         .unwrap();
-    assert_eq!(late, Answered::NotWaiting, "somebody wants it to end");
+    assert_eq!(late, Answered::NotWaiting, "a cancel is requested");
 }
 
 async fn concurrent_tool_outputs_are_accepted_once(database: &TestDatabase, store: &Store) {
@@ -275,7 +279,7 @@ async fn concurrent_tool_outputs_are_accepted_once(database: &TestDatabase, stor
         (ThreadState::Active, 1)
     );
     assert_eq!(
-        seen(store, &key).await.unwrap(),
+        newest_thread(store, &key).await.unwrap(),
         (resumed.thread, resumed.activity)
     );
     assert_eq!(
@@ -293,7 +297,7 @@ async fn tool_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: 
         .arguments
         .push_str("\0 \u{fffd} \\u0000 \\\"");
     let paused = waiting(store.pause(&turn.lease, &odd).await.unwrap());
-    // The caller answers what it was shown.
+    // The caller answers the call as it was shown.
     let shown = paused.run.required_action.unwrap();
     let outputs = vec![ToolOutput {
         tool_call_id: "call_1".to_owned(),
@@ -317,7 +321,7 @@ async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
     let request = admission(&key);
     let turn = started(store.admit(request.clone()).await.unwrap());
     let id = |call: &str| Some(UpstreamRunId(format!("resp_{call}")));
-    // The id of the last one was not heard.
+    // The id of the last response is not known.
     for (call, first, upstream_run_id) in [
         ("call_1", 0, id("call_1")),
         ("call_2", 4, id("call_2")),
@@ -446,7 +450,7 @@ async fn requests_reach_run_owner_until_fulfilled(_: &TestDatabase, store: &Stor
     assert_eq!(
         store.requests(me).await.unwrap(),
         [],
-        "neither a question nor another's"
+        "outputs without a request, and another replica's run, do not count"
     );
     let answer = answer(&["call_1"]);
     resumed(store.answer_tools(&b, tools.run.id, &answer).await.unwrap());
@@ -455,7 +459,7 @@ async fn requests_reach_run_owner_until_fulfilled(_: &TestDatabase, store: &Stor
         outputs: answer.outputs,
     };
     assert_eq!(store.requests(me).await.unwrap(), [resume]);
-    // Who wants it to end does not want it to go on.
+    // A cancel replaces the request to continue.
     store
         .request_cancel(&b, tools.run.id)
         .await
@@ -492,7 +496,7 @@ async fn paused_run_can_finish(database: &TestDatabase, store: &Store) {
     assert_eq!(
         finished.run.upstream_run_id,
         pause(&[], 0).upstream_run_id,
-        "it keeps what it had"
+        "the run keeps what it had"
     );
     assert_eq!(finished.activity.state, ThreadState::Idle);
     let late = store
@@ -512,7 +516,7 @@ async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
 
     let first = pause(&["call_1"], 0);
     let end_of_first = first.events.end();
-    assert_eq!(end_of_first, 12, "one, ten bytes of text, one");
+    assert_eq!(end_of_first, 12, "one event, ten bytes of text, one event");
     waiting(store.pause(&turn.lease, &first).await.unwrap());
     resumed(
         store
@@ -531,7 +535,7 @@ async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
     for _ in 0..2 {
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
-    // A character that cannot be stored has another of the same length in its place.
+    // A character that cannot be stored is replaced by one of the same length.
     let both = [first.events, rest("a\u{1a}b")];
     assert_eq!(both[1].end(), 32);
     for (from, skipped) in [
@@ -550,7 +554,7 @@ async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
         );
     }
 
-    // A run without events tells where the numbers of what the record says go on.
+    // For a run without events, the batch says which number follows the transcript's events.
     let turn = started(store.admit(admission(&key)).await.unwrap());
     let end = RunEnd {
         events: EventBatch {

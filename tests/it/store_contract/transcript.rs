@@ -1,4 +1,4 @@
-//! Pages, and looking from outside.
+//! Pages of the transcript, and readiness.
 
 use threadkeeper::domain::{Page, Role, Run};
 use threadkeeper::store::{ImportedMessage, PAGE_BYTES, StoreError};
@@ -33,7 +33,7 @@ async fn readiness_requires_current_schema(database: &TestDatabase, store: &Stor
 
 async fn unknown_key_reads_as_none(_: &TestDatabase, store: &Store) {
     let key = user("nobody");
-    assert_eq!(seen(store, &key).await, None);
+    assert_eq!(newest_thread(store, &key).await, None);
     assert_eq!(
         store
             .messages(ThreadName::Newest(&key), false, &first_page())
@@ -106,7 +106,8 @@ async fn transcript_is_paged(_: &TestDatabase, store: &Store) {
 async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let thread = exchange(store, &key).await.thread.id;
-    // Of a quarter of what a page holds, but for the sixth. A database may know how to make some of them short.
+    // All but the sixth message have a quarter of a page's size. The database may compress some
+    // of them.
     let quarter = PAGE_BYTES / 4;
     let noise = (0..quarter / 4).fold((String::new(), 1_u64), |(text, n), _| {
         let n = n
@@ -153,7 +154,7 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
         }
         all.extend(step);
     }
-    // The same steps across threads.
+    // The same across threads.
     let short = exchange(store, &user("bob")).await.thread.id;
     let mut places = Vec::new();
     let mut behind = (thread, 0);

@@ -1,4 +1,4 @@
-//! What is, or may be, at an upstream besides the threads' own.
+//! Upstream orphans: what an upstream has, or may have, besides the threads in use.
 
 use threadkeeper::domain::{Baseline, Deletion};
 use threadkeeper::store::{
@@ -19,13 +19,13 @@ on_every_backend!(
     recreated_upstream_thread_leaves_old_one_as_upstream_orphan,
     run_keeps_all_its_upstream_ids,
     upstream_ids_of_run_stay_on_one_page,
-    upstream_orphan_is_claimed_by_one_janitor,
+    upstream_orphan_is_leased_by_one_janitor,
     upstream_orphan_resolved_during_janitor_pass_stays_due,
     baseline_skips_carried_messages_without_anchor,
 );
 
-/// A turn of a replica that lives.
-async fn turn(store: &Store, key: &ConversationKey) -> StartedRun {
+/// Starts a run of a live replica.
+async fn run_of_live_replica(store: &Store, key: &ConversationKey) -> StartedRun {
     let admission = admission(key);
     store
         .renew_replica(admission.replica, "127.0.0.1:1", HOUR)
@@ -38,7 +38,7 @@ fn upstream(id: &str) -> UpstreamThreadId {
     UpstreamThreadId(id.to_owned())
 }
 
-/// The ids upstream of a thread's upstream orphans.
+/// Returns the upstream ids of a thread's orphans.
 async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
     store
         .upstream_orphans(thread, true, 100)
@@ -50,7 +50,7 @@ async fn left(store: &Store, thread: ThreadId) -> Vec<Option<String>> {
 }
 
 async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, store: &Store) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let intent = OrphanId::new();
     for _ in 0..2 {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
@@ -78,7 +78,7 @@ async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, st
     assert_eq!(store.due_upstream_orphans(10).await.unwrap(), expected);
     assert!(
         !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
-        "the time for it is over"
+        "the time for an answer is over"
     );
     assert_eq!(
         store.lease_upstream_orphans(10, HOUR).await.unwrap(),
@@ -86,16 +86,16 @@ async fn unanswered_intent_becomes_due_after_timeout(database: &TestDatabase, st
     );
     assert!(
         !store.makes_upstream_thread(turn.thread.id).await.unwrap(),
-        "the janitor's look is none"
+        "the janitor's lease does not count as a creation"
     );
 }
 
-/// Its run was cut off and ended. Whoever erases the thread waits until the id is known.
+/// The run was cut off and has ended. A deletion of the thread waits until the id is known.
 async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     database: &TestDatabase,
     store: &Store,
 ) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let thread = turn.thread.id;
     let makes = async || store.makes_upstream_thread(thread).await.unwrap();
     let intents = [OrphanId::new(), OrphanId::new(), OrphanId::new()];
@@ -108,7 +108,7 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
     assert_eq!(
         store.due_upstream_orphans(10).await.unwrap(),
         [],
-        "what was on its way may take effect late"
+        "a request without an answer may still take effect"
     );
     let made = upstream("t_1");
     let binding = |intent| Binding {
@@ -132,8 +132,8 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
         Some("t_1")
     );
     earlier(database, "replicas", &["expires_at"], HOUR).await;
-    assert!(!makes().await, "its maker is dead");
-    // The next one's thread is erased by then.
+    assert!(!makes().await, "the replica that sent the request is dead");
+    // The thread is erased before the next answer.
     let key = turn.thread.key.clone();
     let erase = request(DeletionTarget::Key(key), Deletion::Erase);
     assert_eq!(store.begin_deletion(&erase, 10).await.unwrap(), 1);
@@ -151,7 +151,7 @@ async fn upstream_creation_stays_pending_until_answer_or_dead_replica(
 
 async fn intent_requires_active_lease(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = turn(store, &key).await;
+    let turn = run_of_live_replica(store, &key).await;
     let (waiting, ..) = queued(store.admit(admission(&key)).await.unwrap());
     let other = RunLease {
         fence: turn.lease.fence + 1,
@@ -169,7 +169,7 @@ async fn intent_requires_active_lease(_: &TestDatabase, store: &Store) {
 }
 
 async fn resolved_intent_leaves_only_created_upstream_thread(_: &TestDatabase, store: &Store) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let (nothing, something) = (OrphanId::new(), OrphanId::new());
     for intent in [nothing, something] {
         assert!(store.intend(&turn.lease, intent).await.unwrap());
@@ -191,7 +191,7 @@ async fn resolved_intent_leaves_only_created_upstream_thread(_: &TestDatabase, s
 }
 
 async fn bound_upstream_thread_is_no_orphan(_: &TestDatabase, store: &Store) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding {
@@ -215,7 +215,7 @@ async fn bound_upstream_thread_is_no_orphan(_: &TestDatabase, store: &Store) {
 }
 
 async fn binding_under_lost_lease_leaves_upstream_orphan(_: &TestDatabase, store: &Store) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let lost = RunLease {
@@ -243,7 +243,7 @@ async fn binding_under_lost_lease_leaves_upstream_orphan(_: &TestDatabase, store
         OrphanName::Row(intent)
     );
     assert_eq!(thread(store, turn.thread.id).await.unwrap(), turn.thread);
-    // What was bound before the lease was lost is in use.
+    // An upstream thread that was bound before the lease was lost is in use.
     let intent = OrphanId::new();
     assert!(store.intend(&turn.lease, intent).await.unwrap());
     let binding = Binding {
@@ -273,7 +273,7 @@ async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(
     database: &TestDatabase,
     store: &Store,
 ) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     for (id, seeded, expected) in [
         ("t_1", false, vec![]),
         ("t_1", true, vec![]),
@@ -297,7 +297,7 @@ async fn recreated_upstream_thread_leaves_old_one_as_upstream_orphan(
 
 async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = turn(store, &key).await;
+    let turn = run_of_live_replica(store, &key).await;
     for (n, id) in (0..).zip(["resp_1", "resp_2", "resp_2", "resp_3"]) {
         let pause = Pause {
             upstream_run_id: Some(UpstreamRunId(id.to_owned())),
@@ -353,10 +353,10 @@ async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
         []
     );
 
-    // A run that keeps its id, and one that ends without any.
+    // One run keeps its id, and one ends without any.
     for last in [Some("run_1"), None] {
         let key = user(last.unwrap_or("none"));
-        let turn = self::turn(store, &key).await;
+        let turn = self::run_of_live_replica(store, &key).await;
         let pause = Pause {
             upstream_run_id: Some(UpstreamRunId("run_1".to_owned())),
             ..pause(&["call_1"], 0)
@@ -370,7 +370,7 @@ async fn run_keeps_all_its_upstream_ids(_: &TestDatabase, store: &Store) {
 async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     for n in 0..3 {
-        let turn = turn(store, &key).await;
+        let turn = run_of_live_replica(store, &key).await;
         let id = |round: i32| UpstreamRunId(format!("resp_{n}_{round}"));
         store
             .pause(
@@ -389,7 +389,7 @@ async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
         end.events.first = 4;
         closed(store.finish(&turn.lease, end.clone()).await.unwrap());
     }
-    let made = seen(store, &key).await.unwrap().0.id;
+    let made = newest_thread(store, &key).await.unwrap().0.id;
     for (limit, found) in [(1, 2), (2, 2), (3, 2), (4, 4), (5, 4), (6, 6)] {
         assert_eq!(
             store
@@ -403,8 +403,8 @@ async fn upstream_ids_of_run_stay_on_one_page(_: &TestDatabase, store: &Store) {
     }
 }
 
-async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, store: &Store) {
-    let turn = turn(store, &user("alice")).await;
+async fn upstream_orphan_is_leased_by_one_janitor(database: &TestDatabase, store: &Store) {
+    let turn = run_of_live_replica(store, &user("alice")).await;
     let mut intents = vec![];
     for _ in 0..5 {
         let intent = OrphanId::new();
@@ -413,7 +413,7 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
             .resolve(intent, Made::Unused(&upstream(&intent.to_string())))
             .await
             .unwrap();
-        // Each waits longer than the next.
+        // Each orphan has been due longer than the next one.
         earlier(database, "upstream_orphans", &["due_at"], HOUR).await;
         intents.push(OrphanName::Row(intent));
     }
@@ -463,12 +463,13 @@ async fn upstream_orphan_is_claimed_by_one_janitor(database: &TestDatabase, stor
     );
 }
 
-/// The janitor looks for a thread of which only the intent is known, and the answer of its maker comes meanwhile.
+/// The janitor looks for a thread of which only the intent is known. Meanwhile the answer to its
+/// creation arrives.
 async fn upstream_orphan_resolved_during_janitor_pass_stays_due(
     database: &TestDatabase,
     store: &Store,
 ) {
-    let turn = turn(store, &user("alice")).await;
+    let turn = run_of_live_replica(store, &user("alice")).await;
     for n in 0..3 {
         let intent = OrphanId::new();
         assert!(store.intend(&turn.lease, intent).await.unwrap());
@@ -505,7 +506,7 @@ async fn upstream_orphan_resolved_during_janitor_pass_stays_due(
 
 async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store: &Store) {
     let key = user("alice");
-    let turn = turn(store, &key).await;
+    let turn = run_of_live_replica(store, &key).await;
     let (id, other) = (upstream("t_1"), upstream("t_2"));
     let seed = |id: &UpstreamThreadId, carried_users| Binding {
         id: id.clone(),
@@ -527,12 +528,12 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
             skip: 3
         }
     );
-    // A binding that is not seeded leaves that alone.
+    // A binding that is not seeded does not change the skipped messages.
     assert!(bind(store, &turn.lease, &id, false).await);
     let mut end = completed(Some("hi"));
     end.reply.as_mut().unwrap().upstream_message_id = Some("m_1".to_owned());
     closed(store.finish(&turn.lease, end.clone()).await.unwrap());
-    let next = self::turn(store, &key).await;
+    let next = self::run_of_live_replica(store, &key).await;
     let anchor = Some("m_1".to_owned());
     assert_eq!(
         store.baseline(next.run.id).await.unwrap(),

@@ -1,7 +1,8 @@
-//! Old schemas with what is stored in them, and new ones beside old binaries.
+//! Data of older schemas, and newer schemas beside older binaries.
 //!
-//! `tests/fixtures/schema` holds, for each version of the schema and each engine, what a gateway of that version had stored: a few
-//! turns, a session, a rolled-over topic, a run that waits for a tool's output and one that waits behind it, a receipt, a key.
+//! `tests/fixtures/schema` has, for each version of the schema and each engine, what a gateway of
+//! that version stored: a few runs, a session, a rolled-over topic, a run that waits for a tool's
+//! output and one that is queued behind it, a receipt, a key.
 
 use sqlx::migrate::Migrator;
 use threadkeeper::store::{Pruned, Pruning, StoreError};
@@ -11,7 +12,7 @@ use super::*;
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
-/// For each version: what was stored on Postgres, and on SQLite.
+/// The fixtures of each version, for Postgres and for SQLite.
 const FIXTURES: &[(i64, &str, &str)] = &[(
     1,
     include_str!("../../fixtures/schema/0001.postgres.sql"),
@@ -50,7 +51,7 @@ async fn sqlite_data_of_every_schema_version_is_readable() {
     }
 }
 
-/// Replicas of two versions work side by side, each with functions of its own.
+/// Replicas of two versions work side by side, each with its own functions.
 #[tokio::test]
 async fn migrate_adds_missing_functions_beside_other_versions() {
     let database = TestDatabase::postgres().await;
@@ -81,7 +82,7 @@ async fn migrate_adds_missing_functions_beside_other_versions() {
     store.close().await;
 }
 
-/// Brings the schema up to date, and reads all that was stored.
+/// Migrates the database, and reads everything that was stored.
 async fn is_read(database: &TestDatabase) {
     let store = database.store().await;
     store.migrate().await.unwrap();
@@ -107,8 +108,12 @@ async fn is_read(database: &TestDatabase) {
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(page.data.len(), 4, "of the thread before too");
-    let (current, _) = seen(&store, &bob).await.unwrap();
+    assert_eq!(
+        page.data.len(),
+        4,
+        "the transcript includes the thread before"
+    );
+    let (current, _) = newest_thread(&store, &bob).await.unwrap();
     assert!(current.previous_thread.is_some());
 
     let carol = user("carol");
@@ -122,14 +127,14 @@ async fn is_read(database: &TestDatabase) {
         "look"
     );
     assert!(!store.events(unfinished[0].id, 0).await.unwrap().is_empty());
-    let (carols, _) = seen(&store, &carol).await.unwrap();
+    let (carols, _) = newest_thread(&store, &carol).await.unwrap();
     assert_eq!(
         store.upstream_orphans(carols.id, false, 10).await.unwrap()[0]
             .upstream_id
             .as_deref(),
         Some("conv_left")
     );
-    // The replica that worked on them is gone.
+    // The replica of these runs is gone.
     database.execute("DELETE FROM replicas").await;
     let orphans = store
         .adopt_orphans(ReplicaId::new(), &[], 10)
@@ -173,7 +178,7 @@ on_every_backend!(
     unversioned_schema_is_refused_untouched
 );
 
-/// During a rolling upgrade the old replicas go on, and may start again, on the new schema.
+/// During a rolling upgrade the old replicas continue on the new schema, and may start again.
 async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store: &Store) {
     let newest = FIXTURES.len();
     let later = newest + 1;
@@ -189,7 +194,7 @@ async fn newer_schema_serves_compatible_binaries(database: &TestDatabase, store:
     store.migrate().await.unwrap();
     exchange(store, &user("alice")).await;
 
-    // Until it is contracted.
+    // The contraction ends the compatibility.
     database
         .execute(&format!(
             "UPDATE schema_versions SET compatible_since = {later} WHERE version = {later}"

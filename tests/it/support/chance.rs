@@ -1,9 +1,11 @@
-//! What tests try at random.
+//! The seed of the random tests, and the share of them that a run of the suite tries.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
-/// Chosen by the environment or, once for all tests of a process, by chance. A failure prints it.
+/// Returns the seed that `THREADKEEPER_TEST_SEED` names. Without it, the seed is random and the
+/// same for all tests of the process. The seed is printed, so that the report of a failure shows
+/// it.
 pub(crate) fn seed() -> u64 {
     static SEED: LazyLock<u64> = LazyLock::new(|| match std::env::var("THREADKEEPER_TEST_SEED") {
         Ok(text) => text.parse().expect("THREADKEEPER_TEST_SEED is a number"),
@@ -13,12 +15,12 @@ pub(crate) fn seed() -> u64 {
     *SEED
 }
 
-/// Whether all is to be tried that there is. If not, each run of the suite tries another part of it.
+/// Whether to try everything. Otherwise each run of the suite tries another part.
 pub(crate) fn is_thorough() -> bool {
     std::env::var_os("THREADKEEPER_TEST_THOROUGH").is_some()
 }
 
-/// How much of something is tried: half of it, unless all is wanted.
+/// Returns how many of `all` items to try: half of them, or all in a thorough run.
 pub(crate) fn share_of(all: usize) -> usize {
     if is_thorough() { all } else { all.div_ceil(2) }
 }

@@ -1,4 +1,4 @@
-//! A machine whose clock is wrong, for one process: a library that is loaded before the C library.
+//! Shifts the clock that one process sees, with a library that is loaded before the C library.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-/// What the C library says about the time, moved by so many seconds. Durations are as they were.
+/// C source of the library. It adds `CLOCK_SHIFT_SECONDS` to the wall clock. Monotonic clocks,
+/// and so durations, stay as they are.
 const SHIM: &str = r#"
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -43,14 +44,15 @@ time_t time(time_t *at) {
 }
 "#;
 
-/// Has the process that this command starts see a clock that is so many seconds off.
+/// Makes the process that this command starts see a clock that is off by `seconds`.
 pub(crate) fn shift(command: &mut Command, seconds: i64) {
     command
         .env("LD_PRELOAD", shim())
         .env("CLOCK_SHIFT_SECONDS", seconds.to_string());
 }
 
-/// The library that moves a process's clock. It takes the C compiler that building SQLite takes, too.
+/// Returns the path of the library, which the first call builds. It needs a C compiler, as the
+/// build of SQLite does.
 fn shim() -> PathBuf {
     static BUILT: OnceLock<TempDir> = OnceLock::new();
     let folder = BUILT.get_or_init(|| {

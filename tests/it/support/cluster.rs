@@ -1,4 +1,4 @@
-//! A Postgres cluster of a test's own, which can be stopped and started.
+//! A Postgres cluster for one test, which the test can stop and start.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -9,43 +9,45 @@ use uuid::Uuid;
 
 use super::postgres::{Account, binaries, launch, make, scratch, url_of, watch};
 
-/// What is committed stays: the server may be stopped in any way, though not the machine.
+/// Settings under which committed data survives any stop of the server, though not of the
+/// machine.
 const SETTINGS: [&str; 2] = ["synchronous_commit=on", "max_connections=100"];
 
-/// How a server is stopped.
+/// How to stop a server.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Stop {
-    /// In order: connections are told and cut, and what was under way is rolled back.
+    /// Cuts the connections and rolls their transactions back.
     Fast,
-    /// As if it had crashed: it recovers when it is started again.
+    /// Stops as in a crash. The server recovers when it starts again.
     Immediate,
 }
 
-/// A server and its files. Both are gone once it is dropped. Its calls block, for some tenths of a second each.
+/// A server and its files. Dropping it removes both. Its methods block for some tenths of a
+/// second each.
 pub(crate) struct Cluster {
     folder: PathBuf,
     binaries: PathBuf,
     account: Account,
     settings: &'static [&'static str],
-    /// `None` while it is stopped.
+    /// `None` while the server is stopped.
     server: Option<Child>,
 }
 
 impl Cluster {
-    /// A new one, which is running.
+    /// Makes a cluster and starts its server.
     ///
     /// # Panics
-    /// If there is no Postgres on this machine, or it does not start.
+    /// If this machine has no Postgres, or the server does not start.
     pub(crate) fn start() -> Self {
         Self::start_in(&scratch(), &SETTINGS)
     }
 
-    /// The same, with its folder in another one and these settings.
+    /// The same with its folder in `place`, and with these settings.
     pub(crate) fn start_in(place: &Path, settings: &'static [&'static str]) -> Self {
         let folder = place.join(format!("threadkeeper-cluster-{}", Uuid::now_v7().simple()));
         let new = || {
             DirBuilder::new().mode(0o711).create(&folder)?;
-            // The umask may have taken the right to pass, which the server's account needs.
+            // The umask may have removed the search permission, which the server's account needs.
             fs::set_permissions(&folder, Permissions::from_mode(0o711))
         };
         new().expect("a folder for the cluster can be made");
@@ -64,24 +66,24 @@ impl Cluster {
         cluster
     }
 
-    /// The URL of a database of this server; `postgres` is there from the beginning.
+    /// Returns the URL of a database of this server. The database `postgres` always exists.
     pub(crate) fn url(&self, database: &str) -> String {
         url_of(&self.socket(), database)
     }
 
-    /// The folder of its socket.
+    /// The folder of the server's socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.folder.join("socket")
     }
 
-    /// What the server has logged so far.
+    /// Returns the server's log so far.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).expect("the server logs")
     }
 
     /// Stops the server and waits until it is gone.
     pub(crate) fn stop(&mut self, how: Stop) {
-        let mut server = self.server.take().expect("it is running");
+        let mut server = self.server.take().expect("the server is running");
         let signal = match how {
             Stop::Fast => "-INT",
             Stop::Immediate => "-QUIT",
@@ -92,14 +94,16 @@ impl Cluster {
             .status();
         assert!(
             told.expect("the signal can be sent").success(),
-            "the server is gone"
+            "the server was gone before it was stopped"
         );
-        server.wait().expect("it is our child");
+        server
+            .wait()
+            .expect("the server is a child of this process");
     }
 
     /// Starts the server after a [`stop`](Self::stop) and waits until it takes connections.
     pub(crate) fn start_again(&mut self) {
-        assert!(self.server.is_none(), "it is running");
+        assert!(self.server.is_none(), "the server is already running");
         let server = launch(&self.folder, &self.binaries, &self.account, self.settings);
         self.server = Some(server.expect("the server starts"));
     }
@@ -116,7 +120,7 @@ impl Drop for Cluster {
         if self.server.is_some() {
             self.stop(Stop::Immediate);
         }
-        // The watchdog does it otherwise.
+        // If this fails, the watchdog removes the folder.
         let _ = fs::remove_dir_all(&self.folder);
     }
 }

@@ -1,4 +1,4 @@
-//! Checks what the gateway answers against its own OpenAPI document.
+//! Checks the gateway's answers against its own OpenAPI document.
 
 use std::sync::LazyLock;
 
@@ -22,7 +22,8 @@ static CONTRACT: LazyLock<Document> = LazyLock::new(|| {
             operations.insert(format!("{} {path}", method.to_uppercase()), operation);
         }
     }
-    // As they are, for what is put together of several.
+    // `allOf` refers to these copies, which stay open: a closed part would refuse the fields of
+    // the others.
     let open = document["components"]["schemas"].clone();
     for schema in document["components"]["schemas"]
         .as_object_mut()
@@ -43,8 +44,8 @@ static CONTRACT: LazyLock<Document> = LazyLock::new(|| {
     Document::new(root, &["components", "open"])
 });
 
-/// A caller may meet fields that it does not know, so the document leaves objects open. Here nothing may be answered that
-/// the document does not tell of.
+/// Closes all objects of a schema. The document leaves them open, since a client may meet fields
+/// that it does not know. In tests, a field that the document lacks is an error.
 fn close(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
@@ -79,7 +80,7 @@ fn close(schema: &mut Value) {
 /// Checks an answer.
 ///
 /// # Panics
-/// The document does not tell of it.
+/// If the document does not describe the answer.
 #[track_caller]
 pub(crate) fn check(
     method: &Method,
@@ -89,32 +90,32 @@ pub(crate) fn check(
     body: &str,
 ) {
     if let Err(error) = checked(method, path, status, headers, Some(body)) {
-        panic!("{method} {path} is answered against the contract: {error}");
+        panic!("{method} {path}: the answer breaks the OpenAPI document: {error}");
     }
 }
 
-/// Checks an answer before its body has come.
+/// Checks status and headers of an answer whose body has not arrived yet.
 ///
 /// # Panics
-/// The document does not tell of it.
+/// If the document does not describe the answer.
 #[track_caller]
 pub(crate) fn check_head(method: &Method, path: &str, status: StatusCode, headers: &HeaderMap) {
     if let Err(error) = checked(method, path, status, headers, None) {
-        panic!("{method} {path} is answered against the contract: {error}");
+        panic!("{method} {path}: the answer breaks the OpenAPI document: {error}");
     }
 }
 
 /// Checks an event of a stream.
 ///
 /// # Panics
-/// The document does not tell of it.
+/// If the document does not describe the event.
 pub(crate) fn check_event(event: &Event) {
     if let Err(error) = checked_event(event) {
-        panic!("an event against the contract: {error}");
+        panic!("an event breaks the OpenAPI document: {error}");
     }
 }
 
-/// What is wrong with an event.
+/// Checks an event. The error says what is wrong with it.
 pub(crate) fn checked_event(event: &Event) -> Result<(), String> {
     let mut whole = json!({"event": event.name, "data": event.data});
     if !event.id.is_empty() {
@@ -127,7 +128,7 @@ pub(crate) fn checked_event(event: &Event) -> Result<(), String> {
     )
 }
 
-/// What is wrong with the body of a request to an operation.
+/// Checks the body of a request to an operation. The error says what is wrong with it.
 pub(crate) fn checked_request(method: &str, template: &str, body: &Value) -> Result<(), String> {
     let key = format!("{method} {template}");
     CONTRACT.check(
@@ -137,7 +138,7 @@ pub(crate) fn checked_request(method: &str, template: &str, body: &Value) -> Res
     )
 }
 
-/// What is wrong with an answer.
+/// Checks an answer. The error says what is wrong with it.
 pub(crate) fn checked(
     method: &Method,
     path: &str,
@@ -207,7 +208,7 @@ fn json(text: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|error| format!("no JSON ({error}): {text}"))
 }
 
-/// Nothing is stored on its way, and a stream is not held back.
+/// Checks that no cache stores the answer, and that no proxy buffers a stream.
 fn check_caching(headers: &HeaderMap) -> Result<(), String> {
     let values = |name: &str| -> Vec<_> {
         headers
@@ -231,7 +232,8 @@ fn check_caching(headers: &HeaderMap) -> Result<(), String> {
     Ok(())
 }
 
-/// Those that must be there are, and none is that the response does not tell of.
+/// Checks that all required headers are there, and that the response declares each header that
+/// the gateway adds.
 fn check_headers(response: &Value, headers: &HeaderMap) -> Result<(), String> {
     let declared = &response["headers"];
     for name in CONTRACT.names_of("headers") {

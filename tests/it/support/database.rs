@@ -1,4 +1,4 @@
-//! A database of its own for each test, on either backend.
+//! A separate database for each test, on either backend.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ use super::postgres as shared;
 
 static MIGRATOR: Migrator = sqlx::migrate!("migrations/postgres");
 
-/// A fresh, migrated database, dropped with the value.
+/// A fresh, migrated database. Dropping the value drops the database.
 pub(crate) struct TestDatabase {
     place: Place,
 }
 
 enum Place {
-    /// Without a server: it goes with its [cluster](Cluster).
+    /// `server` is `None` if the database belongs to a [cluster](Cluster), whose drop removes it.
     Postgres {
         server: Option<Box<PgConnectOptions>>,
         name: String,
@@ -38,7 +38,8 @@ enum Place {
 }
 
 impl TestDatabase {
-    /// On the server of `DATABASE_URL` (its role needs CREATEDB), or on the cluster of this test run.
+    /// Makes a database on the server of `DATABASE_URL` (its role needs CREATEDB), or on the
+    /// cluster of this test run.
     pub(crate) async fn postgres() -> Self {
         let url = std::env::var("DATABASE_URL")
             .ok()
@@ -50,7 +51,7 @@ impl TestDatabase {
         let template = template(&server, &url).await;
         let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
         let mut connection = connect(&server).await;
-        // Copying files is the faster way where nothing is synced to a disk.
+        // Copying files is faster on a cluster that never syncs to disk.
         let strategy = if own { "STRATEGY FILE_COPY" } else { "" };
         connection
             .execute(AssertSqlSafe(format!(
@@ -69,7 +70,7 @@ impl TestDatabase {
         }
     }
 
-    /// With the migrations up to a version alone.
+    /// Makes a Postgres database with the migrations up to `version` only.
     pub(crate) async fn postgres_at(migrator: &Migrator, version: i64) -> Self {
         let database = Self::postgres().await;
         database
@@ -82,7 +83,7 @@ impl TestDatabase {
         database
     }
 
-    /// The same in a file.
+    /// Makes a SQLite database with the migrations up to `version` only.
     pub(crate) async fn sqlite_at(migrator: &Migrator, version: i64) -> Self {
         let folder = TempDir::new_in(shared::scratch()).expect("a temporary folder");
         let database = Self {
@@ -101,7 +102,7 @@ impl TestDatabase {
         database
     }
 
-    /// On a cluster of the test's own.
+    /// Makes a database on a test's own cluster.
     pub(crate) async fn on(cluster: &Cluster) -> Self {
         let name = format!("threadkeeper_test_{}", Uuid::now_v7().simple());
         let server: PgConnectOptions = cluster
@@ -126,12 +127,12 @@ impl TestDatabase {
         database
     }
 
-    /// In a file of its own, in memory if there is enough of it.
+    /// Makes a SQLite file, in memory if there is enough of it.
     pub(crate) async fn sqlite() -> Self {
         Self::sqlite_in(&shared::scratch()).await
     }
 
-    /// In a file of its own, somewhere in a folder.
+    /// Makes a SQLite file somewhere below `folder`.
     pub(crate) async fn sqlite_in(folder: &Path) -> Self {
         let folder = TempDir::new_in(folder).expect("a temporary folder");
         let database = Self {
@@ -145,7 +146,7 @@ impl TestDatabase {
         database
     }
 
-    /// As `store.url` wants it; good for other processes of this user too.
+    /// The value of `store.url`. Other processes of this user can use it, too.
     pub(crate) fn url(&self) -> String {
         match &self.place {
             Place::Postgres { url, .. } => url.clone(),
@@ -155,7 +156,8 @@ impl TestDatabase {
         }
     }
 
-    /// Default settings with this database's URL. Nobody is refused for want of time, as this machine may be busy.
+    /// Default settings with this database's URL. The wait is long, since a busy machine must not
+    /// cause refusals.
     pub(crate) fn config(&self) -> StoreConfig {
         let max_wait = Duration::from_secs(30);
         StoreConfig {
@@ -165,7 +167,8 @@ impl TestDatabase {
         }
     }
 
-    /// A store on this database. On Postgres each call is another replica's; on SQLite there can be one at a time.
+    /// Opens a store on this database. On Postgres each call acts as another replica. On SQLite
+    /// only one store can be open at a time.
     pub(crate) async fn store(&self) -> Arc<Store> {
         match &self.place {
             Place::Postgres { .. } => Arc::new(
@@ -179,7 +182,7 @@ impl TestDatabase {
         }
     }
 
-    /// Lets all threads have been made and used so much earlier.
+    /// Moves creation, use, archiving and due times of all threads back by `by`.
     pub(crate) async fn age_threads(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!(
@@ -189,14 +192,14 @@ impl TestDatabase {
         .await;
     }
 
-    /// Lets all threads that are current have been archived a moment ago.
+    /// Archives all current threads, as of their last use.
     pub(crate) async fn archive_threads(&self) {
         let archive = "UPDATE threads SET lifecycle = 'archived', archived_at = last_active_at \
                        WHERE lifecycle = 'current'";
         self.execute(archive).await;
     }
 
-    /// Lets the threads of a user have been made, and used, so long ago.
+    /// Sets the ages of a user's threads: created `age` ago, last used `idle` ago.
     pub(crate) async fn date_threads(&self, user: &str, age: Duration, idle: Duration) {
         let (made, active) = (self.before(self.now(), age), self.before(self.now(), idle));
         let date = format!(
@@ -205,7 +208,7 @@ impl TestDatabase {
         self.execute(&date).await;
     }
 
-    /// When the janitor is to look at the current thread of a user.
+    /// Returns when the janitor is due to look at the user's current thread.
     pub(crate) async fn due_at(&self, user: &str) -> Option<Timestamp> {
         let micros = self.micros("due_at");
         let due = format!(
@@ -215,7 +218,7 @@ impl TestDatabase {
         (micros >= 0).then(|| chrono::DateTime::from_timestamp_micros(micros).expect("a time"))
     }
 
-    /// The time by the database's clock.
+    /// Returns the time of the database's clock.
     pub(crate) async fn clock(&self) -> Timestamp {
         let micros = self
             .number(&format!("SELECT {}", self.micros(self.now())))
@@ -223,7 +226,7 @@ impl TestDatabase {
         chrono::DateTime::from_timestamp_micros(micros).expect("a time")
     }
 
-    /// Microseconds since 1970.
+    /// SQL for a time as microseconds since 1970.
     fn micros(&self, time: &str) -> String {
         match &self.place {
             Place::Postgres { .. } => format!("(EXTRACT(epoch FROM {time}) * 1000000)::bigint"),
@@ -231,7 +234,7 @@ impl TestDatabase {
         }
     }
 
-    /// The present, as a statement says it.
+    /// SQL for the present time.
     pub(crate) fn now(&self) -> &'static str {
         match &self.place {
             Place::Postgres { .. } => "clock_timestamp()",
@@ -239,12 +242,12 @@ impl TestDatabase {
         }
     }
 
-    /// So long before a time.
+    /// SQL for the moment `by` before a time.
     pub(crate) fn before(&self, time: &str, by: Duration) -> String {
         format!("{time} - {}", self.interval(by))
     }
 
-    /// Lets all idempotency keys have been used so much earlier.
+    /// Moves the use of all idempotency keys back by `by`.
     pub(crate) async fn age_idempotency_keys(&self, by: Duration) {
         let ms = by.as_millis();
         let shift = match &self.place {
@@ -257,14 +260,14 @@ impl TestDatabase {
         .await;
     }
 
-    /// Lets all runs have been admitted so much earlier.
+    /// Moves the admission of all runs back by `by`.
     pub(crate) async fn age_runs(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!("UPDATE runs SET created_at = created_at - {by}"))
             .await;
     }
 
-    /// Lets all that has happened to the runs so far have happened so much earlier.
+    /// Moves the start and the end of all runs back by `by`.
     pub(crate) async fn age_starts(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!(
@@ -273,7 +276,8 @@ impl TestDatabase {
         .await;
     }
 
-    /// Lets all runs have been made and have ended so much earlier, by their ids too.
+    /// Moves admission, start and end of all runs back by `by`, and the times within their ids
+    /// too.
     pub(crate) async fn backdate_runs(&self, by: Duration) {
         let ms = by.as_millis();
         let times = self.interval(by);
@@ -282,7 +286,8 @@ impl TestDatabase {
              finished_at = finished_at - {times}"
         ))
         .await;
-        // The first 48 bits of an id are its time; in SQLite hexadecimal digits are read by way of a list of their places.
+        // The first 48 bits of an id are its time. SQLite has no function that reads hexadecimal
+        // digits, so the recursion looks up the value of each.
         let (before, id) = match &self.place {
             Place::Postgres { .. } => (
                 "SET session_replication_role = replica",
@@ -316,7 +321,7 @@ impl TestDatabase {
             .await;
     }
 
-    /// Lets an idempotency key have been used so much earlier.
+    /// Moves the use of one idempotency key back by `by`.
     pub(crate) async fn age_keys(&self, by: Duration, key: &str) {
         let by = self.interval(by);
         self.execute(&format!(
@@ -325,8 +330,8 @@ impl TestDatabase {
         .await;
     }
 
-    /// Lets all that the janitor is to look at have been put off, and intended, so much earlier.
-    pub(crate) async fn age_looks(&self, by: Duration) {
+    /// Moves the due times of all threads and upstream orphans back by `by`.
+    pub(crate) async fn age_due_times(&self, by: Duration) {
         let by = self.interval(by);
         self.execute(&format!(
             "UPDATE threads SET due_at = due_at - {by} WHERE due_at IS NOT NULL;
@@ -335,7 +340,7 @@ impl TestDatabase {
         .await;
     }
 
-    /// What to subtract from a time.
+    /// SQL for a duration that can be subtracted from a time.
     fn interval(&self, by: Duration) -> String {
         let ms = by.as_millis();
         match &self.place {
@@ -344,14 +349,15 @@ impl TestDatabase {
         }
     }
 
-    /// Runs statements that must work.
+    /// Executes statements that must succeed.
     pub(crate) async fn execute(&self, sql: &str) {
         self.try_execute(sql)
             .await
             .expect("the test's statement works");
     }
 
-    /// Keeps everybody from a table until what this gives is dropped. Postgres only.
+    /// Locks a table against all other sessions until the returned connection is dropped.
+    /// Postgres only.
     pub(crate) async fn lock(&self, table: &str) -> PgConnection {
         let mut connection = self.pg().await;
         let lock = AssertSqlSafe(format!(
@@ -364,7 +370,7 @@ impl TestDatabase {
         connection
     }
 
-    /// Runs statements past the store.
+    /// Executes statements directly, not through the store.
     pub(crate) async fn try_execute(&self, sql: &str) -> Result<(), sqlx::Error> {
         let sql = sqlx::raw_sql(AssertSqlSafe(sql));
         match &self.place {
@@ -373,7 +379,7 @@ impl TestDatabase {
         }
     }
 
-    /// The whole number that a query gives.
+    /// Returns the whole number that a query selects.
     pub(crate) async fn number(&self, sql: &str) -> i64 {
         let sql = AssertSqlSafe(sql);
         match &self.place {
@@ -391,7 +397,7 @@ impl TestDatabase {
         .expect("the test's query works")
     }
 
-    /// The texts that a query gives, one for each row.
+    /// Returns the texts that a query selects, one for each row.
     pub(crate) async fn texts(&self, sql: &str) -> Vec<String> {
         let sql = AssertSqlSafe(sql);
         match &self.place {
@@ -409,7 +415,7 @@ impl TestDatabase {
         .expect("the test's query works")
     }
 
-    /// The statements of a script, each with the steps by which SQLite would carry it out.
+    /// Returns the statements of a script, each with SQLite's query plan for it.
     pub(crate) async fn sqlite_plans<'a>(&self, script: &'a str) -> Vec<(&'a str, Vec<String>)> {
         let connection = &mut self.lite().await;
         let mut plans = Vec::new();
@@ -431,7 +437,8 @@ impl TestDatabase {
         plans
     }
 
-    /// All that is stored: each value of each column of each table as bytes, and on SQLite the files too. With where it is.
+    /// Returns everything that is stored, each piece with its place: the bytes of each value of
+    /// each column, and on SQLite the files too.
     pub(crate) async fn everything(&self) -> Vec<(String, Vec<u8>)> {
         let mut all = Vec::new();
         match &self.place {
@@ -497,7 +504,7 @@ impl TestDatabase {
         all
     }
 
-    /// Where in its tables the database holds a text.
+    /// Returns the places of the database's tables that contain `needle`.
     pub(crate) async fn holding(&self, needle: &str) -> Vec<String> {
         let holds = |value: &[u8]| {
             value
@@ -536,7 +543,7 @@ impl Drop for TestDatabase {
             return;
         };
         let (server, name) = (server.clone(), name.clone());
-        // This may be the thread of a runtime, which cannot be blocked on; another thread's can.
+        // This may be a runtime's thread, which must not block. A new thread may.
         let dropper = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -554,7 +561,7 @@ impl Drop for TestDatabase {
                 });
         });
         let result = dropper.join();
-        // A second panic while the test's own unwinds would hide the first.
+        // A second panic during unwinding would hide the first one.
         assert!(
             result.is_ok() || std::thread::panicking(),
             "the database {:?} is left over",
@@ -580,7 +587,7 @@ async fn connect(options: &PgConnectOptions) -> PgConnection {
     }
 }
 
-/// Makes tables and functions as the gateway does.
+/// Migrates the database and installs its functions, as the gateway does.
 async fn migrate(url: &str) {
     let config = StoreConfig {
         url: Some(url.into()),
@@ -591,7 +598,7 @@ async fn migrate(url: &str) {
     store.close().await;
 }
 
-/// The name of a migrated database to copy, made once for each version of the migrations.
+/// Returns the name of a migrated database to copy. Each version of the migrations has its own.
 async fn template(server: &PgConnectOptions, url: &str) -> &'static str {
     static NAME: OnceCell<String> = OnceCell::const_new();
     NAME.get_or_init(|| async {
@@ -599,7 +606,7 @@ async fn template(server: &PgConnectOptions, url: &str) -> &'static str {
         for migration in MIGRATOR.iter() {
             sha2::Digest::update(&mut hash, &migration.checksum);
         }
-        // They name the functions.
+        // The migrated database also has the functions that these statements name.
         for statement in statements(Engine::Postgres) {
             sha2::Digest::update(&mut hash, &statement.sql);
         }
@@ -614,13 +621,15 @@ async fn template(server: &PgConnectOptions, url: &str) -> &'static str {
     .await
 }
 
-/// Builds under another name first, so that a killed test leaves no half-made template.
+/// Builds the template under another name first, so that a killed test leaves no unfinished
+/// template.
 async fn make_template(
     server: &PgConnectOptions,
     url: &str,
     name: &str,
 ) -> Result<(), sqlx::Error> {
-    /// Chosen at random; all test processes agree on it.
+    /// Number of the advisory lock, which is the same in all test processes. It was chosen at
+    /// random.
     const LOCK: i64 = 0x7468_7264_6b70_7274;
     let mut connection = connect(server).await;
     sqlx::query("SELECT pg_advisory_lock($1)")

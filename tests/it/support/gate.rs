@@ -1,28 +1,29 @@
-//! What a gateway asks of its database and its upstream, step by step; a test can stop it at any of them.
+//! A gate for the steps of a gateway: its requests to database and upstream. A test can stop it
+//! at any step.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
-/// Where a step is stopped.
+/// The side of a step at which the gate stops it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Moment {
-    /// Nothing of it has arrived.
+    /// Before any of it has arrived.
     Before,
-    /// It has its effect, and the answer is not handed back.
+    /// After it has taken effect, but before its answer is returned.
     After,
 }
 
-/// Which step is stopped.
+/// The step to stop.
 #[derive(Clone, Copy)]
 enum Trap {
-    /// The one with this number.
+    /// The step with this number.
     Number(usize),
-    /// The first one of this statement.
+    /// The first step with this statement.
     Named(&'static str),
 }
 
-/// What taps pass their questions through. Clones are the same gate.
+/// What proxies ask before they pass a step on. Clones are the same gate.
 #[derive(Clone, Default)]
 pub(crate) struct Gate {
     state: Arc<Mutex<State>>,
@@ -30,32 +31,32 @@ pub(crate) struct Gate {
 
 #[derive(Default)]
 struct State {
-    /// Since the trap was set.
+    /// The steps since the trap was set.
     steps: Vec<String>,
     trap: Option<(Trap, Moment)>,
-    /// A step is being stopped, and no other one begins.
+    /// A step is stopped, and no other step begins.
     closed: bool,
     caught: CancellationToken,
     opened: CancellationToken,
 }
 
-/// The gate was opened again: the connection of a step that was stopped is to be dropped.
+/// The gate has opened again. The proxy must drop the connection of the stopped step.
 #[derive(Debug)]
 pub(crate) struct Stopped;
 
-/// A step that goes on.
+/// A step that may proceed.
 pub(crate) struct Step {
-    /// Its answer is for [`Gate::withhold`].
+    /// The proxy gives this step's answer to [`Gate::withhold`].
     pub(crate) is_withheld: bool,
 }
 
 impl Gate {
-    /// Stops at the `n`-th step from now on (1: the next one), and lets no other one begin from then on.
+    /// Stops the `n`-th step from now on (1 is the next step). No other step begins after that.
     pub(crate) fn set(&self, n: usize, moment: Moment) {
         self.trap(Trap::Number(n), moment);
     }
 
-    /// The same at the next step that is this statement of the store.
+    /// The same for the next step with this statement of the store.
     pub(crate) fn set_at(&self, name: &'static str, moment: Moment) {
         self.trap(Trap::Named(name), moment);
     }
@@ -67,21 +68,22 @@ impl Gate {
         });
     }
 
-    /// Resolves once a step has been stopped.
+    /// Waits until a step is stopped.
     pub(crate) async fn caught(&self) {
         let caught = self.change(|state| state.caught.clone());
         caught.cancelled().await;
     }
 
-    /// Lets everything pass again, and drops the connections of what was stopped. What passed or was stopped since the
-    /// trap was set, in order.
+    /// Lets all steps pass again, and drops the connections of the stopped ones. Returns the
+    /// steps since the trap was set, in order.
     pub(crate) fn open(&self) -> Vec<String> {
         let before = self.change(std::mem::take);
         before.opened.cancel();
         before.steps
     }
 
-    /// To be asked by a tap before it hands a question on. Does not return if it is to be stopped there.
+    /// A proxy calls this before it passes a step on. If the gate stops the step here, the call
+    /// fails once the gate opens.
     pub(crate) async fn step(&self, what: impl FnOnce() -> String) -> Result<Step, Stopped> {
         let (stop, opened, caught) = self.change(|state| {
             let mut stop = None;
@@ -114,7 +116,7 @@ impl Gate {
         }
     }
 
-    /// To be called when the answer of such a step is there.
+    /// A proxy calls this when the answer of a withheld step has arrived.
     pub(crate) async fn withhold(&self) -> Stopped {
         let (opened, caught) = self.change(|state| (state.opened.clone(), state.caught.clone()));
         caught.cancel();

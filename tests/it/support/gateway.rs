@@ -1,4 +1,4 @@
-//! The real binary as a child process, with a configuration of its own, on a port of its own.
+//! The real binary as a child process, with its own configuration and port.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -14,7 +14,8 @@ use tempfile::TempDir;
 
 use super::contract;
 
-/// How long anything may take that is not measured: generous, since the machine may be busy.
+/// Longest wait for anything that a test does not measure. It is long, since the machine may be
+/// busy.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A running gateway. Dropping it kills the process; a panic that it logged fails the test.
@@ -27,7 +28,7 @@ pub(crate) struct Gateway {
     _config: TempDir,
 }
 
-/// A JSON answer.
+/// An answer of the gateway; `body` is a string if the body is not JSON.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
@@ -42,7 +43,7 @@ impl Answer {
         self.body
     }
 
-    /// Status and problem type of a refusal.
+    /// Returns status and problem type of a problem document.
     #[track_caller]
     pub(crate) fn problem(&self) -> (u16, &str) {
         assert_eq!(
@@ -72,12 +73,13 @@ pub(crate) struct Event {
 }
 
 impl Gateway {
-    /// Starts `threadkeeper serve` with this configuration (TOML; `listen` is added) and waits until it listens.
+    /// Starts `threadkeeper serve` with this configuration (TOML) and waits until it listens.
+    /// `listen` is added.
     pub(crate) async fn start(config: &str) -> Self {
         Self::start_with(config, &[]).await
     }
 
-    /// The same, with variables of the environment.
+    /// The same with these environment variables.
     pub(crate) async fn start_with(config: &str, environment: &[(&str, &str)]) -> Self {
         let folder = TempDir::new().unwrap();
         let file = folder.path().join("gateway.toml");
@@ -87,7 +89,8 @@ impl Gateway {
         Self::spawn(command, folder).await
     }
 
-    /// The binary, with an environment that holds nothing of the test's own settings.
+    /// Returns a command that starts the binary in an environment without the test process's
+    /// settings.
     pub(crate) fn command(args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_threadkeeper"));
         command
@@ -100,12 +103,12 @@ impl Gateway {
         {
             command.env_remove(name);
         }
-        // No file but one that the test names, whatever this machine has in the usual place.
+        // This hides a configuration in the usual place of this machine.
         command.env("THREADKEEPER_CONFIG", "/dev/null");
         command
     }
 
-    /// Starts a command that ends up listening, and waits until it does.
+    /// Starts a command that opens a listener, and waits until it listens.
     pub(crate) async fn spawn(mut command: Command, config: TempDir) -> Self {
         let mut child = command
             .stdout(Stdio::null())
@@ -150,7 +153,7 @@ impl Gateway {
         }
     }
 
-    /// Of the process.
+    /// The process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -169,7 +172,8 @@ impl Gateway {
         let response = self.client.execute(request).await.unwrap();
         let (status, headers) = (response.status(), response.headers().clone());
         let text = response.text().await.unwrap();
-        // Asked by a browser on behalf of a page, and answered before any route.
+        // CORS preflights are answered before the routes, and the document does not describe
+        // them.
         if method != Method::OPTIONS {
             contract::check(&method, &path, status, &headers, &text);
         }
@@ -198,7 +202,7 @@ impl Gateway {
         self.send(self.request(Method::DELETE, path)).await
     }
 
-    /// Deletes and waits as long as the preference says.
+    /// Deletes with this `Prefer` header, for example to wait.
     pub(crate) async fn delete_after(&self, path: &str, prefer: &str) -> Answer {
         self.send(self.request(Method::DELETE, path).header("prefer", prefer))
             .await
@@ -212,7 +216,7 @@ impl Gateway {
         task
     }
 
-    /// Posts a text to `{scope}/messages` and returns the answer's JSON, which must be a success.
+    /// Posts a text to `{scope}/messages`, which must succeed. Returns the answer's JSON.
     #[track_caller]
     pub(crate) fn say(&self, scope: &str, text: &str) -> impl Future<Output = Value> + use<> {
         let request = self.request(Method::POST, &format!("{scope}/messages"));
@@ -230,7 +234,7 @@ impl Gateway {
         }
     }
 
-    /// The events of a run, after the one with this id.
+    /// Opens the events of a run that follow the one with id `after`.
     pub(crate) async fn events(&self, scope: &str, run: &str, after: Option<&str>) -> EventReader {
         EventReader::new(
             self.open_events(&format!("{scope}/runs/{run}/events"), after)
@@ -238,7 +242,7 @@ impl Gateway {
         )
     }
 
-    /// Asks for events at this path, after the one with this id.
+    /// Requests the events at this path that follow the one with id `after`.
     pub(crate) async fn open_events(&self, path: &str, after: Option<&str>) -> Response {
         let mut request = self.request(Method::GET, path);
         if let Some(after) = after {
@@ -267,7 +271,7 @@ impl Gateway {
         EventReader::new(response)
     }
 
-    /// Asks again until the answer is as wanted.
+    /// Repeats a GET until `wanted` accepts the answer.
     pub(crate) async fn until(&self, path: &str, wanted: impl Fn(&Answer) -> bool) -> Answer {
         let start = Instant::now();
         loop {
@@ -277,17 +281,20 @@ impl Gateway {
             }
             assert!(
                 start.elapsed() < PATIENCE,
-                "{path} never became as wanted: {answer:?}"
+                "{path} never gave the wanted answer: {answer:?}"
             );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
-    /// Waits until a line of the log is as wanted; what was logged before it is there then.
+    /// Waits until `wanted` accepts a line of the log. All earlier lines can be read then.
     pub(crate) async fn logged(&self, wanted: impl Fn(&str) -> bool) {
         let start = Instant::now();
         while !self.logs().iter().any(|line| wanted(line)) {
-            assert!(start.elapsed() < PATIENCE, "the line never came");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the gateway never logged the wanted line"
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -296,24 +303,25 @@ impl Gateway {
         self.logs.lock().unwrap().clone()
     }
 
-    /// `kill -9`.
+    /// Sends SIGKILL and waits for the end.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub(crate) fn terminate(&self) {
         self.signal("-TERM");
     }
 
-    /// SIGSTOP: from here on the process does nothing until it is told to go on.
+    /// Sends SIGSTOP and waits until all threads have stopped. [`thaw`](Self::thaw) continues the
+    /// process.
     pub(crate) fn freeze(&self) {
         self.signal("-STOP");
         let start = Instant::now();
-        // A thread that is running when the signal is sent goes on for a moment.
+        // A thread that runs when the signal arrives continues for a moment.
         while !self.is_stopped() {
-            assert!(start.elapsed() < PATIENCE, "the gateway does not stop");
+            assert!(start.elapsed() < PATIENCE, "the gateway did not stop");
             std::thread::yield_now();
         }
     }
@@ -321,7 +329,8 @@ impl Gateway {
     fn is_stopped(&self) -> bool {
         let threads = std::fs::read_dir(format!("/proc/{}/task", self.id())).unwrap();
         threads.into_iter().all(|thread| {
-            // One that has just ended does nothing either. The name in parentheses may hold anything.
+            // A missing file is a thread that has just ended. The name in parentheses may contain
+            // anything.
             let status =
                 std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
             status
@@ -330,7 +339,7 @@ impl Gateway {
         })
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT.
     pub(crate) fn thaw(&self) {
         self.signal("-CONT");
     }
@@ -346,7 +355,7 @@ impl Gateway {
         );
     }
 
-    /// Waits until the process has ended by itself.
+    /// Waits until the process ends without a signal from here.
     pub(crate) async fn exit(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
@@ -380,10 +389,10 @@ impl Drop for Gateway {
     }
 }
 
-/// Reads an event stream.
+/// Reads an event stream and checks its events against the OpenAPI document.
 pub(crate) struct EventReader {
     bytes: futures_util::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>,
-    /// Not yet a whole character.
+    /// Bytes that are not a whole character yet.
     pending: Vec<u8>,
     buffer: String,
     pub(crate) comments: usize,
@@ -412,7 +421,7 @@ impl EventReader {
         self.next_or_broken().await.unwrap()
     }
 
-    /// The same, where the connection may break.
+    /// The next event of a connection that may break.
     pub(crate) async fn next_or_broken(&mut self) -> reqwest::Result<Option<Event>> {
         loop {
             if let Some(end) = self.buffer.find("\n\n") {
@@ -455,8 +464,8 @@ impl EventReader {
         }
     }
 
-    /// Events until all of this text was told.
-    pub(crate) async fn until_told(&mut self, text: &str) -> Vec<Event> {
+    /// Returns the events up to the one whose deltas complete `text`.
+    pub(crate) async fn until_text(&mut self, text: &str) -> Vec<Event> {
         let mut events = Vec::new();
         while !text_of(&events).contains(text) {
             events.push(self.next().await.expect("the stream goes on"));
@@ -464,7 +473,7 @@ impl EventReader {
         events
     }
 
-    /// What comes before the connection breaks.
+    /// Returns the events before the connection breaks.
     pub(crate) async fn until_broken(mut self) -> Vec<Event> {
         let mut events = Vec::new();
         while let Ok(Some(event)) = self.next_or_broken().await {
@@ -482,7 +491,7 @@ impl EventReader {
     }
 }
 
-/// The text of the deltas.
+/// The text of all deltas.
 pub(crate) fn text_of(events: &[Event]) -> String {
     events
         .iter()
@@ -491,7 +500,8 @@ pub(crate) fn text_of(events: &[Event]) -> String {
         .collect()
 }
 
-/// The same events with pieces of text in a row as one: a log that is read again may have other pieces.
+/// Joins the deltas that follow each other, since a second reading may split the text
+/// differently.
 pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
     let mut joined: Vec<Event> = Vec::new();
     for event in events {
@@ -510,7 +520,7 @@ pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
     joined
 }
 
-/// The text of a message.
+/// The text of a message's first part.
 pub(crate) fn text(message: &Value) -> &str {
     message["content"][0]["text"]
         .as_str()

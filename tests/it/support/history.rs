@@ -1,19 +1,20 @@
-//! What was said, as the gateway and as the upstream know it.
+//! A conversation as the gateway's transcript and as the upstream thread have it, and a
+//! comparison of the two.
 
 use serde_json::Value;
 
 use super::gateway::Gateway;
 use super::scene::Scene;
 
-/// Role and text of one entry; a reply in several parts or messages counts as one.
+/// Role and text of one entry. A reply in several parts or messages counts as one entry.
 pub(crate) type Line = (String, String);
 
-/// The whole transcript of a conversation, oldest first, as the gateway tells it.
+/// Returns the whole transcript of a conversation, oldest message first.
 pub(crate) async fn messages(gateway: &Gateway, scope: &str) -> Vec<Value> {
     all(gateway, &format!("{scope}/messages")).await
 }
 
-/// All entries of a list, oldest first.
+/// Returns all entries of a list of several pages, oldest first.
 pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
     let mut entries = Vec::new();
     let mut after = String::new();
@@ -31,7 +32,7 @@ pub(crate) async fn all(gateway: &Gateway, list: &str) -> Vec<Value> {
     }
 }
 
-/// Roles and texts of all that the model may know.
+/// Returns roles and texts of the transcript's messages that the model may see.
 pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
     let messages = messages(gateway, scope).await;
     let known = messages
@@ -46,14 +47,14 @@ pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
     }))
 }
 
-/// The same as the upstream has it.
+/// Returns roles and texts of the upstream thread.
 pub(crate) async fn upstream(scene: &Scene, gateway: &Gateway, scope: &str) -> Vec<Line> {
     let thread = gateway.get(&format!("{scope}/thread")).await.ok();
     let id = thread["upstream_thread_id"].as_str().unwrap_or_default();
     joined(scene.simulator.thread_history(id).into_iter())
 }
 
-/// Transcript and upstream say the same.
+/// Asserts that transcript and upstream thread contain the same lines.
 pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
     let (here, there) = (
         transcript(gateway, scope).await,
@@ -65,20 +66,20 @@ pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
         .position(|(here, there)| here != there);
     let at = first.unwrap_or(here.len().min(there.len()));
     if here != there {
-        tell(scene, gateway, scope, &there).await;
+        print_report(scene, gateway, scope, &there).await;
     }
     let around = |lines: &[Line]| {
         lines[at.saturating_sub(3).min(lines.len())..(at + 4).min(lines.len())].to_vec()
     };
     assert!(
         here == there,
-        "{scope}: the transcript is not what the upstream has, from line {at} on:\nhere {:#?}\nthere {:#?}",
+        "{scope}: transcript and upstream thread differ from line {at} on:\ntranscript {:#?}\nupstream {:#?}",
         around(&here),
         around(&there)
     );
 }
 
-/// Assistant's lines in a row become one.
+/// Joins consecutive lines of the assistant into one.
 pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
     let mut all: Vec<Line> = Vec::new();
     for (role, text) in lines {
@@ -90,9 +91,9 @@ pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
     all
 }
 
-/// Prints the transcript with what became of each run, and the log of those that the upstream does not know, for the
-/// report of a failure.
-async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
+/// Prints, for the report of a failure, the transcript with the result of each run. For messages
+/// that the upstream lacks it adds the run's log lines.
+async fn print_report(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
     for message in messages(gateway, scope).await {
         let run = gateway
             .get(&format!(
@@ -123,13 +124,13 @@ async fn tell(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
         {
             let id = run["id"].as_str().unwrap();
             let user = scope.rsplit('/').next().unwrap();
-            for context in ["present", "missing", "unknown"] {
+            for state in ["present", "missing", "unknown"] {
                 let sql = format!(
                     "SELECT count(*) FROM messages m JOIN threads t ON t.id = m.thread_id \
-                     WHERE t.user_key = '{user}' AND m.position = {} AND m.upstream_sync = '{context}'",
+                     WHERE t.user_key = '{user}' AND m.position = {} AND m.upstream_sync = '{state}'",
                     message["position"]
                 );
-                println!("  {context}: {}", scene.database.number(&sql).await);
+                println!("  {state}: {}", scene.database.number(&sql).await);
             }
             gateway
                 .logs()

@@ -1,4 +1,4 @@
-//! Bytes between two sockets, and what can happen to them on the way.
+//! Relays bytes between two sockets, and disturbs them on request.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -11,18 +11,18 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-/// What happens to what passes.
+/// The disturbances of a link.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Weather {
-    /// For each piece, in either direction.
+    /// Delay of each piece, in either direction.
     pub(crate) delay: Duration,
-    /// New connections are closed at once.
+    /// Close new connections at once.
     pub(crate) refuses: bool,
-    /// Nothing passes, and nobody is told.
+    /// Pass nothing on, but keep the connections open.
     pub(crate) swallows: bool,
 }
 
-/// What steers the connections of a way. Clones steer the same ones.
+/// Steers the connections of a link. Clones steer the same connections.
 #[derive(Clone, Debug)]
 pub(crate) struct Valve {
     weather: watch::Sender<Weather>,
@@ -45,12 +45,13 @@ impl Valve {
         *self.weather.borrow()
     }
 
-    /// Breaks all connections that there are.
+    /// Breaks all open connections.
     pub(crate) fn cut(&self) {
         std::mem::take(&mut *self.connections.lock().unwrap()).cancel();
     }
 
-    /// Carries bytes between two sockets until both have said their last, or either is gone, or the connection is cut.
+    /// Copies bytes between two sockets. Returns once both have ended, either one has failed, or
+    /// the connection is cut.
     pub(crate) async fn join<C, S>(&self, client: C, server: S)
     where
         C: AsyncRead + AsyncWrite,
@@ -60,7 +61,7 @@ impl Valve {
         let ((from_client, to_client), (from_server, to_server)) =
             (tokio::io::split(client), tokio::io::split(server));
         let carried = async {
-            // Either side may leave at any time.
+            // Either side may close at any time.
             let _ = tokio::try_join!(
                 self.carry(from_client, to_server),
                 self.carry(from_server, to_client)
@@ -100,20 +101,20 @@ impl Valve {
     }
 }
 
-/// Where a way leads to.
+/// The server behind a link.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
     Tcp(String),
     Unix(PathBuf),
 }
 
-/// Either kind of connection.
+/// A TCP or Unix connection.
 pub(super) trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Socket for S {}
 
 impl Target {
-    /// The server of this database.
+    /// The server of the database with this URL.
     pub(super) fn of_postgres(url: &str) -> Self {
         let url = Url::parse(url).unwrap();
         let port = url.port().unwrap_or(5432);
@@ -139,22 +140,22 @@ impl Target {
     }
 }
 
-/// A way of one replica to a server, which can be disturbed.
+/// A proxy between one replica and a server, which a test can disturb.
 pub(crate) struct Link {
-    /// Of the server, by this way.
+    /// URL of the server through this link.
     pub(crate) url: String,
     pub(crate) valve: Valve,
     _task: JoinSet<()>,
 }
 
 impl Link {
-    /// Another way to the database of this URL.
+    /// Opens a link to the database with this URL.
     pub(crate) async fn to_postgres(url: &str) -> Self {
         let (target, place) = (Url::parse(url).unwrap(), Target::of_postgres(url));
         Self::open(target, place, Some("sslmode=disable")).await
     }
 
-    /// Another way to the upstream of this URL.
+    /// Opens a link to the upstream with this URL.
     pub(crate) async fn to_upstream(url: &str) -> Self {
         let target = Url::parse(url).unwrap();
         let place = Target::Tcp(format!(
@@ -198,7 +199,7 @@ async fn accept(listener: TcpListener, target: Target, valve: Valve) {
     }
 }
 
-/// The next connection; what has ended meanwhile is forgotten.
+/// Accepts the next connection. Meanwhile it reaps the tasks of connections that have ended.
 pub(crate) async fn next_client(
     listener: &TcpListener,
     connections: &mut JoinSet<()>,

@@ -1,4 +1,5 @@
-//! What the tests stand on.
+//! Fixtures and helpers of the integration tests: gateways, databases, the simulator, proxies,
+//! checks.
 
 pub(crate) mod chance;
 pub(crate) mod clock;

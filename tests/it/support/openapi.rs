@@ -1,7 +1,9 @@
-//! Checks requests, answers and events against the published specifications, of which `tests/specs` keeps what is
-//! needed. The gateway's own document is read by [`contract`](super::contract).
+//! Checks requests, answers and events against the published specifications. `tests/specs` keeps
+//! the parts of them that are needed. The module [`contract`](super::contract) reads the
+//! gateway's own document.
 //!
-//! Where a document and what servers really send disagree, the schema is amended here, each time with the reason.
+//! Where a specification and real servers disagree, the schema is amended here, each time with
+//! the reason.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -79,30 +81,30 @@ static RESPONSES: LazyLock<Document> = LazyLock::new(|| {
     )
 });
 
-/// Threads, messages, runs.
+/// The specification of threads, messages and runs.
 pub(crate) fn assistants() -> &'static Document {
     &ASSISTANTS
 }
 
-/// Conversations and responses.
+/// The specification of conversations and responses.
 pub(crate) fn responses() -> &'static Document {
     &RESPONSES
 }
 
-/// One document: by the name of an operation (`GET /threads/{thread_id}`) what it takes and gives, and beside that
-/// what schemas refer to.
+/// One document. It has the request and the answers of each operation, by its name (`GET
+/// /threads/{thread_id}`), and the schemas that these refer to.
 pub(crate) struct Document {
     root: Value,
-    /// Where the schemas that others refer to stand.
+    /// The places of the schemas that others refer to.
     definitions: &'static [&'static str],
     validators: Mutex<HashMap<String, Arc<Validator>>>,
 }
 
-/// A place where the document is wrong, and why it is believed to be.
+/// An error of the document, with the reason to believe that it is one.
 enum Exception {
-    /// The schema at this place below `$defs` takes null too.
+    /// The schema at this place below `$defs` also allows null.
     Null(&'static str, &'static str),
-    /// The answer of an operation with this status is the usual error body.
+    /// The answer of the operation with this status is the usual error body.
     Error(&'static str, &'static str, &'static str),
 }
 
@@ -113,15 +115,16 @@ impl Document {
             match exception {
                 Exception::Null(place, reason) => {
                     let schema = root.pointer_mut(&format!("/$defs/{place}"));
-                    let schema = schema
-                        .unwrap_or_else(|| panic!("{place} ({reason}) is not there any more"));
+                    let schema = schema.unwrap_or_else(|| {
+                        panic!("{place} ({reason}): the document no longer has this")
+                    });
                     *schema = json!({"anyOf": [schema.take(), {"type": "null"}]});
                 }
                 Exception::Error(operation, status, reason) => {
                     let error = root["error"].clone();
                     let answer = root["operations"][*operation]["responses"].get_mut(*status);
                     *answer.unwrap_or_else(|| {
-                        panic!("{operation} ({reason}) is not there any more")
+                        panic!("{operation} ({reason}): the document no longer has this")
                     }) = error;
                 }
             }
@@ -137,13 +140,14 @@ impl Document {
         }
     }
 
-    /// The path template that a concrete path below the base belongs to: `/threads/{thread_id}/runs`.
+    /// Returns the path template that matches a concrete path below the base:
+    /// `/threads/{thread_id}/runs`.
     pub(crate) fn template(&self, method: &str, path: &str) -> Option<String> {
         let operations = self.root["operations"].as_object()?;
         let templates = operations
             .keys()
             .filter_map(|key| key.strip_prefix(method)?.strip_prefix(' '));
-        // Nothing stands for a placeholder, but not at the end.
+        // A placeholder may stand for an empty text, but not at the end.
         let matches = |template: &&str| {
             if path.ends_with('/') {
                 return path == *template;
@@ -153,14 +157,15 @@ impl Document {
             of_path.by_ref().zip(of_template.by_ref()).all(fits)
                 && path.split('/').count() == template.split('/').count()
         };
-        // `/threads/runs` before `/threads/{thread_id}`: fewer placeholders win.
+        // The template with the fewest placeholders wins: `/threads/runs` before
+        // `/threads/{thread_id}`.
         templates
             .filter(matches)
             .min_by_key(|template| template.matches('{').count())
             .map(str::to_owned)
     }
 
-    /// A request's JSON body; null if it has none.
+    /// Checks a request's JSON body. `Null` means that there is no body.
     pub(crate) fn check_request(
         &self,
         method: &str,
@@ -172,7 +177,7 @@ impl Document {
         match (operation.get("request"), body) {
             (None, Value::Null) => Ok(()),
             (None, _) => Err(format!("{key} takes no body")),
-            // Bodies are optional where nothing in them is required.
+            // A body may be left out if no field of it is required.
             (Some(schema), Value::Null) => {
                 self.check(&format!("{key} request"), schema, &json!({}))
             }
@@ -180,7 +185,8 @@ impl Document {
         }
     }
 
-    /// An answer's JSON body. Statuses that are not declared must carry the usual error body.
+    /// Checks an answer's JSON body. A status that the document does not declare must have the
+    /// usual error body.
     pub(crate) fn check_response(
         &self,
         method: &str,
@@ -191,7 +197,7 @@ impl Document {
         let key = format!("{method} {template}");
         let declared = self.operation(&key)?["responses"].get(status.to_string());
         match declared {
-            // Declared without a body: whatever is sent is fine.
+            // The document declares the status without a body, so any body passes.
             Some(Value::Null) => Ok(()),
             Some(schema) => self.check(&format!("{key} {status}"), schema, body),
             None if status >= 400 => self.check("error", &self.root["error"], body),
@@ -199,8 +205,8 @@ impl Document {
         }
     }
 
-    /// The payload of an event by its name. For Assistants the name stands in the `event:` line, else in the
-    /// payload too.
+    /// Checks an event's payload by the event's name. Assistants events are named in the `event:`
+    /// line, others in the payload, too.
     pub(crate) fn check_event(&self, name: &str, data: &Value) -> Result<(), String> {
         let event = &self.root["event"];
         let mut branches = Vec::new();
@@ -221,7 +227,7 @@ impl Document {
         Err(format!("there is no event {name}"))
     }
 
-    /// The members of a union, at any depth.
+    /// Collects the members of a union, at any depth.
     fn branches<'a>(&'a self, schema: &'a Value, found: &mut Vec<&'a Value>) {
         if let Some(name) = schema["$ref"]
             .as_str()
@@ -243,13 +249,15 @@ impl Document {
             .ok_or_else(|| format!("there is no operation {key}"))
     }
 
-    /// What a value refers to, or the value itself.
+    /// Returns the value that `value` refers to, or `value` itself.
     pub(super) fn resolved<'a>(&'a self, value: &'a Value) -> &'a Value {
         let place = value["$ref"]
             .as_str()
             .and_then(|reference| reference.strip_prefix('#'));
         place.map_or(value, |place| {
-            self.root.pointer(place).expect("references lead somewhere")
+            self.root
+                .pointer(place)
+                .expect("the reference has a target")
         })
     }
 
@@ -257,7 +265,7 @@ impl Document {
         &self.root["components"][kind][name]
     }
 
-    /// The names of the components of a kind.
+    /// The names of all components of a kind.
     pub(super) fn names_of(&self, kind: &str) -> impl Iterator<Item = &str> {
         self.root["components"][kind]
             .as_object()
@@ -266,7 +274,7 @@ impl Document {
             .map(|(name, _)| name.as_str())
     }
 
-    /// One validator is made for each `what`.
+    /// Validates an instance. Each `what` has one validator, which is kept.
     pub(super) fn check(&self, what: &str, schema: &Value, instance: &Value) -> Result<(), String> {
         let validator = {
             let mut validators = self

@@ -1,8 +1,9 @@
-//! A proxy that lends connections to Postgres by the transaction, as PgBouncer 1.21 and newer does with
-//! `pool_mode = transaction` and `max_prepared_statements`. What relies on a session fails behind it.
+//! A proxy that lends connections to Postgres for one transaction at a time. PgBouncer 1.21 and
+//! newer does so with `pool_mode = transaction` and `max_prepared_statements`. Code that relies
+//! on a session fails behind it.
 //!
-//! As with PgBouncer, statements with a name follow a client to any connection. The one without a name
-//! does not.
+//! As with PgBouncer, named prepared statements follow a client to any connection. The unnamed
+//! one does not.
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -21,14 +22,14 @@ use url::Url;
 use super::link::{Socket, Target, next_client};
 use super::recording_proxy::next_message;
 
-/// How many connections to the server there are. Clients take turns on all of them, so two are enough for a
-/// client to change with each transaction.
+/// Number of connections to the server. Clients rotate over them, so with two a client changes
+/// connection with each transaction.
 const CONNECTIONS: usize = 2;
 
 const PROTOCOL: i32 = 196_608;
 const SSL_REQUEST: i32 = 80_877_103;
 
-/// Startup parameters that PgBouncer knows, beside user and database.
+/// Startup parameters that PgBouncer knows, including user and database.
 const KNOWN_PARAMETERS: [&str; 7] = [
     "user",
     "database",
@@ -39,14 +40,15 @@ const KNOWN_PARAMETERS: [&str; 7] = [
     "standard_conforming_strings",
 ];
 
-/// A way to a database by way of a pooler.
+/// A pooler in front of a database.
 pub(crate) struct Pooler {
     pub(crate) url: String,
     _task: JoinSet<()>,
 }
 
 impl Pooler {
-    /// Opens a pooler in front of the database of this URL, whose server asks nobody for a password.
+    /// Opens a pooler in front of the database with this URL, whose server must not ask for a
+    /// password.
     pub(crate) async fn on(url: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut pooled = Url::parse(url).unwrap();
@@ -54,7 +56,7 @@ impl Pooler {
         pooled
             .set_port(Some(listener.local_addr().unwrap().port()))
             .unwrap();
-        // It refuses TLS, and the driver goes on without it.
+        // The pooler refuses TLS, and the driver then continues without it.
         pooled.set_query(Some("sslmode=prefer"));
         let servers = Servers::of(url);
         let mut task = JoinSet::new();
@@ -63,7 +65,7 @@ impl Pooler {
             loop {
                 let client = next_client(&listener, &mut clients).await;
                 let servers = servers.clone();
-                // Either side may leave at any time.
+                // Either side may close at any time.
                 clients.spawn(async move { drop(serve(client, servers).await) });
             }
         });
@@ -74,14 +76,15 @@ impl Pooler {
     }
 }
 
-/// The connections to the server, lent in turn. Clones lend the same ones.
+/// The connections to the server. Clones share the same connections.
 #[derive(Clone)]
 struct Servers {
-    /// A place for each connection; `None` where it is yet to be opened. Who waits longest gets the next one.
+    /// One entry for each idle connection; `None` is a connection that is not open yet. The
+    /// client that has waited longest gets the next entry.
     free: Arc<Mutex<UnboundedReceiver<Option<Server>>>>,
     back: UnboundedSender<Option<Server>>,
     database: Arc<Database>,
-    /// What the server said to the first connection. Each client is told the same.
+    /// The server's greeting to the first connection. Each client gets the same one.
     greeting: Arc<OnceCell<Vec<u8>>>,
 }
 
@@ -142,7 +145,7 @@ impl Servers {
     }
 }
 
-/// A connection on loan. When this is dropped, the connection goes back, or is closed if it is not idle.
+/// A lent connection. Dropping the loan returns the connection, or closes it if it is not idle.
 struct Loan {
     server: Option<Server>,
     back: UnboundedSender<Option<Server>>,
@@ -158,7 +161,7 @@ impl Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        // Without a receiver the pooler is gone.
+        // The pooler is gone if the channel has no receiver.
         let _ = self
             .back
             .send(self.server.take().filter(|server| server.is_idle));
@@ -172,7 +175,7 @@ async fn serve(client: TcpStream, servers: Servers) -> io::Result<()> {
         match read_startup(&mut from).await? {
             (SSL_REQUEST, _) => to.write_all(b"N").await?,
             (PROTOCOL, parameters) => break parameters,
-            // Somebody wants to cancel a statement.
+            // Another kind is a request to cancel a statement.
             _ => return Ok(()),
         }
     };
@@ -188,7 +191,7 @@ async fn serve(client: TcpStream, servers: Servers) -> io::Result<()> {
         to,
         statements: HashMap::new(),
     };
-    // Held while a transaction is open.
+    // The connection that the client keeps while a transaction is open.
     let mut held = None;
     loop {
         let group = read_group(&mut from).await?;
@@ -208,21 +211,22 @@ async fn serve(client: TcpStream, servers: Servers) -> io::Result<()> {
     }
 }
 
-/// The code of a message that a connection begins with, and the names of its parameters.
+/// Reads the first message of a connection. Returns its code and the names of its parameters.
 async fn read_startup(from: &mut BufReader<OwnedReadHalf>) -> io::Result<(i32, Vec<String>)> {
     let length = from.read_i32().await?;
     let code = from.read_i32().await?;
     let mut rest = vec![0; usize::try_from(length - 8).unwrap()];
     from.read_exact(&mut rest).await?;
     let texts: Vec<_> = rest.split(|byte| *byte == 0).collect();
-    // The last of them are the end of the list.
+    // The last chunk is the end of the list.
     let names = texts
         .chunks(2)
         .map(|two| String::from_utf8_lossy(two[0]).into_owned());
     Ok((code, names.filter(|name| !name.is_empty()).collect()))
 }
 
-/// The messages up to one that the client waits after. An error if the client says goodbye.
+/// Reads messages up to one after which the client waits for answers. Returns an error if the
+/// client terminates.
 async fn read_group(from: &mut BufReader<OwnedReadHalf>) -> io::Result<Vec<(u8, Vec<u8>)>> {
     let mut group = Vec::new();
     loop {
@@ -236,7 +240,8 @@ async fn read_group(from: &mut BufReader<OwnedReadHalf>) -> io::Result<Vec<(u8, 
     }
 }
 
-/// Waits until the client has closed its connection, unless it has sent more before.
+/// Waits until the client closes its connection. Never returns if the client has sent more
+/// before.
 async fn hang_up(from: &mut BufReader<OwnedReadHalf>) -> io::Result<()> {
     if !from.fill_buf().await?.is_empty() {
         std::future::pending::<()>().await;
@@ -246,15 +251,15 @@ async fn hang_up(from: &mut BufReader<OwnedReadHalf>) -> io::Result<()> {
 
 struct Client {
     to: OwnedWriteHalf,
-    /// By the client's own names.
+    /// Prepared statements, by the client's own names.
     statements: HashMap<Vec<u8>, Prepared>,
 }
 
 #[derive(Clone)]
 struct Prepared {
-    /// The name that every connection knows it by.
+    /// The statement's name on every connection.
     name: Vec<u8>,
-    /// Its text and the types of its parameters, as Parse has them.
+    /// Text and parameter types, as in the Parse message.
     body: Vec<u8>,
 }
 
@@ -273,13 +278,14 @@ impl Prepared {
     }
 }
 
-/// An answer that is due to a client.
-enum DueThread {
-    /// Without a body, by the pooler itself.
+/// An answer that the client is waiting for.
+enum DueAnswer {
+    /// An answer without a body, which the pooler makes itself.
     Made(u8),
-    /// That a connection has prepared a statement. The client sees it if it has asked for that just now.
+    /// The server's answer that a connection has prepared a statement. The client sees it only if
+    /// it has just asked for that.
     Parsed { name: Vec<u8>, is_shown: bool },
-    /// What the server says up to a message of one of these kinds.
+    /// The server's messages up to one of these kinds.
     Relayed(&'static [u8]),
 }
 
@@ -287,9 +293,9 @@ enum DueThread {
 struct Server {
     socket: BufReader<Box<dyn Socket>>,
     greeting: Vec<u8>,
-    /// Names of the statements that it has.
+    /// Names of the statements that this connection has prepared.
     prepared: HashSet<Vec<u8>>,
-    /// Neither at work nor in a transaction.
+    /// The connection neither executes a statement nor has an open transaction.
     is_idle: bool,
 }
 
@@ -321,7 +327,7 @@ impl Server {
             };
             assert!(
                 is_welcome,
-                "the server does not let a pooler in: {}",
+                "the server refused the pooler's connection: {}",
                 String::from_utf8_lossy(&message)
             );
             greeting.extend(message);
@@ -336,7 +342,7 @@ impl Server {
         }
     }
 
-    /// Sends what a client asks and tells it the answers.
+    /// Sends a client's messages to the server, and the answers to the client.
     async fn answer(&mut self, group: Vec<(u8, Vec<u8>)>, client: &mut Client) -> io::Result<()> {
         self.is_idle = false;
         let (mut sent, mut due) = (Vec::new(), VecDeque::new());
@@ -347,16 +353,16 @@ impl Server {
         self.socket.flush().await?;
         let mut answers = Vec::new();
         while let Some(next) = due.front_mut() {
-            if let DueThread::Made(kind) = *next {
+            if let DueAnswer::Made(kind) = *next {
                 answers.extend(message(kind, &[]));
                 due.pop_front();
                 continue;
             }
             let (kind, message) = next_message(&mut self.socket).await?;
             match (kind, next) {
-                // The server passes over all that follows, up to where it is ready again.
+                // After an error the server skips all messages up to its next ReadyForQuery.
                 (b'E', _) => drop(due.drain(..due.len() - 1)),
-                (b'1', DueThread::Parsed { name, is_shown }) => {
+                (b'1', DueAnswer::Parsed { name, is_shown }) => {
                     self.prepared.insert(std::mem::take(name));
                     let is_shown = *is_shown;
                     due.pop_front();
@@ -364,7 +370,7 @@ impl Server {
                         continue;
                     }
                 }
-                (_, DueThread::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
+                (_, DueAnswer::Relayed(ends)) if ends.contains(&kind) => drop(due.pop_front()),
                 _ => {}
             }
             if kind == b'Z' {
@@ -375,16 +381,17 @@ impl Server {
         client.to.write_all(&answers).await
     }
 
-    /// What to send in the place of a client's message, and which answers to expect.
+    /// Returns what to send instead of a client's message, and adds the expected answers to
+    /// `due`.
     fn plan(
         &self,
         kind: u8,
         asked: Vec<u8>,
         statements: &mut HashMap<Vec<u8>, Prepared>,
-        (sent, due): (&mut Vec<u8>, &mut VecDeque<DueThread>),
+        (sent, due): (&mut Vec<u8>, &mut VecDeque<DueAnswer>),
     ) -> io::Result<()> {
-        let lacks = |statement: &Prepared, due: &VecDeque<DueThread>| {
-            let is_sent = |due: &DueThread| matches!(due, DueThread::Parsed { name, .. } if *name == statement.name);
+        let lacks = |statement: &Prepared, due: &VecDeque<DueAnswer>| {
+            let is_sent = |due: &DueAnswer| matches!(due, DueAnswer::Parsed { name, .. } if *name == statement.name);
             !self.prepared.contains(&statement.name) && !due.iter().any(is_sent)
         };
         match (kind, named(kind, &asked[5..])) {
@@ -392,20 +399,20 @@ impl Server {
                 let statement = Prepared::new(rest);
                 if lacks(&statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed {
+                    due.push_back(DueAnswer::Parsed {
                         name: statement.name.clone(),
                         is_shown: true,
                     });
                 } else {
-                    due.push_back(DueThread::Made(b'1'));
+                    due.push_back(DueAnswer::Made(b'1'));
                 }
                 statements.insert(name.to_vec(), statement);
                 return Ok(());
             }
-            // Other clients may use it on the connection.
+            // The statement stays prepared, since other clients may use it on the connection.
             (b'C', Some(Named { name, .. })) => {
                 statements.remove(name);
-                due.push_back(DueThread::Made(b'3'));
+                due.push_back(DueAnswer::Made(b'3'));
                 return Ok(());
             }
             (_, Some(Named { before, name, rest })) => {
@@ -414,7 +421,7 @@ impl Server {
                 let statement = statements.get(name).ok_or_else(unknown)?;
                 if lacks(statement, due) {
                     sent.extend(statement.parse());
-                    due.push_back(DueThread::Parsed {
+                    due.push_back(DueAnswer::Parsed {
                         name: statement.name.clone(),
                         is_shown: false,
                     });
@@ -423,7 +430,7 @@ impl Server {
             }
             (_, None) => sent.extend(asked),
         }
-        due.push_back(DueThread::Relayed(match kind {
+        due.push_back(DueAnswer::Relayed(match kind {
             b'P' => b"1",
             b'B' => b"2",
             b'D' => b"Tn",
@@ -441,18 +448,18 @@ impl Server {
     }
 }
 
-/// A message's name of a prepared statement, with what stands before and behind it.
+/// The name of a prepared statement within a message, with the bytes before and after it.
 struct Named<'a> {
     before: &'a [u8],
     name: &'a [u8],
     rest: &'a [u8],
 }
 
-/// `None` if a message names no statement, or the one without a name.
+/// Returns `None` if a message names no statement, or the unnamed one.
 fn named(kind: u8, body: &[u8]) -> Option<Named<'_>> {
     let at = match (kind, body.first()) {
         (b'P', _) => 0,
-        // The portal's name comes first.
+        // The name of the portal comes first.
         (b'B', _) => body.iter().position(|byte| *byte == 0)? + 1,
         (b'D' | b'C', Some(b'S')) => 1,
         _ => return None,

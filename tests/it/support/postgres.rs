@@ -1,4 +1,5 @@
-//! A private Postgres cluster, shared by all test processes of one run and gone when the run is over.
+//! A private Postgres cluster that all test processes of one run share. It is removed when the
+//! run is over.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -10,14 +11,16 @@ use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Names a folder that holds `initdb` and `postgres`.
+/// Environment variable that names the folder of `initdb` and `postgres`.
 const OVERRIDE: &str = "THREADKEEPER_TEST_PG_BIN";
 const STARTUP: Duration = Duration::from_secs(30);
 
-/// The URL of the cluster's maintenance database. The first call of the test run starts the cluster.
+/// Returns the URL of the cluster's maintenance database. The first call of the test run starts
+/// the cluster.
 ///
 /// # Panics
-/// If there is no Postgres on this machine, or it does not start. The message says how to mend it.
+/// If this machine has no Postgres, or the server does not start. The message says how to mend
+/// it.
 pub(crate) fn url() -> &'static str {
     static URL: OnceLock<Result<String, String>> = OnceLock::new();
     match URL.get_or_init(|| start_or_join().map(|socket| url_of(&socket, "postgres"))) {
@@ -36,7 +39,7 @@ pub(super) fn url_of(socket: &Path, database: &str) -> String {
     )
 }
 
-/// Gives the folder of the cluster's socket.
+/// Returns the folder of the cluster's socket.
 fn start_or_join() -> Result<PathBuf, String> {
     let binaries = binaries()?;
     let account = Account::for_server()?;
@@ -63,7 +66,7 @@ fn start_or_join() -> Result<PathBuf, String> {
     })
 }
 
-/// Where `initdb` and `postgres` are.
+/// Returns the folder of `initdb` and `postgres`.
 pub(super) fn binaries() -> Result<PathBuf, String> {
     let complete =
         |folder: &PathBuf| folder.join("initdb").is_file() && folder.join("postgres").is_file();
@@ -99,14 +102,14 @@ pub(super) fn binaries() -> Result<PathBuf, String> {
         })
 }
 
-/// The account that the server runs under.
+/// The account under which the server runs.
 pub(super) struct Account {
-    /// `None`: our own.
+    /// User and group ids; `None` is the account of this process.
     other: Option<(u32, u32)>,
 }
 
 impl Account {
-    /// Root may not run Postgres, so it lends the work to `postgres` or `nobody`.
+    /// Root may not run Postgres, so root uses the account `postgres` or `nobody`.
     pub(super) fn for_server() -> Result<Self, String> {
         if own_uid() != 0 {
             return Ok(Self { other: None });
@@ -134,7 +137,8 @@ impl Account {
         }
     }
 
-    /// A command under this account, in a folder that it can enter, deaf to the terminal.
+    /// Returns a command under this account. It starts in a folder that the account can enter,
+    /// and gets no signals from the terminal.
     fn command(&self, program: PathBuf, log: &File) -> io::Result<Command> {
         let mut command = Command::new(program);
         command
@@ -148,7 +152,7 @@ impl Account {
         Ok(command)
     }
 
-    /// A folder that nobody else may enter.
+    /// Makes a folder that only this account may enter.
     fn folder(&self, path: &Path) -> io::Result<()> {
         DirBuilder::new().mode(0o700).create(path)?;
         match self.other {
@@ -158,12 +162,14 @@ impl Account {
     }
 }
 
-/// The folder of this test run, told by the process that all its test processes have for a parent: cargo, nextest
-/// or a shell. That process's starting time keeps a later one with the same id apart.
+/// Returns the folder of this test run. Its name contains the id of the parent of all test
+/// processes: cargo, nextest or a shell. The parent's start time tells a later process with the
+/// same id apart.
 fn run_folder() -> io::Result<PathBuf> {
     let parent = parent_id();
     let stat = fs::read_to_string(format!("/proc/{parent}/stat"))?;
-    // The name in parentheses may hold anything, so count from its end: the starting time is field 22.
+    // The name in parentheses may contain anything, so this counts from its end. The start time
+    // is field 22.
     let started = stat
         .rsplit(')')
         .next()
@@ -184,12 +190,13 @@ fn run_folder() -> io::Result<PathBuf> {
             folder.display()
         )));
     }
-    // The umask may have taken the right to pass, which the server's account needs.
+    // The umask may have removed the search permission, which the server's account needs.
     fs::set_permissions(&folder, Permissions::from_mode(0o711))?;
     Ok(folder)
 }
 
-/// Memory, if there is enough of it: a new database takes a tenth of the time there.
+/// Returns the folder for databases: in memory if there is enough. A new database takes a tenth
+/// of the time there.
 pub(super) fn scratch() -> PathBuf {
     let memory = Path::new("/dev/shm");
     let free = Command::new("df")
@@ -222,7 +229,7 @@ fn own_uid() -> u32 {
     static UID: OnceLock<u32> = OnceLock::new();
     *UID.get_or_init(|| {
         fs::metadata("/proc/self")
-            .expect("/proc tells about this process")
+            .expect("/proc describes this process")
             .uid()
     })
 }
@@ -238,10 +245,10 @@ fn start(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
     watch(run, parent_id())
 }
 
-/// Makes the files of a cluster, in a folder of its own.
+/// Makes the files of a cluster in a folder.
 pub(super) fn make(run: &Path, binaries: &Path, account: &Account) -> io::Result<()> {
     let data = run.join("data");
-    // A run that was killed half way leaves its folders.
+    // A run that was killed half-way leaves its folders.
     for folder in [&data, &run.join("socket")] {
         if folder.exists() {
             fs::remove_dir_all(folder)?;
@@ -298,7 +305,7 @@ pub(super) fn launch(
     let mut server = command.spawn()?;
     let deadline = Instant::now() + STARTUP;
     let pid = server.id().to_string();
-    // The socket appears before the server takes connections; this line does not.
+    // The socket appears before the server accepts connections; this line does not.
     let ready = || {
         let text = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
         let is_ours = text.lines().next() == Some(&pid);
@@ -326,8 +333,9 @@ fn failed(run: &Path, what: &str) -> io::Error {
     io::Error::other(format!("{what}:\n{text}"))
 }
 
-/// Leaves a shell behind that ends the server, whichever it is by then, and removes the folder once the process is gone.
-/// It looks for entries under /proc, since a signal to a process of another user fails whether that lives or not.
+/// Starts a shell that outlives the tests. Once `process` is gone, it stops the server that runs
+/// then, and removes the folder. It looks for entries under /proc, since a signal to another
+/// user's process fails whether that process lives or not.
 pub(super) fn watch(run: &Path, process: u32) -> io::Result<()> {
     const SCRIPT: &str = r#"
         while [ -e "/proc/$1" ] && [ -e "$2" ]; do sleep 0.5; done

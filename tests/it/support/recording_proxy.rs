@@ -1,5 +1,5 @@
-//! Proxies in front of Postgres, which counts the round trips of the frontend/backend protocol, and in front of an
-//! upstream. What passes them can be stopped at a gate.
+//! Proxies in front of Postgres and of an upstream, which a [`Gate`] can stop at each step. The
+//! one for Postgres counts the round trips of the frontend/backend protocol.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -18,15 +18,16 @@ use url::Url;
 
 use super::gate::Gate;
 
-/// What counts as a step.
+/// Which requests count as steps.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Steps {
     All,
-    /// What may change something for others: neither reading, nor what is not committed yet.
+    /// Requests that may change something for others. Reads and uncommitted statements do not
+    /// count.
     Changes,
 }
 
-/// A tapped way to a database.
+/// A proxy in front of a database.
 pub(crate) struct DatabaseTap {
     pub(crate) url: String,
     trips: Arc<AtomicUsize>,
@@ -34,12 +35,12 @@ pub(crate) struct DatabaseTap {
 }
 
 impl DatabaseTap {
-    /// Opens another way to the database of this URL.
+    /// Opens a proxy in front of the database with this URL.
     pub(crate) async fn on(url: &str) -> Self {
         Self::gated(url, &Gate::default(), Steps::All).await
     }
 
-    /// The same, through a gate: a statement that is carried out is a step.
+    /// The same with a gate. Each executed statement is a step.
     pub(crate) async fn gated(url: &str, gate: &Gate, steps: Steps) -> Self {
         let target = Url::parse(url).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -63,7 +64,7 @@ impl DatabaseTap {
                         .find(|(name, _)| name == "host")
                         .map(|(_, folder)| folder.into_owned());
                     let port = target.port().unwrap_or(5432);
-                    // Either side may leave at any time.
+                    // Either side may close at any time.
                     let _ = if let Some(folder) = socket {
                         let path = PathBuf::from(folder).join(format!(".s.PGSQL.{port}"));
                         relay(
@@ -93,7 +94,7 @@ impl DatabaseTap {
         }
     }
 
-    /// How often a client has asked and waited for an answer.
+    /// Returns how often a client has waited for an answer.
     pub(crate) fn round_trips(&self) -> usize {
         self.trips.load(Ordering::SeqCst)
     }
@@ -120,15 +121,16 @@ async fn relay(
         to_server.write_all(&message).await?;
         let mut statements = Statements::default();
         let (mut asked, mut executes) = (false, false);
-        // What belongs together arrives together.
+        // The messages of one group are sent together.
         let mut group = Vec::new();
         loop {
             let (kind, message) = next_message(&mut from_client).await?;
             statements.read(kind, &message[5..]);
             group.extend(message);
             executes |= kind == b'E' || kind == b'Q';
-            // Sync ends a group of extended messages, Query is a simple one: either is followed by a wait. A Sync
-            // alone is a sign of life, which only a connection that was idle for long is asked for.
+            // The client waits after a Query, and after the Sync that ends a group of extended
+            // messages. A Sync alone is a sign of life, which the pool asks only of connections
+            // that were idle for long.
             if kind == b'Q' || (kind == b'S' && asked) {
                 trips.fetch_add(1, Ordering::SeqCst);
             }
@@ -152,7 +154,7 @@ async fn relay(
         loop {
             let (kind, message) = next_message(&mut from_server).await?;
             if is_withheld.load(Ordering::SeqCst) {
-                // It is complete when the server is ready for another question.
+                // The answer is complete when the server is ready for the next query.
                 if kind == b'Z' {
                     return Err(gate.withhold().await.into());
                 }
@@ -171,7 +173,7 @@ async fn relay(
     }
 }
 
-/// The next message, which has a type.
+/// Reads the next message of those that have a type.
 pub(super) async fn next_message(
     from: &mut (impl AsyncRead + Unpin),
 ) -> std::io::Result<(u8, Vec<u8>)> {
@@ -184,8 +186,8 @@ pub(super) async fn next_message(
     Ok((kind, message))
 }
 
-/// A statement by its name, which the store writes in front of it, or else by its first words; and the first word, which is
-/// `CALL` for a function of the store.
+/// Name and first word of a statement. The name is the one that the store writes in front, or
+/// else the first words. The first word of a call of the store's functions is `CALL`.
 type Asked = (String, String);
 
 fn asked(bytes: &[u8]) -> Asked {
@@ -204,27 +206,27 @@ fn asked(bytes: &[u8]) -> Asked {
     (name, verb.to_owned())
 }
 
-/// What a connection's statements say.
+/// The statements of a connection.
 #[derive(Default)]
 struct Statements {
     prepared: HashMap<Vec<u8>, Asked>,
-    /// The name of the one that was asked for last, or how it begins if it has none; and its first word.
+    /// Name (or beginning, without a name) and first word of the last requested statement.
     last: String,
     verb: String,
     in_transaction: bool,
 }
 
 impl Statements {
-    /// Reads the body of a question.
+    /// Reads the body of a client's message.
     fn read(&mut self, kind: u8, body: &[u8]) {
         let texts: Vec<&[u8]> = body.splitn(3, |byte| *byte == 0).collect();
         match (kind, texts.as_slice()) {
             (b'Q', [said, ..]) => (self.last, self.verb) = asked(said),
-            // Its name, and what it says.
+            // The name of the statement, and its text.
             (b'P', [name, said, ..]) => {
                 self.prepared.insert(name.to_vec(), asked(said));
             }
-            // The portal's name, and the statement's.
+            // The name of the portal, and of the statement.
             (b'B', [_, name, ..]) => {
                 (self.last, self.verb) = self.prepared.get(*name).cloned().unwrap_or_default();
             }
@@ -232,7 +234,7 @@ impl Statements {
         }
     }
 
-    /// Whether the last one may change something for others, if it is carried out.
+    /// Whether executing the last statement may change something for others.
     fn may_change(&mut self) -> bool {
         match &*self.verb {
             "BEGIN" => self.in_transaction = true,
@@ -248,16 +250,16 @@ impl Statements {
     }
 }
 
-/// A tapped way to an upstream: a request is a step.
+/// A proxy in front of an upstream. Each request is a step.
 pub(crate) struct HttpTap {
-    /// Where the upstream begins on this way.
+    /// The upstream's base URL through this proxy.
     pub(crate) url: String,
     _task: JoinSet<()>,
 }
 
 #[derive(Clone)]
 struct Way {
-    /// Without a path.
+    /// The upstream's origin, without a path.
     target: String,
     client: reqwest::Client,
     gate: Gate,
@@ -265,7 +267,7 @@ struct Way {
 }
 
 impl HttpTap {
-    /// Opens another way to the upstream that begins at this URL, through a gate.
+    /// Opens a proxy in front of the upstream with this base URL, with a gate.
     pub(crate) async fn gated(url: &str, gate: &Gate, steps: Steps) -> Self {
         let target = Url::parse(url).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,4 +1,5 @@
-//! The gateway's routes in memory, without a process or a socket: for what is decided before anything happens.
+//! The gateway's routes in memory, without a process or a socket. They suit checks that a handler
+//! makes before it starts any work.
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
@@ -13,7 +14,7 @@ use super::contract;
 use super::gateway::Answer;
 use super::scene::Scene;
 
-/// Answers of this many bytes are read.
+/// Longest answer that is read, in bytes.
 const MAX_ANSWER: usize = 16 * 1024 * 1024;
 
 pub(crate) struct Routes {
@@ -23,7 +24,7 @@ pub(crate) struct Routes {
 }
 
 impl Routes {
-    /// Of a gateway with the configuration of a scene and further settings (TOML).
+    /// Builds the routes of a gateway with the scene's configuration and further settings (TOML).
     pub(crate) async fn new(scene: &Scene, more: &str) -> Self {
         let file = ConfigFile::Text {
             name: "gateway.toml".to_owned(),

@@ -1,4 +1,4 @@
-//! A database, a simulated upstream and gateways between them.
+//! A database, a simulated upstream, and gateways between them.
 
 use std::net::SocketAddr;
 
@@ -10,7 +10,7 @@ use super::chance::seed;
 use super::database::TestDatabase;
 use super::gateway::Gateway;
 
-/// What is spoken to the upstream.
+/// The protocol of the upstream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Protocol {
     Assistants,
@@ -20,7 +20,7 @@ pub(crate) enum Protocol {
 }
 
 impl Protocol {
-    /// The one that the seed of this run of the tests chooses.
+    /// Returns the protocol that the seed of this test run chooses.
     pub(crate) fn by_chance() -> Self {
         let protocol = [Self::Assistants, Self::Responses, Self::Chain][(seed() % 3) as usize];
         println!("with {protocol:?}");
@@ -28,14 +28,14 @@ impl Protocol {
     }
 }
 
-/// Where the gateway keeps its record.
+/// The engine of the gateway's database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Backend {
     Sqlite,
     Postgres,
 }
 
-/// One test's world.
+/// The database and the simulator of one test.
 pub(crate) struct Scene {
     pub(crate) protocol: Protocol,
     pub(crate) backend: Backend,
@@ -51,7 +51,7 @@ impl Scene {
         Self::with(protocol, backend, SimulatorConfig::default()).await
     }
 
-    /// On the store that the seed of this run of the tests chooses for the protocol.
+    /// Makes a scene with a protocol. The seed of this test run chooses the store.
     pub(crate) async fn by_chance(protocol: Protocol) -> Self {
         let backend = if seed() >> (protocol as u32) & 1 == 0 {
             Backend::Sqlite
@@ -74,7 +74,7 @@ impl Scene {
         Self::on(database, protocol, backend, config).await
     }
 
-    /// On a database that is there.
+    /// Makes a scene on an existing database.
     pub(crate) async fn on(
         database: TestDatabase,
         protocol: Protocol,
@@ -106,34 +106,34 @@ impl Scene {
         }
     }
 
-    /// A gateway with the settings that every test wants.
+    /// Starts a gateway without further settings.
     pub(crate) async fn gateway(&self) -> Gateway {
         Gateway::start(&self.config("")).await
     }
 
-    /// A gateway with further settings (TOML).
+    /// Starts a gateway with further settings (TOML).
     pub(crate) async fn gateway_with(&self, more: &str) -> Gateway {
         Gateway::start(&self.config(more)).await
     }
 
-    /// A gateway with further settings (TOML) of its upstream.
+    /// Starts a gateway with further settings (TOML) of its upstream.
     pub(crate) async fn gateway_upstream(&self, upstream: &str) -> Gateway {
         self.gateway_both("", upstream).await
     }
 
-    /// A gateway with further settings of its own and of its upstream.
+    /// Starts a gateway with further settings of its own and of its upstream.
     pub(crate) async fn gateway_both(&self, more: &str, upstream: &str) -> Gateway {
         Gateway::start(&self.config_with(more, upstream)).await
     }
 
-    /// A gateway in the place of another one.
+    /// Stops a gateway and starts another one with further settings of its upstream.
     pub(crate) async fn gateway_instead(&self, mut other: Gateway, upstream: &str) -> Gateway {
         other.terminate();
         other.exit().await;
         self.gateway_upstream(upstream).await
     }
 
-    /// Adds items to a conversation, as somebody else may.
+    /// Adds items to a conversation directly, as another client of the upstream may.
     pub(crate) async fn add_items(&self, conversation: &str, items: &serde_json::Value) {
         let url = format!("{}/conversations/{conversation}/items", self.upstream_url);
         let request = reqwest::Client::new().post(url).bearer_auth("sk-other");
@@ -145,7 +145,7 @@ impl Scene {
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
-    /// Adds a message to a thread or conversation, as somebody else may.
+    /// Adds a message to an upstream thread directly, as another client of the upstream may.
     pub(crate) async fn write(&self, thread: &str, role: &str, text: &str) {
         let client = reqwest::Client::new();
         let (url, body) = if self.protocol == Protocol::Assistants {
@@ -174,7 +174,7 @@ impl Scene {
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
-    /// Deletes a thread or conversation, as somebody else may.
+    /// Deletes an upstream thread directly, as another client of the upstream may.
     pub(crate) async fn delete_thread(&self, thread: &str) {
         let kind = if self.protocol == Protocol::Assistants {
             "threads"
@@ -191,7 +191,7 @@ impl Scene {
         assert!(answer.status().is_success(), "{:?}", answer.text().await);
     }
 
-    /// A fault for the next `times` requests of a kind.
+    /// Makes the next `times` requests of a kind fail with this fault.
     pub(crate) fn fault(&self, on: &str, fault: &str, times: u32) {
         let fault = threadkeeper::simulator::Fault {
             on: on.to_owned(),
@@ -201,13 +201,14 @@ impl Scene {
         self.simulator.add_fault(fault).unwrap();
     }
 
-    /// A configuration that leads to this scene's database and simulator. `more` may open tables of its own and
-    /// must not repeat one.
+    /// Returns a configuration with this scene's database and simulator. `more` may open further
+    /// tables, each once.
     pub(crate) fn config(&self, more: &str) -> String {
         self.config_with(more, "")
     }
 
-    /// The same with further settings of its upstream. A machine that is busy with other tests refuses nothing for that.
+    /// The same with further settings of its upstream. The store's wait is long, since a busy
+    /// machine must not cause refusals.
     pub(crate) fn config_with(&self, more: &str, upstream: &str) -> String {
         let (kind, assistant) = match self.protocol {
             Protocol::Assistants => ("assistants", "assistant_id = \"asst_test\""),
@@ -228,7 +229,7 @@ impl Scene {
         )
     }
 
-    /// The ids of all threads or conversations at the simulator that are not deleted.
+    /// Returns the ids of all upstream threads at the simulator that are not deleted.
     pub(crate) fn upstream_threads(&self) -> Vec<String> {
         let threads = self
             .simulator
@@ -240,7 +241,7 @@ impl Scene {
 }
 
 impl Drop for Scene {
-    /// Whatever a test did, no gateway may ever have broken a rule of the upstream.
+    /// Asserts that no gateway broke a rule of the upstream during the test.
     fn drop(&mut self) {
         self.stop.cancel();
         if !std::thread::panicking() {
@@ -258,7 +259,8 @@ impl Drop for Scene {
     }
 }
 
-/// Makes a test of each function, `case(Scene)`, for every protocol on every store: for what the two decide together.
+/// Makes a test of each function `case(Scene)` for every protocol on every store. It is for what
+/// protocol and store decide together.
 macro_rules! on_every_scene {
     ($($case:ident),+ $(,)?) => {
         on_every_scene!(@ assistants_sqlite Assistants Sqlite [$($case)+]);
@@ -282,7 +284,8 @@ macro_rules! on_every_scene {
 }
 pub(crate) use on_every_scene;
 
-/// The same on one store for each protocol, and on each store once: for what the protocol decides.
+/// The same for each protocol once, and for each store at least once. It is for what the protocol
+/// decides.
 macro_rules! on_each_protocol {
     ($($case:ident),+ $(,)?) => {
         crate::support::scene::on_every_scene!(@ assistants Assistants Sqlite [$($case)+]);
@@ -292,7 +295,7 @@ macro_rules! on_each_protocol {
 }
 pub(crate) use on_each_protocol;
 
-/// The same with one protocol: for what the store decides, and nothing of the upstream.
+/// The same on each store with one protocol. It is for what the store decides.
 macro_rules! on_each_store {
     ($($case:ident),+ $(,)?) => {
         crate::support::scene::on_every_scene!(@ sqlite Responses Sqlite [$($case)+]);
@@ -301,7 +304,8 @@ macro_rules! on_each_store {
 }
 pub(crate) use on_each_store;
 
-/// The same for each protocol, on a store that the seed chooses: for what takes long, and is different in every run anyway.
+/// The same for each protocol on a store that the seed chooses. It is for tests that take long
+/// and differ in every run.
 macro_rules! on_each_protocol_by_chance {
     ($($case:ident),+ $(,)?) => {
         $(
@@ -328,7 +332,8 @@ macro_rules! on_each_protocol_by_chance {
 }
 pub(crate) use on_each_protocol_by_chance;
 
-/// The same for what takes several processes on one database, Postgres, and what the protocol decides.
+/// The same for each protocol on Postgres. It is for several processes on one database, where the
+/// protocol matters.
 macro_rules! on_every_shared_scene {
     ($($case:ident),+ $(,)?) => {
         crate::support::scene::on_every_scene!(@ shared_assistants Assistants Postgres [$($case)+]);
@@ -338,7 +343,8 @@ macro_rules! on_every_shared_scene {
 }
 pub(crate) use on_every_shared_scene;
 
-/// The same for what takes several processes, whatever the protocol.
+/// The same with one protocol on Postgres. It is for several processes, where the protocol does
+/// not matter.
 macro_rules! on_shared_scene {
     ($($case:ident),+ $(,)?) => {
         crate::support::scene::on_every_scene!(@ shared Responses Postgres [$($case)+]);
@@ -346,7 +352,8 @@ macro_rules! on_shared_scene {
 }
 pub(crate) use on_shared_scene;
 
-/// The same with a protocol that the seed chooses: for what takes long, and is different in every run anyway.
+/// The same on Postgres with a protocol that the seed chooses. It is for tests that take long and
+/// differ in every run.
 macro_rules! on_shared_scene_by_chance {
     ($($case:ident),+ $(,)?) => {
         mod shared_by_chance {

@@ -1,4 +1,4 @@
-//! Looking for what must not be written, in whatever form it may have been written.
+//! Searches texts for secrets, in all encodings in which they may have been written.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -6,15 +6,17 @@ use std::fmt::Write as _;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 
-/// Texts to look for. A piece of one is found as well, if it is no shorter than what was said when it was added.
+/// Texts to search for. Pieces of a text are found too, down to the length that was given with
+/// the text.
 pub(crate) struct Needles {
-    /// What is looked for, by its first eight bytes, with what it is.
+    /// Byte patterns, by their first eight bytes. Each has a description.
     patterns: HashMap<[u8; HEAD], Vec<(Vec<u8>, String)>>,
-    /// How patterns begin: most places of a text can be passed over at once.
+    /// The first two bytes of all patterns, so that the search skips most places of a text at
+    /// once.
     beginnings: Vec<bool>,
 }
 
-/// Every pattern has at least so many bytes.
+/// Shortest length of a pattern, in bytes.
 const HEAD: usize = 8;
 
 impl Default for Needles {
@@ -31,16 +33,18 @@ fn beginning(bytes: &[u8]) -> usize {
 }
 
 impl Needles {
-    /// Looks for each piece of `text` of `length` characters: as it is, and as it may have been encoded.
+    /// Adds each piece of `text` of `length` characters, plain and in all encodings.
     pub(crate) fn add(&mut self, name: &str, text: &str, length: usize) {
         assert!(
             text.len() >= length && length >= HEAD,
-            "{name} is too short to be told from other texts"
+            "{name} is too short to be distinguished from other texts"
         );
         for piece in text.as_bytes().windows(length) {
             for (form, pattern) in forms(piece) {
                 self.beginnings[beginning(&pattern)] = true;
-                let head = pattern[..HEAD].try_into().expect("it is no shorter");
+                let head = pattern[..HEAD]
+                    .try_into()
+                    .expect("a pattern has at least this length");
                 let same_head = self.patterns.entry(head).or_default();
                 if !same_head.iter().any(|(other, _)| *other == pattern) {
                     same_head.push((pattern, format!("{name}, {form}")));
@@ -49,7 +53,7 @@ impl Needles {
         }
     }
 
-    /// What is found, if anything is: what it is, and what stands around it.
+    /// Returns the first finding: its description and the text around it.
     pub(crate) fn find(&self, text: &[u8]) -> Option<String> {
         let begins = |(_, head): &(usize, &[u8])| self.beginnings[beginning(head)];
         text.windows(HEAD)
@@ -67,9 +71,9 @@ impl Needles {
     }
 }
 
-/// Ways to write bytes down.
+/// Returns the bytes in each of the supported encodings.
 fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
-    let text = std::str::from_utf8(piece).expect("what is planted is ASCII");
+    let text = std::str::from_utf8(piece).expect("a planted text is ASCII");
     let escaped = serde_json::to_string(text).expect("a text is JSON");
     let escaped = escaped.trim_matches('"').to_owned();
     let twice = escaped.replace('\\', "\\\\").replace('"', "\\\"");
@@ -112,7 +116,8 @@ fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
             list.trim_end_matches(", ").as_bytes().to_vec(),
         ),
     ];
-    // Where it begins within a group of three bytes decides how it is written; digits that its neighbours share are left out.
+    // The place within a group of three bytes decides the base64 digits. Digits that share bits
+    // with neighbouring bytes are left out.
     for before in 0..3 {
         let shifted = [&vec![0; before], piece].concat();
         let (begin, end) = ((before * 8).div_ceil(6), shifted.len() * 8 / 6);
@@ -126,7 +131,8 @@ fn forms(piece: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
     all
 }
 
-/// A text of 40 letters and digits that nothing else holds, always the same for a name. None of them are hexadecimal.
+/// Returns a text of 40 letters that occurs nowhere else, always the same for a name. None of the
+/// letters is a hexadecimal digit.
 pub(crate) fn planted(name: &str) -> String {
     const LETTERS: &[u8; 32] = b"ghjkmnpqrstvwxyzGHJKMNPQRSTVWXYZ";
     let digest =
@@ -138,7 +144,7 @@ pub(crate) fn planted(name: &str) -> String {
 }
 
 #[test]
-fn a_needle_is_found_in_whatever_form() {
+fn planted_text_is_found_in_any_encoding() {
     let secret = format!("sk-{}\"\\/+%", planted("a secret"));
     let mut needles = Needles::default();
     needles.add("the secret", &secret, 8);

@@ -1,4 +1,4 @@
-//! A running simulator and a bare client of its wire protocols.
+//! A running simulator, and a plain client of its wire protocols.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// Longest wait for anything that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A simulator on a free port. Its drop stops it.
+/// A simulator on a free port. Dropping it stops the simulator.
 pub(crate) struct Sim {
     pub(crate) base: String,
     pub(crate) root: String,
@@ -65,7 +65,8 @@ impl Sim {
         Self::start(SimulatorConfig::default()).await
     }
 
-    /// A request with credentials and the beta header; `path` begins with a slash, below `/v1`.
+    /// A request with credentials and the beta header. `path` begins with a slash and is below
+    /// `/v1`.
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.client
             .request(method, format!("{}{path}", self.base))
@@ -93,40 +94,40 @@ impl Sim {
         (status, response.json().await.unwrap())
     }
 
-    /// POST that must succeed.
+    /// Posts, which must succeed. Returns the answer.
     pub(crate) async fn post(&self, path: &str, body: Value) -> Value {
         let (status, answer) = self.send(Method::POST, path, Some(&body)).await;
         assert_eq!(status, 200, "POST {path}: {answer}");
         answer
     }
 
-    /// GET that must succeed.
+    /// Gets, which must succeed. Returns the answer.
     pub(crate) async fn get(&self, path: &str) -> Value {
         let (status, answer) = self.send(Method::GET, path, None).await;
         assert_eq!(status, 200, "GET {path}: {answer}");
         answer
     }
 
-    /// DELETE that must succeed.
+    /// Deletes, which must succeed. Returns the answer.
     pub(crate) async fn delete(&self, path: &str) -> Value {
         let (status, answer) = self.send(Method::DELETE, path, None).await;
         assert_eq!(status, 200, "DELETE {path}: {answer}");
         answer
     }
 
-    /// Status and error object of a POST that must fail.
+    /// Posts, which must fail. Returns status and error object.
     pub(crate) async fn refused(&self, path: &str, body: Value) -> (u16, Value) {
         let (status, answer) = self.send(Method::POST, path, Some(&body)).await;
         assert!(status >= 400, "POST {path}: {answer}");
         (status, answer["error"].clone())
     }
 
-    /// A POST whose answer is an event stream, still open.
+    /// Posts, and returns the answer's event stream, which is still open.
     pub(crate) async fn open(&self, path: &str, body: &Value) -> Stream {
         Stream::of(self.request(Method::POST, path).json(body)).await
     }
 
-    /// All events of a POST's stream.
+    /// Posts, and returns all events of the answer's stream.
     pub(crate) async fn events(&self, path: &str, body: Value) -> Vec<Event> {
         self.open(path, &body)
             .await
@@ -135,11 +136,11 @@ impl Sim {
             .expect("the stream ends properly")
     }
 
-    /// Statistics as soon as `reached` is true of them.
+    /// Waits until `reached` accepts the simulator's statistics. Returns them.
     pub(crate) async fn wait_for(&self, reached: impl FnMut(&Stats) -> bool) -> Stats {
         tokio::time::timeout(PATIENCE, self.handle.wait_for(reached))
             .await
-            .expect("this happens in time")
+            .expect("the simulator reaches the state in time")
     }
 
     pub(crate) async fn thread(&self) -> String {
@@ -159,7 +160,7 @@ pub(crate) fn id(object: &Value) -> String {
         .to_owned()
 }
 
-/// Names of events, deltas in a row counted once.
+/// Names of events. Repeats in a row count once.
 pub(crate) fn names(events: &[Event]) -> Vec<&str> {
     let mut names: Vec<&str> = events.iter().map(|event| event.name.as_str()).collect();
     names.dedup();
@@ -191,7 +192,7 @@ impl Stream {
         }
     }
 
-    /// The next event, `None` at the proper end, an error if the connection broke.
+    /// Returns the next event, `None` at the proper end, or an error if the connection broke.
     pub(crate) async fn next(&mut self) -> reqwest::Result<Option<Event>> {
         loop {
             if let Some(event) = self.take() {
@@ -207,7 +208,7 @@ impl Stream {
         }
     }
 
-    /// The next event of that name.
+    /// Reads up to the next event with this name, and returns it.
     pub(crate) async fn until(&mut self, name: &str) -> Event {
         loop {
             let event = self
@@ -229,7 +230,7 @@ impl Stream {
         Ok(events)
     }
 
-    /// Chunks as they arrive, unread.
+    /// Returns the remaining chunks as they arrive, not parsed.
     pub(crate) async fn raw(mut self) -> Vec<bytes::Bytes> {
         let mut chunks = Vec::new();
         while let Some(chunk) = self.body.next().await {

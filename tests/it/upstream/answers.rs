@@ -1,4 +1,4 @@
-//! Answers to function calls.
+//! Outputs for function calls.
 
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ async fn run_continues_after_tool_outputs() {
     }
 }
 
-/// What has to be asked before the outputs are sent has no answer: then nothing was sent.
+/// A look-up before the outputs gets no answer, so the outputs were certainly not sent.
 #[tokio::test]
 async fn failed_lookup_before_tool_outputs_is_unambiguous() {
     let failed = || json_answer(503, &[("retry-after-ms", "1")], "");
@@ -121,7 +121,7 @@ async fn custom_tool_calls_get_custom_tool_outputs() {
     assert_eq!(
         kinds(2),
         ["function_call_output", "function_call_output"],
-        "nobody is asked without need"
+        "the adapter makes no needless request"
     );
 }
 
@@ -151,7 +151,10 @@ async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
     let upstream = assistants(&server);
     for _ in ["expired", "queued"] {
         let error = answer(&*upstream, false).await.err().unwrap();
-        assert!(error.is_ambiguous(), "to be looked up: {error:?}");
+        assert!(
+            error.is_ambiguous(),
+            "the error must lead to a look-up: {error:?}"
+        );
     }
     let error = answer(&*upstream, false).await.err().unwrap();
     assert!(
@@ -188,7 +191,7 @@ async fn tool_outputs_without_response_id_use_conversation_items() {
     assert_eq!(body["conversation"], "t_1");
     assert_eq!(body["input"][1]["type"], "custom_tool_call_output");
 
-    // A run, and a chain, cannot be answered so.
+    // Runs and chains need an id for their outputs.
     let server = Scripted::start(vec![]).await;
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;

@@ -1,4 +1,4 @@
-//! Streams of background responses that break and go on.
+//! Streams of background responses that break and resume.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use threadkeeper::upstream::{Recovered, Upstream, UpstreamError, UpstreamEvent};
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, late, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, thread, turn, unsettled_run};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, run_to_end, thread, unsettled_run};
 
 /// An adapter whose responses run in the background.
 fn background(server: &Scripted) -> Box<dyn Upstream> {
@@ -21,7 +21,7 @@ fn background(server: &Scripted) -> Box<dyn Upstream> {
     adapter(&settings)
 }
 
-/// The first events of the usual turn.
+/// The first events of the usual run.
 fn first(events: usize) -> Vec<u8> {
     RESPONSES_TURN
         .split_inclusive("\n\n")
@@ -34,7 +34,7 @@ fn cut_after(events: usize) -> Play {
     sse(vec![Step::Bytes(first(events)), Step::Cut])
 }
 
-/// The rest of the turn.
+/// The remaining events of the run.
 fn rest(events: usize) -> Play {
     sse(vec![Step::Bytes(rest_of(events))])
 }
@@ -51,7 +51,7 @@ fn response(status: &str) -> Play {
     response_that_asks(status, "1")
 }
 
-/// `after`: milliseconds after which the server wants to be asked again.
+/// A response whose server asks for the next poll after `after` milliseconds.
 fn response_that_asks(status: &str, after: &str) -> Play {
     let done = json!({"id": "r_1", "status": status, "output": if status == "completed" {
         json!([{"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Hello!"}]}])
@@ -125,7 +125,11 @@ async fn replayed_events_are_ignored_after_resume() {
     let whole = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
     let server = Scripted::start(vec![cut_after(3), whole()]).await;
     assert_eq!(
-        lines(&turn(&*background(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*background(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     assert_eq!(
@@ -156,7 +160,8 @@ async fn unresumable_stream_falls_back_to_polling() {
         )])
     };
     let whole_error = || json_answer(200, &[], r#"{"error":{"message":"expired"}}"#);
-    // Refused, no event stream, a stream without anything in it, an error in it, and a stream without numbers.
+    // The resumed stream is refused, has another content type, is empty, contains an error, or
+    // has no numbers.
     let unnumbered = String::from_utf8(first(3))
         .unwrap()
         .replace("sequence_number", "x");
@@ -204,7 +209,7 @@ async fn unresumable_stream_falls_back_to_polling() {
             response("completed"),
         ],
         vec![unnumbered(), response("in_progress"), response("completed")],
-        // A day is not waited for.
+        // The adapter does not wait for a day.
         vec![
             cut_after(3),
             refused(),
@@ -213,7 +218,9 @@ async fn unresumable_stream_falls_back_to_polling() {
         ],
     ] {
         let (count, server) = (plays.len(), Scripted::start(plays).await);
-        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        let events = run_to_end(&*background(&server), Some(&thread()))
+            .await
+            .unwrap();
         let expected = ["accepted r_1", "text Hel", "ended completed Hello!"];
         assert_eq!(lines(&events), expected, "{:?}", server.targets());
         assert_eq!(server.requests().len(), count);
@@ -226,7 +233,7 @@ async fn taken_over(server: &Scripted) -> Vec<String> {
     let broken = UpstreamError::Broken { timeout: false };
     match background(server).recover(&sent, &broken).await.unwrap() {
         Recovered::Running(events) => lines(&events.collect::<Vec<_>>().await),
-        Recovered::Absent | Recovered::Unknown => panic!("it is running"),
+        Recovered::Absent | Recovered::Unknown => panic!("the response is in progress"),
     }
 }
 
@@ -241,7 +248,7 @@ async fn recovered_background_response_streams_from_beginning() {
     ];
     assert_eq!(server.targets(), expected);
 
-    // What is over needs no stream.
+    // A finished response needs no stream.
     let server = Scripted::start(vec![response("completed")]).await;
     assert_eq!(
         taken_over(&server).await,
@@ -307,10 +314,10 @@ async fn fruitless_resume_attempts_are_bounded() {
     settings.background = true;
     let upstream = adapter(&settings);
     assert_eq!(
-        lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+        lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
         EXPECTED
     );
-    let events = turn(&*upstream, Some(&thread())).await.unwrap();
+    let events = run_to_end(&*upstream, Some(&thread())).await.unwrap();
     let lines = lines(&events);
     assert_eq!(lines[..2], EXPECTED[..2]);
     assert!(
@@ -329,7 +336,9 @@ async fn refused_resume_is_reported_as_broken_stream() {
     ] {
         let again = json_answer(404, &[], &gone.to_string());
         let server = Scripted::start(vec![cut_after(3), answer, again]).await;
-        let events = turn(&*background(&server), Some(&thread())).await.unwrap();
+        let events = run_to_end(&*background(&server), Some(&thread()))
+            .await
+            .unwrap();
         assert_eq!(lines(&events)[2..], ["error Broken { timeout: false }"]);
     }
 }
@@ -352,20 +361,22 @@ async fn silent_resume_and_unanswered_poll_are_waited_for() {
     let upstream = background(&server);
     for _ in 0..2 {
         assert_eq!(
-            lines(&turn(&*upstream, Some(&thread())).await.unwrap()),
+            lines(&run_to_end(&*upstream, Some(&thread())).await.unwrap()),
             EXPECTED
         );
     }
     assert_eq!(server.requests().len(), 4);
 
-    // As often as there is no answer, which is more often than it may fail.
+    // There is no answer more often than a request may fail.
     let mut plays = vec![cut_after(3), json_answer(400, &[], "{}")];
     plays.extend((0..7).map(|_| Play::Silence));
     plays.push(response("completed"));
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     (settings.background, settings.call_timeout) = (true, Duration::from_millis(50));
-    let events = turn(&*adapter(&settings), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*adapter(&settings), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(
         lines(&events),
         ["accepted r_1", "text Hel", "ended completed Hello!"]
@@ -380,7 +391,7 @@ async fn stream_cut_before_acceptance_is_ambiguous() {
         Step::Cut,
     ])])
     .await;
-    let error = turn(&*background(&server), Some(&thread()))
+    let error = run_to_end(&*background(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(error.is_ambiguous(), "{error:?}");
@@ -395,7 +406,7 @@ async fn external_cancel_ends_background_stream() {
         .await
         .unwrap();
     let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-        panic!("not accepted")
+        panic!("the run was not accepted")
     };
     scene
         .sim

@@ -1,4 +1,4 @@
-//! Waiting until a thread that something else holds is free.
+//! Waiting until another run has released the thread.
 
 use std::time::Instant;
 
@@ -8,12 +8,12 @@ use threadkeeper::upstream::{UpstreamError, UpstreamEvent};
 
 use super::scene::{ALL, Flavour, Scene};
 
-/// What another run finds in its way.
+/// Starts a run on a busy thread. Returns the run that blocks it, if the upstream names one.
 async fn blocking(scene: &mut Scene) -> Option<UpstreamRunId> {
     scene.next_run(Baseline::default());
     match scene.start("x").await.err() {
         Some(UpstreamError::Busy { blocking_run }) => blocking_run,
-        other => panic!("not busy: {other:?}"),
+        other => panic!("the thread is not busy: {other:?}"),
     }
 }
 
@@ -36,7 +36,7 @@ async fn own_blocking_run_is_cancelled() {
     assert_eq!(scene.sim.handle.stats().runs_ended["cancelled"], 1);
     scene.sim.handle.release();
     scene.say("next").await;
-    // A run that has ended, or never was, blocks nothing.
+    // A run that has ended or never existed blocks nothing.
     for run in [&blocking, &UpstreamRunId("run_0".to_owned())] {
         scene
             .upstream

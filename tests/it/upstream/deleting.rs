@@ -1,4 +1,4 @@
-//! Deleting threads and runs, reading a thread from its beginning, and finding lost ones.
+//! Deleting threads and runs, reading a thread from its beginning, and finding lost threads.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -21,12 +21,12 @@ use super::scripted::{Play, Scripted, json_answer};
 use super::{adapter, assistants, config, owner, responses, thread};
 use crate::support::wire::id;
 
-/// One that is never waited for long.
+/// A rate limiter that never makes a test wait for long.
 fn pace() -> RateLimiter {
     RateLimiter::new(NonZeroU32::new(10_000).unwrap())
 }
 
-/// What became of the thread, and how many items were deleted one by one.
+/// Returns the result of the deletion, and the number of items that were deleted one by one.
 async fn delete(
     upstream: &dyn Upstream,
     thread: &UpstreamThreadId,
@@ -51,7 +51,7 @@ impl Scene {
             .unwrap_or_default()
     }
 
-    /// Puts user messages into the thread, as somebody else may.
+    /// Adds user messages to the thread directly, as another client may.
     async fn add(&self, texts: &[String]) {
         let (thread, says) = (
             self.thread(),
@@ -76,7 +76,7 @@ impl Scene {
         }
     }
 
-    /// Nothing that could be had from the server says `text`.
+    /// Asserts that nothing at the server contains `text`.
     fn assert_forgotten(&self, text: &str) {
         assert_eq!(
             self.sim.handle.holds_text(text),
@@ -124,7 +124,7 @@ async fn thread_deletion_removes_all_content() {
             assert_eq!(disposal, Deleted);
         }
         scene.assert_forgotten("needle");
-        // Once more: there is nothing.
+        // A repeat finds nothing.
         assert_eq!(
             delete(&*scene.upstream, &scene.thread()).await.unwrap(),
             (AlreadyGone, 0)
@@ -140,10 +140,10 @@ async fn interrupted_deletion_can_be_repeated() {
     let (thread, pace) = (scene.thread(), pace());
     let mut items = Items::default();
     tokio::select! {
-        deleted = scene.upstream.delete_thread(&thread, &pace, &mut items) => panic!("too fast: {deleted:?}"),
+        deleted = scene.upstream.delete_thread(&thread, &pace, &mut items) => panic!("the deletion ended before it was interrupted: {deleted:?}"),
         _ = scene.sim.wait_for(|stats| stats.requests_by_operation.get("delete_item") >= Some(&120)) => {}
     }
-    // The one under way may have been deleted without having been counted.
+    // An item whose deletion was under way may be deleted without being counted.
     let left = scene.sim.handle.holds_text("needle").len() as u64;
     let items = items.deleted;
     assert!(
@@ -304,7 +304,7 @@ async fn stored_responses_are_deleted_finished_or_running() {
             scene.sim.handle.hold();
             let mut events = scene.start("needle").await.unwrap();
             let Some(Ok(UpstreamEvent::Accepted(running))) = events.next().await else {
-                panic!("not accepted")
+                panic!("the run was not accepted")
             };
             assert_eq!(
                 scene.upstream.delete_run(&running, &pace()).await.unwrap(),
@@ -369,7 +369,7 @@ async fn deletion_retries_transient_failures() {
         } else {
             0
         };
-        // Deleted by the try whose answer was lost.
+        // An attempt whose answer was lost has deleted it.
         assert_eq!(
             delete(&*scene.upstream, &scene.thread()).await.unwrap(),
             (Deleted, items),
@@ -426,7 +426,7 @@ fn framework_404() -> Play {
     json_answer(404, &[], r#"{"detail":"Not Found"}"#)
 }
 
-/// The same answer to whatever is asked.
+/// A server with the same answer to all requests.
 async fn always(status: u16, body: &str) -> Scripted {
     Scripted::start((0..8).map(|_| json_answer(status, &[], body)).collect()).await
 }
@@ -516,7 +516,7 @@ async fn not_found_in_any_wording_counts_as_gone() {
     }
 }
 
-/// A 404 in words that leave open what is not there: the response can still be read.
+/// The 404's text leaves open what is missing, and the response can still be read.
 #[tokio::test]
 async fn readable_response_is_not_reported_gone() {
     let server = Scripted::start(vec![
@@ -549,7 +549,7 @@ async fn missing_delete_endpoint_is_not_supported() {
             (NotSupported, 0)
         );
     }
-    // A 404 of the endpoint, where the thread is still to be had.
+    // The endpoint answers 404, but the thread can still be read.
     let plays = [object(), list(&json!([])), framework_404()]
         .into_iter()
         .chain((0..4).map(|_| object()));
@@ -561,7 +561,7 @@ async fn missing_delete_endpoint_is_not_supported() {
     assert_eq!(server.requests().len(), 7);
 }
 
-/// The look at the conversation is what the server lacks, not its deletion.
+/// The server cannot show the conversation, but can delete it.
 #[tokio::test]
 async fn unreadable_thread_is_deleted_anyway() {
     let lacks = || json_answer(405, &[], r#"{"detail":"Method Not Allowed"}"#);
@@ -587,7 +587,7 @@ async fn ineffective_deletion_is_an_error() {
     let error = delete(&*assistants(&server), &thread()).await.unwrap_err();
     assert!(matches!(error, UpstreamError::Protocol(_)), "{error:?}");
 
-    // Items that are listed again and again, though they were deleted in words.
+    // Items are listed again and again, although each deletion was confirmed.
     let items = json!([{"id": "msg_1"}, {"id": "msg_2"}, {"type": "odd"}]);
     let deleted = || json_answer(200, &[], "");
     let mut plays = vec![object(), list(&items), deleted(), deleted()];
@@ -647,7 +647,7 @@ async fn conversation_without_item_list_is_deleted_alone() {
             object(),
             json_answer(status, &[], ""),
             json_answer(204, &[], ""),
-            // A 404 in whatever words: the same call had an answer before.
+            // Any 404 counts here, since the same request succeeded before.
             framework_404(),
         ])
         .await;
@@ -731,7 +731,7 @@ async fn oversized_pages_are_requested_in_smaller_parts() {
     scene.assert_forgotten("needle");
 }
 
-/// All entries, and the number of pages.
+/// Returns all entries, and the number of pages.
 async fn whole_history(scene: &Scene) -> (Vec<HistoryEntry>, usize) {
     let (mut entries, mut pages, mut after) = (Vec::new(), 0, None);
     loop {
@@ -753,7 +753,7 @@ async fn whole_history(scene: &Scene) -> (Vec<HistoryEntry>, usize) {
 fn text_of(entry: &HistoryEntry) -> &str {
     match &entry.content[..] {
         [ContentPart::Text { text }] => text,
-        other => panic!("no text: {other:?}"),
+        other => panic!("the entry is no text: {other:?}"),
     }
 }
 
@@ -766,7 +766,7 @@ async fn history_is_read_from_beginning_across_pages() {
         let foreign = numbered(120);
         scene.add(&foreign).await;
         if flavour == Flavour::Conversations {
-            // A whole page of what is no message.
+            // A whole page without messages.
             let calls: Vec<Value> = (0..100)
                 .map(|n| json!({"type": "reasoning", "id": format!("rs_{n}"), "summary": []}))
                 .collect();
@@ -800,7 +800,7 @@ async fn history_is_read_from_beginning_across_pages() {
         assert_eq!(
             tagged,
             usize::from(flavour == Flavour::Assistants),
-            "the message of our run"
+            "the message of this run"
         );
         assert_eq!(entries[0].is_tagged, flavour == Flavour::Assistants);
         let dated = entries.iter().all(|entry| entry.created_at.is_some());
@@ -856,7 +856,7 @@ async fn lost_threads_are_found_by_tag_in_list() {
         let mut made = Vec::new();
         for at in 0..210 {
             if at % 100 == 0 {
-                // Names may have been sent in another form, by an earlier version or another setting.
+                // An earlier version or another setting may have sent the names in another form.
                 let names = KeyNames {
                     user: format!("{at:032x}"),
                     ..sought.names.clone()
@@ -880,7 +880,7 @@ async fn lost_threads_are_found_by_tag_in_list() {
                     .await;
             }
         }
-        // One that is deleted is not found.
+        // A deleted thread is not found.
         delete(&*scene.upstream, &made.remove(0)).await.unwrap();
         made.reverse();
         let found = scene
@@ -952,7 +952,7 @@ async fn endless_thread_list_is_read_up_to_limit() {
             &json!({"data": page, "has_more": true}).to_string(),
         )
     };
-    // A server that does not know the cursor.
+    // This server does not know the cursor.
     let server = Scripted::start(
         (0..2)
             .map(|_| endless(&json!([ours, other("t_1")])))
@@ -964,7 +964,8 @@ async fn endless_thread_list_is_read_up_to_limit() {
         .await
         .unwrap();
     assert_eq!(found, Some(vec![UpstreamThreadId("t_9".to_owned())]));
-    // One that has more threads than can be looked through: silence means nothing, a find does.
+    // The server has more threads than the adapter reads. So finding nothing means nothing, but a
+    // find counts.
     for (first, expected) in [
         (other("t_0"), None),
         (ours, Some(vec![UpstreamThreadId("t_9".to_owned())])),
@@ -1004,7 +1005,8 @@ async fn deletion_calls_respect_pace() {
         .await
         .unwrap();
     let calls = u32::try_from(scene.sim.handle.stats().requests - before).unwrap();
-    // Two looks at the conversation, two lists, four items and itself. The first turn is at once.
+    // Two reads of the conversation, two lists, four items and the conversation itself. The first
+    // request is not delayed.
     assert_eq!((disposal, items.deleted, calls), (Deleted, 4, 9));
     assert!(
         started.elapsed() >= Duration::from_millis(20) * (calls - 1),

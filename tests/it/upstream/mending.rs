@@ -1,4 +1,4 @@
-//! Conversations that an earlier turn left damaged.
+//! Conversations that an earlier run left damaged.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 
 use super::scene::{Flavour, Scene, read};
 use super::scripted::{Play, Scripted, Step, json_answer, sse};
-use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, thread, turn};
+use super::{EXPECTED, RESPONSES_TURN, adapter, config, lines, responses, run_to_end, thread};
 
 const OPEN: &str = "No tool output found for function call call_1.";
 const ORPHAN: &str =
@@ -23,7 +23,7 @@ fn refused(message: &str) -> Play {
     json_answer(400, &[], &json!({"error": error}).to_string())
 }
 
-/// Items, newest first.
+/// A list of items, newest first.
 fn items(items: &Value) -> Play {
     json_answer(
         200,
@@ -44,15 +44,16 @@ fn ok() -> Play {
     json_answer(200, &[], "{}")
 }
 
-/// The turn was refused, and what is to be mended cannot be seen: then nothing of it is there.
+/// The run was refused, and the conversation cannot be read for repairs. So nothing of the run is
+/// upstream.
 #[tokio::test]
-async fn refused_turn_is_unambiguous_when_repair_fails() {
+async fn refused_run_is_unambiguous_when_repair_fails() {
     let mut plays = vec![refused(OPEN)];
     plays.extend((0..5).map(|_| Play::Silence));
     let server = Scripted::start(plays).await;
     let mut settings = config(UpstreamKind::Responses, &server.url);
     settings.call_timeout = Duration::from_millis(50);
-    let error = turn(&*adapter(&settings), Some(&thread()))
+    let error = run_to_end(&*adapter(&settings), Some(&thread()))
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::Connect), "{error:?}");
@@ -74,7 +75,9 @@ async fn open_calls_are_closed_with_next_message() {
         good(),
     ])
     .await;
-    let events = turn(&*responses(&server), Some(&thread())).await.unwrap();
+    let events = run_to_end(&*responses(&server), Some(&thread()))
+        .await
+        .unwrap();
     assert_eq!(lines(&events), EXPECTED);
     let requests = server.requests();
     let output = |kind: &str, id: &str| json!({"type": kind, "call_id": id, "output": "{\"error\":\"the call was not answered\"}"});
@@ -116,7 +119,11 @@ async fn repairs_are_tried_in_order_once_each() {
     ])
     .await;
     assert_eq!(
-        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*responses(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     let targets = server.targets();
@@ -128,7 +135,7 @@ async fn repairs_are_tried_in_order_once_each() {
     assert_eq!(requests[2].body["input"].as_array().unwrap().len(), 2);
     assert_eq!(requests[7].body, requests[0].body);
 
-    // Still refused: the caller makes the conversation again.
+    // The run is still refused, so the caller must recreate the conversation.
     let plays = vec![
         refused(OPEN),
         list(),
@@ -139,16 +146,21 @@ async fn repairs_are_tried_in_order_once_each() {
         refused(ORPHAN),
     ];
     let server = Scripted::start(plays).await;
-    let error = turn(&*responses(&server), Some(&thread()))
+    let error = run_to_end(&*responses(&server), Some(&thread()))
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     assert_eq!(server.requests().len(), 7);
 
-    // An orphan is not answered but deleted at once, even one that is further back.
+    // An orphaned output gets no answer; the adapter deletes it at once, even one that is further
+    // back.
     let server = Scripted::start(vec![refused(ORPHAN), items(&json!([])), ok(), good()]).await;
     assert_eq!(
-        lines(&turn(&*responses(&server), Some(&thread())).await.unwrap()),
+        lines(
+            &run_to_end(&*responses(&server), Some(&thread()))
+                .await
+                .unwrap()
+        ),
         EXPECTED
     );
     assert_eq!(server.targets()[2], "DELETE /conversations/t_1/items/rs_1");
@@ -165,23 +177,25 @@ async fn unrepairable_thread_counts_as_gone() {
     ])
     .await;
     for _ in 0..2 {
-        let error = turn(&*responses(&server), Some(&thread()))
+        let error = run_to_end(&*responses(&server), Some(&thread()))
             .await
             .unwrap_err();
         assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");
     }
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
-    let error = turn(&*adapter(&chain), Some(&thread())).await.unwrap_err();
+    let error = run_to_end(&*adapter(&chain), Some(&thread()))
+        .await
+        .unwrap_err();
     assert!(
         matches!(error, UpstreamError::ThreadGone),
-        "a chain has no items to mend: {error:?}"
+        "a chain has no items to repair: {error:?}"
     );
     assert_eq!(server.requests().len(), 5);
 }
 
 #[tokio::test]
-async fn damaged_conversation_takes_next_turn() {
+async fn damaged_conversation_accepts_next_message() {
     for flavour in [Flavour::Conversations, Flavour::Background] {
         for text in [
             "x [[sim: tools=2]]",

@@ -1,4 +1,4 @@
-//! What became of a request or stream that broke.
+//! Finding out what a broken request or stream has done.
 
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ pub(super) async fn running(
     }
 }
 
-/// What came before a stream broke.
+/// Reads a stream until it breaks. Returns the run's id and the text so far.
 async fn broken(events: EventStream) -> (UpstreamRunId, String) {
     let (mut accepted, mut text) = (None, String::new());
     let events: Vec<_> = events.collect().await;
@@ -66,7 +66,7 @@ async fn broken(events: EventStream) -> (UpstreamRunId, String) {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => accepted = Some(id),
             Ok(UpstreamEvent::Text(more)) => text.push_str(&more),
-            Ok(UpstreamEvent::Ended(ended)) => panic!("not broken: {ended:?}"),
+            Ok(UpstreamEvent::Ended(ended)) => panic!("the stream did not break: {ended:?}"),
             Err(error) => assert!(error.is_ambiguous()),
         }
     }
@@ -109,7 +109,7 @@ async fn recovery_follows_running_run_to_its_end() {
         scene.sim.handle.hold();
         let mut events = scene.start("hello").await.unwrap();
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-            panic!("not accepted")
+            panic!("the run was not accepted")
         };
         drop(events);
         let mut events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
@@ -276,7 +276,7 @@ async fn response_failed_by_damage_is_recovered_as_failed() {
     scene.sim.handle.hold();
     let mut events = scene.start("x [[sim: fail_text=open_call]]").await.unwrap();
     let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-        panic!("not accepted")
+        panic!("the run was not accepted")
     };
     drop(events);
     scene.sim.handle.release();
@@ -318,7 +318,7 @@ async fn background_response_without_id_is_recovered_once_finished() {
     assert_eq!(
         name(&recover(&scene, &scene.unsettled_run(None), &error).await),
         "unknown",
-        "not in time"
+        "the response finishes in time"
     );
     scene.sim.handle.release();
     scene.sim.wait_for(|stats| stats.active_runs == 0).await;
@@ -363,7 +363,8 @@ async fn recovery_distinguishes_delivered_from_undelivered_tool_outputs() {
             scene.plant(answering, "drop=after");
             scene.try_answer(&asked, "4 °C").await.err().unwrap()
         } else {
-            // A response that is not in the background ends with its connection, so only its id is lost here.
+            // A response without background ends with its connection, so only its id is lost
+            // here.
             scene.answer(&asked, "4 °C").await;
             BROKEN
         };

@@ -1,4 +1,4 @@
-//! A thread on the simulator, in each of the ways in which an upstream can keep one.
+//! A thread on the simulator, in each way in which an upstream can keep one.
 
 use futures_util::StreamExt;
 use threadkeeper::config::{AssistantConfig, UpstreamConfig, UpstreamKind};
@@ -21,7 +21,7 @@ pub(super) enum Flavour {
     Assistants,
     Conversations,
     Chain,
-    /// Conversations, whose responses run in the background.
+    /// Conversations with background responses.
     Background,
     BackgroundChain,
 }
@@ -52,7 +52,7 @@ impl Flavour {
     }
 }
 
-/// A run on a thread.
+/// A run on a thread, with its adapter and simulator.
 pub(super) struct Scene {
     pub(super) flavour: Flavour,
     pub(super) sim: Sim,
@@ -65,7 +65,7 @@ pub(super) struct Scene {
     assistant: AssistantConfig,
 }
 
-/// What a turn gave.
+/// The result of a run.
 pub(super) struct Said {
     pub(super) accepted: UpstreamRunId,
     pub(super) streamed: String,
@@ -111,7 +111,7 @@ impl Scene {
         }
     }
 
-    /// Another run, whose messages begin there.
+    /// Begins another run, whose messages start at this baseline.
     pub(super) fn next_run(&mut self, baseline: Baseline) {
         (self.run, self.baseline) = (RunId::new(), baseline);
     }
@@ -135,12 +135,12 @@ impl Scene {
         self.upstream.start(request).await
     }
 
-    /// One turn, which must end.
+    /// Sends a message and reads its run to the end.
     pub(super) async fn say(&self, text: &str) -> Said {
         read(self.start(text).await.unwrap()).await
     }
 
-    /// Answers all calls of a turn with the same text.
+    /// Sends the same output for all calls of a run.
     pub(super) async fn try_answer(
         &self,
         asked: &Said,
@@ -167,7 +167,7 @@ impl Scene {
         read(self.try_answer(asked, output).await.unwrap()).await
     }
 
-    /// The run as its sender knows it.
+    /// The run as the gateway knows it before it is settled.
     pub(super) fn unsettled_run(&self, upstream_run: Option<&UpstreamRunId>) -> UnsettledRun {
         UnsettledRun {
             run: self.run,
@@ -181,7 +181,7 @@ impl Scene {
         }
     }
 
-    /// The next request of this kind fails so.
+    /// Makes the next request of this kind fail with this fault.
     pub(super) fn plant(&self, on: &str, fault: &str) {
         self.sim
             .handle
@@ -193,7 +193,8 @@ impl Scene {
             .unwrap();
     }
 
-    /// No rule was broken, and every request was one of the published protocol.
+    /// Asserts that the adapter broke no rule, and that every request matches the published
+    /// protocol.
     pub(super) fn assert_sound(&self) {
         assert_eq!(
             self.sim.handle.stats().violations,
@@ -205,7 +206,7 @@ impl Scene {
     }
 }
 
-/// A stream to its end, which must come.
+/// Reads a stream to its end, which must be an end of the run.
 pub(super) async fn read(events: EventStream) -> Said {
     let mut said = (None, String::new(), None);
     for event in events.collect::<Vec<_>>().await {
@@ -228,12 +229,12 @@ pub(super) fn text_of(content: &[ContentPart]) -> String {
         .iter()
         .map(|part| match part {
             ContentPart::Text { text } => text.as_str(),
-            other => panic!("no text: {other:?}"),
+            other => panic!("the part is no text: {other:?}"),
         })
         .collect()
 }
 
-/// A message of an earlier turn.
+/// A message of an earlier run.
 pub(super) fn earlier(role: Role, text: &str) -> Message {
     Message {
         id: MessageId::new(),

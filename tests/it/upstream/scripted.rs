@@ -1,4 +1,4 @@
-//! A server that answers each request with the next entry of a script and remembers what it was asked.
+//! A server that answers each request with the next entry of a script, and records the requests.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -13,14 +13,14 @@ use futures_util::stream;
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-/// One answer.
+/// One entry of the script.
 pub(super) enum Play {
     Answer(Box<Response<Body>>),
-    /// The same, after so long.
+    /// An answer after a delay.
     Late(Duration, Box<Response<Body>>),
-    /// Accepts the request and says nothing.
+    /// Accepts the request and sends nothing.
     Silence,
-    /// Closes the connection instead of an answer.
+    /// Closes the connection without an answer.
     HangUp,
 }
 
@@ -28,9 +28,9 @@ pub(super) enum Play {
 pub(super) enum Step {
     Bytes(Vec<u8>),
     Pause(Duration),
-    /// Nothing more comes, and the connection stays open.
+    /// Sends nothing more, and keeps the connection open.
     Stall,
-    /// The connection breaks.
+    /// Breaks the connection.
     Cut,
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Seen {
     /// Method, path and query.
     pub(super) target: String,
     pub(super) headers: HeaderMap,
-    /// Null if there was none.
+    /// The JSON body; null if there was none.
     pub(super) body: Value,
     pub(super) peer: SocketAddr,
 }
@@ -49,10 +49,10 @@ struct Script {
 }
 
 pub(super) struct Scripted {
-    /// With a slash at the end.
+    /// The base URL, with a slash at the end.
     pub(super) url: String,
     script: Arc<Script>,
-    /// Ends with the fixture.
+    /// Stops with the fixture.
     _server: JoinSet<()>,
 }
 
@@ -95,7 +95,7 @@ impl Scripted {
     }
 }
 
-/// An answer with a JSON content type, whatever the body is.
+/// An answer with a JSON content type and this body, which need not be JSON.
 pub(super) fn json_answer(status: u16, headers: &[(&str, &str)], body: &str) -> Play {
     let mut answer = Response::builder()
         .status(status)
@@ -106,7 +106,7 @@ pub(super) fn json_answer(status: u16, headers: &[(&str, &str)], body: &str) -> 
     Play::Answer(Box::new(answer.body(Body::from(body.to_owned())).unwrap()))
 }
 
-/// The answer, after so long.
+/// The same answer after a delay.
 pub(super) fn late(time: Duration, play: Play) -> Play {
     match play {
         Play::Answer(answer) => Play::Late(time, answer),
@@ -114,7 +114,7 @@ pub(super) fn late(time: Duration, play: Play) -> Play {
     }
 }
 
-/// An event stream, one chunk for each `Bytes`.
+/// An event stream with one chunk for each `Bytes`.
 pub(super) fn sse(steps: Vec<Step>) -> Play {
     let body = Body::from_stream(stream::unfold(VecDeque::from(steps), |mut steps| async {
         loop {
@@ -123,7 +123,8 @@ pub(super) fn sse(steps: Vec<Step>) -> Play {
                 Step::Pause(time) => tokio::time::sleep(time).await,
                 Step::Stall => std::future::pending().await,
                 Step::Cut => {
-                    // What was written before must be on its way, or it is lost with the connection.
+                    // What was written before must leave first, or it is lost with the
+                    // connection.
                     tokio::time::sleep(Duration::from_millis(20)).await;
                     return Some((Err(std::io::Error::other("cut")), steps));
                 }
@@ -161,7 +162,7 @@ async fn answer(
         .lock()
         .unwrap()
         .pop_front()
-        .expect("more requests than the script has answers");
+        .expect("there are more requests than answers in the script");
     match play {
         Play::Answer(answer) => Ok(*answer),
         Play::Late(time, answer) => {
@@ -169,7 +170,7 @@ async fn answer(
             Ok(*answer)
         }
         Play::Silence => std::future::pending().await,
-        // A handler that panics takes its connection with it.
+        // A panic in a handler closes its connection.
         Play::HangUp => std::panic::resume_unwind(Box::new("hang up")),
     }
 }

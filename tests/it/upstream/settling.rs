@@ -1,4 +1,4 @@
-//! What a run has left behind: ending it, telling what the thread holds of it, removing it.
+//! Settling a run: cancelling it, reporting what the thread has of it, removing it.
 
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use super::scene::{ALL, Flavour, Scene, earlier, text_of};
 use super::scripted::{Play, Scripted, json_answer};
 use super::{adapter, assistants, config, responses, unsettled_run};
 
-/// The messages of a run.
+/// The messages of a run, and one of another run.
 fn messages() -> Play {
     let message = json!({"id": "msg_1", "role": "assistant", "run_id": "r_1", "content": [{"type": "text", "text": {"value": "Hel"}}]});
     let other = json!({"id": "msg_0", "role": "assistant", "run_id": "r_0", "content": [{"type": "text", "text": {"value": "x"}}]});
@@ -20,7 +20,7 @@ fn messages() -> Play {
 }
 
 #[tokio::test]
-async fn settling_cancels_a_run_and_waits_for_its_end() {
+async fn settling_cancels_run_and_waits_for_its_end() {
     let status = |status: &str| {
         json_answer(
             200,
@@ -105,7 +105,7 @@ async fn settling_retries_while_run_requires_action() {
 }
 
 #[tokio::test]
-async fn settling_finds_a_run_by_our_tag() {
+async fn settling_finds_run_by_gateway_tag() {
     let run = RunId::new();
     let list = json!({"object": "list", "data": [
         {"id": "r_9", "status": "in_progress", "metadata": {"threadkeeper_run": "run_other"}},
@@ -231,7 +231,7 @@ async fn many_open_calls_are_closed_in_several_requests() {
     assert_eq!(sizes, [20, 20, 5]);
 }
 
-/// The texts that the thread holds, oldest first.
+/// Returns the texts of the thread, oldest first.
 fn held(scene: &Scene) -> Vec<String> {
     let thread = scene.thread.as_ref().unwrap();
     scene
@@ -287,10 +287,10 @@ async fn settling_cancelled_run_reports_kept_text() {
             .await
             .unwrap();
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-            panic!("not accepted")
+            panic!("the run was not accepted")
         };
         let Some(Ok(UpstreamEvent::Text(text))) = events.next().await else {
-            panic!("no text")
+            panic!("the stream has no text")
         };
         drop(events);
         let left = scene.unsettled_run(Some(&id));
@@ -314,7 +314,7 @@ async fn settling_cancelled_run_reports_kept_text() {
         assert_eq!(
             scene.upstream.settle(&left).await.unwrap(),
             settled,
-            "{flavour:?}: harmless to repeat"
+            "{flavour:?}: a repeat is harmless"
         );
         scene.assert_sound();
     }
@@ -343,7 +343,7 @@ async fn closed_calls_are_not_reported_as_waiting() {
 }
 
 #[tokio::test]
-async fn removal_takes_all_items_of_run() {
+async fn removal_deletes_all_items_of_run() {
     for flavour in [
         Flavour::Assistants,
         Flavour::Conversations,
@@ -360,7 +360,7 @@ async fn removal_takes_all_items_of_run() {
         let answered = scene.answer(&asked, "[[sim: reasoning]] done").await;
         assert_eq!(answered.ended.status, RunStatus::Completed);
 
-        // With the run's id and without, and again: what is gone is gone.
+        // The removal works with the run's id and without it, and a repeat finds nothing.
         let left = UnsettledRun {
             remove: true,
             ..scene.unsettled_run(Some(&answered.accepted))
@@ -538,7 +538,7 @@ async fn settling_waits_for_ineffective_cancel() {
         scene.sim.handle.hold();
         let mut events = scene.start("x [[sim: stuck_cancel]]").await.unwrap();
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-            panic!("not accepted")
+            panic!("the run was not accepted")
         };
         drop(events);
         let left = scene.unsettled_run(Some(&id));

@@ -1,4 +1,4 @@
-//! Whole turns against the simulator, which enforces the protocols' rules.
+//! Whole runs against the simulator, which enforces the rules of the protocols.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,13 +14,13 @@ use threadkeeper::simulator::SimulatorConfig;
 use threadkeeper::store::InputMessage;
 use threadkeeper::upstream::{Ended, StartRun, Upstream, UpstreamError, UpstreamEvent};
 
-use super::{adapter, config, owner, profile, turn_with};
+use super::{adapter, config, owner, profile, run_to_end_with};
 use crate::support::openapi;
 use crate::support::wire::Sim;
 
 const KINDS: [UpstreamKind; 2] = [UpstreamKind::Assistants, UpstreamKind::Responses];
 
-/// Every request that the adapters have made is one of the published protocol.
+/// Asserts that every request of the adapters matches the published protocol.
 pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
     let document = match kind {
         UpstreamKind::Assistants => openapi::assistants(),
@@ -31,14 +31,15 @@ pub(super) fn assert_requests_are_valid(kind: UpstreamKind, sim: &Sim) {
     for request in requests {
         let path = request.path.trim_start_matches("/v1");
         let template = document.template(&request.method, path);
-        let template = template.unwrap_or_else(|| panic!("nothing at {} {path}", request.method));
+        let template =
+            template.unwrap_or_else(|| panic!("the specification lacks {} {path}", request.method));
         document
             .check_request(&request.method, &template, &request.body)
             .unwrap();
     }
 }
 
-/// What a turn gave.
+/// The result of a run.
 struct Said {
     accepted: UpstreamRunId,
     streamed: String,
@@ -57,12 +58,12 @@ async fn thread_on(upstream: &dyn Upstream) -> UpstreamThreadId {
         .unwrap()
 }
 
-/// One turn, which must end.
+/// Sends a message and reads its run to the end.
 async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &str) -> Said {
     let content = vec![ContentPart::Text {
         text: text.to_owned(),
     }];
-    let events = turn_with(upstream, thread, &profile_of(upstream), content)
+    let events = run_to_end_with(upstream, thread, &profile_of(upstream), content)
         .await
         .unwrap();
     let mut said = (None, String::new(), None);
@@ -95,7 +96,7 @@ fn text_of(ended: &Ended) -> String {
         .map(|part| match part {
             ContentPart::Text { text } => text.clone(),
             ContentPart::Refusal { refusal } => format!("({refusal})"),
-            other => panic!("no text: {other:?}"),
+            other => panic!("the part is no text: {other:?}"),
         })
         .collect()
 }
@@ -113,7 +114,7 @@ fn unsettled_run(
 }
 
 #[tokio::test]
-async fn turns_on_known_thread_take_one_valid_request() {
+async fn runs_on_known_thread_take_one_valid_request() {
     for kind in KINDS {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
@@ -285,8 +286,9 @@ async fn refusals_and_broken_streams_are_distinguished() {
             }]
         };
         let profile = profile_of(&*upstream);
-        let started =
-            async |text: &str| turn_with(&*upstream, Some(&thread), &profile, content(text)).await;
+        let started = async |text: &str| {
+            run_to_end_with(&*upstream, Some(&thread), &profile, content(text)).await
+        };
 
         for (text, expected) in [
             (
@@ -327,7 +329,7 @@ async fn refusals_and_broken_streams_are_distinguished() {
         );
 
         let unknown = UpstreamThreadId(format!("{}0", thread.as_str()));
-        let error = turn_with(&*upstream, Some(&unknown), &profile, content("x"))
+        let error = run_to_end_with(&*upstream, Some(&unknown), &profile, content("x"))
             .await
             .unwrap_err();
         assert!(
@@ -377,7 +379,7 @@ async fn foreign_run_makes_thread_busy() {
             text: "x".to_owned(),
         }];
         let profile = profile_of(&*upstream);
-        let error = turn_with(&*upstream, Some(&thread), &profile, content)
+        let error = run_to_end_with(&*upstream, Some(&thread), &profile, content)
             .await
             .unwrap_err();
         let UpstreamError::Busy { blocking_run } = error else {
@@ -393,7 +395,7 @@ async fn foreign_run_makes_thread_busy() {
         assert_eq!(
             sim.handle.thread_history(thread.as_str()).len(),
             2,
-            "nothing of the refused turn is left"
+            "nothing of the refused run is upstream"
         );
     }
 }
@@ -430,7 +432,7 @@ async fn abandoned_run_is_settled_with_or_without_id() {
             };
             let mut stream = upstream.start(request).await.unwrap();
             let Some(Ok(UpstreamEvent::Accepted(id))) = stream.next().await else {
-                panic!("not accepted")
+                panic!("the run was not accepted")
             };
             drop(stream);
             let left = unsettled_run(&thread, run, known.then_some(id));
@@ -504,7 +506,7 @@ async fn unanswered_function_calls_are_settled() {
 }
 
 #[tokio::test]
-async fn open_calls_are_repaired_at_next_turn() {
+async fn open_calls_are_repaired_at_next_message() {
     let sim = Sim::instant().await;
     let upstream = adapter(&settings(UpstreamKind::Responses, &sim));
     let thread = thread_on(&*upstream).await;
@@ -518,7 +520,7 @@ async fn open_calls_are_repaired_at_next_turn() {
 }
 
 #[tokio::test]
-async fn chain_keeps_completed_and_drops_broken_turns() {
+async fn chain_keeps_completed_and_drops_broken_runs() {
     let sim = Sim::start(SimulatorConfig {
         conversations: false,
         ..SimulatorConfig::default()
@@ -558,7 +560,7 @@ async fn chain_keeps_completed_and_drops_broken_turns() {
     let content = vec![ContentPart::Text {
         text: "x".to_owned(),
     }];
-    let error = turn_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
+    let error = run_to_end_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
         .await
         .unwrap_err();
     assert!(matches!(error, UpstreamError::ThreadGone), "{error:?}");

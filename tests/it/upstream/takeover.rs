@@ -1,4 +1,5 @@
-//! What a process finds out about a run that another one had begun: that one is dead, or is stopped and holds its connection.
+//! What a process finds out about a run that another process began. That process is dead, or is
+//! frozen and keeps its connection.
 
 use std::time::Duration;
 
@@ -12,9 +13,9 @@ use threadkeeper::upstream::{
 use super::recovery::{BROKEN, name, recover, running};
 use super::scene::{ALL, Flavour, Scene, read, text_of};
 
-/// In vain, so it is short.
+/// Longest wait where the wait is in vain.
 const SHORT: Duration = Duration::from_millis(300);
-/// What is waited for comes before.
+/// Longest wait where it succeeds earlier.
 const LONG: Duration = Duration::from_secs(20);
 
 async fn scene(flavour: Flavour, window: Duration) -> Scene {
@@ -24,22 +25,22 @@ async fn scene(flavour: Flavour, window: Duration) -> Scene {
     .await
 }
 
-/// What its owner saw of a run before it died: the id, and texts until these are there.
+/// Reads the run's id and `texts` pieces of text, as its owner did before it died.
 async fn shown(events: &mut EventStream, texts: usize) -> (UpstreamRunId, String) {
     let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
-        panic!("not accepted")
+        panic!("the run was not accepted")
     };
     let mut text = String::new();
     for _ in 0..texts {
         let Some(Ok(UpstreamEvent::Text(more))) = events.next().await else {
-            panic!("no text")
+            panic!("the stream has no text")
         };
         text.push_str(&more);
     }
     (id, text)
 }
 
-/// Somebody has looked for the run so many times.
+/// Whether the run has been looked up this many times.
 fn looked(stats: &Stats, times: u64) -> bool {
     let looks = ["list_runs", "list_items", "get_response"];
     looks
@@ -55,7 +56,7 @@ async fn unsent_run_is_absent_where_verifiable() {
         let scene = scene(flavour, SHORT).await;
         let expected = match flavour {
             Flavour::Assistants | Flavour::Conversations => "absent",
-            // It may be at work all the same.
+            // The run may be active all the same.
             Flavour::Background | Flavour::Chain | Flavour::BackgroundChain => "unknown",
         };
         assert_eq!(
@@ -142,7 +143,11 @@ async fn running_background_response_replays_from_beginning_after_takeover() {
             (id.clone(), before),
             "{flavour:?}"
         );
-        assert_eq!(scene.sim.handle.stats().active_runs, 1, "and it goes on");
+        assert_eq!(
+            scene.sim.handle.stats().active_runs,
+            1,
+            "the response continues"
+        );
         scene
             .upstream
             .settle(&scene.unsettled_run(Some(&id)))
@@ -150,7 +155,7 @@ async fn running_background_response_replays_from_beginning_after_takeover() {
             .unwrap();
         assert_eq!(read(events).await.ended.status, RunStatus::Cancelled);
 
-        // To its end.
+        // The run is read to its end.
         scene.sim.handle.hold();
         let (id, _) = shown(&mut scene.start("hello").await.unwrap(), 0).await;
         let events = running(&scene, &scene.unsettled_run(Some(&id)), &BROKEN).await;
@@ -221,7 +226,7 @@ async fn abandoned_response_with_known_id_is_not_resent() {
             "{flavour:?}"
         );
         assert_eq!(scene.sim.handle.stats().runs_ended["abandoned"], 1);
-        // Nothing of it is left.
+        // Nothing of the run is left.
         let expected = if flavour.is_chain() {
             "unknown"
         } else {
@@ -277,7 +282,7 @@ async fn answering_round_is_found_with_or_without_id() {
                 .collect::<Vec<_>>()
         };
         assert_eq!(names(&found.ended.tool_calls), ["other"]);
-        // Only what asked is known.
+        // Only the response that asked is known.
         let sent = of_round(&asked.accepted);
         match recover(&scene, &sent, &BROKEN).await {
             Recovered::Running(events) => {
@@ -306,7 +311,7 @@ async fn run_started_late_by_owner_is_followed() {
     assert_eq!(scene.sim.handle.threads()[0].user_texts, ["hello"]);
     drop(late);
 
-    // Where the server does not tell whose run it is, it is somebody's.
+    // Where the server does not name the owner, the run counts as another client's.
     scene.sim.handle.hold();
     let held = scene.start("again").await.unwrap();
     scene.plant("get_run", "status=500");

@@ -6,7 +6,7 @@ use proptest::sample::{Index, select};
 use super::*;
 use crate::domain::{Baseline, RunId, UpstreamRunId, Usage};
 
-/// An end as it may come to be composed.
+/// The inputs of one decision.
 #[derive(Clone, Debug)]
 struct Case {
     verdict: LocalOutcome,
@@ -27,7 +27,7 @@ impl Case {
         )
     }
 
-    /// What was found, where it was looked at.
+    /// What the gateway found at the upstream, if it looked.
     fn seen(&self) -> Option<&Settled> {
         match &self.traces {
             UpstreamState::Seen { settled, .. } => Some(settled),
@@ -35,7 +35,7 @@ impl Case {
         }
     }
 
-    /// It was cut off here and had completed all the same.
+    /// Whether the run was cut off here although the upstream had completed it.
     fn is_late(&self) -> bool {
         let completed = self
             .seen()
@@ -82,7 +82,7 @@ fn ends() -> Vec<RunStatus> {
         .collect()
 }
 
-/// What only a run that the upstream ended by itself can have moved or named is there for such a one alone.
+/// Only a run that the upstream ended itself can have moved the thread or named a message.
 fn a_verdict() -> impl Strategy<Value = LocalOutcome> {
     let error = option::of(select(RunErrorCode::ALL));
     (
@@ -133,7 +133,7 @@ fn a_settled() -> impl Strategy<Value = Settled> {
                 usage,
                 content,
                 upstream_message_id,
-                // A chain that the run moved holds what was said.
+                // A chain that the run moved contains the run's messages.
                 thread: thread.filter(|_| said),
             },
         )
@@ -197,7 +197,7 @@ fn a_case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    // Some rules are about one case in a hundred.
+    // Some rules concern one case in a hundred.
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
@@ -236,8 +236,8 @@ proptest! {
         prop_assert_eq!(end.discard, case.verdict.discard);
         if end.discard {
             prop_assert_eq!((end.reply, end.upstream_thread_id), (None, None));
-            prop_assert_eq!(end.status, case.verdict.status, "what was found late does not count");
-            // The chain stays where it was, and there no history was sent.
+            prop_assert_eq!(end.status, case.verdict.status, "a late completion does not count");
+            // The chain stays where it was, and no history was sent to that place.
             prop_assert!(!end.synced || case.seen().is_some_and(|settled| settled.thread.is_none()));
         }
     }
@@ -276,7 +276,8 @@ proptest! {
         let found = case.seen().filter(|settled| settled.said && !settled.content.is_empty());
         let mut content = case.progress.content.clone();
         if let Some(settled) = found {
-            // On a chain each round is a response of its own, and the last one alone was looked at.
+            // On a chain each round is a response of its own, and the gateway looked at the last
+            // one only.
             content.truncate(if settled.thread.is_some() { case.progress.rounds_before } else { 0 });
             content.extend(settled.content.clone());
         }
@@ -301,7 +302,7 @@ proptest! {
             || case.seen().is_some_and(|settled| settled.said && !settled.content.is_empty());
         prop_assert_eq!(reply.sync == UpstreamSync::Present, held);
         prop_assert!(reply.sync != UpstreamSync::Present || end.said == UpstreamSync::Present);
-        // What it answers is there without it: then it is sent with the next run.
+        // The user's message is there without the reply, which is then sent with the next run.
         let expected = if held || end.said != UpstreamSync::Present { end.said } else { UpstreamSync::Missing };
         prop_assert_eq!(reply.sync, expected);
     }
@@ -313,7 +314,7 @@ proptest! {
         let reported = case.verdict.status == RunStatus::Failed && !case.verdict.cut_off;
         let expected = match settled.said {
             true => UpstreamSync::Present,
-            // The upstream said so, or has never accepted it.
+            // The upstream reported the failure, or never accepted the run.
             false if reported || case.progress.delivery < Delivery::Accepted => UpstreamSync::Withheld,
             false => UpstreamSync::Missing,
         };

@@ -1,4 +1,4 @@
-//! What earlier answers told of, so that requests get beyond the door.
+//! Ids and keys of earlier answers, so that requests get beyond the first checks.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
@@ -7,7 +7,7 @@ use rand::Rng;
 use rand::seq::{IndexedRandom, IteratorRandom};
 use serde_json::Value;
 
-/// Of each kind: the newest, since the older ones are gone or done.
+/// Most ids of each kind. The newest ones are kept, since older ones are gone or done.
 const KEPT: usize = 40;
 
 #[derive(Default)]
@@ -17,18 +17,18 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct Known {
-    /// By prefix.
+    /// Ids by prefix.
     ids: HashMap<&'static str, VecDeque<String>>,
     /// The path of a conversation, and a run of it.
     runs: VecDeque<(String, String)>,
-    /// The same of runs that wait for tool outputs, with the ids of the calls.
+    /// The same for runs that wait for tool outputs, with the ids of the calls.
     asked: VecDeque<(String, String, Vec<String>)>,
 }
 
 pub(super) const PREFIXES: [&str; 4] = ["run_", "thr_", "msg_", "del_"];
 
 impl Pool {
-    /// Remembers what an answer told.
+    /// Remembers the ids of an answer.
     pub(super) fn learn(&self, path: &str, body: &str) {
         let mut known = self.known.lock().unwrap();
         let scope = scope_of(path);
@@ -69,7 +69,7 @@ impl Pool {
         known.ids.get(prefix)?.iter().choose(rng).cloned()
     }
 
-    /// A conversation of the kind that has so many segments in its path, and a run of it.
+    /// Returns a conversation whose path has this number of segments, and a run of it.
     pub(super) fn run(&self, segments: usize, rng: &mut impl Rng) -> Option<(String, String)> {
         let known = self.known.lock().unwrap();
         known
@@ -90,7 +90,7 @@ impl Pool {
             .asked
             .iter()
             .filter(|(scope, _, _)| scope.split('/').count() == segments);
-        // The newest waits most likely.
+        // The newest run is the most likely to wait still.
         let newest = fits.rev().take(3).collect::<Vec<_>>();
         newest.choose(rng).map(|it| (*it).clone())
     }
@@ -106,7 +106,7 @@ fn keep<T: PartialEq>(queue: &mut VecDeque<T>, it: T) {
     }
 }
 
-/// The conversation that a path is about.
+/// Returns the conversation in a path.
 fn scope_of(path: &str) -> Option<&str> {
     let path = path.strip_prefix("/v1/users/").map(|_| path)?;
     ["/messages", "/thread/", "/thread", "/runs"]

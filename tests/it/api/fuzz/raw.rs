@@ -1,4 +1,4 @@
-//! A client that sends exactly what it is given.
+//! A client that sends exactly the given bytes.
 
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
@@ -15,8 +15,8 @@ pub(super) struct Response {
     pub(super) body: Vec<u8>,
 }
 
-/// Sends these bytes on a connection of their own, and reads the answer to its end. Of a stream of events only what comes
-/// soon.
+/// Sends these bytes on a new connection, and reads the answer to its end. Of an event stream it
+/// reads only for a while.
 pub(super) async fn send(address: &str, bytes: &[u8]) -> Result<Response, String> {
     let mut connection = TcpStream::connect(address)
         .await
@@ -25,7 +25,7 @@ pub(super) async fn send(address: &str, bytes: &[u8]) -> Result<Response, String
         .set_nodelay(true)
         .map_err(|error| error.to_string())?;
     let (mut reads, mut writes) = connection.split();
-    // It may be answered, and closed, before all of it was sent.
+    // The gateway may answer and close before it has read everything.
     let sends = async { drop(writes.write_all(bytes).await) };
     let receives = async {
         let mut received = Vec::new();
@@ -36,7 +36,7 @@ pub(super) async fn send(address: &str, bytes: &[u8]) -> Result<Response, String
             match timeout_at(until, reads.read(&mut chunk)).await {
                 Err(_) if streams => break,
                 Err(_) => return Err(format!("no end of the answer: {}", received.escape_ascii())),
-                // What had come before a reset counts.
+                // What arrived before a reset counts.
                 Ok(Ok(0) | Err(_)) => break,
                 Ok(Ok(length)) => received.extend_from_slice(&chunk[..length]),
             }

@@ -12,7 +12,7 @@ use super::values::{TEXTS, Values};
 use super::{ALICE, OPERATOR};
 use crate::support::contract;
 
-/// Few, so that requests meet.
+/// Few keys, so that requests meet each other.
 const KEYS: [&str; 7] = [
     "alice",
     "bob",
@@ -22,7 +22,7 @@ const KEYS: [&str; 7] = [
     "%2e",
     "auth0|5f7c",
 ];
-/// In the place of a key or an id; not all of it is a path.
+/// Segments instead of a key or an id. Some are no valid part of a path.
 const ODD_SEGMENTS: [&str; 20] = [
     "",
     ".",
@@ -105,7 +105,7 @@ const PREFERENCES: [&str; 11] = [
     "wait",
     "return=minimal",
 ];
-/// More than this may be too much, by the default configuration.
+/// Longest head in bytes that the default configuration is sure to accept.
 const LONGEST_HEAD: usize = 31 * 1024;
 const EVENT_NUMBERS: [&str; 4] = ["0", "1", "5", "9223372036854775807"];
 const ODD_EVENT_NUMBERS: [&str; 5] = ["9223372036854775808", "-1", "x", "", "1:2"];
@@ -143,7 +143,7 @@ const TYPES: [&str; 4] = [
     "application/json; charset=x",
     "APPLICATION/JSON",
 ];
-/// Nothing that the gateway reads, or so it should be.
+/// Further headers, which must not change how the gateway reads a request.
 const FURTHER: [(&str, &str); 13] = [
     ("x-request-id", "an id"),
     ("x-request-id", "mine"),
@@ -193,17 +193,17 @@ impl Operation {
 }
 
 pub(super) struct Request {
-    /// Of the operation it was made for.
+    /// The operation that the request was made for.
     pub(super) operation: String,
     pub(super) method: String,
-    /// As it was sent, without the query.
+    /// The path as it was sent, without the query.
     pub(super) path: String,
     pub(super) bytes: Vec<u8>,
-    /// What stands before any route may refuse it.
+    /// Something in the request may be refused before any route.
     pub(super) may_be_no_http: bool,
-    /// The document knows nothing against it.
+    /// The document allows the request.
     pub(super) is_good: bool,
-    /// What the document has against its body.
+    /// The document's objection to the body.
     pub(super) wrong_body: Option<String>,
 }
 
@@ -232,7 +232,7 @@ impl<'a> Generator<'a> {
         self.values.rng.random_bool(of)
     }
 
-    /// A choice that the document knows better than to allow.
+    /// Chooses a text that the document does not allow.
     fn odd(&mut self, of: &[&'static str]) -> &'static str {
         self.is_good = false;
         self.one(of)
@@ -249,7 +249,7 @@ impl<'a> Generator<'a> {
 
     pub(super) fn request(mut self, operations: &[Operation]) -> Request {
         let mut operation = operations.choose(self.values.rng).unwrap();
-        // What makes what others are about.
+        // Some requests must create what others refer to.
         if self.chance(0.25) {
             let messages = operations
                 .iter()
@@ -286,7 +286,8 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// A path for the operation, and, if it leads to a run that waits for them, the ids of its calls.
+    /// Returns a path for the operation. If it leads to a run that waits for outputs, also the
+    /// ids of its calls.
     fn path(&mut self, operation: &Operation) -> (String, Option<Vec<String>>) {
         if self.chance(0.02) {
             self.no_http();
@@ -345,12 +346,12 @@ impl<'a> Generator<'a> {
                 encoded(&self.one(&["k", "é"]).repeat(self.one(&[257, 4000])))
             }
             9 => encoded(self.odd(&TEXTS)),
-            // As it is, which hyper takes.
+            // The raw bytes, which hyper accepts.
             10 => {
                 self.no_http();
                 "é".to_owned()
             }
-            // More than the head may have.
+            // Longer than a head may be.
             11 if self.chance(0.2) => {
                 self.no_http();
                 "k".repeat(40_000)
@@ -381,7 +382,7 @@ impl<'a> Generator<'a> {
             };
             pairs.push(format!("{name}={}", encoded(&text)));
         }
-        // One of them is enough.
+        // The two parameters exclude each other.
         self.is_good &= !pairs.iter().any(|it| it.starts_with("after"))
             || !pairs.iter().any(|it| it.starts_with("before"));
         if self.chance(0.04) {
@@ -401,14 +402,14 @@ impl<'a> Generator<'a> {
         calls: Option<Vec<String>>,
     ) -> Vec<u8> {
         let mut value = self.values.of(schema);
-        // Outputs that fit, or a message that asks for calls.
+        // Fitting outputs, or a message that asks for calls.
         if let Some(calls) = calls.filter(|_| value.get("tool_outputs").is_some()) {
             let outputs = calls
                 .iter()
                 .map(|call| json!({"tool_call_id": call, "output": self.one(&TEXTS)}));
             value["tool_outputs"] = outputs.collect();
         }
-        // A name that is not configured is refused.
+        // An assistant that is not configured would be refused.
         if value.get("assistant").is_some() && self.chance(0.9) {
             value["assistant"] = "default".into();
         }
@@ -451,7 +452,7 @@ impl<'a> Generator<'a> {
             }
             let value = match name {
                 "threadkeeper-user" | "threadkeeper-session" | "threadkeeper-topic" => {
-                    // A conversation has one of them.
+                    // A conversation has at most one of these headers.
                     self.is_good &= name != "threadkeeper-topic"
                         || !lines
                             .iter()
@@ -502,7 +503,7 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// Mostly of the run that the head names.
+    /// Returns a `Last-Event-ID`, mostly of the run in the head.
     fn last_event_id(&mut self, head: &[u8]) -> String {
         let own = run_in(head).filter(|_| self.chance(0.9));
         let run = own.unwrap_or_else(|| {
@@ -517,14 +518,14 @@ impl<'a> Generator<'a> {
         format!("{run}:{n}")
     }
 
-    /// Head and body, with the length between them.
+    /// Joins head and body, with the length between them.
     fn framed(&mut self, mut head: Vec<u8>, body: Option<Vec<u8>>) -> Vec<u8> {
         let Some(body) = body else {
             head.extend_from_slice(b"\r\n");
             return head;
         };
         match self.values.rng.random_range(0..200) {
-            // Half of it never comes.
+            // Half of the body never arrives.
             0 => write(
                 &mut head,
                 &format!("content-length: {}\r\n\r\n", body.len() + 10),
@@ -547,7 +548,7 @@ impl<'a> Generator<'a> {
                     &format!("transfer-encoding: chunked\r\n\r\n{:x}\r\n", body.len()),
                 );
                 head.extend_from_slice(&body);
-                // An empty one is the end already.
+                // An empty chunk would end the body.
                 write(
                     &mut head,
                     if body.is_empty() {
@@ -572,14 +573,14 @@ fn write(head: &mut Vec<u8>, text: &str) {
     head.extend_from_slice(text.as_bytes());
 }
 
-/// The run in the path that the head begins with.
+/// Returns the run in the path of the head.
 fn run_in(head: &[u8]) -> Option<String> {
     let line = String::from_utf8_lossy(head);
     let at = line.find("/runs/run_")? + "/runs/".len();
     line.get(at..at + 36).map(str::to_owned)
 }
 
-/// As a segment of a path, or a value in a query.
+/// Encodes a text as a path segment or a query value.
 fn encoded(text: &str) -> String {
     let mut encoded = String::new();
     for byte in text.bytes() {

@@ -1,4 +1,4 @@
-//! Values that a schema allows, and how to spoil them.
+//! Values that a schema allows, and ways to spoil them.
 
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value, json};
 
 use super::pool::{PREFIXES, Pool};
 
-/// Texts of which each has broken something somewhere. None is a directive of the simulator.
+/// Texts that have broken software somewhere. None is a directive of the simulator.
 pub(super) const TEXTS: [&str; 16] = [
     "a",
     "Hello!",
@@ -34,7 +34,7 @@ pub(super) struct Values<'a> {
 }
 
 impl Values<'_> {
-    /// A value that the schema allows.
+    /// Returns a value that the schema allows.
     pub(super) fn of(&mut self, schema: &Value) -> Value {
         if let Some(reference) = schema["$ref"].as_str() {
             let document = self.document;
@@ -118,7 +118,7 @@ impl Values<'_> {
             0..=1 if most.is_none() => {
                 format!("{} [[sim: tool=f]]", TEXTS.choose(self.rng).unwrap())
             }
-            // As long as may be, keys by bytes and all else by characters.
+            // The longest allowed text. Keys count bytes, other texts count characters.
             2 if is_key => "k".repeat(most.unwrap_or(3000)),
             2 => "é".repeat(most.unwrap_or(3000)),
             _ => (*TEXTS.choose(self.rng).unwrap()).to_owned(),
@@ -131,7 +131,7 @@ impl Values<'_> {
         text.chars().take(most.unwrap_or(usize::MAX)).collect()
     }
 
-    /// One that was told, or one that never was.
+    /// Returns an id from an earlier answer, or one that never existed.
     pub(super) fn id(&mut self, prefix: &str) -> String {
         let known = if self.rng.random_bool(0.9) {
             self.pool.id(prefix, self.rng)
@@ -250,7 +250,7 @@ fn size(schema: &Value, name: &str) -> Option<usize> {
         .and_then(|it| usize::try_from(it).ok())
 }
 
-/// Pointers to all values in a value.
+/// Collects pointers to all values within a value.
 fn collect(value: &Value, at: String, places: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {

@@ -1,5 +1,6 @@
-//! Deletions at random moments, beside messages of all strategies, rollovers and upstream threads that are made. What had
-//! been acknowledged before a deletion was sent is nowhere afterwards, and nothing is left that nobody names.
+//! Deletions at random moments, beside messages of all strategies, rollovers and creations of
+//! upstream threads. Nothing acknowledged before a deletion may exist afterwards, and no upstream
+//! thread may be left without an owner.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ on_each_protocol_by_chance!(random_erasures_remove_every_acknowledged_message);
 
 const USERS: usize = 6;
 const ROUNDS: usize = 12;
-/// A thread is full soon, and its successor begins with what was said last.
+/// Settings with which a thread is full soon, and its successor begins with the last messages.
 const SETTINGS: &str = "[threads]\nmax_messages = 5\ncarry_over_messages = 3\n[runs]\nsettle_timeout = \"2s\"\n\
                         [janitor]\ninterval = \"50ms\"\ncalls_per_second = 10000\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
@@ -49,13 +50,14 @@ struct User<'a> {
     number: usize,
     rng: StdRng,
     said: usize,
-    /// Texts that were acknowledged and not erased yet.
+    /// Acknowledged texts that are not erased yet.
     kept: Vec<String>,
     erased: Vec<String>,
 }
 
 async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
-    // What was made and never heard of again can be found where threads can be listed.
+    // Upstream threads whose creation was never acknowledged can be found only on a server that
+    // lists threads.
     let config = SimulatorConfig {
         list_threads: true,
         ..SimulatorConfig::default()
@@ -84,9 +86,9 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
         erased.len()
     );
 
-    all_is_done(&scene).await;
+    wait_until_done(&scene).await;
     let mut everything = scene.database.everything().await;
-    // The files of a database keep what was deleted until they are written over.
+    // Database files keep deleted bytes until they are overwritten.
     everything.retain(|(place, _)| !place.contains('/'));
     for text in &erased {
         let held = |value: &[u8]| {
@@ -100,7 +102,8 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
             .map(|(place, _)| place)
             .collect();
         assert!(here.is_empty(), "{text} is still in {here:?}");
-        // A response that was cut off before its id was heard is told of in the receipt: nobody can delete it.
+        // A response that was cut off before its id arrived cannot be deleted by anybody. The
+        // receipt says so.
         let there = scene.simulator.holds_text(text);
         let there: Vec<&String> = there
             .iter()
@@ -115,17 +118,17 @@ async fn random_erasures_remove_every_acknowledged_message(scene: Scene) {
         assert_eq!(
             there.difference(&named).collect::<Vec<_>>(),
             Vec::<&String>::new(),
-            "nobody names them"
+            "upstream threads are left that no thread names"
         );
     }
 }
 
-/// Every run has ended, every deletion is finished, and nothing is to be looked for any more.
-async fn all_is_done(scene: &Scene) {
+/// Waits until every run has ended, every deletion is finished, and the janitor has no work left.
+async fn wait_until_done(scene: &Scene) {
     let begun = Instant::now();
     loop {
-        // What failed, or was not heard of, is looked at again after minutes. That is now.
-        scene.database.age_looks(Duration::from_mins(11)).await;
+        // Failed and unacknowledged work is due again after minutes. This makes it due now.
+        scene.database.age_due_times(Duration::from_mins(11)).await;
         let mut left = Vec::new();
         for sql in [
             "SELECT count(*) FROM runs WHERE finished_at IS NULL",
@@ -153,7 +156,7 @@ impl<'a> User<'a> {
             self.talk().await;
             match self.rng.random_range(0..4) {
                 0 => {
-                    // Somebody's next turn makes the upstream thread again, from the transcript.
+                    // A later run rebuilds the upstream thread from the transcript.
                     self.scene
                         .fault("start", "status=404 code=previous_response_not_found", 1);
                     self.scene.fault("create_thread", "latency=120ms", 1);
@@ -178,7 +181,7 @@ impl<'a> User<'a> {
         format!("/v1/users/user-{}/topics/t/{rest}", self.number)
     }
 
-    /// Some messages at once. Those that are acknowledged are kept in mind.
+    /// Sends some messages at once, and remembers the acknowledged ones.
     async fn talk(&mut self) {
         let sends: Vec<_> = (0..self.rng.random_range(1..5))
             .map(|_| self.message())
@@ -187,7 +190,7 @@ impl<'a> User<'a> {
         self.kept.extend(acknowledged.into_iter().flatten());
     }
 
-    /// Sends a message. Its text if it was acknowledged.
+    /// Sends a message. Returns its text if it was acknowledged.
     fn message(&mut self) -> impl Future<Output = Option<String>> + use<'a> {
         let text = format!("<{}.{}>", self.number, self.said);
         self.said += 1;
@@ -206,14 +209,14 @@ impl<'a> User<'a> {
             match answer.status {
                 StatusCode::ACCEPTED | StatusCode::OK => Some(text),
                 StatusCode::CONFLICT => None,
-                // It was taken, and has failed already.
+                // The message was accepted, and its run has failed already.
                 StatusCode::BAD_GATEWAY if answer.body["run_id"].is_string() => Some(text),
                 _ => panic!("{answer:?}"),
             }
         }
     }
 
-    /// Deletes the conversation, sooner or later, while more is said and the thread is rolled over.
+    /// Deletes the conversation after a random pause, beside further messages and a rollover.
     async fn delete(&mut self) {
         let pause = Duration::from_millis(self.rng.random_range(0..60));
         let rolls = self.rng.random_bool(0.5);
@@ -254,7 +257,8 @@ impl<'a> User<'a> {
             &mut self.erased
         }
         .extend(had);
-        // Whether it came before or after the deletion is open: it is erased with the next one at the latest.
+        // Whether this message came before the deletion is not known. The next deletion erases it
+        // at the latest.
         self.kept.extend(beside);
     }
 }

@@ -1,4 +1,4 @@
-//! A machine whose clock is an hour off.
+//! Machines whose clock is an hour off.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use threadkeeper::domain::Timestamp;
 
-use super::{LONG, heard};
+use super::{LONG, user_messages};
 use crate::support::clock::shift;
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::all;
@@ -16,7 +16,7 @@ use crate::support::scene::{Backend, Protocol, Scene};
 
 const HOUR: i64 = 3600;
 
-/// A gateway whose machine's clock is so far off.
+/// Starts a gateway whose clock is off by `seconds`.
 async fn off_by(scene: &Scene, seconds: i64, settings: &str) -> Gateway {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
@@ -27,8 +27,8 @@ async fn off_by(scene: &Scene, seconds: i64, settings: &str) -> Gateway {
     Gateway::spawn(command, folder).await
 }
 
-/// One that is right, one that is ahead, one that is behind.
-async fn three(scene: &Scene, settings: &str) -> [Gateway; 3] {
+/// Starts three gateways: one with the right time, one ahead, and one behind.
+async fn three_gateways(scene: &Scene, settings: &str) -> [Gateway; 3] {
     let (right, ahead, behind) = tokio::join!(
         scene.gateway_with(settings),
         off_by(scene, HOUR, settings),
@@ -49,15 +49,19 @@ fn time(of: &Value, name: &str) -> Timestamp {
         .unwrap()
 }
 
-/// The clocks are really off, or the rest of this proves nothing.
+/// If this fails, the other tests prove nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn gateway_clock_shift_takes_effect() {
     let scene = shared().await;
-    let [right, ahead, behind] = three(&scene, LONG).await;
+    let [right, ahead, behind] = three_gateways(&scene, LONG).await;
     let mut times = Vec::new();
     for gateway in [&behind, &right, &ahead] {
         gateway.say("/v1/users/alice", "hello").await;
-        let line = gateway.logs().into_iter().next_back().expect("it logs");
+        let line = gateway
+            .logs()
+            .into_iter()
+            .next_back()
+            .expect("the gateway logs its start");
         let line: Value = serde_json::from_str(&line).unwrap();
         times.push(time(&line, "timestamp"));
     }
@@ -70,7 +74,7 @@ async fn gateway_clock_shift_takes_effect() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_are_chronological_despite_clock_skew() {
     let scene = shared().await;
-    let gateways = three(&scene, LONG).await;
+    let gateways = three_gateways(&scene, LONG).await;
     let mut made = Vec::new();
     for n in 0..9 {
         let answer = gateways[n % 3]
@@ -90,7 +94,7 @@ async fn lists_are_chronological_despite_clock_skew() {
         assert_eq!(ids(all(gateway, "/v1/users/alice/threads").await), made);
         assert_eq!(ids(all(gateway, "/v1/threads?user=alice").await), made);
         let wanted: Vec<_> = (0..9).map(|n| format!("message {n}")).collect();
-        assert_eq!(heard(gateway, "/v1/users/bob").await, wanted);
+        assert_eq!(user_messages(gateway, "/v1/users/bob").await, wanted);
         let runs = all(gateway, "/v1/users/bob/runs").await;
         let times: Vec<_> = runs
             .iter()
@@ -105,7 +109,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
     const MINUTE: Duration = Duration::from_mins(1);
     let scene = shared().await;
     let settings = format!("{LONG}[sessions]\nttl = \"30m\"\n[janitor]\ninterval = \"1s\"\n");
-    let gateways = three(&scene, &settings).await;
+    let gateways = three_gateways(&scene, &settings).await;
     let says = async |n: usize, scope: &str| {
         gateways[n].say(scope, "hello").await["thread"]["id"]
             .as_str()
@@ -119,7 +123,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
             assert_eq!(
                 says(other, &scope).await,
                 first,
-                "it lives, for {other} too"
+                "the thread lives, at {other} too"
             );
         }
         scene.database.age_threads(29 * MINUTE).await;
@@ -127,12 +131,12 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
             assert_eq!(
                 says(other, &scope).await,
                 first,
-                "it still lives, for {other} too"
+                "the thread still lives, at {other} too"
             );
         }
         scene.database.age_threads(2 * MINUTE).await;
         let fresh = says((n + 1) % 3, &scope).await;
-        assert_ne!(fresh, first, "it has expired");
+        assert_ne!(fresh, first, "the thread has expired");
         assert_eq!(says((n + 2) % 3, &scope).await, fresh);
     }
 }
@@ -140,7 +144,7 @@ async fn threads_expire_simultaneously_despite_clock_skew() {
 #[tokio::test(flavor = "multi_thread")]
 async fn deadlines_keep_their_length_despite_clock_skew() {
     let scene = shared().await;
-    for gateway in three(&scene, LONG).await {
+    for gateway in three_gateways(&scene, LONG).await {
         let body = json!({"content": "hello [[sim: silent_after=2]]", "timeout_ms": 1500});
         let begun = Instant::now();
         let late = gateway.post("/v1/users/alice/messages", &body).await;
@@ -163,7 +167,7 @@ async fn deadlines_keep_their_length_despite_clock_skew() {
             .await;
         assert_eq!(
             tools["run"]["status"], "requires_action",
-            "it waits as long as it may"
+            "the run waits as long as it may"
         );
         let path = format!(
             "/v1/users/bob/runs/{}/cancel",
@@ -182,7 +186,7 @@ async fn retention_is_exact_despite_clock_skew() {
     let settings = format!(
         "{LONG}[retention]\nruns = \"30m\"\nevents = \"20m\"\n[janitor]\ninterval = \"1s\"\n"
     );
-    let gateways = three(&scene, &settings).await;
+    let gateways = three_gateways(&scene, &settings).await;
     let clean_up = async || {
         for gateway in &gateways {
             gateway
@@ -216,13 +220,13 @@ async fn retention_is_exact_despite_clock_skew() {
             .await,
         3
     );
-    // An id tells when it was made, so that is moved, too.
+    // An id contains its time, so the ids are moved, too.
     scene.database.backdate_runs(Duration::from_mins(29)).await;
     clean_up().await;
     assert_eq!(
         scene.database.number("SELECT count(*) FROM runs").await,
         3,
-        "they are kept"
+        "the runs are kept"
     );
     assert_eq!(
         scene
@@ -230,7 +234,7 @@ async fn retention_is_exact_despite_clock_skew() {
             .number("SELECT count(*) FROM run_events")
             .await,
         0,
-        "these are not"
+        "the runs are pruned"
     );
     scene.database.backdate_runs(Duration::from_mins(2)).await;
     clean_up().await;
@@ -240,8 +244,8 @@ async fn retention_is_exact_despite_clock_skew() {
         "all are gone"
     );
     assert_eq!(
-        heard(&gateways[1], "/v1/users/alice").await.len(),
+        user_messages(&gateways[1], "/v1/users/alice").await.len(),
         3,
-        "what was said stays"
+        "the messages stay"
     );
 }

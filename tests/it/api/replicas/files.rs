@@ -1,4 +1,4 @@
-//! A SQLite file has one process.
+//! A SQLite file serves one process.
 
 use std::time::Instant;
 
@@ -31,10 +31,10 @@ async fn second_process_on_sqlite_file_is_refused_with_reason() {
         .unwrap()
         .to_owned();
     for told in [&*path, "in use by another process", "use Postgres"] {
-        assert!(text.contains(told), "it does not say `{told}`: {text}");
+        assert!(text.contains(told), "the error lacks `{told}`: {text}");
     }
     gateway.say("/v1/users/alice", "and now?").await;
-    // The file is free as soon as its process is gone, however that went.
+    // The file is free as soon as its process is gone, however it ended.
     gateway.kill();
     scene
         .gateway()

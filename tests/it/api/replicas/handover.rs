@@ -1,5 +1,5 @@
-//! SIGTERM: what does not end in time is handed over. Sessions are so long here that nothing but the hand-over explains that
-//! others go on at once.
+//! SIGTERM: runs that do not end in time are handed over. Sessions are so long that only the
+//! hand-over explains why another replica continues at once.
 
 use std::time::Instant;
 
@@ -7,8 +7,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
-    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, heard, outputs,
-    whole,
+    Half, LONG, PROMPT, SCOPE, ask, assert_ascending, begin, completed, counted, outputs,
+    user_messages, whole,
 };
 use crate::support::gateway::{Event, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -25,7 +25,7 @@ fn settings(grace: &str) -> String {
     format!("{LONG}[server]\nshutdown_grace = \"{grace}\"\n")
 }
 
-/// Where a run outlives its client, and can be followed to its end.
+/// Settings of an upstream on which a run outlives its client and can be followed to its end.
 fn upstream(scene: &Scene) -> &'static str {
     if scene.protocol == Protocol::Assistants {
         ""
@@ -34,10 +34,11 @@ fn upstream(scene: &Scene) -> &'static str {
     }
 }
 
-/// The hint with which a stream ends that is to be read on elsewhere: where, and after which event.
+/// Returns the hint at the end of a stream that continues elsewhere: the link, and the event to
+/// continue after.
 #[track_caller]
 fn hint(events: &[Event]) -> (String, Option<String>) {
-    let last = events.last().expect("it says why it ends");
+    let last = events.last().expect("the stream has a last event");
     assert_eq!(
         (last.name.as_str(), last.id.as_str()),
         ("stream.reconnect", ""),
@@ -58,7 +59,8 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     let (mut owner, other) = tokio::join!(start(), start());
     let asked = ask(&owner, "/v1/users/bob").await;
     let mut half = Half::at(&scene, &owner, "tell me").await;
-    // One that others follow there, one in line, one whose caller waits for JSON.
+    // One run has a follower at the other replica, one is queued, and one has a caller that waits
+    // for JSON.
     let follower = owner.events(SCOPE, &half.run, Some(half.last())).await;
     let (in_line, queued) = begin(&owner, "enqueue", "me too").await;
     let request = owner.request(Method::POST, "/v1/users/carol/messages");
@@ -107,7 +109,7 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     assert_eq!(
         scene.database.number("SELECT count(*) FROM replicas").await,
         1,
-        "its session is given up"
+        "its session is closed"
     );
 
     let rest = resume(
@@ -126,7 +128,7 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     assert_eq!(
         text_of(&half.seen),
         completed(&half.seen),
-        "what came before and after is the whole reply"
+        "both parts give the whole reply"
     );
     let second = second.rest().await;
     assert_eq!(second.last().unwrap().name, "run.completed");
@@ -139,10 +141,10 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     let (path, body) = outputs("/v1/users/bob", &asked);
     let bob = other.post(&path, &body).await.ok();
     assert!(text(&bob["message"]).contains("4 °C"), "{bob:#}");
-    assert_eq!(heard(&other, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&other, SCOPE).await, ["tell me", "me too"]);
     other.say(SCOPE, "and now?").await;
     assert_same(&scene, &other, SCOPE).await;
-    // To answer a call is a run of its own, but with Assistants.
+    // Except with Assistants, tool outputs start another run upstream.
     let runs = if scene.protocol == Protocol::Assistants {
         5
     } else {
@@ -155,14 +157,15 @@ async fn unfinished_runs_are_handed_over_on_shutdown(scene: Scene) {
     );
 }
 
-/// With little time for what runs to end.
+/// Settings with little time for active runs.
 const SETTINGS: &str = "[replica]\nsession_ttl = \"60s\"\n[server]\nshutdown_grace = \"500ms\"\n";
 
 async fn owner_exits(gateway: &mut Gateway) -> bool {
     gateway.exit().await.success()
 }
 
-/// What ends within the grace time ends as ever, while new messages are refused: somebody else takes them.
+/// A run that ends within the grace time ends as usual. New messages are refused meanwhile, and
+/// the other replica accepts them.
 #[tokio::test(flavor = "multi_thread")]
 async fn runs_ending_within_grace_are_not_handed_over() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -170,7 +173,7 @@ async fn runs_ending_within_grace_are_not_handed_over() {
     let (mut owner, other) =
         tokio::join!(scene.gateway_with(&settings), scene.gateway_with(&settings));
     let half = Half::at(&scene, &owner, "tell me").await;
-    // What waits in line goes over at once; it need not wait for the end of the grace time.
+    // A queued run is handed over at once, not at the end of the grace time.
     let (in_line, _) = begin(&owner, "enqueue", "me too").await;
     owner.terminate();
     owner.until("/readyz", |answer| answer.status == 503).await;
@@ -191,7 +194,7 @@ async fn runs_ending_within_grace_are_not_handed_over() {
     scene.simulator.release();
     let shown = [half.seen, half.stream.rest().await].concat();
     assert_eq!(text_of(&shown), completed(&shown));
-    // Its reader stays where it is, as long as it can.
+    // Its reader keeps its connection for as long as possible.
     let in_line = in_line.rest().await;
     let last = in_line.last().unwrap();
     if last.name == "stream.reconnect" {
@@ -205,7 +208,7 @@ async fn runs_ending_within_grace_are_not_handed_over() {
     assert_eq!(
         scene.database.number(fences).await,
         1,
-        "only what waited was handed over"
+        "only the queued run was handed over"
     );
     assert_same(&scene, &other, SCOPE).await;
 }
@@ -225,13 +228,13 @@ async fn unfinished_runs_of_single_gateway_resume_in_successor(scene: Scene) {
     assert_eq!(
         scene.database.number("SELECT count(*) FROM replicas").await,
         0,
-        "its session is given up"
+        "its session is closed"
     );
     let unfinished = "SELECT count(*) FROM runs WHERE finished_at IS NULL";
     assert_eq!(
         scene.database.number(unfinished).await,
         2,
-        "nothing is ended that can go on"
+        "no run that can continue is ended"
     );
 
     let begun = Instant::now();
@@ -254,15 +257,15 @@ async fn unfinished_runs_of_single_gateway_resume_in_successor(scene: Scene) {
     assert_eq!(
         text_of(&half.seen),
         completed(&half.seen),
-        "what came before and after is the whole reply"
+        "both parts give the whole reply"
     );
     assert_eq!(second.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(heard(&again, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&again, SCOPE).await, ["tell me", "me too"]);
     again.say(SCOPE, "and now?").await;
     assert_same(&scene, &again, SCOPE).await;
 }
 
-/// Nobody else could know what these runs were to say, so they end while it is known that they do.
+/// No other replica could know the text of these runs, so they fail before the process ends.
 async fn unfinished_runs_without_transcript_fail_on_shutdown(scene: Scene) {
     let config = scene.config_with(SETTINGS, upstream(&scene));
     let config = config.replace("[store]\n", "[store]\ntranscript = \"off\"\n");

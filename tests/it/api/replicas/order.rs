@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::json;
 
-use super::{LONG, SCOPE, half_way, heard};
+use super::{LONG, SCOPE, half_way, user_messages};
 use crate::support::TestDatabase;
 use crate::support::gateway::{EventReader, Gateway, PATIENCE, text_of};
 use crate::support::history::{all, assert_same};
@@ -45,7 +45,7 @@ async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
         );
     }
     let wanted: Vec<_> = (0..12).map(|n| format!("message {n}")).collect();
-    assert_eq!(heard(&gateways[1], SCOPE).await, wanted);
+    assert_eq!(user_messages(&gateways[1], SCOPE).await, wanted);
     let runs = all(&gateways[2], &format!("{SCOPE}/runs")).await;
     for two in runs.windows(2) {
         let (ended, began) = (
@@ -66,8 +66,8 @@ async fn runs_across_replicas_start_in_arrival_order(scene: Scene) {
     assert_same(&scene, &gateways[0], SCOPE).await;
 }
 
-/// Runs wait at one replica for runs of another one until both look rarely. Asking once a second they would start half a
-/// second late, on the average.
+/// Runs wait at one replica for runs of another one until both poll rarely. With polls once a
+/// second they would start half a second late on average.
 #[tokio::test(flavor = "multi_thread")]
 async fn waiting_run_on_other_replica_is_woken_promptly() {
     const USERS: usize = 16;
@@ -88,7 +88,7 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
             streams.push(stream);
         }
     }
-    // Their pauses have grown by then.
+    // The pauses between polls have grown by then.
     tokio::time::sleep(Duration::from_secs(3)).await;
     scene.simulator.release();
     for stream in streams {
@@ -100,11 +100,14 @@ async fn waiting_run_on_other_replica_is_woken_promptly() {
     let mut delays: Vec<i64> = delays.iter().map(|delay| delay.parse().unwrap()).collect();
     delays.sort_unstable();
     assert_eq!(delays.len(), USERS);
-    assert!(delays[USERS / 2] < 250, "waiters start late: {delays:?} ms");
+    assert!(
+        delays[USERS / 2] < 250,
+        "waiting runs start late: {delays:?} ms"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn turns_alternate_between_replicas_without_pauses() {
+async fn runs_alternate_between_replicas_without_pauses() {
     const TURNS: u32 = 20;
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gateways = [
@@ -126,14 +129,14 @@ async fn turns_alternate_between_replicas_without_pauses() {
     let slow_poll = Duration::from_millis(500);
     assert!(
         begun.elapsed() < TURNS * slow_poll,
-        "{TURNS} turns took {:?}",
+        "{TURNS} runs took {:?}",
         begun.elapsed()
     );
 }
 
-/// A gateway that hears nothing of the others: it listens at another database, as behind a pooler that does not pass on
-/// what is told.
-async fn deaf(scene: &Scene, elsewhere: &TestDatabase) -> Gateway {
+/// Starts a gateway that gets no notifications. It listens on another database, as behind a
+/// pooler that drops notifications.
+async fn gateway_without_notifications(scene: &Scene, elsewhere: &TestDatabase) -> Gateway {
     let direct = format!("[store]\ndirect_url = {:?}\n", elsewhere.url());
     Gateway::start(&scene.config(LONG).replace("[store]\n", &direct)).await
 }
@@ -142,7 +145,10 @@ async fn deaf(scene: &Scene, elsewhere: &TestDatabase) -> Gateway {
 async fn missed_notifications_are_compensated_by_polling() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
     let elsewhere = TestDatabase::postgres().await;
-    let (one, other) = tokio::join!(deaf(&scene, &elsewhere), deaf(&scene, &elsewhere));
+    let (one, other) = tokio::join!(
+        gateway_without_notifications(&scene, &elsewhere),
+        gateway_without_notifications(&scene, &elsewhere)
+    );
     scene.simulator.hold();
     let mut streams = vec![one.stream(SCOPE, &half_way("tell me")).await];
     let run = super::run_of(&streams[0].next().await.unwrap());
@@ -153,9 +159,9 @@ async fn missed_notifications_are_compensated_by_polling() {
         assert_eq!(stream.next().await.unwrap().data["position"], json!(n));
         streams.push(stream);
     }
-    // Its text comes live all the same.
+    // The text still arrives live.
     let mut follower = other.events(SCOPE, &run, None).await;
-    follower.until_told("You said: tell me.").await;
+    follower.until_text("You said: tell me.").await;
     let begun = Instant::now();
     scene.simulator.release();
     for stream in streams {
@@ -164,7 +170,7 @@ async fn missed_notifications_are_compensated_by_polling() {
     assert_eq!(follower.rest().await.last().unwrap().name, "run.completed");
     assert!(
         begun.elapsed() < PATIENCE / 2,
-        "5 turns took {:?}",
+        "5 runs took {:?}",
         begun.elapsed()
     );
     assert_same(&scene, &other, SCOPE).await;

@@ -1,10 +1,10 @@
-//! A replica that loses its database, while others have it.
+//! A replica that loses its database while others have theirs.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Half, SCOPE, SHORT, TTL, begin, counted, heard};
+use super::{Half, SCOPE, SHORT, TTL, begin, counted, user_messages};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
@@ -13,11 +13,11 @@ use crate::support::scene::{Backend, Protocol, Scene, on_shared_scene};
 
 on_shared_scene!(cut_off_replica_stops_before_takeover);
 
-/// Longest wait for a connection and for an answer of the database, as configured here and as it stands, and some more for a
-/// machine that does other things.
+/// Longest time until a refusal: the configured waits for a connection and for an answer, and
+/// more for a busy machine.
 const REFUSED_WITHIN: Duration = Duration::from_secs(20);
 
-/// From now on no question arrives at a database that is reached through this gate.
+/// Stops all statements of a database behind this gate from now on.
 fn cut_off(gate: &Gate) {
     gate.set(1, Moment::Before);
 }
@@ -36,19 +36,23 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     let half = Half::at(&scene, &one, "tell me").await;
     let (in_line, _) = begin(&one, "enqueue", "me too").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
 
-    // The first question of the one who takes the run over is stopped on its way to the upstream.
+    // The first upstream request of the replica that takes the run over is stopped.
     upstream.set(1, Moment::Before);
     cut_off(&database);
     upstream.caught().await;
     if scene.protocol != Protocol::Assistants {
         let abandoned = scene.simulator.stats().runs_ended.get("abandoned").copied();
-        assert_eq!(abandoned, Some(1), "the one before does not read any more");
+        assert_eq!(
+            abandoned,
+            Some(1),
+            "the former owner does not read any more"
+        );
     }
     upstream.open();
 
-    // It says so, soon, and does not hide behind what it cannot ask.
+    // The replica soon reports that it is not ready, although it cannot ask the database.
     let not_ready = one.until("/readyz", |answer| answer.status == 503).await;
     assert_eq!(not_ready.problem(), (503, "store-unavailable"));
     for path in [SCOPE, "/v1/users/bob"] {
@@ -67,7 +71,7 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
             begun.elapsed()
         );
     }
-    // The others go on.
+    // The other replicas continue.
     scene.simulator.release();
     let elsewhere = follower.rest().await;
     let lost = scene.protocol != Protocol::Assistants;
@@ -81,31 +85,32 @@ async fn cut_off_replica_stops_before_takeover(scene: Scene) {
     .await;
     other.say(SCOPE, "and now?").await;
 
-    // Healed, it is as before, by itself.
+    // Once the database is back, the replica recovers by itself.
     database.open();
     one.until("/readyz", |answer| answer.status == 200).await;
     let shown = half.stream.rest().await;
     assert_eq!(
         shown.last(),
         elsewhere.last(),
-        "its readers hear the end all the same"
+        "its readers see the end, too"
     );
     let in_line = in_line.rest().await;
     assert!(text_of(&in_line).contains("me too"), "{in_line:#?}");
     let answer = one.say(SCOPE, "there again").await;
     assert!(text(&answer["message"]).contains("there again"));
     assert_eq!(
-        heard(&one, SCOPE).await,
+        user_messages(&one, SCOPE).await,
         ["hello", "tell me", "me too", "and now?", "there again"]
     );
     assert_same(&scene, &one, SCOPE).await;
     assert_eq!(scene.simulator.stats().runs_started, 5, "nothing ran twice");
 }
 
-/// By the database's own clock, not only by what others do.
+/// The replica stops by its own clock, without hearing of a takeover.
 #[tokio::test(flavor = "multi_thread")]
 async fn cut_off_replica_stops_before_session_lapses() {
-    /// A tenth of it is what the process leaves of its session: enough for a look that comes late.
+    /// A replica gives its session up a tenth of the life early, which is enough for a late
+    /// check.
     const LIFE: Duration = Duration::from_secs(10);
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let gate = Gate::default();
@@ -127,11 +132,12 @@ async fn cut_off_replica_stops_before_session_lapses() {
     assert_eq!(
         scene.database.number(alive).await,
         1,
-        "its session has lapsed before it let go"
+        "the session had lapsed before the replica stopped"
     );
 }
 
-/// Nobody else is there: its runs go on once the database is back, whoever they belonged to.
+/// There is no other replica. Its runs continue once the database is back, whichever session
+/// owned them.
 #[tokio::test(flavor = "multi_thread")]
 async fn single_replica_resumes_runs_after_database_outage() {
     let scene = Scene::new(Protocol::Assistants, Backend::Postgres).await;
@@ -155,11 +161,12 @@ async fn single_replica_resumes_runs_after_database_outage() {
     assert_eq!(shown.last().unwrap().name, "run.completed", "{shown:#?}");
     assert_eq!(text_of(&shown), super::completed(&shown));
     assert_eq!(in_line.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(heard(&gateway, SCOPE).await, ["tell me", "me too"]);
+    assert_eq!(user_messages(&gateway, SCOPE).await, ["tell me", "me too"]);
     assert_same(&scene, &gateway, SCOPE).await;
 }
 
-/// At whichever step of a start the database goes away, the process waits for it, as for one that is not up yet.
+/// The process waits for the database at whichever step of the start it is lost, as it waits for
+/// one that is not up yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn startup_waits_for_lost_database() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -184,8 +191,5 @@ async fn startup_waits_for_lost_database() {
         steps += 1;
     }
     gate.open();
-    assert!(
-        steps >= 4,
-        "a schema, a session and a look at both take more than {steps} steps"
-    );
+    assert!(steps >= 4, "a start needs more than {steps} steps");
 }

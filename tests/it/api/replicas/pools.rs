@@ -1,4 +1,4 @@
-//! Fewer connections to the database than requests that want one.
+//! Fewer database connections than concurrent requests.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use crate::support::gateway::{Gateway, text};
 use crate::support::history::assert_same;
 use crate::support::scene::{Backend, Protocol, Scene};
 
-/// Longer than a request waits for a connection, and than a session lives.
+/// Duration of the lock. It is longer than a request waits for a connection, and longer than a
+/// session lives.
 const STUCK: Duration = Duration::from_secs(5);
 const ACQUIRE: Duration = Duration::from_secs(1);
 
@@ -45,7 +46,8 @@ async fn few_connections_serve_many_requests() {
     }
 }
 
-/// The table of threads is locked by somebody for a while, so nothing that needs it ends, and all connections are in use.
+/// A lock on the table of threads blocks all statements that need it, so all connections are in
+/// use.
 #[tokio::test(flavor = "multi_thread")]
 async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -71,12 +73,13 @@ async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
     let meanwhile = async {
         let locked = "SELECT count(*) FROM pg_locks WHERE relation = 'threads'::regclass AND mode = 'AccessExclusiveLock'";
         super::counted(&scene, locked, 1).await;
-        // They end now, and cannot record it yet.
+        // The runs end now, and cannot record that yet.
         scene.simulator.release();
         let begun = Instant::now();
         let refused = join_all((0..30).map(|n| async move {
             let body = json!({"content": "hello"});
-            // The first connection is in use until its statement is; who comes behind is refused.
+            // The first connection is in use until its statement ends. Requests behind it are
+            // refused.
             let answer = one_of(n)
                 .post(&format!("/v1/users/new-{n}/messages"), &body)
                 .await;
@@ -95,12 +98,12 @@ async fn exhausted_pool_refuses_requests_and_keeps_sessions() {
         assert!(answer.headers.contains_key("retry-after"), "{answer:?}");
         assert!(*after < STUCK + 5 * ACQUIRE, "refused after {after:?}");
     }
-    assert!(said < refused.len(), "there is no lack of connections");
+    assert!(said < refused.len(), "connections are free again");
     for stream in running {
         assert_eq!(
             stream.rest().await.last().unwrap().name,
             "run.completed",
-            "what ran has ended"
+            "the active runs have ended"
         );
     }
     assert_eq!(

@@ -1,11 +1,11 @@
-//! kill -9 at the moment at which a message is sent to its upstream. Whoever takes the run over sends the message if it never
-//! arrived, and only then.
+//! SIGKILL at the moment at which a message is sent to its upstream. The replica that takes the
+//! run over sends the message only if it never arrived.
 
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{SCOPE, SHORT, TTL, heard};
+use super::{SCOPE, SHORT, TTL, user_messages};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Gateway, text};
 use crate::support::history::assert_same;
@@ -18,7 +18,7 @@ on_every_shared_scene!(
     takeover_during_thread_creation_sends_message_once,
 );
 
-/// How long the upstream may need until it shows what it was sent.
+/// Settings of the upstream. `lock_window` bounds the time until it shows what it got.
 const UPSTREAM: &str = "lock_window = \"500ms\"\n";
 
 async fn takeover_sends_unsent_message_once(scene: Scene) {
@@ -29,7 +29,7 @@ async fn takeover_does_not_resend_delivered_message(scene: Scene) {
     killed(scene, true, Moment::After).await;
 }
 
-/// A first message is preceded by the making of its thread, which a chain does not need.
+/// The creation of a thread precedes a first message. A chain needs none.
 async fn takeover_during_thread_creation_sends_message_once(scene: Scene) {
     killed(scene, false, Moment::Before).await;
 }
@@ -63,7 +63,8 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
         .get(&format!("{SCOPE}/runs/{}", run["id"].as_str().unwrap()))
         .await
         .ok();
-    // Of a response whose id nobody was told a server without conversations says nothing, so there it is not sent again.
+    // A server without conversations cannot tell of a response whose id never arrived. So the
+    // message is not sent again.
     let can_be_told = scene.protocol != Protocol::Chain;
     if can_be_told {
         assert_eq!(run["status"], "completed", "{steps:?}: {run:#}");
@@ -74,7 +75,7 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
         assert_eq!(
             scene.simulator.stats().runs_started,
             before + 1,
-            "it ran once"
+            "the message ran once"
         );
     } else {
         assert_eq!(
@@ -90,7 +91,7 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
         &["tell me", "and now?"]
     };
     other.say(SCOPE, "and now?").await;
-    assert_eq!(heard(&other, SCOPE).await, wanted);
+    assert_eq!(user_messages(&other, SCOPE).await, wanted);
     assert_same(&scene, &other, SCOPE).await;
     if can_be_told {
         let thread = scene
@@ -103,7 +104,7 @@ async fn killed(scene: Scene, has_thread: bool, moment: Moment) {
     }
 }
 
-/// Nobody is dead for less than a session's time: what is slow is left to its owner.
+/// A slow replica counts as alive for its session's life, and keeps its runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn live_replica_keeps_its_runs() {
     use crate::support::scene::Backend;

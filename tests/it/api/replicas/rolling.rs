@@ -1,4 +1,4 @@
-//! Replicas are restarted one after the other while users go on talking.
+//! Replicas are restarted one after the other while users send messages.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::{heard, whole};
+use super::{user_messages, whole};
 use crate::support::gateway::{Event, EventReader, PATIENCE, text_of};
 use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene_by_chance};
@@ -25,7 +25,8 @@ async fn rolling_restart_neither_loses_nor_doubles_messages(scene: Scene) {
     roll(scene, "20s", "").await;
 }
 
-/// So little time that much of what runs is handed over, half-way. It can be where a reply outlives its client.
+/// The grace time is so short that many active runs are handed over half-way. That needs an
+/// upstream on which a reply outlives its client.
 async fn hasty_rolling_restart_neither_loses_nor_doubles_messages(scene: Scene) {
     let upstream = if scene.protocol == Protocol::Assistants {
         ""
@@ -47,7 +48,7 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
     let users = join_all((0..USERS).map(|user| talk(&balancer, user, &over)));
     let restarts = async {
         for (n, gateway) in gateways.iter_mut().enumerate() {
-            // While everybody talks.
+            // The users are busy when the restart begins.
             let talked = balancer.answered.load(Ordering::SeqCst) + USERS;
             balancer.until_answered(talked).await;
             gateway.terminate();
@@ -68,9 +69,9 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
         let scope = format!("/v1/users/user-{user}");
         let words: Vec<_> = said.iter().map(|(word, _)| word.clone()).collect();
         assert_eq!(
-            heard(&gateways[0], &scope).await,
+            user_messages(&gateways[0], &scope).await,
             words,
-            "all that was said, once, in order"
+            "each message is in the transcript once, in order"
         );
         let replies = messages(&gateways[1], &scope).await;
         let replies = replies
@@ -81,7 +82,7 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
         assert_eq!(
             replies.collect::<Vec<_>>(),
             told,
-            "each reply, once, as it was told"
+            "each reply is in the transcript once, as its reader saw it"
         );
         assert_same(&scene, &gateways[2], &scope).await;
     }
@@ -93,7 +94,7 @@ async fn roll(scene: Scene, grace: &str, upstream: &str) {
     );
 }
 
-/// A user who talks until it is over. What was said, and what was replied.
+/// Sends messages until the test is over. Returns each message with its reply.
 async fn talk(balancer: &Balancer, user: usize, over: &AtomicBool) -> Vec<(String, String)> {
     let mut said = Vec::new();
     while !over.load(Ordering::SeqCst) {
@@ -116,7 +117,7 @@ async fn talk(balancer: &Balancer, user: usize, over: &AtomicBool) -> Vec<(Strin
         let reply = if streams {
             balancer.streamed(response).await
         } else {
-            balancer.told(response).await
+            balancer.reply_of(response).await
         };
         assert!(reply.contains(&word), "{word}: {reply}");
         said.push((word, reply));
@@ -125,8 +126,9 @@ async fn talk(balancer: &Balancer, user: usize, over: &AtomicBool) -> Vec<(Strin
     said
 }
 
-/// Goes round the replicas as a load balancer and a careful client do together: to the next one where nothing was taken or,
-/// since each message has a key, where the connection broke before there was an answer.
+/// Sends requests to the replicas in rotation, as a load balancer and a careful client do
+/// together. It tries the next replica if the message was refused, or if the connection broke
+/// before an answer. Each message has a key, so the second case is safe.
 #[derive(Default)]
 struct Balancer {
     replicas: Mutex<Vec<String>>,
@@ -139,12 +141,12 @@ impl Balancer {
     async fn send(&self, request: impl Fn(&Client, &str) -> RequestBuilder) -> Response {
         let start = Instant::now();
         loop {
-            assert!(start.elapsed() < PATIENCE, "no replica takes it");
+            assert!(start.elapsed() < PATIENCE, "no replica accepts the message");
             let address = {
                 let replicas = self.replicas.lock().unwrap();
                 replicas[self.next.fetch_add(1, Ordering::SeqCst) % replicas.len()].clone()
             };
-            // One connection for each request, so that none is reused that is being closed.
+            // Each request has its own connection, so that none uses one that is being closed.
             match request(&self.client, &address)
                 .header("connection", "close")
                 .send()
@@ -158,14 +160,14 @@ impl Balancer {
                     );
                 }
                 Ok(response) => return response,
-                // The last moment of a process: it is not in time to refuse.
+                // A process may end without having refused a connection.
                 Err(error) => assert!(error.is_connect() || error.is_request(), "{error:?}"),
             }
         }
     }
 
-    /// The reply of a request that waits for it.
-    async fn told(&self, response: Response) -> String {
+    /// Returns the reply to a request that waits for it.
+    async fn reply_of(&self, response: Response) -> String {
         if response.status() == StatusCode::OK {
             let answer: Value = response.json().await.unwrap();
             return whole(&answer["message"]);
@@ -182,12 +184,15 @@ impl Balancer {
                 assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
                 return whole(&answer["message"]);
             }
-            assert!(start.elapsed() < PATIENCE, "it never ends: {answer:#}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the run never ended: {answer:#}"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// The same as a stream, which may have to be read on elsewhere.
+    /// Returns the reply of a stream, which may continue at another replica.
     async fn streamed(&self, response: Response) -> String {
         let mut events: Vec<Event> = Vec::new();
         let mut stream = EventReader::new(response);
@@ -202,7 +207,7 @@ impl Balancer {
                 assert_eq!(
                     text,
                     super::completed(&events),
-                    "what was told is the whole reply, once"
+                    "the deltas give the whole reply, once"
                 );
                 return text;
             }
@@ -223,7 +228,7 @@ impl Balancer {
     async fn until_answered(&self, wanted: usize) {
         let start = Instant::now();
         while self.answered.load(Ordering::SeqCst) < wanted {
-            assert!(start.elapsed() < PATIENCE, "nobody is answered any more");
+            assert!(start.elapsed() < PATIENCE, "no user gets answers any more");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

@@ -1,4 +1,4 @@
-//! Any replica shows any run, while it goes on and after its end.
+//! Any replica shows any run, during the run and afterwards.
 
 use futures_util::StreamExt;
 use futures_util::future::join_all;
@@ -17,21 +17,21 @@ on_shared_scene!(
     follower_on_other_replica_notifies_owner,
     reader_resumes_on_any_replica,
     idempotent_retry_joins_run_on_other_replica,
-    tool_outputs_posted_elsewhere_are_streamed_live,
+    tool_outputs_posted_at_other_replica_are_streamed_live,
     reply_to_tool_outputs_excludes_earlier_events,
 );
 
-async fn two(scene: &Scene) -> (Gateway, Gateway) {
+async fn two_gateways(scene: &Scene) -> (Gateway, Gateway) {
     tokio::join!(scene.gateway_with(LONG), scene.gateway_with(LONG))
 }
 
 async fn reply_streams_live_on_every_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "tell me").await;
-    // While the upstream says no more.
+    // The upstream sends no more for now.
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    let mut elsewhere = follower.until_told(&half.text()).await;
+    let mut elsewhere = follower.until_text(&half.text()).await;
     assert_eq!(
         (&elsewhere[0].name, &elsewhere[0].id),
         (&half.seen[0].name, &half.seen[0].id)
@@ -40,15 +40,15 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     assert_eq!(
         elsewhere.last().unwrap().id,
         half.last(),
-        "text has the same numbers everywhere"
+        "text has the same numbers at every replica"
     );
-    // From wherever the owner's reader was.
+    // A reader may continue after any event of the owner's stream.
     for at in [0, half.seen.len() / 2] {
         let mut later = other
             .events(SCOPE, &half.run, Some(&half.seen[at].id))
             .await;
         let rest = text_of(&half.seen[at + 1..]);
-        assert_eq!(text_of(&later.until_told(&rest).await), rest);
+        assert_eq!(text_of(&later.until_text(&rest).await), rest);
     }
     scene.simulator.release();
     let (rest, more) = tokio::join!(half.stream.rest(), follower.rest());
@@ -60,27 +60,28 @@ async fn reply_streams_live_on_every_replica(scene: Scene) {
     assert_eq!(
         elsewhere[elsewhere.len() - 2..],
         shown[shown.len() - 2..],
-        "both end alike"
+        "both streams end alike"
     );
     assert_ascending(&elsewhere);
 }
 
 async fn follower_on_other_replica_notifies_owner(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let store = scene.database.store().await;
     let mut notifications = store.notifications();
     assert_eq!(
         notifications.next().await,
         Some(Notification::Missed),
-        "it listens"
+        "the listener is connected"
     );
     let half = Half::at(&scene, &owner, "tell me").await;
     let follower = other.events(SCOPE, &half.run, None).await;
     let run = Notification::Followed(half.run.parse().unwrap());
-    let heard = async { while notifications.next().await.expect("notifications go on") != run {} };
+    let heard =
+        async { while notifications.next().await.expect("notifications continue") != run {} };
     tokio::time::timeout(PATIENCE, heard)
         .await
-        .expect("the owner is told");
+        .expect("the owner is notified");
     scene.simulator.release();
     let (seen, shown) = tokio::join!(follower.rest(), half.stream.rest());
     assert_eq!(text_of(&seen), text_of(&[half.seen, shown].concat()));
@@ -88,7 +89,7 @@ async fn follower_on_other_replica_notifies_owner(scene: Scene) {
 }
 
 async fn reader_resumes_on_any_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let shown = owner
         .stream(SCOPE, "tell me [[sim: tokens=40 rate=10ms]]")
         .await
@@ -141,7 +142,7 @@ async fn json_of(response: reqwest::Response) -> Answer {
 }
 
 async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     scene.simulator.hold();
     let content = half_way("tell me");
     let first = owner
@@ -156,8 +157,8 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
         // Live as a stream, while the owner has nothing to answer yet …
         let stream = repeat(&other, ("accept", "text/event-stream"), &content).await;
         let mut stream = EventReader::new(stream);
-        let seen = stream.until_told("You said: tell me.").await;
-        // … with where to look, for who does not wait long …
+        let seen = stream.until_text("You said: tell me.").await;
+        // … with a link to the result, for a caller that does not wait long …
         let taken = json_of(repeat(&other, ("prefer", "wait=1"), &content).await).await;
         assert_eq!(taken.status, StatusCode::ACCEPTED, "{taken:?}");
         assert_eq!(taken.body["run"]["status"], "in_progress", "{taken:?}");
@@ -166,7 +167,7 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
             other.get(&place).await.ok()["run"]["id"],
             taken.body["run"]["id"]
         );
-        // … and whole, for who does.
+        // … and whole, for a caller that does.
         let answers = join_all(["wait=50", "handling=strict"].map(|wish| async {
             json_of(repeat(&other, ("prefer", wish), &content).await)
                 .await
@@ -191,9 +192,9 @@ async fn idempotent_retry_joins_run_on_other_replica(scene: Scene) {
     assert_eq!(scene.simulator.stats().runs_started, 1);
 }
 
-/// Outputs that are posted elsewhere are answered as they are by the owner, in all forms.
-async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+/// Outputs that are posted at another replica get the same answers as at the owner, in all forms.
+async fn tool_outputs_posted_at_other_replica_are_streamed_live(scene: Scene) {
+    let (owner, other) = two_gateways(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"].as_str().unwrap();
     let mut follower = other.events(SCOPE, run, None).await;
@@ -217,7 +218,11 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     let (answered, rest) = tokio::join!(answered.rest(), follower.rest());
     assert_eq!(answered.last().unwrap().name, "run.completed");
     assert!(text_of(&answered).contains("4 °C"), "{answered:#?}");
-    assert_eq!(text_of(&rest), text_of(&answered), "only what came after");
+    assert_eq!(
+        text_of(&rest),
+        text_of(&answered),
+        "the stream has only the later events"
+    );
     assert_eq!(rest.last(), answered.last());
     assert_ascending(&[seen, rest].concat());
     assert_eq!(
@@ -226,9 +231,10 @@ async fn tool_outputs_posted_elsewhere_are_streamed_live(scene: Scene) {
     );
 }
 
-/// Also where the log cannot be read just then, from which it is known where that is.
+/// The answer leaves out earlier events even if the log, which says where they end, cannot be
+/// read at that moment.
 async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let (path, mut body) = outputs(SCOPE, &asked);
     body["stream"] = json!(true);
@@ -238,7 +244,7 @@ async fn reply_to_tool_outputs_excludes_earlier_events(scene: Scene) {
             .header("idempotency-key", "outputs")
             .json(&body)
     };
-    // Their first time, and again when all is over.
+    // The outputs are sent for the first time, and again after the end.
     for _ in 0..2 {
         let locked = scene.database.lock("run_events").await;
         let cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks

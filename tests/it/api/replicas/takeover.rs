@@ -1,41 +1,43 @@
-//! kill -9 in the middle of a reply: another replica goes on with it, and its readers with that one.
+//! SIGKILL in the middle of a reply: another replica continues it, and serves its readers.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::{
-    Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, heard, outputs, run_of,
+    Half, SCOPE, SHORT, TTL, assert_ascending, begin, completed, counted, outputs, run_of,
+    user_messages,
 };
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text, text_of};
 use crate::support::history::{assert_same, upstream};
 use crate::support::scene::Scene;
 
-/// What is promised: a dead replica's runs are taken over within its session's time and this.
+/// Promised time of a takeover beyond the session's life.
 const PROMISED: Duration = Duration::from_secs(2);
-/// A machine that runs other tests as well may add so much. The promise itself has room: the session of an owner that was
-/// killed lapses after `TTL` at the most, and others look every 300 ms.
+/// Extra time on a machine that runs other tests. The promise has room itself: a killed owner's
+/// session lapses after `TTL` at most, and others look every 300 ms.
 const BUSY: Duration = Duration::from_secs(2);
 
-/// What the database knew of the run at its upstream when its owner died.
+/// What the database knew of the upstream run when its owner was killed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Known {
     Id,
     Nothing,
 }
 
-/// What becomes of the run.
+/// The end of the run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Fate {
-    /// Its reader sees all of the reply.
+    /// Its reader sees the whole reply.
     Whole,
-    /// The upstream cannot tell, or has stopped with its client: it ends with what was recorded.
+    /// The upstream does not know the run, or stopped it with its client. It ends with what was
+    /// recorded.
     Lost,
-    /// One of both, by what a look at the conversation shows.
+    /// Either of the two, as the upstream conversation shows.
     Either,
 }
 
-/// Makes a test for each protocol, in the background or not.
+/// Makes a test for each protocol, with or without background.
 macro_rules! kills {
     ($($module:ident $protocol:ident $upstream:literal [$($name:ident $known:ident $fate:ident),+])+) => {
         $(mod $module {
@@ -60,7 +62,8 @@ kills! {
     chain_background Chain "background = true\n" [kill_with_upstream_id_recorded_keeps_every_message Id Whole, kill_without_upstream_record_keeps_every_message Nothing Lost]
 }
 
-/// Lets nothing be recorded of what a run shows, as if its owner had died before it could be.
+/// Makes the database refuse a run's events, as if the owner had been killed before it could
+/// write them.
 async fn record_nothing(scene: &Scene) {
     let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN RAISE EXCEPTION 'nothing is recorded now'; END $$;
@@ -78,7 +81,8 @@ async fn record_again(scene: &Scene) {
 }
 
 async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate) {
-    // A response in the background that is in no list is waited for; one that has stopped is not waited for in vain.
+    // A background response that no list shows is waited for, so the window is long. For one that
+    // has stopped the wait would be in vain.
     let window = if upstream.is_empty() { "500ms" } else { "20s" };
     let upstream = format!("lock_window = \"{window}\"\n{upstream}");
     let start = || scene.gateway_both(SHORT, &upstream);
@@ -91,8 +95,8 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     let mut follower = other.events(SCOPE, &half.run, None).await;
     let mut elsewhere = Vec::new();
     if known == Known::Id {
-        // What others see is recorded.
-        elsewhere = follower.until_told(&half.text()).await;
+        // Other replicas have seen these events, so they are recorded.
+        elsewhere = follower.until_text(&half.text()).await;
     }
     let (in_line, _) = begin(&owner, "enqueue", "me too").await;
     let (last, _) = begin(&other, "enqueue", "me last").await;
@@ -101,9 +105,13 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     if known == Known::Nothing {
         record_again(&scene).await;
     }
-    assert_eq!(half.stream.until_broken().await, [], "no end that is none");
+    assert_eq!(
+        half.stream.until_broken().await,
+        [],
+        "the stream does not end before the run"
+    );
     drop(in_line);
-    // Its reader comes back before anybody has noticed.
+    // The reader reconnects before any replica has noticed the kill.
     let resumed = other
         .events(
             SCOPE,
@@ -126,7 +134,7 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     let shown = [half.seen, resumed].concat();
     assert_ascending(&shown);
     assert_ascending(&elsewhere);
-    assert_eq!(elsewhere.last(), shown.last(), "both end alike");
+    assert_eq!(elsewhere.last(), shown.last(), "both streams end alike");
     let end = shown.last().unwrap();
     let fate = match fate {
         Fate::Either if end.name == "run.completed" => Fate::Whole,
@@ -139,7 +147,7 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
             assert_eq!(
                 text_of(&shown),
                 completed(&shown),
-                "what came before and after is the whole reply"
+                "both parts give the whole reply"
             );
             assert_eq!(text_of(&elsewhere), completed(&shown));
         }
@@ -149,7 +157,11 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
                 ("run.failed", &Value::from("replica_lost"))
             );
             if known == Known::Id {
-                assert_eq!(text_of(&shown), completed(&shown), "what was said stays");
+                assert_eq!(
+                    text_of(&shown),
+                    completed(&shown),
+                    "the text before the kill stays"
+                );
                 assert_eq!(text_of(&elsewhere), completed(&shown));
             }
         }
@@ -158,12 +170,13 @@ async fn killed_half_way(scene: Scene, upstream: &str, known: Known, fate: Fate)
     is_whole(&scene, &other, fate).await;
 }
 
-/// Each message has run once, in its place; the thread is usable, and the upstream knows what the transcript says.
+/// Checks that each message ran once and in its place, that the thread is usable, and that
+/// transcript and upstream are the same.
 async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
     let answer = gateway.say(SCOPE, "and now?").await;
     assert!(text(&answer["message"]).contains("and now?"));
     let said = ["hello", "tell me", "me too", "me last", "and now?"];
-    assert_eq!(heard(gateway, SCOPE).await, said);
+    assert_eq!(user_messages(gateway, SCOPE).await, said);
     let runs = gateway.get(&format!("{SCOPE}/runs?order=asc")).await.ok();
     let statuses: Vec<_> = runs["data"]
         .as_array()
@@ -185,7 +198,7 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
         let times = there
             .filter(|(role, text)| role == "user" && text.split(" [[").next() == Some(said))
             .count();
-        // What was lost may have left nothing there.
+        // A lost run may have left nothing upstream.
         assert!(
             times == 1 || (times == 0 && fate == Fate::Lost && said == "tell me"),
             "{times} times `{said}`"
@@ -195,11 +208,11 @@ async fn is_whole(scene: &Scene, gateway: &Gateway, fate: Fate) {
     assert_eq!(
         scene.simulator.stats().active_runs,
         0,
-        "nothing goes on upstream"
+        "the upstream has no active run"
     );
 }
 
-/// A run of a replica that died is followed where it goes on, also by who asks for it for the first time.
+/// A dead replica's run can be followed at the replica that continues it, also by a new reader.
 #[tokio::test(flavor = "multi_thread")]
 async fn run_survives_repeated_takeovers() {
     use crate::support::scene::{Backend, Protocol};
@@ -212,7 +225,7 @@ async fn run_survives_repeated_takeovers() {
         let next = scene.gateway_both(SHORT, upstream).await;
         let mut follower = next.events(SCOPE, &half.run, None).await;
         assert_eq!(
-            text_of(&follower.until_told(&half.text()).await),
+            text_of(&follower.until_text(&half.text()).await),
             half.text(),
             "round {round}"
         );
@@ -229,8 +242,9 @@ async fn run_survives_repeated_takeovers() {
     assert_same(&scene, &owner, SCOPE).await;
 }
 
-/// A process that is stopped right behind its request holds the connection, so the upstream works on, where nobody can
-/// see it before it has ended. Whoever sends the message again meets the lock.
+/// A process that is frozen just after its request keeps the connection open. So the upstream
+/// continues, and shows the run only once it has ended. The replica that sends the message again
+/// meets the lock.
 #[tokio::test(flavor = "multi_thread")]
 async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     use crate::support::scene::{Backend, Protocol};
@@ -246,7 +260,7 @@ async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     let refused = scene.simulator.wait_for(|stats| stats.lock_refusals > 0);
     tokio::time::timeout(PATIENCE, refused)
         .await
-        .expect("it is sent again");
+        .expect("the message is sent again");
     scene.simulator.release();
     let told = follower.rest().await;
     assert_eq!(told.last().unwrap().name, "run.completed");
@@ -255,7 +269,7 @@ async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     assert_eq!(
         half.stream.rest().await.last(),
         told.last(),
-        "both tell the same end"
+        "both replicas show the same end"
     );
     other.say(SCOPE, "and now?").await;
     let there = upstream(&scene, &other, SCOPE).await.into_iter();
@@ -266,7 +280,7 @@ async fn message_still_running_upstream_is_not_duplicated_by_takeover() {
     assert_same(&scene, &other, SCOPE).await;
 }
 
-/// Nothing of it was recorded, not even its start, and all that is left to do is to end it.
+/// Nothing of the run was recorded, not even its start. The takeover only has to end it.
 #[tokio::test(flavor = "multi_thread")]
 async fn takeover_of_cancelling_run_delivers_unseen_text() {
     use crate::support::scene::{Backend, Protocol};
@@ -287,7 +301,7 @@ async fn takeover_of_cancelling_run_delivers_unseen_text() {
     .await;
     owner.kill();
     record_again(&scene).await;
-    // Its reader had seen the beginning alone.
+    // The reader had seen only the beginning.
     let seen = half
         .seen
         .iter()
@@ -305,7 +319,8 @@ async fn takeover_of_cancelling_run_delivers_unseen_text() {
     assert_same(&scene, &other, SCOPE).await;
 }
 
-/// Of a response in the background whose id nobody recorded the conversation shows what it asks for.
+/// For a background response whose id was not recorded, the conversation shows its function
+/// calls.
 #[tokio::test(flavor = "multi_thread")]
 async fn takeover_finds_tool_calls_of_unrecorded_response() {
     use crate::support::scene::{Backend, Protocol};

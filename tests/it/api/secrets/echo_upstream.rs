@@ -1,4 +1,4 @@
-//! An upstream that repeats whatever it hears.
+//! An upstream that repeats what it receives.
 
 use axum::Router;
 use axum::body::Body;
@@ -10,13 +10,13 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-/// A server that says what it was told: in its headers, its errors and its events.
+/// A server that repeats what it received, in headers, errors and events.
 pub(super) struct EchoUpstream {
     pub(super) url: String,
     _task: JoinSet<()>,
 }
 
-/// How it says it.
+/// The forms of the answers.
 pub(super) const PARROT_SAYS: [&str; 6] = ["400", "401", "500", "307", "garbage", "events"];
 
 impl EchoUpstream {

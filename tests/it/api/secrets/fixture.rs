@@ -1,4 +1,4 @@
-//! A gateway that knows secrets, and all that it writes.
+//! A gateway with planted secrets, and a search through everything that it writes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,12 +15,12 @@ use crate::support::secret_scan::{Needles, planted};
 use super::echo_upstream::PARROT_SAYS;
 use super::{PLAIN_SECRETS, SECRETS, WORDS, plain_secret, secret, word};
 
-/// Pieces of this length are looked for.
+/// Shortest piece of a secret that the search finds, in bytes.
 pub(super) const PIECE: usize = 8;
-/// The same for what is hexadecimal, since ids are, too.
+/// The same for hexadecimal secrets, which resemble ids.
 const HEX_PIECE: usize = 16;
 
-/// What is asked for, and all that comes of it.
+/// The gateway's files and configuration, and the texts to search for.
 pub(super) struct World {
     pub(super) folder: TempDir,
     pub(super) config: String,
@@ -78,7 +78,7 @@ impl World {
         }
         let mut database = scene.database.url();
         if scene.backend == Backend::Postgres {
-            // The server trusts everybody on this machine.
+            // The server accepts any password from this machine.
             let password = plain_secret("the password");
             database = database.replace("postgres@", &format!("postgres:{password}@"));
             database = format!("{database}&pasword={}", plain_secret("a misspelt password"));
@@ -115,7 +115,7 @@ impl World {
         }
     }
 
-    /// The binary, with this configuration, in folders of its own.
+    /// Returns a command of the binary with this configuration, in folders of its own.
     pub(super) fn command(&self, config: &str, args: &[&str]) -> Command {
         let file = self.folder.path().join("given/gateway.toml");
         std::fs::write(&file, config).unwrap();
@@ -130,7 +130,7 @@ impl World {
         command
     }
 
-    /// What a command says, which may be none of what is looked for.
+    /// Runs a command. Returns its output, which must contain none of the planted texts.
     pub(super) fn run(&self, args: &[&str]) -> String {
         self.run_with(&self.config, args)
     }
@@ -138,22 +138,22 @@ impl World {
     pub(super) fn run_with(&self, config: &str, args: &[&str]) -> String {
         let Output { stdout, stderr, .. } = self.command(config, args).output().unwrap();
         let text = [stdout, stderr].concat();
-        assert_eq!(self.secrets.find(&text), None, "{args:?} tells a secret");
+        assert_eq!(self.secrets.find(&text), None, "{args:?} prints a secret");
         assert_eq!(
             self.words_but_tenant(&text),
             None,
-            "{args:?} tells what was said"
+            "{args:?} prints a caller's text"
         );
         String::from_utf8(text).unwrap()
     }
 
-    /// Who lists keys is told whose they are.
+    /// Searches for callers' texts, but allows the tenant: a list of keys names their tenant.
     pub(super) fn words_but_tenant(&self, text: &[u8]) -> Option<String> {
         let text = String::from_utf8_lossy(text).replace(&word("a tenant"), "");
         self.words.find(text.as_bytes())
     }
 
-    /// A key that is recorded. It is told on standard output, and from then on looked for.
+    /// Creates a stored key. The command prints it, and from then on the search includes it.
     pub(super) fn make_key(&mut self, scope: &str) -> String {
         let args = ["keys", "create", "--scope", scope, "--label", "a label"];
         let Output {
@@ -167,12 +167,12 @@ impl World {
         assert_eq!(
             self.secrets.find(&stderr),
             None,
-            "keys create tells a secret"
+            "keys create prints a secret on standard error"
         );
         key
     }
 
-    /// A gateway whose standard output goes to a file.
+    /// Starts a gateway whose standard output goes to a file.
     pub(super) async fn serve(&self) -> Gateway {
         let serve = self.command(&self.config, &["serve", "--listen", "127.0.0.1:0"]);
         let mut command = Command::new("sh");
@@ -190,13 +190,17 @@ impl World {
         Gateway::spawn(command, TempDir::new().unwrap()).await
     }
 
-    /// Sends a request. The answer may hold what was said, since it is for whoever said it.
+    /// Sends a request. The answer may contain the caller's own texts, but no secret.
     pub(super) async fn ask(&self, request: RequestBuilder) -> Answer {
         let response = request.send().await.unwrap();
         let (status, headers) = (response.status(), response.headers().clone());
         let text = response.text().await.unwrap();
         for bytes in [format!("{headers:?}").as_bytes(), text.as_bytes()] {
-            assert_eq!(self.secrets.find(bytes), None, "an answer tells a secret");
+            assert_eq!(
+                self.secrets.find(bytes),
+                None,
+                "an answer contains a secret"
+            );
         }
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
         Answer {
@@ -218,12 +222,12 @@ impl World {
             .await
     }
 
-    /// Looks through all that a gateway has logged.
+    /// Searches the gateway's whole log.
     pub(super) fn logged(&self, gateway: &Gateway) {
         let lines = gateway.logs();
         assert!(
             lines.iter().any(|line| line.contains("answered")),
-            "nothing was logged"
+            "the gateway logged nothing"
         );
         for line in lines {
             assert_eq!(
@@ -234,12 +238,13 @@ impl World {
             assert_eq!(
                 self.words.find(line.as_bytes()),
                 None,
-                "what was said is logged"
+                "a caller's text is logged"
             );
         }
     }
 
-    /// Looks through all files that processes have left, besides the export and what was given to them.
+    /// Searches all files that the processes have left, except for the export and their own
+    /// input.
     pub(super) fn search_files(&self) {
         let stdout = std::fs::read(self.folder.path().join("stdout")).unwrap();
         assert_eq!(
@@ -249,7 +254,11 @@ impl World {
         );
         for name in ["work", "temp"] {
             let files = files_below(&self.folder.path().join(name));
-            assert_eq!(files, Vec::<PathBuf>::new(), "files that nobody asked for");
+            assert_eq!(
+                files,
+                Vec::<PathBuf>::new(),
+                "the processes left unexpected files"
+            );
         }
     }
 }
@@ -261,7 +270,7 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A token of this subject.
+/// Returns a token of this subject.
 pub(super) fn signed(subject: &str) -> String {
     let claims = json!({
         "iss": "https://login.example/", "aud": "chat", "exp": 4_102_444_800_i64, "sub": subject,

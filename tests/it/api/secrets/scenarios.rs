@@ -1,4 +1,4 @@
-//! Good days and bad ones.
+//! What the gateway with planted secrets goes through: ordinary use, mistakes and failures.
 
 use std::process::Output;
 
@@ -13,7 +13,7 @@ use super::echo_upstream::PARROT_SAYS;
 use super::fixture::{PIECE, World, signed};
 use super::{secret, word};
 
-/// Configurations and variables that are wrong, in or beside a secret.
+/// Wrong configurations and variables, with the mistake within a secret or beside it.
 pub(super) fn mistakes(world: &World) {
     let key = secret("a key in a wrong place");
     let quoted = json!(key).to_string();
@@ -64,11 +64,11 @@ pub(super) fn mistakes(world: &World) {
             assert_eq!(
                 world.secrets.find(&[stdout, stderr].concat()),
                 None,
-                "{name} is told"
+                "the error about {name} contains the secret"
             );
         }
     }
-    // A server that lets nobody in, and parameters that are none.
+    // A server that refuses connections, and unknown parameters.
     for rest in ["", "?sslmode=KEY", "?pasword=KEY"] {
         let url = format!("postgres://u:KEY@127.0.0.1:9/d{rest}")
             .replace("KEY", &planted("the password"));
@@ -77,12 +77,16 @@ pub(super) fn mistakes(world: &World) {
             .env("DATABASE_URL", &url)
             .env("THREADKEEPER_STORE__STARTUP_TIMEOUT", "50ms");
         let Output { stderr, .. } = serve.output().unwrap();
-        assert_eq!(world.secrets.find(&stderr), None, "the URL is told");
+        assert_eq!(
+            world.secrets.find(&stderr),
+            None,
+            "the error contains the password"
+        );
         assert!(!stderr.is_empty());
     }
 }
 
-/// Turns and what goes with them, as a backend has them.
+/// Conversations as a backend has them.
 pub(super) async fn conversations(world: &World, gateway: &Gateway, key: &str) {
     let said = word("what is said");
     let user = format!("/v1/users/{}", word("a user"));
@@ -161,7 +165,7 @@ pub(super) async fn conversations(world: &World, gateway: &Gateway, key: &str) {
         }
         get(&format!("{run}/events")).await.ok();
         get(&run).await.ok();
-        // What is refused is not repeated where others see it.
+        // Texts of refused requests must not appear in the log.
         let wrong = word("what is no content");
         for body in [
             json!({"content": {&wrong: 1}}),
@@ -213,7 +217,7 @@ pub(super) async fn conversations(world: &World, gateway: &Gateway, key: &str) {
     get("/v1/threads").await.ok();
 }
 
-/// Everybody who may come to the door.
+/// Callers with all kinds of credentials.
 pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoked: &str) {
     let filed = secret("auth.keys.filed");
     let subject = word("a subject");
@@ -255,7 +259,7 @@ pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoke
     ] {
         assert_eq!(world.ask(request).await.status, 401);
     }
-    // In an address.
+    // A key within a URL.
     let plain = planted("a key that opens nothing");
     world
         .ask(get(&format!("{path}?access_token={plain}")).bearer_auth(good))
@@ -268,7 +272,7 @@ pub(super) async fn callers(world: &World, gateway: &Gateway, good: &str, revoke
         .await;
 }
 
-/// Upstreams that are not there, or say what they were told.
+/// Upstreams that cannot be reached, or that repeat what they receive.
 pub(super) async fn bad_upstreams(world: &World, gateway: &Gateway, key: &str) {
     for name in ["down"]
         .into_iter()
@@ -302,7 +306,7 @@ pub(super) async fn bad_upstreams(world: &World, gateway: &Gateway, key: &str) {
     }
 }
 
-/// What is no HTTP, or half of it.
+/// Requests that are not HTTP, or incomplete.
 pub(super) async fn rough_requests(world: &World, gateway: &Gateway) {
     let (key, said) = (secret("a key that opens nothing"), word("what is said"));
     for request in [
@@ -328,12 +332,12 @@ pub(super) async fn rough_requests(world: &World, gateway: &Gateway) {
         connection.write_all(request.as_bytes()).await.unwrap();
         connection.shutdown().await.unwrap();
         let mut answer = Vec::new();
-        // It may be cut off, since not all of the request was read.
+        // The answer may be cut off, since the gateway did not read the whole request.
         let _ = connection.read_to_end(&mut answer).await;
         assert_eq!(
             world.secrets.find(&answer),
             None,
-            "an answer tells a secret"
+            "an answer contains a secret"
         );
     }
 }
@@ -368,7 +372,7 @@ pub(super) async fn deletions(world: &World, gateway: &Gateway, key: &str) {
         .ok();
 }
 
-/// Lines that cannot be brought along, each for what is said in it.
+/// Lines that cannot be imported, each with a text in the wrong place.
 pub(super) fn broken_lines() -> String {
     let wrong = word("what is no content");
     let lines = [

@@ -1,11 +1,11 @@
-//! What is asked of a run at a replica that does not work on it. The sessions are renewed so rarely that only news from
-//! replica to replica explain that it is done promptly.
+//! Requests for a run at a replica that does not own it. Sessions are renewed so rarely that only
+//! notifications explain a prompt reaction.
 
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Half, LONG, PROMPT, SCOPE, ask, begin, cancel, completed, heard, outputs};
+use super::{Half, LONG, PROMPT, SCOPE, ask, begin, cancel, completed, outputs, user_messages};
 use crate::support::gateway::{Gateway, text, text_of};
 use crate::support::history::assert_same;
 use crate::support::link::{Link, Weather};
@@ -19,7 +19,7 @@ on_shared_scene!(
     rollback_from_other_replica_replaces_active_run,
 );
 
-async fn two(scene: &Scene) -> (Gateway, Gateway) {
+async fn two_gateways(scene: &Scene) -> (Gateway, Gateway) {
     let upstream = "lock_window = \"500ms\"\n";
     tokio::join!(
         scene.gateway_both(LONG, upstream),
@@ -27,7 +27,7 @@ async fn two(scene: &Scene) -> (Gateway, Gateway) {
     )
 }
 
-async fn goes_on(scene: &Scene, gateways: [&Gateway; 2]) {
+async fn thread_continues(scene: &Scene, gateways: [&Gateway; 2]) {
     scene.simulator.release();
     for gateway in gateways {
         let answer = gateway.say(SCOPE, "and now?").await;
@@ -37,7 +37,7 @@ async fn goes_on(scene: &Scene, gateways: [&Gateway; 2]) {
 }
 
 async fn active_run_cancelled_promptly_from_other_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let half = Half::at(&scene, &owner, "a long story").await;
     let begun = Instant::now();
     let cancelled = cancel(&other, &half.run).await.ok();
@@ -50,12 +50,13 @@ async fn active_run_cancelled_promptly_from_other_replica(scene: Scene) {
     let said = half.text();
     let rest = half.stream.rest().await;
     assert_eq!(rest.last().unwrap().name, "run.cancelled");
-    assert_eq!(completed(&rest), said, "what came so far stays");
+    assert_eq!(completed(&rest), said, "the partial reply is kept");
     assert_eq!(rest.last().unwrap().data["run"], cancelled["run"]);
-    goes_on(&scene, [&owner, &other]).await;
+    thread_continues(&scene, [&owner, &other]).await;
 }
 
-/// Who starts says so once. Another replica that does not hear it looks for others as soon as it can hear again.
+/// A replica announces its start once. A replica that misses this looks for others as soon as it
+/// can listen again.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_discover_each_other_after_missed_notification() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
@@ -89,7 +90,7 @@ async fn replicas_discover_each_other_after_missed_notification() {
 }
 
 async fn queued_run_cancelled_promptly_from_other_replica(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     scene.simulator.hold();
     let (first, _) = begin(&owner, "enqueue", "first").await;
     let (second, queued) = begin(&owner, "enqueue", "second").await;
@@ -104,11 +105,11 @@ async fn queued_run_cancelled_promptly_from_other_replica(scene: Scene) {
     );
     scene.simulator.release();
     assert_eq!(first.rest().await.last().unwrap().name, "run.completed");
-    goes_on(&scene, [&owner, &other]).await;
+    thread_continues(&scene, [&owner, &other]).await;
 }
 
 async fn tool_outputs_posted_at_other_replica_are_answered(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let (path, body) = outputs(SCOPE, &asked);
     let begun = Instant::now();
@@ -123,11 +124,11 @@ async fn tool_outputs_posted_at_other_replica_are_answered(scene: Scene) {
         (&asked["run"]["id"], &json!("completed"))
     );
     assert!(text(&answer["message"]).contains("4 °C"), "{answer:#}");
-    goes_on(&scene, [&owner, &other]).await;
+    thread_continues(&scene, [&owner, &other]).await;
 }
 
 async fn interrupt_from_other_replica_runs_next(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     let half = Half::at(&scene, &owner, "a long story").await;
     let (waiting, _) = begin(&owner, "enqueue", "me too").await;
     let begun = Instant::now();
@@ -148,14 +149,14 @@ async fn interrupt_from_other_replica_runs_next(scene: Scene) {
         assert!(text_of(&events).contains(said));
     }
     assert_eq!(
-        heard(&other, SCOPE).await,
+        user_messages(&other, SCOPE).await,
         ["a long story", "stop it", "me too"]
     );
-    goes_on(&scene, [&owner, &other]).await;
+    thread_continues(&scene, [&owner, &other]).await;
 }
 
 async fn rollback_from_other_replica_replaces_active_run(scene: Scene) {
-    let (owner, other) = two(&scene).await;
+    let (owner, other) = two_gateways(&scene).await;
     owner.say(SCOPE, "hello").await;
     let half = Half::at(&scene, &owner, "a long story").await;
     let begun = Instant::now();
@@ -170,13 +171,13 @@ async fn rollback_from_other_replica_replaces_active_run(scene: Scene) {
     assert_eq!(rest.last().unwrap().data["run"]["rolled_back"], true);
     scene.simulator.release();
     assert_eq!(rollback.rest().await.last().unwrap().name, "run.completed");
-    assert_eq!(heard(&other, SCOPE).await, ["hello", "forget it"]);
+    assert_eq!(user_messages(&other, SCOPE).await, ["hello", "forget it"]);
     if scene.protocol != Protocol::Chain {
         assert_eq!(
             scene.simulator.holds_text("a long story"),
             [""; 0],
-            "at the upstream"
+            "the removed message is still upstream"
         );
     }
-    goes_on(&scene, [&owner, &other]).await;
+    thread_continues(&scene, [&owner, &other]).await;
 }

@@ -1,6 +1,6 @@
-//! A process that is stopped for longer than its session lives, and then goes on as if nothing had been.
+//! A process that is frozen for longer than its session lives, and then continues.
 
-use super::{Half, SCOPE, SHORT, begin, completed, counted, heard};
+use super::{Half, SCOPE, SHORT, begin, completed, counted, user_messages};
 use crate::support::gateway::text_of;
 use crate::support::history::{assert_same, messages};
 use crate::support::scene::{Protocol, Scene, on_shared_scene};
@@ -8,7 +8,8 @@ use crate::support::scene::{Protocol, Scene, on_shared_scene};
 on_shared_scene!(frozen_replica_waking_after_takeover_changes_nothing);
 
 async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
-    // Foreground: what the sleeper was sent meanwhile lies in its socket, so it can read all of the reply when it wakes up.
+    // The response is not in the background. The frozen process's socket keeps what arrives, so
+    // it can read the whole reply when it wakes up.
     let upstream = "lock_window = \"500ms\"\n";
     let start = || scene.gateway_both(SHORT, upstream);
     let (sleeper, other) = tokio::join!(start(), start());
@@ -16,7 +17,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     let half = Half::at(&scene, &sleeper, "tell me").await;
     let (in_line, _) = begin(&sleeper, "enqueue", "me too").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
     sleeper.freeze();
     scene.simulator.release();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 2).await;
@@ -32,7 +33,7 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     let runs = other.get(&format!("{SCOPE}/runs")).await.ok();
 
     sleeper.thaw();
-    // Its readers hear what became of the run, not what the sleeper believes.
+    // Its readers see how the run ended, not what the frozen process believes.
     let shown = half.stream.rest().await;
     assert_eq!(shown.last(), elsewhere.last());
     if scene.protocol == Protocol::Assistants {
@@ -46,12 +47,12 @@ async fn frozen_replica_waking_after_takeover_changes_nothing(scene: Scene) {
     assert_eq!(
         messages(&sleeper, SCOPE).await,
         before,
-        "the transcript is as it was"
+        "the transcript is unchanged"
     );
     assert_eq!(other.get(&format!("{SCOPE}/runs")).await.ok(), runs);
     sleeper.say(SCOPE, "there again").await;
     assert_eq!(
-        heard(&other, SCOPE).await,
+        user_messages(&other, SCOPE).await,
         ["hello", "tell me", "me too", "and now?", "there again"]
     );
     let replies = messages(&other, SCOPE).await;

@@ -12,7 +12,7 @@ use crate::support::scene::{
 };
 
 on_every_scene!(
-    conversation_remembers_earlier_turns_across_restart,
+    conversation_remembers_earlier_messages_after_restart,
     message_on_known_thread_costs_one_upstream_call
 );
 on_each_protocol!(
@@ -68,7 +68,7 @@ async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
         fields.retain(|name, _| answer["thread"].get(name).is_some());
         assert_eq!(
             shown, answer["thread"],
-            "the answer is what another request reads back"
+            "another request reads the same answer"
         );
         threads.push(answer["thread"]["id"].clone());
     }
@@ -76,7 +76,7 @@ async fn user_session_and_topic_keys_are_separate_conversations(scene: Scene) {
     assert_eq!(threads.len(), 3);
 }
 
-async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
+async fn conversation_remembers_earlier_messages_after_restart(scene: Scene) {
     let gateway = scene.gateway().await;
     let first = gateway.say("/v1/users/alice", "one").await;
     let second = gateway.say("/v1/users/alice", "two").await;
@@ -84,7 +84,7 @@ async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
     assert_ne!(text(&first["message"]), text(&second["message"]));
     assert!(
         text(&second["message"]).contains("turn 2"),
-        "the upstream saw both: {second:#}"
+        "the upstream got both messages: {second:#}"
     );
     gateway.kill();
     let again = scene.gateway().await;
@@ -92,7 +92,7 @@ async fn conversation_remembers_earlier_turns_across_restart(scene: Scene) {
     assert_eq!(first["thread"]["id"], third["thread"]["id"]);
     assert!(
         text(&third["message"]).contains("turn 3"),
-        "a restart forgets nothing: {third:#}"
+        "the conversation survives a restart: {third:#}"
     );
 }
 
@@ -110,7 +110,7 @@ async fn stream_events_describe_complete_run(scene: Scene) {
         .collect();
     assert_eq!(names, ["run.started", "message.completed", "run.completed"]);
     let run = events[0].data["run_id"].as_str().unwrap();
-    // Text counts by its bytes, all else as one; 0 would say that it waits.
+    // A delta counts its bytes, any other event one. Number 0 would mean a queued run.
     let mut n = 0;
     for event in &events {
         n += event.data["text"].as_str().map_or(1, str::len);
@@ -120,7 +120,7 @@ async fn stream_events_describe_complete_run(scene: Scene) {
     assert_eq!(text_of(&events), text(message));
     assert!(
         events.iter().filter(|e| e.name == "message.delta").count() >= 30,
-        "the reply comes piece by piece"
+        "the reply arrives in pieces"
     );
     let end = &events.last().unwrap().data["run"];
     let read = gateway
@@ -130,7 +130,7 @@ async fn stream_events_describe_complete_run(scene: Scene) {
     assert_eq!(
         (&read["run"], &read["message"]),
         (end, message),
-        "what was announced can be read back"
+        "the announced message can be read"
     );
 
     // The same by content negotiation, on a busy thread.
@@ -204,7 +204,7 @@ async fn transcript_can_be_paged(scene: Scene) {
     assert_eq!(
         newest,
         [all[7].clone(), all[6].clone()],
-        "newest first unless asked otherwise"
+        "the newest comes first by default"
     );
     let (older, page) = read(&format!(
         "limit=2&after={}",
@@ -243,14 +243,15 @@ async fn runs_can_be_listed_and_read(scene: Scene) {
     assert_eq!(
         other.problem(),
         (404, "not-found"),
-        "a run is read under its own key only"
+        "a run can be read under its own key only"
     );
 }
 
 async fn thread_ownership_is_sent_as_upstream_metadata(scene: Scene) {
     let gateway = scene.gateway_upstream("send_identifiers = true").await;
     let long = "é".repeat(128);
-    // As many pairs of its own as a caller may add: with ours the upstream's limit is reached, not passed.
+    // The message has as many pairs as a caller may send. With the gateway's own pairs it reaches
+    // the upstream's limit exactly.
     let pairs: serde_json::Map<_, _> = (0..10)
         .map(|n| (n.to_string(), json!("x".repeat(512))))
         .collect();
@@ -263,7 +264,7 @@ async fn thread_ownership_is_sent_as_upstream_metadata(scene: Scene) {
         .await
         .ok();
     let metadata: BTreeMap<String, String> = if scene.protocol == Protocol::Chain {
-        // A chain has no object of its own upstream; its responses carry it.
+        // A chain has no object upstream, so its responses have the metadata.
         serde_json::from_value(scene.simulator.recorded().pop().unwrap().body["metadata"].clone())
             .unwrap()
     } else {
@@ -304,7 +305,7 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
     );
     assert!(
         sent.contains("Be kind."),
-        "the instructions go along: {sent}"
+        "the instructions are sent: {sent}"
     );
 }
 
@@ -329,7 +330,7 @@ async fn expired_session_starts_fresh_thread(scene: Scene) {
     assert_eq!(second["thread"]["previous_thread"], first["thread"]["id"]);
     assert!(
         text(&second["message"]).contains("turn 1"),
-        "it knows nothing of the old one: {second:#}"
+        "the fresh thread knows nothing of the old one: {second:#}"
     );
     let run = gateway
         .get(&format!(
@@ -340,7 +341,7 @@ async fn expired_session_starts_fresh_thread(scene: Scene) {
         .ok();
     assert_eq!(
         run["message"], first["message"],
-        "what the old one said can still be read"
+        "the old thread's messages can still be read"
     );
 }
 
@@ -406,21 +407,21 @@ async fn respond_async_returns_before_run_ends(scene: Scene) {
     assert_eq!(
         runs.body["data"].as_array().map(Vec::len),
         Some(2),
-        "leaving with a 202 is no disconnect"
+        "leaving after a 202 is no disconnect"
     );
     let in_time = post("wait=50", "and now?").await;
     assert!(
         text(&in_time.ok()["message"]).contains("turn 3"),
-        "it did not take so long"
+        "the answer came at once"
     );
 }
 
-/// Counted on the wire, so that nothing that the driver does on its own stays unseen.
+/// Round trips are counted on the wire, so that the driver's own ones count.
 #[tokio::test(flavor = "multi_thread")]
 async fn message_on_known_thread_costs_two_store_round_trips() {
     let scene = Scene::new(Protocol::Responses, Backend::Postgres).await;
     let tap = DatabaseTap::on(&scene.database.url()).await;
-    // A session that is renewed in the middle would be counted too.
+    // A renewal of the session would count, too.
     let config = scene
         .config("[replica]\nsession_ttl = \"1h\"\n")
         .replace(&scene.database.url(), &tap.url);
@@ -433,7 +434,8 @@ async fn message_on_known_thread_costs_two_store_round_trips() {
             )
             .await;
     }
-    // What the process does on its own, such as looking for orphans each second, may come on top of one or another.
+    // Background work, such as the look for orphans each second, may add a round trip to some
+    // messages.
     let mut least = usize::MAX;
     for _ in 0..5 {
         let before = tap.round_trips();
@@ -494,7 +496,7 @@ async fn chosen_assistant_pins_conversation_to_its_upstream() {
     assert_eq!(unknown.problem(), (422, "invalid-request"));
     assert!(
         unknown.body["detail"].as_str().unwrap().contains("poet"),
-        "it says which there are"
+        "the refusal lists the assistants"
     );
     let runs = gateway.get("/v1/users/alice/runs").await.ok();
     assert_eq!(

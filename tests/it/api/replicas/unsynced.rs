@@ -1,4 +1,5 @@
-//! kill -9 of a replica whose run was told what its upstream thread lacked: its heir knows that too.
+//! SIGKILL of a replica whose run was sent with unsynced messages. The replica that takes the run
+//! over knows that they were sent.
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,9 @@ on_every_shared_scene!(
     unsynced_messages_not_resent_after_rollback_and_crash,
 );
 
-/// Two replicas, and a thread that lacks something upstream, if its protocol can lack anything: it goes along with the next message.
-async fn with_a_backlog(scene: &Scene) -> (Gateway, Gateway) {
+/// Starts two replicas and a thread with an unsynced message, if the protocol can have one. The
+/// next run sends that message, too.
+async fn with_unsynced_message(scene: &Scene) -> (Gateway, Gateway) {
     let start = || scene.gateway_both(SHORT, "lock_window = \"500ms\"\n");
     let (owner, other) = tokio::join!(start(), start());
     owner.say(SCOPE, "hello").await;
@@ -30,8 +32,8 @@ async fn with_a_backlog(scene: &Scene) -> (Gateway, Gateway) {
     (owner, other)
 }
 
-/// The next message has a turn, and the upstream has seen each once.
-async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
+/// Checks that the thread accepts the next messages, and that the upstream got each message once.
+async fn assert_messages_sent_once(scene: &Scene, gateway: &Gateway) {
     gateway.say(SCOPE, "and now?").await;
     gateway.say(SCOPE, "and then?").await;
     assert_same(scene, gateway, SCOPE).await;
@@ -46,34 +48,35 @@ async fn nothing_is_said_again(scene: &Scene, gateway: &Gateway) {
 }
 
 async fn unsynced_messages_not_resent_after_takeover_of_tool_call(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     owner.kill();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 1).await;
     let (path, body) = outputs(SCOPE, &asked);
     let answer = other.post(&path, &body).await.ok();
     assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
 async fn unsynced_messages_not_resent_after_run_lost_in_crash(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let half = Half::at(&scene, &owner, "tell me").await;
     let mut follower = other.events(SCOPE, &half.run, None).await;
-    follower.until_told(&half.text()).await;
+    follower.until_text(&half.text()).await;
     owner.kill();
     counted(&scene, "SELECT count(*) FROM runs WHERE fence > 1", 1).await;
     scene.simulator.release();
     follower.rest().await;
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
-/// The answer to the request that removes its last trace is lost, and further ones are refused. So the next run looks for it
-/// once more, and finds nothing.
+/// The answer to the last removal is lost, and further requests are refused. So the next run
+/// looks again, and finds nothing to remove.
 async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
-    let (owner, _other) = with_a_backlog(&scene).await;
+    let (owner, _other) = with_unsynced_message(&scene).await;
     ask(&owner, SCOPE).await;
-    // The function call is removed before the message that led to it; Assistants have no item for it.
+    // The function call is removed before the message that led to it. Assistants have no item for
+    // a call.
     let (operation, before) = match scene.protocol {
         Protocol::Assistants => ("delete_message", 0),
         Protocol::Responses | Protocol::Chain => ("delete_item", 1),
@@ -92,12 +95,12 @@ async fn unsynced_messages_not_resent_after_unconfirmed_rollback(scene: Scene) {
     let (stream, _) = begin(&owner, "rollback", "something else").await;
     assert_eq!(stream.rest().await.last().unwrap().name, "run.completed");
     scene.simulator.clear_faults();
-    nothing_is_said_again(&scene, &owner).await;
+    assert_messages_sent_once(&scene, &owner).await;
 }
 
-/// Its traces are gone, and its process dies before it can record that.
+/// The messages are removed upstream, and the process dies before it can record that.
 async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
-    let (owner, other) = with_a_backlog(&scene).await;
+    let (owner, other) = with_unsynced_message(&scene).await;
     let asked = ask(&owner, SCOPE).await;
     let run = asked["run"]["id"]
         .as_str()
@@ -116,10 +119,10 @@ async fn unsynced_messages_not_resent_after_rollback_and_crash(scene: Scene) {
         other.get(&format!("{SCOPE}/thread")).await.status,
         StatusCode::OK
     );
-    nothing_is_said_again(&scene, &other).await;
+    assert_messages_sent_once(&scene, &other).await;
 }
 
-/// Waits until the upstream thread does not hold a text. A chain never did.
+/// Waits until the upstream thread lacks a text. A chain never had it.
 async fn until_removed(scene: &Scene, gateway: &Gateway, said: &str) {
     let start = Instant::now();
     while upstream(scene, gateway, SCOPE)
@@ -127,7 +130,7 @@ async fn until_removed(scene: &Scene, gateway: &Gateway, said: &str) {
         .iter()
         .any(|(_, text)| text.contains(said))
     {
-        assert!(start.elapsed() < PATIENCE, "`{said}` stays at the upstream");
+        assert!(start.elapsed() < PATIENCE, "`{said}` is still upstream");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
