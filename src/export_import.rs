@@ -1,7 +1,8 @@
-//! Threads, runs and messages as text, to take them out and to bring them along: JSON, one object a line.
+//! Threads, runs and messages as lines of text, for export and import. Each line is a JSON
+//! object.
 //!
-//! A thread's line comes before those of its runs and messages; the last line says how many of each there were, so that a
-//! file that was cut off is noticed:
+//! A thread's line comes before those of its runs and messages. The last line counts each kind,
+//! so that a truncated file is noticed:
 //!
 //! ```text
 //! {"type":"thread","id":"thr_…","key":{"tenant":"default","user":"alice","scope":"session:tab-1"},…}
@@ -10,16 +11,16 @@
 //! {"type":"end","threads":1,"runs":1,"messages":1}
 //! ```
 //!
-//! Who brings a table of users and upstream threads along writes one line for each, and needs no more than
+//! To import a table of users and upstream threads, one line for each is enough:
 //!
 //! ```text
 //! {"type":"thread","key":{"user":"alice"},"upstream_thread_id":"thread_abc"}
 //! {"type":"message","role":"user","content":"Hello"}
 //! ```
 //!
-//! A message without a `thread_id` is one of the thread before it, and one without an `id` gets one that follows from its
-//! thread and its place among the thread's messages in the file: so the same file can be read again, and lines can be
-//! added at its end.
+//! A message without a `thread_id` belongs to the thread before it. A message without an `id`
+//! gets one that is derived from its thread and its position among the thread's messages in the
+//! file. So the same file can be imported again, and lines can be appended to it.
 
 mod export;
 mod import;
@@ -41,7 +42,7 @@ use crate::domain::{
 pub use export::{What, export};
 pub use import::{ImportError, Problem, Refused, Summary, import};
 
-/// A line.
+/// A line of an export.
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Line {
@@ -64,7 +65,8 @@ impl ToSchema for Line {
 }
 
 impl PartialSchema for Line {
-    /// By hand, since the tag is a further field of what knows no further fields.
+    /// Written by hand, because the tag is an additional field and each line type denies unknown
+    /// fields.
     fn schema() -> RefOr<Schema> {
         fn line<T: PartialSchema>(tag: &str) -> RefOr<Schema> {
             let mut schema = T::schema();
@@ -86,7 +88,7 @@ impl PartialSchema for Line {
     }
 }
 
-/// What the end line counts.
+/// The counts of the end line.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = ExportedCounts)]
@@ -104,7 +106,7 @@ pub(crate) struct ThreadLine {
     #[schema(required)]
     id: Option<ThreadId>,
     key: KeyLine,
-    /// That of the default assistant where it is left out.
+    /// Default: the upstream of the default assistant.
     #[serde(default)]
     #[schema(required)]
     upstream: Option<String>,
@@ -129,7 +131,7 @@ pub(crate) struct ThreadLine {
     #[serde(default)]
     #[schema(required)]
     archived_at: Option<DateTime<Utc>>,
-    /// Limits of its own, in place of the configured ones.
+    /// Limits of this thread, in the place of the configured ones.
     #[serde(default)]
     #[schema(required)]
     max_age_ms: Option<u64>,
@@ -155,7 +157,7 @@ pub(crate) struct KeyLine {
     scope: ScopeText,
 }
 
-/// A scope as the API shows it: `user`, `session:<id>`, `topic:<name>`.
+/// A scope in the form of the API: `user`, `session:<id>`, `topic:<name>`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct ScopeText(Scope);
@@ -190,7 +192,7 @@ impl From<ScopeText> for String {
     }
 }
 
-/// A turn. Only taken out: who brings a conversation along brings its messages.
+/// A run. Exported only: an import skips runs and takes messages.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ExportedRun)]
 pub(crate) struct RunLine {
@@ -226,14 +228,14 @@ pub(crate) struct MessageLine {
     role: Role,
     #[serde(deserialize_with = "text_or_parts")]
     content: Vec<ContentPart>,
-    /// Only taken out, like `ended`: runs are not brought along.
+    /// Exported only, like `ended`, because runs are not imported.
     #[serde(default)]
     #[schema(required)]
     run_id: Option<RunId>,
     #[serde(default)]
     #[schema(required)]
     upstream_message_id: Option<String>,
-    /// What the upstream has of it.
+    /// What the upstream thread has of the message.
     #[serde(default)]
     #[schema(required)]
     #[serde(alias = "context")]

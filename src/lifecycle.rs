@@ -1,4 +1,4 @@
-//! The life of threads beyond their turns: deletion, erasure, and the work in the background.
+//! The life of threads outside their runs: deletion, erasure, and the background work.
 
 mod deletion;
 mod janitor;
@@ -22,13 +22,14 @@ use crate::upstream::{RateLimiter, Upstream};
 pub use deletion::Target;
 pub use janitor::{DryRun, PassSummary, Plan};
 
-/// Looks after the threads of all replicas, together with its peers. Clones share everything.
+/// Manages expiry, archive and deletion of threads, and shares that work with the other replicas.
+/// Clones share everything.
 #[derive(Clone)]
 pub struct Janitor {
     ctx: Arc<Context>,
 }
 
-/// What a [`Janitor`] is made of.
+/// The parts of a [`Janitor`].
 pub struct JanitorParts {
     pub store: Arc<Store>,
     pub upstreams: BTreeMap<String, Arc<dyn Upstream>>,
@@ -39,11 +40,12 @@ pub struct JanitorParts {
     pub retention: RetentionConfig,
     pub idempotency_ttl: Duration,
     pub janitor: JanitorConfig,
-    /// How long a request to delete waits for its end.
+    /// Longest time that a request to delete waits for the deletion's end.
     pub patience: Duration,
-    /// Tracks what requests leave running.
+    /// Tracks the tasks that requests leave running.
     pub tasks: TaskTracker,
-    /// Cancelled when the process is to stop: whatever is under way is left, and goes on elsewhere or later.
+    /// Cancelled when the process is to stop. Unfinished work is dropped; another replica or a
+    /// later process resumes it.
     pub draining: CancellationToken,
 }
 
@@ -51,12 +53,12 @@ struct Context {
     parts: JanitorParts,
     pace: RateLimiter,
     pruning: Pruning,
-    /// There is work that should not wait for the next look.
+    /// Signals work that should not wait for the next pass.
     wake: Notify,
 }
 
 impl Janitor {
-    /// Must be made inside a tokio runtime.
+    /// Must be called inside a tokio runtime.
     pub fn new(parts: JanitorParts) -> Self {
         let pace = RateLimiter::new(parts.janitor.calls_per_second);
         let storing = parts

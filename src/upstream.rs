@@ -1,15 +1,17 @@
-//! The port to a hosted conversation API, and its adapters. [`Upstream`] says what a new adapter writes.
+//! The port to a hosted conversation API, and its adapters. [`Upstream`] lists what a new adapter
+//! writes.
 //!
-//! A file names what stands below it in this list, never what stands above: `tests/it/architecture.rs` checks it.
+//! A file uses only files below it in this list, never those above it. `tests/it/architecture.rs`
+//! checks that.
 
 mod probe;
 
-// The adapters, which know nothing of each other.
+// The adapters, which do not use each other.
 mod assistants;
 
 mod responses;
 
-// What adapters share.
+// Shared by the adapters.
 mod history;
 
 mod thread_lookup;

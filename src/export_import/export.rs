@@ -1,4 +1,4 @@
-//! Taking out.
+//! Exports threads.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,25 +9,27 @@ use super::{Counts, Line};
 use crate::domain::{Lifecycle, PageRequest, Run, TenantKey, Thread, ThreadId, UserKey};
 use crate::store::{Store, StoreError, ThreadFilter};
 
-/// Threads in one read, at most.
+/// Threads of one read.
 const THREADS: u32 = 50;
-/// Runs or messages in one read, at most: of several threads, if they have no more together.
+/// Runs or messages of one read. Several threads share a read if they have no more together.
 const ROWS: u32 = 500;
 
-/// What is taken out.
+/// The extent of an export.
 #[derive(Clone, Debug)]
 pub enum What {
-    /// All of a tenant.
+    /// Everything of a tenant.
     All(TenantKey),
-    /// All of one user.
+    /// Everything of one user.
     User(TenantKey, UserKey),
 }
 
-/// The lines, each with its line feed, read as they are asked for: threads by id, which is by age, each with its runs and
-/// its messages, and the end. Left out are threads that are being deleted, and messages of runs that still wait for their
-/// turn: these are in no transcript yet.
+/// Streams the lines, each with its line feed: threads by id, which is by age, each with its runs
+/// and messages, and the end line. It reads the store as the caller asks for lines.
 ///
-/// It is no snapshot: what happens meanwhile is in it or not.
+/// Threads that are being deleted are left out. So are messages of queued runs, because they are
+/// in no transcript yet.
+///
+/// The export is no snapshot: a change during it may be in it or not.
 pub fn export(
     store: Arc<Store>,
     what: What,
@@ -76,25 +78,25 @@ struct Export {
     store: Arc<Store>,
     filter: ThreadFilter,
     at: Place,
-    /// Read, and to be written after those whose runs and messages are read now.
+    /// Threads whose lines come after those of the group.
     threads: VecDeque<Thread>,
-    /// Where the next page of threads begins.
+    /// The cursor of the next page of threads.
     cursor: Option<ThreadId>,
-    /// The last thread that was read, ever.
+    /// The last thread of all reads so far.
     last: Option<ThreadId>,
     has_more: bool,
-    /// The threads whose runs and messages are read now, and that have no line yet.
+    /// The threads whose runs and messages are being read, and that have no line yet.
     group: VecDeque<Thread>,
-    /// All threads of the group.
+    /// The ids of all threads of the group.
     ids: Vec<ThreadId>,
-    /// Runs of the group, to be written behind the lines of their threads.
+    /// Runs of the group, which are written after the lines of their threads.
     runs: VecDeque<Run>,
     lines: VecDeque<String>,
-    /// Of the lines so far.
+    /// The counts of the lines so far.
     counts: Counts,
 }
 
-/// What is read next: of the group, what comes after a number in one of its threads.
+/// The next read. Within a group: the rows after a number in one of its threads.
 #[derive(Clone, Copy, Debug)]
 enum Place {
     Threads,
@@ -104,7 +106,7 @@ enum Place {
 }
 
 impl Export {
-    /// One read, and its lines if there are any.
+    /// Does one read, and writes its lines.
     async fn read(&mut self) -> Result<(), StoreError> {
         match self.at {
             Place::Threads if !self.threads.is_empty() => {
@@ -125,7 +127,7 @@ impl Export {
                     _ => Place::Messages(self.ids[0], 0),
                 };
                 self.runs.extend(runs);
-                // Those of the threads behind it have to wait for its messages.
+                // Runs of later threads have to wait for this thread's messages.
                 self.write_up_to(self.ids[0])
             }
             Place::Messages(thread, after) => {
@@ -152,7 +154,8 @@ impl Export {
         }
     }
 
-    /// Takes threads that have so few runs and messages that one read of each gives all; or one thread.
+    /// Begins a group: threads whose runs together fit into one read, and whose messages do too,
+    /// or a single thread.
     fn begin_group(&mut self) {
         let (mut runs, mut messages) = (0, 0);
         self.ids.clear();
@@ -166,13 +169,13 @@ impl Export {
             self.group.extend(self.threads.pop_front());
         }
         self.at = match runs {
-            // It counts those that were pruned, too.
+            // `run_count` includes pruned runs.
             0 => Place::Messages(self.ids[0], 0),
             _ => Place::Runs(self.ids[0], 0),
         };
     }
 
-    /// Writes the lines of the threads up to one, each with those of its runs that were read.
+    /// Writes the lines of the threads up to `last`, each with those of its runs that were read.
     fn write_up_to(&mut self, last: ThreadId) -> Result<(), StoreError> {
         while let Some(thread) = self.group.pop_front_if(|thread| thread.id <= last) {
             let id = thread.id;
@@ -180,7 +183,7 @@ impl Export {
             self.write(&Line::Thread(thread.into()))?;
             self.write_runs(id)?;
         }
-        // More of one that has its line.
+        // More runs of a thread whose line is written.
         self.write_runs(last)
     }
 
@@ -200,7 +203,8 @@ impl Export {
             before: None,
         };
         let page = match self.store.threads(&self.filter, &page).await {
-            // The one that the page begins after was erased meanwhile: from the beginning, past what was read.
+            // The thread of the cursor was erased meanwhile. Start again, and skip the threads
+            // that were read.
             Err(StoreError::UnknownCursor) if self.cursor.is_some() => {
                 self.cursor = None;
                 return Ok(());

@@ -1,4 +1,4 @@
-//! Bringing along.
+//! Imports threads and messages.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
@@ -22,27 +22,28 @@ use crate::domain::{
 use crate::store::{Imported, ImportedMessage, ImportedThread, Store, StoreError};
 use crate::wording;
 
-/// The longest line, in bytes.
+/// Longest line in bytes.
 const MAX_LINE: usize = 16 << 20;
-/// Lines that are handed to the store at once, and the bytes that all but the last of them may have.
+/// Lines of a batch for the store.
 const LINES_AT_ONCE: usize = 1000;
+/// Bytes of a batch for the store, without its last line.
 const BYTES_AT_ONCE: usize = 1 << 20;
-/// U+FEFF.
+/// U+FEFF in UTF-8.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
-/// By how much the time in a thread's id may be ahead of the time at which it was made.
+/// Longest time by which the time in a thread's id may be ahead of `created_at`.
 const SKEW: TimeDelta = TimeDelta::days(1);
 
-/// What became of the lines.
+/// Counts of the imported and skipped lines.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Summary {
     pub threads_added: u64,
-    /// They were there.
+    /// Threads that existed already.
     pub threads_known: u64,
     pub messages_added: u64,
     pub messages_known: u64,
     /// Lines of runs.
     pub runs_passed_over: u64,
-    /// Messages of threads that were refused.
+    /// Messages of refused threads.
     pub messages_passed_over: u64,
     pub refused: u64,
 }
@@ -72,16 +73,16 @@ impl fmt::Display for Summary {
     }
 }
 
-/// A line that was refused. Whatever else the file holds was taken.
+/// A refused line. The rest of the file is imported.
 #[derive(Debug, thiserror::Error)]
 #[error("line {line}: {problem}")]
 pub struct Refused {
-    /// 1 for the first one.
+    /// The number of the line; the first one is 1.
     pub line: u64,
     pub problem: Problem,
 }
 
-/// What is wrong with a line.
+/// The problem of a line.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     #[error("it is longer than {MAX_LINE} bytes")]
@@ -90,14 +91,14 @@ pub enum Problem {
     NotJson(serde_json::Error),
     #[error("`type` must be `thread`, `run`, `message` or `end`")]
     Type,
-    /// Where, and what.
+    /// The place of the field, and the problem.
     #[error("{}{}", .0, without_value(.1))]
     Field(String, serde_json::Error),
     #[error(
-        "`upstream` is missing, and there is no default assistant whose upstream could be meant"
+        "`upstream` is missing, and there is no default assistant from which it could be taken"
     )]
     NoUpstream,
-    #[error("no upstream `{0}` is configured: correct `upstream`, or configure it before")]
+    #[error("no upstream `{0}` is configured: correct `upstream`, or configure the upstream first")]
     UnknownUpstream(String),
     #[error("`{0}` must be 1 to 512 bytes without control characters")]
     Upstream(&'static str),
@@ -105,15 +106,13 @@ pub enum Problem {
     Time(&'static str),
     #[error("`lifecycle` must be `current` or `archived`")]
     Lifecycle,
-    #[error(
-        "`id` says that the thread was made later than `created_at` does: correct one of them, or leave `id` out"
-    )]
+    #[error("the time in `id` is later than `created_at`: correct one of them, or leave `id` out")]
     IdTooYoung,
     #[error("`content`: {0}")]
     Content(InvalidContent),
     #[error(
-        "`role` must be `user` or `assistant`: leave out what systems, developers and tools said, for a thread holds none of \
-         it (what a model is told each time belongs to `instructions` of its assistant)"
+        "`role` must be `user` or `assistant`: leave out messages of systems, developers and tools, because a thread \
+         holds none of them (fixed instructions for a model belong to `instructions` of its assistant)"
     )]
     Role,
     #[error("a message without `thread_id` must come after the line of its thread")]
@@ -135,7 +134,8 @@ pub enum Problem {
     CutOff,
 }
 
-/// What is wrong, without what was found in its place: that may be what somebody said, and this is for logs.
+/// Returns the problem without the value that was found, because the value may be content of a
+/// message and the text is logged.
 fn without_value(error: &serde_json::Error) -> String {
     let text = error.to_string();
     if let Some(told) = wording::plain(&text) {
@@ -149,12 +149,12 @@ fn without_value(error: &serde_json::Error) -> String {
     }
 }
 
-/// Why nothing more was read.
+/// The reason why the import stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     #[error("the file cannot be read")]
     Read(#[source] io::Error),
-    /// What the lines before say was taken.
+    /// Earlier lines have been imported.
     #[error("the store failed at line {line} or after it")]
     Store {
         line: u64,
@@ -163,14 +163,14 @@ pub enum ImportError {
     },
 }
 
-/// Reads lines and adds what they say, but for what is there already. `refused` is told of each line that is not taken, in
-/// their order. To be called again after it failed, with the same lines.
+/// Imports lines, except those that exist already, and passes each refused line to `refused`, in
+/// order. A failed import can be repeated with the same lines.
 ///
-/// While the store has some lines, the next ones are read. The input may keep its reader waiting, so the store's part is a
-/// task of its own.
+/// While the store writes a batch, the next one is read. The input may block its reader, so the
+/// store's part runs in a task of its own.
 ///
 /// # Panics
-/// If that task does.
+/// If that task panics.
 pub async fn import(
     store: Arc<Store>,
     config: &Config,
@@ -209,45 +209,45 @@ pub async fn import(
     Ok(summary)
 }
 
-/// Lines that are handed to the store at once, with their numbers.
+/// A batch of lines for the store, with their numbers.
 #[derive(Default)]
 struct Batch {
     lines: Vec<(u64, Parsed)>,
     bytes: usize,
-    /// Threads that messages name which do not follow the lines of these.
+    /// Threads that messages name and whose thread line is not directly before them.
     named: HashSet<ThreadId>,
 }
 
-/// What a line says, as far as it can be told without the store.
+/// The content of a line, as far as it is known without the store.
 enum Parsed {
     Thread(Result<Box<ImportedThread>, Problem>),
     Message(Of, Result<Box<MessageLine>, Problem>),
     Refused(Problem),
 }
 
-/// Which thread a message is of.
+/// The thread that a message belongs to.
 enum Of {
-    /// That of the line before.
+    /// The thread of the line before.
     Before,
     Named(TenantKey, ThreadId),
 }
 
-/// Reads what the lines say, without the store.
+/// Parses the lines, without the store.
 struct Reader<'a, R> {
     config: &'a Config,
     input: R,
     buffer: Vec<u8>,
-    /// The one that was read last.
+    /// The number of the last line that was read.
     line: u64,
-    /// What the file had so far.
+    /// The counts of the file so far.
     counts: Counts,
     has_ids: bool,
     ended: bool,
-    /// Of the thread line before.
+    /// The tenant of the last thread line.
     tenant: TenantKey,
-    /// How the lines name the thread that messages are of now.
+    /// The id by which the lines name the thread of the current messages.
     thread: Option<ThreadId>,
-    /// A line that was read, and belongs to the next batch.
+    /// A parsed line that belongs to the next batch.
     held: Option<(usize, Parsed)>,
 }
 
@@ -267,7 +267,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
         }
     }
 
-    /// The next lines; none at the end of the file.
+    /// Returns the next batch; an empty one at the end of the file.
     fn batch(&mut self) -> io::Result<Batch> {
         let mut batch = Batch::default();
         while batch.lines.len() < LINES_AT_ONCE && batch.bytes < BYTES_AT_ONCE {
@@ -277,7 +277,8 @@ impl<'a, R: BufRead> Reader<'a, R> {
             };
             let Some((bytes, parsed)) = next else { break };
             match &parsed {
-                // A message before it looks for the thread, which is not there yet.
+                // An earlier message of the batch names this thread, and must be checked before
+                // the thread exists.
                 Parsed::Thread(Ok(thread))
                     if thread.id.is_some_and(|id| batch.named.contains(&id)) =>
                 {
@@ -295,7 +296,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
         Ok(batch)
     }
 
-    /// The next line that says something to the store, and its bytes.
+    /// Returns the next line that matters to the store, and its bytes.
     fn next(&mut self) -> io::Result<Option<(usize, Parsed)>> {
         loop {
             let mut buffer = std::mem::take(&mut self.buffer);
@@ -305,7 +306,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
                 return Ok(None);
             }
             self.line += 1;
-            // Windows begins a file with a mark that says that it is UTF-8.
+            // Windows programs begin a UTF-8 file with this mark.
             let marked = buffer
                 .strip_prefix(BYTE_ORDER_MARK)
                 .filter(|_| self.line == 1);
@@ -323,7 +324,7 @@ impl<'a, R: BufRead> Reader<'a, R> {
         }
     }
 
-    /// What a line says; `None`: nothing that is taken.
+    /// Parses a line. Returns `None` if it holds nothing to import.
     fn parse(&mut self, line: &[u8]) -> Result<Option<Parsed>, Problem> {
         if line.trim_ascii().is_empty() {
             return Ok(None);
@@ -337,7 +338,8 @@ impl<'a, R: BufRead> Reader<'a, R> {
             Some("thread") => {
                 self.counts.threads += 1;
                 self.has_ids |= object.contains_key("id");
-                // Should the line be refused, the messages after it are not those of the thread before.
+                // If this line is refused, the messages after it must not go to the thread
+                // before.
                 self.thread = None;
                 Ok(Some(match fields::<ThreadLine>(object) {
                     Ok(line) => {
@@ -383,7 +385,8 @@ impl<'a, R: BufRead> Reader<'a, R> {
     }
 }
 
-/// Reads up to the next line feed, which is part of the line. `false` if the line is too long: its rest is skipped.
+/// Reads up to the next line feed, which is part of the line. Returns `false` if the line is too
+/// long, and skips its rest.
 fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
     let limit = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
     input.by_ref().take(limit).read_until(b'\n', line)?;
@@ -394,23 +397,23 @@ fn read_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Hands lines to the store.
+/// Passes batches to the store.
 struct Import {
     store: Arc<Store>,
     summary: Summary,
     thread: Option<Current>,
 }
 
-/// The thread that messages are of now.
+/// The thread that the current messages belong to.
 struct Current {
-    /// `None`: it was refused, and so are its messages.
+    /// `None`: the thread was refused, and its messages are skipped.
     id: Option<ThreadId>,
-    /// Messages of it so far.
+    /// Messages of the thread so far.
     messages: u64,
 }
 
 impl Import {
-    /// Takes lines as if one after another; gives those that were refused.
+    /// Imports a batch as if its lines came one after another, and returns the refused ones.
     async fn take(&mut self, batch: Batch) -> Result<Vec<Refused>, ImportError> {
         let line = batch.lines.first().map_or(0, |(line, _)| *line);
         self.take_all(batch)
@@ -418,7 +421,7 @@ impl Import {
             .map_err(|source| ImportError::Store { line, source })
     }
 
-    /// All threads come first, then all messages: no thread depends on a message.
+    /// Imports all threads first, then all messages, because no thread depends on a message.
     async fn take_all(&mut self, batch: Batch) -> Result<Vec<Refused>, StoreError> {
         let threads: Vec<&ImportedThread> = batch
             .lines
@@ -459,7 +462,7 @@ impl Import {
         Ok(refusals)
     }
 
-    /// Those of the threads that messages name which are there.
+    /// Returns those of the threads that messages name which exist.
     async fn named(
         &self,
         batch: &Batch,
@@ -476,7 +479,7 @@ impl Import {
         Ok(named)
     }
 
-    /// The messages that follow are of this thread.
+    /// Makes this the thread of the messages that follow.
     fn begin(&mut self, imported: Result<Option<Imported>, Problem>) -> Result<(), Problem> {
         let current = self.thread.insert(Current {
             id: None,
@@ -498,7 +501,8 @@ impl Import {
         }
     }
 
-    /// The thread of a message, and its place among the thread's messages; `None`: the thread was refused.
+    /// Returns the thread of a message, and the message's position in it; `None` if the thread
+    /// was refused.
     fn place(
         &mut self,
         of: Of,
@@ -537,7 +541,7 @@ impl Parsed {
     }
 }
 
-/// The fields of a line. What is wrong is told with its place.
+/// Deserialises the fields of a line. An error names its place.
 fn fields<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, Problem> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let path = error.path().to_string();
@@ -572,7 +576,7 @@ fn thread(line: ThreadLine, config: &Config) -> Result<ImportedThread, Problem> 
     if !is_upstream_text(&upstream) {
         return Err(Problem::Upstream("upstream"));
     }
-    // What is only read need not be reached any more.
+    // The upstream of an archived thread need not be configured any more.
     if lifecycle == Lifecycle::Current && !config.upstreams.contains_key(&upstream) {
         return Err(Problem::UnknownUpstream(upstream));
     }
@@ -625,7 +629,7 @@ fn message(object: Map<String, Value>) -> Result<MessageLine, Problem> {
     }
     let mut line: MessageLine = fields(object)?;
     let is_reply = line.role == Role::Assistant && !line.content.is_empty();
-    // What was taken out comes back as it was.
+    // An exported message comes back as it was.
     if line.id.is_none() && !is_reply {
         line.content = UserContent::try_from(line.content)
             .map_err(Problem::Content)?
@@ -653,7 +657,7 @@ fn imported_message(line: MessageLine, thread: ThreadId, place: u64) -> Imported
     }
 }
 
-/// The id of a message that has none: the same each time that the file is read.
+/// Returns the id for a message that has none. It is the same at each import of the file.
 fn derived_id(thread: ThreadId, place: u64) -> MessageId {
     let mut hash = Sha256::new();
     hash.update(thread.uuid().as_bytes());
@@ -664,13 +668,13 @@ fn derived_id(thread: ThreadId, place: u64) -> MessageId {
     MessageId::from_uuid(uuid::Builder::from_custom_bytes(bytes).into_uuid())
 }
 
-/// When a thread was made, as its id says it.
+/// Returns the creation time in a thread's id.
 fn made_at(id: ThreadId) -> Option<Timestamp> {
     let millis = i64::try_from(id.uuid().as_u128() >> 80).ok()?;
     Timestamp::from_timestamp_millis(millis)
 }
 
-/// Both databases can hold such a time, and compute with it.
+/// Checks that both databases can store the time and compute with it.
 fn check_time(name: &'static str, time: Option<Timestamp>) -> Result<(), Problem> {
     let fits = time.is_none_or(|time| (1970..=9999).contains(&time.year()));
     if fits {

@@ -1,4 +1,4 @@
-//! What callers ask for: the deletion of a conversation, or of all that a user has.
+//! Requests of callers: to delete a conversation, or everything of a user.
 
 use std::time::Duration;
 
@@ -15,24 +15,26 @@ use crate::store::{
     Deletable, DeletionReport, DeletionRequest, DeletionTarget, DueThread, ThreadName,
 };
 
-/// Threads with which a deletion begins at a time.
+/// Threads that one statement marks for deletion.
 const BEGIN_BATCH: u32 = 500;
-/// Threads of a deletion that the request itself sees to; the janitor does the rest.
+/// Threads of a deletion that the request itself deletes; the janitor deletes the rest.
 const AT_ONCE: u32 = 100;
-/// How long it has them to itself. What is not done by then is the janitor's, too.
+/// Time for which the request has these threads to itself. After it the janitor may take them
+/// too.
 const HOLD: Duration = Duration::from_mins(1);
-/// How often the request looks whether the janitor is done.
+/// Pause between two checks of the request whether the deletion has finished.
 const POLL: Duration = Duration::from_millis(200);
 
 const NO_DELETION: Error =
-    Error::NotFound("there is no such deletion, or its receipt is past its time");
+    Error::NotFound("there is no such deletion, or its receipt has been pruned");
 
-/// What is to be deleted.
+/// The target of a deletion.
 #[derive(Clone, Debug)]
 pub enum Target {
-    /// A conversation: its thread, and all that came before it; to archive: its current thread alone.
+    /// A conversation: its current thread and all earlier ones. To archive: its current thread
+    /// alone.
     Conversation(ConversationKey),
-    /// All that a user has; to archive: the current threads.
+    /// Everything of a user. To archive: the current threads.
     User(TenantKey, UserKey),
 }
 
@@ -46,13 +48,15 @@ impl Target {
 }
 
 impl Janitor {
-    /// Deletes, here and upstream, and waits for the end within a bound; what is not done by then goes on in the
-    /// background, whatever becomes of the caller or this process. Asked again meanwhile, it tells of the same deletion.
+    /// Deletes the target, here and upstream, and waits for the end within a bound. Unfinished
+    /// work continues in the background, even if the caller leaves or this process stops. A
+    /// repeated request returns the report of the same deletion.
     ///
-    /// A message that arrives from then on starts a fresh thread.
+    /// A message that arrives after the request starts a fresh thread.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is no such conversation. A user who has none is deleted all the same.
+    /// [`Error::NotFound`] if there is no such conversation. A user without conversations is no
+    /// error.
     pub async fn delete_all(
         &self,
         target: Target,
@@ -94,7 +98,7 @@ impl Janitor {
                     .tasks
                     .spawn(async move { janitor.see_to(&of, id).await }.in_current_span());
             }
-            // More than that is for the janitors of all replicas.
+            // The janitors of all replicas delete the others.
             request.hold = Duration::ZERO;
             if begun == u64::from(AT_ONCE) {
                 while self.store().begin_deletion(&request, BEGIN_BATCH).await? > 0 {}
@@ -102,7 +106,7 @@ impl Janitor {
             }
         }
         if begun == 0 {
-            // An earlier request has begun with all of it, or there is nothing.
+            // An earlier request deletes everything already, or there is nothing to delete.
             match self.store().deletion_under_way(&tenant, &target).await? {
                 Some(earlier) => id = earlier,
                 None if key.is_some() => return Err(NOTHING),
@@ -123,9 +127,9 @@ impl Janitor {
             Err(_) => self.report(&tenant, id, None, AT_ONCE).await,
         };
         match report {
-            // It goes on, so this must not look as if it did not.
+            // The deletion continues, so the answer must not look like a failure.
             Err(error) if begun > 0 => {
-                tracing::warn!(error = %Chain(&error), "cannot read what came of a deletion yet");
+                tracing::warn!(error = %Chain(&error), "cannot read the report of a deletion that continues");
                 let threads = Page {
                     data: Vec::new(),
                     has_more: true,
@@ -151,7 +155,7 @@ impl Janitor {
         }
     }
 
-    /// What [`delete_all`](Self::delete_all) would take. Nothing is changed.
+    /// Counts what [`delete_all`](Self::delete_all) would delete. Changes nothing.
     ///
     /// # Errors
     /// [`Error::NotFound`] if there is no such conversation.
@@ -164,10 +168,10 @@ impl Janitor {
         }
     }
 
-    /// What came of a request to delete.
+    /// Returns the report of a deletion.
     ///
     /// # Errors
-    /// [`Error::NotFound`] if there is no such request, or its receipt is past its time.
+    /// [`Error::NotFound`] if there is no such deletion, or its receipt has been pruned.
     pub async fn report(
         &self,
         tenant: &TenantKey,
@@ -179,10 +183,11 @@ impl Janitor {
         report.ok_or(NO_DELETION)
     }
 
-    /// The same for whoever asks: a user is told of what is deleted of theirs, before it is done and afterwards.
+    /// Returns the report of a deletion to a caller. A user sees the reports about their own
+    /// data, before and after the deletion.
     ///
     /// # Errors
-    /// [`Error::NotFound`] also if it is another user's.
+    /// [`Error::NotFound`] also if the deletion concerns another user.
     pub async fn report_to(
         &self,
         caller: &Principal,
@@ -195,7 +200,8 @@ impl Janitor {
             return Ok(report);
         };
         let own = self.ctx.parts.fingerprints.user(&caller.tenant, user);
-        // Requests that an earlier version recorded have a name alone, until they are done.
+        // Requests that an earlier version recorded hold only the user's name until they are
+        // done.
         let is_theirs = report.fingerprint == Some(own) || report.user.as_ref() == Some(user);
         if is_theirs {
             Ok(report)
@@ -204,10 +210,11 @@ impl Janitor {
         }
     }
 
-    /// Works on the first threads of a deletion at once, so that a caller need not wait for the janitor's turn.
+    /// Works on the first threads of a deletion at once, so that a caller need not wait for the
+    /// janitor's next pass.
     async fn see_to(&self, tenant: &TenantKey, id: DeletionId) {
         if timeout(HOLD, self.see_to_all(tenant, id)).await.is_err() {
-            tracing::info!("the deletion goes on in the background");
+            tracing::info!("the deletion continues in the background");
         }
     }
 
@@ -215,14 +222,14 @@ impl Janitor {
         let pending = match self.store().deletion(tenant, id, None, AT_ONCE).await {
             Ok(report) => report.map(|report| report.threads.data).unwrap_or_default(),
             Err(error) => {
-                return tracing::warn!(error = %Chain(&error), "cannot read what is to be deleted");
+                return tracing::warn!(error = %Chain(&error), "cannot read the threads of a deletion");
             }
         };
         let counts = Counts::default();
         for thread in pending.iter().filter(|thread| thread.finished_at.is_none()) {
             match self.store().thread(thread.id).await {
                 Ok(Some(now)) => {
-                    // The time is of no matter: what is being deleted is not judged by it.
+                    // The time does not matter, because expiry is not checked during a deletion.
                     let (attempts, claimed) = (thread.attempts, None);
                     let due = DueThread {
                         now: now.last_active_at,
@@ -237,7 +244,7 @@ impl Janitor {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "cannot read a thread that is to be deleted");
+                    tracing::warn!(error = %Chain(&error), "cannot read a thread of a deletion");
                 }
             }
         }
@@ -245,4 +252,4 @@ impl Janitor {
 }
 
 const NOTHING: Error =
-    Error::NotFound("this key has no conversation, and none of it is being deleted");
+    Error::NotFound("this key has no conversation, and no deletion of one is under way");

@@ -1,5 +1,4 @@
-//! The work in the background, shared with the other replicas by claiming small batches of threads at which it is time to
-//! look.
+//! The background work. Replicas share it by leasing small batches of threads that are due.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,49 +16,51 @@ use crate::runs::Unverified;
 use crate::store::{DueThread, OrphanName, Pruned, StoreError, UpstreamOrphan};
 use crate::upstream::UpstreamError;
 
-/// How long a replica has a thread to itself. If it dies with it, another one gets it after that.
+/// Lease of a thread. If the replica dies, another one can take the thread after that time.
 const LEASE: Duration = Duration::from_mins(5);
-/// How long it works on it at a time; what takes longer waits like what failed, and goes on where it was. What cannot be
-/// begun with early enough for that is left until the lease is over: nobody comes upon work that still goes on.
+/// Longest time of one attempt at a thread. An attempt that takes longer is retried later like a
+/// failed one, and resumes. A thread that is too close to the end of its lease is not begun, so
+/// that no other replica works on it at the same time.
 const ITEM_TIMEOUT: Duration = Duration::from_mins(4);
-/// How soon the database is asked again that was away as a look was to be recorded.
+/// Pause before an attempt's result is recorded again after a database outage.
 const RECORD_AGAIN: Duration = Duration::from_secs(1);
-/// The first wait after a failure; it doubles with each one in a row.
+/// First back-off after a failure. It doubles with each consecutive one.
 const FIRST_BACK_OFF: Duration = Duration::from_secs(15);
+/// Longest back-off after failures.
 const LONGEST_BACK_OFF: Duration = Duration::from_hours(1);
-/// Rows of each kind removed at a time.
+/// Rows of each kind that one statement prunes.
 const PRUNE_BATCH: u32 = 1000;
-/// Messages, and runs, of a thread removed at a time.
+/// Messages, and runs, of a thread that one statement erases.
 const ERASE_BATCH: u32 = 1000;
-/// Threads looked through at a time after the start.
+/// Threads of one batch in the review of limits after the start.
 const REVIEW_BATCH: u32 = 1000;
-/// The rest between two of these.
+/// Pause between two batches of that review.
 const REVIEW_PAUSE: Duration = Duration::from_millis(100);
-/// Longest time for pruning at a look, so that threads have their turn. What is left then is pruned at the next look,
-/// which follows at once.
+/// Longest time for pruning in one pass, so that threads are not kept waiting. The next pass,
+/// which follows at once, prunes the rest.
 const PRUNE_TIME: Duration = Duration::from_secs(20);
 
-/// What a look did.
+/// The results of a pass.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct PassSummary {
-    /// Threads that had expired and are archived now.
+    /// Threads that had expired and are now archived.
     pub expired: u64,
-    /// Archived threads whose upstream copy is deleted now.
+    /// Archived threads whose upstream copy is now deleted.
     pub cleared: u64,
-    /// Archived threads that were kept for long enough and are being erased.
+    /// Archived threads whose retention is over and that are being erased.
     pub discarded: u64,
     /// Deletions that are finished.
     pub deleted: u64,
-    /// Upstream threads that nobody used, found and deleted.
+    /// Upstream orphans that were found and deleted.
     pub upstream_orphans: u64,
-    /// Threads and upstream orphans with which something went wrong. They are tried again.
+    /// Threads and upstream orphans that failed. They are tried again.
     pub failed: u64,
     pub pruned: Pruned,
-    /// There was more than the look was to do.
+    /// The pass did not do all that was due.
     pub has_more: bool,
 }
 
-/// What a look would do.
+/// The tasks that a pass would do.
 #[derive(Clone, Debug)]
 pub struct DryRun {
     pub plans: Vec<Plan>,
@@ -68,14 +69,14 @@ pub struct DryRun {
     pub has_more: bool,
 }
 
-/// What it would do about one thread.
+/// The task for one thread.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub thread: Thread,
     pub task: LifecycleTask,
 }
 
-/// Why the work on a thread stopped half-way. It is tried again.
+/// The reason why the work on a thread stopped half-way. It is tried again.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JanitorError {
     #[error("the database failed")]
@@ -86,23 +87,23 @@ pub(super) enum JanitorError {
         #[source]
         error: UpstreamError,
     },
-    #[error("{0} of its runs have not ended yet")]
+    #[error("{0} runs of the thread have not ended yet")]
     RunsGoOn(usize),
-    #[error("what others wrote to its upstream thread cannot be read: {0}")]
+    #[error("messages that other clients wrote to the upstream thread cannot be read: {0}")]
     Unverified(#[from] Unverified),
-    #[error("an upstream thread is being made for it")]
+    #[error("an upstream thread is being created for the thread")]
     Underway,
-    #[error("the time for one look was over")]
+    #[error("the time limit for one attempt was reached")]
     TimeIsUp,
-    #[error("its runs could not be cancelled: {0}")]
+    #[error("the thread's runs could not be cancelled: {0}")]
     Cancel(String),
 }
 
 impl Janitor {
-    /// Looks after threads until the process is to stop.
+    /// Runs passes until the process is to stop.
     pub async fn work(self) {
         let draining = self.ctx.parts.draining.clone();
-        // Whatever is dropped here goes on in the next claim of it.
+        // Dropped work is resumed when its lease is taken again.
         let work = async {
             self.apply_changed_limits().await;
             loop {
@@ -110,7 +111,7 @@ impl Janitor {
                     Ok(summary) if summary.has_more => continue,
                     Ok(_) => {}
                     Err(error) => {
-                        tracing::warn!(error = %Chain(&error), "the janitor cannot work now")
+                        tracing::warn!(error = %Chain(&error), "the janitor cannot finish its pass")
                     }
                 }
                 let pause = self
@@ -131,7 +132,7 @@ impl Janitor {
         }
     }
 
-    /// Lets the configured limits of today hold for threads that were made under others.
+    /// Applies the configured limits to threads that were created under other limits.
     async fn apply_changed_limits(&self) {
         let mut after = None;
         loop {
@@ -143,17 +144,17 @@ impl Janitor {
                 Ok(None) => return,
                 Ok(last) => after = last,
                 Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "the janitor cannot look through the threads now");
+                    tracing::warn!(error = %Chain(&error), "the janitor cannot apply changed limits to the threads");
                 }
             }
             sleep(REVIEW_PAUSE).await;
         }
     }
 
-    /// Does what there is to do, about up to `most` threads.
+    /// Does the work that is due, for up to `most` threads.
     ///
     /// # Errors
-    /// The store failed. What was done until then is done.
+    /// The store failed. The work until then is done.
     pub async fn run_pass(&self, most: u32) -> Result<PassSummary, StoreError> {
         let counts = Arc::new(Counts::default());
         let mut left = most;
@@ -166,7 +167,7 @@ impl Janitor {
             let got = u32::try_from(due.len()).unwrap_or(u32::MAX);
             self.process_all(due, &counts).await;
             left = left.saturating_sub(got);
-            // What was archived just now is due again.
+            // A thread that was just archived is due again.
             if got == 0 {
                 break;
             }
@@ -179,13 +180,13 @@ impl Janitor {
             ..counts.summary()
         };
         if summary != PassSummary::default() {
-            tracing::info!(?summary, "the janitor looked after threads");
+            tracing::info!(?summary, "the janitor finished a pass");
         }
         Ok(summary)
     }
 
-    /// Removes what is past its time, batch by batch, until nothing is left or the time for it is over. Whether nothing is
-    /// left.
+    /// Prunes expired rows, batch by batch, until none is left or the time is over. Returns true
+    /// if none is left.
     async fn prune(&self) -> Result<(Pruned, bool), StoreError> {
         let begun = Instant::now();
         let mut pruned = Pruned::default();
@@ -196,13 +197,14 @@ impl Janitor {
             if now.most() < u64::from(PRUNE_BATCH) {
                 return Ok((pruned, true));
             }
-            // At most half of the time of a connection, which may be the only one that writes.
+            // Uses at most half of the connection's time: the connection may be the only one that
+            // writes.
             sleep(batch.elapsed()).await;
         }
         Ok((pruned, false))
     }
 
-    /// A [`run_pass`](Self::run_pass) that somebody asked for. It goes on if they do not wait for it.
+    /// Does a [`run_pass`](Self::run_pass) on request. It continues if the caller does not wait.
     ///
     /// # Errors
     /// The store failed, or the process stops.
@@ -222,7 +224,7 @@ impl Janitor {
             .map_err(|_| Error::Internal(None))?
     }
 
-    /// What [`run_pass`](Self::run_pass) would do. Nothing is changed.
+    /// Returns what [`run_pass`](Self::run_pass) would do. Changes nothing.
     pub async fn dry_run_of(&self, most: u32) -> Result<DryRun, StoreError> {
         let parts = &self.ctx.parts;
         let due = self.store().due_threads(most).await?;
@@ -262,8 +264,8 @@ impl Janitor {
         stream::iter(due).for_each_concurrent(at_once, tend).await;
     }
 
-    /// Does what there is to do about one thread, and says when to look again. A failure is its own: it waits longer
-    /// each time, and others go first.
+    /// Does the work that is due for one thread, and schedules the next. A failed thread waits
+    /// longer each time, so that others go first.
     pub(super) async fn process(&self, due: DueThread, counts: &Counts) {
         let id = due.thread.id;
         let DueThread {
@@ -277,7 +279,7 @@ impl Janitor {
             Ok(Next::Settled) => return,
             Err(trouble) => {
                 counts.failed.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(error = %Chain(&trouble), attempts, "the janitor could not finish with a thread");
+                tracing::warn!(error = %Chain(&trouble), attempts, "the janitor failed to process a thread");
                 (Some(back_off(attempts)), Some(trouble.to_string()))
             }
         };
@@ -308,7 +310,7 @@ impl Janitor {
             LifecycleTask::ClearUpstream => {
                 let unfinished = self.store().unfinished_of(id).await?;
                 if !unfinished.is_empty() {
-                    // They came before it was archived, and end in their own time.
+                    // These runs began before the thread was archived, and end by themselves.
                     return Ok(Next::Look(Some(FIRST_BACK_OFF)));
                 }
                 let cleared = async {
@@ -323,7 +325,7 @@ impl Janitor {
                     Ok(()) => {
                         counts.cleared.fetch_add(1, Ordering::Relaxed);
                     }
-                    // It is tried anew when the thread is erased.
+                    // It is tried again when the thread is erased.
                     Err(trouble)
                         if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) =>
                     {
@@ -361,7 +363,7 @@ impl Janitor {
         }
     }
 
-    /// One deletion, from wherever it stands to its end, which may be somebody else's doing.
+    /// Does one deletion from its present state to its end. Another replica may finish it first.
     async fn delete(
         &self,
         thread: &Thread,
@@ -370,7 +372,8 @@ impl Janitor {
     ) -> Result<(), JanitorError> {
         loop {
             self.end_runs(thread).await?;
-            // As it is now: a run may have moved it upstream, or left something.
+            // Reads the thread again: a run may have moved its upstream thread, or left an
+            // orphan.
             let now = self.store().thread(thread.id).await?;
             let Some(now) = now.filter(|it| it.lifecycle == Lifecycle::Deleting) else {
                 return Ok(());
@@ -386,7 +389,7 @@ impl Janitor {
                 if attempts < tries_within(self.ctx.parts.janitor.give_up_after) {
                     return Err(error.into());
                 }
-                tracing::warn!(error = %Chain(&error), "a thread is archived without what others wrote to it");
+                tracing::warn!(error = %Chain(&error), "a thread is archived without messages that other clients wrote to it");
             }
             self.clear_upstream(&now, attempts).await?;
             if self.store().conclude(thread.id, ERASE_BATCH).await? {
@@ -395,7 +398,7 @@ impl Janitor {
         }
     }
 
-    /// Ends what still runs on a thread, and waits for it, within a bound.
+    /// Ends the unfinished runs of a thread, and waits for them within a bound.
     async fn end_runs(&self, thread: &Thread) -> Result<(), JanitorError> {
         let unfinished = self.store().unfinished_of(thread.id).await?;
         if unfinished.is_empty() {
@@ -409,7 +412,7 @@ impl Janitor {
         }
     }
 
-    /// Deletes what is, or may be, at the upstreams besides the threads' own.
+    /// Deletes known and possible upstream orphans of all threads.
     async fn look_for_upstream_orphans(&self, counts: &Counts) -> Result<(), StoreError> {
         loop {
             let batch = self.ctx.parts.janitor.batch_size.get();
@@ -449,10 +452,10 @@ impl Janitor {
                             thread.id = %orphan.thread,
                             error = %Chain(&trouble),
                             attempts,
-                            "the janitor could not delete something at an upstream"
+                            "the janitor could not delete an upstream orphan"
                         );
                         if attempts >= tries_within(self.ctx.parts.janitor.give_up_after) {
-                            // It is tried anew when the thread is erased.
+                            // It is tried again when the thread is erased.
                             retry_until_ok(|| self.store().keep_upstream_orphan(id, knew)).await;
                         } else {
                             let after = Some(back_off(attempts));
@@ -474,8 +477,8 @@ impl Janitor {
     }
 }
 
-/// Records what came of a claim. A database that is away is waited for: what is not recorded stays claimed for the whole
-/// lease. May be dropped at any point, for the same price.
+/// Records the result of a leased task. Waits for a database that is away, because without a
+/// record the task stays leased for the whole lease. Dropping it has the same price.
 async fn retry_until_ok<Recorded>(record: impl Fn() -> Recorded)
 where
     Recorded: Future<Output = Result<(), StoreError>>,
@@ -483,7 +486,7 @@ where
     let begun = Instant::now();
     while let Err(error) = record().await {
         let is_away = matches!(error, StoreError::Unavailable(_));
-        tracing::warn!(error = %Chain(&error), "cannot record what came of a look");
+        tracing::warn!(error = %Chain(&error), "cannot record the result of an attempt");
         if !is_away || begun.elapsed() + ITEM_TIMEOUT > LEASE {
             return;
         }
@@ -491,15 +494,15 @@ where
     }
 }
 
-/// When to look at a thread again.
+/// The next time at which a thread is due.
 enum Next {
     /// After that time; `None`: never.
     Look(Option<Duration>),
-    /// The store knows.
+    /// The store has scheduled it.
     Settled,
 }
 
-/// A [`PassSummary`] in the making.
+/// The counters behind a [`PassSummary`].
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     expired: AtomicU64,
@@ -526,12 +529,14 @@ impl Counts {
     }
 }
 
-/// Never before `until`: a millisecond is added for what rounding takes.
+/// Returns the time from `now` to `until`, plus a millisecond against rounding, so that it never
+/// ends before `until`.
 fn from(now: Timestamp, until: Timestamp) -> Duration {
     (until - now).to_std().unwrap_or_default() + Duration::from_millis(1)
 }
 
-/// The wait after so many failures in a row and one more, between half of it and all.
+/// Returns the back-off after `attempts` consecutive failures and one more: a random time between
+/// half of the wait and all of it.
 fn back_off(attempts: i64) -> Duration {
     let doublings = u32::try_from(attempts).unwrap_or(u32::MAX).min(16);
     let wait = FIRST_BACK_OFF
@@ -540,7 +545,7 @@ fn back_off(attempts: i64) -> Duration {
     wait.mul_f64(rand::rng().random_range(0.5..=1.0))
 }
 
-/// How many tries in a row fit into a time with the waits between them.
+/// Returns how many consecutive tries fit into a time, with the waits between them.
 fn tries_within(time: Duration) -> i64 {
     let (mut left, mut wait, mut tries) = (time, FIRST_BACK_OFF, 0);
     while wait < LONGEST_BACK_OFF && left >= wait {

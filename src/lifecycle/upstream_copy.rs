@@ -1,8 +1,9 @@
-//! Deleting what a thread has at its upstream, in steps that can be repeated.
+//! Deletes a thread's data at its upstream, in steps that can be repeated.
 //!
-//! A step ends with the server's word that the thing is deleted or gone, or that it does not delete such things, which the
-//! receipt tells. Any other failure is tried again, for `janitor.give_up_after` from the first one in a row; then the
-//! deletion goes on without that step, and the receipt tells that, too.
+//! A step ends when the server says that the object is deleted or gone, or that it does not
+//! delete such objects. The receipt records the last case. After any other failure the step is
+//! tried again, for `janitor.give_up_after` from the first of consecutive failures. Then the
+//! deletion continues without that step, and the receipt records that too.
 
 use std::time::Duration;
 
@@ -18,24 +19,29 @@ use crate::error::Chain;
 use crate::store::{OrphanKind, OrphanName, UpstreamOrphan};
 use crate::upstream::{Disposal, Items, Upstream, UpstreamError};
 
-/// Runs and upstream orphans of a thread handled between two records of what is done.
+/// Runs and upstream orphans of a thread that are deleted before the progress is recorded.
 const BATCH: u32 = 20;
-/// Failed steps in a row after which a look ends, or, once failures are given up, no further step is tried.
+/// Consecutive failed steps after which an attempt ends, or, once failures are given up, no
+/// further step is tried.
 const MAX_FAILURES: usize = 3;
-/// Longest time for the steps of one look. Less than the look has, so that what was done is recorded.
+/// Longest time for the steps of one attempt. It is shorter than the attempt's own limit, so that
+/// the progress is recorded.
 const STEPS: Duration = Duration::from_mins(3);
-/// How long a look waits for an upstream thread that is being made, and how often it asks.
+/// Longest time that an attempt waits for an upstream thread that is being created.
 const MAKING_PATIENCE: Duration = Duration::from_secs(8);
+/// Pause between two checks whether the upstream thread has been created.
 const MAKING_POLL: Duration = Duration::from_millis(100);
 
 impl Janitor {
-    /// Deletes all that a thread has at its upstream: stored runs, threads that were made for it and given up, last its
-    /// own. What is done is recorded as it goes, so that whoever goes on does not begin anew. Its runs have ended.
-    /// `attempts`: looks in a row that failed before this one.
+    /// Deletes everything of a thread at its upstream: stored runs and orphaned upstream threads,
+    /// and last its own upstream thread. The runs of the thread must have ended. Progress is
+    /// recorded on the way, so that the next attempt resumes. `attempts`: consecutive failed
+    /// attempts before this one.
     ///
     /// # Errors
-    /// [`JanitorError::Underway`] while an upstream thread is being made for one of its runs that was cut off: its id is known
-    /// as soon as that is answered. [`JanitorError::Upstream`] if a step failed and is to be tried again.
+    /// [`JanitorError::Underway`] while an upstream thread is being created for an interrupted
+    /// run: its id is known as soon as the upstream answers. [`JanitorError::Upstream`] if a step
+    /// failed and is to be tried again.
     pub(super) async fn clear_upstream(
         &self,
         thread: &Thread,
@@ -47,7 +53,7 @@ impl Janitor {
             removed.tried_until = None;
         }
         let mut own = thread.upstream_thread_id.clone();
-        // An archive was asked for, and that was given up. Whoever erases it wants another try.
+        // The deletion for an archive was given up. The erasure is another try.
         if attempts == 0
             && removed.outcome == Some(UpstreamOutcome::Failed)
             && thread.deletion == Some(Deletion::Erase)
@@ -81,13 +87,14 @@ impl Janitor {
             None => removed
                 .outcome
                 .unwrap_or(match &removed.upstream_thread_id {
-                    // Another one that works on it was faster, and what it recorded was written over.
+                    // Another replica worked on the thread and finished first, and its record was
+                    // overwritten.
                     Some(_) => UpstreamOutcome::AlreadyGone,
                     None => UpstreamOutcome::None,
                 }),
             Some(id) => match self.dispose(&**upstream, id, &mut removed, look).await {
                 Ok(Disposal::Deleted) => UpstreamOutcome::Deleted,
-                // A chain is nothing but its responses.
+                // A chain consists of nothing but its responses.
                 Ok(Disposal::AlreadyGone) if !capabilities.has_threads && removed.responses > 0 => {
                     UpstreamOutcome::Deleted
                 }
@@ -100,7 +107,7 @@ impl Janitor {
                     UpstreamOutcome::Failed
                 }
                 Err(error) => {
-                    // What was deleted of it until then is in the receipt, too.
+                    // The receipt also counts the items that were deleted before the failure.
                     self.store().removed(thread.id, &removed, &[]).await?;
                     return Err(JanitorError::Upstream {
                         name: thread.upstream.clone(),
@@ -109,7 +116,7 @@ impl Janitor {
                 }
             },
         };
-        // What an earlier look came to is counted already.
+        // Objects that an earlier attempt left are counted already.
         if own.is_some()
             && matches!(
                 outcome,
@@ -133,13 +140,14 @@ impl Janitor {
                 outcome = outcome.as_str(),
                 left = ?removed.left,
                 failure = removed.failure,
-                "something of a thread may remain at its upstream"
+                "data of a thread may remain at its upstream"
             );
         }
         Ok(())
     }
 
-    /// Deletes what a thread has upstream besides its own thread. A step that fails does not keep the others waiting.
+    /// Deletes the upstream orphans and stored runs of a thread. A step that fails does not hold
+    /// up the others.
     async fn clear_upstream_orphans(
         &self,
         thread: &Thread,
@@ -161,7 +169,7 @@ impl Janitor {
             }
             for orphan in &orphans {
                 if failures >= MAX_FAILURES {
-                    // Given up: else it would not have come so far.
+                    // Failures are given up; otherwise the loop would have ended before.
                     leave(orphan, removed);
                     continue;
                 }
@@ -192,7 +200,7 @@ impl Janitor {
             if failed.len() >= MAX_FAILURES {
                 break;
             }
-            // What had no id when it was listed may have been given one since.
+            // An orphan without an id in the list may have got one since.
             orphans.retain(|orphan| !failed.contains(&orphan.name));
             let (nameless, known): (Vec<_>, Vec<_>) = orphans
                 .into_iter()
@@ -213,19 +221,20 @@ impl Janitor {
         Err(trouble)
     }
 
-    /// Ends a look for which there was more to do than it had time for.
+    /// Ends an attempt that had too little time for all of its steps.
     async fn goes_on(&self, thread: &Thread, mut removed: Removed) -> Result<(), JanitorError> {
         removed.tried_until = None;
         self.store().removed(thread.id, &removed, &[]).await?;
         Err(JanitorError::TimeIsUp)
     }
 
-    /// Whether a step that failed is not tried any more. It is while a thread is kept as an archive, which tells nobody.
+    /// Returns true if a failed step is not tried again. A step for an archived thread is always
+    /// tried again, because an archive has no receipt.
     fn gives_up(&self, thread: &Thread, removed: &mut Removed, error: &UpstreamError) -> bool {
         let now = now();
         if removed.tried_until.is_none() {
             let patience = self.ctx.parts.janitor.give_up_after;
-            // What lies beyond the calendar never comes.
+            // A time beyond the calendar never comes.
             removed.tried_until = Limits {
                 max_age: Some(patience),
                 max_idle: None,
@@ -246,7 +255,7 @@ impl Janitor {
         true
     }
 
-    /// Deletes an upstream thread. What was done of it until it failed counts, too.
+    /// Deletes an upstream thread. Items that were deleted before a failure count too.
     async fn dispose(
         &self,
         upstream: &dyn Upstream,
@@ -265,7 +274,7 @@ impl Janitor {
         disposal
     }
 
-    /// Waits until nobody makes an upstream thread for the thread any more, within a bound.
+    /// Waits within a bound until no upstream thread is being created for the thread.
     async fn wait_for_making(&self, thread: ThreadId) -> Result<(), JanitorError> {
         let until = Instant::now() + MAKING_PATIENCE;
         loop {
@@ -279,7 +288,8 @@ impl Janitor {
         }
     }
 
-    /// Deletes one upstream orphan of a thread that goes on. What was deleted, or cannot be found.
+    /// Deletes one upstream orphan of a thread that is not deleted itself. Returns what was
+    /// deleted, and what could not be found.
     pub(super) async fn clear_upstream_orphan(
         &self,
         orphan: &UpstreamOrphan,
@@ -288,7 +298,7 @@ impl Janitor {
             tracing::warn!(
                 thread.id = %orphan.thread,
                 upstream = orphan.upstream,
-                "something may be left at an upstream that the configuration does not name any more"
+                "data may remain at an upstream that the configuration no longer names"
             );
             return Ok(Removed::default());
         };
@@ -300,14 +310,14 @@ impl Janitor {
             tracing::warn!(
                 thread.id = %orphan.thread,
                 upstream = orphan.upstream,
-                "an upstream thread that nobody uses remains: the server does not offer its deletion"
+                "an unused upstream thread remains: the server does not support its deletion"
             );
         }
         if removed.unknown > 0 {
             tracing::warn!(
                 thread.id = %orphan.thread,
                 upstream = orphan.upstream,
-                "a thread may have been made at the upstream that nobody can find there: the call's answer was lost, \
+                "an upstream thread may exist that cannot be found: the answer to its creation was lost, \
                  and the server does not list threads"
             );
         }
@@ -368,16 +378,19 @@ impl Janitor {
         Ok(())
     }
 
-    /// Those of the upstream threads which were made for a thread that it does not use, nor is about to.
+    /// Returns the upstream threads in `found` that the gateway's thread does not use and is not
+    /// about to use.
     ///
-    /// They were listed before the record is asked here, and what is made is recorded as intended before it is made: so
-    /// whatever is in the list is in use, intended, or left.
+    /// The caller lists `found` first and the record is read here. A thread's creation is
+    /// recorded as intended before it happens. So each thread in the list is in use, intended, or
+    /// an orphan.
     async fn unused(
         &self,
         intent: &UpstreamOrphan,
         mut found: Vec<UpstreamThreadId>,
     ) -> Result<Vec<UpstreamThreadId>, JanitorError> {
-        // Only a run makes threads; without one, another intent is as old as this one.
+        // Only a run creates threads. Without an unfinished run, another intent is as old as this
+        // one.
         let at_work = !self.store().unfinished_of(intent.thread).await?.is_empty();
         let others = self
             .store()
@@ -400,11 +413,11 @@ impl Janitor {
     }
 }
 
-/// The time of one look at the upstream.
+/// The time limit of one attempt at the upstream.
 #[derive(Clone, Copy)]
 struct Look {
     until: Instant,
-    /// What was deleted before it.
+    /// Objects that were deleted before the attempt.
     before: u64,
 }
 
@@ -425,7 +438,7 @@ impl Look {
             .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
     }
 
-    /// Its time is over, and it was well spent.
+    /// Returns true if the time is over and the attempt deleted something.
     fn is_only_long(self, removed: &Removed) -> bool {
         Instant::now() >= self.until && deleted(removed) > self.before
     }
@@ -435,7 +448,7 @@ fn deleted(removed: &Removed) -> u64 {
     removed.items + removed.responses + removed.other_threads
 }
 
-/// Counts an upstream orphan that nobody tries to delete any more.
+/// Counts an upstream orphan whose deletion is given up.
 fn leave(orphan: &UpstreamOrphan, removed: &mut Removed) {
     match (orphan.kind, &orphan.upstream_id) {
         (OrphanKind::Run, Some(_)) => removed.left.responses += 1,

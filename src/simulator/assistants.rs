@@ -16,7 +16,7 @@ use crate::simulator::wire::operation::Operation;
 
 pub(super) use runs::{start_foreign_run, stop_foreign_run};
 
-/// Answers a call of this protocol.
+/// Answers a call of the Assistants protocol.
 pub(super) fn answer(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
     match call.operation {
         Operation::CreateRun => runs::create(server, call),

@@ -1,4 +1,5 @@
-//! What a turn or a request is told to do: directives, hostile answers, the words of replies.
+//! The behaviour that a request or run is asked for: directives, hostile answers, the text of
+//! replies.
 
 pub(super) mod hostile;
 pub(super) mod plan;

@@ -1,4 +1,4 @@
-//! The knobs that hold for a whole simulator. Behaviour of a single turn is asked for with directives or faults.
+//! Settings of a whole simulator. Directives or faults steer a single run.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use humantime_serde::re::humantime::parse_duration;
 use secrecy::SecretString;
 use serde::Deserialize;
 
-/// How the simulator behaves. The default answers at once and enforces every rule.
+/// Settings of the simulator. By default it answers at once and enforces every rule.
 #[derive(Clone, Debug, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a knob of its own")]
@@ -20,10 +20,10 @@ pub struct SimulatorConfig {
     #[arg(long, default_value = "0ms", value_parser = parse_duration)]
     #[serde(with = "humantime_serde")]
     pub token_interval: Duration,
-    /// Replies are padded to at least this many words.
+    /// Least number of words of a reply; shorter replies are padded.
     #[arg(long, default_value_t = 0)]
     pub reply_words: usize,
-    /// Life of an Assistants run, tool waits included.
+    /// Time until an Assistants run expires, waits for tool outputs included.
     #[arg(long, default_value = "10m", value_parser = parse_duration)]
     #[serde(with = "humantime_serde")]
     pub run_expiry: Duration,
@@ -31,29 +31,31 @@ pub struct SimulatorConfig {
     #[arg(long, default_value = "0ms", value_parser = parse_duration)]
     #[serde(with = "humantime_serde")]
     pub cancel_delay: Duration,
-    /// How long the lock of a conversation outlives its response.
+    /// Time for which a conversation stays locked after its response has ended.
     #[arg(long, default_value = "0ms", value_parser = parse_duration)]
     #[serde(with = "humantime_serde")]
     pub lock_linger: Duration,
-    /// The only key accepted. Unset: every key that does not begin with `bad`.
+    /// The only accepted API key. By default every key is accepted that does not begin with `bad`.
     #[arg(long)]
     pub api_key: Option<SecretString>,
-    /// Refuse messages and runs on a thread that has an active run, as some servers do not.
+    /// Refuse messages and runs on a thread that has an active run; some servers do not.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     pub enforce_locks: bool,
-    /// Offer `/conversations`, as some servers do not.
+    /// Offer `/conversations`; some servers do not.
     #[arg(long, default_value_t = true, action = ArgAction::Set)]
     pub conversations: bool,
-    /// Offer lists of all threads and of all conversations, as few servers do.
+    /// Offer lists of all threads and of all conversations; few servers do.
     #[arg(long)]
     pub list_threads: bool,
-    /// Keep in the conversation what a failed, cancelled or interrupted response has read and produced so far.
+    /// Keep the input and the partial output of a failed, cancelled or interrupted response in
+    /// its conversation.
     #[arg(long)]
     pub append_unfinished: bool,
-    /// Threads, conversations, runs and responses kept, each; past it the oldest idle ones are forgotten.
+    /// Most threads, conversations, runs and responses kept, of each kind; beyond it the oldest
+    /// idle ones are removed.
     #[arg(long, default_value_t = 100_000)]
     pub max_kept: usize,
-    /// Requests kept for inspection, bodies of up to 256 KiB included.
+    /// Most requests recorded for inspection, with bodies of up to 256 KiB.
     #[arg(long, default_value_t = 256)]
     pub recorded: usize,
 }

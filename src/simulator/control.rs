@@ -62,7 +62,7 @@ fn add_fault(handle: &SimulatorHandle, body: &[u8]) -> Response {
     }
 }
 
-/// The body is the text.
+/// Searches for a text, which is the body.
 fn holds_text(handle: &SimulatorHandle, body: &[u8]) -> Response {
     json_body(&handle.holds_text(&String::from_utf8_lossy(body)))
 }

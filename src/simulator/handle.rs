@@ -1,4 +1,4 @@
-//! The simulator from inside the process: what tests and benches hold on to.
+//! Access to the simulator from inside the process, for tests and benches.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::simulator::state::Server;
 use crate::simulator::state::faults::Fault;
 use crate::simulator::state::stats::{Line, Recorded, RunView, Stats, ThreadView};
 
-/// Looks into a simulator and steers it. Cheap to clone; outlives the simulator harmlessly.
+/// Inspects and steers a simulator. Cheap to clone. May outlive the simulator.
 #[derive(Clone, Debug)]
 pub struct SimulatorHandle {
     server: Arc<Server>,
@@ -22,8 +22,8 @@ impl SimulatorHandle {
         self.server.world().counters.stats.clone()
     }
 
-    /// Resolves with the first statistics for which `reached` is true, checked now and after every change. May be
-    /// dropped; put a time limit around it.
+    /// Waits until the statistics satisfy `reached`, and returns them. It checks now and after
+    /// every change. It may be dropped; put a time limit around it.
     pub async fn wait_for(&self, mut reached: impl FnMut(&Stats) -> bool) -> Stats {
         let mut changes = self.server.changes();
         loop {
@@ -35,7 +35,7 @@ impl SimulatorHandle {
         }
     }
 
-    /// All threads and conversations, oldest first, threads before conversations.
+    /// Returns all threads and conversations, oldest first, threads before conversations.
     pub fn threads(&self) -> Vec<ThreadView> {
         let world = self.server.world();
         let threads = world.threads.iter().map(|(_, thread)| thread.view());
@@ -49,14 +49,15 @@ impl SimulatorHandle {
             .collect()
     }
 
-    /// The newest runs and responses that were accepted, in that order, as many as are
-    /// [kept](super::config::SimulatorConfig::max_kept), with what came with them and how they ended.
+    /// Returns the newest accepted runs and responses, in order of acceptance, with their input
+    /// and how they ended. [`max_kept`](super::config::SimulatorConfig::max_kept) limits their
+    /// number.
     pub fn runs(&self) -> Vec<RunView> {
         self.server.world().counters.runs()
     }
 
-    /// The messages of a thread, of a conversation, or of the chain that ends in a response: role and text,
-    /// oldest first. Empty if there is no such thing.
+    /// Returns the messages of a thread, of a conversation, or of the chain that ends in a
+    /// response: role and text, oldest first. Empty if there is no such object.
     pub fn thread_history(&self, id: &str) -> Vec<Line> {
         let world = self.server.world();
         if let Some(thread) = world.threads.get(id) {
@@ -68,7 +69,7 @@ impl SimulatorHandle {
         }
     }
 
-    /// The ids of all stored responses, oldest first.
+    /// Returns the ids of all stored responses, oldest first.
     pub fn stored_responses(&self) -> Vec<String> {
         self.server
             .world()
@@ -78,18 +79,19 @@ impl SimulatorHandle {
             .collect()
     }
 
-    /// The ids of the items of deleted conversations, which were not deleted with them.
+    /// Returns the ids of items that outlived their deleted conversations.
     pub fn leaked_items(&self) -> Vec<String> {
         text_search::leaked_items(&self.server.world())
     }
 
-    /// Where the server still holds this text, such as `item msg_1 of conversation conv_1`. Empty if it is nowhere in
-    /// what can be had from it. What was recorded of requests does not count.
+    /// Returns the places where the server still holds this text, such as `item msg_1 of
+    /// conversation conv_1`. Empty if no call can return the text. The record of requests does
+    /// not count.
     pub fn holds_text(&self, text: &str) -> Vec<String> {
         text_search::places(&self.server.world(), text)
     }
 
-    /// The last requests of either protocol, oldest first.
+    /// Returns the last requests of either protocol, oldest first.
     pub fn recorded(&self) -> Vec<Recorded> {
         self.server
             .world()
@@ -100,33 +102,33 @@ impl SimulatorHandle {
             .collect()
     }
 
-    /// Queues a fault for the next matching requests; an error says what is wrong with it.
+    /// Queues a fault for the next matching requests. An error says what is wrong with the fault.
     pub fn add_fault(&self, fault: Fault) -> Result<(), String> {
         self.server.world().faults.add(fault)
     }
 
-    /// Forgets the faults that wait.
+    /// Removes the queued faults.
     pub fn clear_faults(&self) {
         self.server.world().faults.clear();
     }
 
-    /// From now on runs stay `in_progress` without a token, until [`release`](Self::release).
+    /// Keeps runs `in_progress` without a token from now on, until [`release`](Self::release).
     pub fn hold(&self) {
         self.server.hold();
     }
 
-    /// Lets held runs go on.
+    /// Lets held runs continue.
     pub fn release(&self) {
         self.server.release();
     }
 
-    /// Forgets all threads, runs, faults and figures, and releases what is held.
+    /// Removes all threads, runs and faults, resets the statistics, and releases held runs.
     pub fn reset(&self) {
         self.server.reset();
     }
 
-    /// Locks a thread or conversation as somebody else's run would. The run's id; `None` if there is no such
-    /// thread or it is busy.
+    /// Locks a thread or conversation with the run of another client. Returns the run's id, or
+    /// `None` if there is no such thread or it is busy.
     pub fn start_foreign_run(&self, thread: &str) -> Option<String> {
         let started = assistants::start_foreign_run(&self.server, thread)
             .or_else(|| responses::start_foreign_run(&self.server, thread));
@@ -134,7 +136,8 @@ impl SimulatorHandle {
         started
     }
 
-    /// Ends what [`start_foreign_run`](Self::start_foreign_run) started. False if there was nothing to end.
+    /// Ends the run of [`start_foreign_run`](Self::start_foreign_run). Returns false if there is
+    /// none.
     pub fn stop_foreign_run(&self, thread: &str) -> bool {
         let stopped = assistants::stop_foreign_run(&self.server, thread)
             || responses::stop_foreign_run(&self.server, thread);

@@ -1,4 +1,4 @@
-//! The port of a simulator, and its connections.
+//! The simulator's port and its connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use crate::simulator::handle::SimulatorHandle;
 use crate::simulator::router;
 use crate::simulator::state::Server;
 
-/// A simulator that has its port, and serves once it [runs](Self::run).
+/// A simulator that is bound to its port. It serves once it [runs](Self::run).
 #[derive(Debug)]
 pub struct Simulator {
     server: Arc<Server>,
@@ -25,7 +25,7 @@ pub struct Simulator {
 }
 
 impl Simulator {
-    /// Takes the port; port 0 takes a free one. From now on clients can connect, and wait.
+    /// Binds the port; port 0 chooses a free one. From then on clients can connect, and wait.
     pub async fn bind(config: SimulatorConfig, addr: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(addr).await?;
         let addr = listener.local_addr()?;
@@ -40,7 +40,7 @@ impl Simulator {
         self.addr
     }
 
-    /// Where both protocols begin; ends in `/v1`.
+    /// Returns the base URL of both protocols; it ends in `/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.addr)
     }
@@ -49,8 +49,8 @@ impl Simulator {
         SimulatorHandle::new(Arc::clone(&self.server))
     }
 
-    /// Serves until `shutdown`; then cuts all connections, ends all runs and returns when they are gone. Dropping
-    /// the future cuts and ends them too, without waiting.
+    /// Serves until `shutdown`, then cuts all connections, ends all runs, and returns when they
+    /// are gone. Dropping the future cuts and ends them too, without waiting.
     pub async fn run(self, shutdown: CancellationToken) {
         let server = &self.server;
         let _stop = server.stop.clone().drop_guard();
@@ -63,7 +63,8 @@ impl Simulator {
                 Ok((stream, _)) => {
                     server.tasks.spawn(serve(Arc::clone(server), stream));
                 }
-                // Out of descriptors, or a client that left early: others may still be served.
+                // Out of file descriptors, or a client that left early. Other clients may still
+                // be served.
                 Err(error) => {
                     tracing::warn!(%error, "the simulator cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(20)).await;

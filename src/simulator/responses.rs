@@ -1,4 +1,4 @@
-//! Conversations and responses.
+//! The protocol of conversations and responses.
 
 mod conversations;
 mod create;
@@ -19,7 +19,7 @@ use crate::simulator::wire::operation::Operation;
 
 pub(super) use conversations::{start_foreign_run, stop_foreign_run};
 
-/// Answers a call of this protocol.
+/// Answers a call of the Responses protocol.
 pub(super) async fn answer(server: &Arc<Server>, call: Call) -> Result<Response, Refused> {
     match call.operation {
         Operation::CreateResponse => create::create(server, call).await,
@@ -40,7 +40,8 @@ pub(super) async fn answer(server: &Arc<Server>, call: Call) -> Result<Response,
     }
 }
 
-/// The messages of the chain that ends in a response, oldest first; empty if there is no such response.
+/// Returns the messages of the chain that ends in a response, oldest first. Empty if there is no
+/// such response.
 pub(super) fn chain_lines(world: &World, id: &str) -> Vec<Line> {
     let mut chain = Vec::new();
     let mut next = world.responses.get(id);

@@ -1,4 +1,4 @@
-//! From a request to its answer: credentials, faults, the record, and the way to the protocol's module.
+//! Routes a request to its protocol: checks credentials, applies faults, and records the request.
 
 use std::sync::Arc;
 
@@ -21,9 +21,9 @@ use crate::simulator::wire::call::Call;
 use crate::simulator::wire::error::{ApiError, json_body};
 use crate::simulator::wire::operation::Operation;
 
-/// Largest request body.
+/// Bytes of a request body.
 const MAX_BODY: usize = 64 * 1024 * 1024;
-/// Largest request body that is kept for inspection.
+/// Bytes of a request body that is recorded.
 const MAX_RECORDED_BODY: usize = 256 * 1024;
 
 /// Answers one request.
@@ -37,7 +37,7 @@ pub(super) async fn answer(
         Err(error) if error.is::<LengthLimitError>() => {
             return Ok(ApiError::too_large().into_response());
         }
-        Err(_) => return Err(Dropped), // the client left in mid-request
+        Err(_) => return Err(Dropped), // the client left during the request
     };
     let path: Vec<&str> = parts.uri.path().split('/').skip(1).collect();
     if let ["_simulator", rest @ ..] = path.as_slice() {
@@ -178,7 +178,7 @@ fn admitted(server: &Server, headers: &HeaderMap, family: &str) -> Result<(), Ap
     Ok(())
 }
 
-/// A request's body, parsed once.
+/// The body of a request, parsed once.
 enum Payload {
     Empty,
     Json(Value),
@@ -193,7 +193,7 @@ impl Payload {
         serde_json::from_slice(body).map_or(Self::Unreadable, Self::Json)
     }
 
-    /// No body counts as `{}`.
+    /// Returns the object; no body counts as `{}`.
     fn into_object(self) -> Result<Map<String, Value>, ApiError> {
         match self {
             Self::Empty => Ok(Map::new()),
@@ -253,7 +253,7 @@ fn unknown_path(parts: &Parts) -> Response {
     .into_response()
 }
 
-/// The 404 of a server that has no such endpoint, in the shape of its framework.
+/// Returns the 404 of a server without such an endpoint, in the shape of its framework.
 fn bare_not_found() -> Response {
     let mut response = (
         StatusCode::NOT_FOUND,

@@ -1,4 +1,4 @@
-//! What the simulated server holds, and what its parts share.
+//! The content of the simulated server, and what its parts share.
 
 pub(super) mod assistants;
 pub(super) mod faults;
@@ -24,12 +24,12 @@ use responses::{Conversation, StoredResponse};
 use stats::Counters;
 use table::Table;
 
-/// The one simulated server: shared by its connections, its generations and its handles.
+/// The simulated server, shared by its connections, generations and handles.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) config: SimulatorConfig,
     world: Mutex<World>,
-    /// Changes with every change of the world that a test may wait for.
+    /// Counts the changes that a test may wait for.
     changes: watch::Sender<u64>,
     /// While true, runs wait before their first token.
     gate: watch::Sender<bool>,
@@ -38,7 +38,7 @@ pub(super) struct Server {
     /// Cancelled when the simulator stops.
     pub(super) stop: CancellationToken,
     ids: AtomicU64,
-    /// Tells the ids of one simulator from those of another.
+    /// Distinguishes the ids of one simulator from those of another.
     nonce: u32,
     started: Instant,
     started_at: i64,
@@ -76,12 +76,12 @@ impl Server {
         }
     }
 
-    /// The world, for a short time: never held across an await.
+    /// Locks the world. Never hold the guard across an await.
     pub(super) fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets everything but the configuration. Runs that still work end without a trace.
+    /// Removes everything except the configuration. Active runs end without a trace.
     pub(super) fn reset(&self) {
         let new = World::new(self.config.max_kept, self.started, self.stop.child_token());
         let old = std::mem::replace(&mut *self.world(), new);
@@ -90,7 +90,7 @@ impl Server {
         self.changed();
     }
 
-    /// Seconds since the epoch, by the simulated server's clock.
+    /// Returns the seconds since the epoch, by the simulated server's clock.
     pub(super) fn now(&self) -> i64 {
         self.seconds_at(Instant::now())
     }
@@ -100,13 +100,13 @@ impl Server {
         self.started_at.saturating_add_unsigned(past)
     }
 
-    /// A new id: `prefix_` and 24 hex digits, in the order of their making.
+    /// Returns a new id: `prefix_` and 24 hex digits, in order of creation.
     pub(super) fn id(&self, prefix: &str) -> String {
         let number = self.ids.fetch_add(1, Ordering::Relaxed);
         format!("{prefix}_{:08x}{number:016x}", self.nonce)
     }
 
-    /// A new conversation id: 48 hex digits.
+    /// Returns a new conversation id: 48 hex digits.
     pub(super) fn conversation_id(&self) -> String {
         let number = self.ids.fetch_add(1, Ordering::Relaxed);
         format!("conv_{:032x}{number:016x}", self.nonce)
@@ -132,7 +132,7 @@ impl Server {
         *self.gate.borrow()
     }
 
-    /// Resolves as soon as runs may go on. May be dropped.
+    /// Waits until runs may continue. May be dropped.
     pub(super) async fn released(&self) {
         let mut gate = self.gate.subscribe();
         if gate.wait_for(|held| !*held).await.is_err() {
@@ -142,7 +142,7 @@ impl Server {
 }
 
 impl World {
-    /// `since`: when the simulator was started.
+    /// `since`: the start of the simulator.
     fn new(cap: usize, since: Instant, end: CancellationToken) -> Self {
         Self {
             threads: Table::new(cap),

@@ -1,4 +1,4 @@
-//! What the server still holds of a text, for tests that prove that nothing is left.
+//! Searches the server's content for a text, for tests that prove that nothing remains.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -13,7 +13,7 @@ struct Search<'a> {
     places: Vec<String>,
 }
 
-/// Where the text is, in words.
+/// Returns the places of the text, in words.
 pub(super) fn places(world: &World, text: &str) -> Vec<String> {
     let mut search = Search {
         text,
@@ -24,7 +24,7 @@ pub(super) fn places(world: &World, text: &str) -> Vec<String> {
     search.places
 }
 
-/// The items of deleted conversations, by their ids.
+/// Returns the ids of items that outlived their deleted conversations.
 pub(super) fn leaked_items(world: &World) -> Vec<String> {
     let deleted = world
         .conversations
@@ -76,7 +76,7 @@ fn search_conversations(world: &World, search: &mut Search<'_>) {
 }
 
 impl Search<'_> {
-    /// Looks into an object.
+    /// Searches an object.
     fn look(&mut self, place: impl FnOnce() -> String, object: &impl Serialize) {
         let object = serde_json::to_value(object).expect("the simulator's objects are plain JSON");
         if holds(&object, self.text) {
@@ -84,7 +84,7 @@ impl Search<'_> {
         }
     }
 
-    /// Looks into JSON texts.
+    /// Searches JSON texts.
     fn look_into_text(&mut self, place: impl FnOnce() -> String, json: &str) {
         let escaped = Value::from(self.text).to_string();
         if json.contains(escaped.trim_matches('"')) {

@@ -1,4 +1,4 @@
-//! How requests are read and answers written, for both protocols.
+//! Reading requests and writing answers, for both protocols.
 
 pub(super) mod call;
 pub(super) mod error;

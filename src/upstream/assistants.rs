@@ -35,7 +35,7 @@ use runs::SECOND_LOOK;
 use stream::StreamDecoder;
 use wire::{MessageObject, RunObject};
 
-/// What helps where the server has no threads.
+/// The remedy where the server has no threads.
 pub(super) const NO_THREADS: &str = "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
 
 #[async_trait]
@@ -45,7 +45,8 @@ impl Upstream for AssistantsUpstream {
             lock_window: self.lock_window,
             has_threads: true,
             stores_runs: false,
-            // The lock of its thread names it.
+            // The lock of the thread names the run, so an unread run can be ended without knowing
+            // its id.
             goes_on_unread: false,
         }
     }
@@ -79,7 +80,8 @@ impl Upstream for AssistantsUpstream {
         };
         match started.map_err(UpstreamError::from) {
             Ok(events) => Ok(public(events)),
-            // Sent before, by whoever had the run, and taken after all: it is there, and to be found as what is lost.
+            // An earlier sender sent the request for this run, and the server accepted it. The
+            // caller recovers the run like one whose connection broke.
             Err(UpstreamError::Busy {
                 blocking_run: Some(blocking),
             }) if self.is_run_of(thread, &blocking, request.run).await => {
@@ -112,13 +114,13 @@ impl Upstream for AssistantsUpstream {
             }
             Err(refusal) => refusal.error,
         };
-        // A run that takes no outputs has moved on: it has expired, or has got them already. Its own status is the
-        // truth then, as if the answer had been lost.
+        // A run that takes no outputs has moved on: it has expired, or has got them already. Then
+        // its own status decides, as if the answer had been lost.
         if matches!(refused, UpstreamError::Refused { status: 400, .. }) {
             match self.run(thread, run).await {
                 Ok(Some(run)) if !run.value.waits_for_outputs() => {}
                 Ok(_) => return Err(refused),
-                // Then it may have got them, and has to be looked for in the same way.
+                // The run may have got the outputs, so the caller has to recover it too.
                 Err(error) if error.is_ambiguous() => {}
                 Err(error) => return Err(error),
             }
@@ -127,7 +129,7 @@ impl Upstream for AssistantsUpstream {
         Err(refused)
     }
 
-    /// A run can always be asked for, so it does not matter how the request failed.
+    /// Any failure is handled alike, because the server can always be asked for a run.
     async fn recover(
         &self,
         sent: &UnsettledRun,
@@ -137,7 +139,8 @@ impl Upstream for AssistantsUpstream {
             return Ok(Recovered::Absent);
         };
         match self.trace(thread, sent).await {
-            // With the thread all that was sent to it is gone. What was at work there has been seen all the same.
+            // Everything that was sent to the thread is gone with it. But readers may have seen
+            // the reply of a run that was accepted.
             Err(UpstreamError::ThreadGone) if sent.upstream_run.is_none() => Ok(Recovered::Absent),
             Err(UpstreamError::ThreadGone) => Ok(Recovered::Unknown),
             other => other,
@@ -162,7 +165,7 @@ impl Upstream for AssistantsUpstream {
         }
         let ours = run.value.tag(RUN_TAG).is_some();
         if ours {
-            tracing::warn!("ending a run that an earlier turn left behind");
+            tracing::warn!("ending an active run that an earlier run left behind");
         }
         if ours || cancel {
             self.end(thread, blocking, None).await?;
@@ -239,7 +242,8 @@ impl AssistantsUpstream {
             None => self.find(thread, sent.run).await?,
         };
         let Some(mut run) = found else {
-            // Messages without a run are a request that was taken in part: sending them again would double them.
+            // Messages without a run are a request that was taken in part. Sending the messages
+            // again would double them.
             let said = self.was_said(thread, sent).await?;
             return Ok(if said {
                 Recovered::Unknown
@@ -280,7 +284,8 @@ impl AssistantsUpstream {
         };
         let ended = match self.end(thread, &run, None).await {
             Ok(ended) => ended,
-            // A name that the upstream does not know stands for nothing, and must not keep the thread for ever.
+            // An id that the upstream does not know means nothing, and must not block the thread
+            // for ever.
             Err(UpstreamError::Refused { status: 404, .. })
                 if self.run(thread, &run).await?.is_none() =>
             {
@@ -305,9 +310,11 @@ impl AssistantsUpstream {
 }
 
 fn no_run() -> UpstreamError {
-    UpstreamError::Protocol("outputs were to be sent to no run".to_owned())
+    UpstreamError::Protocol(
+        "the outputs name no run at the upstream that waits for them".to_owned(),
+    )
 }
 
 fn no_thread() -> UpstreamError {
-    UpstreamError::Protocol("a run was to start without a thread".to_owned())
+    UpstreamError::Protocol("a run cannot start without an upstream thread".to_owned())
 }

@@ -1,4 +1,5 @@
-//! What a refusal means: from status, headers and body to a [`Rejection`]. Pure; keeps nothing of the prose.
+//! Classifies a refusal: from status, headers and body to a [`Rejection`]. Pure; keeps none of
+//! the server's prose.
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use serde_json::{Map, Value};
 use crate::domain::UpstreamRunId;
 use crate::upstream::error::UpstreamError;
 
-/// Codes of a 429 that no waiting will mend.
+/// Codes of a 429 for which waiting does not help.
 const QUOTA_CODES: [&str; 5] = [
     "insufficient_quota",
     "credit_balance_exhausted",
@@ -18,7 +19,8 @@ const QUOTA_CODES: [&str; 5] = [
     "quota_exceeded",
 ];
 
-/// Words of an error for which waiting helps, in lower case and without anything between their parts.
+/// Fragments of codes and types for which waiting helps, in lower case and without separators. Up
+/// to index 4 they mean a rate limit (429), the others an overload (503).
 const PASSING_WORDS: [&str; 12] = [
     "ratelimit",
     "toomanyrequests",
@@ -33,27 +35,28 @@ const PASSING_WORDS: [&str; 12] = [
     "503",
     "529",
 ];
-/// What can be asked for by an id.
+/// The objects that a call asks for by id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
-/// Fields of an error that stands alone, without a wrapper.
+/// The only fields of an error object that stands without a wrapper.
 const ERROR_FIELDS: [&str; 8] = [
     "message", "detail", "code", "type", "param", "status", "object", "title",
 ];
 
-/// An error, with what only the adapters make use of.
+/// An error, with details for the adapters only.
 #[derive(Clone, Debug)]
 pub(super) struct Rejection {
     pub(super) error: UpstreamError,
-    /// Nothing of the turn was taken, for the conversation is damaged.
+    /// The damage of the conversation, for which the server took nothing of the run.
     pub(super) damage: Option<Damage>,
 }
 
-/// What an earlier turn has left in a conversation, which then takes no further turn. No server has a code for it.
+/// Damage that an earlier run left in a conversation, and for which the server refuses every
+/// further run. No server has a code for it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Damage {
     /// A function call without an output.
     OpenCall,
-    /// A reasoning item without what it led to, by its id if that is told.
+    /// A reasoning item without the item that must follow it, with its id if the server names it.
     OrphanedReasoning(Option<String>),
 }
 
@@ -72,7 +75,8 @@ impl From<Rejection> for UpstreamError {
     }
 }
 
-/// The meaning of an answer whose status is not a success. `asked`: the end of the path, an id if one was asked for.
+/// Classifies an answer whose status is not a success. `asked` is the last segment of the path:
+/// an id, if the call asked for one.
 pub(super) fn classify(
     status: StatusCode,
     headers: &HeaderMap,
@@ -99,7 +103,7 @@ fn meaning(
     missing: bool,
 ) -> UpstreamError {
     let client_error = status.is_client_error();
-    // The server's own word goes before everything that could be concluded.
+    // The server's own statement takes precedence over any conclusion.
     let should_retry = match headers
         .get("x-should-retry")
         .map(http::HeaderValue::as_bytes)
@@ -126,7 +130,8 @@ fn meaning(
             blocking_run: detail.blocking_run(),
         };
     }
-    // A server that gave up waiting for the request (408) is as uncertain as one that broke.
+    // After a 408 (the server gave up waiting) the fate of the request is as unknown as after a
+    // 5xx.
     let is_broken = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
     if is_broken || status == StatusCode::REQUEST_TIMEOUT {
         return UpstreamError::Unavailable {
@@ -143,8 +148,10 @@ fn meaning(
     }
 }
 
-/// The text says, in whatever words, that what was asked for is not there. One that speaks of the endpoint does not, nor one
-/// that says no more than "not found": that is how frameworks answer for a path that they do not know.
+/// Returns true if the text says that the requested object does not exist.
+///
+/// A text about the endpoint does not count. A plain "not found" does not count either, because
+/// frameworks send it for unknown paths.
 fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
     const MISSING: [&str; 10] = [
         "not found",
@@ -182,7 +189,7 @@ fn says_missing(status: StatusCode, text: &str, asked: &str) -> bool {
         || (status == StatusCode::NOT_FOUND && NOUNS.into_iter().any(is_missing))
 }
 
-/// The text names the id by itself, and not as a part of a path.
+/// Returns true if the text contains the id as a whole word that is not part of a path.
 fn names(text: &str, id: &str) -> bool {
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
     text.match_indices(id).any(|(at, _)| {
@@ -192,29 +199,33 @@ fn names(text: &str, id: &str) -> bool {
     })
 }
 
-/// What a server says of an error: in the body of an answer, in an `error` event, or inside a run or response.
+/// The details of an error: from the body of an answer, from an `error` event, or from inside a
+/// run or response.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ErrorDetail {
-    /// The error's code, if it is one that can be shown.
+    /// The error's code, if [`token`] lets it pass.
     pub(super) code: Option<String>,
     kind: Option<String>,
-    /// The server's prose. Read here to tell cases apart, never passed on.
+    /// The server's prose. It serves to tell cases apart and is never passed on.
     message: String,
-    /// The error is an object as the protocols describe it, not an error page or a framework's own shape.
+    /// The error is an object as the protocols describe it, not an error page or a framework's
+    /// own shape.
     shaped: bool,
 }
 
 impl ErrorDetail {
-    /// Reads a body in any of the known forms; `None` if it is not a JSON object.
+    /// Reads a body in any of the known forms. Returns `None` if it is not a JSON object.
     fn from_body(body: &[u8]) -> Option<Self> {
         serde_json::from_slice::<Map<String, Value>>(body)
             .ok()
             .map(|object| Self::from_object(&object))
     }
 
-    /// Reads an event of a stream that does not say that it is one of the protocol's; `None` if it tells no error. A server
-    /// in front of the one that was asked, or one that fails before it speaks the protocol, writes its errors so. An event
-    /// with another `name` (a server's `status`, `ping` or `progress`) is one only if it can be nothing else.
+    /// Reads an event that does not belong to the protocol. Returns `None` if it is no error.
+    ///
+    /// A proxy, or a server that fails before it speaks the protocol, writes its errors so. An
+    /// event with another `name` (a server's `status`, `ping` or `progress`) counts as an error
+    /// only if it cannot be anything else.
     pub(super) fn of_event(name: Option<&str>, data: &str) -> Option<Self> {
         let object: Map<String, Value> = serde_json::from_str(data).ok()?;
         let is_named = name.is_some_and(|name| {
@@ -233,8 +244,8 @@ impl ErrorDetail {
         is_error.then(|| Self::from_object(&object))
     }
 
-    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and what comes near them: `{"error": "…"}`, and
-    /// `{"detail": …}` with either inside.
+    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and their relatives:
+    /// `{"error": "…"}`, and `{"detail": …}` with either inside.
     pub(super) fn from_object(object: &Map<String, Value>) -> Self {
         if let (None, Some(Value::Object(detail))) = (object.get("error"), object.get("detail")) {
             return Self {
@@ -264,10 +275,12 @@ impl ErrorDetail {
         }
     }
 
-    /// The meaning of an error that a stream reports instead of a run or response, with no status to go by.
+    /// Classifies an error that a stream reports in the place of a run or response, without a
+    /// status.
     ///
     /// # Errors
-    /// The word for it, if the error says no more than that the run failed: that is how the run ended.
+    /// The error's code, if the error only says that the run failed. Then that is how
+    /// the run ended.
     pub(super) fn of_refused_stream(self) -> Result<Rejection, Option<String>> {
         let damage = self.damage();
         Ok(Rejection {
@@ -295,7 +308,7 @@ impl ErrorDetail {
                 code,
             });
         }
-        // Said after a 200, so it is not sure that nothing was taken.
+        // The status was 200, so the server may have taken the request.
         if let Some(status) = self.passes() {
             let code = self.word();
             return Ok(UpstreamError::Unavailable {
@@ -305,7 +318,7 @@ impl ErrorDetail {
                 code,
             });
         }
-        // Some put the status that they would have answered with into the code.
+        // Some servers put the status that they would have sent into the code.
         match self.code.as_deref().and_then(|code| code.parse().ok()) {
             Some(409 | 423) => {
                 return Ok(UpstreamError::Busy {
@@ -332,7 +345,7 @@ impl ErrorDetail {
         Err(self.word())
     }
 
-    /// The status that stands for what the error says, if waiting helps.
+    /// Returns the status that matches the error, if waiting helps.
     fn passes(&self) -> Option<u16> {
         let words = [&self.code, &self.kind].into_iter().flatten();
         let plain = words.map(|word| word.to_ascii_lowercase().replace(['_', '-', '.', ' '], ""));
@@ -342,7 +355,7 @@ impl ErrorDetail {
         Some(if at <= 4 { 429 } else { 503 })
     }
 
-    /// The code, or else the kind of error, if either can be shown.
+    /// Returns the code, or else the type of the error, if [`token`] lets it pass.
     pub(super) fn word(&self) -> Option<String> {
         self.code
             .clone()
@@ -356,7 +369,8 @@ impl ErrorDetail {
             .any(|word| QUOTA_CODES.contains(&word.as_str()))
     }
 
-    /// Another run or response holds the thread. Servers say so with a code, or in prose alone.
+    /// Returns true if another run or response holds the thread. Servers report that with a code,
+    /// or only in prose.
     fn is_conflict(&self) -> bool {
         if self.code.as_deref() == Some("conversation_locked") {
             return true;
@@ -369,7 +383,7 @@ impl ErrorDetail {
             || ((has("in-progress response") || has("in progress response")) && has("exist"))
     }
 
-    /// What is wrong with the conversation, if that is what the error says.
+    /// Returns the damage of the conversation, if the error is about that.
     pub(super) fn damage(&self) -> Option<Damage> {
         let message = self.message.to_ascii_lowercase();
         let has = |text: &str| message.contains(text);
@@ -382,12 +396,12 @@ impl ErrorDetail {
         }
     }
 
-    /// The run that a conflict's text names.
+    /// Returns the run that the text of a conflict names.
     fn blocking_run(&self) -> Option<UpstreamRunId> {
         self.named("run_").map(UpstreamRunId)
     }
 
-    /// The first id in the text that begins so.
+    /// Returns the first id in the text with this prefix.
     fn named(&self, prefix: &str) -> Option<String> {
         self.message
             .split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-')))
@@ -395,7 +409,8 @@ impl ErrorDetail {
             .map(str::to_owned)
     }
 
-    /// What was asked for is not there, by the text or by a code such as `response_not_found`.
+    /// Returns true if the requested object does not exist, by the text or by a code such as
+    /// `response_not_found`.
     fn says_missing(&self, status: StatusCode, asked: &str) -> bool {
         let of = |code: &str| {
             NOUNS
@@ -406,8 +421,9 @@ impl ErrorDetail {
         by_code || says_missing(status, &self.message, asked)
     }
 
-    /// The error says that the thread, conversation or previous response itself does not exist. An endpoint that
-    /// is not there, or another object that is not, does not count: a mapping is only given up on evidence.
+    /// Returns true if the error says that the thread, conversation or previous response itself
+    /// does not exist. A missing endpoint or another missing object does not count: the gateway
+    /// gives an upstream thread up only on evidence.
     fn names_missing_thread(&self, status: StatusCode) -> bool {
         if !self.shaped {
             return false;
@@ -447,7 +463,7 @@ impl ErrorDetail {
     }
 }
 
-/// The object is an error without a wrapper, and can be nothing else.
+/// Returns true if the object is an error without a wrapper, and cannot be anything else.
 fn stands_alone(object: &Map<String, Value>) -> bool {
     let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
     (has("message") || has("detail"))
@@ -457,7 +473,7 @@ fn stands_alone(object: &Map<String, Value>) -> bool {
         && (is_called_error(object) || has("code") || (!has("type") && !has("object")))
 }
 
-/// It says of itself that it is an error.
+/// Returns true if the object's `type` or `object` names it an error.
 fn is_called_error(object: &Map<String, Value>) -> bool {
     let kind = |key: &str| {
         object
@@ -470,8 +486,9 @@ fn is_called_error(object: &Map<String, Value>) -> bool {
         .any(|key| kind(key).is_some_and(|it| it.contains("error")))
 }
 
-/// The text, if it can be shown to anyone: at most 64 characters, words and short numbers with `_`, `.` or `-` between them.
-/// A server may say a key that it was sent, or a piece of it, in the place of a code: these are no words.
+/// Returns the text if it is safe to show: at most 64 characters, words and short numbers with
+/// `_`, `.` or `-` between them. A server may echo a key, or a piece of it, in the place of a
+/// code. Keys do not have this form.
 pub(super) fn token(text: &str) -> Option<String> {
     const LONGEST_WORD: usize = 32;
     const LONGEST_NUMBER: usize = 4;
@@ -485,7 +502,8 @@ pub(super) fn token(text: &str) -> Option<String> {
         .then(|| text.to_owned())
 }
 
-/// How long the server asks to wait; `None` if it does not say, or says nonsense.
+/// Returns how long the server asks to wait. Returns `None` if the server does not say, or if the
+/// value is invalid.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: &str| {
         headers
@@ -500,20 +518,21 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     if let Some(wait) = seconds(value, 1.0) {
         return Some(wait);
     }
-    // A date is compared with the server's own clock, never with ours.
+    // A date is compared with the server's own clock, never with the gateway's.
     let until = DateTime::parse_from_rfc2822(value).ok()?;
     let now = DateTime::parse_from_rfc2822(text(header::DATE.as_str())?).ok()?;
     (until - now).to_std().ok()
 }
 
-/// A number of `1/per_second` seconds; `None` for what is not a number, negative or absurd.
+/// Parses a count of units, of which `per_second` make a second. Returns `None` for a text that
+/// is not a number, is negative or is too large.
 fn seconds(text: &str, per_second: f64) -> Option<Duration> {
     text.parse::<f64>()
         .ok()
         .and_then(|number| Duration::try_from_secs_f64(number / per_second).ok())
 }
 
-/// A word that can be an id, in contrast to one of prose.
+/// Returns true if the word looks like an id and not like prose.
 fn is_id(word: &str) -> bool {
     word.bytes()
         .any(|byte| byte.is_ascii_digit() || byte == b'_')
@@ -537,7 +556,7 @@ mod tests {
             .collect()
     }
 
-    /// The meaning in short, for the tables.
+    /// Shortens a classification for the tables.
     fn meaning(status: u16, pairs: &[(&str, &str)], body: &str) -> String {
         let status = StatusCode::from_u16(status).unwrap();
         let refusal = classify(status, &headers(pairs), body.as_bytes(), "");
@@ -649,7 +668,7 @@ mod tests {
                 r#"{"object":"error","message":"Response with id 'resp_1' not found.","type":"NotFoundError","param":null,"code":404}"#.into(),
                 "gone",
             ),
-            // Not evidence that the thread is gone.
+            // No evidence that the thread is gone.
             (404, String::new(), "refused 404 -"),
             (404, "404 page not found".into(), "refused 404 -"),
             (404, r#"{"detail":"Not Found"}"#.into(), "refused 404 -"),
@@ -679,7 +698,7 @@ mod tests {
                 "OrphanedReasoning(None)",
             ),
             (500, wrapped("No tool output found for function call call_1.", ""), "unavailable 500 None"),
-            // Plain refusals. The code is shown only if it is a word.
+            // Plain refusals. The code is shown only if it has the form of a code.
             (401, wrapped("Incorrect API key provided: sk-1", "invalid_api_key"), "refused 401 invalid_api_key"),
             (400, wrapped("x", "not a word"), "refused 400 -"),
             (400, wrapped("x", &"a".repeat(65)), "refused 400 -"),
@@ -838,7 +857,7 @@ mod tests {
         );
     }
 
-    /// What an event means that does not say what it is: `None` if it is no error.
+    /// Classifies an event that has no name; `None` if it is no error.
     fn read(data: &str) -> Option<String> {
         named(None, data)
     }
@@ -900,7 +919,7 @@ mod tests {
                 r#"{"error":{"message":"m","code":"401"}}"#,
                 "the upstream refused the request with status 401".to_owned(),
             ),
-            // What is said after a 200 and names nothing known is how the run ended.
+            // An error after a 200 that names nothing known is the end of the run.
             (
                 r#"{"error":{"type":"server_error","message":"m"}}"#,
                 "failed server_error".to_owned(),

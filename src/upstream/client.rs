@@ -1,11 +1,13 @@
-//! The HTTP client of one upstream server. Beside `auth/jwks.rs` the only file that names reqwest.
+//! The HTTP client of one upstream server. Apart from `report.rs` and `auth/jwks.rs` the only
+//! file that names reqwest.
 //!
-//! It never follows a redirect, uses no proxy from the environment, unpacks nothing, and keeps what the server writes in
-//! prose out of errors and logs.
+//! It never follows a redirect, uses no proxy from the environment, does not decompress, and
+//! keeps the server's prose out of errors and logs.
 //!
-//! A stream has no limit, neither on its length nor on the silence before or in it: a server that thinks is not gone, and
-//! its work would be lost. The caller ends it. Any other answer must be there as a whole within a time limit, so that one
-//! that trickles does not go on for ever. A peer that has vanished is found by TCP itself.
+//! A stream has no time limit, neither for its length nor for silence before or in it. A silent
+//! server may be thinking, and a limit would lose its work. The caller ends a stream. Any other
+//! answer must arrive as a whole within a time limit, so that an answer that trickles in does not
+//! last for ever. TCP keep-alive finds a peer that has vanished.
 
 use std::fmt;
 use std::sync::Arc;
@@ -31,18 +33,20 @@ use crate::upstream::report::{Report, chain};
 use crate::upstream::retry::{LONGEST_WAIT, SHORTEST_WAIT};
 use crate::upstream::sse::{self, SseEvent};
 
-/// Idle connections that are kept for the next call.
+/// Idle connections that the pool keeps for the next call.
 const POOL_IDLE_CONNECTIONS: usize = 256;
-/// How long they are kept. Shorter than most servers do, so that none is taken up as it closes.
+/// Time for which the pool keeps an idle connection. It is shorter than most servers' own limit,
+/// so that no call takes a connection that is just closing.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Silence on a connection after which TCP asks the peer for a sign of life, and the pause between two such questions.
+/// Silence on a connection after which TCP sends a keep-alive probe.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Time between two keep-alive probes.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// Questions without an answer after which the connection counts as broken.
+/// Unanswered keep-alive probes after which the connection counts as broken.
 const KEEP_ALIVE_PROBES: u32 = 3;
-/// How much of an error's body is read.
+/// Bytes of an error's body that are read.
 const MAX_ERROR_BYTES: usize = 64 * 1024;
-/// Headers that belong to the connection and cannot be configured.
+/// Headers that the connection owns and the configuration cannot set.
 const CONNECTION_HEADERS: [&str; 5] = [
     "connection",
     "content-length",
@@ -51,24 +55,24 @@ const CONNECTION_HEADERS: [&str; 5] = [
     "transfer-encoding",
 ];
 
-/// The way to one upstream server. Cheap to clone; clones share their connections.
+/// A client for one upstream server. Cheap to clone; clones share their connections.
 #[derive(Clone)]
 pub struct UpstreamClient {
     name: String,
     report: Arc<Report>,
     http: reqwest::Client,
-    /// With the fixed query parameters.
+    /// The base URL, with the configured query parameters.
     base_url: Url,
     headers: HeaderMap,
     call_timeout: Duration,
     max_bytes: usize,
 }
 
-/// The events of one answer. Dropping it closes the connection.
+/// The events of one answer. Dropping the stream closes the connection.
 pub(super) type SseStream = BoxStream<'static, Result<SseEvent, UpstreamError>>;
 
 impl fmt::Debug for UpstreamClient {
-    /// The name alone: URL and headers may hold secrets.
+    /// Shows the name alone, because URL and headers may hold secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("UpstreamClient")
             .field("name", &self.name)
@@ -76,7 +80,7 @@ impl fmt::Debug for UpstreamClient {
     }
 }
 
-/// Why a configured upstream cannot be used.
+/// The reason why a configured upstream cannot be used.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum InvalidUpstream {
     #[error("upstream `{upstream}`: the base URL {reason}")]
@@ -107,13 +111,14 @@ pub enum InvalidUpstream {
 #[derive(Debug)]
 pub(super) struct Answer<T> {
     pub(super) value: T,
-    /// When the server wants to be asked again about an unfinished run, within bounds.
+    /// The pause that the server asks for before the next question about an unfinished run,
+    /// within bounds.
     pub(super) poll_after: Option<Duration>,
     pub(super) size: Size,
 }
 
 impl UpstreamClient {
-    /// Prepares the client; connects to nothing.
+    /// Prepares the client. It opens no connection.
     pub fn new(name: &str, config: &UpstreamConfig) -> Result<Self, InvalidUpstream> {
         let base_url = base_url(name, config)?;
         let mut builder = reqwest::Client::builder()
@@ -121,7 +126,8 @@ impl UpstreamClient {
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .no_proxy()
-            // One connection for each turn: over HTTP/2 all turns would share one, and its limit of streams.
+            // One connection for each run. Over HTTP/2 all runs would share one connection and
+            // its limit of streams.
             .http1_only()
             .connect_timeout(config.connect_timeout)
             .tcp_nodelay(true)
@@ -131,7 +137,8 @@ impl UpstreamClient {
             .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT);
         if base_url.scheme() == "http" {
-            // No redirect is followed, so this client never speaks TLS: it must not fail for lack of certificates.
+            // No redirect is followed, so this client never speaks TLS and must not fail for lack
+            // of certificates.
             builder = builder.tls_certs_only([]);
         }
         let http = builder.build().map_err(|error| {
@@ -153,18 +160,19 @@ impl UpstreamClient {
         })
     }
 
-    /// The most that may be put together from one stream: as much as one event may hold, for the last one could repeat
-    /// it all.
+    /// Returns the most bytes that may be assembled from one stream. That is the limit of one
+    /// event, because the last event can repeat the whole reply.
     pub(super) const fn max_bytes(&self) -> usize {
         self.max_bytes
     }
 
-    /// For what is to be kept of several answers.
+    /// Returns a budget for content that is kept of several answers.
     pub(super) fn size_budget(&self) -> SizeBudget {
         SizeBudget::new(self.max_bytes)
     }
 
-    /// A call to the path without which no turn can begin failed: tells the operator if the server does not have it.
+    /// Translates the failure of a call that every conversation begins with. If the server does
+    /// not have `path`, logs the remedy for the operator and returns it with the error.
     pub(super) fn needs(
         &self,
         path: &'static str,
@@ -188,7 +196,8 @@ impl UpstreamClient {
         UpstreamError::NotOffered { path, remedy }
     }
 
-    /// Why no connection can be made, for the operator alone: it names hosts. `None` if one can.
+    /// Returns why no connection can be made, or `None` if one can. The text names hosts, so it
+    /// is for the operator alone.
     pub(super) async fn obstacle(&self) -> Option<String> {
         let answer = timeout(
             self.call_timeout,
@@ -199,7 +208,7 @@ impl UpstreamClient {
         Some(chain(&error).skip(1).collect::<Vec<_>>().join(": "))
     }
 
-    /// Adds a header to every request, unless the configuration has set it.
+    /// Adds a header to every request, unless the configuration sets it.
     pub(super) fn with_header(mut self, name: &'static str, value: &'static str) -> Self {
         self.headers
             .entry(HeaderName::from_static(name))
@@ -207,9 +216,9 @@ impl UpstreamClient {
         self
     }
 
-    /// Makes one request and reads the JSON answer, of which at most the configured event size is accepted.
+    /// Sends one request and reads the JSON answer, up to the configured event size.
     ///
-    /// `segments` are percent-encoded, `query` comes on top of the configured parameters.
+    /// `segments` are percent-encoded. `query` is added to the configured parameters.
     pub(super) async fn json<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -219,8 +228,9 @@ impl UpstreamClient {
         in_time(self.call_timeout, self.ask(method, segments, query, None)).await
     }
 
-    /// Makes one request that makes something of `body`, and waits for its answer without a limit, for it must not be
-    /// repeated after it was given up. The caller bounds it.
+    /// Sends one request that creates something from `body`, and waits for its answer without a
+    /// time limit, because a request that was given up must not be repeated. The caller bounds
+    /// the time.
     pub(super) async fn make<T: DeserializeOwned>(
         &self,
         segments: &[&str],
@@ -266,7 +276,7 @@ impl UpstreamClient {
         })
     }
 
-    /// Makes one request whose answer says no more than that it was done.
+    /// Sends one request whose answer has no content that matters.
     pub(super) async fn done(
         &self,
         method: Method,
@@ -276,16 +286,17 @@ impl UpstreamClient {
             let response = self
                 .send(method, segments, &[], None, "application/json")
                 .await?;
-            // Read to its end, so that the connection can serve the next call.
+            // The body is read to its end, so that the connection can serve the next call.
             let body = self.read(response, self.max_bytes).await?;
             body.map_or(Ok(()), |body| refuse_told_error(&body))
         };
         in_time(self.call_timeout, call).await
     }
 
-    /// Makes one request and streams the events of the answer, as long as the caller waits for them.
+    /// Sends one request and streams the events of the answer for as long as the caller reads.
     ///
-    /// An error that comes as JSON instead, in spite of its status, is one event.
+    /// If the answer is an error in JSON in spite of its good status, the stream is that one
+    /// event.
     pub(super) async fn events(
         &self,
         method: Method,
@@ -313,7 +324,8 @@ impl UpstreamClient {
         Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into())
     }
 
-    /// Sends one request; an answer that is not a success is an error. Has no time limit but the caller's.
+    /// Sends one request. An answer that is not a success is an error. Only the caller limits the
+    /// time.
     async fn send(
         &self,
         method: Method,
@@ -325,7 +337,8 @@ impl UpstreamClient {
         let url = self.url(segments, query)?;
         let mut headers = self.headers.clone();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
-        // Such a call may ask whether something is there, or for what a server may not offer.
+        // Such a call may ask whether an object exists, or for a call that the server may not
+        // offer.
         let is_question = method != Method::POST;
         let mut request = self.http.request(method, url).headers(headers);
         if let Some(body) = body {
@@ -341,7 +354,7 @@ impl UpstreamClient {
             upstream.name = self.name,
             http.status = status.as_u16(),
             upstream.request_id = self.request_id(response.headers()),
-            "upstream answered"
+            "the upstream answered"
         );
         if status.is_success() {
             Ok(response)
@@ -350,7 +363,7 @@ impl UpstreamClient {
         }
     }
 
-    /// The whole body; `None` if it is longer than `limit`.
+    /// Reads the whole body. Returns `None` if it is longer than `limit`.
     async fn read(
         &self,
         mut response: reqwest::Response,
@@ -372,7 +385,7 @@ impl UpstreamClient {
                 return Ok(None);
             }
             if body.capacity() - body.len() < chunk.len() {
-                // Twice as long, but never longer than it may become.
+                // Doubles the capacity, up to the limit.
                 let wanted = (2 * body.len()).clamp(body.len() + chunk.len(), limit);
                 body.reserve_exact(wanted - body.len());
             }
@@ -389,7 +402,7 @@ impl UpstreamClient {
         is_question: bool,
     ) -> Rejection {
         let headers = response.headers().clone();
-        // A body that cannot be read, or is too long to be an error's, leaves the status to go by.
+        // If the body cannot be read, or is too long for an error's, the status alone decides.
         let body = in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await;
         let body = body.ok().flatten().unwrap_or_default();
         let refusal = classify(
@@ -399,7 +412,7 @@ impl UpstreamClient {
             segments.last().copied().unwrap_or_default(),
         );
         let code = match &refusal.error {
-            // What a turn may meet, and goes on from.
+            // Cases that a run meets in normal operation and handles.
             UpstreamError::Busy { .. } | UpstreamError::ThreadGone => return refusal,
             UpstreamError::Refused { .. } if refusal.damage.is_some() => return refusal,
             UpstreamError::Refused {
@@ -416,7 +429,8 @@ impl UpstreamClient {
         refusal
     }
 
-    /// The server's id of the request, if it is harmless to log: it may be a server that says what it was told.
+    /// Returns the server's id of the request, if it is safe to log: a server may echo what it
+    /// was sent.
     fn request_id<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {
         ["x-request-id", "apim-request-id", "x-ms-request-id"]
             .into_iter()
@@ -425,9 +439,9 @@ impl UpstreamClient {
             .filter(|id| !self.repeats_secret(id))
     }
 
-    /// A piece of what goes along with each request is in the text.
+    /// Returns true if the text contains a piece of a secret that each request carries.
     fn repeats_secret(&self, text: &str) -> bool {
-        /// Fewer characters in common are by chance.
+        /// Length of a piece in bytes. Shorter common pieces occur by chance.
         const PIECE: usize = 8;
         let headers = self
             .headers
@@ -448,13 +462,13 @@ impl UpstreamClient {
     }
 
     fn url(&self, segments: &[&str], query: &[(&str, &str)]) -> Result<Url, UpstreamError> {
-        // A URL drops such segments, and the call would go to another resource.
+        // A URL drops such segments, and the call would reach another resource.
         if segments
             .iter()
             .any(|segment| matches!(*segment, "" | "." | ".."))
         {
             return Err(UpstreamError::Protocol(
-                "an id cannot stand in a path".to_owned(),
+                "an id is empty, `.` or `..`, and cannot be part of a path".to_owned(),
             ));
         }
         let mut url = self.base_url.clone();
@@ -497,7 +511,7 @@ fn base_url(upstream: &str, config: &UpstreamConfig) -> Result<Url, InvalidUpstr
     Ok(url)
 }
 
-/// The key's header and the configured ones, which may replace it.
+/// Builds the header of the API key and the configured headers, which may replace it.
 fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, InvalidUpstream> {
     let mut headers = HeaderMap::new();
     if let Some(key) = &config.api_key {
@@ -516,10 +530,12 @@ fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, I
             header: header.clone(),
             reason,
         };
-        let name =
-            HeaderName::try_from(header.as_str()).map_err(|_| invalid("is not a header's name"))?;
+        let name = HeaderName::try_from(header.as_str())
+            .map_err(|_| invalid("is not a valid header name"))?;
         if CONNECTION_HEADERS.contains(&name.as_str()) {
-            return Err(invalid("belongs to the connection and cannot be set"));
+            return Err(invalid(
+                "belongs to the connection and cannot be configured",
+            ));
         }
         let value = secret_header("", value)
             .ok_or_else(|| invalid("has a value that a header cannot carry"))?;
@@ -534,7 +550,7 @@ fn secret_header(prefix: &str, secret: &SecretString) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// Gives a call up that takes longer.
+/// Runs a call, and gives it up after `limit`.
 async fn in_time<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, UpstreamError>>,
@@ -544,7 +560,7 @@ async fn in_time<T>(
         .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
 }
 
-/// The body as it arrives.
+/// Returns the body as it arrives.
 fn chunks(
     response: reqwest::Response,
     report: Arc<Report>,
@@ -558,8 +574,8 @@ fn chunks(
     })
 }
 
-/// An answer with a good status may tell an error all the same, of which nothing must be taken for done. What has an id is an
-/// object of the protocol, whose error is its own.
+/// Fails if an answer with a good status holds an error, because then nothing was done. An object
+/// with an id is an object of the protocol, and its `error` field belongs to it.
 fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
     #[derive(Deserialize)]
     struct Object {
@@ -571,7 +587,7 @@ fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
         && ErrorDetail::of_event(None, text).is_some()
     {
         return Err(UpstreamError::Protocol(
-            "an answer with a good status tells an error".to_owned(),
+            "the answer has a good status but holds an error".to_owned(),
         ));
     }
     Ok(())

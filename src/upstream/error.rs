@@ -1,28 +1,32 @@
-//! Why an upstream call failed.
+//! The reasons why an upstream call fails.
 
 use std::time::Duration;
 
 use crate::domain::UpstreamRunId;
 
-/// Why an upstream call failed. No text here repeats credentials, content or what the upstream wrote in prose.
+/// The reason why an upstream call failed. No text here repeats credentials, content or prose of
+/// the upstream.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// Someone else's run holds the thread. Nothing was appended; safe to try again.
+    /// Another run holds the thread. Nothing was appended; the request can be sent again.
     #[error("the upstream thread is held by another run")]
     Busy { blocking_run: Option<UpstreamRunId> },
-    /// A 404 that names the thread.
+    /// A 404, or a 400, that names the thread.
     #[error("the upstream thread is gone")]
     ThreadGone,
-    /// A 4xx, a redirect, or a 501: our request, key or account was refused. `code` is a word of at most 64 characters.
-    /// `missing`: the server says, in whatever words, that what was asked for is not there.
+    /// A 4xx, a redirect, or a 501: the server refused the request, the key or the account.
+    ///
+    /// `code` is the server's error code, at most 64 characters. `missing`: the error says that
+    /// the requested object does not exist.
     #[error("the upstream refused the request with status {status}{}", in_brackets(code.as_deref()))]
     Refused {
         status: u16,
         code: Option<String>,
         missing: bool,
     },
-    /// The server has no such path, so no turn can begin with it as it is configured. `remedy`: what the operator does.
-    #[error("the upstream has no `{path}`; the operator of the gateway can mend that: {remedy}")]
+    /// The server has no path that every run needs, so no run can begin with this configuration.
+    /// `remedy` tells the operator what to change.
+    #[error("the upstream has no `{path}`; the operator of the gateway can fix this: {remedy}")]
     NotOffered {
         path: &'static str,
         remedy: &'static str,
@@ -34,8 +38,8 @@ pub enum UpstreamError {
         quota: bool,
         code: Option<String>,
     },
-    /// A 5xx but 501, or an error in a stream which says that waiting helps. `no_retry`: the server says that trying again
-    /// does not help. `code` as for [`Refused`](Self::Refused).
+    /// A 5xx except 501, a 408, or an error in a stream for which waiting helps. `no_retry`: the
+    /// server says that another try does not help. `code` as for [`Refused`](Self::Refused).
     #[error("the upstream failed with status {status}{}", in_brackets(code.as_deref()))]
     Unavailable {
         status: u16,
@@ -43,20 +47,22 @@ pub enum UpstreamError {
         no_retry: bool,
         code: Option<String>,
     },
-    /// Nothing was sent: no connection could be made, or what has to be asked first had no answer.
+    /// Nothing was sent: no connection could be made, or a question that must come first got no
+    /// answer.
     #[error("the upstream cannot be reached")]
     Connect,
-    /// The connection broke after the request was sent. `timeout`: we gave it up ourselves, and it says nothing of what
-    /// the upstream does: a request that may have been taken is never sent again after that.
+    /// The connection broke after the request was sent. `timeout`: the gateway gave the request
+    /// up. That says nothing about the upstream, so a request that the upstream may have accepted
+    /// is never sent again after it.
     #[error("{}", if *timeout { "the upstream did not answer in time" } else { "the connection to the upstream broke" })]
     Broken { timeout: bool },
-    /// The answer is not what the protocol says.
-    #[error("the upstream answered something unreadable: {0}")]
+    /// The answer does not follow the protocol.
+    #[error("the upstream's answer cannot be used: {0}")]
     Protocol(String),
 }
 
 impl UpstreamError {
-    /// The upstream may have accepted what was sent.
+    /// Returns true if the upstream may have accepted the request.
     pub const fn is_ambiguous(&self) -> bool {
         matches!(
             self,
@@ -64,8 +70,9 @@ impl UpstreamError {
         )
     }
 
-    /// The connection broke, or somebody between us and the server lost it or gave it up: proxies say so with 502 and 504,
-    /// Cloudflare with 520 and 524, some servers with 408. None of that tells what the server does.
+    /// Returns true if the connection broke, or if something between the gateway and the server
+    /// lost or gave up the request. Proxies report that with 502 and 504, Cloudflare with 520 and
+    /// 524, some servers with 408. None of them says what the server does.
     pub const fn breaks_off(&self) -> bool {
         matches!(
             self,
@@ -77,8 +84,8 @@ impl UpstreamError {
         )
     }
 
-    /// The server was not reached, broke off, or is broken as it says. A refusal, a limit on the rate and silence say nothing
-    /// of the kind.
+    /// Returns true if the server was not reached, broke off, or reports an internal failure.
+    /// Refusals, rate limits and timeouts are no signs of an outage.
     pub const fn tells_outage(&self) -> bool {
         matches!(
             self,
@@ -89,7 +96,7 @@ impl UpstreamError {
     }
 }
 
-/// The result, or `nothing` if the thread is gone: all that was asked for went with it.
+/// Returns the result, or `nothing` if the thread is gone, because its content is gone with it.
 pub(super) fn unless_gone<T>(
     result: Result<T, UpstreamError>,
     nothing: T,

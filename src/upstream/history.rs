@@ -1,4 +1,4 @@
-//! Reading a thread from its beginning.
+//! Reads a thread from its beginning.
 
 use serde::de::DeserializeOwned;
 
@@ -6,7 +6,8 @@ use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{HistoryEntry, HistoryPage};
 use crate::upstream::retrying_client::{RetryingClient, is_not_offered};
 
-/// A page of the list at `path`, whose elements are `entry`s; others are left out. `None` if the server has no such list.
+/// Returns a page of the list at `path` as history entries. Elements for which `entry` returns
+/// `None` are left out. Returns `None` if the server has no such list.
 pub(super) async fn history_page<T: DeserializeOwned>(
     client: RetryingClient<'_>,
     path: &[&str],

@@ -1,19 +1,20 @@
-//! Limits on what JSON takes in memory: of its values one may take fifty times the two bytes that it takes in an answer.
+//! Limits the memory of parsed JSON. A value can take fifty times more memory than its two bytes
+//! in an answer.
 
 use crate::upstream::error::UpstreamError;
 
-/// Values that one answer or event may have. In memory they take some 64 MiB.
+/// Values that one answer or event may have. They take about 64 MiB in memory.
 const MAX_VALUES: usize = 500_000;
-/// As many values an object counts for: its first entry takes the place of eleven.
+/// Values that an object counts for, because its first entry allocates space for eleven.
 const PER_OBJECT: usize = 5;
 
-/// The JSON has too many values to be read.
+/// Returns true if the JSON has too many values to parse.
 pub(super) fn is_dense(json: &[u8]) -> bool {
-    // What is shorter cannot have so many, and most is.
+    // A shorter text cannot have that many values, and most texts are shorter.
     json.len() > MAX_VALUES && values(json) > MAX_VALUES
 }
 
-/// How many values there are, more or less: as many as there are commas, lists and objects, but for those in texts.
+/// Estimates the number of values: counts commas, lists and objects outside strings.
 fn values(json: &[u8]) -> usize {
     let (mut values, mut in_text, mut escaped) = (0, false, false);
     for byte in json {
@@ -29,7 +30,7 @@ fn values(json: &[u8]) -> usize {
     values
 }
 
-/// What an answer was like when it came.
+/// The size of an answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Size {
     bytes: usize,
@@ -45,7 +46,8 @@ impl Size {
     }
 }
 
-/// What is kept of several answers, such as the pages of a list: together no more than may be in one.
+/// The budget for content kept of several answers, such as the pages of a list. All of them
+/// together get the limit of one answer.
 #[derive(Debug)]
 pub(super) struct SizeBudget {
     so_far: Size,
@@ -53,7 +55,7 @@ pub(super) struct SizeBudget {
 }
 
 impl SizeBudget {
-    /// `max_bytes`: as many as one answer may have.
+    /// `max_bytes`: the limit of one answer.
     pub(super) fn new(max_bytes: usize) -> Self {
         Self {
             so_far: Size::default(),
@@ -61,17 +63,17 @@ impl SizeBudget {
         }
     }
 
-    /// One more is to be kept.
+    /// Charges one more answer to the budget.
     ///
     /// # Errors
     ///
-    /// [`UpstreamError::Protocol`]: that is too much.
+    /// [`UpstreamError::Protocol`] if the budget is exceeded.
     pub(super) fn add(&mut self, more: Size) -> Result<(), UpstreamError> {
         self.so_far.bytes = self.so_far.bytes.saturating_add(more.bytes);
         self.so_far.values = self.so_far.values.saturating_add(more.values);
         if self.so_far.bytes > self.max_bytes || self.so_far.values > MAX_VALUES {
             let text = format!(
-                "the pages of a list are together longer than {} bytes, or too dense",
+                "the pages of a list have together more than {} bytes, or too many values",
                 self.max_bytes
             );
             return Err(UpstreamError::Protocol(text));

@@ -1,4 +1,5 @@
-//! For tests of those who read what an upstream sends: answers and streams that are real, but for a few places.
+//! Test helpers for code that reads upstream answers: real answers and streams with some places
+//! changed.
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -41,18 +42,18 @@ const WORDS: Words = Words {
     ],
 };
 
-/// One of `real`, with some of its values replaced by any others, or left out.
+/// Generates one of `real` with some of its values replaced or left out.
 pub(super) fn mutated(real: Vec<Value>) -> impl Strategy<Value = Value> {
     testing::mutated(real, WORDS)
 }
 
-/// `bytes` with some of them replaced or left out, and some repeated, in pieces.
+/// Generates `bytes` in pieces, with some bytes replaced, left out or repeated.
 pub(super) fn damaged(bytes: Vec<u8>) -> impl Strategy<Value = Vec<Vec<u8>>> {
     (testing::damaged(bytes), 1_usize..200)
         .prop_map(|(bytes, piece)| bytes.chunks(piece).map(<[u8]>::to_vec).collect())
 }
 
-/// All that a stream of these bytes means in `decoder`: as text, the error at its end included.
+/// Returns what `decoder` makes of a stream of these bytes, as text, with the error at its end.
 pub(super) fn read_to_the_end(
     pieces: Vec<Vec<u8>>,
     decoder: impl Decoder,
@@ -72,7 +73,7 @@ pub(super) fn read_to_the_end(
     runtime.block_on(read)
 }
 
-/// The bytes of text that events tell.
+/// Counts the bytes of text in events.
 pub(super) fn told<'a>(events: impl IntoIterator<Item = &'a UpstreamEvent>) -> usize {
     let told = |event: &UpstreamEvent| match event {
         UpstreamEvent::Accepted(_) => 0,
@@ -82,7 +83,7 @@ pub(super) fn told<'a>(events: impl IntoIterator<Item = &'a UpstreamEvent>) -> u
     events.into_iter().map(told).sum()
 }
 
-/// What [`read_to_the_end`] gives has one end, and nothing behind it is told of the run.
+/// Checks that the result of [`read_to_the_end`] has one end, and no text or acceptance after it.
 pub(super) fn ends_once(read: &[String]) -> Result<(), TestCaseError> {
     let is_end = |event: &&String| {
         ["Ok(Ended", "Err(", "Rejection"]

@@ -1,4 +1,4 @@
-//! The port that every adapter implements, in the gateway's words.
+//! The trait that every adapter implements, in the gateway's words.
 
 use std::time::Duration;
 
@@ -18,30 +18,39 @@ use crate::upstream::retry::jittered_delay;
 
 /// One configured upstream server.
 ///
-/// What a new adapter writes:
+/// A new adapter needs:
 ///
-/// 1. `wire.rs`: the shapes of the answers that it reads. `upstream/wire.rs` has lists, usage and failures.
-/// 2. `request.rs`: the bodies of requests, from `body_of` and the tags beside it in `upstream/tags.rs`.
-/// 3. `stream.rs`: a `Decoder` (`upstream/relay.rs`), which says what each event of a stream means. `StreamedParts`
-///    puts the reply together.
-/// 4. Of this trait the three methods without a body: `capabilities`, `start` and `answer_tools`.
-/// 5. For [`Capabilities::has_threads`] also `create_thread`, `settle`, `remove` and `delete_thread`; for
-///    [`Capabilities::stores_runs`] also `delete_run`. A capability whose method is missing fails as a protocol error.
-/// 6. Where the server can tell more: `recover`, `clear`, `history` (with `history_page`), `find_threads` (with `find`).
-/// 7. A kind in the configuration (`config/check.rs` has its reserved parameters and what an assistant needs,
-///    `config/tools.rs` the forms of its tools), and a branch in `app.rs` and in `probe.rs`.
+/// 1. `wire.rs`: the shapes of the answers that it reads. `upstream/wire.rs` has lists, usage and
+///    failures.
+/// 2. `request.rs`: the bodies of requests, from `body_of` and the tags beside it in
+///    `upstream/tags.rs`.
+/// 3. `stream.rs`: a `Decoder` (`upstream/relay.rs`) that translates each event of a stream.
+///    `StreamedParts` assembles the reply.
+/// 4. The three methods of this trait without a default: `capabilities`, `start` and
+///    `answer_tools`.
+/// 5. For [`Capabilities::has_threads`] also `create_thread`, `settle`, `remove` and
+///    `delete_thread`. For [`Capabilities::stores_runs`] also `delete_run`. A claimed capability
+///    without its method fails with a protocol error.
+/// 6. Where the server can tell more: `recover`, `clear`, `history` (with `history_page`),
+///    `find_threads` (with `find`).
+/// 7. A kind in the configuration, and a branch in `app.rs` and in `probe.rs`. `config/check.rs`
+///    holds the kind's reserved parameters and what an assistant of it needs. `config/tools.rs`
+///    holds the forms of its tools.
 ///
-/// `UpstreamClient`, `RetryingClient` and `relay` bring the connections, the time limits, the retries, the limits on
-/// sizes, and the meaning of refusals.
+/// `UpstreamClient`, `RetryingClient` and `relay` provide connections, time limits, retries, size
+/// limits, and the classification of refusals.
 #[async_trait]
 pub trait Upstream: Send + Sync + std::fmt::Debug {
-    /// What the server can do.
+    /// Returns what the server can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// A thread at the server with the ownership tags and `history`, oldest first. `None` where threads are chains of
-    /// responses: the first run makes the chain, and gets the history. `None` is the default.
+    /// Creates a thread at the server with the ownership tags and `history`, oldest first.
     ///
-    /// An [ambiguous](UpstreamError::is_ambiguous) failure, or a dropped future, may leave a thread that nobody knows.
+    /// Returns `None`, as the default does, where threads are chains of responses. There the
+    /// first run creates the chain and gets the history.
+    ///
+    /// An [ambiguous](UpstreamError::is_ambiguous) failure, or a dropped future, may leave a
+    /// thread whose id the gateway does not know.
     async fn create_thread(
         &self,
         _owner: &Ownership,
@@ -52,29 +61,39 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
             .map(|()| None)
     }
 
-    /// Appends history and input, starts a run, in one request, and streams its events. An adapter repairs what an earlier
-    /// turn broke in the thread: calls without an output, reasoning without what it led to.
+    /// Appends history and input, starts a run, all in one request, and streams the run's events.
+    /// The adapter repairs what an earlier run broke in the thread: calls without an output, and
+    /// reasoning without the item that must follow it.
     ///
-    /// An error has one of three meanings: the server did not accept the run; this cannot be known; or the server has it
-    /// already. [`UpstreamError::is_ambiguous`] tells the last two from the first, and [`recover`](Self::recover) tells more.
+    /// An error has one of three meanings: the server did not accept the run, nobody can know, or
+    /// the server has the run already. [`UpstreamError::is_ambiguous`] tells the last two from
+    /// the first. [`recover`](Self::recover) finds out more.
     ///
-    /// The stream ends with [`UpstreamEvent::Ended`] or an error. An adapter resumes a broken stream where the server can.
-    /// Dropping the stream only stops the reading; [`settle`](Self::settle) ends what goes on at the server.
+    /// The stream ends with [`UpstreamEvent::Ended`] or an error. An adapter resumes a broken
+    /// stream where the server can. Dropping the stream only stops the reading;
+    /// [`settle`](Self::settle) ends a run that continues at the server.
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError>;
 
-    /// Answers all function calls that a run waits for, and streams what follows. Errors as for [`start`](Self::start).
+    /// Answers all function calls that a run waits for, and streams the events that follow.
+    /// Errors have the same meanings as for [`start`](Self::start).
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError>;
 
-    /// The fate of a request or stream that failed and left it open. The caller bounds the time, and may drop the future.
+    /// Finds out the fate of a request or stream that failed and left it open. The caller bounds
+    /// the time, and may drop the future.
     ///
-    /// For an [`answer_tools`](Self::answer_tools) that was not accepted yet, `sent` names the run that asked, and its
-    /// `open_calls` are the calls to be answered. Otherwise `open_calls` is empty.
+    /// For an [`answer_tools`](Self::answer_tools) that was not accepted yet, `sent` names the
+    /// run that made the calls, and its `open_calls` are the calls to answer. Otherwise
+    /// `open_calls` is empty.
     ///
-    /// The caller may be another process than the sender. A process that takes a run over gives a broken connection as the
-    /// failure, and the run's id if the store has it. The sender may only be stopped, so its request may still arrive. The
-    /// adapter waits for what the server shows of it. [`start`](Self::start) meets the rest: it is refused with
-    /// [`UpstreamError::Busy`] while the thread is locked. A caller that sends after [`Recovered::Absent`] and meets that
-    /// asks here once more before its next try.
+    /// The caller may be another process than the sender:
+    ///
+    /// - A process that takes a run over passes a broken connection as the failure, and the run's
+    ///   id if the store has it.
+    /// - The sender may only be paused, so its request may still arrive. The adapter waits for
+    ///   what the server shows of it.
+    /// - A request that arrives later meets the lock of the thread: [`start`](Self::start) is
+    ///   refused with [`UpstreamError::Busy`]. A caller that sends after [`Recovered::Absent`]
+    ///   and is refused so calls `recover` once more before its next try.
     ///
     /// The default is [`Recovered::Unknown`], so that nothing is sent twice.
     ///
@@ -88,10 +107,12 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         Ok(Recovered::Unknown)
     }
 
-    /// Waits until a try on a thread that another run holds may succeed. `cancel`: the adapter ends the blocking run, if it
-    /// is known and the server can. The adapter always ends one of our own runs that an earlier turn left behind.
+    /// Waits until a try on a thread that another run holds may succeed. With `cancel` the
+    /// adapter ends the blocking run, if it is known and the server can. The adapter always ends
+    /// a blocking run that carries the gateway's tag: an earlier run left it behind.
     ///
-    /// The default waits for a moment. The caller bounds the time, and may drop the future.
+    /// The default waits between 0.5 and 1 second. The caller bounds the time, and may drop the
+    /// future.
     async fn clear(
         &self,
         _thread: &UpstreamThreadId,
@@ -102,35 +123,40 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
-    /// Makes sure that a run which did not end cleanly no longer works, and left nothing that breaks the next turn. The
-    /// adapter finds an active run by its id or by our tag, cancels it, and waits for its end. It closes function calls
-    /// that nobody will answer. The result tells what the thread holds of the run; by default nothing.
+    /// Makes sure that a run which did not end cleanly no longer works, and left nothing that
+    /// breaks the next run. The adapter finds an active run by its id or by the gateway's tag,
+    /// cancels it, and waits for its end. It closes function calls that nobody will answer.
     ///
-    /// Harmless to repeat. The caller bounds the time, and may drop the future.
+    /// Returns what the thread holds of the run; by default nothing.
+    ///
+    /// Safe to repeat. The caller bounds the time, and may drop the future.
     async fn settle(&self, _unsettled_run: &UnsettledRun) -> Result<Settled, UpstreamError> {
         self.capabilities()
             .no_threads("settle")
             .map(|()| Settled::default())
     }
 
-    /// Removes all that a settled run left in its thread: the user's messages, the reply, and the items between them. A chain
-    /// of responses has nothing to remove, for it does not move.
+    /// Removes all items of a settled run from its thread: the user's messages, the reply, and
+    /// the items between them. In a chain of responses there is nothing to remove, because a
+    /// run that is removed does not move the chain.
     ///
-    /// Harmless to repeat. The caller bounds the time, and may drop the future.
+    /// Safe to repeat. The caller bounds the time, and may drop the future.
     ///
     /// # Errors
-    /// [`UpstreamError::Refused`] with 404, 405 or 501 if the server does not delete messages, among others.
+    /// [`UpstreamError::Refused`] with 404, 405 or 501 if the server does not delete
+    /// messages, among others.
     async fn remove(&self, _unsettled_run: &UnsettledRun) -> Result<(), UpstreamError> {
         self.capabilities().no_threads("remove")
     }
 
-    /// Deletes a thread with its content, and makes sure that it is gone. The adapter first ends the runs at work there, then
-    /// deletes one by one what outlives the thread, and counts that in `items`. Of a chain it deletes the response of that id.
+    /// Deletes a thread with its content, and makes sure that it is gone. The adapter first ends
+    /// the active runs of the thread. Then it deletes, one by one, the items that would outlive
+    /// the thread, and counts them in `items`. Of a chain it deletes the response with that id.
     ///
-    /// Harmless to repeat; may be dropped.
+    /// Safe to repeat, and to drop.
     ///
     /// # Errors
-    /// The thread may still be there, and another try may end otherwise.
+    /// The thread may still be there; another try may succeed.
     async fn delete_thread(
         &self,
         _thread: &UpstreamThreadId,
@@ -142,13 +168,14 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
             .map(|()| Disposal::AlreadyGone)
     }
 
-    /// Deletes a run that the server stores by itself ([`Capabilities::stores_runs`]); ends it first if it is at work. By
-    /// default a run goes with its thread.
+    /// Deletes a run that the server stores apart from its thread
+    /// ([`Capabilities::stores_runs`]), and ends it first if it is active. By default a run is
+    /// deleted with its thread.
     ///
-    /// Harmless to repeat; may be dropped.
+    /// Safe to repeat, and to drop.
     ///
     /// # Errors
-    /// The run may still be there, and another try may end otherwise.
+    /// The run may still be there; another try may succeed.
     async fn delete_run(
         &self,
         _run: &UpstreamRunId,
@@ -161,8 +188,9 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         }
     }
 
-    /// A page of a thread's messages, oldest first, from its beginning or after the message `after`. `None`, the default,
-    /// where threads are chains, or the server has no such list.
+    /// Returns a page of a thread's messages, oldest first, from its beginning or after the
+    /// message `after`. Returns `None`, as the default does, where threads are chains or the
+    /// server has no such list.
     ///
     /// # Errors
     /// [`UpstreamError::ThreadGone`] if there is no such thread.
@@ -175,8 +203,9 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
-    /// The threads at the server that carry the tags of a thread of ours. `None` if the server cannot list threads, or none
-    /// is among its newest 5000. The default finds none where threads are chains, and else cannot list.
+    /// Returns the threads at the server that carry the tags of the gateway's thread `of`.
+    /// Returns `None` if the server cannot list threads, or if none of its newest 5000 matches.
+    /// The default returns an empty list where threads are chains, and `None` elsewhere.
     async fn find_threads(
         &self,
         _of: ThreadId,
@@ -193,18 +222,19 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
 /// What an upstream server can do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Capabilities {
-    /// How long a thread can stay locked after its run has ended.
+    /// Longest time that a thread stays locked after its run has ended.
     pub lock_window: Duration,
-    /// Threads are things of their own at the server. If not, they are chains of responses.
+    /// The server has threads as objects of their own. If not, threads are chains of responses.
     pub has_threads: bool,
-    /// Runs are kept apart from their thread, and are not deleted with it.
+    /// The server stores runs apart from their thread, and does not delete them with it.
     pub stores_runs: bool,
-    /// A run goes on though nobody reads it, and only who has heard its id can end it.
+    /// A run continues although nobody reads its stream, and only its id lets a caller end it.
     pub goes_on_unread: bool,
 }
 
 impl Capabilities {
-    /// The default bodies of [`Upstream`] serve an upstream without threads, and no other.
+    /// Succeeds for an upstream without threads. The default bodies of [`Upstream`] are right for
+    /// no other.
     fn no_threads(self, method: &str) -> Result<(), UpstreamError> {
         if self.has_threads {
             Err(unwritten(method))
@@ -214,35 +244,37 @@ impl Capabilities {
     }
 }
 
-/// The error of a capability that an adapter claims without the method for it.
+/// Returns the error for a capability that an adapter claims without implementing its method.
 fn unwritten(method: &str) -> UpstreamError {
-    UpstreamError::Protocol(format!("the adapter of this upstream has no `{method}`"))
+    UpstreamError::Protocol(format!(
+        "the adapter of this upstream does not implement `{method}`"
+    ))
 }
 
-/// What became of something that was to be deleted at the server.
+/// The result of a deletion at the server.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Disposal {
     Deleted,
-    /// The server did not have it (any more).
+    /// The server no longer had it, or never did.
     AlreadyGone,
     /// The server does not offer the deletion, so it may still be there.
     NotSupported,
 }
 
-/// The items of an upstream thread that was to be deleted.
+/// Counts of the items of an upstream thread that was to be deleted.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Items {
-    /// Deleted one by one.
+    /// Items that were deleted one by one.
     pub deleted: u64,
-    /// Listed by a server that does not delete them, at least so many.
+    /// Items that the server lists but does not delete; a lower bound.
     pub left: u64,
 }
 
-/// Messages of an upstream thread in a row.
+/// Consecutive messages of an upstream thread.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HistoryPage {
     pub entries: Vec<HistoryEntry>,
-    /// Where the next page begins; `None`: this was the last one.
+    /// The cursor of the next page; `None` on the last page.
     pub next: Option<String>,
 }
 
@@ -251,40 +283,42 @@ pub struct HistoryPage {
 pub struct HistoryEntry {
     pub id: String,
     pub role: Role,
-    /// What of it the gateway can hold; parts of other kinds are left out.
+    /// The parts that the gateway can hold; other kinds are left out.
     pub content: Vec<ContentPart>,
     pub created_at: Option<Timestamp>,
-    /// It carries our tag, so it is ours.
+    /// The message carries the gateway's tag, so the gateway wrote it.
     pub is_tagged: bool,
 }
 
-/// The events of one run. To be asked until it gives `None`: past [`UpstreamEvent::Ended`] it reads what is left of
-/// the answer, for a second at most, so that the connection can serve the next call.
+/// The events of one run. Poll it until it yields `None`: after [`UpstreamEvent::Ended`] it reads
+/// the rest of the answer for a bounded moment, so that the connection can serve the next call.
 pub type EventStream = BoxStream<'static, Result<UpstreamEvent, UpstreamError>>;
 
-/// Reads what is left of an answer, so that its connection can be used again. The stream itself bounds that.
+/// Reads the rest of an answer, so that its connection can be used again. The stream itself
+/// bounds the time.
 pub async fn drain(rest: EventStream) {
     rest.for_each(|_| std::future::ready(())).await;
 }
 
-/// Whose thread it is, for the upstream's metadata.
+/// The owner of a thread, for the upstream's metadata.
 #[derive(Clone, Debug)]
 pub struct Ownership {
-    /// In clear or in fingerprints, as the upstream may know them.
+    /// The names in clear or as fingerprints, as the configuration allows the upstream to see
+    /// them.
     pub names: KeyNames,
     pub thread: ThreadId,
     pub expires_at: Option<Timestamp>,
 }
 
-/// A turn to start.
+/// A run to start.
 #[derive(Clone, Debug)]
 pub struct StartRun<'a> {
     pub run: RunId,
     /// `None` only for the first run of a chain.
     pub thread: Option<&'a UpstreamThreadId>,
-    /// Whose thread it is: a chain of responses has no thread upstream that could say so.
+    /// The owner of the thread. A chain of responses has no upstream thread to carry it.
     pub owner: &'a Ownership,
-    /// Earlier messages that the thread lacks, oldest first: they are sent before the input.
+    /// Earlier messages that the thread lacks, oldest first. They are sent before the input.
     pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,
     pub input: &'a [InputMessage],
@@ -298,73 +332,79 @@ pub struct AnswerTools<'a> {
     /// `None` for the first run of a chain.
     pub thread: Option<&'a UpstreamThreadId>,
     pub owner: &'a Ownership,
-    /// The run, or the response that made the calls. `None` if the calls were found in the thread alone: then the thread
-    /// is enough to answer them.
+    /// The run, or the response, that made the calls. `None` if the gateway found the calls only
+    /// in the thread; then the thread is enough to answer them.
     pub upstream_run: Option<&'a UpstreamRunId>,
     pub assistant: &'a AssistantConfig,
     pub outputs: &'a [ToolOutput],
     pub metadata: &'a Metadata,
 }
 
-/// What became of a request or stream that failed.
+/// The fate of a request or stream that failed.
 #[expect(missing_debug_implementations, reason = "a stream has none")]
 pub enum Recovered {
-    /// The upstream has the run, and this tells it to its end. Its texts, if there are any, are those of the current
-    /// round from its beginning, whatever was told before, and may stop short of the end; that holds the whole reply, and
-    /// where rounds share a run, what earlier rounds said before it. It may name no run, where only the thread tells of it.
+    /// The upstream has the run, and this stream relays it to its end.
+    ///
+    /// - Its texts, if any, are those of the current round from its beginning, whatever was
+    ///   relayed before. They may stop short of the end.
+    /// - The end holds the whole reply. Where rounds share a run, that includes the texts of
+    ///   earlier rounds.
+    /// - It may name no run, where only the thread holds traces of it.
     Running(EventStream),
-    /// The upstream provably does not have it: it can be sent again.
+    /// The upstream provably does not have the request. It can be sent again.
     Absent,
-    /// It cannot be told; it must not be sent again.
+    /// Nobody can know. It must not be sent again.
     Unknown,
 }
 
-/// What the thread holds of a run that did not end cleanly.
+/// The traces that the thread holds of a run that did not end cleanly.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settled {
-    /// The user's messages are in the thread, and with them the history that went along.
+    /// The user's messages are in the thread, and the history that was sent with them.
     pub said: bool,
-    /// They are not, but might still come in: what was cut off just now may not have stopped yet.
+    /// The user's messages are not in the thread but may still arrive: a request that was just
+    /// cut off may not have stopped yet.
     pub unsure: bool,
-    /// How the run ended, if the upstream can say: `Completed` if a cancel came too late.
+    /// The run's final status, if the upstream knows it; `Completed` if a cancel came too late.
     pub status: Option<RunStatus>,
     pub usage: Option<Usage>,
-    /// The reply, as far as the thread holds it; empty if it holds none.
+    /// The part of the reply that the thread holds; empty if it holds none.
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
-    /// Where the thread stands from now on, if the run moved it after all (chains of responses).
+    /// The new end of the chain, if the run moved it after all (chains of responses).
     pub thread: Option<UpstreamThreadId>,
 }
 
-/// What happens during a run.
+/// An event of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum UpstreamEvent {
     /// The upstream has accepted the run.
     Accepted(UpstreamRunId),
-    /// More text of the reply. Never empty.
+    /// The next text of the reply. Never empty.
     Text(String),
     /// The last event.
     Ended(Box<Ended>),
 }
 
-/// How a run ended at the upstream.
+/// The end of a run at the upstream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
-    /// `Completed`, `Incomplete`, `Failed`, `Cancelled`, `Expired`, or `RequiresAction` with `tool_calls`.
+    /// `Completed`, `Incomplete`, `Failed`, `Cancelled`, `Expired`, or `RequiresAction` with
+    /// `tool_calls`.
     pub status: RunStatus,
-    /// Why it failed or is incomplete.
+    /// The reason why the run failed or is incomplete.
     pub error: Option<RunError>,
-    /// The authoritative reply, which may differ from the text that was streamed; empty if there is none.
+    /// The authoritative reply, which may differ from the streamed text; empty if there is none.
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
     pub usage: Option<Usage>,
     pub tool_calls: Vec<ToolCall>,
-    /// Where the thread stands from now on, if the run moved it (chains of responses).
+    /// The new end of the chain, if the run moved it (chains of responses).
     pub thread: Option<UpstreamThreadId>,
 }
 
 impl Ended {
-    /// The run waits for the outputs of function calls.
+    /// Returns true if the run waits for the outputs of function calls.
     pub fn asks(&self) -> bool {
         self.status == RunStatus::RequiresAction && !self.tool_calls.is_empty()
     }
@@ -374,7 +414,7 @@ impl Ended {
 mod tests {
     use super::*;
 
-    /// The least that an adapter can be.
+    /// The smallest possible adapter.
     #[derive(Debug)]
     struct Least(Capabilities);
 

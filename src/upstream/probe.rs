@@ -1,5 +1,5 @@
-//! What a configured server can do, for whoever sets the gateway up. No run is started, so nothing is paid, and what is made
-//! is deleted again.
+//! Finds out what a configured server can do, for the person who sets the gateway up. It starts
+//! no run, so it costs nothing, and deletes what it creates.
 
 use std::time::Duration;
 
@@ -18,25 +18,25 @@ use crate::upstream::responses::{NO_CONVERSATIONS, ResponsesUpstream};
 use crate::upstream::retrying_client::{is_gone, is_not_offered};
 use crate::upstream::wire::Created;
 
-/// An id in the form of the protocol that no server has given.
+/// An id in the form of the protocol that no server has issued.
 const NO_RESPONSE: &str = "resp_000000000000000000000000000000000000000000000000";
-/// What every thread that is made here carries.
+/// The tag of every thread that the probe creates.
 const PROBE_TAG: &str = "threadkeeper_probe";
 
-/// What was found out about one upstream.
+/// The findings about one upstream.
 #[derive(Clone, Debug)]
 pub struct Probe {
     pub findings: Vec<Finding>,
-    /// A turn can begin there, as far as that can be told without one.
+    /// A run can begin there, as far as the probe can tell without starting one.
     pub is_usable: bool,
 }
 
-/// What was found out about one capability.
+/// The finding about one capability.
 #[derive(Clone, Debug)]
 pub struct Finding {
     pub capability: &'static str,
     pub verdict: Verdict,
-    /// What follows from it, or what to change.
+    /// The consequence, or what to change.
     pub advice: Option<String>,
 }
 
@@ -48,10 +48,10 @@ pub enum Verdict {
     Refused(String),
 }
 
-/// Asks a server what it can. The texts are for the operator: they may name hosts.
+/// Asks a server what it can do. The texts are for the operator and may name hosts.
 ///
 /// # Errors
-/// No client can be made of the configuration.
+/// The configuration is not valid for an HTTP client.
 pub async fn probe(name: &str, config: &UpstreamConfig) -> Result<Probe, InvalidUpstream> {
     let client = UpstreamClient::new(name, config)?;
     let mut prober = Prober {
@@ -107,7 +107,7 @@ impl Prober<'_> {
         self.found(capability, Verdict::Works, None);
     }
 
-    /// Says why a call failed, and what to change.
+    /// Records why a call failed, and what to change.
     async fn refused(&mut self, capability: &'static str, error: &UpstreamError) {
         let of = |setting: &str| format!("`upstreams.{}.{setting}`", self.name);
         let (reason, advice) = match error {
@@ -115,21 +115,24 @@ impl Prober<'_> {
                 let obstacle = self.client.obstacle().await;
                 let reason =
                     obstacle.map_or_else(|| error.to_string(), |it| format!("unreachable: {it}"));
-                (reason, Some(format!("look at {}", of("base_url"))))
+                (reason, Some(format!("check {}", of("base_url"))))
             }
             UpstreamError::Refused { status: 401, .. } => (
                 format!("wrong key: {error}"),
-                Some(format!("look at {} and {}", of("api_key"), of("auth"))),
+                Some(format!("check {} and {}", of("api_key"), of("auth"))),
             ),
             UpstreamError::Refused { status: 403, .. } => (
                 format!("the key may not do this: {error}"),
-                Some(format!("look at {}", of("api_key"))),
+                Some(format!("check {}", of("api_key"))),
             ),
             UpstreamError::Refused {
                 status: 300..=399, ..
             } => (
-                format!("a redirect, which is not followed: {error}"),
-                Some(format!("set {} to where it leads", of("base_url"))),
+                format!("the server redirects, and the gateway does not follow redirects: {error}"),
+                Some(format!(
+                    "set {} to the address that the redirect names",
+                    of("base_url")
+                )),
             ),
             _ => (error.to_string(), None),
         };
@@ -143,18 +146,19 @@ impl Prober<'_> {
             .map(|answer| answer.value)
     }
 
-    /// Whether the server answers at all, and takes the key.
+    /// Checks that the server answers at all and accepts the key.
     async fn models(&mut self) -> bool {
         const MODELS: &str = "models";
         match self.call(Method::GET, &["models"]).await {
             Ok(_) => self.works(MODELS),
             Err(error) if is_not_offered(&error) => {
-                let advice = "no matter: the gateway does not need them".to_owned();
+                let advice =
+                    "this does not matter: the gateway does not need the list of models".to_owned();
                 self.found(MODELS, Verdict::NotSupported, Some(advice));
             }
             Err(error) => {
                 self.refused(MODELS, &error).await;
-                // A server may fail in this call alone, and a key be good for others alone.
+                // A server may fail in this call alone, and a key may be limited to other calls.
                 return !matches!(
                     error,
                     UpstreamError::Connect
@@ -166,14 +170,14 @@ impl Prober<'_> {
         true
     }
 
-    /// Something of the server was found where it is looked for.
+    /// Returns true if any capability of the server works.
     fn has_found(&self) -> bool {
         self.findings
             .iter()
             .any(|finding| finding.verdict == Verdict::Works)
     }
 
-    /// Makes a thread and deletes it. Whether it could be made.
+    /// Creates a thread and deletes it. Returns true if it could be created.
     async fn threads(&mut self, upstream: &dyn Upstream, path: &'static str, remedy: &str) -> bool {
         let deletion = if path == "threads" {
             "deletion of threads"
@@ -188,7 +192,7 @@ impl Prober<'_> {
             Ok(id) => id,
             Err(error) if is_not_offered(&error) => {
                 let elsewhere = format!(
-                    "; or look at `upstreams.{}.base_url`: nothing is there",
+                    "; or check `upstreams.{}.base_url`: the server knows none of the paths there",
                     self.name
                 );
                 let advice = if self.has_found() {
@@ -213,7 +217,7 @@ impl Prober<'_> {
             self.limit,
             upstream.delete_thread(&id, &RateLimiter::UNBOUND, &mut items),
         );
-        let stays = format!("what was made for this probe may stay there: {id}");
+        let stays = format!("the thread that this probe created may remain there: {id}");
         match deleted
             .await
             .unwrap_or(Err(UpstreamError::Broken { timeout: true }))
@@ -239,26 +243,27 @@ impl Prober<'_> {
         {
             Ok(_) => self.works(ITEMS),
             Err(error) if is_not_offered(&error) => {
-                let advice = "a reply whose connection broke cannot be looked up, and deletions leave the items";
+                let advice = "a reply whose connection broke cannot be recovered, and deletions leave the items";
                 self.found(ITEMS, Verdict::NotSupported, Some(advice.to_owned()));
             }
             Err(error) => self.refused(ITEMS, &error).await,
         }
     }
 
-    /// Asks for a response that does not exist, and deletes it. Whether the key is taken, and anything was found.
+    /// Asks for a response that does not exist, and deletes it. Returns true if the key is
+    /// accepted and any capability works.
     async fn responses(&mut self) -> bool {
         let mut is_key_good = true;
         for (capability, method, lack) in [
             (
                 "stored responses",
                 Method::GET,
-                "a reply whose connection broke cannot be looked up, if the server stores them at all",
+                "a reply whose connection broke cannot be recovered, if the server stores responses at all",
             ),
             (
                 "deletion of responses",
                 Method::DELETE,
-                "receipts of deletions will say what may remain",
+                "receipts of deletions will count the responses that may remain",
             ),
         ] {
             match self.call(method, &["responses", NO_RESPONSE]).await {
@@ -266,7 +271,7 @@ impl Prober<'_> {
                 Err(error) if is_not_offered(&error) => {
                     self.found(capability, Verdict::NotSupported, Some(lack.to_owned()));
                 }
-                // The server looks at the id, so it has the call.
+                // The server checks the id, so it supports the call.
                 Ok(_)
                 | Err(UpstreamError::Refused {
                     status: 400 | 422, ..
@@ -283,7 +288,7 @@ impl Prober<'_> {
             .all(|finding| finding.verdict == Verdict::NotSupported)
         {
             let advice = format!(
-                "nothing is there: look at `upstreams.{}.base_url`",
+                "the server knows none of the paths: check `upstreams.{}.base_url`",
                 self.name
             );
             self.found("responses", Verdict::NotSupported, Some(advice));

@@ -1,4 +1,5 @@
-//! From a protocol's event stream to ours: one machine per protocol reads, this loop does the rest.
+//! Translates a protocol's event stream into the gateway's events. A decoder for each protocol
+//! reads the events; this loop does the rest.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,36 +13,38 @@ use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{EventStream, UpstreamEvent};
 use crate::upstream::sse::SseEvent;
 
-/// How long, after the last event, the rest of the body may take to arrive.
+/// Time that the rest of the body may take to arrive after the last event.
 const DRAIN_TIME: Duration = Duration::from_millis(250);
-/// How many events there may be after the last one that matters.
+/// Events that are read after the last one that matters.
 const DRAIN_EVENTS: usize = 64;
 
-/// What a place of a reply, such as a part of a message, counts at least: places are looked for among each other.
+/// Bytes that each place of a reply, such as a part of a message, counts at least. So the limit on
+/// the reply also bounds the number of places, among which the decoder searches.
 pub(super) const PLACE_COST: usize = 1024;
 
-/// Reads one protocol.
+/// The decoder of one protocol.
 pub(super) trait Decoder: Send + 'static {
-    /// Takes one event and adds what it means to `out`. Nothing is read after an error or an `Ended`.
+    /// Decodes one event and appends its meaning to `out`. It is not called again after an error
+    /// or an `Ended`.
     fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>)
     -> Result<(), Rejection>;
 
-    /// Bytes of the reply that are kept until the end.
+    /// Returns the bytes of the reply that the decoder keeps until the end.
     fn held(&self) -> usize;
 }
 
-/// The events of one run, with what only the adapters know of its errors.
+/// The events of one run. Their errors carry details for the adapters only.
 pub(super) type RunEvents = BoxStream<'static, Result<UpstreamEvent, Rejection>>;
 
-/// The events without it.
+/// Drops the details that are for the adapters only.
 pub(super) fn public(events: RunEvents) -> EventStream {
     events
         .map(|event| event.map_err(UpstreamError::from))
         .boxed()
 }
 
-/// What an error means that was met while asking after a run which the upstream has accepted: not that the run was
-/// refused, but that nothing is known of it for the moment.
+/// Translates an error of a question about a run that the upstream has accepted. The error does
+/// not refuse the run; it means that the run's state is unknown for the moment.
 pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
     if error.is_ambiguous() {
         error
@@ -50,7 +53,7 @@ pub(super) fn out_of_sight(error: UpstreamError) -> UpstreamError {
     }
 }
 
-/// What an error means that was met before anything was sent.
+/// Translates an error that occurred before anything was sent.
 pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
     match error {
         UpstreamError::Broken { .. }
@@ -61,11 +64,12 @@ pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
     }
 }
 
-/// Reads until the first event that means something, so that a refusal which comes as an event is the error of the
-/// call, and gives the stream from there on.
+/// Reads until the first event that means something, and returns the stream from there on. A
+/// refusal that arrives as an event thus becomes the error of the call.
 ///
-/// The stream ends after `Ended`, or after an error; one is that more than `limit` bytes of the reply are to be kept. Past `Ended` the rest of the body is read, for a
-/// moment, so that the connection can be used again.
+/// The stream ends after `Ended` or after an error. It is an error if the decoder keeps more than
+/// `limit` bytes of the reply. After `Ended` the rest of the body is read for a moment, so that
+/// the connection can be used again.
 pub(super) async fn relay(
     events: SseStream,
     decoder: impl Decoder,
@@ -97,7 +101,7 @@ struct Relay<D> {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum State {
     Reading,
-    /// `Ended` was given out.
+    /// `Ended` was yielded.
     Draining,
     Done,
 }
@@ -108,7 +112,8 @@ impl<D: Decoder> Relay<D> {
             if let Some(event) = self.out.pop_front() {
                 if matches!(event, UpstreamEvent::Ended(_)) {
                     self.out.clear();
-                    // Most often the rest is here already: then the connection is free even if nobody asks again.
+                    // Usually the rest has arrived already. Then the connection is free even if
+                    // the caller does not poll again.
                     let over = self.drain().now_or_never().is_some();
                     self.state = if over { State::Done } else { State::Draining };
                 }
@@ -143,7 +148,7 @@ impl<D: Decoder> Relay<D> {
         }
     }
 
-    /// Reads to the end of the body, or until there is too much of it.
+    /// Reads to the end of the body, up to a number of events.
     async fn drain(&mut self) {
         for _ in 0..DRAIN_EVENTS {
             if !matches!(self.events.next().await, Some(Ok(_))) {
@@ -154,7 +159,7 @@ impl<D: Decoder> Relay<D> {
 }
 
 fn too_long() -> Rejection {
-    UpstreamError::Protocol("a reply has no end".to_owned()).into()
+    UpstreamError::Protocol("a reply is longer than the limit".to_owned()).into()
 }
 
 #[cfg(test)]
@@ -168,7 +173,8 @@ mod tests {
 
     const LIMIT: usize = 100;
 
-    /// `+x` is text, `!` the end, `-` an error, `*` ten bytes to keep; all else means nothing.
+    /// `#x` accepts, `+x` is text, `!` the end, `-` an error, `*` ten bytes to keep; all else
+    /// means nothing.
     #[derive(Default)]
     struct Toy(usize);
 
@@ -285,7 +291,7 @@ mod tests {
             shapes(stream).await,
             [
                 "#1",
-                "the upstream answered something unreadable: a reply has no end"
+                "the upstream's answer cannot be used: a reply is longer than the limit"
             ]
         );
         assert_eq!(pulled.load(Ordering::Relaxed), 11);

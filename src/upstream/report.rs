@@ -1,4 +1,5 @@
-//! What the log says of failed calls to an upstream: which upstream, and why. Never a URL, nor what the server wrote in prose.
+//! Logs failed calls to an upstream: which upstream, and why. Never logs a URL or the server's
+//! prose.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -7,9 +8,10 @@ use tokio::time::Instant;
 
 use crate::upstream::error::UpstreamError;
 
-/// Time for which the same failure is not logged again: an outage is one line, not one for each try.
+/// Time for which the same failure is not logged again, so that an outage is one line and not one
+/// for each try.
 const REPEAT_AFTER: Duration = Duration::from_secs(10);
-/// Different failures that are logged within this time.
+/// Different failures that are logged within that time.
 const MOST: usize = 8;
 
 /// The log of one upstream's failures.
@@ -23,7 +25,7 @@ pub(super) struct Report {
 struct Recent {
     what: String,
     logged: Instant,
-    /// Since then.
+    /// Failures since then that were not logged.
     repeats: u64,
 }
 
@@ -35,10 +37,11 @@ impl Report {
         }
     }
 
-    /// The meaning of a call that got no answer, or half of one, which is logged with its cause. What TCP gave up is a connection
-    /// that broke, and nothing else in here gives up but a connection that is being made.
+    /// Translates a call without an answer, or with an incomplete one, and logs its cause. A
+    /// timeout of TCP is a broken connection. The only other timeout of the HTTP client is for
+    /// connecting.
     pub(super) fn failure(&self, error: &reqwest::Error) -> UpstreamError {
-        // The causes name reasons (refused, unknown name, bad certificate), never our request.
+        // The causes name reasons (refused, unknown name, bad certificate), never the request.
         let cause = chain(error).skip(1).collect::<Vec<_>>().join(": ");
         let meaning = if error.is_connect() {
             UpstreamError::Connect
@@ -57,7 +60,8 @@ impl Report {
         meaning
     }
 
-    /// Logs that the server refused a call, or failed at it, as far as an operator should know. `code`: the server's word for it.
+    /// Logs, for the operator, that the server refused a call or failed at it. `code` is the
+    /// server's error code.
     pub(super) fn refusal(&self, http_status: u16, code: Option<&str>, error: &UpstreamError) {
         let what = format!("{http_status} {}", code.unwrap_or_default());
         if let Some(repeats) = self.is_due(&what) {
@@ -72,7 +76,8 @@ impl Report {
         }
     }
 
-    /// Whether this is to be logged now: how often it has happened unlogged since the last time.
+    /// Returns `None` if the failure was logged a short time ago. Otherwise returns how often it
+    /// has happened unlogged since then.
     fn is_due(&self, what: &str) -> Option<u64> {
         let (mut recent, now) = (
             self.recent.lock().unwrap_or_else(PoisonError::into_inner),
@@ -107,7 +112,7 @@ const fn kind(error: &UpstreamError) -> &'static str {
     }
 }
 
-/// What an operator may do about it.
+/// Returns what an operator may do about the cause.
 fn hint(cause: &str) -> Option<&'static str> {
     const HINTS: [(&str, &str); 5] = [
         (
@@ -116,7 +121,7 @@ fn hint(cause: &str) -> Option<&'static str> {
         ),
         (
             "UnknownIssuer",
-            "the server's certificate comes from a CA that is not known here: SSL_CERT_FILE may name a bundle of certificates",
+            "the server's certificate comes from an unknown CA: SSL_CERT_FILE may name a bundle of certificates",
         ),
         (
             "NotValidForName",

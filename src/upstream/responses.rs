@@ -1,5 +1,5 @@
-//! The adapter for Conversations + Responses, and for servers that have responses alone: there a thread is a chain,
-//! and its id that of the last response which ended well.
+//! The adapter for Conversations + Responses, and for servers that have only responses. There a
+//! thread is a chain, and its id is that of the last response that ended well.
 
 mod adapter;
 mod cleanup;
@@ -39,7 +39,7 @@ use request::{Terms, history_items, output_items};
 use run_items::id_of;
 use wire::custom_calls;
 
-/// What helps where the server has no conversations.
+/// The remedy where the server has no conversations.
 pub(super) const NO_CONVERSATIONS: &str =
     "set `conversations = false` for this upstream, so that each thread is a chain of responses";
 
@@ -76,14 +76,14 @@ impl Upstream for ResponsesUpstream {
         let Err(error) = self.add_history(&conversation, rest).await else {
             return Ok(Some(conversation));
         };
-        // One that holds but a part of the history is of no use.
+        // A conversation with only a part of the history is of no use.
         match self
             .delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default())
             .await
         {
             Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
             Ok(Disposal::NotSupported) | Err(_) => Err(UpstreamError::Protocol(
-                "a conversation could not be filled".to_owned(),
+                "a new conversation could neither get its history nor be deleted".to_owned(),
             )),
         }
     }
@@ -91,7 +91,7 @@ impl Upstream for ResponsesUpstream {
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
         if self.conversations && request.thread.is_none() {
             return Err(UpstreamError::Protocol(
-                "a run was to start without a conversation".to_owned(),
+                "a run cannot start without a conversation".to_owned(),
             ));
         }
         let (input, terms) = (request::input(&request), Terms::of_start(&request));
@@ -105,8 +105,9 @@ impl Upstream for ResponsesUpstream {
         .await
     }
 
-    /// The outputs of custom tools have a form of their own, and nothing that the caller knows tells these calls apart:
-    /// where the assistant has such tools, the response that made the calls is asked, or the conversation.
+    /// The outputs of custom tools have a form of their own, and the caller does not know which
+    /// calls are of custom tools. Where the assistant has such tools, the adapter asks the
+    /// response that made the calls, or the conversation.
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         let asked = request
             .upstream_run
@@ -118,7 +119,7 @@ impl Upstream for ResponsesUpstream {
         };
         if thread.is_none() {
             return Err(UpstreamError::Protocol(
-                "outputs were to be sent to no response".to_owned(),
+                "the outputs name no response that waits for them".to_owned(),
             ));
         }
         let has_custom_tools = request
@@ -213,7 +214,8 @@ impl Upstream for ResponsesUpstream {
 }
 
 impl ResponsesUpstream {
-    /// One request at a time, so that no more of it is in memory a second time.
+    /// Builds and sends one request at a time, so that only a small part of the history is in
+    /// memory twice.
     async fn add_history(
         &self,
         conversation: &UpstreamThreadId,
@@ -225,7 +227,7 @@ impl ResponsesUpstream {
         Ok(())
     }
 
-    /// Which of the calls that are to be answered are those of custom tools.
+    /// Returns which of the calls to answer are calls of custom tools.
     async fn custom_calls(&self, request: &AnswerTools<'_>) -> Result<Vec<String>, UpstreamError> {
         let asking = match request.upstream_run {
             Some(id) => self.response(id, None).await?,

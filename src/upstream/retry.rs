@@ -1,4 +1,4 @@
-//! Repeats of calls that are harmless to repeat; nothing that starts a run passes here.
+//! Repeats calls that are safe to repeat. No call that starts a run passes here.
 
 use std::time::Duration;
 
@@ -6,15 +6,18 @@ use rand::RngExt;
 
 use crate::upstream::error::UpstreamError;
 
-/// The first wait between two tries, or two looks at something that is under way; it doubles.
+/// Wait before the second try, or between two questions about unfinished work. It doubles each
+/// time.
 pub(super) const FIRST_WAIT: Duration = Duration::from_millis(250);
+/// Longest wait between two tries.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(2);
-/// The shortest wait between two looks that a server may ask for.
+/// Shortest wait between two questions that a server may ask for.
 pub(super) const SHORTEST_WAIT: Duration = Duration::from_millis(20);
-/// Failures in a row after which there is no further try.
+/// Consecutive failures after which there is no further try.
 const MAX_FAILURES: u32 = 5;
 
-/// Repeats `call` while it fails in a way that may pass. Five failures, or one that will not pass, are the end of it.
+/// Repeats `call` while it fails in a way that may pass. Gives up after five failures, or after
+/// one that will not pass.
 pub(super) async fn with_retries<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
 where
     F: Future<Output = Result<T, UpstreamError>>,
@@ -35,7 +38,7 @@ where
     }
 }
 
-/// The same, and for as long as something else holds the thread.
+/// Repeats `call` like [`with_retries`], and also for as long as something else holds the thread.
 pub(super) async fn retry_while_busy<T, F>(mut call: impl FnMut() -> F) -> Result<T, UpstreamError>
 where
     F: Future<Output = Result<T, UpstreamError>>,
@@ -51,18 +54,19 @@ where
     }
 }
 
-/// A wait between half a second and a whole one, so that those who wait for the same do not come at once.
+/// Waits between 0.5 and 1 second, so that callers that wait for the same event do not all try at
+/// once.
 pub(super) async fn jittered_delay() {
     let part = rand::rng().random_range(0.5..=1.0);
     tokio::time::sleep(Duration::from_secs(1).mul_f64(part)).await;
 }
 
-/// The wait after `wait`.
+/// Returns the wait that follows `wait`.
 pub(super) fn next_backoff(wait: Duration) -> Duration {
     (wait * 2).min(LONGEST_WAIT)
 }
 
-/// Another try may succeed.
+/// Returns true if another try may succeed.
 pub(super) const fn may_pass(error: &UpstreamError) -> bool {
     match error {
         UpstreamError::RateLimited { quota, .. } => !*quota,
@@ -76,7 +80,7 @@ pub(super) const fn may_pass(error: &UpstreamError) -> bool {
     }
 }
 
-/// How long the server, or what stands before it, asks to wait.
+/// Returns how long the server, or a proxy in front of it, asks to wait.
 pub(super) const fn asked_wait(error: &UpstreamError) -> Option<Duration> {
     match error {
         UpstreamError::RateLimited { retry_after, .. }

@@ -1,4 +1,5 @@
-//! Calls without a body that are harmless to repeat; behind a rate limiter where nobody waits for them.
+//! Sends calls without a body that are safe to repeat. Background work passes them through a rate
+//! limiter.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,17 +16,18 @@ use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy, with_retries};
 use crate::upstream::wire::List;
 
-/// Lengths of a page, the longest that a server must give first. What is too much to read at once is asked for in
-/// smaller parts.
+/// Page sizes. Every server must support the largest. A page that is too large to read is asked
+/// for again with the next smaller size.
 const PAGES: [&str; 4] = ["100", "25", "5", "1"];
-/// Looks after a deletion until it must have taken effect.
+/// Checks after a deletion, by the last of which it must have taken effect.
 const LOOKS: u32 = 4;
 
-/// The way to make them. Each try waits for its turn, and is repeated while it fails in a way that may pass.
+/// Sends the calls. Each try waits for a permit of the limiter, and is repeated while it fails in
+/// a way that may pass.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RetryingClient<'a> {
     pub(super) client: &'a UpstreamClient,
-    /// `None`: at once.
+    /// `None`: calls do not wait.
     pub(super) limiter: Option<&'a RateLimiter>,
 }
 
@@ -49,7 +51,7 @@ impl RetryingClient<'_> {
             .map(|answer| answer.value)
     }
 
-    /// A page of a list, as long as can be read.
+    /// Returns a page of a list, as large as can be read.
     pub(super) async fn page<T: DeserializeOwned>(
         self,
         path: &[&str],
@@ -59,7 +61,7 @@ impl RetryingClient<'_> {
         let [first, shorter @ ..] = PAGES;
         let mut page = self.page_of(first, path, order, after).await;
         for limit in shorter {
-            // An answer that is too long is one that cannot be read.
+            // An answer that is too long fails as a protocol error.
             if !matches!(page, Err(UpstreamError::Protocol(_))) {
                 break;
             }
@@ -85,7 +87,8 @@ impl RetryingClient<'_> {
             .map(|answer| answer.value)
     }
 
-    /// A page of a list, charged to a budget: all pages of a list together may be no longer than one answer.
+    /// Returns a page of a list and charges it to a budget: all pages of a list together get the
+    /// limit of one answer.
     pub(super) async fn page_within<T: DeserializeOwned>(
         self,
         path: &[&str],
@@ -105,8 +108,9 @@ impl RetryingClient<'_> {
         Ok(answer.value)
     }
 
-    /// A look before a deletion. `None`: nothing is there any more. `true`: the server has this call, so that a later 404
-    /// speaks of the object and not of the endpoint.
+    /// Checks an object before its deletion. Returns `None` if the object is gone already.
+    /// Returns `true` if the server supports this call, so that a later 404 is about the object
+    /// and not the endpoint.
     pub(super) async fn is_known(self, path: &[&str]) -> Result<Option<bool>, UpstreamError> {
         match self.get(path).await {
             Ok(_) => Ok(Some(true)),
@@ -122,15 +126,15 @@ impl RetryingClient<'_> {
         deletion.outcome(deleted)
     }
 
-    /// The same, as soon as nothing holds the thread.
+    /// Deletes as soon as nothing holds the thread.
     pub(super) async fn delete_once_unlocked(self, path: &[&str]) -> Result<(), UpstreamError> {
         let deletion = Deletion::default();
         let deleted = retry_while_busy(|| deletion.attempt(self, path)).await;
         deletion.outcome(deleted)
     }
 
-    /// Makes sure that what was to be deleted is gone. `deleted`: what the deletion came to. `is_known`: the server had an
-    /// answer to this look before, so that every 404 says that there is nothing.
+    /// Makes sure that a deleted object is gone. `deleted`: the result of the deletion.
+    /// `is_known`: the server answered this check before, so that every 404 is about the object.
     pub(super) async fn confirm(
         self,
         path: &[&str],
@@ -163,13 +167,13 @@ impl RetryingClient<'_> {
         match deleted {
             Err(refusal) if !is_gone(&refusal) => Ok(Disposal::NotSupported),
             _ => Err(UpstreamError::Protocol(
-                "what was deleted is still there".to_owned(),
+                "the server confirmed a deletion, but the object is still there".to_owned(),
             )),
         }
     }
 
-    /// What a deletion of something that was not looked at before came to. A refusal that leaves it open is followed by a
-    /// look.
+    /// Returns the result of deleting an object that was not checked before. A refusal that
+    /// leaves the result open is followed by a check.
     pub(super) async fn disposal(
         self,
         path: &[&str],
@@ -182,7 +186,7 @@ impl RetryingClient<'_> {
             Err(error) => return Err(error),
         };
         match self.get(path).await {
-            // What cannot be read is there.
+            // An answer that cannot be read shows that the object is there.
             Ok(_) | Err(UpstreamError::Protocol(_)) => Ok(Disposal::NotSupported),
             Err(error) if is_missing(&error) || is_not_offered(&error) => {
                 Ok(unseen(&refusal, &error))
@@ -201,7 +205,7 @@ impl RetryingClient<'_> {
 /// The tries of one deletion.
 #[derive(Debug, Default)]
 struct Deletion {
-    /// One of them may have had an effect that was not told.
+    /// A try failed ambiguously, so it may have deleted the object.
     unsure: AtomicBool,
 }
 
@@ -219,7 +223,8 @@ impl Deletion {
         done
     }
 
-    /// What the tries came to: what an earlier one may have deleted is not found by a later one.
+    /// Returns the result of all tries: a later try does not find an object that an earlier one
+    /// deleted.
     fn outcome(&self, last: Result<(), UpstreamError>) -> Result<(), UpstreamError> {
         match last {
             Err(error) if is_gone(&error) && self.unsure.load(Ordering::Relaxed) => Ok(()),
@@ -228,8 +233,8 @@ impl Deletion {
     }
 }
 
-/// What was to be deleted, of which neither the deletion nor the look after it says for sure that the server has the call: it
-/// is gone only if one of them says so.
+/// Returns the result of a deletion that neither its own answer nor the check after it proves to
+/// be supported. The object is gone only if one of the two says so.
 const fn unseen(deletion: &UpstreamError, look: &UpstreamError) -> Disposal {
     if is_gone(deletion) || is_gone(look) {
         Disposal::AlreadyGone
@@ -238,8 +243,8 @@ const fn unseen(deletion: &UpstreamError, look: &UpstreamError) -> Disposal {
     }
 }
 
-/// The server says that there is nothing of that id, in whatever words. The text for a response is that for the end of a
-/// chain, too.
+/// Returns true if the server says that no object with that id exists. For a response the text is
+/// the same as for the end of a chain.
 pub(super) const fn is_gone(error: &UpstreamError) -> bool {
     matches!(
         error,
@@ -247,12 +252,12 @@ pub(super) const fn is_gone(error: &UpstreamError) -> bool {
     )
 }
 
-/// There is nothing of that id, if the server has the call.
+/// Returns true if no object with that id exists, provided that the server supports the call.
 pub(super) const fn is_missing(error: &UpstreamError) -> bool {
     is_gone(error) || matches!(error, UpstreamError::Refused { status: 404, .. })
 }
 
-/// The server does not have the call at all.
+/// Returns true if the server does not support the call at all.
 pub(super) const fn is_not_offered(error: &UpstreamError) -> bool {
     matches!(
         error,

@@ -1,8 +1,9 @@
 //! An incremental decoder of server-sent events, with a limit on the size of one event.
 //!
-//! Line endings may be LF, CRLF or CR, bytes may be cut anywhere, a byte order mark may come first. Comments and
-//! blocks without data are skipped; a block that the end of the stream cuts off is dropped. JSON that stands in the stream
-//! without a field's name, as some servers write their errors, is read as data.
+//! Line endings may be LF, CRLF or CR, chunks may be cut anywhere, and a byte order mark may come
+//! first. Comments and blocks without data are skipped. A block that the end of the stream cuts
+//! off is dropped. Some servers write their errors as JSON without a field name; it is read as
+//! data.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,8 +29,8 @@ pub(super) struct SseEvent {
 ///
 /// # Errors
 ///
-/// What `bytes` yields; [`UpstreamError::Protocol`] for invalid UTF-8, for JSON with too many values, or when more than
-/// `limit` bytes have come since the last event, comments included.
+/// The errors of `bytes`. [`UpstreamError::Protocol`] for invalid UTF-8, for JSON with too many
+/// values, or for more than `limit` bytes since the last event, comments included.
 pub(super) fn events<S>(
     bytes: S,
     limit: usize,
@@ -39,7 +40,8 @@ where
 {
     let since_event = Arc::new(AtomicUsize::new(0));
     let counted = named(bytes).scan(Arc::clone(&since_event), move |seen, chunk| {
-        // The decoder asks for more only when it has used up what it had, so all of that is one unfinished event.
+        // The decoder asks for more only when it has used up its input, so all bytes so far
+        // belong to one unfinished event.
         let over = seen.load(Ordering::Relaxed) > limit;
         let chunk = if over { Err(too_long(limit)) } else { chunk };
         let seen = Arc::clone(seen);
@@ -72,7 +74,7 @@ where
     .boxed()
 }
 
-/// The bytes, with bare JSON in them made data.
+/// Returns the bytes, with `data:` before the lines of bare JSON.
 fn named<S>(bytes: S) -> impl Stream<Item = S::Item> + Send + 'static
 where
     S: Stream<Item = Result<Bytes, UpstreamError>> + Send + 'static,
@@ -82,7 +84,7 @@ where
         let chunk = match bytes.next().await {
             Some(Ok(chunk)) => Ok(bare.named(chunk)),
             Some(Err(error)) => Err(error),
-            // What the end of the stream ends is whole.
+            // The end of the stream completes the JSON.
             None if std::mem::take(&mut bare.inside) => Ok(Bytes::from_static(b"\n\n")),
             None => return None,
         };
@@ -90,12 +92,12 @@ where
     })
 }
 
-/// Finds JSON that stands in a stream without a field's name: a line that begins with a brace, and those behind it that
-/// go on with it.
+/// Finds JSON in a stream that has no field name: a line that begins with a brace, and the lines
+/// after it that continue it.
 #[derive(Debug, Default)]
 struct Bare {
     inside: bool,
-    /// The byte before.
+    /// The previous byte.
     last: Option<u8>,
 }
 
@@ -117,7 +119,8 @@ impl Bare {
                     b'\n' | b'\r' => self.inside = false,
                     b'{' => self.inside = true,
                     b'}' | b'[' | b']' | b'"' | b' ' | b'\t' => {}
-                    // Another field. What ends a line ends an empty one, too.
+                    // Another field begins. Repeating the line ending adds the empty line that
+                    // ends the event of the JSON.
                     _ if std::mem::take(&mut self.inside) => named.extend(self.last),
                     _ => {}
                 }
@@ -132,7 +135,8 @@ impl Bare {
     }
 }
 
-/// A chunk that counts what the decoder takes from it, so that the count is exact wherever the chunks end.
+/// A chunk that counts the bytes that the decoder takes from it, so that the count is exact
+/// wherever the chunks end.
 struct Counted {
     bytes: Bytes,
     seen: Arc<AtomicUsize>,
@@ -153,7 +157,7 @@ impl Buf for Counted {
     }
 }
 
-/// Our error on its way through the decoder.
+/// Carries the gateway's own error through the decoder.
 #[derive(Debug, thiserror::Error)]
 #[error("the byte stream failed")]
 struct Carried(#[source] UpstreamError);
@@ -179,14 +183,14 @@ mod tests {
 
     use super::*;
 
-    /// Decodes the chunks; errors as text.
+    /// Decodes the chunks. Errors are returned as text.
     fn decode(chunks: Vec<Vec<u8>>, limit: usize) -> Vec<Result<SseEvent, String>> {
         let bytes = stream::iter(chunks.into_iter().map(|chunk| Ok(Bytes::from(chunk))));
         events(bytes, limit)
             .map(|event| event.map_err(|error| error.to_string()))
             .collect::<Vec<_>>()
             .now_or_never()
-            .expect("nothing waits")
+            .expect("the input is ready")
     }
 
     fn whole(text: &str) -> Vec<Result<SseEvent, String>> {
@@ -279,7 +283,7 @@ mod tests {
                 data: "{".to_owned()
             })]
         );
-        // A connection that breaks cuts it off.
+        // A broken connection cuts the JSON off.
         let bytes = stream::iter([
             Ok(Bytes::from_static(b"{")),
             Err(UpstreamError::Broken { timeout: false }),
@@ -306,10 +310,7 @@ mod tests {
         let over = decode(vec![text.as_bytes().to_vec()], 12);
         assert_eq!(
             over[0],
-            Err(
-                "the upstream answered something unreadable: an event is longer than 12 bytes"
-                    .into()
-            )
+            Err("the upstream's answer cannot be used: an event is longer than 12 bytes".into())
         );
     }
 
@@ -354,7 +355,7 @@ mod tests {
         assert_eq!(
             all,
             [Err(
-                "the upstream answered something unreadable: an event is not UTF-8".into()
+                "the upstream's answer cannot be used: an event is not UTF-8".into()
             )]
         );
     }

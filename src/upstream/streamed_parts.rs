@@ -1,11 +1,11 @@
-//! The parts of a reply, put together from the deltas of a stream.
+//! Assembles the parts of a reply from the deltas of a stream.
 
 use std::collections::BTreeMap;
 
 use crate::domain::ContentPart;
 use crate::upstream::relay::PLACE_COST;
 
-/// Parts by their places, in the order of the places.
+/// Parts in the order of their places.
 #[derive(Debug)]
 pub(super) struct StreamedParts<P>(BTreeMap<P, ContentPart>);
 
@@ -16,7 +16,8 @@ impl<P> Default for StreamedParts<P> {
 }
 
 impl<P: Ord> StreamedParts<P> {
-    /// Adds text, or text of a refusal, to the part at `place`. By how many bytes the parts grew is the result.
+    /// Appends text, or text of a refusal, to the part at `place`. Returns the number of bytes by
+    /// which the parts grew.
     pub(super) fn grow(&mut self, place: P, more: &str, is_refusal: bool) -> usize {
         let cost = if self.0.contains_key(&place) {
             0

@@ -1,4 +1,5 @@
-//! Our own entries in the upstream's metadata, and what else both adapters put into a request the same way.
+//! The gateway's own entries in the upstream's metadata, and the parts of a request that both
+//! adapters build alike.
 
 use chrono::SecondsFormat;
 use serde_json::{Map, Value};
@@ -7,14 +8,15 @@ use crate::config::{AssistantConfig, UpstreamKind, reserved_parameters};
 use crate::domain::{MessageId, Metadata, RunId};
 use crate::upstream::port::Ownership;
 
-/// The tag by which a run is found again.
+/// The tag by which the gateway finds a run again.
 pub(super) const RUN_TAG: &str = "threadkeeper_run";
 /// The tag of a user's message.
 pub(super) const MESSAGE_TAG: &str = "threadkeeper_message";
-/// The tag by which an upstream thread is found again.
+/// The tag by which the gateway finds an upstream thread again.
 pub(super) const THREAD_TAG: &str = "threadkeeper_thread";
 
-/// Whose thread it is: up to five pairs, no value longer than a key may be (256 bytes).
+/// Returns the tags for the owner of a thread: up to five pairs, each value no longer than a key
+/// may be (256 bytes).
 pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     let mut tags = Map::new();
     tags.insert(THREAD_TAG.to_owned(), owner.thread.to_string().into());
@@ -35,7 +37,7 @@ pub(super) fn thread_tags(owner: &Ownership) -> Map<String, Value> {
     tags
 }
 
-/// The caller's pairs and our tag, which no pair of the caller can replace.
+/// Returns the caller's pairs and the gateway's tag, which no pair of the caller can replace.
 pub(super) fn run_tags(run: RunId, metadata: &Metadata) -> Map<String, Value> {
     let mut tags: Map<String, Value> = metadata
         .iter()
@@ -45,7 +47,7 @@ pub(super) fn run_tags(run: RunId, metadata: &Metadata) -> Map<String, Value> {
     tags
 }
 
-/// `run`: the one that the message belongs to, if it belongs to one.
+/// Returns the tags of a message. `run`: the run that the message belongs to, if any.
 pub(super) fn message_tags(run: Option<RunId>, message: MessageId) -> Map<String, Value> {
     let mut tags = Map::new();
     if let Some(run) = run {
@@ -55,8 +57,8 @@ pub(super) fn message_tags(run: Option<RunId>, message: MessageId) -> Map<String
     tags
 }
 
-/// What a request starts from: the assistant as it is configured. Of its parameters those without a value, and those
-/// that the gateway itself sets, are left out.
+/// Returns the base of a request: the assistant as it is configured. Parameters without a value,
+/// and those that the gateway sets itself, are left out.
 pub(super) fn body_of(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<String, Value> {
     let reserved = reserved_parameters(kind);
     let parameters = assistant.parameters.iter();
@@ -77,7 +79,7 @@ pub(super) fn body_of(assistant: &AssistantConfig, kind: UpstreamKind) -> Map<St
     body
 }
 
-/// A session's thread, for the tests of the adapters.
+/// Returns the owner of a session's thread, for the tests of the adapters.
 #[cfg(test)]
 pub(super) fn an_owner() -> Ownership {
     use crate::domain::{KeyNames, ThreadId};
@@ -93,7 +95,7 @@ pub(super) fn an_owner() -> Ownership {
     }
 }
 
-/// A message of an earlier turn, for the same.
+/// Returns a message of an earlier run, for the tests of the adapters.
 #[cfg(test)]
 pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain::Message {
     use crate::domain::{ContentPart, Message, ThreadId, UpstreamSync};

@@ -1,4 +1,4 @@
-//! Threads and conversations by the tags that they carry.
+//! Finds threads and conversations by their tags.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -9,11 +9,12 @@ use crate::upstream::retrying_client::{RetryingClient, is_not_offered};
 use crate::upstream::tags::THREAD_TAG;
 use crate::upstream::wire::lenient;
 
-/// Pages that are looked through, the newest threads first.
+/// Pages that are searched, newest threads first.
 const MAX_PAGES: usize = 50;
-/// More than were ever made for one thread. A server that lists more of them lists anything.
+/// Threads that may be found for one thread. The gateway never creates that many, so a server
+/// that lists more ignores the tags.
 const MAX_FOUND: usize = 100;
-/// No server has longer ids.
+/// Bytes of an id. No server has longer ids.
 const MAX_ID_BYTES: usize = 512;
 
 #[derive(Debug, Deserialize)]
@@ -23,8 +24,8 @@ struct Listed {
     metadata: Option<Map<String, Value>>,
 }
 
-/// Those in the list at `path` that were made for `of`. `None` if there is no such list, or if none was met in as much
-/// of it as is looked through.
+/// Returns the threads in the list at `path` that were created for `of`. Returns `None` if there
+/// is no such list, or if the searched pages of a longer list have none.
 pub(super) async fn find(
     calls: RetryingClient<'_>,
     path: &str,
@@ -43,7 +44,7 @@ pub(super) async fn find(
             Err(error) => return Err(error),
         };
         let last = page.next(|listed| &listed.id);
-        // A server that does not know the cursor gives the same page for ever.
+        // A server that ignores the cursor returns the same page for ever.
         if last.is_some() && last == after {
             return Ok(Some(found));
         }
@@ -63,7 +64,7 @@ pub(super) async fn find(
         );
         if found.len() > MAX_FOUND {
             return Err(UpstreamError::Protocol(
-                "too many threads have the same tag".to_owned(),
+                "the server lists too many threads with the same tag".to_owned(),
             ));
         }
         if last.is_none() {
@@ -72,12 +73,12 @@ pub(super) async fn find(
         after = last;
     }
     tracing::warn!(
-        "the upstream lists too many threads to look for one by its tags in all of them"
+        "the upstream lists too many threads, so only the newest were searched by their tags"
     );
     Ok(Some(found).filter(|found| !found.is_empty()))
 }
 
-/// The list does not exist, or the key has no right to it.
+/// Returns true if the list does not exist, or if the API key may not read it.
 fn is_not_for_us(error: &UpstreamError) -> bool {
     match error {
         UpstreamError::Refused {

@@ -1,4 +1,4 @@
-//! What both protocols' wire types need.
+//! Wire types that both protocols use.
 
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
@@ -7,7 +7,7 @@ use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage};
 use crate::upstream::classify::token;
 use crate::upstream::error::UpstreamError;
 
-/// A thread or conversation that was made.
+/// A thread or conversation that was created.
 #[derive(Debug, Deserialize)]
 pub(super) struct Created {
     id: String,
@@ -16,7 +16,9 @@ pub(super) struct Created {
 impl Created {
     pub(super) fn into_thread(self) -> Result<UpstreamThreadId, UpstreamError> {
         if self.id.is_empty() {
-            return Err(UpstreamError::Protocol("a new thread has no id".to_owned()));
+            return Err(UpstreamError::Protocol(
+                "the answer about a new thread has no id".to_owned(),
+            ));
         }
         Ok(UpstreamThreadId(self.id))
     }
@@ -31,15 +33,16 @@ pub(super) struct List<T> {
 }
 
 impl<T> List<T> {
-    /// After which element the next page begins; `None`: this is the last one, or its last element has no id.
+    /// Returns the cursor of the next page. Returns `None` on the last page, or if its last
+    /// element has no id.
     pub(super) fn next<'a>(&'a self, id: impl FnOnce(&'a T) -> &'a str) -> Option<String> {
         let last = self.data.last().filter(|_| self.has_more != Some(false))?;
         Some(id(last).to_owned()).filter(|id| !id.is_empty())
     }
 }
 
-/// Why a run with this status did not complete: our words and, in brackets, the upstream's code, which has passed
-/// [`token`].
+/// Returns why a run with this status did not complete: the gateway's own words and, in brackets,
+/// the upstream's code, which has passed [`token`].
 pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunError> {
     let what = match status {
         RunStatus::Failed => "the upstream reported that the run failed",
@@ -55,7 +58,7 @@ pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunErro
     })
 }
 
-/// The word that says why a run failed or is incomplete.
+/// Returns the code for which a run failed or is incomplete.
 pub(super) fn failure_code(
     error: Option<&Map<String, Value>>,
     incomplete_details: Option<&Map<String, Value>>,
@@ -65,7 +68,7 @@ pub(super) fn failure_code(
     code.or_else(reason)?.as_str().and_then(token)
 }
 
-/// The tokens of a run; `None` if what came in or went out is not told.
+/// Returns the tokens of a run; `None` if the input or output count is missing.
 pub(super) fn usage(counts: &Map<String, Value>, input: &str, output: &str) -> Option<Usage> {
     let count = |name: &str| counts.get(name).and_then(Value::as_u64);
     let (input_tokens, output_tokens) = (count(input)?, count(output)?);
@@ -78,7 +81,7 @@ pub(super) fn usage(counts: &Map<String, Value>, input: &str, output: &str) -> O
     })
 }
 
-/// Reads any value; what does not have the form of `T` counts as absent.
+/// Deserialises a value of any form. A form other than that of `T` counts as absent.
 pub(super) fn lenient<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: Deserializer<'de>,

@@ -1,4 +1,5 @@
-//! A run at work: its states, steps and messages, and their events in the documented order.
+//! The generation of a run: its states, steps and messages, and their events in the documented
+//! order.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,11 +29,11 @@ pub(super) struct Generation {
     end: CancellationToken,
     out: EventOut,
     deltas: usize,
-    /// The step and message that are being made, with the text so far.
+    /// The open step and message, with the text so far.
     open: Option<(Step, Option<Message>, String)>,
 }
 
-/// Why the work stopped before its end.
+/// The reason why the work stopped before its end.
 #[derive(Clone, Copy, Debug)]
 enum Stop {
     Cancelled,
@@ -44,7 +45,8 @@ enum Stop {
 }
 
 impl Generation {
-    /// Work on `run`, whose events go to `out`. Nothing happens until the future of a method is polled.
+    /// Makes the work on `run`, whose events go to `out`. Nothing happens until the future of a
+    /// method is polled.
     pub(super) fn new(server: &Arc<Server>, run: &Run, out: EventOut) -> Self {
         Self {
             server: Arc::clone(server),
@@ -115,7 +117,7 @@ impl Generation {
         Ok(())
     }
 
-    /// Asks for the outputs of functions: the step stays open and the stream ends.
+    /// Asks for the outputs of functions. The step stays open and the stream ends.
     fn ask_for_outputs(&mut self) -> Result<(), Stop> {
         let mut step = self.new_step(
             "tool_calls",
@@ -188,7 +190,7 @@ impl Generation {
         Ok(())
     }
 
-    /// Makes one message, word by word.
+    /// Generates one message, word by word.
     async fn message(&mut self, part: usize) -> Result<(), Stop> {
         let text = self.text(part)?;
         let message = self.new_message();
@@ -265,7 +267,7 @@ impl Generation {
         }
     }
 
-    /// Finishes the open message and its step as the plan wants.
+    /// Finishes the open message and its step with the outcome of the plan.
     fn end_message(&mut self) -> Result<(), Stop> {
         match self.plan.outcome {
             Outcome::Complete => self.close("completed", None),
@@ -274,7 +276,7 @@ impl Generation {
         }
     }
 
-    /// Ends the run as the plan wants.
+    /// Ends the run with the outcome of the plan.
     fn complete(&mut self) -> Result<(), Stop> {
         let status = match self.plan.outcome {
             Outcome::Complete => RunStatus::Completed,
@@ -343,7 +345,7 @@ impl Generation {
         }
     }
 
-    /// Ends the run and says so.
+    /// Ends the run and sends its last event.
     fn finish(&mut self, status: RunStatus) -> Result<(), Stop> {
         let mut world = self.server.world();
         commit(&self.server, &mut world, &self.run, status)?;
@@ -354,7 +356,7 @@ impl Generation {
         Ok(())
     }
 
-    /// Ends the open message and step, and says so.
+    /// Ends the open message and step, and sends their last events.
     fn close(&mut self, step_status: &'static str, reason: Option<&str>) -> Result<(), Stop> {
         let (step, message) = self.close_silently(step_status, reason)?;
         if let Some(message) = message {
@@ -438,7 +440,7 @@ impl Generation {
         Ok((step, message))
     }
 
-    /// What the assistant says in a message.
+    /// Returns the text of a message of the reply.
     fn text(&self, part: usize) -> Result<String, Stop> {
         let words = self
             .plan
@@ -517,7 +519,7 @@ impl Generation {
         }
     }
 
-    /// Waits; no time at all if there is none to wait.
+    /// Waits; returns at once for a zero time.
     async fn pause(&mut self, time: Duration) -> Result<(), Stop> {
         if time.is_zero() {
             return if self.cancel.is_cancelled() {
@@ -547,7 +549,7 @@ impl Generation {
     }
 }
 
-/// Ends a run, unless somebody wants it cancelled.
+/// Ends a run, unless it is being cancelled.
 fn commit(server: &Server, world: &mut World, id: &str, status: RunStatus) -> Result<(), Stop> {
     let run = world.runs.get(id).ok_or(Stop::Gone)?;
     if run.status == RunStatus::Cancelling && status != RunStatus::Cancelled {

@@ -132,7 +132,8 @@ pub(super) fn submit_tool_outputs(
             .into());
         }
         complete(&run.work.calls, &outputs)?;
-        // The first plan's functions have been asked for; the rest of it holds on, unless an output says otherwise.
+        // The functions of the first plan have been called. The rest of the plan still applies,
+        // unless an output has directives.
         let mut plan = Plan {
             tools: Vec::new(),
             ..run.work.plan.clone()
@@ -217,7 +218,7 @@ pub(super) fn cancel(server: &Arc<Server>, call: &Call) -> Result<Response, ApiE
     let answer = json_body(run);
     run.work.cancel.cancel();
     if !run.work.generating {
-        // Nobody works on it who could end it.
+        // No generation works on the run that could end it.
         let generation = Generation::new(server, run, EventOut::nobody());
         server.tasks.spawn(generation.be_cancelled());
     }
@@ -248,7 +249,8 @@ pub(super) fn get_step(server: &Server, call: &Call) -> Result<Response, ApiErro
         .ok_or_else(|| ApiError::not_found(format!("No run step found with id '{id}'.")))
 }
 
-/// Locks a thread with a run that nobody works on. `None` if there is no such thread or it is busy.
+/// Locks a thread with a run that no generation works on. Returns `None` if there is no such
+/// thread or it is busy.
 pub(in crate::simulator) fn start_foreign_run(server: &Server, thread: &str) -> Option<String> {
     let mut world = server.world();
     expire_stale(server, &mut world, thread);
@@ -287,7 +289,7 @@ pub(in crate::simulator) fn stop_foreign_run(server: &Server, thread: &str) -> b
     true
 }
 
-/// What a request for a run asks for.
+/// The request for a run.
 struct NewRun {
     assistant: String,
     stream: bool,
@@ -346,7 +348,7 @@ impl NewRun {
     }
 }
 
-/// A run that was accepted and is about to be worked on.
+/// A run that was accepted, before its generation begins.
 struct Started {
     generation: Generation,
     answer: Response,
@@ -365,7 +367,7 @@ impl Started {
     }
 }
 
-/// The turn's behaviour: from the user's text, then from a fault.
+/// Returns the plan of the run: from the user's text, then from a fault.
 fn plan(text: &str, fault: Option<&str>) -> Result<Plan, ApiError> {
     let (mut plan, _) = Plan::of_text(text)?;
     if let Some(fault) = fault {
@@ -397,7 +399,7 @@ fn start(
     let row = world
         .threads
         .get_mut(thread)
-        .expect("the caller has found or made it under this lock");
+        .expect("the caller found or created the thread under this lock");
     if with_thread {
         out.emit("thread.created", &*row as &Thread);
     }
@@ -425,7 +427,7 @@ fn start(
     }
 }
 
-/// Where the events of a run go, and the answer that carries them, if it is to be a stream.
+/// Returns the destination of a run's events and, for a stream, the answer that carries them.
 fn open(stream: bool, plan: &Plan) -> (EventOut, Option<Response>) {
     if stream {
         let (out, mut response) = EventOut::connection(EventFormat {
@@ -482,7 +484,7 @@ fn new_run(
     }
 }
 
-/// All outputs must come at once, and no others.
+/// Checks that the outputs answer all calls at once, and no others.
 fn complete(calls: &[String], outputs: &[(String, String)]) -> Result<(), ApiError> {
     let got: Vec<&String> = outputs.iter().map(|(id, _)| id).collect();
     let all = calls.iter().all(|call| got.contains(&call)) && got.len() == calls.len();

@@ -1,4 +1,4 @@
-//! Which run holds a thread: its end, its expiry, and the refusal of all else meanwhile.
+//! The lock of a thread by its run: the run's end, its expiry, and the refusal of other calls.
 
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -7,7 +7,7 @@ use crate::simulator::state::assistants::RunStatus;
 use crate::simulator::state::{Server, World};
 use crate::simulator::wire::error::ApiError;
 
-/// Ends a run: its state, its thread's lock, the figures. Harmless to repeat.
+/// Ends a run: sets its status, releases its thread's lock, and counts it. Safe to repeat.
 pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunStatus) {
     let now = server.now();
     let Some(run) = world.runs.get_mut(id).filter(|run| !run.status.is_final()) else {
@@ -63,7 +63,7 @@ pub(super) fn end_run(server: &Server, world: &mut World, id: &str, status: RunS
     server.changed();
 }
 
-/// Expires what is overdue on a thread and has no generation to notice it.
+/// Expires overdue runs of a thread that no generation works on.
 pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
     let Some(row) = world
         .threads
@@ -85,7 +85,7 @@ pub(super) fn expire_stale(server: &Server, world: &mut World, thread: &str) {
     }
 }
 
-/// The conflict answers, whose text names the run.
+/// Refuses with a conflict if a run is active; the text names the run.
 pub(super) fn refuse_if_active(
     server: &Server,
     world: &mut World,

@@ -20,7 +20,7 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
     Ok(answer)
 }
 
-/// The thread that a create-thread body at `at` asks for; not stored yet.
+/// Returns the thread for a create-thread body at `at`, without storing it.
 pub(super) fn new_thread(
     server: &Server,
     body: Map<String, Value>,
@@ -52,7 +52,7 @@ pub(super) fn insert(server: &Server, thread: Thread) {
     server.changed();
 }
 
-/// All threads.
+/// Lists all threads.
 pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, true)?;
     let world = server.world();
@@ -164,7 +164,7 @@ pub(super) fn delete_message(server: &Server, call: &Call) -> Result<Response, A
     ))
 }
 
-/// The messages in the array `name` of a body, for the thread `thread`.
+/// Returns the messages in the array `name` of a body, for the thread `thread`.
 pub(super) fn new_messages(
     server: &Server,
     fields: &mut Fields,
@@ -223,7 +223,7 @@ fn new_message(
     })
 }
 
-/// A part of a request in the shape of an answer.
+/// Converts a part of a request to the shape of answers.
 fn content_part(part: Value, at: String) -> Result<Value, ApiError> {
     let mut fields = Fields::of_value(part, at, &["type", "text", "image_file", "image_url"])?;
     let kind = fields.needed_text("type")?;

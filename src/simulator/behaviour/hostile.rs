@@ -1,6 +1,7 @@
-//! Answers that are to harm their reader: without end, of absurd size, unreadable, or leading elsewhere.
+//! Answers that harm their reader: endless, huge, unreadable, or a redirect.
 //!
-//! They are made while they are read, and never held in memory. When the reader leaves, nobody asks for more.
+//! They are generated as the reader reads, and never held in memory. They end when the reader
+//! leaves.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,29 +16,32 @@ use http::{HeaderValue, StatusCode, header};
 
 use crate::simulator::wire::operation::Operation;
 
-/// Size of the pieces in which something without end is sent.
+/// Bytes of a chunk of an endless answer.
 const PIECE: usize = 16 * 1024;
-/// Size of the huge event.
+/// Bytes of the huge event.
 const HUGE: usize = 1024 * 1024 * 1024;
-/// How deep the deep JSON is, in thousands.
+/// Nesting of the deep JSON, in thousands.
 const DEPTH: usize = 100;
-/// Size of the dense and of the nested JSON: less than a client is known to refuse for its size.
+/// Bytes of the dense and of the nested JSON. They are fewer than the size that clients are known
+/// to refuse.
 const DENSE: usize = 15 * 1024 * 1024;
-/// How deep the values of the nested JSON are: less than a reader is known to refuse for it.
+/// Nesting of the values in the nested JSON. It is less than the depth that readers are known to
+/// refuse.
 const NESTED: usize = 100;
-/// Size of the text on a full page, and values that it has besides: nearly as much as a client is known to read.
+/// Bytes of text on a full page. They are nearly as many as clients are known to read.
 const FULL: usize = 14 * 1024 * 1024;
+/// Values on a full page besides its text.
 const FULL_VALUES: usize = 100_000;
-/// Each full page has an element that was on none before it.
+/// Counts the full pages, because each one needs an element that no earlier page had.
 static PAGES: AtomicU64 = AtomicU64::new(0);
-/// A word that is in all that is said here, so that a test can see whether it comes through.
+/// A word in every hostile answer, by which a test can see whether content comes through.
 const WORD: &str = "quagmire ";
-/// Where a redirect leads if nothing else is said: nobody listens there.
+/// The default target of a redirect, where nothing listens.
 const NOWHERE: &str = "http://127.0.0.1:9/";
-/// Time between two bytes that drip.
+/// Time between two bytes of the dripping answer.
 const DRIP: Duration = Duration::from_millis(20);
 
-/// A kind of answer.
+/// A kind of hostile answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::simulator) enum Hostile {
     EndlessLine,
@@ -76,18 +80,18 @@ impl Hostile {
     }
 }
 
-/// An answer that is to be given.
+/// A hostile answer to be sent.
 #[derive(Clone, Debug)]
 pub(in crate::simulator) struct Hostility {
     pub(in crate::simulator) kind: Hostile,
-    /// Instead of 200.
+    /// Status in the place of 200.
     pub(in crate::simulator) status: Option<StatusCode>,
     pub(in crate::simulator) location: Option<String>,
-    /// Between two bytes that drip.
+    /// Time between two bytes of the dripping answer.
     pub(in crate::simulator) pause: Option<Duration>,
 }
 
-/// What the reader expects.
+/// The form of answer that the reader expects.
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Form {
     RunEvents,
@@ -200,7 +204,8 @@ impl Hostility {
             Hostile::FullPage => {
                 let number = PAGES.fetch_add(1, Ordering::Relaxed);
                 let half = || stream::repeat(filler()).take(FULL / 2 / PIECE);
-                // A message as both protocols have it, each of which passes over the other's part.
+                // A message in the shapes of both protocols. Each protocol ignores the other's
+                // part.
                 let before = format!(
                     "{{\"object\":\"list\",\"has_more\":true,\"data\":[{{\"id\":\"msg_{number}\",\"object\":\"thread.message\",\
                      \"type\":\"message\",\"role\":\"assistant\",\"content\":[{{\"type\":\"output_text\",\"text\":\""
@@ -245,7 +250,7 @@ impl Form {
         }
     }
 
-    /// The beginning of a text that has no end yet.
+    /// Returns the beginning of a text that has no end yet.
     const fn begun_text(self) -> &'static str {
         match self {
             Self::RunEvents | Self::ResponseEvents => "data: ",
@@ -253,7 +258,7 @@ impl Form {
         }
     }
 
-    /// A list of nothing but this element, which ends with a comma.
+    /// Returns a list that repeats this element, which ends with a comma.
     fn dense(self, element: &str) -> Pieces {
         let (before, after) = self.around_value();
         let elements = stream::repeat(Bytes::from(filled(element))).take(DENSE / PIECE);
@@ -265,13 +270,14 @@ impl Form {
             .boxed()
     }
 
-    /// The event that says that a run was accepted, which nobody else knows of. `status` is JSON.
+    /// Returns the event that announces an accepted run, which exists nowhere else. `status` is
+    /// JSON.
     fn accepted(self, status: &str) -> String {
         let (before, after) = self.around_value();
         [before, status, after].concat()
     }
 
-    /// What stands before and behind a value that every reader reads.
+    /// Returns the text before and after a value that every reader parses.
     const fn around_value(self) -> (&'static str, &'static str) {
         match self {
             Self::RunEvents => (
@@ -286,7 +292,7 @@ impl Form {
         }
     }
 
-    /// A piece of the reply, in a place of its own.
+    /// Returns a piece of the reply, in a place of its own.
     fn refusal(self, number: u64) -> String {
         let text = WORD.repeat(100);
         match self {
@@ -307,7 +313,7 @@ fn begun(bytes: impl Into<Bytes>) -> Pieces {
     stream::once(std::future::ready(bytes)).boxed()
 }
 
-/// So many of `unit` as fit into a piece.
+/// Repeats `unit` as often as it fits into a chunk.
 fn filled(unit: &str) -> Vec<u8> {
     filled_with(unit.as_bytes())
 }
@@ -316,19 +322,19 @@ fn filled_with(unit: &[u8]) -> Vec<u8> {
     unit.repeat(PIECE / unit.len())
 }
 
-/// A gzip stream that unpacks to one letter, over and over: how it begins, and what is then repeated for ever. Each of
-/// its bytes makes 158.
+/// Returns the beginning of a gzip stream that unpacks to one letter, and the bytes to repeat for
+/// ever. Each repeated byte unpacks to 158.
 fn bomb() -> (Vec<u8>, Vec<u8>) {
-    /// Deflate's fixed code for "the 258 bytes from one byte back".
+    /// Deflate's fixed code for "copy 258 bytes from one byte back".
     const COPY: &str = "1100010100000";
-    /// Of a block with the fixed code that is not the last one, and in it the letter `q`.
+    /// The header of a block with the fixed code that is not the last one, and the letter `q`.
     const BEGIN: &str = "01010100001";
     let header = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3];
     let begin = [&header[..], &packed(&[BEGIN, COPY].concat())].concat();
     (begin, packed(&COPY.repeat(8)))
 }
 
-/// Bits, the lowest of each byte first.
+/// Packs bits into bytes, lowest bit first.
 fn packed(bits: &str) -> Vec<u8> {
     let byte = |bits: &[u8]| {
         bits.iter()

@@ -1,4 +1,4 @@
-//! What is to happen in one turn: read from directives in the user's text, or from a fault.
+//! The plan of one run, read from directives in the user's text or from a fault.
 
 use std::time::Duration;
 
@@ -18,58 +18,58 @@ const OPEN: &str = "[[sim:";
 const CLOSE: &str = "]]";
 const MAX_WORDS: usize = 1_000_000;
 
-/// The behaviour of one turn. The default is a plain reply.
+/// The behaviour of one run. The default is a plain reply.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub(in crate::simulator) struct Plan {
-    /// Names of the functions to ask for before the reply.
+    /// Names of the functions to call before the reply.
     pub(in crate::simulator) tools: Vec<String>,
     pub(in crate::simulator) outcome: Outcome,
     /// Replaces the configured latency.
     pub(in crate::simulator) latency: Option<Duration>,
     /// Replaces the configured interval between tokens.
     pub(in crate::simulator) interval: Option<Duration>,
-    /// Pads the reply to so many words.
+    /// Pads the reply to this many words.
     pub(in crate::simulator) words: Option<usize>,
-    /// Of a hundred requests with these directives, so many are steered by them, at random.
+    /// Percentage of the requests with these directives that the directives apply to, at random.
     pub(in crate::simulator) chance: Option<u8>,
     /// Answer with an error status instead of accepting.
     pub(in crate::simulator) status: Option<StatusCode>,
     pub(in crate::simulator) code: Option<String>,
-    /// How such an error is worded; the protocol's own form by default.
+    /// The wording of such an error; by default the protocol's own.
     pub(in crate::simulator) wording: Option<Wording>,
     pub(in crate::simulator) retry_after: Option<String>,
-    /// Answer in a way that is to harm the client, instead of accepting.
+    /// Send a hostile answer instead of accepting.
     pub(in crate::simulator) hostile: Option<Hostile>,
-    /// Where a redirect leads.
+    /// The target of a redirect.
     pub(in crate::simulator) location: Option<String>,
-    /// Hold the head of the answer back for so long, while the work goes on.
+    /// Hold the head of the answer back for this time, while the run works.
     pub(in crate::simulator) late_head: Option<Duration>,
-    /// Answer with an error in a success, instead of accepting.
+    /// Answer with status 200 and an error in the body, instead of accepting.
     pub(in crate::simulator) bare_error: Option<BareError>,
-    /// The type that such an error has.
+    /// The type of such an error.
     pub(in crate::simulator) error_type: Option<String>,
     /// Close the connection without an answer.
     pub(in crate::simulator) drop: Option<Drop>,
-    /// Close the connection after so many deltas.
+    /// Close the connection after this many deltas.
     pub(in crate::simulator) cut: Option<usize>,
-    /// Fall silent after so many deltas; `Some(0)`: accept and send nothing at all.
+    /// Send nothing after this many deltas; `Some(0)`: accept and send nothing at all.
     pub(in crate::simulator) silent_after: Option<usize>,
-    /// A hold takes effect after so many deltas, instead of before the first one.
+    /// Let a hold take effect after this many deltas, instead of before the first one.
     pub(in crate::simulator) hold_after: Option<usize>,
-    /// A cancel is accepted and never takes effect.
+    /// Accept a cancel that never takes effect.
     pub(in crate::simulator) stuck_cancel: bool,
-    /// The response ends failed, with nothing to show, and says this.
+    /// End the response failed, without output, with this complaint.
     pub(in crate::simulator) complaint: Option<Complaint>,
     pub(in crate::simulator) refusal: bool,
     pub(in crate::simulator) reasoning: bool,
-    /// Leaves a reasoning item without what it should lead to.
+    /// Leave a reasoning item without its successor.
     pub(in crate::simulator) dangling_reasoning: bool,
     /// Send an `error` event in the middle of the reply.
     pub(in crate::simulator) mid_error: Option<ErrorShape>,
     /// End the stream without its last events.
     pub(in crate::simulator) no_terminal: bool,
-    /// Number of messages less one.
+    /// Number of messages minus one.
     pub(in crate::simulator) more_parts: usize,
     pub(in crate::simulator) format: EventFormat,
 }
@@ -82,19 +82,19 @@ pub(in crate::simulator) enum Outcome {
     Incomplete,
 }
 
-/// What is wrong with a conversation.
+/// The damage of a conversation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::simulator) enum Complaint {
     OpenCall,
     Reasoning,
 }
 
-/// When a connection is closed without an answer.
+/// The moment at which a connection is closed without an answer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::simulator) enum Drop {
     /// Before the request takes effect.
     Before,
-    /// After it took effect.
+    /// After the request took effect.
     After,
 }
 
@@ -106,7 +106,8 @@ pub(in crate::simulator) enum ErrorShape {
     Bare,
 }
 
-/// How a server, or what stands in front of it, tells an error after it has begun a stream.
+/// The form of an error that a server, or a proxy in front of it, writes into a stream that it
+/// has begun.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::simulator) enum BareError {
     /// `data: {"error": {…}}`.
@@ -119,7 +120,7 @@ pub(in crate::simulator) enum BareError {
     Flat,
     /// `data: {"detail": …}`.
     Detail,
-    /// `{"error": {…}}`, over several lines.
+    /// `{"error": {…}}`, over several lines, without `data:`.
     Line,
     /// The whole answer is JSON.
     Json,
@@ -140,16 +141,16 @@ impl BareError {
     }
 }
 
-/// How an error is worded by what does not speak the protocol.
+/// The wording of an error by a server or proxy that does not speak the protocol.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::simulator) enum Wording {
     /// The page of a web server.
     Html,
-    /// `{"detail": "Not Found"}`, as a framework answers for an endpoint that it does not have.
+    /// `{"detail": "Not Found"}`, a framework's answer for an unknown endpoint.
     Detail,
-    /// `{"detail": "… not found"}`, with the id that was asked for.
+    /// `{"detail": "… not found"}`, with the requested id.
     Named,
-    /// What a relay makes of the protocol's own error.
+    /// The protocol's own error, wrapped by a relay.
     Relayed,
 }
 
@@ -199,7 +200,7 @@ impl Wording {
 }
 
 impl Plan {
-    /// Takes the directives out of `text`: what they ask for, and the text without them.
+    /// Splits `text` into the plan of its directives and the text without them.
     pub(in crate::simulator) fn of_text(text: &str) -> Result<(Self, String), ApiError> {
         let mut plan = Self::default();
         let mut stripped = String::with_capacity(text.len());
@@ -220,7 +221,7 @@ impl Plan {
         Ok((plan, stripped.trim().to_owned()))
     }
 
-    /// Adds the behaviour that `words` ask for: `tool=get_weather rate=20ms`.
+    /// Adds the behaviour of the directives in `words`, such as `tool=get_weather rate=20ms`.
     pub(in crate::simulator) fn apply(&mut self, words: &str) -> Result<(), String> {
         for word in words.split_whitespace() {
             let (name, value) = word
@@ -232,7 +233,8 @@ impl Plan {
         Ok(())
     }
 
-    /// What happens instead of accepting, if it is an error in the words of something else. `asked`: the end of the path.
+    /// Returns the error in a foreign wording, if the plan has one. `asked`: the last segment of
+    /// the path.
     pub(in crate::simulator) fn worded(&self, asked: &str) -> Result<(), Refused> {
         match (self.wording, self.status) {
             (Some(wording), Some(status)) => {
@@ -242,13 +244,13 @@ impl Plan {
         }
     }
 
-    /// Whether this request is one of those that are steered.
+    /// Returns true if the directives apply to this request.
     pub(in crate::simulator) fn is_hit(&self) -> bool {
         self.chance
             .is_none_or(|chance| rand::rng().random_range(0..100) < chance)
     }
 
-    /// What happens instead of accepting, if anything does.
+    /// Returns the refusal, if the plan refuses the request.
     pub(in crate::simulator) fn refused(&self) -> Result<(), Refused> {
         if let Some(kind) = self.hostile {
             let (status, location, pause) = (self.status, self.location.clone(), self.interval);
@@ -274,7 +276,7 @@ impl Plan {
         }
     }
 
-    /// The error that a stream tells which has no status to tell it.
+    /// Returns the error for a stream whose status cannot carry it.
     pub(in crate::simulator) fn error(&self) -> Value {
         let usual = if self.code.is_none() {
             Some("server_error")
@@ -282,7 +284,7 @@ impl Plan {
             None
         };
         let code = self.code.as_deref().unwrap_or("server_error");
-        // Some write it as a number.
+        // Some servers write the code as a number.
         let code = code
             .parse::<u16>()
             .map_or_else(|_| code.into(), Value::from);
@@ -316,7 +318,7 @@ impl Plan {
         event_stream(Body::from(text))
     }
 
-    /// Nothing is ever sent.
+    /// Returns true if nothing is ever sent.
     pub(in crate::simulator) fn is_silent(&self) -> bool {
         self.silent_after == Some(0)
     }
@@ -325,14 +327,14 @@ impl Plan {
         let count = || {
             value
                 .and_then(|text| text.parse::<usize>().ok())
-                .ok_or("a number is wanted")
+                .ok_or("expected a number")
         };
         let time = || {
             value
                 .and_then(|text| parse_duration(text).ok())
-                .ok_or("a time such as 20ms is wanted")
+                .ok_or("expected a time such as 20ms")
         };
-        let text = || value.map(str::to_owned).ok_or("a value is wanted");
+        let text = || value.map(str::to_owned).ok_or("expected a value");
         match name {
             "tool" => self.tools.push(text()?),
             "tools" => self
@@ -350,26 +352,27 @@ impl Plan {
                         .filter(|status: &StatusCode| {
                             status.is_client_error() || status.is_server_error()
                         });
-                self.status = Some(status.ok_or("an error status is wanted")?);
+                self.status = Some(status.ok_or("expected an error status")?);
             }
             "chance" => {
                 let chance = count().ok().and_then(|count| u8::try_from(count).ok());
-                self.chance = Some(chance.filter(|it| *it <= 100).ok_or("0 to 100 is wanted")?);
+                self.chance = Some(chance.filter(|it| *it <= 100).ok_or("expected 0 to 100")?);
             }
             "code" => self.code = Some(text()?),
             "wording" => {
                 let wording = value.and_then(Wording::named);
-                self.wording = Some(wording.ok_or("a wording of an error is wanted")?);
+                self.wording =
+                    Some(wording.ok_or("expected `html`, `detail`, `named` or `relayed`")?);
             }
             "retry_after" => self.retry_after = Some(text()?),
             "hostile" => {
                 let kind = value.and_then(Hostile::named);
-                self.hostile = Some(kind.ok_or("a kind of hostile answer is wanted")?);
+                self.hostile = Some(kind.ok_or("expected a kind of hostile answer")?);
             }
             "late_head" => self.late_head = Some(time()?),
             "bare_error" => {
                 let shape = value.and_then(BareError::named);
-                self.bare_error = Some(shape.ok_or("a form of an error is wanted")?);
+                self.bare_error = Some(shape.ok_or("expected the form of an error")?);
             }
             "error_type" => self.error_type = Some(text()?),
             "location" => self.location = Some(text()?),
@@ -377,7 +380,7 @@ impl Plan {
                 self.drop = Some(match value {
                     Some("before") => Drop::Before,
                     None | Some("after") => Drop::After,
-                    Some(_) => return Err("`before` or `after` is wanted"),
+                    Some(_) => return Err("expected `before` or `after`"),
                 });
             }
             "cut" => self.cut = Some(count()?),
@@ -389,7 +392,7 @@ impl Plan {
                 self.complaint = Some(match value {
                     Some("open_call") => Complaint::OpenCall,
                     Some("reasoning") => Complaint::Reasoning,
-                    _ => return Err("`open_call` or `reasoning` is wanted"),
+                    _ => return Err("expected `open_call` or `reasoning`"),
                 });
             }
             "refusal" => self.refusal = true,
@@ -400,7 +403,7 @@ impl Plan {
                     None | Some("flat") => ErrorShape::Flat,
                     Some("nested") => ErrorShape::Nested,
                     Some("bare") => ErrorShape::Bare,
-                    Some(_) => return Err("`flat`, `nested` or `bare` is wanted"),
+                    Some(_) => return Err("expected `flat`, `nested` or `bare`"),
                 });
             }
             "no_terminal" => self.no_terminal = true,

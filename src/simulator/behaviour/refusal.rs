@@ -1,4 +1,4 @@
-//! Why a request has no answer of its own, and what is answered in place of it.
+//! The reasons why a request gets no normal answer, and the answers in its place.
 
 use std::time::Duration;
 
@@ -8,22 +8,22 @@ use crate::simulator::behaviour::hostile::Hostility;
 use crate::simulator::wire::error::ApiError;
 use crate::simulator::wire::operation::Operation;
 
-/// The connection is to be closed without an answer.
+/// An error that closes the connection without an answer.
 #[derive(Debug, thiserror::Error)]
-#[error("the simulator was told to close the connection")]
+#[error("a directive asked the simulator to close the connection")]
 pub(in crate::simulator) struct Dropped;
 
-/// Why a call has no answer of its own.
+/// The reason why a call gets no normal answer.
 #[derive(Debug)]
 pub(in crate::simulator) enum Refused {
     Error(ApiError),
     Hostile(Hostility),
-    /// An answer that tells an error although its status does not.
+    /// An answer with a good status that holds an error.
     Told(Box<Response>),
     Dropped,
 }
 
-/// The head of an answer is held back for so long.
+/// Time for which the head of an answer is held back.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::simulator) struct LateHead(pub(in crate::simulator) Duration);
 

@@ -1,7 +1,8 @@
 //! The text of replies, and its tokens.
 
-/// What the assistant says. It repeats the user's text, tells the outputs of functions, and counts the user's
-/// messages, so that a reader can check what the simulator knew. Padded to at least `words` words.
+/// Returns the assistant's reply. It repeats the user's text and the outputs of functions, and
+/// counts the user's messages, so that a reader can check what the simulator knew. It is padded
+/// to at least `words` words.
 pub(in crate::simulator) fn reply(
     user: &str,
     turn: usize,
@@ -20,17 +21,17 @@ pub(in crate::simulator) fn reply(
     )
 }
 
-/// The text of a further message of the same reply.
+/// Returns the text of a further message of the same reply.
 pub(in crate::simulator) fn further_part(number: usize, words: usize) -> String {
     pad(format!("This is part {number} of the reply."), words)
 }
 
-/// One word with the blanks behind it each; together they are the text again.
+/// Splits a text into words, each with the blank behind it. Together they are the text.
 pub(in crate::simulator) fn tokens(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive(' ')
 }
 
-/// Words of a text, as a measure of usage.
+/// Counts the words of a text, as a measure of usage.
 pub(in crate::simulator) fn count(text: &str) -> u64 {
     text.split_whitespace()
         .count()

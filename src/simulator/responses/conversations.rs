@@ -1,4 +1,4 @@
-//! Conversations and their items, as they are asked for.
+//! Calls on conversations and their items.
 
 use axum::response::Response;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use crate::simulator::wire::error::{ApiError, json_body};
 use crate::simulator::wire::fields::Fields;
 use crate::simulator::wire::page::Paging;
 
-/// Items per create call.
+/// Items of one create call.
 const MAX_NEW_ITEMS: usize = 20;
 
 pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> {
@@ -42,7 +42,7 @@ pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> 
     Ok(answer)
 }
 
-/// All conversations.
+/// Lists all conversations.
 pub(super) fn list(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let paging = Paging::of_query(&call.query, true)?;
     let world = server.world();
@@ -142,7 +142,8 @@ pub(super) fn delete_item(server: &Server, call: &Call) -> Result<Response, ApiE
     Ok(json_body(conversation))
 }
 
-/// Locks a conversation as somebody else's response would. `None` if there is none or it is locked.
+/// Locks a conversation with the response of another client. Returns `None` if there is no such
+/// conversation or it is locked.
 pub(in crate::simulator) fn start_foreign_run(
     server: &Server,
     conversation: &str,
@@ -165,7 +166,7 @@ pub(in crate::simulator) fn stop_foreign_run(server: &Server, conversation: &str
         .is_some_and(|row| row.foreign.take().is_some())
 }
 
-/// The lock's answer, which names nobody.
+/// Refuses a call on a locked conversation; the text names no response.
 pub(super) fn refuse_if_locked(
     server: &Server,
     world: &mut World,
@@ -188,7 +189,7 @@ pub(super) fn refuse_if_locked(
     .code("conversation_locked"))
 }
 
-/// A conversation that was not deleted.
+/// Returns a conversation that was not deleted.
 pub(super) fn live<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Conversation, ApiError> {
     world
         .conversations
@@ -197,7 +198,7 @@ pub(super) fn live<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Convers
         .ok_or_else(|| not_found(id))
 }
 
-/// A conversation, deleted or not.
+/// Returns a conversation, deleted or not.
 fn any<'a>(world: &'a mut World, id: &str) -> Result<&'a mut Conversation, ApiError> {
     world.conversations.get_mut(id).ok_or_else(|| not_found(id))
 }

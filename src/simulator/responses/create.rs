@@ -1,4 +1,4 @@
-//! Creating a response.
+//! Creates responses.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::simulator::wire::error::{ApiError, json_body};
 use crate::simulator::wire::fields::{Fields, Metadata, wrong_type};
 use crate::simulator::wire::sse::{EventLog, EventOut};
 
-/// Background responses whose events can be replayed: the newest.
+/// Newest background responses whose events can be replayed.
 const MAX_REPLAYABLE: usize = 1000;
 
 const KNOWN: [&str; 30] = [
@@ -57,8 +57,8 @@ const KNOWN: [&str; 30] = [
     "user",
 ];
 
-/// Creates a response. Dropping the future, or the body of its answer, ends a response that is not in the
-/// background.
+/// Creates a response. Dropping the future, or the body of its answer, ends a response that is
+/// not in the background.
 pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
     let request = NewResponse::read(call.body)?;
     let (generation, answer) = start(server, request, call.fault.as_deref())?;
@@ -69,7 +69,7 @@ pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpRespo
     server.tasks.spawn(generation.work());
     server.changed();
     if drops {
-        return Err(Refused::Dropped); // the answer goes with it, and stops what is not in the background
+        return Err(Refused::Dropped); // drops the answer, which ends a response that is not in the background
     }
     let mut response = match answer {
         Answer::Ready(response) => response,
@@ -86,7 +86,7 @@ enum Answer {
     WhenDone(oneshot::Receiver<HttpResponse>),
 }
 
-/// What a request asks for.
+/// The request for a response.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each is a field of the request"
@@ -302,8 +302,8 @@ fn accepted<'a>(response: &'a Response, input: &[Value]) -> Accepted<'a> {
     }
 }
 
-/// The context with the input, or why the turn cannot be. A fault that lets the turn end with that refusal lets it
-/// begin.
+/// Returns the context with the input, or why the response cannot be made. A fault that makes the
+/// response end with that refusal lets it begin.
 fn with_input(
     mut context: Context,
     input: &[Value],
@@ -322,7 +322,7 @@ fn with_input(
     Ok(context)
 }
 
-/// What stands before the input, and the lane it belongs to, if there is one yet.
+/// Returns the context before the input, and the lane that it belongs to, if there is one yet.
 fn base(
     server: &Server,
     world: &mut World,
@@ -352,8 +352,8 @@ fn base(
     Ok((stored.context.clone(), Some(stored.lane.clone())))
 }
 
-/// The turn's behaviour: from the newest user message, or else from the outputs of functions, then from a fault. What
-/// stands before that message is history.
+/// Returns the plan of the response: from the newest user message, or else from the outputs of
+/// functions, then from a fault. Items before that message are history.
 fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
     let newest = input.iter().rposition(|item| item["role"] == "user");
     let said = match newest {
@@ -376,8 +376,8 @@ fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
     Ok(plan)
 }
 
-/// The connection of a background stream breaks after this many events: the three that announce it, the two that
-/// open the first message, and the deltas.
+/// Returns the number of events after which the connection of a background stream breaks: three
+/// that announce the response, two that open the first message, and the deltas.
 fn cut_frame(plan: &Plan) -> Option<usize> {
     plan.cut.map(|deltas| deltas + 5)
 }

@@ -1,4 +1,4 @@
-//! A response at work: its items and their events in the documented order.
+//! The generation of a response: its items and their events in the documented order.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::simulator::wire::sse::EventOut;
 #[derive(Debug)]
 pub(super) struct Generation {
     server: Arc<Server>,
-    /// The world it belongs to has ended.
+    /// Cancelled when the response's world ends.
     end: CancellationToken,
     response: Response,
     input: Vec<Value>,
@@ -30,7 +30,7 @@ pub(super) struct Generation {
     lane: String,
     plan: Plan,
     out: EventOut,
-    /// Who waits for the finished response, if it is not streamed.
+    /// The receiver of the finished response, if it is not streamed.
     done: Option<oneshot::Sender<HttpResponse>>,
     cancel: CancellationToken,
     obfuscation: bool,
@@ -39,14 +39,14 @@ pub(super) struct Generation {
     tokens: u64,
 }
 
-/// Why the work stopped before its end.
+/// The reason why the work stopped before its end.
 #[derive(Clone, Copy, Debug)]
 enum Stop {
-    /// A background response was cancelled; its row says so already.
+    /// A background response was cancelled, and its row says so already.
     Cancelled,
     /// The client left, or its connection was cut.
     Abandoned,
-    /// An `error` event is due.
+    /// An `error` event is to be sent.
     Failed,
     /// The simulator was reset or stops.
     Gone,
@@ -60,10 +60,11 @@ struct ResponseEvent<'a> {
 }
 
 impl Generation {
-    /// Work on a response that was accepted. Nothing happens until [`work`](Self::work) is polled.
+    /// Makes the work on an accepted response. Nothing happens until [`work`](Self::work) is
+    /// polled.
     #[expect(
         clippy::too_many_arguments,
-        reason = "they are all that a response is; a struct would only repeat them"
+        reason = "a struct would only repeat the fields"
     )]
     pub(super) fn new(
         server: &Arc<Server>,
@@ -100,7 +101,7 @@ impl Generation {
         &self.plan
     }
 
-    /// Does the work, sends its events, and answers who waits.
+    /// Does the work, sends its events, and answers the waiting client.
     pub(super) async fn work(mut self) {
         if let Err(stop) = self.reply().await {
             self.stop(stop);
@@ -214,7 +215,7 @@ impl Generation {
         }
     }
 
-    /// Makes one message, word by word.
+    /// Generates one message, word by word.
     async fn message(&mut self, part: usize) -> Result<(), Stop> {
         let text = self.text(part);
         let index = self.response.output.len();
@@ -285,7 +286,7 @@ impl Generation {
         Ok(())
     }
 
-    /// How many of so many tokens are sent.
+    /// Returns how many of `all` tokens are sent.
     fn budget(&self, all: usize) -> usize {
         let asked = if self.plan.outcome == Outcome::Complete {
             all
@@ -336,7 +337,7 @@ impl Generation {
         Ok(())
     }
 
-    /// Ends the response as the plan wants and says so.
+    /// Ends the response with the outcome of the plan, and sends its last event.
     fn finish(&mut self) -> Result<(), Stop> {
         if self.plan.no_terminal && !self.response.background {
             return Err(Stop::Abandoned);
@@ -354,7 +355,7 @@ impl Generation {
             self.emit_response(&format!("response.{}", status.name()));
         }
         if let Some(done) = self.done.take() {
-            let _ = done.send(json_body(&self.response)); // the client left just now; the response stands
+            let _ = done.send(json_body(&self.response)); // the client has just left; the response is stored
         }
         Ok(())
     }
@@ -407,7 +408,7 @@ impl Generation {
         }
     }
 
-    /// Puts the end into the world: conversation, lock, figures, and the response itself.
+    /// Stores the end in the world: the response, its conversation with the lock, the statistics.
     fn commit(&mut self, status: ResponseStatus) -> Result<(), Stop> {
         let mut guard = self.server.world();
         let world = &mut *guard;
@@ -529,7 +530,7 @@ impl Generation {
         self.out.is_gone() || self.done.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
-    /// Waits; no time at all if there is none to wait.
+    /// Waits; returns at once for a zero time.
     async fn pause(&mut self, time: Duration) -> Result<(), Stop> {
         if time.is_zero() {
             return if self.cancel.is_cancelled() {
@@ -567,7 +568,7 @@ impl Generation {
     }
 }
 
-/// An object with the fields of both.
+/// Merges the fields of two objects.
 fn merged(at: &Value, more: Value) -> Value {
     let mut all = more;
     if let (Some(all), Some(at)) = (all.as_object_mut(), at.as_object()) {
@@ -576,7 +577,7 @@ fn merged(at: &Value, more: Value) -> Value {
     all
 }
 
-/// Ends a response: its conversation's lock and content, the figures.
+/// Ends a response: releases its conversation's lock, appends its items, and counts it.
 pub(super) fn end_response(
     server: &Server,
     world: &mut World,

@@ -1,4 +1,4 @@
-//! Items: reading them from requests.
+//! Reads items from requests.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::simulator::wire::fields::{Fields, within, wrong_type, wrong_value};
 
 const MAX_TEXT: usize = 10_485_760;
 
-/// The input of a response: a text, or items at `path`.
+/// Reads the input of a response: a text, or items at `path`.
 pub(super) fn read_input(
     server: &Server,
     input: Value,
@@ -29,7 +29,7 @@ pub(super) fn read_input(
     }
 }
 
-/// The items of an array at `path`, in the shape in which they are stored.
+/// Reads the items of an array at `path`, and returns them in the stored shape.
 pub(super) fn read_items(
     server: &Server,
     list: Vec<Value>,
@@ -46,7 +46,8 @@ pub(super) fn read_items(
     Ok(items)
 }
 
-/// The ids that a client gave to the items of an input. Others are new, and need not be searched for.
+/// Returns the ids that a client gave to items of an input. Generated ids are new and need no
+/// check.
 pub(super) fn given_ids(input: &Value) -> Vec<String> {
     let items = input.as_array().map(Vec::as_slice).unwrap_or_default();
     items
@@ -56,7 +57,7 @@ pub(super) fn given_ids(input: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Refuses ids that are there already.
+/// Refuses ids that exist already.
 pub(super) fn refuse_duplicates(ids: &[String], present: &[Value]) -> Result<(), ApiError> {
     for given in ids {
         if present.iter().any(|item| id(item) == given) {
@@ -142,7 +143,7 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
                 "Item with id '{id}' not found."
             )))
         }
-        // Kinds that only the model or its tools make: passed through as they are.
+        // Kinds that only the model or its tools create are stored unchanged.
         _ => {
             let mut item = item;
             if !item["id"].is_string() {
@@ -208,7 +209,7 @@ fn read_message(server: &Server, item: Value, at: String) -> Result<Value, ApiEr
     Ok(message(&id, &role, &content))
 }
 
-/// A completed message item.
+/// Returns a completed message item.
 fn message(id: &str, role: &str, content: &[Value]) -> Value {
     json!({"type": "message", "id": id, "status": "completed", "role": role, "content": content})
 }

@@ -1,4 +1,4 @@
-//! Responses after their creation: get, resume, cancel, delete, input items.
+//! Calls on existing responses: get, resume, cancel, delete, input items.
 
 use axum::response::Response;
 use serde_json::json;
@@ -53,7 +53,8 @@ pub(super) fn get(server: &Server, call: &Call) -> Result<Response, ApiError> {
     Ok(log.follow(from, plan.cut, plan.format.split))
 }
 
-/// Cancels a background response; takes as long as the knob says. May be dropped: then nothing happens.
+/// Cancels a background response after the configured delay. If it is dropped before, nothing
+/// happens.
 pub(super) async fn cancel(server: &Server, call: &Call) -> Result<Response, ApiError> {
     let id = call.segment(1);
     if let Some(answer) = cancel_without_work(&server.world(), id)? {
@@ -65,7 +66,7 @@ pub(super) async fn cancel(server: &Server, call: &Call) -> Result<Response, Api
         .get(id)
         .is_some_and(|stored| stored.stuck_cancel);
     if is_stuck {
-        // The connection ends, or the simulator does: either drops this.
+        // The end of the connection or of the simulator drops this future.
         std::future::pending::<()>().await;
     }
     if !server.config.cancel_delay.is_zero() {
@@ -116,7 +117,8 @@ pub(super) fn list_input_items(server: &Server, call: &Call) -> Result<Response,
     })
 }
 
-/// The answer of a cancel call that changes nothing; `None` if there is something to cancel.
+/// Returns the answer of a cancel call that changes nothing; `None` if there is a response to
+/// cancel.
 fn cancel_without_work(world: &World, id: &str) -> Result<Option<Response>, ApiError> {
     let response = &stored(world, id)?.response;
     if !response.background {

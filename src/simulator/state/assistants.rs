@@ -1,4 +1,4 @@
-//! Wire objects and what the server knows beside them.
+//! Wire objects of Assistants, and the server's data about them.
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use crate::simulator::state::stats::{Line, ThreadView, view};
 use crate::simulator::state::table::Row;
 use crate::simulator::wire::fields::Metadata;
 
-/// As documented for threads; the oldest messages of a longer one are dropped.
+/// Messages of a thread, as documented. Beyond it the oldest ones are dropped.
 const MAX_MESSAGES: usize = 100_000;
 /// Runs that a thread lists.
 const MAX_RUNS: usize = 10_000;
@@ -34,7 +34,7 @@ pub(in crate::simulator) struct Thread {
     /// User messages that were added and not deleted.
     #[serde(skip)]
     pub(in crate::simulator) turns: usize,
-    /// Words of all messages that were.
+    /// Words of all messages that were added and not deleted.
     #[serde(skip)]
     pub(in crate::simulator) words: u64,
 }
@@ -71,7 +71,7 @@ impl Thread {
         }
     }
 
-    /// Takes a message out: from now on nothing is known of it.
+    /// Removes a message without a trace.
     pub(in crate::simulator) fn remove(&mut self, id: &str) {
         self.messages.retain(|message| message.id != id);
         self.turns = self
@@ -94,7 +94,7 @@ impl Thread {
         }
     }
 
-    /// The newest messages are looked at first.
+    /// Returns the message; searches from the newest.
     pub(in crate::simulator) fn message_mut(&mut self, id: &str) -> Option<&mut Message> {
         self.messages
             .iter_mut()
@@ -102,7 +102,7 @@ impl Thread {
             .find(|message| message.id == id)
     }
 
-    /// The text of the newest user message, empty if there is none.
+    /// Returns the text of the newest user message; empty if there is none.
     pub(in crate::simulator) fn last_user_text(&self) -> String {
         self.messages
             .iter()
@@ -147,7 +147,7 @@ pub(in crate::simulator) struct Message {
 }
 
 impl Message {
-    /// The text and refusal parts together.
+    /// Returns the text and refusal parts together.
     pub(in crate::simulator) fn text(&self) -> String {
         match self.texts().as_slice() {
             [text] => (*text).to_owned(),
@@ -167,7 +167,7 @@ impl Message {
             .collect()
     }
 
-    /// Who says what. What an assistant says is the same whether it comes in one message or in several.
+    /// Returns role and text. The text of an assistant is the same in one message or in several.
     fn line(&self) -> Line {
         let text = if self.role == "assistant" {
             self.texts().concat()
@@ -239,7 +239,7 @@ pub(in crate::simulator) struct Run {
     pub(in crate::simulator) work: Work,
 }
 
-/// What the caller may set for one run.
+/// Settings that the caller may choose for one run.
 #[derive(Clone, Debug, Serialize)]
 pub(in crate::simulator) struct Settings {
     pub(in crate::simulator) model: String,
@@ -255,26 +255,26 @@ pub(in crate::simulator) struct Settings {
     pub(in crate::simulator) response_format: Value,
 }
 
-/// The server's side of a run.
+/// The server's data about a run.
 #[derive(Debug)]
 pub(in crate::simulator) struct Work {
-    /// When it expires.
+    /// The time of expiry.
     pub(in crate::simulator) deadline: Instant,
-    /// Tells its generation that it is being cancelled.
+    /// Cancels the generation of the run.
     pub(in crate::simulator) cancel: CancellationToken,
-    /// Tells it that its world has ended.
+    /// Cancelled when the run's world ends.
     pub(in crate::simulator) end: CancellationToken,
     pub(in crate::simulator) plan: Plan,
-    /// A generation works on it.
+    /// A generation works on the run.
     pub(in crate::simulator) generating: bool,
-    /// Somebody else's, made by a knob.
+    /// The run of another client, made by `start_foreign_run`.
     pub(in crate::simulator) foreign: bool,
     pub(in crate::simulator) steps: Vec<Step>,
     /// Ids of the function calls that wait for outputs.
     pub(in crate::simulator) calls: Vec<String>,
-    /// What the functions answered so far.
+    /// The outputs of functions so far.
     pub(in crate::simulator) outputs: Vec<String>,
-    /// Tokens made so far.
+    /// Tokens generated so far.
     pub(in crate::simulator) tokens: u64,
 }
 

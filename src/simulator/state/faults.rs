@@ -1,4 +1,4 @@
-//! Faults that wait for the next matching requests, whatever these contain.
+//! Faults that wait for the next matching requests, whatever their content.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,21 +9,21 @@ use crate::simulator::wire::operation::Operation;
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
-    /// An operation (`create_run`, `get_response`, …), `start` (whatever starts a run), `create_thread` (of
-    /// either protocol), or `any`.
+    /// An operation (`create_run`, `get_response`, …), `start` (any operation that starts a run),
+    /// `create_thread` (of either protocol), or `any`.
     pub on: String,
-    /// Directives, as they would stand in a user's text: `status=500`, `silent_after=3 crlf`, …
+    /// Directives in the form of a user's text: `status=500`, `silent_after=3 crlf`, …
     pub fault: String,
     #[serde(default = "once")]
     pub times: u32,
 }
 
-/// The faults that wait, oldest first.
+/// The queued faults, oldest first.
 #[derive(Debug, Default)]
 pub(in crate::simulator) struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// Adds a fault, or says what is wrong with it.
+    /// Adds a fault. An error says what is wrong with the fault.
     pub(in crate::simulator) fn add(&mut self, fault: Fault) -> Result<(), String> {
         Plan::default().apply(&fault.fault)?;
         if !(Operation::exists(&fault.on) || ["any", "start"].contains(&fault.on.as_str())) {
@@ -35,7 +35,8 @@ impl Faults {
         Ok(())
     }
 
-    /// Takes one use of the oldest fault that is meant for `operation`. `None` also if its `chance` spares this request.
+    /// Takes one use of the oldest fault for `operation`. Returns `None` also if the fault's
+    /// `chance` spares this request.
     pub(in crate::simulator) fn take(&mut self, operation: Operation) -> Option<String> {
         let at = self
             .0

@@ -1,4 +1,4 @@
-//! Stored items: what one says, and what a sequence of them means for the next turn.
+//! Stored items: their text, and what a sequence of them means for the next response.
 
 use serde_json::Value;
 
@@ -7,16 +7,16 @@ use crate::simulator::behaviour::words;
 use crate::simulator::state::stats::Line;
 use crate::simulator::wire::error::ApiError;
 
-/// What a conversation or a chain amounts to so far.
+/// The state of a conversation or chain so far.
 #[derive(Clone, Debug, Default)]
 pub(in crate::simulator) struct Context {
     /// `call_id` of function calls without an output, oldest first.
     pub(in crate::simulator) open_calls: Vec<String>,
-    /// User messages.
+    /// Number of user messages.
     pub(in crate::simulator) turns: usize,
     /// Text of the newest user message.
     pub(in crate::simulator) user_text: String,
-    /// Outputs of functions since then.
+    /// Outputs of functions since the newest user message.
     pub(in crate::simulator) outputs: Vec<String>,
     pub(in crate::simulator) words: u64,
     /// A reasoning item whose successor has not come yet.
@@ -32,7 +32,7 @@ impl Context {
         context
     }
 
-    /// Takes in the next item.
+    /// Adds the next item.
     pub(in crate::simulator) fn absorb(&mut self, item: &Value) {
         let kind = item["type"].as_str().unwrap_or_default();
         let by_model = match kind {
@@ -64,7 +64,7 @@ impl Context {
         }
     }
 
-    /// Takes in the input of a new turn, or says why the turn cannot be.
+    /// Adds the input of a new response, or returns why the response cannot be made.
     pub(in crate::simulator) fn accept(&mut self, input: &[Value]) -> Result<(), ApiError> {
         for item in input {
             if item["type"] == "function_call_output" {
@@ -86,7 +86,7 @@ impl Context {
         Ok(())
     }
 
-    /// The words for what is wrong, or would be.
+    /// Returns the words of a complaint about the damage, or about damage that does not exist.
     pub(in crate::simulator) fn complaint(&self, complaint: Complaint) -> String {
         match complaint {
             Complaint::OpenCall => {
@@ -107,13 +107,13 @@ impl Context {
     }
 }
 
-/// The item's id; empty if it has none.
+/// Returns the item's id; empty if it has none.
 pub(in crate::simulator) fn id(item: &Value) -> &str {
     item["id"].as_str().unwrap_or_default()
 }
 
-/// Role and text of a message item; `None` for other kinds. What an assistant says is the same whether it comes in one
-/// message or in several.
+/// Returns role and text of a message item; `None` for other kinds. The text of an assistant is
+/// the same in one message or in several.
 pub(in crate::simulator) fn line(item: &Value) -> Option<Line> {
     let role = item["role"]
         .as_str()
@@ -126,7 +126,7 @@ pub(in crate::simulator) fn line(item: &Value) -> Option<Line> {
     Some((role.to_owned(), text))
 }
 
-/// The text of a message or of a function's output.
+/// Returns the text of a message or of a function's output.
 pub(in crate::simulator) fn text(item: &Value) -> String {
     joined(item, " ")
 }
@@ -149,7 +149,7 @@ fn joined(item: &Value, between: &str) -> String {
     }
 }
 
-/// The refusal of an input.
+/// Returns the refusal of an input.
 pub(in crate::simulator) fn bad_input(text: String) -> ApiError {
     ApiError::invalid(text).param("input")
 }

@@ -1,4 +1,4 @@
-//! Conversations and responses: wire objects, and what the server knows beside them.
+//! Wire objects of conversations and responses, and the server's data about them.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::simulator::state::table::Row;
 use crate::simulator::wire::fields::Metadata;
 use crate::simulator::wire::sse::EventLog;
 
-/// Items kept; the oldest of a longer conversation are dropped.
+/// Items of a conversation. Beyond it the oldest ones are dropped.
 const MAX_ITEMS: usize = 100_000;
 
 #[derive(Debug, Serialize)]
@@ -26,13 +26,13 @@ pub(in crate::simulator) struct Conversation {
     pub(in crate::simulator) items: Vec<Value>,
     #[serde(skip)]
     pub(in crate::simulator) context: Context,
-    /// Ids of the responses at work.
+    /// Ids of the active responses.
     #[serde(skip)]
     pub(in crate::simulator) active: Vec<String>,
-    /// The lock outlives its response until then.
+    /// Time until which the lock outlives its response.
     #[serde(skip)]
     pub(in crate::simulator) locked_until: Option<Instant>,
-    /// Somebody else's response, made by a knob.
+    /// The response of another client, made by `start_foreign_run`.
     #[serde(skip)]
     pub(in crate::simulator) foreign: Option<String>,
     #[serde(skip)]
@@ -148,7 +148,7 @@ pub(in crate::simulator) struct Response {
     pub(in crate::simulator) settings: Settings,
 }
 
-/// What the caller may set for one response; echoed.
+/// Settings that the caller may choose for one response; they are echoed.
 #[derive(Clone, Debug, Serialize)]
 pub(in crate::simulator) struct Settings {
     pub(in crate::simulator) model: String,
@@ -166,19 +166,19 @@ pub(in crate::simulator) struct Settings {
     pub(in crate::simulator) text: Value,
 }
 
-/// A response that can be read back.
+/// A response that clients can read.
 #[derive(Debug)]
 pub(in crate::simulator) struct StoredResponse {
     pub(in crate::simulator) response: Response,
     pub(in crate::simulator) input: Vec<Value>,
-    /// Where a chain stands after it.
+    /// The context of the chain after it.
     pub(in crate::simulator) context: Context,
     /// The conversation, or the first response of the chain.
     pub(in crate::simulator) lane: String,
     /// The events of a background response that was created with `stream`.
     pub(in crate::simulator) log: Option<Arc<EventLog>>,
     pub(in crate::simulator) cancel: CancellationToken,
-    /// A cancel call has no answer.
+    /// A cancel call gets no answer.
     pub(in crate::simulator) stuck_cancel: bool,
 }
 

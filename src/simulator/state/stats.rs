@@ -1,4 +1,4 @@
-//! What the simulator has seen: figures for tests that state invariants.
+//! Statistics of the simulator, for tests of invariants.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -8,70 +8,72 @@ use tokio::time::Instant;
 
 use crate::simulator::wire::fields::Metadata;
 
-/// Violations kept as text.
+/// Violations that are kept as text.
 const MAX_VIOLATIONS: usize = 1000;
 
-/// Figures since the start, or since the last reset.
+/// Statistics since the start, or since the last reset.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Stats {
     /// Requests of either protocol, refused ones included.
     pub requests: u64,
-    /// The same by operation, such as `create_run`; see `operation.rs` for the names.
+    /// Requests by operation, such as `create_run`; `operation.rs` has the names.
     pub requests_by_operation: BTreeMap<String, u64>,
     /// Runs and responses that were accepted.
     pub runs_started: u64,
-    /// Runs and responses that have ended, by final status. A response whose client left counts as `abandoned`.
+    /// Ended runs and responses, by final status. A response whose client left counts as
+    /// `abandoned`.
     pub runs_ended: BTreeMap<String, u64>,
-    /// Runs and responses that have not ended, those that wait for tool outputs included.
+    /// Runs and responses that have not ended, including those that wait for tool outputs.
     pub active_runs: usize,
-    /// The most at one time, over all threads.
+    /// The highest number of active runs at one time, over all threads.
     pub max_active_runs: usize,
-    /// The most at one time on any one thread, conversation or chain of responses. Counted whether or not locks
-    /// are enforced.
+    /// The highest number of active runs at one time on any thread, conversation or chain of
+    /// responses. Counted whether or not locks are enforced.
     pub max_active_runs_per_thread: usize,
-    /// The same without runs that wait for tool outputs.
+    /// The same number without runs that wait for tool outputs.
     pub max_generating_runs_per_thread: usize,
-    /// Messages that were added to a thread beside an active run (only where locks are not enforced).
+    /// Messages that were added to a thread during an active run (only where locks are not
+    /// enforced).
     pub messages_added_while_active: u64,
-    /// Requests refused because of an active run.
+    /// Requests that were refused because of an active run.
     pub lock_refusals: u64,
     pub threads_created: u64,
     pub threads_deleted: u64,
     pub conversations_created: u64,
     pub conversations_deleted: u64,
-    /// Text tokens sent or made.
+    /// Text tokens that were sent or generated.
     pub tokens: u64,
-    /// What a careful client never does, in words; at most 1000.
+    /// Acts that a careful client never does, in words; at most 1000.
     pub violations: Vec<String>,
 }
 
-/// A thread or conversation as seen from outside.
+/// A thread or conversation as clients see it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ThreadView {
     pub id: String,
     pub metadata: BTreeMap<String, String>,
     /// The texts of the user messages, oldest first, directives included.
     pub user_texts: Vec<String>,
-    /// A conversation that was deleted, whose items are still there.
+    /// The conversation was deleted, but its items still exist.
     pub deleted: bool,
-    /// The ids of the runs and responses on it that have not ended.
+    /// The ids of its runs and responses that have not ended.
     pub active: Vec<String>,
 }
 
-/// A run or response that was accepted, and how it went.
+/// An accepted run or response, and its course.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct RunView {
     pub id: String,
-    /// Its thread or conversation; where there is neither, the first response of its chain.
+    /// Its thread or conversation; without either, the first response of its chain.
     pub thread: String,
     pub metadata: BTreeMap<String, String>,
-    /// The texts of the user messages that came with it, oldest first, directives included: earlier ones that the client
-    /// sent along stand before those of the turn.
+    /// The texts of the user messages that were sent with it, oldest first, directives included.
+    /// Messages of the history come before those of the run.
     pub user_texts: Vec<String>,
-    /// The function calls that were answered: by the request itself, or while the run waited.
+    /// The function calls that were answered, by the request itself or while the run waited.
     pub answered_calls: Vec<String>,
-    /// How it ended; unset while it has not. A response whose client left was `abandoned`, a run whose thread was deleted
-    /// `deleted`.
+    /// The final status; unset before the end. A response whose client left was `abandoned`, a
+    /// run whose thread was deleted `deleted`.
     pub status: Option<String>,
     /// Milliseconds from the start of the simulator, by its monotonic clock.
     pub started_ms: u64,
@@ -82,18 +84,18 @@ pub struct RunView {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Recorded {
     pub method: String,
-    /// From `/v1` on, without the query.
+    /// The path from `/v1` on, without the query.
     pub path: String,
     pub query: Option<String>,
     /// Names in lower case. Credentials are left out.
     pub headers: BTreeMap<String, String>,
-    /// Null without a body, or with one above 256 KiB; a string if it is not JSON.
+    /// Null without a body, or for a body above 256 KiB; a string if the body is not JSON.
     pub body: Value,
-    /// Such as `create_run`; unset where nothing is at that path.
+    /// An operation such as `create_run`; unset for an unknown path.
     pub operation: Option<String>,
 }
 
-/// Counts while the simulator runs.
+/// The counters of a running simulator.
 #[derive(Debug)]
 pub(in crate::simulator) struct Counters {
     pub(in crate::simulator) stats: Stats,
@@ -108,9 +110,9 @@ struct RunLog {
     since: Instant,
     keep: usize,
     runs: VecDeque<RunView>,
-    /// How many were forgotten: the number of the first one in `runs`.
+    /// Number of removed runs, which is the number of the first one in `runs`.
     forgotten: usize,
-    /// The numbers of those that have not ended.
+    /// The numbers of the runs that have not ended.
     open: HashMap<String, usize>,
 }
 
@@ -121,7 +123,7 @@ struct Lane {
     generating: usize,
 }
 
-/// A run or response as it is accepted.
+/// A run or response at its acceptance.
 #[derive(Debug)]
 pub(in crate::simulator) struct Accepted<'a> {
     pub(in crate::simulator) id: &'a str,
@@ -131,7 +133,7 @@ pub(in crate::simulator) struct Accepted<'a> {
 }
 
 impl Counters {
-    /// `since`: when the simulator was started. The newest `keep` runs are remembered.
+    /// `since`: the start of the simulator. The newest `keep` runs are kept.
     pub(in crate::simulator) fn new(since: Instant, keep: usize) -> Self {
         let runs = RunLog {
             since,
@@ -148,7 +150,7 @@ impl Counters {
         }
     }
 
-    /// The newest runs and responses, oldest first.
+    /// Returns the newest runs and responses, oldest first.
     pub(in crate::simulator) fn runs(&self) -> Vec<RunView> {
         self.runs.runs.iter().cloned().collect()
     }
@@ -172,7 +174,7 @@ impl Counters {
         }
     }
 
-    /// A run was accepted on `lane`.
+    /// Counts a run that was accepted on `lane`.
     pub(in crate::simulator) fn begin(&mut self, lane: &str, accepted: Accepted<'_>) {
         let run = accepted.id;
         let entry = self.lanes.entry(lane.to_owned()).or_default();
@@ -192,7 +194,7 @@ impl Counters {
         self.runs.begin(lane, accepted);
     }
 
-    /// Calls of a run that waited for their outputs were answered.
+    /// Records answers to the calls of a run that waited for outputs.
     pub(in crate::simulator) fn answered(
         &mut self,
         run: &str,
@@ -203,14 +205,14 @@ impl Counters {
         }
     }
 
-    /// A run waits for tool outputs.
+    /// Counts a run that begins to wait for tool outputs.
     pub(in crate::simulator) fn pause(&mut self, lane: &str) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.generating = entry.generating.saturating_sub(1);
         }
     }
 
-    /// A run that waited goes on.
+    /// Counts a run that continues after its wait.
     pub(in crate::simulator) fn resume(&mut self, lane: &str) {
         if let Some(entry) = self.lanes.get_mut(lane) {
             entry.generating += 1;
@@ -219,7 +221,7 @@ impl Counters {
         }
     }
 
-    /// A run has ended. `generating`: it did not wait for tool outputs.
+    /// Counts a run that has ended. `generating`: the run did not wait for tool outputs.
     pub(in crate::simulator) fn end(
         &mut self,
         lane: &str,
@@ -280,7 +282,7 @@ impl RunLog {
         self.open.remove(run);
     }
 
-    /// A run that has not ended, if it is remembered.
+    /// Returns a run that has not ended, if it is still kept.
     fn open_run(&mut self, run: &str) -> Option<&mut RunView> {
         let number = self.open.get(run)?.checked_sub(self.forgotten)?;
         self.runs.get_mut(number)
@@ -294,7 +296,7 @@ impl RunLog {
 /// A message of a thread, or a message item of a conversation, as role and text.
 pub(in crate::simulator) type Line = (String, String);
 
-/// What is to be seen of a thread or conversation with these messages.
+/// Returns the view of a thread or conversation with these messages.
 pub(in crate::simulator) fn view(
     id: &str,
     metadata: &Metadata,

@@ -1,8 +1,8 @@
-//! Bounded tables of what is stored.
+//! Tables with a bounded number of rows.
 
 use std::collections::{HashMap, VecDeque};
 
-/// Rows by id, in the order of their making, at most so many: past it the oldest idle ones are forgotten.
+/// Rows by id, in order of creation. Beyond the limit the oldest idle ones are removed.
 #[derive(Debug)]
 pub(in crate::simulator) struct Table<T> {
     rows: HashMap<String, T>,
@@ -12,7 +12,7 @@ pub(in crate::simulator) struct Table<T> {
 
 /// A row that may be in use.
 pub(in crate::simulator) trait Row {
-    /// It must not be forgotten.
+    /// Returns true if the row must not be removed.
     fn is_busy(&self) -> bool;
 }
 
@@ -41,7 +41,7 @@ impl<T: Row> Table<T> {
         row
     }
 
-    /// Rows and ids, oldest first.
+    /// Returns ids and rows, oldest first.
     pub(in crate::simulator) fn iter(&self) -> impl Iterator<Item = (&String, &T)> {
         self.order
             .iter()
@@ -51,7 +51,7 @@ impl<T: Row> Table<T> {
     pub(in crate::simulator) fn insert(&mut self, id: String, row: T) {
         self.order.push_back(id.clone());
         self.rows.insert(id, row);
-        // Busy rows move to the young end; a bound keeps a world of busy rows from being searched for ever.
+        // Busy rows move to the new end. The bound limits the search in a table of busy rows.
         for _ in 0..8 {
             if self.rows.len() <= self.cap {
                 break;

@@ -1,4 +1,4 @@
-//! A request as its protocol reads it.
+//! A parsed request.
 
 use std::collections::BTreeMap;
 
@@ -14,12 +14,12 @@ pub(in crate::simulator) struct Call {
     pub(in crate::simulator) path: Vec<String>,
     pub(in crate::simulator) query: BTreeMap<String, String>,
     pub(in crate::simulator) body: Map<String, Value>,
-    /// A fault that was waiting for this request, as directives.
+    /// The directives of the fault that was queued for this request.
     pub(in crate::simulator) fault: Option<String>,
 }
 
 impl Call {
-    /// A path segment by its place: `/v1/threads/{1}/runs/{3}`.
+    /// Returns a segment of the path by its index: `/v1/threads/{1}/runs/{3}`.
     pub(in crate::simulator) fn segment(&self, place: usize) -> &str {
         self.path.get(place).map_or("", String::as_str)
     }

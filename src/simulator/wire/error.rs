@@ -44,7 +44,7 @@ impl ApiError {
         .code("invalid_api_key")
     }
 
-    /// The usual body of an error status.
+    /// Returns the usual body of an error status.
     pub(in crate::simulator) fn of_status(
         status: StatusCode,
         code: Option<&str>,
@@ -66,7 +66,7 @@ impl ApiError {
             status => Self::new(
                 status,
                 "invalid_request_error",
-                "The simulator was told to refuse this.".to_owned(),
+                "A directive asked the simulator to refuse this request.".to_owned(),
             ),
         };
         let error = Self {
@@ -92,7 +92,7 @@ impl ApiError {
         )
     }
 
-    /// The path exists, for other methods.
+    /// Returns the error for a path that exists for other methods only.
     pub(in crate::simulator) fn wrong_method(method: &str, path: &[&str]) -> Self {
         let message = format!("Not allowed to {method} on /v1/{}.", path.join("/"));
         Self::new(
@@ -144,7 +144,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// A JSON answer with status 200.
+/// Returns a JSON answer with status 200.
 pub(in crate::simulator) fn json_body(body: &impl serde::Serialize) -> Response {
     let text = serde_json::to_vec(body).expect("the simulator's objects are plain JSON");
     let mut response = Response::new(Body::from(text));

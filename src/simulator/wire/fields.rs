@@ -1,4 +1,5 @@
-//! Reading request bodies whose schemas are closed: every field is taken by name, what is left over is refused.
+//! Reads request bodies with closed schemas: every field is taken by name, and an unknown one is
+//! refused.
 
 use std::collections::BTreeMap;
 
@@ -6,19 +7,19 @@ use serde_json::{Map, Value};
 
 use crate::simulator::wire::error::ApiError;
 
-/// Free pairs of an object.
+/// String pairs of an object.
 pub(in crate::simulator) type Metadata = BTreeMap<String, String>;
 
 /// The fields of one object of a request.
 #[derive(Debug)]
 pub(in crate::simulator) struct Fields {
     map: Map<String, Value>,
-    /// Where the object stands in the body: empty, or `input[2]`.
+    /// The path of the object in the body: empty, or `input[2]`.
     at: String,
 }
 
 impl Fields {
-    /// The fields of the body itself. Refuses names that are not in `known`.
+    /// Takes the fields of the body itself. Refuses names that are not in `known`.
     pub(in crate::simulator) fn of_body(
         map: Map<String, Value>,
         known: &[&str],
@@ -30,7 +31,7 @@ impl Fields {
         .closed(known)
     }
 
-    /// The fields of an object at `at` within the body.
+    /// Takes the fields of an object at `at` within the body.
     pub(in crate::simulator) fn of_value(
         value: Value,
         at: String,
@@ -42,7 +43,7 @@ impl Fields {
         }
     }
 
-    /// The value of `name`; null counts as absent.
+    /// Returns the value of `name`; null counts as absent.
     pub(in crate::simulator) fn any(&mut self, name: &str) -> Option<Value> {
         self.map.remove(name).filter(|value| !value.is_null())
     }
@@ -71,7 +72,7 @@ impl Fields {
         }
     }
 
-    /// An integer of at least `min`.
+    /// Returns an integer of at least `min`.
     pub(in crate::simulator) fn integer(
         &mut self,
         name: &str,
@@ -90,7 +91,7 @@ impl Fields {
         }
     }
 
-    /// A number from 0 to `max`.
+    /// Returns a number from 0 to `max`.
     pub(in crate::simulator) fn number(
         &mut self,
         name: &str,
@@ -124,7 +125,7 @@ impl Fields {
         )
     }
 
-    /// An array of at most `max` elements.
+    /// Returns an array of at most `max` elements.
     pub(in crate::simulator) fn array(
         &mut self,
         name: &str,
@@ -146,7 +147,8 @@ impl Fields {
         }
     }
 
-    /// Metadata within its limits: 16 pairs of text, keys up to 64 characters, values up to 512.
+    /// Returns metadata within its limits: 16 pairs of text, keys up to 64 characters, values up
+    /// to 512.
     pub(in crate::simulator) fn metadata(&mut self) -> Result<Option<Metadata>, ApiError> {
         let Some(value) = self.any("metadata") else {
             return Ok(None);
@@ -217,7 +219,7 @@ pub(in crate::simulator) fn within(path: &str, text: &str, max: usize) -> Result
     .code("string_above_max_length"))
 }
 
-/// Refuses a value of the wrong type.
+/// Returns the refusal of a value of the wrong type.
 pub(in crate::simulator) fn wrong_type(path: &str, wanted: &str, got: &Value) -> ApiError {
     let got = match got {
         Value::Null => "null",
@@ -234,7 +236,7 @@ pub(in crate::simulator) fn wrong_type(path: &str, wanted: &str, got: &Value) ->
     .code("invalid_type")
 }
 
-/// Refuses a value outside of a fixed set.
+/// Returns the refusal of a value outside of a fixed set.
 pub(in crate::simulator) fn wrong_value(path: &str, got: &str, wanted: &str) -> ApiError {
     ApiError::invalid(format!(
         "Invalid value: '{got}'. Supported values are: {wanted}."

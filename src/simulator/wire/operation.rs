@@ -1,4 +1,4 @@
-//! Which operation a method and path mean.
+//! Maps a method and path to an operation.
 
 use http::Method;
 
@@ -9,12 +9,12 @@ macro_rules! operations {
         pub(in crate::simulator) enum Operation { $($name),+ }
 
         impl Operation {
-            /// As used in statistics and faults.
+            /// Returns the name for statistics and faults.
             pub(in crate::simulator) const fn name(self) -> &'static str {
                 match self { $(Self::$name => $text),+ }
             }
 
-            /// Whether there is an operation of that name.
+            /// Returns true if an operation has this name.
             pub(in crate::simulator) fn exists(name: &str) -> bool {
                 [$($text),+].contains(&name)
             }
@@ -60,7 +60,7 @@ operations! {
 }
 
 impl Operation {
-    /// The operation at a path below the base, if there is one.
+    /// Returns the operation at a path below the base, if there is one.
     pub(in crate::simulator) fn of(method: &Method, path: &[&str]) -> Option<Self> {
         let (get, post, delete) = (
             method == Method::GET,
@@ -114,12 +114,12 @@ impl Operation {
         }
     }
 
-    /// It makes a model work, so that all that a directive can ask for applies.
+    /// Returns true if the operation makes a model work, so that all directives apply.
     pub(in crate::simulator) const fn generates(self) -> bool {
         self.starts() || matches!(self, Self::SubmitToolOutputs)
     }
 
-    /// It starts a run or a response.
+    /// Returns true if the operation starts a run or a response.
     const fn starts(self) -> bool {
         matches!(
             self,
@@ -127,8 +127,9 @@ impl Operation {
         )
     }
 
-    /// Whether a fault on `name` is meant for it. Beside the operation's own name there are `any`, `start` (any
-    /// operation that starts a run) and `create_thread` (of either protocol).
+    /// Returns true if a fault on `name` applies to the operation. Beside the operation's own
+    /// name there are `any`, `start` (any operation that starts a run) and `create_thread` (of
+    /// either protocol).
     pub(in crate::simulator) fn answers_to(self, name: &str) -> bool {
         match name {
             "any" => true,

@@ -36,7 +36,7 @@ impl Paging {
         })
     }
 
-    /// Everything, in the order given.
+    /// Returns the paging for everything, in the given order.
     pub(in crate::simulator) const fn whole() -> Self {
         Self {
             limit: usize::MAX,
@@ -46,7 +46,7 @@ impl Paging {
         }
     }
 
-    /// The page of `rows`, which come oldest first.
+    /// Returns the page of `rows`, which come oldest first.
     pub(in crate::simulator) fn answer<'a, T: Serialize + 'a>(
         &self,
         rows: impl DoubleEndedIterator<Item = &'a T>,
@@ -80,7 +80,7 @@ impl Paging {
             .map(|cursor| position(cursor, "before"))
             .transpose()?;
         let end = end.unwrap_or(ordered.len()).max(start);
-        // Going back, the page is the one right before the cursor.
+        // With `before` alone, the page is the one right before the cursor.
         let start = if self.before.is_some() && self.after.is_none() {
             end.saturating_sub(self.limit)
         } else {

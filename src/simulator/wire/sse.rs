@@ -1,4 +1,4 @@
-//! Writing event streams: frames in the format that a turn asks for, to a connection or to a log.
+//! Writes event streams, in the format that a run asks for, to a connection or to a log.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,12 +12,12 @@ use http::{HeaderValue, header};
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 
-/// Bytes held back while no pause is due, so that an instant reply is one write.
+/// Bytes that the buffer holds back while no pause is due, so that an instant reply is one write.
 const FLUSH_AT: usize = 16 * 1024;
 
 type Chunk = Result<Bytes, io::Error>;
 
-/// How events are written.
+/// The format of events.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub(in crate::simulator) struct EventFormat {
@@ -28,7 +28,7 @@ pub(in crate::simulator) struct EventFormat {
     pub(in crate::simulator) unknown_events: bool,
 }
 
-/// Where the events of a run go.
+/// The destination of a run's events.
 #[derive(Debug)]
 pub(in crate::simulator) struct EventOut {
     target: Target,
@@ -45,12 +45,13 @@ enum Target {
 }
 
 impl EventOut {
-    /// Nobody listens.
+    /// Discards all events.
     pub(in crate::simulator) fn nobody() -> Self {
         Self::new(Target::Nobody, EventFormat::default())
     }
 
-    /// The events become the body of the returned response. Its connection is cut by [`cut`](Self::cut).
+    /// Sends the events as the body of the returned response. [`cut`](Self::cut) breaks its
+    /// connection.
     pub(in crate::simulator) fn connection(format: EventFormat) -> (Self, Response) {
         let (sender, receiver) = mpsc::unbounded_channel::<Chunk>();
         let body = Body::from_stream(stream::unfold(receiver, |mut receiver| async {
@@ -66,7 +67,7 @@ impl EventOut {
         )
     }
 
-    /// The events are kept, for as many readers as come.
+    /// Keeps the events for any number of readers.
     pub(in crate::simulator) fn log(log: Arc<EventLog>, format: EventFormat) -> Self {
         Self::new(Target::Log(log), format)
     }
@@ -115,23 +116,23 @@ impl EventOut {
         self.emit("", data);
     }
 
-    /// Somebody may read what is sent.
+    /// Returns true if the events have a destination.
     pub(in crate::simulator) fn is_listening(&self) -> bool {
         !self.muted && !matches!(self.target, Target::Nobody)
     }
 
-    /// The turn asks for events that no client knows.
+    /// Returns true if the run asks for events that no client knows.
     pub(in crate::simulator) fn wants_unknown_events(&self) -> bool {
         self.format.unknown_events
     }
 
-    /// Sends nothing from now on, not even what is buffered; the connection stays open.
+    /// Sends nothing from now on, not even the buffer. The connection stays open.
     pub(in crate::simulator) fn mute(&mut self) {
         self.muted = true;
         self.buffer.clear();
     }
 
-    /// Hands what is buffered to the connection.
+    /// Passes the buffer to the connection.
     pub(in crate::simulator) fn flush(&mut self) {
         let Target::Connection(sender) = &self.target else {
             return;
@@ -141,7 +142,7 @@ impl EventOut {
         }
         let bytes = Bytes::from(std::mem::take(&mut self.buffer));
         if !self.format.split {
-            let _ = sender.send(Ok(bytes)); // the reader has left: `gone` tells
+            let _ = sender.send(Ok(bytes)); // the reader has left; `gone` reports that
             return;
         }
         for piece in pieces(&bytes) {
@@ -149,12 +150,13 @@ impl EventOut {
         }
     }
 
-    /// Breaks the connection off without an end of the body. Nobody listens from then on, except to a log.
+    /// Breaks the connection without an end of the body. Later events are discarded, except by a
+    /// log.
     pub(in crate::simulator) fn cut(&mut self) {
         self.flush();
         if let Target::Connection(sender) = &self.target {
             let _ = sender.send(Err(io::Error::other(
-                "the simulator was told to cut the connection",
+                "a directive asked the simulator to cut the connection",
             )));
             self.target = Target::Nobody;
         }
@@ -169,12 +171,12 @@ impl EventOut {
         self.target = Target::Nobody;
     }
 
-    /// The client has left. Never so without a connection.
+    /// Returns true if the client has left; always false without a connection.
     pub(in crate::simulator) fn is_gone(&self) -> bool {
         matches!(&self.target, Target::Connection(sender) if sender.is_closed())
     }
 
-    /// Resolves when the client has left; never without a connection. May be dropped.
+    /// Waits until the client has left; for ever without a connection. May be dropped.
     pub(in crate::simulator) async fn gone(&self) {
         match &self.target {
             Target::Connection(sender) => sender.closed().await,
@@ -187,7 +189,7 @@ impl EventOut {
 #[derive(Debug)]
 pub(in crate::simulator) struct EventLog {
     frames: Mutex<VecDeque<Bytes>>,
-    /// How many frames there are, and whether that is all.
+    /// The number of frames, and whether there will be no more.
     progress: watch::Sender<(usize, bool)>,
 }
 
@@ -199,7 +201,8 @@ impl EventLog {
         })
     }
 
-    /// The events from number `from` on, then live ones until the last. After `cut` events the connection breaks.
+    /// Streams the events from number `from` on, then live ones until the last. After `cut`
+    /// events the connection breaks.
     pub(in crate::simulator) fn follow(
         self: &Arc<Self>,
         from: usize,
@@ -215,7 +218,7 @@ impl EventLog {
         event_stream(Body::from_stream(stream::unfold(reader, Reader::next)))
     }
 
-    /// All frames so far.
+    /// Returns all frames so far.
     pub(in crate::simulator) fn text(&self) -> String {
         let frames = self.frames.lock().unwrap_or_else(PoisonError::into_inner);
         frames
@@ -241,7 +244,7 @@ struct Reader {
     log: Arc<EventLog>,
     next: usize,
     cut: Option<usize>,
-    /// Pieces still to be sent, where frames are to be split.
+    /// Pieces that are still to be sent, if frames are split.
     split: Option<VecDeque<Bytes>>,
 }
 
@@ -256,7 +259,7 @@ impl Reader {
             let_out().await;
             return Some((
                 Err(io::Error::other(
-                    "the simulator was told to cut the connection",
+                    "a directive asked the simulator to cut the connection",
                 )),
                 self,
             ));
@@ -291,7 +294,7 @@ impl Reader {
     }
 }
 
-/// Cuts of one to three bytes, so that lines and characters are torn apart.
+/// Cuts bytes into pieces of one to three, so that lines and characters are torn apart.
 fn pieces(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
     let (mut rest, mut size) = (bytes.clone(), 0);
     std::iter::from_fn(move || {
@@ -301,7 +304,7 @@ fn pieces(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
     })
 }
 
-/// Lets the connection write what it has: an error right behind a chunk would swallow it.
+/// Lets the connection write its chunks. An error right behind a chunk would swallow it.
 async fn let_out() {
     tokio::task::yield_now().await;
 }

@@ -1,4 +1,4 @@
-//! The server, and what the files of this adapter call it with.
+//! The adapter's type, and the calls that its files share.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ impl AssistantsUpstream {
         }
     }
 
-    /// One call without a body, repeated as long as it fails in a way that may pass.
+    /// Sends one call without a body, and repeats it while it fails in a way that may pass.
     pub(super) async fn call<T: DeserializeOwned>(
         &self,
         method: Method,

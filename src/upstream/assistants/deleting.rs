@@ -1,4 +1,4 @@
-//! Deleting a thread.
+//! Deletes a thread.
 
 use super::adapter::AssistantsUpstream;
 use super::wire::RunObject;
@@ -10,7 +10,7 @@ use crate::upstream::retry::jittered_delay;
 use crate::upstream::retrying_client::{is_gone, is_missing, is_not_offered};
 
 impl AssistantsUpstream {
-    /// Ends what works on the thread and deletes it, its messages with it.
+    /// Ends the active runs of the thread, and deletes it with its messages.
     pub(super) async fn delete(
         &self,
         thread: &UpstreamThreadId,
@@ -24,15 +24,15 @@ impl AssistantsUpstream {
         loop {
             self.end_all(thread, limiter).await?;
             match calls.delete(&path).await {
-                // Another run has come in between.
+                // Another run has started in between.
                 Err(UpstreamError::Busy { .. }) => jittered_delay().await,
                 deleted => return calls.confirm(&path, deleted, is_known).await,
             }
         }
     }
 
-    /// Ends all runs of a thread. Only one can be active where the server locks. Where they cannot be listed, or ended, the
-    /// deletion is tried all the same.
+    /// Ends all runs of a thread. Only one can be active where the server locks threads. If the
+    /// server cannot list or end runs, the deletion is tried all the same.
     async fn end_all(
         &self,
         thread: &UpstreamThreadId,

@@ -1,4 +1,4 @@
-//! A message of a thread as an entry of its history.
+//! Converts a message of a thread to an entry of its history.
 
 use super::wire::MessageObject;
 use crate::upstream::port::HistoryEntry;

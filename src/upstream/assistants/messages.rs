@@ -1,4 +1,4 @@
-//! The messages of a thread: what a run left there, and removing it.
+//! The messages of a thread: reading those of a run, and removing them.
 
 use http::Method;
 use serde_json::Value;
@@ -11,19 +11,19 @@ use crate::upstream::retry::retry_while_busy;
 use crate::upstream::retrying_client::is_gone;
 use crate::upstream::tags::RUN_TAG;
 
-/// The most pages that are read: a run leaves a few messages, and those that came after it are few too.
+/// Pages that are read at most. A run leaves few messages, and few follow it.
 const MAX_PAGES: usize = 10;
 
-/// What a run has answered.
+/// The reply of a run.
 #[derive(Debug, Default)]
 pub(super) struct Reply {
     pub(super) content: Vec<ContentPart>,
-    /// The last message's.
+    /// The id of the last message.
     pub(super) message_id: Option<String>,
 }
 
 impl AssistantsUpstream {
-    /// What the thread holds of a run's reply, its unfinished part included.
+    /// Returns the part of a run's reply that the thread holds, unfinished messages included.
     pub(super) async fn reply(
         &self,
         thread: &UpstreamThreadId,
@@ -35,7 +35,7 @@ impl AssistantsUpstream {
             .await?;
         let mut reply = Reply::default();
         for message in messages {
-            // Not every server knows the parameter.
+            // Not every server supports the parameter `run_id`.
             let is_another_s = message
                 .run_id
                 .as_deref()
@@ -48,7 +48,7 @@ impl AssistantsUpstream {
         Ok(reply)
     }
 
-    /// A user's message of the run is among the newest.
+    /// Returns true if one of the newest messages carries the tag of the run.
     pub(super) async fn was_said(
         &self,
         thread: &UpstreamThreadId,
@@ -63,7 +63,8 @@ impl AssistantsUpstream {
             .any(|message| message.tag(RUN_TAG) == Some(&tag)))
     }
 
-    /// Deletes the run's messages, which are told by our tag, and those of its reply, which are told by its id.
+    /// Deletes the run's messages, which carry the gateway's tag, and those of its reply, which
+    /// carry the run's id.
     pub(super) async fn remove_from(
         &self,
         thread: &UpstreamThreadId,
@@ -99,8 +100,8 @@ impl AssistantsUpstream {
         Ok(())
     }
 
-    /// Reads pages until `last` is true of a message, which is left out, or until there are no more. All of them together
-    /// may be no longer than one answer.
+    /// Reads pages until a message for which `last` is true, which is left out, or until the list
+    /// ends. All pages together get the size limit of one answer.
     async fn messages(
         &self,
         thread: &UpstreamThreadId,

@@ -1,4 +1,4 @@
-//! The bodies of requests.
+//! Builds the bodies of requests.
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use crate::domain::{Message, ToolOutput};
 use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
-/// The request that appends history and input and starts the run.
+/// Returns the request that appends history and input and starts the run.
 pub(super) fn run_body(request: &StartRun<'_>) -> Value {
     let assistant = request.assistant;
     let mut body = body_of(assistant, UpstreamKind::Assistants);
@@ -30,7 +30,7 @@ pub(super) fn run_body(request: &StartRun<'_>) -> Value {
     Value::Object(body)
 }
 
-/// The request that answers all calls of a run.
+/// Returns the request that answers all calls of a run.
 pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
     let outputs: Vec<Value> = outputs
         .iter()
@@ -39,8 +39,8 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
     json!({"tool_outputs": outputs, "stream": true})
 }
 
-/// Messages of earlier turns, with the tags of the turn that each belongs to. One without content is left out, for no
-/// server takes it.
+/// Returns the messages of earlier runs, each with the tag of its run. A message without content
+/// is left out, because no server accepts it.
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
     let with_content = history.iter().filter(|message| !message.content.is_empty());
     with_content

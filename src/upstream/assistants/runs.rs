@@ -1,4 +1,4 @@
-//! Runs that no stream is read of: finding, following, ending them.
+//! Runs whose stream nobody reads: finding, following and ending them.
 
 use std::time::Duration;
 
@@ -18,13 +18,15 @@ use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 use crate::upstream::tags::RUN_TAG;
 use crate::upstream::wire::{List, failure};
 
-/// Runs to look through for ours. Only one can be active where the server locks; this is for those that do not.
+/// Runs that are searched for a tag. Only one can be active where the server locks threads; the
+/// search is for servers that do not.
 const RUNS_TO_SEARCH: &str = "20";
-/// What a request that was cut off has done may appear a little later.
+/// Wait before the second look at a thread. The effect of a request that was cut off may appear a
+/// little later.
 pub(super) const SECOND_LOOK: Duration = Duration::from_millis(500);
 
 impl AssistantsUpstream {
-    /// The run as it is now; `None` if there is none of this id.
+    /// Returns the run as it is now; `None` if there is none with this id.
     pub(super) async fn run(
         &self,
         thread: &UpstreamThreadId,
@@ -44,7 +46,8 @@ impl AssistantsUpstream {
         }
     }
 
-    /// What holds the thread is the run of this name itself. If the server does not say so at once, it counts as another.
+    /// Returns true if the blocking run is the run of this id. Without an immediate answer of the
+    /// server it counts as another run.
     pub(super) async fn is_run_of(
         &self,
         thread: &UpstreamThreadId,
@@ -56,7 +59,7 @@ impl AssistantsUpstream {
         held.is_ok_and(|held| held.value.tag(RUN_TAG) == Some(run.to_string().as_str()))
     }
 
-    /// The run that carries our tag.
+    /// Returns the run that carries the gateway's tag for `run`.
     pub(super) async fn find(
         &self,
         thread: &UpstreamThreadId,
@@ -81,7 +84,7 @@ impl AssistantsUpstream {
         Ok(None)
     }
 
-    /// What is still to come of a run, told by asking for it again and again. Its text comes at the end, as a whole.
+    /// Streams the rest of a run by polling it. The whole text comes at the end.
     pub(super) fn follow(&self, thread: &UpstreamThreadId, run: RunObject) -> EventStream {
         let accepted = UpstreamEvent::Accepted(UpstreamRunId(run.id.clone()));
         let (upstream, thread) = (self.clone(), thread.clone());
@@ -99,7 +102,7 @@ impl AssistantsUpstream {
             .boxed()
     }
 
-    /// Asks for the run until `reached` is true of it.
+    /// Polls the run until `reached` is true of it.
     pub(super) async fn wait_for(
         &self,
         thread: &UpstreamThreadId,
@@ -116,7 +119,7 @@ impl AssistantsUpstream {
                 Ok(Answer {
                     value, poll_after, ..
                 }) => (run, asked) = (value, poll_after),
-                // Nobody answered yet. Until when that is waited for is the caller's to say.
+                // No answer yet. The caller limits the time.
                 Err(UpstreamError::Broken { timeout: true }) => {}
                 Err(error) => return Err(error),
             }
@@ -162,8 +165,8 @@ impl AssistantsUpstream {
             if !cancelling {
                 match calls.make::<RunObject>(Method::POST, &cancel, &[]).await {
                     Ok(cancelled) if cancelled.value.has_ended() => return Ok(cancelled.value),
-                    // The run moved before the cancel came, or cannot be cancelled where it stands: its own status
-                    // tells which.
+                    // The run changed its status before the cancel arrived, or cannot be
+                    // cancelled in it. Its own status decides.
                     Ok(_)
                     | Err(
                         UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. },

@@ -1,4 +1,4 @@
-//! Reads the event stream of a run.
+//! Decodes the event stream of a run.
 
 use std::collections::VecDeque;
 
@@ -15,13 +15,13 @@ use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::wire::failure;
 
-/// What is known of a run while its events arrive.
+/// The state of a run while its events arrive.
 #[derive(Debug, Default)]
 pub(super) struct StreamDecoder {
     accepted: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
-    /// The size of that.
+    /// The size of `messages` in bytes.
     held: usize,
 }
 
@@ -33,13 +33,13 @@ struct Message {
 
 #[derive(Debug)]
 enum Parts {
-    /// Put together from deltas, by index.
+    /// Assembled from deltas, by index.
     Growing(StreamedParts<u64>),
     /// As the upstream has stored them.
     Whole(Vec<ContentPart>),
 }
 
-/// What an event is about.
+/// The subject of an event.
 enum Kind {
     /// With the status that the event's name says.
     Run(Option<RunStatus>),
@@ -149,7 +149,8 @@ impl StreamDecoder {
         }
         let entry = self.entry(&message.id);
         let parts = Parts::Whole(message.into_parts());
-        // A server that stores the text elsewhere than it says must not take away what was streamed.
+        // A server that stores the text in another place than the message must not erase the
+        // streamed text.
         if parts.size() > 0 {
             let before = std::mem::replace(&mut entry.parts, parts).size();
             let now = entry.parts.size();
@@ -191,7 +192,8 @@ impl Parts {
     }
 }
 
-/// By name; where a server leaves out the event line, by the object's own marks.
+/// Classifies an event by its name; where a server leaves out the event line, by the fields of
+/// the object.
 fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
     let name = event
         .name
@@ -204,7 +206,7 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
             "error" => Kind::Error,
             _ if name.starts_with("thread.run.step.") => Kind::Other,
             _ => match name.strip_prefix("thread.run.") {
-                // `created` is a name and no status: the object's own counts.
+                // `created` is a name and no status. Then the object's own status counts.
                 Some(status) => Kind::Run(status.parse().ok()),
                 None if !name.starts_with("thread.")
                     && ErrorDetail::of_event(Some(name), &event.data).is_some() =>
@@ -512,7 +514,7 @@ mod tests {
         "thread.run.step.delta",
     ];
 
-    /// Events that a plain turn does not have.
+    /// Events that a plain run does not have.
     fn odd() -> Vec<Value> {
         let mut asks = run("requires_action");
         asks["required_action"] = json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": [

@@ -1,4 +1,5 @@
-//! The shapes of Assistants v2, as far as they are read. Lenient: an optional field of another shape counts as absent.
+//! The shapes of Assistants v2, as far as the gateway reads them. An optional field of another
+//! shape counts as absent.
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -26,7 +27,8 @@ pub(super) struct RunObject {
 }
 
 impl RunObject {
-    /// The status in our words; `None` for one that we do not know, which counts as unfinished.
+    /// Returns the status in the gateway's words; `None` for an unknown one, which counts as
+    /// unfinished.
     pub(super) fn run_status(&self) -> Option<RunStatus> {
         self.status
             .as_deref()
@@ -41,12 +43,12 @@ impl RunObject {
         self.run_status() == Some(RunStatus::Cancelling)
     }
 
-    /// It is the caller's turn.
+    /// Returns true if the run waits for the outputs of function calls.
     pub(super) fn waits_for_outputs(&self) -> bool {
         self.run_status() == Some(RunStatus::RequiresAction)
     }
 
-    /// The calls that it waits for are these, and there are some.
+    /// Returns true if the run waits for exactly these calls, and there is at least one.
     pub(super) fn waits_for(&self, calls: &[ToolCall]) -> bool {
         let asked: Vec<&str> = self
             .required_action
@@ -64,7 +66,7 @@ impl RunObject {
         self.metadata.as_ref()?.get(name)?.as_str()
     }
 
-    /// The word that says why it failed or is incomplete.
+    /// Returns the code for which the run failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
         failure_code(self.last_error.as_ref(), self.incomplete_details.as_ref())
     }
@@ -136,7 +138,7 @@ pub(super) struct MessageObject {
 }
 
 impl MessageObject {
-    /// Whose it is; `None` for someone who is no part of a conversation of ours.
+    /// Returns the role; `None` for a role that the gateway's conversations do not have.
     pub(super) fn speaker(&self) -> Option<Role> {
         self.role.as_deref().unwrap_or("assistant").parse().ok()
     }
@@ -145,7 +147,8 @@ impl MessageObject {
         Timestamp::from_timestamp(self.created_at?, 0)
     }
 
-    /// The message is (part of) the reply. A server that names no role sends no other messages.
+    /// Returns true if the message belongs to the reply. A server that names no role sends no
+    /// other messages.
     pub(super) fn is_reply(&self) -> bool {
         self.role.as_deref().is_none_or(|role| role == "assistant")
     }
@@ -154,7 +157,7 @@ impl MessageObject {
         self.metadata.as_ref()?.get(name)?.as_str()
     }
 
-    /// The parts that we know.
+    /// Returns the parts of known types.
     pub(super) fn into_parts(self) -> Vec<ContentPart> {
         self.content
             .unwrap_or_default()
@@ -237,7 +240,7 @@ pub(super) struct Delta {
     pub(super) content: Option<Vec<DeltaPart>>,
 }
 
-/// A piece of a part. Images come whole, in the message that follows.
+/// A piece of a part. Images are not streamed; they come with the completed message.
 #[derive(Debug, Deserialize)]
 pub(super) struct DeltaPart {
     #[serde(default)]
@@ -254,8 +257,8 @@ impl DeltaPart {
     }
 }
 
-/// The content of a user's message: a bare string if it is one text, else parts. Unlike in answers, a text part holds
-/// a plain string.
+/// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
+/// in answers, a text part holds a plain string.
 pub(super) fn content(parts: &[ContentPart]) -> Value {
     if let [ContentPart::Text { text }] = parts {
         return text.as_str().into();

@@ -1,4 +1,4 @@
-//! The server, and what the files of this adapter call it with.
+//! The adapter's type, and the calls that its files share.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use crate::upstream::retrying_client::{RetryingClient, is_missing};
 #[derive(Clone, Debug)]
 pub struct ResponsesUpstream {
     pub(super) client: UpstreamClient,
-    /// The server has conversations; else each thread is a chain of responses.
+    /// The server has conversations. If not, each thread is a chain of responses.
     pub(super) conversations: bool,
     pub(super) background: bool,
     pub(super) lock_window: Duration,
@@ -44,7 +44,8 @@ impl ResponsesUpstream {
         }
     }
 
-    /// Sends the request for a response. In the background its stream survives breaks.
+    /// Sends the request for a response. The stream of a background response survives broken
+    /// connections.
     pub(super) async fn open(&self, body: &Value) -> Result<SseStream, Rejection> {
         let events = self
             .client
@@ -57,14 +58,14 @@ impl ResponsesUpstream {
         })
     }
 
-    /// What the events of a response mean.
+    /// Decodes the events of a response.
     pub(super) async fn read(&self, events: SseStream) -> Result<EventStream, UpstreamError> {
         let turn = StreamDecoder::new(!self.conversations);
         Ok(public(relay(events, turn, self.client.max_bytes()).await?))
     }
 
-    /// The response as it is stored; `None` if it is not, which is so for one that is not in the background until it
-    /// has ended well.
+    /// Returns the response as it is stored; `None` if it is not stored. A response that is not
+    /// in the background is stored only when it has ended well.
     pub(super) async fn response(
         &self,
         id: &UpstreamRunId,

@@ -1,4 +1,4 @@
-//! Ending what a run left behind, and telling and removing what the thread holds of it.
+//! Ends a run's response, finds out which of its items the conversation holds, and removes them.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -20,8 +20,8 @@ use crate::upstream::retrying_client::{is_missing, is_not_offered};
 /// Pages that are read back to a run's baseline.
 pub(super) const MAX_PAGES: usize = 10;
 
-/// A chain has no lock, so nothing tells when a response that was cut off has stopped: its server gets a moment to
-/// notice that its connection is gone, before the next one is asked for.
+/// Time for the server to notice a closed connection before the next response is requested. A
+/// chain has no lock, so nothing shows when a response that was cut off has stopped.
 const DROP_GRACE: Duration = Duration::from_millis(200);
 
 /// A response that has ended.
@@ -47,7 +47,7 @@ impl ResponsesUpstream {
             settled.usage = response.usage();
             output = response.into_output();
             ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
-            // Whoever asked for functions has not completed, and here nobody answers them any more.
+            // A response with open calls has not completed, and nobody answers them any more.
             settled.status = Some(status).filter(|_| output.open_calls.is_empty() || !ended_well);
         }
         if !self.conversations {
@@ -71,7 +71,8 @@ impl ResponsesUpstream {
         let anchor = unsettled_run.baseline.anchor.as_deref();
         let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
             Ok(newest) => newest,
-            // A server that cannot list leaves us with what we know: what has ended well is in the conversation.
+            // A server that cannot list items leaves the gateway with what it knows: a response
+            // that ended well is in the conversation.
             Err(error)
                 if is_not_offered(&error) && (settled.status.is_some() || !known.is_empty()) =>
             {
@@ -101,13 +102,15 @@ impl ResponsesUpstream {
         );
         let held = Output::of(own);
         settled.said = is_said(own, unsettled_run.inputs);
-        // A response that nobody knows of may still work, or has only just lost its connection.
+        // A response whose id is unknown may still be active, or has only just lost its
+        // connection.
         settled.unsure = !settled.said && !is_over;
         (settled.content, settled.upstream_message_id) = (held.content, held.message_id);
         Ok(settled)
     }
 
-    /// Deletes the run's own part of the conversation, newest first: so what is left after a break is found again.
+    /// Deletes the run's own part of the conversation, newest first, so that the rest is found
+    /// again after an interruption.
     pub(super) async fn remove_from(
         &self,
         conversation: &UpstreamThreadId,
@@ -133,8 +136,8 @@ impl ResponsesUpstream {
         self.delete_items(conversation, &ids).await
     }
 
-    /// Sees to it that a response has ended, and gives it; `None` if it is not stored. One that is not in the
-    /// background has stopped with its connection.
+    /// Makes sure that a response has ended, and returns it; `None` if it is not stored. A
+    /// response that is not in the background stops with its connection.
     async fn end(&self, id: &UpstreamRunId) -> Result<Option<Last>, UpstreamError> {
         if !self.background {
             return Ok(self
@@ -145,7 +148,7 @@ impl ResponsesUpstream {
         self.cancel(id, None).await
     }
 
-    /// Cancels a response, waits until it has ended, and gives it; `None` if it is not stored.
+    /// Cancels a response, waits until it has ended, and returns it; `None` if it is not stored.
     pub(super) async fn cancel(
         &self,
         id: &UpstreamRunId,
@@ -162,7 +165,7 @@ impl ResponsesUpstream {
                     return Ok(Some(last));
                 }
             }
-            // It ended before the cancel came.
+            // The response ended before the cancel arrived.
             Err(UpstreamError::Refused { status: 400, .. } | UpstreamError::Busy { .. }) => {}
             Err(error) if is_missing(&error) => return Ok(None),
             Err(error) => return Err(error),
@@ -189,7 +192,7 @@ fn last(response: &Value) -> Option<Last> {
     Some(Last { status, response })
 }
 
-/// Those of the calls that the conversation does not list.
+/// Returns the calls that the conversation does not list.
 fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<OpenCall> {
     let unlisted = calls
         .iter()
@@ -203,5 +206,7 @@ fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<OpenCall> {
 }
 
 fn anchor_lost() -> UpstreamError {
-    UpstreamError::Protocol("the conversation does not hold the message before the run".to_owned())
+    UpstreamError::Protocol(
+        "the conversation no longer holds the message that precedes the run".to_owned(),
+    )
 }

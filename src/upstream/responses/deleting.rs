@@ -1,4 +1,4 @@
-//! Deleting conversations with their items, and responses.
+//! Deletes conversations with their items, and responses.
 
 use std::collections::HashSet;
 
@@ -14,14 +14,15 @@ use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 use crate::upstream::retrying_client::{is_gone, is_not_offered};
 
-/// Looks in a row at items that must have been deleted, until the server counts as one that does not delete them.
+/// Consecutive lists that still show deleted items, until the server counts as one that does not
+/// delete them.
 const MAX_STALE_LOOKS: u32 = 4;
 /// Pages of items that are counted where none of them can be deleted.
 const MAX_COUNTED_PAGES: u32 = 50;
 
 impl ResponsesUpstream {
-    /// Deletes a conversation, and its items before it, since they outlive it. If it is gone already, what it may have left
-    /// of items cannot be found.
+    /// Deletes a conversation, after its items, because they would outlive it. The items of a
+    /// conversation that is already gone cannot be found.
     pub(super) async fn delete_conversation(
         &self,
         conversation: &UpstreamThreadId,
@@ -41,8 +42,8 @@ impl ResponsesUpstream {
         calls.confirm(&path, deleted, is_known).await
     }
 
-    /// Deletes items until none is listed, as soon as nothing holds the conversation. Where they cannot be listed, none
-    /// can be deleted.
+    /// Deletes items until the list is empty, as soon as nothing holds the conversation. Items
+    /// that cannot be listed cannot be deleted.
     async fn delete_all_items(
         &self,
         conversation: &UpstreamThreadId,
@@ -54,7 +55,7 @@ impl ResponsesUpstream {
         let mut done = HashSet::new();
         let (mut stale_looks, mut wait, mut is_refused) = (0, FIRST_WAIT, false);
         loop {
-            // Always from the start: what was deleted is no cursor.
+            // Always from the start, because a deleted item cannot serve as the cursor.
             let listed = match calls.page::<Value>(&list, "asc", None).await {
                 Ok(listed) => listed.data,
                 Err(error) if is_not_offered(&error) => return Ok(()),
@@ -64,7 +65,7 @@ impl ResponsesUpstream {
                 return Ok(());
             }
             let ids: HashSet<&str> = listed.iter().filter_map(id_of).collect();
-            // What is not listed any more is gone, and need not be remembered.
+            // An item that is no longer listed is gone and is forgotten.
             done.retain(|id: &String| ids.contains(id.as_str()));
             let left: Vec<&str> = listed
                 .iter()
@@ -92,7 +93,8 @@ impl ResponsesUpstream {
                     Ok(()) => items.deleted += 1,
                     Err(error @ UpstreamError::ThreadGone) => return Err(error),
                     Err(error) if is_gone(&error) => {}
-                    // There is no such item any more, or no such call: the next look tells which.
+                    // Either the item is gone, or the server does not support the call. The next
+                    // list tells which.
                     Err(UpstreamError::Refused { status: 404, .. }) => is_refused = true,
                     Err(error) if is_not_offered(&error) => {
                         return self.count_left(conversation, limiter, items).await;
@@ -104,7 +106,7 @@ impl ResponsesUpstream {
         }
     }
 
-    /// Counts the items that the server lists and does not delete.
+    /// Counts the items that the server lists but does not delete.
     async fn count_left(
         &self,
         conversation: &UpstreamThreadId,
@@ -128,7 +130,8 @@ impl ResponsesUpstream {
         Ok(())
     }
 
-    /// Deletes the end of a chain, and makes sure that it is gone. What stands before it are responses of their own.
+    /// Deletes the end of a chain, and makes sure that it is gone. The earlier responses of the
+    /// chain are deleted separately.
     pub(super) async fn delete_chain(
         &self,
         thread: &UpstreamThreadId,
@@ -146,7 +149,8 @@ impl ResponsesUpstream {
         Ok(disposal)
     }
 
-    /// Deletes a stored response; one that still works in the background is ended before.
+    /// Deletes a stored response. A response that is still active in the background is ended
+    /// first.
     pub(super) async fn delete_response(
         &self,
         id: &UpstreamRunId,

@@ -1,4 +1,4 @@
-//! An item of a conversation as an entry of its history.
+//! Converts an item of a conversation to an entry of its history.
 
 use serde_json::Value;
 
@@ -7,7 +7,8 @@ use super::wire::said;
 use crate::domain::Timestamp;
 use crate::upstream::port::HistoryEntry;
 
-/// An item as an entry, if it is a message of the user or of the assistant. Items carry no tags.
+/// Returns the item as an entry, if it is a message of the user or of the assistant. Items carry
+/// no tags.
 pub(super) fn entry(item: &Value) -> Option<HistoryEntry> {
     let text = |field: &str| item.get(field)?.as_str();
     text("type").filter(|kind| *kind == "message")?;

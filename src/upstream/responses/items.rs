@@ -1,4 +1,4 @@
-//! The items of a conversation: reading, adding, deleting.
+//! Reads, adds and deletes the items of a conversation.
 
 use http::Method;
 use serde_json::{Value, json};
@@ -13,31 +13,31 @@ use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy};
 use crate::upstream::retrying_client::is_gone;
 use crate::upstream::wire::List;
 
-/// The length of the pages that are asked for.
+/// Items of a full page.
 const PAGE: usize = 100;
 /// Items that one request to a conversation may add.
 pub(super) const ITEMS_PER_REQUEST: usize = 20;
-/// What stands for the output of a function that nobody called.
+/// The output of a function call that nobody answered.
 pub(super) const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
 
 /// The newest items of a conversation, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Newest {
     pub(super) items: Vec<Value>,
-    /// Where those begin that came after the anchor; `None` if it was not met.
+    /// The index of the first item after the anchor; `None` if the anchor was not found.
     pub(super) since: Option<usize>,
 }
 
 impl Newest {
-    /// Those that came after the anchor.
+    /// Returns the items after the anchor.
     pub(super) fn since_anchor(&self) -> Option<&[Value]> {
         self.since.map(|start| &self.items[start..])
     }
 }
 
 impl ResponsesUpstream {
-    /// Reads pages, the newest first, until the item `anchor`, or until the conversation's beginning. All of them together
-    /// may be no longer than one answer.
+    /// Reads pages, newest first, until the item `anchor` or the conversation's beginning. All
+    /// pages together get the size limit of one answer.
     pub(super) async fn newest(
         &self,
         conversation: &UpstreamThreadId,
@@ -80,7 +80,7 @@ impl ResponsesUpstream {
         })
     }
 
-    /// Gives an output to each of the calls.
+    /// Adds an output for each of the calls.
     pub(super) async fn close(
         &self,
         conversation: &UpstreamThreadId,
@@ -90,8 +90,8 @@ impl ResponsesUpstream {
         self.add_items(conversation, &outputs).await
     }
 
-    /// Adds items as soon as nothing holds the conversation. Only a refusal is followed by another try: after any
-    /// other failure the items may be there.
+    /// Adds items as soon as nothing holds the conversation. Tries again only after a refusal:
+    /// after any other failure the items may be there.
     pub(super) async fn add_items(
         &self,
         conversation: &UpstreamThreadId,
@@ -118,7 +118,8 @@ impl ResponsesUpstream {
         Ok(())
     }
 
-    /// Deletes items in this order, as soon as nothing holds the conversation. One that is gone is deleted.
+    /// Deletes items in this order, as soon as nothing holds the conversation. A missing item
+    /// counts as deleted.
     ///
     /// # Errors
     /// [`UpstreamError::Refused`] if the server does not offer it, among others.
@@ -131,7 +132,7 @@ impl ResponsesUpstream {
             let path = ["conversations", conversation.as_str(), "items", id];
             match retry_while_busy(|| self.client.json::<Value>(Method::DELETE, &path, &[])).await {
                 Ok(_) => {}
-                // Not the conversation: that is found gone by whoever uses it next.
+                // A missing conversation is no error here: the next call to it finds out.
                 Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(error),
             }

@@ -1,4 +1,4 @@
-//! What became of a request or stream that broke.
+//! Finds out the fate of a request or stream that broke.
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, EventStream, Recovered, UpstreamEvent};
 use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 
-/// What a conversation holds of what was sent.
+/// The traces of the request that a conversation holds.
 enum Look {
-    /// It, and what it led to.
+    /// The request and the reply to it.
     Reply(Box<Ended>),
-    /// It alone.
+    /// Only the request.
     Sent,
     Nothing,
-    /// The place where it would begin cannot be found.
+    /// The place where the request would begin cannot be found.
     Lost,
 }
 
@@ -39,7 +39,8 @@ impl ResponsesUpstream {
         let mut accepted = sent.upstream_run.as_ref();
         if let Some(id) = accepted {
             match self.response(id, None).await? {
-                // The response that asked. The one that its answers led to is not known.
+                // This response made the calls. The id of the response to their outputs is
+                // unknown.
                 Some(response) if asked_for(&response, sent) => accepted = None,
                 Some(response) if self.goes_on_or_is_over(&response) => {
                     return self.running(id, &response).await.map(Recovered::Running);
@@ -49,9 +50,9 @@ impl ResponsesUpstream {
         }
         let conversation = sent.thread.as_ref().filter(|_| self.conversations);
         let may_still_work = accepted.is_some() || !attempt_is_over(failure);
-        // A response in the background that is not stored is gone.
+        // A background response that is not stored is gone.
         let is_gone = self.background && accepted.is_some();
-        // Where there is neither an id nor a conversation, nothing would ever be seen.
+        // Without an id and without a conversation, waiting would never show anything.
         let can_be_seen = accepted.is_some() || conversation.is_some();
         let waits = may_still_work && can_be_seen && !is_gone;
         let look = match self
@@ -63,10 +64,12 @@ impl ResponsesUpstream {
             }
             Found::Items(look) => look,
         };
-        // One that is not in the background has stopped by now, or what it came to is in the conversation.
+        // A response that is not in the background has stopped by now, or its result is in the
+        // conversation.
         let has_stopped = !may_still_work || (conversation.is_some() && !self.background);
         Ok(match look {
-            // Calls among the items may be those of an earlier response, which the lost one was to answer.
+            // The calls among the items may be those of an earlier response, which the lost
+            // request was to answer.
             Look::Reply(ended) if accepted.is_some() && !ended.tool_calls.is_empty() => {
                 Recovered::Unknown
             }
@@ -78,8 +81,9 @@ impl ResponsesUpstream {
         })
     }
 
-    /// Looks until there is a reply; if `waits`, for as long as a response can go on whose connection is gone. Whoever opened
-    /// that may be stopped, and holds it, or the request was still on its way.
+    /// Looks until there is a reply. If `waits`, it looks for as long as a response can continue
+    /// after its connection is gone. The process that opened the connection may be paused and
+    /// keep it open, or the request may still be on its way.
     async fn wait_and_look(
         &self,
         conversation: Option<&UpstreamThreadId>,
@@ -123,7 +127,7 @@ impl ResponsesUpstream {
         let anchor = sent.baseline.anchor.as_deref();
         let newest = match self.newest(conversation, anchor, MAX_PAGES).await {
             Ok(newest) => newest,
-            // With the conversation all that was sent to it is gone.
+            // Everything that was sent to the conversation is gone with it.
             Err(UpstreamError::ThreadGone) => return Ok(Look::Nothing),
             Err(error) => return Err(error),
         };
@@ -137,7 +141,7 @@ impl ResponsesUpstream {
         })
     }
 
-    /// A response, told from its beginning where it goes on.
+    /// Streams a response, from its beginning if it continues.
     async fn running(
         &self,
         id: &UpstreamRunId,
@@ -147,7 +151,7 @@ impl ResponsesUpstream {
             .await
     }
 
-    /// It has ended, or works on although nobody listens.
+    /// Returns true if the response has ended, or continues although nobody reads it.
     fn goes_on_or_is_over(&self, response: &Value) -> bool {
         self.background || response["background"] == true || as_event(response).1
     }
@@ -158,7 +162,7 @@ enum Found {
     Items(Look),
 }
 
-/// The response made the calls that were to be answered.
+/// Returns true if the response made the calls that the request was to answer.
 fn asked_for(response: &Value, sent: &UnsettledRun) -> bool {
     let items = response["output"]
         .as_array()
@@ -171,8 +175,8 @@ fn asked_for(response: &Value, sent: &UnsettledRun) -> bool {
             .any(|call| sent.open_calls.iter().any(|it| it.id == call.id))
 }
 
-/// The server itself has told how the request failed, so it no longer works on it. What stands in front of a server
-/// cannot say that.
+/// Returns true if the server itself reported how the request failed, so it no longer works on
+/// it. A proxy cannot report that.
 const fn attempt_is_over(failure: &UpstreamError) -> bool {
     match failure {
         UpstreamError::Broken { .. } | UpstreamError::Protocol(_) => false,

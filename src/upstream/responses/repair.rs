@@ -1,8 +1,11 @@
-//! Starting a turn on a conversation that an earlier turn may have damaged.
+//! Starts a run on a conversation that an earlier run may have damaged.
 //!
-//! A function call without an output, or a reasoning item without what it led to, makes the server refuse every further
-//! turn, for ever. First open calls get an output, in the same request as the turn. If that does not help, the broken
-//! items are deleted. If that does not help either, the conversation counts as gone.
+//! After a function call without an output, or a reasoning item without the item that must follow
+//! it, the server refuses every further run, for ever. The repair has three steps:
+//!
+//! 1. Open calls get an output, in the same request as the run.
+//! 2. If that does not help, the broken items are deleted.
+//! 3. If that does not help either, the conversation counts as gone.
 
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
@@ -20,15 +23,16 @@ use crate::upstream::relay::{RunEvents, relay, unsent};
 use crate::upstream::retry::jittered_delay;
 use crate::upstream::retrying_client::is_not_offered;
 
-/// Pages in which the damage is looked for. It is near the end: nothing can have been said after it.
+/// Pages that are searched for the damage. It is near the end, because no message can follow it.
 const PAGES_TO_SEARCH: usize = 3;
 
-/// A turn on its way into its thread.
+/// A run that is being started, with the repairs of its thread.
 pub(super) struct RepairingRequest {
     upstream: ResponsesUpstream,
     thread: Option<UpstreamThreadId>,
     body: Value,
-    /// How many items of its input mend the thread: the turn's own come behind them.
+    /// Items at the beginning of the input that repair the thread. The run's own items follow
+    /// them.
     repairs: usize,
     tried: Repair,
 }
@@ -60,7 +64,7 @@ impl RepairingRequest {
         }
     }
 
-    /// What the turn itself sends.
+    /// Returns the run's own input.
     fn input(&self) -> &[Value] {
         let all = self.body["input"]
             .as_array()
@@ -69,7 +73,7 @@ impl RepairingRequest {
         all.get(self.repairs..).unwrap_or_default()
     }
 
-    /// Puts other items before what the turn itself sends.
+    /// Replaces the repairing items before the run's own input.
     fn repair_with(&mut self, repairs: Vec<Value>) {
         if let Value::Array(input) = &mut self.body["input"] {
             let count = repairs.len();
@@ -78,8 +82,8 @@ impl RepairingRequest {
         }
     }
 
-    /// Starts the turn. A server that accepts it first and refuses it as its end is understood too: then the stream
-    /// goes on with that of another response.
+    /// Starts the run. If the server accepts the run and refuses it only at its end, the stream
+    /// continues with the stream of another response.
     pub(super) async fn events(mut self) -> Result<EventStream, UpstreamError> {
         let events = self.send().await?;
         let going = stream::try_unfold(Some((self, events)), |going| async move {
@@ -121,7 +125,7 @@ impl RepairingRequest {
         }
     }
 
-    /// The response that was refused may still hold the conversation.
+    /// Sends when the conversation is free: the refused response may still hold it.
     async fn send_once_unlocked(&mut self) -> Result<RunEvents, UpstreamError> {
         loop {
             match self.send().await {
@@ -131,8 +135,8 @@ impl RepairingRequest {
         }
     }
 
-    /// Makes the next try promising, or says why there is none. `accepted`: it was refused only after it had been
-    /// accepted.
+    /// Prepares the next try, or returns the error if there is none. `accepted`: the server
+    /// refused the run only after it had accepted it.
     async fn repair(&mut self, refusal: Rejection, accepted: bool) -> Result<(), UpstreamError> {
         let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else {
             return Err(refusal.error);
@@ -140,12 +144,12 @@ impl RepairingRequest {
         if !self.upstream.conversations || self.tried == Repair::Deletion {
             return Err(UpstreamError::ThreadGone);
         }
-        tracing::warn!("mending the conversation, which an earlier turn left damaged");
-        // Nothing of a turn is there that was refused at once, whatever becomes of the mending.
+        tracing::warn!("repairing the conversation that an earlier run left damaged");
+        // A run that was refused at once left nothing, however the repair ends.
         let failed = |error| if accepted { error } else { unsent(error) };
         let items = match self.upstream.newest(thread, None, PAGES_TO_SEARCH).await {
             Ok(newest) => newest.items,
-            // What cannot be looked at cannot be mended.
+            // A conversation that cannot be read cannot be repaired.
             Err(error) if is_not_offered(&error) => return Err(UpstreamError::ThreadGone),
             Err(error) => return Err(failed(error)),
         };

@@ -1,4 +1,4 @@
-//! The bodies of requests.
+//! Builds the bodies of requests.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,8 @@ use crate::domain::{Message, Metadata, RunId, ToolOutput, UpstreamThreadId};
 use crate::upstream::port::{AnswerTools, Ownership, StartRun};
 use crate::upstream::tags::{body_of, run_tags, thread_tags};
 
-/// What a response is made with, whatever it answers. The server keeps none of it from one response to the next.
+/// The settings of a response, whatever its input. The server keeps none of them from one
+/// response to the next.
 pub(super) struct Terms<'a> {
     run: RunId,
     owner: &'a Ownership,
@@ -52,7 +53,7 @@ impl<'a> Terms<'a> {
 }
 
 impl ResponsesUpstream {
-    /// The request for a response, still without input.
+    /// Returns the request for a response, without its input.
     pub(super) fn body(&self, thread: Option<&UpstreamThreadId>, terms: &Terms<'_>) -> Value {
         let assistant = terms.assistant;
         let mut body = body_of(assistant, UpstreamKind::Responses);
@@ -67,7 +68,7 @@ impl ResponsesUpstream {
         }
         let mut metadata = run_tags(terms.run, terms.metadata);
         if !self.conversations {
-            // A chain has no thread upstream that could say whose it is.
+            // A chain has no upstream thread that could carry the owner.
             metadata.extend(thread_tags(terms.owner));
         }
         set("metadata", metadata.into());
@@ -81,7 +82,7 @@ impl ResponsesUpstream {
     }
 }
 
-/// History and input as items.
+/// Returns history and input as items.
 pub(super) fn input(request: &StartRun<'_>) -> Vec<Value> {
     let mut items = history_items(request.history);
     items.extend(
@@ -93,7 +94,8 @@ pub(super) fn input(request: &StartRun<'_>) -> Vec<Value> {
     items
 }
 
-/// Messages of earlier turns. One without content is left out, for no server takes it.
+/// Returns the messages of earlier runs as items. A message without content is left out, because
+/// no server accepts it.
 pub(super) fn history_items(history: &[Message]) -> Vec<Value> {
     history
         .iter()
@@ -102,7 +104,7 @@ pub(super) fn history_items(history: &[Message]) -> Vec<Value> {
         .collect()
 }
 
-/// The answers to function calls. `custom`: the calls among them that are of custom tools.
+/// Returns the answers to function calls. `custom`: the ids of calls of custom tools.
 pub(super) fn output_items(outputs: &[ToolOutput], custom: &[String]) -> Vec<Value> {
     let item = |output: &ToolOutput| {
         output_item(

@@ -1,4 +1,5 @@
-//! What the items of a conversation say of one run, and of the damage that turns have done. Pure.
+//! Finds the items of one run, and the damage of earlier runs, among the items of a conversation.
+//! Pure.
 
 use serde_json::Value;
 
@@ -12,19 +13,20 @@ pub(super) fn id_of(item: &Value) -> Option<&str> {
     item.get("id")?.as_str()
 }
 
-/// What a run left, given the items since its baseline: all from its first user message on. Empty if that is not there.
+/// Returns the items of a run, given the items since its baseline: everything from its first user
+/// message on. Empty if that message is not there.
 pub(super) fn own_part(since_anchor: &[Value], skip: u32) -> &[Value] {
     let own = user_messages(since_anchor).nth(skip as usize);
     own.map_or(&[], |at| &since_anchor[at..])
 }
 
-/// All the user's messages of the run are there.
+/// Returns true if all user messages of the run are there.
 pub(super) fn is_said(own: &[Value], inputs: u32) -> bool {
     user_messages(own).count() >= inputs.max(1) as usize
 }
 
-/// What follows that which was sent; `None` if what was sent is not there. That is the outputs of `sent.open_calls`, if
-/// there are any, else the user's messages.
+/// Returns the items after what was sent; `None` if what was sent is not there. The gateway sent
+/// the outputs of `sent.open_calls` if there are any, else the user's messages.
 pub(super) fn what_followed<'a>(own: &'a [Value], sent: &UnsettledRun) -> Option<&'a [Value]> {
     let answered = answered_calls(own);
     let last_output = own.iter().rposition(|item| kind(item).ends_with("_output"));
@@ -38,7 +40,8 @@ pub(super) fn what_followed<'a>(own: &'a [Value], sent: &UnsettledRun) -> Option
     Some(&own[begins + 1..])
 }
 
-/// How a response ended that has left these items; `None` if it has left neither words nor calls.
+/// Returns how the response that left these items ended; `None` if it left neither text nor
+/// calls.
 pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     let output = Output::of(items);
     if output.message_id.is_none() && output.content.is_empty() && output.open_calls.is_empty() {
@@ -63,8 +66,9 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     })
 }
 
-/// The items whose deletion lets the conversation take a turn again, newest first: function calls without an output,
-/// the reasoning right before each, and the reasoning that the server complains about.
+/// Returns the items whose deletion lets the conversation take a run again, newest first:
+/// function calls without an output, the reasoning right before each, and the reasoning that the
+/// server complains about.
 pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
     let open = open_calls(items);
     let is_open =
@@ -75,7 +79,8 @@ pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
             let next = items.get(at + 1);
             let named =
                 matches!(damage, Damage::OrphanedReasoning(Some(id)) if id_of(item) == Some(id));
-            // Where the server names none, it is one that nothing of the model's own follows.
+            // If the server names no id, the broken item is the reasoning that no item of the
+            // model follows.
             let is_orphan = next
                 .is_none_or(|next| text(next, "role") == "user" || kind(next).ends_with("_output"));
             named
@@ -98,8 +103,8 @@ pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
     doomed
 }
 
-/// The messages of `input` with which the conversation ends, newest first: a server that refuses a turn only after it
-/// has accepted it may have kept them.
+/// Returns the messages of `input` with which the conversation ends, newest first. A server that
+/// refuses a run only after it has accepted it may have kept them.
 pub(super) fn kept(items: &[Value], input: &[Value]) -> Vec<String> {
     let is_same = |item: &Value, sent: &Value| {
         kind(item) == "message"
@@ -113,7 +118,7 @@ pub(super) fn kept(items: &[Value], input: &[Value]) -> Vec<String> {
         .collect()
 }
 
-/// Where the user's messages stand.
+/// Returns the indices of the user's messages.
 fn user_messages(items: &[Value]) -> impl Iterator<Item = usize> {
     let is_one = |item: &Value| kind(item) == "message" && text(item, "role") == "user";
     items
@@ -311,7 +316,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever stands in a conversation, what is found in it are parts of it.
+        /// Whatever items a conversation has, the results are parts of them.
         #[test]
         fn items_of_any_shape_are_read(
             items in proptest::collection::vec(mutated(vec![message("m1", "user", "a"), message("m2", "assistant", "b"), call("call_1"), output("call_1"), reasoning("rs_1")]), 0..8),

@@ -1,4 +1,4 @@
-//! Reads the event stream of a response.
+//! Decodes the event stream of a response.
 
 use std::collections::VecDeque;
 
@@ -15,17 +15,19 @@ use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::wire::failure;
 
-/// What is known of a response while its events arrive.
+/// The state of a response while its events arrive.
 #[derive(Debug)]
 pub(super) struct StreamDecoder {
-    /// The response becomes the thread's new place if it ends well.
+    /// The response becomes the end of the chain if it ends well.
     chain: bool,
-    /// A response that fails because the conversation is damaged is a refusal: whoever reads can mend that.
+    /// A response that fails because the conversation is damaged counts as a refusal, because the
+    /// caller can repair the conversation.
     repairs: bool,
     response: Option<String>,
-    /// Put together from deltas, by output and content index, in case the response does not hold it in the end.
+    /// Text assembled from deltas, by output and content index, for the case that the final
+    /// response does not hold it.
     streamed: StreamedParts<(u64, u64)>,
-    /// The size of that.
+    /// The size of `streamed` in bytes.
     held: usize,
 }
 
@@ -40,7 +42,7 @@ impl StreamDecoder {
         }
     }
 
-    /// For a reader who can mend a damaged conversation.
+    /// Makes a decoder for a caller that can repair a damaged conversation.
     pub(super) fn for_repair(chain: bool) -> Self {
         Self {
             repairs: true,
@@ -48,15 +50,17 @@ impl StreamDecoder {
         }
     }
 
-    /// Nothing has come of it, and its reader can see to it that something does.
+    /// Returns true if the response has produced nothing, and the caller can repair the
+    /// conversation.
     fn is_refused_late(&self) -> bool {
         self.repairs && self.streamed.is_empty()
     }
 }
 
 impl Decoder for StreamDecoder {
-    /// The JSON says what an event is; the event line, which not every server sends, is asked only where it does not. What
-    /// neither of them names may be an error of whatever stands in front of the server.
+    /// The JSON says what an event is. The event line, which not every server sends, counts only
+    /// where the JSON does not say it. An event that neither of them names may be an error of a
+    /// proxy in front of the server.
     fn read(
         &mut self,
         event: SseEvent,
@@ -131,8 +135,9 @@ impl StreamDecoder {
             self.response = Some(head.id.clone());
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(head.id.clone())));
         }
-        // The status decides, for a cancelled response ends with an event named `failed`. Only a server that leaves
-        // it out, or forgets to update it, is taken by the name of the event.
+        // The status decides, because a cancelled response ends with an event named `failed`. The
+        // name of the event decides only if the server leaves the status out, or does not update
+        // it.
         let named = match kind {
             "response.completed" => Some(RunStatus::Completed),
             "response.incomplete" => Some(RunStatus::Incomplete),
@@ -146,7 +151,7 @@ impl StreamDecoder {
             .or(named)
         {
             let response: ResponseObject = parse(raw)?;
-            // Some servers accept a turn before they see that the conversation is damaged.
+            // Some servers accept a run before they see that the conversation is damaged.
             if status == RunStatus::Failed
                 && self.is_refused_late()
                 && let Some(damage) = response.damage()
@@ -173,7 +178,8 @@ impl StreamDecoder {
         let output = response.into_output();
         let ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
         let closed = output.open_calls.is_empty();
-        // A cancelled response comes back empty, and some servers leave the output out altogether.
+        // A cancelled response comes back empty, and some servers leave the output out
+        // altogether.
         let content = if output.content.is_empty() && (closed || !ended_well) {
             std::mem::take(&mut self.streamed).into_vec()
         } else {
@@ -190,12 +196,12 @@ impl StreamDecoder {
             upstream_message_id: output.message_id,
             usage,
             tool_calls: output.open_calls,
-            // A turn that did not end well, or left calls open, must not become what the next one builds on.
+            // The next response must not build on one that did not end well or left calls open.
             thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
         }
     }
 
-    /// An error that takes the place of a terminal event.
+    /// Handles an error in the place of a terminal event.
     fn error(
         &mut self,
         detail: ErrorDetail,
@@ -227,12 +233,13 @@ impl StreamDecoder {
     }
 }
 
-/// Events of the protocol hold no error but in their response.
+/// Returns true if the event may be an error. Events of the protocol hold errors only in their
+/// response.
 fn may_tell_error(kind: &str) -> bool {
     !kind.starts_with("response.") || matches!(kind, "response.error" | "response.failed")
 }
 
-/// The event tells an error instead of something of the response.
+/// Returns true if the event is an error and not a part of the response.
 pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
     kind == "error"
         || (may_tell_error(kind)
@@ -579,7 +586,7 @@ mod tests {
         "ping",
     ];
 
-    /// Events that a plain turn does not have.
+    /// Events that a plain run does not have.
     fn odd() -> Vec<Value> {
         let mut failed = response("response.failed", "failed", &json!([]));
         failed["response"]["error"] = json!({"code": "server_error", "message": "No tool output found for function call call_1."});

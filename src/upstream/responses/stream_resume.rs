@@ -1,4 +1,4 @@
-//! The events of a background response, whatever becomes of the connection that they came over.
+//! Streams the events of a background response across broken connections.
 
 use std::time::Duration;
 
@@ -17,12 +17,12 @@ use crate::upstream::retry::{FIRST_WAIT, asked_wait, may_pass, next_backoff};
 use crate::upstream::retrying_client::is_missing;
 use crate::upstream::sse::SseEvent;
 
-/// Tries in a row that bring nothing new.
+/// Consecutive tries that bring nothing new.
 const MAX_TRIES: u32 = 5;
 
-/// The events of a response whose first ones are in `events`. Each time the stream breaks once the response is known,
-/// it is asked for again from the last event on; a server that cannot do that is asked for the response itself until
-/// that has ended. No event comes twice.
+/// Streams the events of a response that begin in `events`. If the stream breaks after the
+/// response's id is known, it is opened again after the last event. If the server cannot do that,
+/// the response is polled until it has ended. No event is yielded twice.
 pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
     ResumableStream {
         events: Some(events),
@@ -31,8 +31,9 @@ pub(super) fn resuming(client: UpstreamClient, events: SseStream) -> SseStream {
     .into_stream()
 }
 
-/// A response that was read as `response` just now: that it is there, then all its events from the first one on, or, if it
-/// is over or the server does not give them again, its end alone.
+/// Streams a response that was just read as `response`: first that it exists, then all its events
+/// from the first on. If it has ended, or if the server does not repeat events, only its end
+/// follows.
 pub(super) fn retelling(client: UpstreamClient, id: UpstreamRunId, response: &Value) -> SseStream {
     let (first, is_over) = as_event(response);
     let resumed = ResumableStream {
@@ -46,14 +47,14 @@ pub(super) fn retelling(client: UpstreamClient, id: UpstreamRunId, response: &Va
         .boxed()
 }
 
-/// What can be had of a stream that is not open (any more).
+/// The events that the server can repeat after the stream has closed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Again {
-    /// What follows the last event, if that had a number.
+    /// The events after the last one, if that had a number.
     Rest,
-    /// The same, and all if there was no event yet.
+    /// The same, and all events if there was none yet.
     All,
-    /// Nothing: the response itself is asked for.
+    /// None: the response is polled.
     Nothing,
 }
 
@@ -66,7 +67,7 @@ struct ResumableStream {
     again: Again,
     /// Events up to this number are repeats.
     seen: Option<u64>,
-    /// Something new came since the last break.
+    /// A new event came since the last break.
     progress: bool,
     failures: u32,
     wait: Duration,
@@ -102,7 +103,8 @@ impl ResumableStream {
         loop {
             if let Some(events) = &mut self.events {
                 match events.next().await {
-                    // Instead of an event that was asked for: it cannot be had, which says nothing of the response.
+                    // An error in the place of a repeated event: the server cannot repeat it.
+                    // That says nothing of the response.
                     Some(Ok(event)) if !self.progress && is_error(&event) => {
                         self.again = Again::Nothing
                     }
@@ -113,7 +115,7 @@ impl ResumableStream {
                         continue;
                     }
                     None if self.over => return None,
-                    // A stream that ends without anything new has nothing more to tell.
+                    // A stream that ends without a new event has no more events.
                     None if !self.progress => self.again = Again::Nothing,
                     None => {}
                     Some(Err(error))
@@ -140,7 +142,7 @@ impl ResumableStream {
         }
     }
 
-    /// Takes note of an event. False if it has been seen before.
+    /// Records an event. Returns false if it is a repeat.
     fn note(&mut self, event: &SseEvent) -> bool {
         let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&event.data) else {
             return true;
@@ -168,7 +170,8 @@ impl ResumableStream {
         true
     }
 
-    /// Opens the stream again, or gives the response's end as an event. `error`: how the stream broke.
+    /// Opens the stream again, or returns the response's end as an event. `error`: how the stream
+    /// broke.
     async fn go_on(&mut self, mut error: UpstreamError) -> Result<Option<SseEvent>, UpstreamError> {
         let Some(id) = self.response.clone() else {
             return Err(error);
@@ -194,20 +197,21 @@ impl ResumableStream {
             };
             match tried {
                 Ok(event) => return Ok(event),
-                // Nobody answered yet. Until when that is waited for is the run's to say.
+                // No answer yet. The caller limits the time.
                 Err(UpstreamError::Broken { timeout: true }) => {
                     self.failures = self.failures.saturating_sub(1);
                 }
                 Err(next) if may_pass(&next) => error = next,
-                // The server cannot stream it again: refused, or not an event stream.
+                // The server cannot stream it again: it refused, or its answer is not an event
+                // stream.
                 Err(next) if streams && is_no(&next) => {
                     tracing::debug!(
-                        "the upstream cannot stream a response again; asking for it instead"
+                        "the upstream cannot stream a response again; polling it instead"
                     );
                     self.again = Again::Nothing;
                     self.failures = 0;
                 }
-                // What became of a response that is gone has to be found out elsewhere.
+                // The fate of a response that is gone has to be found out elsewhere.
                 Err(next) if is_missing(&next) => return Err(error),
                 Err(next) => return Err(next),
             }
@@ -226,12 +230,12 @@ impl ResumableStream {
             .client
             .events(Method::GET, &["responses", id.as_str()], &query, None)
             .await?;
-        tracing::debug!("the stream of a response goes on");
+        tracing::debug!("resumed the stream of a response");
         (self.events, self.seen, self.progress) = (Some(events), self.last, false);
         Ok(())
     }
 
-    /// Asks for the response until it has ended.
+    /// Polls the response until it has ended.
     async fn poll(&mut self, id: &UpstreamRunId) -> Result<SseEvent, UpstreamError> {
         loop {
             let path = ["responses", id.as_str()];
@@ -248,7 +252,7 @@ impl ResumableStream {
     }
 }
 
-/// The event that a response as it stands amounts to, and whether it is the last one.
+/// Returns the event that matches the state of a response, and whether it is the last one.
 pub(super) fn as_event(response: &Value) -> (SseEvent, bool) {
     let status: Option<RunStatus> = response["status"]
         .as_str()
@@ -274,7 +278,7 @@ fn is_error(event: &SseEvent) -> bool {
     })
 }
 
-/// The server will not do it.
+/// Returns true if the server will not do it.
 const fn is_no(error: &UpstreamError) -> bool {
     matches!(
         error,

@@ -1,5 +1,5 @@
-//! The shapes of Conversations + Responses, as far as they are read. Lenient: an optional field of another shape
-//! counts as absent.
+//! The shapes of Conversations + Responses, as far as the gateway reads them. An optional field
+//! of another shape counts as absent.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -9,7 +9,7 @@ use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, 
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::wire::{failure_code, lenient, usage};
 
-/// The outside of an event; what it holds is read when its type is known.
+/// The outer fields of an event. The inner ones are parsed when its type is known.
 #[derive(Debug, Deserialize)]
 pub(super) struct Envelope<'a> {
     #[serde(rename = "type", default, deserialize_with = "lenient")]
@@ -26,7 +26,7 @@ pub(super) struct Envelope<'a> {
     pub(super) content_index: Option<u64>,
 }
 
-/// What of a response is read while it is not over.
+/// The fields of a response that are read before it has ended.
 #[derive(Debug, Deserialize)]
 pub(super) struct ResponseHead {
     pub(super) id: String,
@@ -35,7 +35,7 @@ pub(super) struct ResponseHead {
 }
 
 impl ResponseHead {
-    /// The status in our words; `None` if there is none, or one that we do not know.
+    /// Returns the status in the gateway's words; `None` if there is none, or an unknown one.
     pub(super) fn run_status(&self) -> Option<RunStatus> {
         self.status
             .as_deref()
@@ -43,7 +43,7 @@ impl ResponseHead {
     }
 }
 
-/// A response that is over.
+/// A response that has ended.
 #[derive(Debug, Deserialize)]
 pub(super) struct ResponseObject {
     #[serde(default, deserialize_with = "lenient")]
@@ -56,23 +56,24 @@ pub(super) struct ResponseObject {
     usage: Option<Map<String, Value>>,
 }
 
-/// What a response, or a part of a conversation, holds.
+/// The content of a response, or of a part of a conversation.
 #[derive(Debug, Default)]
 pub(super) struct Output {
     pub(super) content: Vec<ContentPart>,
-    /// The last message's.
+    /// The id of the last message.
     pub(super) message_id: Option<String>,
     /// Function calls without an output.
     pub(super) open_calls: Vec<ToolCall>,
 }
 
 impl ResponseObject {
-    /// The word that says why it failed or is incomplete.
+    /// Returns the code for which the response failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
         failure_code(self.error.as_ref(), self.incomplete_details.as_ref())
     }
 
-    /// What is wrong with the conversation, if that is why it failed before it did anything.
+    /// Returns the damage of the conversation, if the response failed for it before it produced
+    /// output.
     pub(super) fn damage(&self) -> Option<Damage> {
         let has_output = self
             .output
@@ -131,7 +132,7 @@ fn part(part: &Value) -> Option<ContentPart> {
     }
 }
 
-/// The parts of a message that we know, the user's or the assistant's.
+/// Returns the known parts of a message, of the user or of the assistant.
 pub(super) fn said(item: &Value) -> Vec<ContentPart> {
     match item.get("content") {
         Some(Value::String(text)) => vec![ContentPart::Text { text: text.clone() }],
@@ -170,18 +171,18 @@ fn input_part_said(part: &Value) -> Option<ContentPart> {
 #[derive(Debug, Eq, PartialEq)]
 pub(super) struct OpenCall {
     pub(super) call: ToolCall,
-    /// A call of a custom tool, whose output is an item of another type.
+    /// The tool is a custom tool, and the output is an item of another type.
     pub(super) custom: bool,
 }
 
 impl OpenCall {
-    /// The item that closes the call.
+    /// Returns the item that closes the call.
     pub(super) fn output(&self, output: &str) -> Value {
         output_item(&self.call.id, output, self.custom)
     }
 }
 
-/// The item that answers a call. `custom`: the call is of a custom tool.
+/// Returns the item that answers a call. `custom`: the call is of a custom tool.
 pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
     let kind = if custom {
         "custom_tool_call_output"
@@ -191,7 +192,7 @@ pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
     json!({"type": kind, "call_id": call, "output": output})
 }
 
-/// The calls of custom tools among `items` that no other of them answers.
+/// Returns the ids of open calls of custom tools among `items`.
 pub(super) fn custom_calls(items: &[Value]) -> Vec<String> {
     open_calls(items)
         .into_iter()
@@ -200,13 +201,13 @@ pub(super) fn custom_calls(items: &[Value]) -> Vec<String> {
         .collect()
 }
 
-/// The item is a call that someone outside has to answer.
+/// Returns true if the item is a call that the client has to answer.
 pub(super) fn is_call(item: &Value) -> bool {
     let kind = item.get("type").and_then(Value::as_str);
     matches!(kind, Some("function_call" | "custom_tool_call"))
 }
 
-/// The calls among `items` that no other of them answers, in the order of `items`.
+/// Returns the calls that have no output among `items`, in the order of `items`.
 pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
     let text =
         |item: &Value, field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
@@ -232,7 +233,7 @@ pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
     items.iter().filter_map(open).collect()
 }
 
-/// The ids of the calls that have an output among `items`.
+/// Returns the ids of the calls that have an output among `items`.
 pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
     let is_output = |item: &&Value| {
         let kind = item.get("type").and_then(Value::as_str);
@@ -248,7 +249,7 @@ pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
         .collect()
 }
 
-/// A user's message as an input item. A single text is a bare string.
+/// Returns a user's message as an input item. A single text is a bare string.
 pub(super) fn message_item(parts: &[ContentPart]) -> Value {
     let content: Value = match parts {
         [ContentPart::Text { text }] => text.as_str().into(),
@@ -257,8 +258,8 @@ pub(super) fn message_item(parts: &[ContentPart]) -> Value {
     json!({"type": "message", "role": "user", "content": content})
 }
 
-/// A message of an earlier turn as an input item. An assistant's is a bare string: its parts would need ids that
-/// another server gave.
+/// Returns a message of an earlier run as an input item. An assistant's message is a bare string,
+/// because its parts would need ids that another server gave.
 pub(super) fn history_item(message: &Message) -> Value {
     match message.role {
         Role::User => message_item(&message.content),

@@ -215,7 +215,10 @@ async fn probe_suggests_setting_when_conversations_unsupported() {
     assert!(is_usable, "{text}");
     let (is_usable, text) = probe(&config.replace("/v1\"", "/v2\""));
     assert!(
-        !is_usable && text.contains("nothing is there: look at `upstreams.simulated.base_url`"),
+        !is_usable
+            && text.contains(
+                "the server knows none of the paths: check `upstreams.simulated.base_url`"
+            ),
         "{text}"
     );
 }

@@ -337,7 +337,7 @@ async fn bad_import_lines_are_reported_and_rest_imported(
         (
             json!({"type": "thread", "key": {"user": "a"}, "id": young, "created_at": "2024-01-01T00:00:00Z"})
                 .to_string(),
-            "made later than `created_at`",
+            "later than `created_at`",
         ),
         (
             json!({"type": "thread", "key": {"user": "a"}, "archived_at": "1969-12-31T00:00:00Z"}).to_string(),

@@ -226,7 +226,7 @@ async fn orphaned_upstream_thread_is_reported_or_deleted(scene: Scene) {
     assert_eq!(plan["upstream_orphans"][0]["action"], "find_and_delete");
     clean_up(&gateway).await;
     gateway
-        .logged(|line| line.contains("nobody can find there"))
+        .logged(|line| line.contains("may exist that cannot be found"))
         .await;
     drop(gateway);
 
