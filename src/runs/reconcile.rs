@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::context::Context;
 use crate::domain::{
-    self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UpstreamThreadId,
+    self, ContentPart, Message, MessageId, Role, Thread, ThreadId, UnsettledRun, UpstreamThreadId,
 };
 use crate::error::Error;
 use crate::store::{ExternalMessage, RunLease, Store, StoreError};
@@ -159,12 +159,8 @@ pub(in crate::runs) async fn reconcile(
             // The messages there may be those of the run's new owner.
             return Err(Unverified::LeaseLost);
         }
-        let settled = async {
-            upstream.settle(left).await?;
-            upstream.remove(left).await
-        };
         let limit = ctx.config.runs.settle_timeout;
-        timeout(limit, settled)
+        timeout(limit, clear(ctx, &**upstream, left, by))
             .await
             .map_err(|_| Unverified::TooLate)??;
     }
@@ -197,6 +193,26 @@ pub(in crate::runs) async fn reconcile(
         .await?;
     tracing::info!(thread.id = %thread.id, messages = added, "copied messages of other writers");
     Ok(added)
+}
+
+/// Removes an earlier run's messages from the upstream thread. A run that holds the thread (`by`)
+/// may continue on it, so the store learns first which history stays there.
+async fn clear(
+    ctx: &Context,
+    upstream: &dyn Upstream,
+    left: &UnsettledRun,
+    by: Option<RunLease>,
+) -> Result<(), Unverified> {
+    let settled = upstream.settle(left).await?;
+    if let Some(lease) = by {
+        if settled.has_history_of(left) {
+            ctx.store.took_along(&lease, left.run).await?;
+        }
+        if ctx.registry.has_lapsed() {
+            return Err(Unverified::LeaseLost);
+        }
+    }
+    Ok(upstream.remove(left).await?)
 }
 
 /// Most bytes kept of an upstream thread for a comparison, and most pages read. A server may

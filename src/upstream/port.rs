@@ -375,6 +375,14 @@ pub struct Settled {
     pub thread: Option<UpstreamThreadId>,
 }
 
+impl Settled {
+    /// Returns whether the upstream thread keeps history that was sent with the run, also after
+    /// the run's own messages are removed. A chain continues from before the run, so it keeps none.
+    pub fn has_history_of(&self, left: &UnsettledRun) -> bool {
+        left.synced && self.said && self.thread.is_none()
+    }
+}
+
 /// An event of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum UpstreamEvent {

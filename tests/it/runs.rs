@@ -61,7 +61,15 @@ impl Process {
     /// Makes a process with this store and upstream. It accepts no message before its session is
     /// renewed.
     fn new(store: Arc<Store>, upstream: Arc<dyn Upstream>) -> Self {
-        let config = Config::default();
+        Self::configured(store, upstream, false, Config::default())
+    }
+
+    fn configured(
+        store: Arc<Store>,
+        upstream: Arc<dyn Upstream>,
+        has_external_writers: bool,
+        config: Config,
+    ) -> Self {
         let assistant = AssistantConfig {
             upstream: "main".to_owned(),
             ..AssistantConfig::default()
@@ -71,7 +79,7 @@ impl Process {
         let upstream = ConfiguredUpstream {
             adapter: upstream,
             breaker: None,
-            has_external_writers: false,
+            has_external_writers,
             gets_keys: false,
         };
         let runs = Runs::new(RunsParts {

@@ -181,7 +181,7 @@ async fn settle(
     tokio::select! {
         biased;
         () = active.lost.cancelled() => None,
-        upstream = look(ctx, started, progress, local) => Some(upstream),
+        upstream = look(ctx, started, progress, local) => upstream,
     }
 }
 
@@ -190,28 +190,29 @@ async fn look(
     started: &StartedRun,
     progress: &Progress,
     local: &LocalOutcome,
-) -> UpstreamState {
+) -> Option<UpstreamState> {
     if progress.delivery == Delivery::NotSent {
-        return UpstreamState::None;
+        return Some(UpstreamState::None);
     }
-    let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
-        return UpstreamState::None;
-    };
-    // The run cannot end without this, so it waits for the store.
+    // The run cannot end without this, so it waits for the store. A process that stops before that
+    // leaves the run to its next owner: it must not record that the upstream took nothing.
     let stopped = async {
         ctx.tasks.stop.cancelled().await;
         sleep(LAST_SETTLE_TIMEOUT).await;
     };
     let left = tokio::select! {
-        left = unsettled_run(ctx, started, progress) => left.ok(),
-        () = stopped => None,
+        left = unsettled_run(ctx, started, progress) => left,
+        () = stopped => return None,
     };
-    let Some(left) = left else {
-        return UpstreamState::None;
+    let Ok(left) = left else {
+        return Some(UpstreamState::None);
     };
     let left = UnsettledRun {
         remove: local.discard,
         ..left
+    };
+    let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
+        return Some(UpstreamState::Unknown(left));
     };
     // A panic in here must not prevent the run's end.
     let look = take_away(
@@ -225,10 +226,10 @@ async fn look(
         seen = AssertUnwindSafe(look).catch_unwind() => seen,
         () = settling_time_is_over(ctx) => {
             tracing::warn!("settling the run at the upstream took too long");
-            return UpstreamState::Unknown(left);
+            return Some(UpstreamState::Unknown(left));
         }
     };
-    match seen {
+    Some(match seen {
         // The gateway looks again before it uses the thread again.
         Ok(Ok(settled)) if settled.unsure => UpstreamState::Unknown(left),
         Ok(Ok(settled)) => UpstreamState::Seen {
@@ -246,7 +247,7 @@ async fn look(
             tracing::error!("settling the run at the upstream panicked");
             UpstreamState::Unknown(left)
         }
-    }
+    })
 }
 
 /// Waits until the time to settle a run's traces at the upstream is over.

@@ -35,8 +35,7 @@ pub(in crate::runs) async fn take_away(
     if !is_removed {
         return Ok(settled);
     }
-    // A chain continues from before the run, so it has no history that was sent with the run.
-    if left.synced && settled.said && settled.thread.is_none() {
+    if settled.has_history_of(left) {
         write_until_ok(|| ctx.store.took_along(lease, left.run)).await?;
     }
     // Check again: what is in the thread now may be another process's.

@@ -292,7 +292,15 @@ async fn run_from_start(ctx: &Context, active: &mut ActiveRun, started: StartedR
         Err(cut) => (started, Begin::CutOff(cut)),
     };
     let progress = Progress::new(&started);
-    execute(ctx, active, &started, begin, progress, deadline).await
+    let result = execute(ctx, active, &started, begin, progress, deadline).await;
+    // The store may have rolled the thread over just before the cut.
+    if let RunResult::Ended(outcome) = &result
+        && outcome.thread.id != started.thread.id
+    {
+        let key = &started.thread.key;
+        ctx.queue.moved(key, started.thread.id, outcome.thread.id);
+    }
+    result
 }
 
 /// Executes a run and commits its end, whatever happens on the way.

@@ -1,5 +1,7 @@
 //! The life of runs in situations that cannot be brought about over HTTP.
 
+use std::num::NonZeroU32;
+
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
     ContentPart, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamSync, UpstreamThreadId,
@@ -442,6 +444,38 @@ async fn unsynced_messages_of_abandoned_chain_run_are_resent() {
             .as_ref()
             .map(UpstreamThreadId::as_str);
         assert_eq!(moved, Some("run of next"));
+    })
+    .await;
+}
+
+/// A rollover removes what an earlier run left upstream, and then fails. The run continues on the
+/// old thread, which still has the history that was sent with the earlier run.
+#[tokio::test]
+async fn unsynced_messages_not_resent_after_failed_rollover() {
+    on_both(async |stores: Stores| {
+        let mut config = Config::default();
+        config.threads.max_messages = NonZeroU32::new(2);
+        let upstream = Scripted::new(false);
+        let store = Arc::clone(&stores.one);
+        let process = Process::configured(store, upstream.clone(), true, config);
+        process.runs.renew("127.0.0.1:1", ALIVE).await.unwrap();
+        let say =
+            async |words| ended(&process.runs.submit(key(), message(words)).await.unwrap()).await;
+        upstream.settles(Settling::Absent);
+        say("break 1").await;
+        upstream.settles(Settling::Fails);
+        say("break 2").await;
+        upstream.settles(Settling::Held);
+        upstream.fail_history();
+        let outcome = say("next").await;
+        let calls = upstream.calls();
+        assert!(
+            calls.contains(&"remove run of break 2".to_owned()),
+            "{calls:?}"
+        );
+        let last = calls.iter().rfind(|call| call.starts_with("start"));
+        assert_eq!(last.unwrap(), "start [break 2] next", "{calls:?}");
+        assert_eq!(outcome.thread.previous_thread, None, "the rollover failed");
     })
     .await;
 }

@@ -1,6 +1,7 @@
 //! A scripted upstream: the first word of a message says what it does, and the test says how it
 //! settles runs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,6 +32,9 @@ pub(super) struct Scripted {
     /// The calls so far, in words.
     calls: Mutex<Vec<String>>,
     settling: Mutex<Settling>,
+    /// The run whose messages were removed last.
+    removed: Mutex<Option<UpstreamRunId>>,
+    history_fails: AtomicBool,
     gate: Arc<Semaphore>,
 }
 
@@ -52,6 +56,8 @@ impl Scripted {
             chain,
             calls: Mutex::default(),
             settling: Mutex::new(Settling::Held),
+            removed: Mutex::default(),
+            history_fails: AtomicBool::new(false),
             gate: Arc::new(Semaphore::new(0)),
         })
     }
@@ -63,6 +69,11 @@ impl Scripted {
 
     pub(super) fn settles(&self, settling: Settling) {
         *self.settling.lock().unwrap() = settling;
+    }
+
+    /// From now on a list of the thread's messages fails.
+    pub(super) fn fail_history(&self) {
+        self.history_fails.store(true, Ordering::Relaxed);
     }
 
     /// Returns the calls since the last time.
@@ -168,6 +179,9 @@ impl Upstream for Scripted {
         _: Option<&str>,
         _: &RateLimiter,
     ) -> Result<Option<HistoryPage>, UpstreamError> {
+        if self.history_fails.load(Ordering::Relaxed) {
+            return Err(UpstreamError::Broken { timeout: false });
+        }
         Ok(None)
     }
 
@@ -246,6 +260,9 @@ impl Upstream for Scripted {
             return Ok(Settled::default());
         };
         let settling = *self.settling.lock().unwrap();
+        if self.removed.lock().unwrap().as_ref() == Some(&run) {
+            return Ok(Settled::default());
+        }
         match settling {
             Settling::Fails => Err(UpstreamError::Broken { timeout: false }),
             Settling::Panics => panic!("planted"),
@@ -265,6 +282,7 @@ impl Upstream for Scripted {
 
     async fn remove(&self, left: &UnsettledRun) -> Result<(), UpstreamError> {
         self.note(format!("remove {}", name(left)));
+        self.removed.lock().unwrap().clone_from(&left.upstream_run);
         Ok(())
     }
 }
