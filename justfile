@@ -39,7 +39,9 @@ fuzz time:
 chaos time:
     THREADKEEPER_CHAOS_FOR={{ time }} cargo test chaos:: -- --nocapture
 
-# Needs mdBook: `cargo install mdbook --locked --no-default-features`.
+# Needs mdBook and its plug-in for diagrams:
+# `cargo install --locked mdbook --no-default-features; cargo install --locked mdbook-mermaid`.
 # Builds the site of the documents in target/book.
 book:
+    mdbook-mermaid install docs
     mdbook build docs

@@ -54,7 +54,7 @@ pub struct Thread {
     /// What the gateway deleted of the thread at the upstream.
     pub removed: Removed,
     /// Number of unsynced messages.
-    pub backlog: i64,
+    pub unsynced_messages: i64,
     /// What an earlier run may have left at the upstream, while that is not known.
     pub unsettled_run: Option<UnsettledRun>,
 }

@@ -128,7 +128,7 @@ impl TryFrom<ThreadRow> for Thread {
                 .t_upstream_cleanup
                 .map(|json| json.0)
                 .unwrap_or_default(),
-            backlog: row.t_unsynced_messages,
+            unsynced_messages: row.t_unsynced_messages,
             unsettled_run: row.t_unsettled_run.map(|json| json.0),
         })
     }

@@ -381,7 +381,7 @@ pub(crate) async fn check_invariants(database: &TestDatabase) {
              m.thread_id = t.id)",
         ),
         (
-            "the backlog is the messages that are missing",
+            "the unsynced messages are those that are missing",
             "SELECT count(*) FROM threads t WHERE unsynced_messages <> (SELECT count(*) FROM messages m WHERE \
              m.thread_id = t.id AND m.upstream_sync = 'missing')",
         ),

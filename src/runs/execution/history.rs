@@ -84,11 +84,11 @@ pub(in crate::runs) async fn sent_with(
     store: &Store,
     run: RunId,
 ) -> Result<Vec<Message>, StoreError> {
-    let backlog = newest(&mut Room::default(), |before| {
+    let unsynced = newest(&mut Room::default(), |before| {
         store.unsynced_messages(run, before, PAGE)
     })
     .await?;
-    Ok(with_content(backlog))
+    Ok(with_content(unsynced))
 }
 
 /// Drops messages whose content the store did not keep.

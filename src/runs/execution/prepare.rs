@@ -44,7 +44,7 @@ pub(in crate::runs) async fn prepare(
             is_rebuilt: true,
         });
     }
-    let lacks_some = thread.backlog > 0 || thread.unsettled_run.is_some();
+    let lacks_some = thread.unsynced_messages > 0 || thread.unsettled_run.is_some();
     let history = if lacks_some {
         unsynced_messages(round).await?
     } else {
@@ -144,12 +144,12 @@ async fn settle_earlier(round: &RoundContext<'_>) -> Result<bool, Failure> {
 async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let mut room = Room::default();
-    let backlog = newest(&mut room, |before| {
+    let unsynced_messages = newest(&mut room, |before| {
         retry_until_ok(move || store.unsynced_messages(run, before, PAGE))
     })
     .await?;
     if room.is_full {
-        let before = backlog.first().map(|message| message.position);
+        let before = unsynced_messages.first().map(|message| message.position);
         withhold(
             round,
             &Withholding {
@@ -161,7 +161,7 @@ async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure>
         .await?;
     }
     Ok(History {
-        messages: Arc::new(with_content(backlog)),
+        messages: Arc::new(with_content(unsynced_messages)),
         carried_users: 0,
     })
 }

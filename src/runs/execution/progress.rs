@@ -26,7 +26,7 @@ pub(in crate::runs) enum Delivery {
 pub(in crate::runs) struct StoredProgress {
     pub(in crate::runs) log: StoredLog,
     /// The unsynced messages of its thread. If the run was sent, these were sent with it.
-    pub(in crate::runs) backlog: Vec<Message>,
+    pub(in crate::runs) unsynced: Vec<Message>,
 }
 
 /// The progress of an active run. It survives when the run is cut off.
@@ -93,7 +93,7 @@ impl Progress {
         self.unacknowledged_requests = u32::from(self.delivery == Delivery::Sent);
         self.content = content;
         self.text = stored.log.text;
-        self.include_history(&stored.backlog);
+        self.include_history(&stored.unsynced);
         // Their number is not known, but there is at least one.
         self.inputs = self.inputs.max(1);
     }

@@ -435,7 +435,7 @@ mod tests {
             rolls: false,
             carried: 0,
             removed: Removed::default(),
-            backlog: 0,
+            unsynced_messages: 0,
             unsettled_run: None,
         };
         let run = Run {

@@ -111,14 +111,14 @@ async fn stored_progress(
         });
     }
     let run = orphan.run.id;
-    let backlog = if orphan.thread.backlog > 0 {
+    let unsynced = if orphan.thread.unsynced_messages > 0 {
         sent_with(store, run).await?
     } else {
         Vec::new()
     };
     Ok(StoredProgress {
         log: StoredLog::read(store, run).await?,
-        backlog,
+        unsynced,
     })
 }
 

@@ -435,7 +435,10 @@ async fn unsynced_messages_of_abandoned_chain_run_are_resent() {
         ];
         assert_eq!(starts, wanted);
         assert_eq!(
-            (outcome.thread.backlog, &outcome.thread.unsettled_run),
+            (
+                outcome.thread.unsynced_messages,
+                &outcome.thread.unsettled_run
+            ),
             (0, &None)
         );
         let moved = outcome

@@ -173,7 +173,7 @@ async fn other_run_steps_have_bounded_round_trips_on_postgres() {
             .unsynced_messages(rollback.run_id, None, 10)
             .await
             .unwrap();
-        meter.one("a backlog");
+        meter.one("unsynced messages");
         assert!(
             store
                 .record_settlement(&rollback, turn.run.id, UpstreamSync::Present)

@@ -393,7 +393,7 @@ async fn imported_messages_keep_order_and_fields(_: &TestDatabase, store: &Store
         ]
     );
     let after = by_id(store, id).await;
-    assert_eq!((after.message_count, after.backlog), (4, 1));
+    assert_eq!((after.message_count, after.unsynced_messages), (4, 1));
     assert_eq!(
         after.last_active_at, before.last_active_at,
         "an import does not count as activity"
@@ -439,15 +439,15 @@ async fn imported_messages_without_upstream_thread_are_unsynced(
         &[message(Role::User, "one"), message(Role::Assistant, "two")],
     )
     .await;
-    assert_eq!(by_id(store, id).await.backlog, 2);
+    assert_eq!(by_id(store, id).await.unsynced_messages, 2);
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let backlog = store
+    let unsynced = store
         .unsynced_messages(turn.run.id, None, 1000)
         .await
         .unwrap()
         .data;
     assert_eq!(
-        backlog
+        unsynced
             .iter()
             .map(|message| message.position)
             .collect::<Vec<_>>(),
@@ -460,7 +460,7 @@ async fn imported_messages_without_upstream_thread_are_unsynced(
     assert_eq!(
         closed(store.finish(&turn.lease, end.clone()).await.unwrap())
             .thread
-            .backlog,
+            .unsynced_messages,
         0
     );
     check_invariants(database).await;

@@ -157,7 +157,10 @@ async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) 
                     };
                 }
                 assert_eq!(finished.thread.message_count, model.messages, "step {step}");
-                assert_eq!(finished.thread.backlog, model.missing, "step {step}");
+                assert_eq!(
+                    finished.thread.unsynced_messages, model.missing,
+                    "step {step}"
+                );
             }
             _ => {
                 adopt(store, &mut models, owner, adopter, step).await;
@@ -295,7 +298,10 @@ async fn end(store: &Store, model: &mut Model, rng: &mut StdRng, step: usize) {
         model.missing += i64::from(replied == Some(UpstreamSync::Missing));
     }
     assert_eq!(finished.thread.message_count, model.messages, "step {step}");
-    assert_eq!(finished.thread.backlog, model.missing, "step {step}");
+    assert_eq!(
+        finished.thread.unsynced_messages, model.missing,
+        "step {step}"
+    );
     assert_eq!(finished.run.discarded, end.discard, "step {step}");
 }
 

@@ -127,7 +127,11 @@ async fn rollover_by_run_moves_run_and_its_messages(database: &TestDatabase, sto
         (Lifecycle::Current, false, 2)
     );
     assert_eq!(
-        (fresh.message_count, fresh.run_count, fresh.backlog),
+        (
+            fresh.message_count,
+            fresh.run_count,
+            fresh.unsynced_messages
+        ),
         (1, 1, 0)
     );
     assert_eq!(
@@ -387,11 +391,18 @@ async fn rollover_renumbers_runs_without_gaps(database: &TestDatabase, store: &S
         ]
     );
     assert_eq!(
-        (fresh.run_count, fresh.message_count, fresh.backlog),
+        (
+            fresh.run_count,
+            fresh.message_count,
+            fresh.unsynced_messages
+        ),
         (3, 1, 0)
     );
     let old = thread(store, old).await.unwrap();
-    assert_eq!((old.run_count, old.message_count, old.backlog), (2, 2, 2));
+    assert_eq!(
+        (old.run_count, old.message_count, old.unsynced_messages),
+        (2, 2, 2)
+    );
     check_counts(database).await;
     assert_eq!(queued(store.admit(admission(&key)).await.unwrap()).2.seq, 4);
 }
@@ -1230,7 +1241,7 @@ async fn calls_blocked_by_rollover_find_new_thread() {
                         (ended.thread.previous_thread, ended.thread.message_count),
                         (Some(old), 1)
                     );
-                    assert_eq!(ended.thread.backlog, 1);
+                    assert_eq!(ended.thread.unsynced_messages, 1);
                 }
                 2 => {
                     let merge = said(&key, "4", MultitaskStrategy::Merge);

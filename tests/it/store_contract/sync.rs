@@ -131,7 +131,10 @@ async fn finish_records_sync_state_of_its_messages(database: &TestDatabase, stor
             };
             let finished = finished_run(store, &key, "message", &end).await;
             missing += i64::from(said == Missing) + i64::from(replied == Missing);
-            assert_eq!(finished.thread.backlog, missing, "{said} {replied}");
+            assert_eq!(
+                finished.thread.unsynced_messages, missing,
+                "{said} {replied}"
+            );
             let message = finished.message.unwrap();
             assert_eq!((message.sync, message.ended), (replied, Some(status)));
             wanted.push(("message".to_owned(), said, Some(status)));
@@ -139,7 +142,14 @@ async fn finish_records_sync_state_of_its_messages(database: &TestDatabase, stor
         }
     }
     assert_eq!(syncs(store, &key).await, wanted);
-    assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 8);
+    assert_eq!(
+        newest_thread(store, &key)
+            .await
+            .unwrap()
+            .0
+            .unsynced_messages,
+        8
+    );
     check_invariants(database).await;
 }
 
@@ -147,7 +157,10 @@ async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, st
     let key = user("alice");
     let finished = finished_run(store, &key, "1", &completed(Some("one"))).await;
     assert_eq!(
-        (finished.thread.backlog, &finished.thread.unsettled_run),
+        (
+            finished.thread.unsynced_messages,
+            &finished.thread.unsettled_run
+        ),
         (0, &None)
     );
     // A run may complete although the upstream thread lacks its messages.
@@ -155,7 +168,13 @@ async fn completed_run_leaves_no_outcome_on_messages(database: &TestDatabase, st
         said: UpstreamSync::Missing,
         ..completed(Some("two"))
     };
-    assert_eq!(finished_run(store, &key, "2", &end).await.thread.backlog, 1);
+    assert_eq!(
+        finished_run(store, &key, "2", &end)
+            .await
+            .thread
+            .unsynced_messages,
+        1
+    );
     let wanted = [
         ("1", "present"),
         ("one", "present"),
@@ -187,7 +206,7 @@ async fn messages_of_unstarted_run_get_sync_state(database: &TestDatabase, store
         ));
         let finished = closed(store.finish(&waiting, failed(said)).await.unwrap());
         missing += if said == UpstreamSync::Missing { 2 } else { 0 };
-        assert_eq!(finished.thread.backlog, missing);
+        assert_eq!(finished.thread.unsynced_messages, missing);
         let all = syncs(store, &key).await;
         let failed = Some(RunStatus::Failed);
         assert_eq!(
@@ -218,7 +237,7 @@ async fn unsynced_messages_are_missing_ones_of_earlier_runs(
     finished_run(store, &key, "4", &partial).await;
     finished_run(store, &user("bob"), "other", &failed(Missing)).await;
     let now = started(store.admit(say(&key, "5")).await.unwrap());
-    assert_eq!(now.thread.backlog, 2);
+    assert_eq!(now.thread.unsynced_messages, 2);
     assert_eq!(unsynced_messages(store, now.run.id).await, ["1", "four"]);
     assert_eq!(unsynced_messages(store, RunId::new()).await, [""; 0]);
     // No unsynced message was sent with this run, so all stay.
@@ -227,7 +246,7 @@ async fn unsynced_messages_are_missing_ones_of_earlier_runs(
         ..failed(Missing)
     };
     let finished = closed(store.finish(&now.lease, own.clone()).await.unwrap());
-    assert_eq!(finished.thread.backlog, 4);
+    assert_eq!(finished.thread.unsynced_messages, 4);
     let next = started(store.admit(say(&key, "6")).await.unwrap());
     assert_eq!(
         unsynced_messages(store, next.run.id).await,
@@ -256,7 +275,7 @@ async fn synced_finish_marks_unsynced_messages_present(database: &TestDatabase, 
         ..failed(Missing)
     };
     let finished = finished_run(store, &key, "4", &end).await;
-    assert_eq!(finished.thread.backlog, 2);
+    assert_eq!(finished.thread.unsynced_messages, 2);
     let told = |all: Vec<(String, UpstreamSync, Option<RunStatus>)>| {
         all.into_iter()
             .map(|(words, sync, _)| (words, sync))
@@ -280,7 +299,7 @@ async fn synced_finish_marks_unsynced_messages_present(database: &TestDatabase, 
         ..completed(Some("five"))
     };
     let finished = finished_run(store, &key, "5", &end).await;
-    assert_eq!(finished.thread.backlog, 0);
+    assert_eq!(finished.thread.unsynced_messages, 0);
     assert_eq!(told(syncs(store, &key).await)[..5], wanted(Present));
     let (bob, _) = newest_thread(store, &user("bob")).await.unwrap();
     assert_eq!(bob, others.thread, "no other thread changes");
@@ -304,7 +323,7 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
         ..completed(Some("two"))
     };
     let finished = closed(store.finish(&now.lease, end.clone()).await.unwrap());
-    assert_eq!(finished.thread.backlog, 1);
+    assert_eq!(finished.thread.unsynced_messages, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
 
@@ -317,7 +336,7 @@ async fn synced_finish_leaves_later_messages_missing(database: &TestDatabase, st
     assert_eq!(
         closed(store.finish(&waiting, end.clone()).await.unwrap())
             .thread
-            .backlog,
+            .unsynced_messages,
         1
     );
     check_invariants(database).await;
@@ -340,7 +359,7 @@ async fn synced_discard_leaves_later_messages_missing(database: &TestDatabase, s
         ..failed(UpstreamSync::Missing)
     };
     let finished = closed(store.finish(&now.lease, end).await.unwrap());
-    assert_eq!(finished.thread.backlog, 1);
+    assert_eq!(finished.thread.unsynced_messages, 1);
     let next = started(store.admit(say(&key, "4")).await.unwrap());
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3"]);
     check_invariants(database).await;
@@ -448,7 +467,7 @@ async fn settling_run_resolves_its_unknown_messages(database: &TestDatabase, sto
         }
         let (thread, _) = newest_thread(store, &key).await.unwrap();
         assert_eq!(
-            (thread.backlog, thread.unsettled_run),
+            (thread.unsynced_messages, thread.unsettled_run),
             (missing, None),
             "{found}"
         );
@@ -527,13 +546,13 @@ async fn unsynced_messages_sent_with_unsettled_run_are_settled_present(
         assert_eq!(
             closed(store.finish(&now.lease, end.clone()).await.unwrap())
                 .thread
-                .backlog,
+                .unsynced_messages,
             3
         );
         finished_run(store, &key, "6", &failed(Missing)).await;
 
         let next = started(store.admit(say(&key, "7")).await.unwrap());
-        assert_eq!(next.thread.backlog, 4);
+        assert_eq!(next.thread.unsynced_messages, 4);
         let before = syncs(store, &key).await;
         let stale = RunLease {
             fence: next.lease.fence - 1,
@@ -557,7 +576,7 @@ async fn unsynced_messages_sent_with_unsettled_run_are_settled_present(
             );
             let (thread, _) = newest_thread(store, &key).await.unwrap();
             assert_eq!(
-                (thread.backlog, thread.unsettled_run),
+                (thread.unsynced_messages, thread.unsettled_run),
                 (2 + own, None),
                 "{found}"
             );
@@ -592,7 +611,7 @@ async fn unsynced_messages_sent_with_unsettled_run_are_settled_present(
                 .unwrap()
         );
         let (thread, _) = newest_thread(store, &key).await.unwrap();
-        assert_eq!(thread.backlog, 3 + own);
+        assert_eq!(thread.unsynced_messages, 3 + own);
         let (bob, _) = newest_thread(store, &others.thread.key).await.unwrap();
         assert_eq!(bob, others.thread, "no other thread changes");
         check_invariants(database).await;
@@ -645,7 +664,14 @@ async fn unsynced_messages_sent_with_discarded_run_are_settled_present(
                 ("5", Present)
             ]
         );
-        assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 2);
+        assert_eq!(
+            newest_thread(store, &key)
+                .await
+                .unwrap()
+                .0
+                .unsynced_messages,
+            2
+        );
         check_invariants(database).await;
     }
     assert_eq!(unsynced_messages(store, next.run.id).await, ["3", "4"]);
@@ -680,7 +706,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
 
     let id = UpstreamThreadId("conv_2".to_owned());
     let before = newest_thread(store, &key).await.unwrap().0;
-    assert_eq!(before.backlog, 3);
+    assert_eq!(before.unsynced_messages, 3);
     let stale = RunLease {
         fence: now.lease.fence - 1,
         ..now.lease
@@ -691,7 +717,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
     assert!(bind(store, &now.lease, &id, false).await);
     let bound = newest_thread(store, &key).await.unwrap().0;
     assert_eq!(
-        (bound.backlog, &bound.unsettled_run),
+        (bound.unsynced_messages, &bound.unsettled_run),
         (3, &before.unsettled_run)
     );
 
@@ -703,7 +729,7 @@ async fn seeded_upstream_thread_contains_all_earlier_messages(
             (Some(&id), None)
         );
         assert_eq!(
-            thread.backlog, 1,
+            thread.unsynced_messages, 1,
             "the upstream thread lacks messages after the run's own"
         );
         let all: Vec<_> = syncs(store, &key)
@@ -761,7 +787,11 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
             .unwrap()
     );
     assert_eq!(
-        newest_thread(store, &key).await.unwrap().0.backlog,
+        newest_thread(store, &key)
+            .await
+            .unwrap()
+            .0
+            .unsynced_messages,
         1,
         "another owner has the lease"
     );
@@ -780,7 +810,14 @@ async fn all_earlier_messages_can_be_withheld(database: &TestDatabase, store: &S
         .collect();
     assert_eq!(syncs.pop(), Some(Present));
     assert_eq!(syncs, [Withheld; 8]);
-    assert_eq!(newest_thread(store, &key).await.unwrap().0.backlog, 0);
+    assert_eq!(
+        newest_thread(store, &key)
+            .await
+            .unwrap()
+            .0
+            .unsynced_messages,
+        0
+    );
     assert_eq!(
         store.baseline(turn.run.id).await.unwrap(),
         Baseline::default()
@@ -1087,7 +1124,10 @@ async fn discarded_run_leaves_no_messages(database: &TestDatabase, store: &Store
         (&None, 3)
     );
     assert_eq!(
-        (finished.thread.backlog, &finished.thread.unsettled_run),
+        (
+            finished.thread.unsynced_messages,
+            &finished.thread.unsettled_run
+        ),
         (1, &end.unsettled_run)
     );
     assert_eq!(
@@ -1131,7 +1171,10 @@ async fn discarding_queued_run_changes_no_counts(database: &TestDatabase, store:
     };
     let finished = closed(store.finish(&waiting, end.clone()).await.unwrap());
     assert_eq!(
-        (finished.thread.message_count, finished.thread.backlog),
+        (
+            finished.thread.message_count,
+            finished.thread.unsynced_messages
+        ),
         (1, 0)
     );
     assert!(finished.run.discarded);
