@@ -10,6 +10,7 @@ mod api;
 mod architecture;
 mod chaos;
 mod docs;
+mod examples;
 mod runs;
 mod server;
 mod simulator;
