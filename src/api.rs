@@ -89,102 +89,120 @@ async fn show_openapi() -> impl IntoResponse {
 }
 
 fn all() -> Routes {
-    use Access::{Admin, Chat, Operator, Read};
     let mut routes = Routes::default();
     routes.open("/healthz", health::healthz, health::healthz_doc);
     routes.open("/readyz", health::readyz, health::readyz_doc);
     routes.open("/openapi.json", show_openapi, openapi::show_doc);
     for scope in SCOPES {
-        let at = |rest: &str| format!("{scope}{rest}");
-        routes.add_message(at("/messages"), messages::create, messages::create_doc);
-        routes.add(
-            Read,
-            Method::GET,
-            at("/messages"),
-            messages::list,
-            messages::list_doc,
-        );
-        routes.add(
-            Read,
-            Method::GET,
-            at("/thread"),
-            threads::show,
-            threads::show_doc,
-        );
-        routes.add(
-            Chat,
-            Method::PATCH,
-            at("/thread"),
-            threads::update,
-            threads::update_doc,
-        );
-        routes.add(
-            Chat,
-            Method::DELETE,
-            at("/thread"),
-            threads::delete,
-            threads::delete_doc,
-        );
-        routes.add(
-            Chat,
-            Method::POST,
-            at("/thread/rollover"),
-            threads::roll_over,
-            threads::roll_over_doc,
-        );
-        routes.add(
-            Chat,
-            Method::POST,
-            at("/thread/cancel"),
-            threads::cancel,
-            threads::cancel_doc,
-        );
-        routes.add(
-            Chat,
-            Method::POST,
-            at("/runs/{run}/cancel"),
-            runs::cancel,
-            runs::cancel_doc,
-        );
-        routes.add_message(
-            at("/runs/{run}/tool_outputs"),
-            runs::tool_outputs,
-            runs::tool_outputs_doc,
-        );
-        routes.add(
-            Read,
-            Method::GET,
-            at("/runs/{run}/events"),
-            runs::events,
-            runs::events_doc,
-        );
-        routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
-        routes.add(
-            Read,
-            Method::GET,
-            at("/runs/{run}"),
-            runs::show,
-            runs::show_doc,
-        );
+        conversation(&mut routes, scope);
     }
     for user in USERS {
-        let at = |rest: &str| format!("{user}{rest}");
-        routes.add(Chat, Method::DELETE, user, users::delete, users::delete_doc);
-        routes.add(
-            Read,
-            Method::GET,
-            at("/threads"),
-            users::threads,
-            users::threads_doc,
-        );
-        routes.add(
-            Read,
-            Method::GET,
-            at("/export"),
-            users::export,
-            users::export_doc,
-        );
+        users(&mut routes, user);
     }
+    operators(&mut routes);
+    routes
+}
+
+/// Adds the routes of a conversation, below the path that names it.
+fn conversation(routes: &mut Routes, scope: &str) {
+    use Access::{Chat, Read};
+    let at = |rest: &str| format!("{scope}{rest}");
+    routes.add_message(at("/messages"), messages::create, messages::create_doc);
+    routes.add(
+        Read,
+        Method::GET,
+        at("/messages"),
+        messages::list,
+        messages::list_doc,
+    );
+    routes.add(
+        Read,
+        Method::GET,
+        at("/thread"),
+        threads::show,
+        threads::show_doc,
+    );
+    routes.add(
+        Chat,
+        Method::PATCH,
+        at("/thread"),
+        threads::update,
+        threads::update_doc,
+    );
+    routes.add(
+        Chat,
+        Method::DELETE,
+        at("/thread"),
+        threads::delete,
+        threads::delete_doc,
+    );
+    routes.add(
+        Chat,
+        Method::POST,
+        at("/thread/rollover"),
+        threads::roll_over,
+        threads::roll_over_doc,
+    );
+    routes.add(
+        Chat,
+        Method::POST,
+        at("/thread/cancel"),
+        threads::cancel,
+        threads::cancel_doc,
+    );
+    routes.add(
+        Chat,
+        Method::POST,
+        at("/runs/{run}/cancel"),
+        runs::cancel,
+        runs::cancel_doc,
+    );
+    routes.add_message(
+        at("/runs/{run}/tool_outputs"),
+        runs::tool_outputs,
+        runs::tool_outputs_doc,
+    );
+    routes.add(
+        Read,
+        Method::GET,
+        at("/runs/{run}/events"),
+        runs::events,
+        runs::events_doc,
+    );
+    routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
+    routes.add(
+        Read,
+        Method::GET,
+        at("/runs/{run}"),
+        runs::show,
+        runs::show_doc,
+    );
+}
+
+/// Adds the routes of a user as a whole.
+fn users(routes: &mut Routes, user: &str) {
+    use Access::{Chat, Read};
+    let at = |rest: &str| format!("{user}{rest}");
+    routes.add(Chat, Method::DELETE, user, users::delete, users::delete_doc);
+    routes.add(
+        Read,
+        Method::GET,
+        at("/threads"),
+        users::threads,
+        users::threads_doc,
+    );
+    routes.add(
+        Read,
+        Method::GET,
+        at("/export"),
+        users::export,
+        users::export_doc,
+    );
+}
+
+/// Adds the routes about threads of all users, the work in the background, and deletions.
+fn operators(routes: &mut Routes) {
+    use Access::{Admin, Operator, Read};
     routes.add(
         Read,
         Method::GET,
@@ -220,7 +238,6 @@ fn all() -> Routes {
         operators::cleanup,
         operators::cleanup_doc,
     );
-    routes
 }
 
 /// Collects routes, each with its guard and the description of its handler.

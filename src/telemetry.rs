@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn pretty_lines_are_plain_without_a_terminal() {
         let text = logged(&LogConfig::default(), None, LogFormat::Pretty, || {
-            tracing::info!(answer = 42, "hello")
+            tracing::info!(answer = 42, "hello");
         });
         assert_eq!(text.lines().count(), 1, "{text}");
         assert!(

@@ -233,7 +233,7 @@ fn key(name: &str, key: &KeyConfig, checker: &mut Checker<'_>) {
             checker.report(&["auth", "keys", name], "has no key", hint);
         }
         (Some(_), Some(_)) => {
-            checker.report(&path("sha256"), "key is set as well", "keep one of the two")
+            checker.report(&path("sha256"), "key is set as well", "keep one of the two");
         }
         (None, Some(_)) if key.hash().is_none() => {
             checker.report(&path("sha256"), "must be 64 hexadecimal digits", "");

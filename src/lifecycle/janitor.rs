@@ -111,7 +111,7 @@ impl Janitor {
                     Ok(summary) if summary.has_more => continue,
                     Ok(_) => {}
                     Err(error) => {
-                        tracing::warn!(error = %Chain(&error), "the janitor cannot finish its pass")
+                        tracing::warn!(error = %Chain(&error), "the janitor cannot finish its pass");
                     }
                 }
                 let pause = self

@@ -240,7 +240,7 @@ impl World {
                     );
                 }
                 Stage::WantsToRecord => {
-                    assert!(!may_record() || self.awake(task), "{:?}", self.state())
+                    assert!(!may_record() || self.awake(task), "{:?}", self.state());
                 }
                 Stage::HasTurn(_) => {}
                 Stage::Outside | Stage::Gone => unreachable!("not in queue"),

@@ -378,9 +378,9 @@ mod tests {
             for verdict in verdicts {
                 let mut probe = probes.pop().unwrap();
                 if verdict {
-                    probe.answered()
+                    probe.answered();
                 } else {
-                    probe.failed()
+                    probe.failed();
                 }
             }
             assert_eq!(breaker.check(), if closes { Ok(()) } else { Err(OPEN) });

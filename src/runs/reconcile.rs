@@ -375,7 +375,7 @@ fn compare(
         match belongs.get(&n).map(|message| &ours[*message]) {
             // Messages that were carried over come before all positions of this thread.
             Some(message) if message.thread_id == thread => {
-                position = position.max(message.position)
+                position = position.max(message.position);
             }
             Some(_) => {}
             None if entry.is_tagged => {}

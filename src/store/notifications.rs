@@ -68,7 +68,7 @@ impl Store {
                 let listener = Listener {
                     options: (**direct).clone(),
                     health: Arc::clone(health),
-                    listener: None,
+                    connection: None,
                     heard: Vec::new(),
                     pause: Duration::ZERO,
                 };
@@ -93,7 +93,7 @@ struct Listener {
     options: PgConnectOptions,
     health: Arc<ServerHealth>,
     /// `None` while there is no connection.
-    listener: Option<PgListener>,
+    connection: Option<PgListener>,
     heard: Vec<Notification>,
     /// The pause before the next attempt to connect.
     pause: Duration,
@@ -103,15 +103,15 @@ impl Listener {
     /// Waits for the next notifications, and returns at least one.
     async fn next(&mut self) -> Vec<Notification> {
         while self.heard.is_empty() {
-            match &mut self.listener {
+            match &mut self.connection {
                 None => self.open().await,
                 Some(listener) => match receive(listener).await {
                     Ok(text) => {
-                        self.heard = text.split_ascii_whitespace().filter_map(read).collect()
+                        self.heard = text.split_ascii_whitespace().filter_map(read).collect();
                     }
                     Err(error) => {
                         tracing::warn!(%error, "lost the connection that receives notifications of other replicas; reconnecting");
-                        self.listener = None;
+                        self.connection = None;
                         self.health.lose();
                     }
                 },
@@ -129,7 +129,7 @@ impl Listener {
             .unwrap_or_else(|_| Err(late()))
         {
             Ok(listener) => {
-                self.listener = Some(listener);
+                self.connection = Some(listener);
                 self.heard.push(Notification::Missed);
                 self.pause = Duration::ZERO;
             }

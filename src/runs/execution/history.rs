@@ -47,7 +47,7 @@ impl Room {
         let bytes = message.content.iter().map(ContentPart::size).sum();
         match (self.messages.checked_sub(1), self.bytes.checked_sub(bytes)) {
             (Some(messages), Some(bytes)) if !self.is_full => {
-                (self.messages, self.bytes) = (messages, bytes)
+                (self.messages, self.bytes) = (messages, bytes);
             }
             _ => self.is_full = true,
         }

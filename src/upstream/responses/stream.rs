@@ -99,7 +99,7 @@ impl Decoder for StreamDecoder {
                 }
             }
             ("response.refusal.delta", _, Some(delta)) => {
-                self.grow(place, &parse::<String>(delta)?, true)
+                self.grow(place, &parse::<String>(delta)?, true);
             }
             (kind, Some(response), _) if kind.starts_with("response.") => {
                 self.response(kind, response, out)?;

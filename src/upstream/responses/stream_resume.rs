@@ -106,7 +106,7 @@ impl ResumableStream {
                     // An error in the place of a repeated event: the server cannot repeat it.
                     // That says nothing of the response.
                     Some(Ok(event)) if !self.progress && is_error(&event) => {
-                        self.again = Again::Nothing
+                        self.again = Again::Nothing;
                     }
                     Some(Ok(event)) => {
                         if self.note(&event) {

@@ -363,7 +363,7 @@ async fn tenants_are_isolated_on_every_route() {
                     assert!(is_empty, "{what}: {theirs:?}");
                 }
                 Gets::Own | Gets::Served => {
-                    assert!(theirs.status.is_success(), "{what}: {theirs:?}")
+                    assert!(theirs.status.is_success(), "{what}: {theirs:?}");
                 }
             }
         }

@@ -159,7 +159,7 @@ const RICH: &str = r#"{"type":"thread","id":"thr_0190163d8694739aea0d1e59d2a9a00
 
 {"type":"thread","id":"thr_01922c9c1e7a7d1c8a55d7d2a9a00200","key":{"user":"alice","scope":"session:tab-1"},"upstream_thread_id":"conv_1","previous_thread":"thr_0190163d8694739aea0d1e59d2a9a001","metadata":{"plan":"gold"},"created_at":"2024-09-26T00:00:00Z","last_active_at":"2024-09-27T00:00:00Z","max_idle_ms":31536000000000}
 {"type":"message","id":"msg_01922c9c1e7a7d1c8a55d7d2a9b00201","thread_id":"thr_01922c9c1e7a7d1c8a55d7d2a9a00200","role":"user","content":"Hi","upstream_message_id":"item_1"}
-{"type":"message","id":"msg_01922c9c1e7a7d1c8a55d7d2a9b00202","thread_id":"thr_01922c9c1e7a7d1c8a55d7d2a9a00200","role":"assistant","content":[{"type":"refusal","refusal":"No."}],"context":"missing"}
+{"type":"message","id":"msg_01922c9c1e7a7d1c8a55d7d2a9b00202","thread_id":"thr_01922c9c1e7a7d1c8a55d7d2a9a00200","role":"assistant","content":[{"type":"refusal","refusal":"No."}],"upstream_sync":"missing"}
 {"type":"end","threads":2,"runs":0,"messages":3}
 "#;
 
@@ -282,12 +282,12 @@ async fn minimal_import_lines_are_accepted_and_idempotent(
             .all(|thread| thread["upstream"] == "main" && thread["lifecycle"] == "current")
     );
     let messages = of_type(&all, "message");
-    let mut contexts: Vec<_> = messages
+    let mut syncs: Vec<_> = messages
         .iter()
-        .map(|message| message["context"].as_str().unwrap())
+        .map(|message| message["upstream_sync"].as_str().unwrap())
         .collect();
-    contexts.sort_unstable();
-    assert_eq!(contexts, ["missing", "present", "present", "present"]);
+    syncs.sort_unstable();
+    assert_eq!(syncs, ["missing", "present", "present", "present"]);
     let due = "SELECT count(*) FROM threads WHERE due_at IS NOT NULL";
     assert_eq!(
         place.database.number(due).await,
@@ -351,7 +351,7 @@ async fn bad_import_lines_are_reported_and_rest_imported(
         (message("user", json!("of a refused thread")).to_string(), ""),
         (json!({"type": "thread", "key": {"user": "bob"}, "id": id}).to_string(), ""),
         (message("user", json!("")).to_string(), "content must not be empty"),
-        (message("user", json!([{"type": "refusal", "refusal": "x"}])).to_string(), "`refusal` cannot be sent"),
+        (message("user", json!([{"type": "refusal", "refusal": "x"}])).to_string(), "`refusal` is for replies"),
         (message("user", json!([{"type": "audio"}])).to_string(), "`content[0].type`: must be one of `text`, `image_url`, `image_file`"),
         (message("system", json!("x")).to_string(), "`role` must be `user` or `assistant`: leave out"),
         (message("user", json!("Good")).to_string(), ""),
@@ -703,6 +703,10 @@ async fn export_from_before_0_2_is_imported(databases: impl AsyncFn() -> TestDat
             lines.retain(|line| line["type"] == "thread" || line["type"] == "message");
             for line in lines.iter_mut().filter(|line| line["type"] == "message") {
                 line["run_id"] = Value::Null;
+                // What the key was called before.
+                if let Some(sync) = line.as_object_mut().unwrap().remove("context") {
+                    line["upstream_sync"] = sync;
+                }
             }
             lines
         };

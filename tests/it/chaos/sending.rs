@@ -110,7 +110,7 @@ impl Conversation {
                         409 | 429 => sent.fate = Fate::Refused,
                         // The message was accepted, and its run has ended meanwhile.
                         502..=504 if answer.body["run_id"].is_string() => {
-                            sent.fate = Fate::Acknowledged
+                            sent.fate = Fate::Acknowledged;
                         }
                         503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
                         _ => {

@@ -105,7 +105,7 @@ async fn random_steps_match_queue_model(database: &TestDatabase, store: &Store) 
                         });
                     }
                     QueuedStart::NotYet => {
-                        assert!(place > 0 || model.active.is_some(), "step {step}")
+                        assert!(place > 0 || model.active.is_some(), "step {step}");
                     }
                     QueuedStart::Lost => panic!("step {step}"),
                 }

@@ -372,7 +372,7 @@ async fn thread_cursor_of_other_user_or_tenant_is_unknown(_: &TestDatabase, stor
             let got = store.threads(&filter, &page).await;
             match got {
                 Ok(page) => {
-                    assert!(known && page.data.iter().all(|(thread, _)| thread.id == bobs.id))
+                    assert!(known && page.data.iter().all(|(thread, _)| thread.id == bobs.id));
                 }
                 Err(error) => assert!(!known && matches!(error, StoreError::UnknownCursor)),
             }

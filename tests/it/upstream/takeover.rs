@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_secs(20);
 
 async fn scene(flavour: Flavour, window: Duration) -> Scene {
     Scene::with(flavour, SimulatorConfig::default(), |settings| {
-        settings.lock_window = window
+        settings.lock_window = window;
     })
     .await
 }

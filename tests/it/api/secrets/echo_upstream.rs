@@ -27,7 +27,7 @@ impl EchoUpstream {
         task.spawn(async move {
             axum::serve(listener, Router::new().fallback(repeat))
                 .await
-                .unwrap()
+                .unwrap();
         });
         Self { url, _task: task }
     }
