@@ -36,13 +36,13 @@ async fn message_answer_has_thread_run_and_reply() {
         ],
         "created_at": "[created_at]",
         "id": "[id]",
-        "visible_to_model": true,
         "incomplete_reason": null,
         "position": 2,
         "role": "assistant",
         "run_id": "[run_id]",
         "status": "completed",
-        "thread_id": "[thread_id]"
+        "thread_id": "[thread_id]",
+        "visible_to_model": true
       },
       "run": {
         "assistant": "default",
@@ -251,13 +251,13 @@ async fn stream_has_each_event_with_its_data() {
             ],
             "created_at": "[created_at]",
             "id": "[id]",
-            "visible_to_model": true,
             "incomplete_reason": null,
             "position": 2,
             "role": "assistant",
             "run_id": "[run_id]",
             "status": "completed",
-            "thread_id": "[thread_id]"
+            "thread_id": "[thread_id]",
+            "visible_to_model": true
           }
         },
         "event": "message.completed"
@@ -307,13 +307,13 @@ async fn lists_have_first_and_last_ids() {
           ],
           "created_at": "[created_at]",
           "id": "[id]",
-          "visible_to_model": true,
           "incomplete_reason": null,
           "position": 2,
           "role": "assistant",
           "run_id": "[run_id]",
           "status": "completed",
-          "thread_id": "[thread_id]"
+          "thread_id": "[thread_id]",
+          "visible_to_model": true
         }
       ],
       "first_id": "[first_id]",
@@ -424,8 +424,8 @@ async fn cleanup_answers_with_its_counts() {
     {
       "dry_run": true,
       "has_more": false,
-      "upstream_orphans": [],
       "threads": [],
+      "upstream_orphans": [],
       "would_prune": {
         "events": 0,
         "idempotency_keys": 0,
@@ -449,8 +449,8 @@ async fn cleanup_answers_with_its_counts() {
         "receipts": 0,
         "runs": 0
       },
-      "upstream_orphans_deleted": 0,
-      "upstream_cleared": 0
+      "upstream_cleared": 0,
+      "upstream_orphans_deleted": 0
     }
     "#);
 }
@@ -516,7 +516,6 @@ async fn export_begins_with_thread_and_its_messages() {
             "type": "text"
           }
         ],
-        "context": "present",
         "created_at": "[created_at]",
         "ended": null,
         "id": "[id]",
@@ -524,7 +523,8 @@ async fn export_begins_with_thread_and_its_messages() {
         "run_id": "[run_id]",
         "thread_id": "[thread_id]",
         "type": "message",
-        "upstream_message_id": null
+        "upstream_message_id": null,
+        "upstream_sync": "present"
       },
       {
         "content": [
@@ -533,7 +533,6 @@ async fn export_begins_with_thread_and_its_messages() {
             "type": "text"
           }
         ],
-        "context": "present",
         "created_at": "[created_at]",
         "ended": null,
         "id": "[id]",
@@ -541,7 +540,8 @@ async fn export_begins_with_thread_and_its_messages() {
         "run_id": "[run_id]",
         "thread_id": "[thread_id]",
         "type": "message",
-        "upstream_message_id": "[upstream_message_id]"
+        "upstream_message_id": "[upstream_message_id]",
+        "upstream_sync": "present"
       },
       {
         "messages": 2,

@@ -112,9 +112,9 @@ async fn upstream_verification_reports_every_difference(scene: Scene) {
     scene.write(id, "user", "psst, it is somebody else").await;
     let found = verified(&gateway).await;
     assert_eq!(found["in_step"], false);
-    assert_eq!(found["foreign"].as_array().unwrap().len(), 1, "{found:#}");
-    assert_eq!(found["foreign"][0]["after_position"], 4);
-    assert_eq!(found["foreign"][0]["role"], "user");
+    assert_eq!(found["external"].as_array().unwrap().len(), 1, "{found:#}");
+    assert_eq!(found["external"][0]["after_position"], 4);
+    assert_eq!(found["external"][0]["role"], "user");
     assert_eq!(found["missing"], json!([]));
 
     scene.delete_thread(id).await;
