@@ -480,10 +480,13 @@ mod tests {
             self.number == other.number
         }
 
-        fn may_change(_: &u32) -> bool {
-            false
+        fn may_change(answer: &u32) -> bool {
+            *answer == REFUSED
         }
     }
+
+    /// An item whose answer says that nothing was written, and may change.
+    const REFUSED: u32 = 99;
 
     /// A database that takes a millisecond for each batch, and records what it was sent.
     #[derive(Default)]
@@ -648,6 +651,27 @@ mod tests {
         let answers = write(&paper, (0..20).map(|n| thing("a", n))).await;
         assert!(answers.iter().all(Result::is_ok), "{answers:?}");
         assert_eq!(*paper.alone.lock().unwrap(), [0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changeable_answer_after_lost_try_is_lost() {
+        for loses_first in [true, false] {
+            let paper = Arc::new(Paper {
+                held: [REFUSED].into(),
+                loses_first,
+                ..Paper::default()
+            });
+            let answers = write(&paper, [thing("a", REFUSED)]).await;
+            assert_eq!(*paper.alone.lock().unwrap(), [REFUSED]);
+            if loses_first {
+                assert!(
+                    matches!(answers[..], [Err(NotWritten::Lost(_))]),
+                    "the lost try may still arrive, and get another answer: {answers:?}"
+                );
+            } else {
+                assert!(matches!(answers[..], [Ok(REFUSED)]), "{answers:?}");
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -180,6 +180,35 @@ fn options(path: &Path) -> SqliteConnectOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::params::params;
+    use crate::store::statement::Statement;
+
+    /// `PRAGMA synchronous`: 1 is `NORMAL`, 2 is `FULL`.
+    static LEVEL: Statement = Statement::on_sqlite(
+        "test.synchronous",
+        "SELECT synchronous FROM pragma_synchronous",
+    );
+
+    #[tokio::test]
+    async fn commit_is_flushed_unless_configured_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let levels = [
+            (StoreConfig::default().synchronous, 2),
+            (Synchronous::Normal, 1),
+        ];
+        for (synchronous, level) in levels {
+            let config = StoreConfig {
+                synchronous,
+                ..StoreConfig::default()
+            };
+            let pool = writer(&folder.path().join("a.db"), &config).unwrap();
+            let mut connection = pool.acquire().await.unwrap();
+            let (found,): (i64,) = connection.one(&LEVEL, params()).await.unwrap();
+            assert_eq!(found, level, "{synchronous:?}");
+            drop(connection);
+            pool.close().await;
+        }
+    }
 
     #[test]
     fn only_files_are_accepted() {

@@ -398,6 +398,80 @@ async fn deadline_passed_during_settling_sends_nothing() {
     .await;
 }
 
+/// The session lapses while an earlier run is settled upstream. By then the run may be another
+/// process's, so this one removes nothing upstream and sends nothing. Nobody tells the task that
+/// the session has lapsed, as in a process that was suspended.
+#[tokio::test]
+async fn session_lapsed_during_settling_removes_and_sends_nothing() {
+    const SHORT_LIFE: Duration = Duration::from_millis(600);
+    on_both(async |stores: Stores| {
+        let (process, upstream) = stores.process(false).await;
+        upstream.settles(Settling::Fails);
+        ended(&process.runs.submit(key(), message("break")).await.unwrap()).await;
+        upstream.settles(Settling::Waits);
+        upstream.calls();
+        let next = process.runs.submit(key(), message("next")).await.unwrap();
+        let mut calls = Vec::new();
+        soon(async {
+            while calls.is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                calls = upstream.calls();
+            }
+        })
+        .await;
+        assert_eq!(calls, ["settle run of break"]);
+        // A renewal fails if the store takes longer than a third of the life.
+        until(async || process.runs.renew("127.0.0.1:1", SHORT_LIFE).await.is_ok()).await;
+        tokio::time::sleep(SHORT_LIFE).await;
+        upstream.let_go();
+        until(async || process.tasks.is_empty()).await;
+        assert_eq!(
+            upstream.calls(),
+            [""; 0],
+            "nothing is removed, and nothing is sent"
+        );
+        assert_eq!(
+            stored(&stores.one, &next.run).await.status,
+            RunStatus::InProgress,
+            "the next owner continues the run"
+        );
+    })
+    .await;
+}
+
+/// The process stops while it cannot read what the run left upstream.
+#[tokio::test(flavor = "multi_thread")]
+async fn stop_before_lookup_of_left_traces_leaves_run_unfinished() {
+    let database = TestDatabase::postgres().await;
+    let gate = Gate::default();
+    let tap = DatabaseTap::gated(&database.url(), &gate, Steps::All).await;
+    let config = StoreConfig {
+        url: Some(tap.url.as_str().into()),
+        ..database.config()
+    };
+    let store = Arc::new(Store::open(&config).await.unwrap());
+    let process = Process::alive(store, Scripted::new(false)).await;
+    gate.set_at("sync.find_place", Moment::Before);
+    let broken = process.runs.submit(key(), message("break")).await.unwrap();
+    soon(gate.caught()).await;
+    process.stop.cancel();
+    // A run that ends has two seconds for the look after a stop.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    gate.open();
+    until(async || process.tasks.is_empty()).await;
+    let store = database.store().await;
+    assert_eq!(
+        stored(&store, &broken.run).await.status,
+        RunStatus::InProgress,
+        "the next owner settles the run"
+    );
+    assert_eq!(
+        transcript(&store).await,
+        lines(&[("break", UpstreamSync::Present)]),
+        "the message is not withheld, since the upstream has it"
+    );
+}
+
 #[tokio::test]
 async fn unsynced_messages_of_abandoned_chain_run_are_resent() {
     on_both(async |stores: Stores| {

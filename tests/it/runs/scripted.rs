@@ -43,6 +43,8 @@ pub(super) struct Scripted {
 pub(super) enum Settling {
     Fails,
     Hangs,
+    /// As [`Held`](Self::Held), after [`let_go`](Scripted::let_go).
+    Waits,
     Panics,
     /// The upstream has nothing of the run.
     Absent,
@@ -79,6 +81,15 @@ impl Scripted {
     /// Returns the calls since the last time.
     pub(super) fn calls(&self) -> Vec<String> {
         std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+
+    /// Waits for [`let_go`](Self::let_go).
+    async fn pass(&self) {
+        self.gate
+            .acquire()
+            .await
+            .expect("the gate is never closed")
+            .forget();
     }
 
     fn note(&self, call: String) {
@@ -268,15 +279,20 @@ impl Upstream for Scripted {
             Settling::Panics => panic!("planted"),
             Settling::Hangs => std::future::pending().await,
             Settling::Absent => Ok(Settled::default()),
-            Settling::Held => Ok(Settled {
-                said: true,
-                status: Some(RunStatus::Completed),
-                content: vec![ContentPart::Text {
-                    text: "held".to_owned(),
-                }],
-                thread: self.chain.then(|| UpstreamThreadId(run.0)),
-                ..Settled::default()
-            }),
+            Settling::Held | Settling::Waits => {
+                if settling == Settling::Waits {
+                    self.pass().await;
+                }
+                Ok(Settled {
+                    said: true,
+                    status: Some(RunStatus::Completed),
+                    content: vec![ContentPart::Text {
+                        text: "held".to_owned(),
+                    }],
+                    thread: self.chain.then(|| UpstreamThreadId(run.0)),
+                    ..Settled::default()
+                })
+            }
         }
     }
 
