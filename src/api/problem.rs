@@ -62,7 +62,7 @@ fn any_type() -> ObjectBuilder {
 }
 
 impl IntoResponse for Error {
-    /// Returns status and problem without a body. [`complete`] writes the body, because it has the
+    /// Returns status and problem without a body. `complete` writes the body, because it has the
     /// request's id.
     fn into_response(self) -> Response {
         log(&self);

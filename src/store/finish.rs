@@ -296,8 +296,8 @@ pub struct RunEnd {
     pub usage: Option<Usage>,
     pub upstream_run_id: Option<UpstreamRunId>,
     /// The number of requests that may have left something upstream under an id that the gateway
-    /// [never received](Store::unacknowledged_requests). Requests that were [sent
-    /// again](Store::sends_again) are not counted here.
+    /// [never received](super::Store::unacknowledged_requests). Requests that were [sent
+    /// again](super::Store::sends_again) are not counted here.
     pub unacknowledged_requests: u32,
     /// The thread's upstream thread from now on, if this run changed it.
     pub upstream_thread_id: Option<UpstreamThreadId>,
@@ -306,7 +306,7 @@ pub struct RunEnd {
     /// The upstream state of the run's user messages.
     pub said: UpstreamSync,
     /// All earlier messages that are not withheld are upstream now. Either the [unsynced
-    /// messages](Store::unsynced_messages) were sent with the run, or the run began a new chain.
+    /// messages](super::Store::unsynced_messages) were sent with the run, or the run began a new chain.
     /// Missing and unknown messages become present, and an older unsettled run is void.
     pub synced: bool,
     /// The part of the run's traces upstream that is not known. `None`: the thread keeps its
@@ -319,7 +319,7 @@ pub struct RunEnd {
     pub events: EventBatch,
     /// The other rows say all that the log says: that the run has started, and the text of its
     /// reply. So `events` is empty, and no log is stored. The part that was
-    /// [recorded](Store::record), up to `events.first`, is removed.
+    /// [recorded](super::Store::record), up to `events.first`, is removed.
     pub drops_log: bool,
 }
 

@@ -16,15 +16,14 @@ impl Store {
     /// run. If the current thread has expired, it is archived, and a fresh thread that names it
     /// takes its place.
     ///
-    /// The run starts at once if the thread has no unfinished run. Otherwise its strategy decides:
-    /// - [`Enqueue`](MultitaskStrategy::Enqueue) queues it last.
-    /// - [`Interrupt`](MultitaskStrategy::Interrupt) and [`Rollback`](MultitaskStrategy::Rollback)
-    ///   queue it before all queued runs. Ending the active run is up to
+    /// The run starts at once if the thread has no unfinished run. Otherwise its
+    /// [strategy](crate::domain::MultitaskStrategy) decides:
+    /// - `Enqueue` queues it last.
+    /// - `Interrupt` and `Rollback` queue it before all queued runs. Ending the active run is up to
     ///   [`cancel_active`](Self::cancel_active).
-    /// - [`Merge`](MultitaskStrategy::Merge) adds the message to the last queued run, if that run
-    ///   has the same assistant and metadata and room for another message. Otherwise it queues the
-    ///   run as `Enqueue` does.
-    /// - [`Reject`](MultitaskStrategy::Reject) refuses it, and nothing is stored.
+    /// - `Merge` adds the message to the last queued run, if that run has the same assistant and
+    ///   metadata and room for another message. Otherwise it queues the run as `Enqueue` does.
+    /// - `Reject` refuses it, and nothing is stored.
     ///
     /// A run that starts puts its message into the transcript in the same step.
     ///

@@ -159,6 +159,26 @@ fn documents_stay_short() {
     }
 }
 
+#[test]
+fn every_status_and_error_code_of_runs_has_a_row() {
+    let document = threadkeeper::api::openapi();
+    for (schema, page) in [
+        ("RunErrorCode", "docs/errors.md"),
+        ("RunStatus", "docs/http-api.md"),
+    ] {
+        let text = fs::read_to_string(root().join(page)).unwrap();
+        let rows: Vec<_> = text.lines().filter(|line| line.starts_with('|')).collect();
+        let values = &document["components"]["schemas"][schema]["enum"];
+        for value in values.as_array().unwrap() {
+            let name = format!("`{}`", value.as_str().unwrap());
+            let is_named = rows
+                .iter()
+                .any(|row| row.split('|').nth(1).unwrap().contains(&name));
+            assert!(is_named, "{page} has no row for {name}");
+        }
+    }
+}
+
 /// `config/gateway.toml` names every setting, which a test in `src/config.rs` checks. So the
 /// reference is compared with that file.
 #[test]

@@ -142,8 +142,7 @@ impl Failure {
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
-                let message =
-                    "the gateway process that worked on the run died; an unrecorded reply is lost";
+                let message = "the gateway process that worked on the run stopped or died before the reply was complete";
                 failed(RunErrorCode::ReplicaLost, message.to_owned())
             }
             Self::NotRecorded => {
