@@ -8,10 +8,19 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::support::gateway::PATIENCE;
 
+/// One browser at a time: several of them and the other tests leave each too little of two
+/// processors.
+static ONLY: Mutex<()> = Mutex::const_new(());
+
+/// Limit of one step. A browser that starts beside all other tests is slow.
+const STEP: Duration = PATIENCE.saturating_mul(3);
+
 pub(super) struct Browser {
+    _only: MutexGuard<'static, ()>,
     driver: Child,
     session: String,
     client: reqwest::Client,
@@ -23,6 +32,7 @@ impl Browser {
     pub(super) async fn start() -> Option<Self> {
         let driver = super::program(&["chromedriver"])?;
         let browser = super::program(&["chromium", "chromium-browser", "google-chrome"])?;
+        let only = ONLY.lock().await;
         let folder = TempDir::new().unwrap();
         let mut command = Command::new(driver);
         command
@@ -40,11 +50,12 @@ impl Browser {
             .lines()
             .map_while(Result::ok);
         let mut browser_of = Self {
+            _only: only,
             driver,
             session: String::new(),
             client: reqwest::Client::builder()
                 .no_proxy()
-                .timeout(PATIENCE)
+                .timeout(STEP)
                 .build()
                 .unwrap(),
             _folder: folder,
@@ -125,7 +136,7 @@ impl Browser {
         while self.value(expression).await != json!(true) {
             let page = self.value("document.body.innerText").await;
             assert!(
-                start.elapsed() < PATIENCE,
+                start.elapsed() < STEP,
                 "never: {expression}\n{}",
                 page.as_str().unwrap_or_default()
             );
