@@ -393,10 +393,10 @@ async fn unsynced_messages_not_resent_after_cancelled_run_continues_upstream() {
     cancel(&gateway, &stop).await.ok();
 
     link.valve.set(Weather {
-        delay: Duration::from_millis(200),
+        swallows_answers: true,
         ..Weather::default()
     });
-    let (_second, stop) = begin("second [[sim: tokens=40 rate=50ms]]").await;
+    let (_second, stop) = begin("second [[sim: tokens=100 rate=50ms]]").await;
     scene
         .simulator
         .wait_for(|stats| stats.runs_started == 3)

@@ -20,6 +20,8 @@ pub(crate) struct Weather {
     pub(crate) refuses: bool,
     /// Pass nothing on, but keep the connections open.
     pub(crate) swallows: bool,
+    /// Pass requests on, but no answers.
+    pub(crate) swallows_answers: bool,
 }
 
 /// Steers the connections of a link. Clones steer the same connections.
@@ -63,8 +65,10 @@ impl Valve {
         let carried = async {
             // Either side may close at any time.
             let _ = tokio::try_join!(
-                self.carry(from_client, to_server),
-                self.carry(from_server, to_client)
+                self.carry(from_client, to_server, |weather| weather.swallows),
+                self.carry(from_server, to_client, |weather| {
+                    weather.swallows || weather.swallows_answers
+                })
             );
         };
         tokio::select! {
@@ -77,6 +81,7 @@ impl Valve {
         &self,
         mut from: impl AsyncRead + Unpin,
         mut to: impl AsyncWrite + Unpin,
+        swallows: fn(&Weather) -> bool,
     ) -> std::io::Result<()> {
         let mut weather = self.weather.subscribe();
         let mut piece = vec![0; 16 * 1024];
@@ -85,7 +90,7 @@ impl Valve {
             let delay = {
                 let gone = |_| std::io::Error::other("the way is gone");
                 weather
-                    .wait_for(|weather| !weather.swallows)
+                    .wait_for(|weather| !swallows(weather))
                     .await
                     .map_err(gone)?
                     .delay
