@@ -51,7 +51,7 @@ mod error;
 
 pub use assistants::AssistantsUpstream;
 pub use client::{InvalidUpstream, UpstreamClient};
-pub use error::UpstreamError;
+pub use error::{RefusalCause, UpstreamError};
 pub use port::{
     AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryEntry, HistoryPage, Items,
     Ownership, Recovered, Settled, StartRun, Upstream, UpstreamEvent, drain,

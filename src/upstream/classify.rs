@@ -8,7 +8,7 @@ use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value};
 
 use crate::domain::UpstreamRunId;
-use crate::upstream::error::UpstreamError;
+use crate::upstream::error::{RefusalCause, UpstreamError};
 
 /// Codes of a 429 for which waiting does not help.
 const QUOTA_CODES: [&str; 5] = [
@@ -143,8 +143,9 @@ fn meaning(
     }
     UpstreamError::Refused {
         status: status.as_u16(),
-        code: detail.code,
         missing,
+        cause: detail.cause(status.as_u16()),
+        code: detail.code,
     }
 }
 
@@ -331,6 +332,7 @@ impl ErrorDetail {
                     status,
                     code,
                     missing: false,
+                    cause: self.cause(status),
                 });
             }
             _ => {}
@@ -338,8 +340,9 @@ impl ErrorDetail {
         if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
             return Ok(UpstreamError::Refused {
                 status: 400,
-                code: self.code,
                 missing: false,
+                cause: self.cause(400),
+                code: self.code,
             });
         }
         Err(self.word())
@@ -381,6 +384,25 @@ impl ErrorDetail {
             || (has("add messages to") && has("while a run"))
             || has("currently operating on this conversation")
             || ((has("in-progress response") || has("in progress response")) && has("exist"))
+    }
+
+    /// Returns what a refusal with this status is about.
+    fn cause(&self, status: u16) -> RefusalCause {
+        match self.code.as_deref() {
+            _ if self.damage().is_some() => RefusalCause::Thread,
+            Some("context_length_exceeded" | "string_above_max_length") => RefusalCause::Size,
+            Some("content_filter" | "content_policy_violation" | "invalid_prompt") => {
+                RefusalCause::Policy
+            }
+            Some("invalid_image_url" | "invalid_image" | "image_parse_error") => {
+                RefusalCause::Media
+            }
+            _ => match status {
+                401..=403 => RefusalCause::Configuration,
+                413 => RefusalCause::Size,
+                _ => RefusalCause::Unknown,
+            },
+        }
     }
 
     /// Returns the damage of the conversation, if the error is about that.

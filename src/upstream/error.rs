@@ -4,6 +4,25 @@ use std::time::Duration;
 
 use crate::domain::UpstreamRunId;
 
+/// What a refusal is about, as far as the server's words tell.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum RefusalCause {
+    /// The account or the configuration: key, permission, model, parameter, region, an unknown
+    /// path. No change of the input helps.
+    Configuration,
+    /// A content policy or filter.
+    Policy,
+    /// The thread or the previous response: of another server or kind, not usable for this
+    /// organisation, blocked by an open call or approval, damaged.
+    Thread,
+    /// The input is too long for the model or the server.
+    Size,
+    /// A picture or file cannot be fetched, read or found.
+    Media,
+    /// The words do not tell.
+    Unknown,
+}
+
 /// The reason why an upstream call failed. No text here repeats credentials, content or prose of
 /// the upstream.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -23,6 +42,7 @@ pub enum UpstreamError {
         status: u16,
         code: Option<String>,
         missing: bool,
+        cause: RefusalCause,
     },
     /// The server has no path that every run needs, so no run can begin with this configuration.
     /// `remedy` tells the operator what to change.

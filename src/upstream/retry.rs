@@ -94,6 +94,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::upstream::error::RefusalCause;
 
     fn unavailable(no_retry: bool) -> UpstreamError {
         UpstreamError::Unavailable {
@@ -123,6 +124,7 @@ mod tests {
                     status: 401,
                     code: None,
                     missing: false,
+                    cause: RefusalCause::Unknown,
                 },
                 1,
             ),

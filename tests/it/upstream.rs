@@ -341,13 +341,13 @@ async fn refusals_become_errors_without_upstream_text() {
             404,
             vec![],
             "Not Found".into(),
-            "Refused { status: 404, code: None, missing: false }",
+            "Refused { status: 404, code: None, missing: false, cause: Unknown }",
         ),
         (
             401,
             vec![],
             wrapped("sk-hidden is wrong", "invalid_api_key".into()),
-            r#"Refused { status: 401, code: Some("invalid_api_key"), missing: false }"#,
+            r#"Refused { status: 401, code: Some("invalid_api_key"), missing: false, cause: Configuration }"#,
         ),
         (
             429,

@@ -85,6 +85,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::upstream::RefusalCause;
 
     fn retries(left: u32) -> Retries {
         Retries {
@@ -134,6 +135,7 @@ mod tests {
                 status: 400,
                 code: None,
                 missing: false,
+                cause: RefusalCause::Unknown,
             },
             UpstreamError::ThreadGone,
         ] {

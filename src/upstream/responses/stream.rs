@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use super::wire::{Envelope, ResponseHead, ResponseObject};
 use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::{ErrorDetail, Rejection};
-use crate::upstream::error::UpstreamError;
+use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::port::{Ended, UpstreamEvent};
 use crate::upstream::relay::Decoder;
 use crate::upstream::sse::SseEvent;
@@ -160,6 +160,7 @@ impl StreamDecoder {
                     status: 400,
                     code: response.failure_code(),
                     missing: false,
+                    cause: RefusalCause::Thread,
                 };
                 return Err(Rejection {
                     error,
