@@ -9,6 +9,7 @@ mod lifecycle;
 mod limits;
 mod metadata;
 mod records;
+mod recovery;
 mod removal;
 mod run;
 mod trace;
@@ -31,6 +32,9 @@ pub use limits::Limits;
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{
     Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
+};
+pub use recovery::{
+    HistoryKept, KnownRefusal, Omitted, Recovery, RecoveryCause, RunRecovery, Trial,
 };
 pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub use run::{

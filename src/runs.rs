@@ -7,7 +7,7 @@
 //! 2. `replica`: what this process does as one of several.
 //! 3. `execution`: one run, from its admission to its end.
 //! 4. `reconcile`, `redaction`, `context`, `registry`, `log`, `notifications`, `breaker`,
-//!    `backoff`.
+//!    `recovery_budget`, `backoff`.
 
 mod backoff;
 mod breaker;
@@ -16,6 +16,7 @@ mod execution;
 mod log;
 mod notifications;
 mod reconcile;
+mod recovery_budget;
 mod redaction;
 mod registry;
 mod replica;

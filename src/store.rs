@@ -25,6 +25,7 @@ mod params;
 mod pool;
 mod postgres;
 mod queue;
+mod recovery;
 mod redaction;
 mod replicas;
 mod retention;
@@ -96,6 +97,7 @@ pub fn statements(engine: Engine) -> impl Iterator<Item = &'static Sent> {
         notifications::STATEMENTS,
         orphans::STATEMENTS,
         queue::STATEMENTS,
+        recovery::STATEMENTS,
         replicas::STATEMENTS,
         retention::STATEMENTS,
         rollover::STATEMENTS,

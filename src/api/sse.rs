@@ -16,7 +16,7 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
-use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
+use crate::domain::{Recovery, RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
@@ -148,6 +148,14 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
             }),
         ),
         RunEvent::Started => (STARTED, text(&Started { run_id, thread_id })),
+        RunEvent::Recovered(recovery) => (
+            RECOVERED,
+            text(&Recovered {
+                run_id,
+                thread_id,
+                recovered: recovery,
+            }),
+        ),
         RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
         RunEvent::RequiresAction(action) => {
             let tool_calls = &action.tool_calls;
@@ -194,6 +202,7 @@ fn text(data: &impl Serialize) -> String {
 
 const QUEUED: &str = "run.queued";
 const STARTED: &str = "run.started";
+const RECOVERED: &str = "run.recovered";
 const DELTA: &str = "message.delta";
 const REQUIRES_ACTION: &str = "run.requires_action";
 const MESSAGE_COMPLETED: &str = "message.completed";
@@ -219,6 +228,13 @@ struct Queued {
 struct Started {
     run_id: RunId,
     thread_id: ThreadId,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Recovered<'a> {
+    run_id: RunId,
+    thread_id: ThreadId,
+    recovered: &'a Recovery,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -299,6 +315,7 @@ impl PartialSchema for EventView {
         OneOfBuilder::new()
             .item(with_id(event::<Queued>(&[QUEUED])))
             .item(with_id(event::<Started>(&[STARTED])))
+            .item(with_id(event::<Recovered<'_>>(&[RECOVERED])))
             .item(with_id(event::<Delta<'_>>(&[DELTA])))
             .item(with_id(event::<RequiresAction<'_>>(&[REQUIRES_ACTION])))
             .item(with_id(event::<MessageCompleted>(&[MESSAGE_COMPLETED])))

@@ -15,9 +15,9 @@ use utoipa::openapi::schema::{
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, RequiredAction,
-    Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync, Usage,
-    text_or_parts,
+    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, Recovery,
+    RequiredAction, Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync,
+    Usage, text_or_parts,
 };
 
 pub(super) use threads::{
@@ -194,6 +194,10 @@ pub(super) struct RunView {
     usage: Option<Usage>,
     #[schema(required)]
     error: Option<RunError>,
+    /// How the run was answered after the upstream had refused it, and what the model no longer
+    /// knows.
+    #[schema(required)]
+    recovered: Option<Recovery>,
     #[schema(required)]
     required_action: Option<RequiredAction>,
     /// Whether the run was rolled back, so that its messages are not in the transcript.
@@ -215,6 +219,7 @@ impl From<Run> for RunView {
             deadline_at: run.deadline_at,
             usage: run.usage,
             error: run.error,
+            recovered: run.recovery.and_then(|it| it.told().cloned()),
             required_action: run.required_action,
             rolled_back: run.discarded,
             metadata: run.metadata,

@@ -146,6 +146,11 @@ fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) ->
 }
 
 impl ContentPart {
+    /// Returns whether the part is a picture.
+    pub const fn is_media(&self) -> bool {
+        matches!(self, Self::ImageUrl { .. } | Self::ImageFile { .. })
+    }
+
     /// Returns the text of a text part.
     pub fn as_text(&self) -> Option<&str> {
         match self {

@@ -3,8 +3,8 @@
 use super::run::text_enum;
 use super::{
     ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy,
-    Removed, RequiredAction, RunError, RunId, RunStatus, ThreadId, Timestamp, UnsettledRun,
-    UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
+    Removed, RequiredAction, RunError, RunId, RunRecovery, RunStatus, ThreadId, Timestamp,
+    UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -57,6 +57,8 @@ pub struct Thread {
     pub unsynced_messages: i64,
     /// What an earlier run may have left at the upstream, while that is not known.
     pub unsettled_run: Option<UnsettledRun>,
+    /// Tokens of the newest run with a usage, input and output.
+    pub context_tokens: i64,
 }
 
 /// What a thread is doing. Derived from its runs, never stored.
@@ -102,6 +104,7 @@ pub struct Run {
     pub required_action: Option<RequiredAction>,
     pub error: Option<RunError>,
     pub usage: Option<Usage>,
+    pub recovery: Option<RunRecovery>,
     pub created_at: Timestamp,
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::run::text_enum;
-use super::{RequiredAction, RunId, ToolCall, UpstreamRunId, UpstreamThreadId};
+use super::{Recovery, RequiredAction, RunId, ToolCall, UpstreamRunId, UpstreamThreadId};
 
 /// An event of a run as it is stored, so that the stream can be replayed. What the run's record
 /// has anyway (the reply, the end) is not stored again.
@@ -20,6 +20,7 @@ pub enum LoggedEvent {
     /// word.
     #[serde(with = "object")]
     Started,
+    Recovered(Recovery),
     RequiresAction(RequiredAction),
     /// Skips event numbers: of text that is not stored, or of events that no reader can have seen.
     Omitted {
@@ -51,7 +52,7 @@ impl LoggedEvent {
     /// pieces were before.
     pub fn units(&self) -> i64 {
         match self {
-            Self::Queued { .. } | Self::Started | Self::RequiresAction(_) => 1,
+            Self::Queued { .. } | Self::Started | Self::Recovered(_) | Self::RequiresAction(_) => 1,
             Self::Omitted { units } => *units,
             Self::Delta(text) => i64::try_from(text.len()).unwrap_or(i64::MAX),
         }

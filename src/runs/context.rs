@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::locks::{KeyedQueue, KeyedSemaphore};
 use crate::runs::breaker::Breaker;
 use crate::runs::notifications::Notifier;
+use crate::runs::recovery_budget::RecoveryBudget;
 use crate::runs::registry::RunRegistry;
 use crate::store::Store;
 use crate::upstream::Upstream;
@@ -100,6 +101,7 @@ pub(in crate::runs) struct Context {
     pub(in crate::runs) queued_bytes: KeyedSemaphore<ConversationKey>,
     /// Bounds the comparisons of a transcript with its upstream thread.
     pub(in crate::runs) comparisons: Semaphore,
+    pub(in crate::runs) recoveries: RecoveryBudget,
     /// The last time at which the store worked. Locked during a check, so that many questions
     /// cause one check.
     pub(in crate::runs) seen_ready: Mutex<Option<Instant>>,
@@ -130,6 +132,7 @@ impl Context {
             registry: RunRegistry::new(),
             notifier: Notifier::default(),
             comparisons: Semaphore::new(COMPARISONS),
+            recoveries: RecoveryBudget::default(),
             seen_ready: Mutex::default(),
         }
     }

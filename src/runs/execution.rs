@@ -19,6 +19,7 @@ pub(super) mod create_thread;
 pub(super) mod outcome;
 pub(super) mod recover;
 pub(super) mod settle;
+pub(super) mod trial;
 
 pub(super) mod progress;
 pub(super) mod retry;
@@ -27,3 +28,4 @@ pub(super) mod store_retry;
 
 pub(super) mod failure;
 pub(super) mod history;
+pub(super) mod ladder;

@@ -52,6 +52,7 @@ impl Redaction {
                     position: *position,
                 },
                 LoggedEvent::Started => LoggedEvent::Started,
+                LoggedEvent::Recovered(recovery) => LoggedEvent::Recovered(recovery.clone()),
                 LoggedEvent::RequiresAction(action) => {
                     LoggedEvent::RequiresAction(redacted_action(action))
                 }

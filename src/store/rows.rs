@@ -20,9 +20,9 @@ use uuid::Uuid;
 use super::errors::StoreError;
 use crate::domain::{
     ContentPart, ConversationKey, Limits, LoggedEvent, Message, MessageId, Metadata, Removed,
-    RequiredAction, Run, RunError, RunId, RunStatus, Scope, TenantKey, Thread, ThreadActivity,
-    ThreadId, ThreadState, Timestamp, Ttl, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
-    UserKey,
+    RequiredAction, Run, RunError, RunId, RunRecovery, RunStatus, Scope, TenantKey, Thread,
+    ThreadActivity, ThreadId, ThreadState, Timestamp, Ttl, UnsettledRun, UpstreamRunId,
+    UpstreamThreadId, Usage, UserKey,
 };
 
 /// A point in time: `timestamptz` in Postgres, milliseconds since 1970 in SQLite.
@@ -93,6 +93,7 @@ pub(super) struct ThreadRow {
     t_upstream_cleanup: Option<Json<Removed>>,
     t_unsynced_messages: i64,
     t_unsettled_run: Option<Json<UnsettledRun>>,
+    t_context_tokens: i64,
 }
 
 impl TryFrom<ThreadRow> for Thread {
@@ -130,6 +131,7 @@ impl TryFrom<ThreadRow> for Thread {
                 .unwrap_or_default(),
             unsynced_messages: row.t_unsynced_messages,
             unsettled_run: row.t_unsettled_run.map(|json| json.0),
+            context_tokens: row.t_context_tokens,
         })
     }
 }
@@ -149,6 +151,7 @@ pub(super) struct RunRow {
     r_required_action: Option<Json<RequiredAction>>,
     r_error: Option<Json<RunError>>,
     r_usage: Option<Json<Usage>>,
+    r_recovery: Option<Json<RunRecovery>>,
     r_created_at: At,
     r_started_at: Option<At>,
     r_finished_at: Option<At>,
@@ -178,6 +181,7 @@ impl TryFrom<RunRow> for Run {
             required_action: row.r_required_action.map(|json| json.0),
             error: row.r_error.map(|json| json.0),
             usage: row.r_usage.map(|json| json.0),
+            recovery: row.r_recovery.map(|json| json.0),
             created_at: row.r_created_at.0,
             started_at: row.r_started_at.map(|at| at.0),
             finished_at: row.r_finished_at.map(|at| at.0),

@@ -428,6 +428,7 @@ fn types(prefix: &str, names: &str) -> String {
             _ if name.ends_with("_at") => "timestamptz",
             _ if name.ends_with("_ms")
                 || name.ends_with("_count")
+                || name.ends_with("_tokens")
                 || name.ends_with("messages") =>
             {
                 "bigint"
@@ -435,7 +436,7 @@ fn types(prefix: &str, names: &str) -> String {
             _ if name.ends_with("_pending") => "boolean",
             "seq" | "fence" | "position" => "bigint",
             "metadata" | "upstream_cleanup" | "unsettled_run" | "required_action" | "error"
-            | "usage" | "content" => "jsonb",
+            | "usage" | "recovery" | "content" => "jsonb",
             _ => "text",
         };
         format!("{prefix}_{} {kind}", name.trim_matches(['[', ']']))
@@ -446,10 +447,10 @@ fn types(prefix: &str, names: &str) -> String {
 const THREAD: &str = "id tenant user_key [scope_kind] scope_name upstream upstream_thread_id [lifecycle] \
     previous_thread_id metadata message_count run_count created_at last_active_at max_age_ms \
     max_idle_ms archived_at [deletion] rollover_pending carried_messages upstream_cleanup \
-    unsynced_messages unsettled_run";
+    unsynced_messages unsettled_run context_tokens";
 
 const RUN: &str = "id thread_id seq [status] [strategy] assistant metadata fence upstream_run_id required_action \
-    error usage created_at started_at finished_at deadline_at rollback_pending";
+    error usage recovery created_at started_at finished_at deadline_at rollback_pending";
 
 const MESSAGE: &str = "id thread_id position [role] content run_id upstream_message_id [upstream_sync] [run_outcome] \
     created_at";

@@ -9,8 +9,9 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::failure::Failure;
+use super::history::count_users;
 use super::store_retry::back_off;
-use crate::domain::{Message, OrphanId, UpstreamThreadId};
+use crate::domain::{Message, OrphanId, RunRecovery, Trial, UpstreamThreadId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::store::{Binding, Bound, Made, ORPHAN_AFTER, RunLease, Store};
@@ -34,38 +35,44 @@ pub(in crate::runs) struct ThreadCreation {
     pub(in crate::runs) owner: Ownership,
     /// The id of an intent that is already recorded.
     pub(in crate::runs) intent: Option<OrphanId>,
-    /// The thread's first messages, and the number of user messages among them that come from the
-    /// previous thread.
-    pub(in crate::runs) seed: Option<(Arc<Vec<Message>>, u32)>,
+    pub(in crate::runs) seed: Seed,
+    /// The recovery that the upstream thread is made for. Then it is on trial, and nothing is bound
+    /// yet.
+    pub(in crate::runs) recovery: Option<RunRecovery>,
 }
+
+/// The first messages of an upstream thread.
+#[derive(Default)]
+pub(in crate::runs) struct Seed {
+    pub(in crate::runs) messages: Arc<Vec<Message>>,
+    /// The number of user messages among them that come from the previous thread.
+    pub(in crate::runs) carried_users: u32,
+}
+
+/// An upstream thread that was made, and the run's recovery if the thread is on trial.
+type Created = (UpstreamThreadId, Option<RunRecovery>);
 
 impl ThreadCreation {
     /// Creates the upstream thread and records it. Dropping this future does not stop that.
     ///
     /// Records the intent first, so that the janitor finds a thread whose creation has no known
     /// result.
-    pub(in crate::runs) async fn run(
-        self,
-        tasks: &TaskTracker,
-    ) -> Result<UpstreamThreadId, Failure> {
+    pub(in crate::runs) async fn run(self, tasks: &TaskTracker) -> Result<Created, Failure> {
         let made = tasks
             .spawn(async move { self.make().await }.in_current_span())
             .await;
         made.unwrap_or(Err(Failure::Panic))
     }
 
-    async fn make(self) -> Result<UpstreamThreadId, Failure> {
+    async fn make(self) -> Result<Created, Failure> {
         let intent = match self.intent {
             Some(intent) => intent,
             None => self.intend().await?,
         };
-        let (messages, carried_users) = self
-            .seed
-            .as_ref()
-            .map_or((&[][..], 0), |(all, users)| (&all[..], *users));
         let made = match timeout(
             LONGEST_MAKING,
-            self.upstream.create_thread(&self.owner, messages),
+            self.upstream
+                .create_thread(&self.owner, &self.seed.messages),
         )
         .await
         {
@@ -88,19 +95,35 @@ impl ThreadCreation {
                 return Err(Failure::Upstream(error));
             }
         };
+        let Seed {
+            messages,
+            carried_users,
+        } = &self.seed;
+        let recovery = self.recovery.as_ref().map(|recovery| RunRecovery {
+            trial: Some(Trial {
+                thread: made.clone(),
+                orphan: intent,
+                users: count_users(messages),
+                carried_users: *carried_users,
+            }),
+            ..recovery.clone()
+        });
         let binding = Binding {
             id: made.clone(),
             intent,
-            seeded: self.seed.is_some(),
-            carried_users,
+            seeded: false,
+            carried_users: 0,
         };
         loop {
-            match self
-                .store
-                .bind_upstream_thread(&self.lease, binding.clone())
-                .await
-            {
-                Ok(Bound::Done) => return Ok(made),
+            let recorded = match &recovery {
+                Some(recovery) => self.store.record_recovery(&self.lease, recovery).await,
+                None => {
+                    let (lease, binding) = (&self.lease, binding.clone());
+                    self.store.bind_upstream_thread(lease, binding).await
+                }
+            };
+            match recorded {
+                Ok(Bound::Done) => return Ok((made, recovery)),
                 Ok(Bound::Lost) => return Err(Failure::LeaseLost),
                 Ok(Bound::Unrecorded) => {
                     self.delete(&made).await;

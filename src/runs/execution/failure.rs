@@ -13,6 +13,8 @@ const BREAKER_OPEN: &str =
 /// The reason why a run did not reach its end at the upstream.
 pub(in crate::runs) enum Failure {
     Upstream(UpstreamError),
+    /// The upstream refused the message even without a history.
+    MessageRefused(UpstreamError),
     /// Most requests to the upstream failed lately, so the gateway did not send this one.
     BreakerOpen {
         retry_after: Duration,
@@ -39,7 +41,7 @@ pub(in crate::runs) enum Failure {
 impl Failure {
     pub(in crate::runs) fn name(&self) -> String {
         match self {
-            Self::Upstream(error) => error.to_string(),
+            Self::Upstream(error) | Self::MessageRefused(error) => error.to_string(),
             Self::BreakerOpen { .. } => BREAKER_OPEN.to_owned(),
             Self::Conflict { .. } => "the upstream thread is busy".to_owned(),
             Self::LeaseLost => "lease lost".to_owned(),
@@ -67,7 +69,8 @@ impl Failure {
             | Self::NotRecorded
             | Self::Store
             | Self::Panic => true,
-            Self::BreakerOpen { .. }
+            Self::MessageRefused(_)
+            | Self::BreakerOpen { .. }
             | Self::Conflict { .. }
             | Self::LeaseLost
             | Self::ReplyTooLarge
@@ -119,6 +122,7 @@ impl Failure {
                 };
                 failed(code, error.to_string())
             }
+            Self::MessageRefused(error) => failed(RunErrorCode::UpstreamError, error.to_string()),
             Self::BreakerOpen { .. } => {
                 failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned())
             }

@@ -15,6 +15,7 @@ use super::progress::{Delivery, Progress};
 use super::recover::unsettled_run;
 use super::round_context::RoundEnd;
 use super::settle::{Removal, take_away};
+use super::trial;
 use crate::domain::{
     EventBatch, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState,
     UnsettledRun,
@@ -26,7 +27,7 @@ use crate::runs::log::event::{Outcome, RunEvent};
 use crate::runs::log::offset::FIRST_EVENT;
 use crate::runs::registry::ActiveRun;
 use crate::store::{Closing, Finished, Notification, RunEnd, RunLease, StartedRun, StoreError};
-use crate::upstream::drain;
+use crate::upstream::{Settled, drain};
 
 /// Time to settle a run's traces at the upstream after the process got the order to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -79,7 +80,16 @@ pub(in crate::runs) async fn finish_run(
             let Some(settled) = settle(ctx, active, started, &progress, &local).await else {
                 return RunResult::LetGo;
             };
-            upstream = settled;
+            upstream = match conclude(ctx, active, started, &mut progress, &local, settled).await {
+                Ok(upstream) => upstream,
+                Err(failure) => {
+                    tracing::warn!(
+                        error = failure.name(),
+                        "cannot record the end of a recovery"
+                    );
+                    return RunResult::LetGo;
+                }
+            };
         }
         let no_events = EventBatch {
             first: FIRST_EVENT,
@@ -118,6 +128,47 @@ pub(in crate::runs) async fn finish_run(
         drain(rest).await;
     }
     result
+}
+
+/// Concludes a recovery that the run's stream did not conclude. If the upstream has answered after
+/// all, the recovery stands. Otherwise it is given up: what is in the upstream thread on trial is
+/// deleted with it, so the gateway's thread has nothing of the run.
+async fn conclude(
+    ctx: &Context,
+    active: &ActiveRun,
+    started: &StartedRun,
+    progress: &mut Progress,
+    local: &LocalOutcome,
+    upstream: UpstreamState,
+) -> Result<UpstreamState, Failure> {
+    let Some(recovery) = progress.recovery.as_ref().filter(|it| !it.answered) else {
+        return Ok(upstream);
+    };
+    let is_bound = recovery
+        .trial
+        .as_ref()
+        .is_some_and(|trial| started.thread.upstream_thread_id.as_ref() == Some(&trial.thread));
+    let has_answer = match &upstream {
+        UpstreamState::Clean => true,
+        UpstreamState::Seen { settled, .. } => {
+            settled.said && settled.status == Some(RunStatus::Completed) && !local.discard
+        }
+        UpstreamState::None | UpstreamState::Unknown(_) => false,
+    };
+    if is_bound || has_answer {
+        trial::accept(ctx, started, &active.log, progress).await?;
+        return Ok(upstream);
+    }
+    let was_on_trial = recovery.trial.is_some();
+    trial::give_up(ctx, started, progress).await?;
+    Ok(if was_on_trial && progress.delivery > Delivery::NotSent {
+        UpstreamState::Seen {
+            settled: Settled::default(),
+            removed: false,
+        }
+    } else {
+        upstream
+    })
 }
 
 /// Ends a run that never started.

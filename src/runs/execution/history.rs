@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use crate::domain::{ContentPart, Message, Page, Role, RunId};
+use super::ladder::LAST_MESSAGES;
+use crate::domain::{ContentPart, HistoryKept, Message, Omitted, Page, Role, RunId};
 use crate::store::{Store, StoreError};
 
 /// Most messages of one read.
@@ -16,11 +17,96 @@ pub(in crate::runs) const MAX_BYTES: usize = 16 * 1024 * 1024;
 
 /// Messages that an upstream thread lacks, oldest first. The task that creates the thread shares
 /// them.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(in crate::runs) struct History {
     pub(in crate::runs) messages: Arc<Vec<Message>>,
     /// Number of user messages among them that come from the previous thread.
     pub(in crate::runs) carried_users: u32,
+}
+
+/// The whole conversation before a run, as far as there is room for it.
+#[derive(Default)]
+pub(in crate::runs) struct Past {
+    /// Oldest first: the messages that were carried over, then the thread's own.
+    pub(in crate::runs) messages: Vec<Message>,
+    /// Number of those that were carried over.
+    pub(in crate::runs) carried: usize,
+    /// Number of messages for which there was no room, or whose content the store does not keep;
+    /// a lower bound.
+    pub(in crate::runs) lost: u32,
+}
+
+/// A part of the conversation, and what is missing in it.
+pub(in crate::runs) struct Excerpt {
+    pub(in crate::runs) history: History,
+    pub(in crate::runs) omitted: Omitted,
+    pub(in crate::runs) messages_left_out: u32,
+    pub(in crate::runs) parts_replaced: u32,
+}
+
+impl Past {
+    pub(in crate::runs) fn has_media(&self) -> bool {
+        let mut parts = self.messages.iter().flat_map(|message| &message.content);
+        parts.any(ContentPart::is_media)
+    }
+
+    /// Returns the newest part of the conversation that `kept` names.
+    pub(in crate::runs) fn excerpt(mut self, kept: HistoryKept) -> Excerpt {
+        let first = match kept {
+            HistoryKept::All | HistoryKept::WithoutMedia => 0,
+            HistoryKept::NewerHalf => self.middle(),
+            HistoryKept::LastMessages => self.messages.len().saturating_sub(LAST_MESSAGES),
+            HistoryKept::Nothing => self.messages.len(),
+        };
+        self.messages.drain(..first);
+        let carried = self.carried.saturating_sub(first);
+        let messages_left_out = self
+            .lost
+            .saturating_add(u32::try_from(first).unwrap_or(u32::MAX));
+        let omitted = Omitted {
+            any: messages_left_out > 0,
+            before: self.messages.get(carried).map(|own| own.position),
+            carried: u32::try_from(carried).unwrap_or(u32::MAX),
+        };
+        let mut parts_replaced = 0;
+        if kept == HistoryKept::WithoutMedia {
+            let parts = self.messages.iter_mut().flat_map(|it| &mut it.content);
+            for part in parts.filter(|part| part.is_media()) {
+                let text = MEDIA_NOTE.to_owned();
+                *part = ContentPart::Text { text };
+                parts_replaced += 1;
+            }
+        }
+        Excerpt {
+            history: History {
+                carried_users: count_users(&self.messages[..carried]),
+                messages: Arc::new(self.messages),
+            },
+            omitted,
+            messages_left_out,
+            parts_replaced,
+        }
+    }
+
+    /// Returns the index from which on the messages have at most half of the content.
+    fn middle(&self) -> usize {
+        let sizes = self.messages.iter().map(size);
+        let half = sizes.clone().sum::<usize>() / 2;
+        let mut rest = 0;
+        let newest = sizes.rev().take_while(|size| {
+            rest += size;
+            rest <= half
+        });
+        self.messages.len() - newest.count()
+    }
+}
+
+/// What the model reads in the place of a picture or file that it cannot get any more.
+const MEDIA_NOTE: &str = "[A picture or file of this message is no longer available.]";
+
+/// Returns the size of a message's content in bytes.
+fn size(message: &Message) -> usize {
+    message.content.iter().map(ContentPart::size).sum()
 }
 
 /// The room that is left in a history.
@@ -44,7 +130,7 @@ impl Default for Room {
 
 impl Room {
     fn take(&mut self, message: &Message) -> bool {
-        let bytes = message.content.iter().map(ContentPart::size).sum();
+        let bytes = size(message);
         match (self.messages.checked_sub(1), self.bytes.checked_sub(bytes)) {
             (Some(messages), Some(bytes)) if !self.is_full => {
                 (self.messages, self.bytes) = (messages, bytes);

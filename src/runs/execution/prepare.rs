@@ -3,16 +3,17 @@
 
 use std::sync::Arc;
 
-use super::create_thread::ThreadCreation;
+use super::create_thread::{Seed, ThreadCreation};
 use super::failure::{Failure, may_send};
 use super::history::{
-    History, MAX_BYTES, MAX_MESSAGES, PAGE, Room, count_users, newest, with_content,
+    Excerpt, History, MAX_BYTES, MAX_MESSAGES, PAGE, Past, Room, newest, with_content,
 };
 use super::progress::Progress;
 use super::round_context::RoundContext;
 use super::settle::{Removal, take_away};
 use super::store_retry::{retry_until_ok, write_until_ok};
-use crate::domain::{Thread, UpstreamSync};
+use super::trial;
+use crate::domain::{HistoryKept, Recovery, RecoveryCause, RunRecovery, Thread, UpstreamSync};
 use crate::store::Withholding;
 use crate::upstream::{Ownership, UpstreamError};
 
@@ -24,6 +25,12 @@ pub(in crate::runs) struct Prepared {
     pub(in crate::runs) needs_thread: bool,
     /// Whether the thread is made from the transcript, so that it lacks nothing.
     pub(in crate::runs) is_rebuilt: bool,
+    /// Whether the thread had no upstream thread before this run. So it lacks nothing but what
+    /// comes with the run.
+    pub(in crate::runs) is_new: bool,
+    /// How the run recovers from a refusal. The new thread replaces the old one once the upstream
+    /// has answered.
+    pub(in crate::runs) recovery: Option<RunRecovery>,
 }
 
 /// Settles an earlier run's traces in the thread, and collects the messages that the thread lacks.
@@ -32,17 +39,13 @@ pub(in crate::runs) async fn prepare(
     progress: &mut Progress,
 ) -> Result<Prepared, Failure> {
     if !settle_earlier(round).await? {
-        return rebuild(round, progress).await;
+        return rebuild_unsettled(round).await;
     }
     let needs_thread = progress.thread.is_none();
     let thread = &round.started.thread;
     if needs_thread && thread.carried > 0 {
-        let history = history_before(round).await?;
-        return Ok(Prepared {
-            history,
-            needs_thread,
-            is_rebuilt: true,
-        });
+        let past = past_of(round).await?;
+        return Ok(Prepared::rebuilt(past, HistoryKept::All, None));
     }
     let lacks_some = thread.unsynced_messages > 0 || thread.unsettled_run.is_some();
     let history = if lacks_some {
@@ -54,6 +57,8 @@ pub(in crate::runs) async fn prepare(
         history,
         needs_thread,
         is_rebuilt: false,
+        is_new: needs_thread,
+        recovery: None,
     })
 }
 
@@ -61,7 +66,6 @@ pub(in crate::runs) async fn prepare(
 /// thread. They may have arrived since the last look, with the history that was sent with them.
 pub(in crate::runs) async fn prepare_again(
     round: &RoundContext<'_>,
-    progress: &mut Progress,
     prepared: Prepared,
 ) -> Result<Prepared, Failure> {
     if settle_earlier(round).await? {
@@ -70,26 +74,50 @@ pub(in crate::runs) async fn prepare_again(
             ..prepared
         })
     } else {
-        rebuild(round, progress).await
+        rebuild_unsettled(round).await
     }
 }
 
-/// Gives the upstream thread up for a new one, which is made from the transcript.
-pub(in crate::runs) async fn rebuild(
-    round: &RoundContext<'_>,
-    progress: &mut Progress,
-) -> Result<Prepared, Failure> {
-    let history = history_before(round).await?;
-    tracing::warn!(
-        messages = history.messages.len(),
-        "the upstream thread is gone or broken; making a new one from the transcript"
-    );
-    progress.thread = None;
-    Ok(Prepared {
-        history,
-        needs_thread: true,
-        is_rebuilt: true,
-    })
+/// Prepares a new upstream thread in the place of one whose state cannot be known.
+async fn rebuild_unsettled(round: &RoundContext<'_>) -> Result<Prepared, Failure> {
+    let past = past_of(round).await?;
+    let cause = RecoveryCause::ThreadRefused;
+    Ok(Prepared::rebuilt(past, HistoryKept::All, Some(cause)))
+}
+
+impl Prepared {
+    /// Prepares a new upstream thread that begins with a part of the conversation. `cause`: why
+    /// the upstream thread is replaced; `None` if there is none yet.
+    pub(in crate::runs) fn rebuilt(
+        past: Past,
+        kept: HistoryKept,
+        cause: Option<RecoveryCause>,
+    ) -> Self {
+        let Excerpt {
+            history,
+            omitted,
+            messages_left_out,
+            parts_replaced,
+        } = past.excerpt(kept);
+        let recovery = RunRecovery {
+            recovery: cause.map(|cause| Recovery {
+                cause,
+                history: kept,
+                messages_left_out,
+                parts_replaced,
+            }),
+            answered: false,
+            trial: None,
+            omitted,
+        };
+        Self {
+            history,
+            needs_thread: true,
+            is_rebuilt: true,
+            is_new: true,
+            recovery: Some(recovery),
+        }
+    }
 }
 
 /// Makes the upstream thread if necessary, and records it before it is used.
@@ -102,9 +130,9 @@ pub(in crate::runs) async fn ensure_thread(
     if !prepared.needs_thread {
         return Ok(());
     }
+    let recovery = prepared.recovery.clone();
     if round.upstream.capabilities().has_threads {
-        let seed = prepared.is_rebuilt.then_some(&prepared.history);
-        create_thread(round, progress, owner, seed).await?;
+        create_thread(round, progress, owner, prepared).await?;
         if prepared.is_rebuilt {
             // The new thread has the history from its beginning.
             prepared.history = History::default();
@@ -112,6 +140,9 @@ pub(in crate::runs) async fn ensure_thread(
     } else {
         // Where threads are chains of responses, the first run makes the thread.
         progress.thread = None;
+        if let Some(recovery) = recovery {
+            trial::begin(round.ctx, round.started, progress, recovery).await?;
+        }
     }
     prepared.needs_thread = false;
     Ok(())
@@ -166,10 +197,9 @@ async fn unsynced_messages(round: &RoundContext<'_>) -> Result<History, Failure>
     })
 }
 
-/// Returns the first messages of a new upstream thread: those carried over from the previous
-/// thread, and the transcript up to this run, without messages that the model must not know.
-/// Withholds for good those for which there is no room.
-async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
+/// Returns the conversation before this run: the messages carried over from the previous thread,
+/// and the transcript, without messages that the model must not know.
+pub(in crate::runs) async fn past_of(round: &RoundContext<'_>) -> Result<Past, Failure> {
     let (store, run) = (&*round.ctx.store, round.started.run.id);
     let Thread { id, carried, .. } = round.started.thread;
     let mut room = Room::default();
@@ -177,10 +207,14 @@ async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
         retry_until_ok(move || store.earlier(run, before, PAGE))
     })
     .await?;
+    // If the store lacks some content, a new upstream thread begins empty, because a conversation
+    // with gaps has another meaning.
     if own.iter().any(|message| message.content.is_empty()) {
-        return nothing_before(round).await;
+        return Ok(Past {
+            lost: u32::try_from(own.len()).unwrap_or(u32::MAX),
+            ..Past::default()
+        });
     }
-    let before = own.first().map(|message| message.position);
     let mut messages = Vec::new();
     if carried > 0 {
         messages = newest(&mut room, |before| {
@@ -188,36 +222,14 @@ async fn history_before(round: &RoundContext<'_>) -> Result<History, Failure> {
         })
         .await?;
     }
-    if room.is_full {
-        let carried = Some(u32::try_from(messages.len()).unwrap_or(u32::MAX));
-        withhold(
-            round,
-            &Withholding {
-                before,
-                missing_only: false,
-                carried,
-            },
-        )
-        .await?;
-    }
     messages = with_content(messages);
-    let carried_users = count_users(&messages);
+    let carried = messages.len();
     messages.append(&mut own);
-    Ok(History {
-        messages: Arc::new(messages),
-        carried_users,
+    Ok(Past {
+        messages,
+        carried,
+        lost: u32::from(room.is_full),
     })
-}
-
-/// Withholds all earlier messages. If the store lacks some content, a new upstream thread begins
-/// empty, because a conversation with gaps has another meaning.
-async fn nothing_before(round: &RoundContext<'_>) -> Result<History, Failure> {
-    let all = Withholding {
-        carried: Some(0),
-        ..Withholding::default()
-    };
-    write_until_ok(|| round.ctx.store.withhold_earlier(&round.started.lease, &all)).await?;
-    Ok(History::default())
 }
 
 /// Withholds the oldest messages of a thread that is too long.
@@ -232,25 +244,43 @@ async fn withhold(round: &RoundContext<'_>, what: &Withholding) -> Result<(), Fa
     write_until_ok(|| round.ctx.store.withhold_earlier(&round.started.lease, what)).await
 }
 
+/// Creates an upstream thread. One that replaces another, or that may replace one, is on trial
+/// until the upstream has answered.
 async fn create_thread(
     round: &RoundContext<'_>,
     progress: &mut Progress,
     owner: &Ownership,
-    seed: Option<&History>,
+    prepared: &Prepared,
 ) -> Result<(), Failure> {
     let RoundContext { ctx, started, .. } = round;
     let Some(upstream) = ctx.upstream(&started.thread.upstream) else {
         return Err(Failure::NotConfigured);
     };
     may_send(&ctx.registry)?;
+    let History {
+        messages,
+        carried_users,
+    } = prepared.history.clone();
     let creation = ThreadCreation {
         store: Arc::clone(&ctx.store),
         upstream: Arc::clone(upstream),
         lease: started.lease,
         owner: owner.clone(),
         intent: progress.intent.take(),
-        seed: seed.map(|seed| (Arc::clone(&seed.messages), seed.carried_users)),
+        seed: Seed {
+            messages: if prepared.is_rebuilt {
+                messages
+            } else {
+                Arc::default()
+            },
+            carried_users,
+        },
+        recovery: prepared.recovery.clone(),
     };
-    progress.thread = Some(creation.run(&ctx.tasks.tracker).await?);
+    let (thread, recovery) = creation.run(&ctx.tasks.tracker).await?;
+    progress.thread = Some(thread);
+    if let Some(recovery) = recovery {
+        progress.recovery = Some(recovery);
+    }
     Ok(())
 }

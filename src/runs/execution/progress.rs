@@ -1,9 +1,10 @@
 //! The progress of an active run.
 
 use super::history::count_users;
+use super::ladder::Ladder;
 use crate::domain::{
-    ContentPart, Message, OrphanId, Thread, ToolCall, ToolOutput, UpstreamRunId, UpstreamThreadId,
-    Usage,
+    ContentPart, Message, OrphanId, RunRecovery, Thread, ToolCall, ToolOutput, UpstreamRunId,
+    UpstreamThreadId, Usage,
 };
 use crate::runs::log::stored::StoredLog;
 use crate::store::StartedRun;
@@ -39,6 +40,10 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) delivery: Delivery,
     /// The id of a recorded intent to create an upstream thread, while no task carries it out.
     pub(in crate::runs) intent: Option<OrphanId>,
+    /// How the run recovers from a refusal.
+    pub(in crate::runs) recovery: Option<RunRecovery>,
+    /// The refusals of the run's message.
+    pub(in crate::runs) ladder: Ladder,
     /// Number of requests that may be at the upstream under ids that it did not send.
     pub(in crate::runs) unacknowledged_requests: u32,
     /// Function calls that may not be answered yet.
@@ -67,8 +72,12 @@ pub(in crate::runs) struct Progress {
 
 impl Progress {
     pub(in crate::runs) fn new(started: &StartedRun) -> Self {
+        let recovery = started.run.recovery.clone();
+        let bound = started.thread.upstream_thread_id.clone();
+        let trial = recovery.as_ref().and_then(RunRecovery::open_trial);
         Self {
-            thread: started.thread.upstream_thread_id.clone(),
+            thread: trial.map(|trial| trial.thread.clone()).or(bound),
+            recovery,
             upstream_run: started.run.upstream_run_id.clone(),
             intent: started.intent,
             inputs: u32::try_from(started.input.len()).unwrap_or(u32::MAX),
@@ -86,14 +95,22 @@ impl Progress {
     ) {
         self.delivery = match &self.upstream_run {
             Some(_) => Delivery::Accepted,
-            // The earlier run is settled before anything is sent, so nothing of this run was sent.
-            None if thread.unsettled_run.is_some() => Delivery::NotSent,
+            // The earlier run is settled before anything is sent to its upstream thread, so nothing
+            // of this run was sent.
+            None if thread.unsettled_run.is_some() && self.recovery.is_none() => Delivery::NotSent,
             None => Delivery::Sent,
         };
         self.unacknowledged_requests = u32::from(self.delivery == Delivery::Sent);
         self.content = content;
         self.text = stored.log.text;
-        self.include_history(&stored.unsynced);
+        let has_all = self
+            .recovery
+            .as_ref()
+            .and_then(RunRecovery::open_trial)
+            .is_some();
+        if !has_all {
+            self.include_history(&stored.unsynced);
+        }
         // Their number is not known, but there is at least one.
         self.inputs = self.inputs.max(1);
     }

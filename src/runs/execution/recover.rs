@@ -7,7 +7,7 @@ use super::progress::Progress;
 use super::retry::FIRST_BACK_OFF;
 use super::round_context::RoundContext;
 use super::store_retry::retry_until_ok;
-use crate::domain::UnsettledRun;
+use crate::domain::{Baseline, RunRecovery, UnsettledRun};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -46,7 +46,15 @@ pub(in crate::runs) async fn unsettled_run(
     progress: &Progress,
 ) -> Result<UnsettledRun, Failure> {
     let run = started.run.id;
-    let mut baseline = retry_until_ok(|| ctx.store.baseline(run)).await?;
+    let trial = progress.recovery.as_ref().and_then(RunRecovery::open_trial);
+    let mut baseline = match trial {
+        // The store's baseline is that of the thread's old upstream thread.
+        Some(trial) => Baseline {
+            anchor: None,
+            skip: trial.users,
+        },
+        None => retry_until_ok(|| ctx.store.baseline(run)).await?,
+    };
     baseline.skip += progress.history_users;
     Ok(UnsettledRun {
         run,

@@ -6,7 +6,8 @@ use super::failure::Failure;
 use super::progress::Progress;
 use super::recover::recover;
 use super::round_context::{RoundContext, RoundEnd};
-use crate::domain::ContentPart;
+use super::trial;
+use crate::domain::{ContentPart, RunStatus};
 use crate::error::Chain;
 use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
@@ -86,6 +87,7 @@ async fn relay_once(
                 progress.accepted(id);
             }
             UpstreamEvent::Text(text) => {
+                trial::accept(round.ctx, round.started, round.log, progress).await?;
                 let Some(text) = retelling.notifications_in(text) else {
                     continue;
                 };
@@ -115,6 +117,12 @@ async fn relay_once(
                     .sum();
                 if size.max(progress.cost) > limit {
                     return Err(Failure::ReplyTooLarge);
+                }
+                if matches!(
+                    ended.status,
+                    RunStatus::Completed | RunStatus::Incomplete | RunStatus::RequiresAction
+                ) {
+                    trial::accept(round.ctx, round.started, round.log, progress).await?;
                 }
                 if is_again && ended.content.starts_with(&progress.content) {
                     ended.content.drain(..progress.content.len());

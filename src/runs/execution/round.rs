@@ -3,13 +3,15 @@
 use tokio::time::{Instant, sleep};
 
 use super::failure::{Failure, may_send};
-use super::prepare::{ensure_thread, prepare, prepare_again, rebuild};
+use super::ladder::{Ladder, NextStep, PastShape};
+use super::prepare::{Prepared, ensure_thread, past_of, prepare, prepare_again};
 use super::progress::{Delivery, Progress};
 use super::recover::recover;
 use super::relay::{Telling, relay};
 use super::retry::{FIRST_BACK_OFF, Retries};
 use super::round_context::{RoundContext, RoundEnd};
-use super::store_retry::write_until_ok;
+use super::store_retry::{retry_until_ok, write_until_ok};
+use super::trial;
 use crate::domain::{MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
@@ -93,7 +95,10 @@ impl Round<'_> {
             match ensure_thread(self.context, self.progress, &owner, &mut prepared).await {
                 Ok(()) => {}
                 Err(Failure::Upstream(error)) => {
-                    retries.wait_after(error).await?;
+                    match self.recover_from(&error, &prepared).await? {
+                        Some(next) => prepared = next,
+                        None => retries.wait_after(error).await?,
+                    }
                     continue;
                 }
                 Err(failure) => return Err(failure),
@@ -116,8 +121,8 @@ impl Round<'_> {
             let error = match upstream.start(request).await {
                 Ok(events) => match self.relay(events, Telling::First).await {
                     // The thread may turn out to be broken only after it took the run.
-                    Err(Failure::Upstream(error @ UpstreamError::ThreadGone))
-                        if self.progress.text.is_empty() =>
+                    Err(Failure::Upstream(error))
+                        if self.progress.text.is_empty() && Ladder::can_answer(&error) =>
                     {
                         error
                     }
@@ -126,12 +131,9 @@ impl Round<'_> {
                 Err(error) => error,
             };
             self.hears_of_failure(&error);
-            match error {
-                UpstreamError::ThreadGone if !prepared.is_rebuilt => {
-                    self.was_refused();
-                    prepared = rebuild(self.context, self.progress).await?;
-                }
-                error => {
+            match self.recover_from(&error, &prepared).await? {
+                Some(next) => prepared = next,
+                None => {
                     let was_busy = matches!(error, UpstreamError::Busy { .. });
                     if error.is_ambiguous() {
                         ambiguous_error = Some(error.clone());
@@ -147,17 +149,52 @@ impl Round<'_> {
                         return self.relay(events, Telling::Again).await;
                     }
                     if was_busy && !prepared.is_rebuilt && started.thread.unsettled_run.is_some() {
-                        prepared = prepare_again(self.context, self.progress, prepared).await?;
+                        prepared = prepare_again(self.context, prepared).await?;
                     }
                 }
             }
         }
     }
 
+    /// Prepares the next step of the ladder after a refusal. Returns `None` if the refusal has
+    /// nothing to do with the thread or its history.
+    async fn recover_from(
+        &mut self,
+        error: &UpstreamError,
+        prepared: &Prepared,
+    ) -> Result<Option<Prepared>, Failure> {
+        let RoundContext { ctx, started, .. } = *self.context;
+        if !Ladder::can_answer(error) {
+            return Ok(None);
+        }
+        self.was_refused();
+        trial::give_up(ctx, started, self.progress).await?;
+        let past = past_of(self.context).await?;
+        let known = retry_until_ok(|| ctx.store.last_refusal(started.thread.id)).await?;
+        let shape = PastShape {
+            messages: past.messages.len(),
+            has_media: past.has_media(),
+            is_unsent: past.messages.is_empty() && prepared.is_new,
+        };
+        match self.progress.ladder.next(error, shape, known.as_ref()) {
+            NextStep::Try(kept) if ctx.recoveries.take(&started.thread.key) => {
+                tracing::warn!(
+                    error = %Chain(error),
+                    history = kept.as_str(),
+                    "the upstream refused the conversation; trying a new thread"
+                );
+                let cause = self.progress.ladder.cause();
+                Ok(Some(Prepared::rebuilt(past, kept, cause)))
+            }
+            NextStep::BlameMessage => Err(Failure::MessageRefused(error.clone())),
+            NextStep::Try(_) | NextStep::GiveUp => Err(Failure::Upstream(error.clone())),
+        }
+    }
+
     /// Continues a round that another process began, or may have begun.
     async fn resume(&mut self) -> Result<RoundEnd, Failure> {
         let has_threads = self.context.upstream.capabilities().has_threads;
-        let lacks_thread = has_threads && self.context.started.thread.upstream_thread_id.is_none();
+        let lacks_thread = has_threads && self.progress.thread.is_none();
         if lacks_thread || self.progress.delivery == Delivery::NotSent {
             // The thread is recorded before anything is sent, so nothing was sent.
             self.progress.delivery = Delivery::NotSent;
@@ -174,6 +211,8 @@ impl Round<'_> {
                 self.was_refused();
                 self.note_second_request().await?;
                 self.progress.sent_again = true;
+                let RoundContext { ctx, started, .. } = *self.context;
+                trial::give_up(ctx, started, self.progress).await?;
                 self.send_message(Some(lost)).await
             }
             Recovered::Unknown => Err(Failure::ReplicaLost),

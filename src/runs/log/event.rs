@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::offset::{STARTED, length};
 use crate::domain::{
-    EventBatch, LoggedEvent, Message, RequiredAction, Run, Thread, ThreadActivity,
+    EventBatch, LoggedEvent, Message, Recovery, RequiredAction, Run, Thread, ThreadActivity,
 };
 
 /// One event of a run.
@@ -15,6 +15,8 @@ pub enum RunEvent {
     Queued { position: i64 },
     /// The run has started.
     Started,
+    /// The upstream refused the request at first, and has answered in a new thread.
+    Recovered(Arc<Recovery>),
     /// More text of the reply.
     Delta(Arc<str>),
     /// The run waits for tool outputs.
@@ -56,6 +58,7 @@ impl RunEvent {
                 position: *position,
             }),
             Self::Started => Some(LoggedEvent::Started),
+            Self::Recovered(recovery) => Some(LoggedEvent::Recovered((**recovery).clone())),
             Self::Delta(text) => Some(LoggedEvent::Delta((**text).to_owned())),
             Self::RequiresAction(action) => Some(LoggedEvent::RequiresAction((**action).clone())),
             Self::MessageCompleted(_) | Self::Ended(_) => None,
@@ -67,6 +70,7 @@ impl RunEvent {
         match event {
             LoggedEvent::Queued { position } => Some(Self::Queued { position }),
             LoggedEvent::Started => Some(Self::Started),
+            LoggedEvent::Recovered(recovery) => Some(Self::Recovered(Arc::new(recovery))),
             LoggedEvent::Delta(text) => Some(Self::Delta(text.into())),
             LoggedEvent::RequiresAction(action) => Some(Self::RequiresAction(Arc::new(action))),
             LoggedEvent::Omitted { .. } => None,

@@ -437,6 +437,7 @@ mod tests {
             removed: Removed::default(),
             unsynced_messages: 0,
             unsettled_run: None,
+            context_tokens: 0,
         };
         let run = Run {
             id: RunId::new(),
@@ -450,6 +451,7 @@ mod tests {
             required_action: None,
             error: None,
             usage: None,
+            recovery: None,
             created_at: now,
             started_at: Some(now),
             finished_at: Some(now),

@@ -659,6 +659,7 @@ mod tests {
             RunEvent::Delta(text) => text.to_string(),
             RunEvent::RequiresAction(action) => format!("asks {}", action.tool_calls[0].id),
             RunEvent::MessageCompleted(message) => format!("message {}", message.role),
+            RunEvent::Recovered(_) => "recovered".to_owned(),
             RunEvent::Ended(outcome) => outcome.run.status.to_string(),
         }
     }

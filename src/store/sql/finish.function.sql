@@ -130,6 +130,11 @@ BEGIN
                 + CASE WHEN i.reply_sync = 'missing' THEN 1 ELSE 0 END,
             unsettled_run = COALESCE(i.unsettled_run, CASE WHEN NOT i.synced THEN t.unsettled_run END),
             upstream_thread_id = COALESCE(i.upstream_thread, t.upstream_thread_id),
+            input_tokens = t.input_tokens + COALESCE((i.usage ->> 'input_tokens')::bigint, 0),
+            cached_input_tokens = t.cached_input_tokens + COALESCE((i.usage ->> 'cached_input_tokens')::bigint, 0),
+            output_tokens = t.output_tokens + COALESCE((i.usage ->> 'output_tokens')::bigint, 0),
+            reasoning_tokens = t.reasoning_tokens + COALESCE((i.usage ->> 'reasoning_tokens')::bigint, 0),
+            context_tokens = COALESCE((i.usage ->> 'total_tokens')::bigint, t.context_tokens),
             last_active_at = at
         WHERE t.id = ending.thread_id
         RETURNING {thread t}, t.last_position, {activity}

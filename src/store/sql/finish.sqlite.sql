@@ -115,6 +115,11 @@ UPDATE threads AS t SET
         + (e.reply_sync IS 'missing'),
     unsettled_run = COALESCE(e.unsettled_run, iif(e.synced, NULL, t.unsettled_run)),
     upstream_thread_id = COALESCE(e.upstream_thread, t.upstream_thread_id),
+    input_tokens = t.input_tokens + COALESCE(e.usage ->> 'input_tokens', 0),
+    cached_input_tokens = t.cached_input_tokens + COALESCE(e.usage ->> 'cached_input_tokens', 0),
+    output_tokens = t.output_tokens + COALESCE(e.usage ->> 'output_tokens', 0),
+    reasoning_tokens = t.reasoning_tokens + COALESCE(e.usage ->> 'reasoning_tokens', 0),
+    context_tokens = COALESCE(e.usage ->> 'total_tokens', t.context_tokens),
     last_active_at = e.at
 FROM ending e
 WHERE t.id = e.thread AND e.outcome IS NULL;

@@ -11,6 +11,7 @@ pub(crate) mod gateway;
 pub(crate) mod history;
 pub(crate) mod link;
 pub(crate) mod openapi;
+pub(crate) mod picky;
 pub(crate) mod pooler;
 mod postgres;
 pub(crate) mod recording_proxy;
