@@ -98,26 +98,24 @@ impl Failure {
         let message = "another run held the upstream thread until the deadline".to_owned();
         (
             RunStatus::Failed,
-            Some(RunError {
-                code: RunErrorCode::UpstreamBusy,
-                message,
-            }),
+            Some(RunError::new(RunErrorCode::UpstreamBusy, message)),
         )
     }
 
     /// Returns the end of a run that had this failure.
     pub(in crate::runs) fn end(self) -> (RunStatus, Option<RunError>) {
-        let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
+        let failed = |code, message: String| {
+            let error = RunError::new(code, message);
+            (RunStatus::Failed, Some(error))
+        };
         match self {
             Self::Upstream(error) => {
-                let code = match error {
-                    UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
-                    UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
-                    UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
-                    UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
-                    _ => RunErrorCode::UpstreamError,
+                let error = RunError {
+                    upstream_code: error.code().map(str::to_owned),
+                    upstream_status: error.status(),
+                    ..RunError::new(error.run_code(), error.to_string())
                 };
-                failed(code, error.to_string())
+                (RunStatus::Failed, Some(error))
             }
             Self::BreakerOpen { .. } => {
                 failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned())
@@ -133,10 +131,7 @@ impl Failure {
                 let message = "the run did not end before its deadline".to_owned();
                 (
                     RunStatus::Expired,
-                    Some(RunError {
-                        code: RunErrorCode::DeadlineExceeded,
-                        message,
-                    }),
+                    Some(RunError::new(RunErrorCode::DeadlineExceeded, message)),
                 )
             }
             Self::Cancelled => (RunStatus::Cancelled, None),
@@ -164,17 +159,14 @@ impl Failure {
 }
 
 pub(in crate::runs) fn internal() -> RunError {
-    RunError {
-        code: RunErrorCode::Internal,
-        message: "the gateway failed during the run".to_owned(),
-    }
+    RunError::new(RunErrorCode::Internal, "the gateway failed during the run")
 }
 
 pub(in crate::runs) fn stopped() -> RunError {
-    RunError {
-        code: RunErrorCode::GatewayStopped,
-        message: "the gateway was stopped before the run ended".to_owned(),
-    }
+    RunError::new(
+        RunErrorCode::GatewayStopped,
+        "the gateway was stopped before the run ended",
+    )
 }
 
 /// Checks that this process's session is good, so that no other process works on its threads. A

@@ -35,6 +35,7 @@ mod proxies;
 mod queue;
 mod random;
 mod recovery;
+mod refusals;
 mod replicas;
 mod roles;
 mod rollover;
