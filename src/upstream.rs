@@ -41,6 +41,10 @@ mod sse;
 
 mod classify;
 
+mod refusal_cause;
+
+mod error_detail;
+
 mod report;
 
 mod memory_limit;

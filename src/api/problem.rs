@@ -15,6 +15,9 @@ use crate::store::StoreError;
 
 /// Prefix of each problem type.
 const TYPE_PREFIX: &str = "urn:threadkeeper:problem:";
+/// Pause before the next message where a rate limit of the upstream ended a run and the upstream
+/// named no pause.
+const RATE_LIMIT_PAUSE: Duration = Duration::from_secs(10);
 
 /// A problem without its body, which [`complete`] writes.
 #[derive(Clone)]
@@ -25,6 +28,8 @@ struct Problem {
     challenge: Option<String>,
     retry_after: Option<Duration>,
     run: Option<(RunId, ThreadId, RunErrorCode)>,
+    upstream_code: Option<String>,
+    upstream_status: Option<u16>,
 }
 
 /// A problem document (RFC 9457).
@@ -51,6 +56,14 @@ pub(super) struct Document<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     code: Option<RunErrorCode>,
+    /// The upstream's own code for its refusal or failure, if it gave one that is safe to show.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    upstream_code: Option<&'a str>,
+    /// The HTTP status with which the upstream refused the request or failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    upstream_status: Option<u16>,
 }
 
 /// Returns the schema of the field `type`: the list of all problem types.
@@ -87,6 +100,8 @@ pub(super) fn complete(mut response: Response, request_id: &str) -> Response {
         run_id: problem.run.map(|(run, _, _)| run),
         thread_id: problem.run.map(|(_, thread, _)| thread),
         code: problem.run.map(|(_, _, code)| code),
+        upstream_code: problem.upstream_code.as_deref(),
+        upstream_status: problem.upstream_status,
     };
     let body = serde_json::to_vec(&document).unwrap_or_default();
     let (mut parts, _) = response.into_parts();
@@ -165,12 +180,14 @@ impl From<&Error> for Problem {
             | Error::StoreUnavailable(_)
             | Error::MaybeMerged(_) => Some(Duration::from_secs(1)),
             Error::Draining | Error::BodiesFull => Some(Duration::from_secs(2)),
-            Error::RunFailed { .. }
-                if [DRAINING, REPLICA_LOST, STORE_UNAVAILABLE].contains(&kind) =>
-            {
-                Some(Duration::from_secs(2))
-            }
+            // Of these runs nothing was kept, so the same request may be sent again.
+            Error::RunFailed { .. } if kind == STORE_UNAVAILABLE => Some(Duration::from_secs(2)),
             Error::RunFailed { .. } if kind == THREAD_BUSY => Some(Duration::from_secs(1)),
+            // The run has ended, and its key gives this answer again. The upstream asks for a pause
+            // before a new message.
+            Error::RunFailed { retry_after, .. } if kind == UPSTREAM_RATE_LIMITED => {
+                Some(retry_after.unwrap_or(RATE_LIMIT_PAUSE))
+            }
             Error::UpstreamUnavailable { retry_after }
             | Error::RateLimited(TooOften { retry_after, .. }) => Some(*retry_after),
             Error::RunFailed { retry_after, .. } => *retry_after,
@@ -182,6 +199,13 @@ impl From<&Error> for Problem {
                 .as_ref()
                 .map(|error| (run.id, run.thread_id, error.code)),
             _ => None,
+        };
+        let (upstream_code, upstream_status) = match error {
+            Error::RunFailed { run, .. } => run.error.as_ref().map_or((None, None), |error| {
+                (error.upstream_code.clone(), error.upstream_status)
+            }),
+            Error::UpstreamFailed(error) => (error.code().map(str::to_owned), error.status()),
+            _ => (None, None),
         };
         let detail = match error {
             Error::StoreUnavailable(Some(StoreError::Schema(text))) => text.clone(),
@@ -203,6 +227,8 @@ impl From<&Error> for Problem {
             challenge,
             retry_after,
             run,
+            upstream_code,
+            upstream_status,
         }
     }
 }
@@ -264,6 +290,12 @@ kinds! {
     OTHER_REPLICA = "other-replica", "Other replica", MISDIRECTED_REQUEST;
     /// Another request used the `Idempotency-Key`.
     IDEMPOTENCY_MISMATCH = "idempotency-mismatch", "Idempotency mismatch", UNPROCESSABLE_ENTITY;
+    /// A content policy of the upstream refused the message or the conversation.
+    CONTENT_REFUSED = "content-refused", "Content refused", UNPROCESSABLE_ENTITY;
+    /// The upstream refuses this message, even alone.
+    MESSAGE_REFUSED = "message-refused", "Message refused", UNPROCESSABLE_ENTITY;
+    /// The conversation is too long for the model or the upstream.
+    CONTEXT_FULL = "context-full", "Context full", UNPROCESSABLE_ENTITY;
     /// A user or tenant sent more messages, or more other requests, than `limits` allows.
     RATE_LIMITED = "rate-limited", "Too many requests", TOO_MANY_REQUESTS;
     /// The tenant has `runs.max_runs_per_tenant` unfinished runs at this replica.
@@ -276,6 +308,8 @@ kinds! {
     INTERNAL = "internal", "Internal error", INTERNAL_SERVER_ERROR;
     /// The upstream refused, failed or broke off, or gets no requests because most of them failed lately.
     UPSTREAM_ERROR = "upstream-error", "Upstream error", BAD_GATEWAY;
+    /// The upstream takes no more requests for a while.
+    UPSTREAM_RATE_LIMITED = "upstream-rate-limited", "Upstream rate limited", SERVICE_UNAVAILABLE;
     /// This replica is shutting down.
     DRAINING = "draining", "Shutting down", SERVICE_UNAVAILABLE;
     /// The gateway cannot fetch the keys of the token issuer at present.
@@ -306,9 +340,16 @@ fn of_run(run: &Run) -> Kind {
         Some(RunErrorCode::GatewayStopped) => DRAINING,
         Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
         Some(RunErrorCode::NotRecorded) => STORE_UNAVAILABLE,
+        Some(RunErrorCode::UpstreamRateLimited) => UPSTREAM_RATE_LIMITED,
+        Some(RunErrorCode::ContentRefused) => CONTENT_REFUSED,
+        Some(RunErrorCode::MessageRefused) => MESSAGE_REFUSED,
+        Some(RunErrorCode::ContextFull) => CONTEXT_FULL,
         Some(RunErrorCode::Internal | RunErrorCode::NotConfigured) => INTERNAL,
         Some(
             RunErrorCode::UpstreamError
+            | RunErrorCode::UpstreamQuotaExhausted
+            | RunErrorCode::UpstreamUnauthorized
+            | RunErrorCode::UpstreamMisconfigured
             | RunErrorCode::UpstreamFailed
             | RunErrorCode::UpstreamUnavailable
             | RunErrorCode::UpstreamThreadGone

@@ -17,7 +17,8 @@ use super::forwarded::Prefix;
 use super::openapi::Doc;
 use super::prefer::{PREFERENCE_APPLIED, Prefer, REPLAYED};
 use super::problem::{
-    DRAINING, NOT_FOUND, REPLICA_LOST, TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_TIMEOUT,
+    CONTENT_REFUSED, CONTEXT_FULL, DRAINING, MESSAGE_REFUSED, NOT_FOUND, REPLICA_LOST,
+    TOO_MANY_READERS, UPSTREAM_ERROR, UPSTREAM_RATE_LIMITED, UPSTREAM_TIMEOUT,
 };
 use super::sse;
 use super::sse::EventView;
@@ -73,7 +74,18 @@ pub(super) fn answer_doc(doc: Doc) -> Doc {
         )
         .with(StatusCode::OK, &[&REPLAYED])
         .with(StatusCode::ACCEPTED, &[&REPLAYED, &header::LOCATION, &PREFERENCE_APPLIED])
-        .refuses(&[NOT_FOUND, UPSTREAM_ERROR, UPSTREAM_TIMEOUT, DRAINING, REPLICA_LOST, TOO_MANY_READERS])
+        .refuses(&[
+            NOT_FOUND,
+            CONTENT_REFUSED,
+            MESSAGE_REFUSED,
+            CONTEXT_FULL,
+            UPSTREAM_ERROR,
+            UPSTREAM_RATE_LIMITED,
+            UPSTREAM_TIMEOUT,
+            DRAINING,
+            REPLICA_LOST,
+            TOO_MANY_READERS,
+        ])
 }
 
 /// Answers a request about a run, in the form that the caller chose. A stream begins with the event

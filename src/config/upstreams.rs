@@ -51,6 +51,10 @@ pub struct UpstreamConfig {
     /// instead of by fingerprints.
     #[serde(default)]
     pub send_identifiers: bool,
+    /// Whether the log has the server's own words about a refusal, up to 1 KiB and without keys. A server may
+    /// quote what users said.
+    #[serde(default)]
+    pub log_upstream_errors: bool,
     #[serde(
         default = "UpstreamConfig::default_connect_timeout",
         with = "humantime_serde"
@@ -154,6 +158,7 @@ impl UpstreamConfig {
             background: false,
             external_writers: false,
             send_identifiers: false,
+            log_upstream_errors: false,
             connect_timeout: Self::default_connect_timeout(),
             call_timeout: Self::default_call_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),

@@ -96,8 +96,24 @@ text_enum!(
 text_enum!(
     /// Why a run did not complete, as a stable code.
     RunErrorCode {
-        /// The upstream refused or broke the call before it accepted the run.
+        /// The upstream failed, refused the request for a reason that the gateway does not know, or cannot
+        /// be reached.
         UpstreamError = "upstream_error",
+        /// The upstream takes no more requests for a while.
+        UpstreamRateLimited = "upstream_rate_limited",
+        /// The gateway's account at the upstream is used up. Its operator must act.
+        UpstreamQuotaExhausted = "upstream_quota_exhausted",
+        /// The upstream does not accept the gateway's key. The operator must act.
+        UpstreamUnauthorized = "upstream_unauthorized",
+        /// The upstream does not know what the configuration names, or does not take it. The operator must
+        /// act.
+        UpstreamMisconfigured = "upstream_misconfigured",
+        /// A content policy of the upstream refused the message or the conversation.
+        ContentRefused = "content_refused",
+        /// The upstream refuses this message, even alone.
+        MessageRefused = "message_refused",
+        /// The conversation is too long for the model or the upstream.
+        ContextFull = "context_full",
         /// The upstream accepted the run and then reported that it failed.
         UpstreamFailed = "upstream_failed",
         /// The connection to the upstream broke in the middle of the reply.
@@ -132,6 +148,26 @@ text_enum!(
 pub struct RunError {
     pub code: RunErrorCode,
     pub message: String,
+    /// The upstream's own code for the failure, if it gave one that is safe to show.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub upstream_code: Option<String>,
+    /// The HTTP status with which the upstream refused the request or failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub upstream_status: Option<u16>,
+}
+
+impl RunError {
+    /// Returns an error of which the upstream said nothing.
+    pub fn new(code: RunErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            upstream_code: None,
+            upstream_status: None,
+        }
+    }
 }
 
 /// Tokens that the upstream counted for a run.

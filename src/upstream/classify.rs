@@ -7,40 +7,15 @@ use chrono::DateTime;
 use http::{HeaderMap, StatusCode, header};
 use serde_json::{Map, Value};
 
-use crate::domain::UpstreamRunId;
+use crate::domain::{RunErrorCode, UpstreamRunId};
 use crate::upstream::error::{RefusalCause, UpstreamError};
+use crate::upstream::error_detail::Layer;
+use crate::upstream::refusal_cause::{cause, is_quota, is_thread_field, is_too_large, passes};
 
-/// Codes of a 429 for which waiting does not help.
-const QUOTA_CODES: [&str; 5] = [
-    "insufficient_quota",
-    "credit_balance_exhausted",
-    "billing_hard_limit_reached",
-    "billing_not_active",
-    "quota_exceeded",
-];
+pub(super) use crate::upstream::error_detail::ErrorDetail;
 
-/// Fragments of codes and types for which waiting helps, in lower case and without separators. Up
-/// to index 4 they mean a rate limit (429), the others an overload (503).
-const PASSING_WORDS: [&str; 12] = [
-    "ratelimit",
-    "toomanyrequests",
-    "throttl",
-    "resourceexhausted",
-    "429",
-    "overloaded",
-    "slowdown",
-    "serverbusy",
-    "serviceunavailable",
-    "nocapacity",
-    "503",
-    "529",
-];
 /// The objects that a call asks for by id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
-/// The only fields of an error object that stands without a wrapper.
-const ERROR_FIELDS: [&str; 8] = [
-    "message", "detail", "code", "type", "param", "status", "object", "title",
-];
 
 /// An error, with details for the adapters only.
 #[derive(Clone, Debug)]
@@ -84,23 +59,35 @@ pub(super) fn classify(
     asked: &str,
 ) -> Rejection {
     let detail = ErrorDetail::from_body(body);
-    let missing = match &detail {
-        Some(detail) => detail.says_missing(status, asked),
-        None => says_missing(status, std::str::from_utf8(body).unwrap_or_default(), asked),
-    };
-    let detail = detail.unwrap_or_default();
-    let damage = detail.damage().filter(|_| status.is_client_error());
     Rejection {
-        error: meaning(status, headers, detail, missing),
-        damage,
+        damage: detail.damage().filter(|_| status.is_client_error()),
+        error: meaning(status, headers, &detail, asked),
     }
+}
+
+/// Returns the code of a run that the upstream ended with this error code, if the code says more
+/// than that the run failed.
+pub(super) fn run_code_of(code: &str) -> Option<RunErrorCode> {
+    let error = Map::from_iter([("code".to_owned(), Value::from(code))]);
+    let meaning = ErrorDetail::from_object(&error).meaning_without_status();
+    let run_code = meaning.ok()?.run_code();
+    matches!(
+        run_code,
+        RunErrorCode::UpstreamRateLimited
+            | RunErrorCode::UpstreamQuotaExhausted
+            | RunErrorCode::UpstreamUnauthorized
+            | RunErrorCode::UpstreamMisconfigured
+            | RunErrorCode::ContentRefused
+            | RunErrorCode::ContextFull
+    )
+    .then_some(run_code)
 }
 
 fn meaning(
     status: StatusCode,
     headers: &HeaderMap,
-    detail: ErrorDetail,
-    missing: bool,
+    detail: &ErrorDetail,
+    asked: &str,
 ) -> UpstreamError {
     let client_error = status.is_client_error();
     // The server's own statement takes precedence over any conclusion.
@@ -112,15 +99,20 @@ fn meaning(
         Some(b"false") => Some(false),
         _ => None,
     };
+    let limited = |quota| UpstreamError::RateLimited {
+        status: status.as_u16(),
+        retry_after: retry_after(headers),
+        quota,
+        code: detail.word(),
+    };
     if status == StatusCode::TOO_MANY_REQUESTS {
-        let quota = should_retry.map_or_else(|| detail.is_quota(), |retry| !retry);
-        return UpstreamError::RateLimited {
-            retry_after: retry_after(headers),
-            quota,
-            code: detail.code,
-        };
+        // A request that is larger than the rate itself is refused at any time.
+        if should_retry.is_none() && is_too_large(detail) {
+            return refused(status.as_u16(), false, detail);
+        }
+        return limited(should_retry.map_or_else(|| is_quota(detail), |retry| !retry));
     }
-    if client_error && detail.names_missing_thread(status) {
+    if detail.names_missing_thread(status) {
         return UpstreamError::ThreadGone;
     }
     if matches!(status, StatusCode::CONFLICT | StatusCode::LOCKED)
@@ -130,6 +122,16 @@ fn meaning(
             blocking_run: detail.blocking_run(),
         };
     }
+    if status == StatusCode::PAYMENT_REQUIRED
+        || (matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) && is_quota(detail))
+    {
+        return limited(true);
+    }
+    if matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN)
+        && passes(detail) == Some(429)
+    {
+        return limited(false);
+    }
     // After a 408 (the server gave up waiting) the fate of the request is as unknown as after a
     // 5xx.
     let is_broken = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED;
@@ -138,14 +140,22 @@ fn meaning(
             status: status.as_u16(),
             retry_after: retry_after(headers),
             no_retry: should_retry == Some(false),
-            code: detail.code,
+            code: detail.code(),
         };
     }
+    refused(status.as_u16(), detail.says_missing(status, asked), detail)
+}
+
+fn refused(status: u16, missing: bool, detail: &ErrorDetail) -> UpstreamError {
     UpstreamError::Refused {
-        status: status.as_u16(),
+        status,
         missing,
-        cause: detail.cause(status.as_u16()),
-        code: detail.code,
+        cause: if missing {
+            RefusalCause::Thread
+        } else {
+            cause(detail, status)
+        },
+        code: detail.code(),
     }
 }
 
@@ -200,82 +210,7 @@ fn names(text: &str, id: &str) -> bool {
     })
 }
 
-/// The details of an error: from the body of an answer, from an `error` event, or from inside a
-/// run or response.
-#[derive(Clone, Debug, Default)]
-pub(super) struct ErrorDetail {
-    /// The error's code, if [`token`] lets it pass.
-    pub(super) code: Option<String>,
-    kind: Option<String>,
-    /// The server's prose. It serves to tell cases apart and is never passed on.
-    message: String,
-    /// The error is an object as the protocols describe it, not an error page or a framework's
-    /// own shape.
-    shaped: bool,
-}
-
 impl ErrorDetail {
-    /// Reads a body in any of the known forms. Returns `None` if it is not a JSON object.
-    fn from_body(body: &[u8]) -> Option<Self> {
-        serde_json::from_slice::<Map<String, Value>>(body)
-            .ok()
-            .map(|object| Self::from_object(&object))
-    }
-
-    /// Reads an event that does not belong to the protocol. Returns `None` if it is no error.
-    ///
-    /// A proxy, or a server that fails before it speaks the protocol, writes its errors so. An
-    /// event with another `name` (a server's `status`, `ping` or `progress`) counts as an error
-    /// only if it cannot be anything else.
-    pub(super) fn of_event(name: Option<&str>, data: &str) -> Option<Self> {
-        let object: Map<String, Value> = serde_json::from_str(data).ok()?;
-        let is_named = name.is_some_and(|name| {
-            !name.is_empty() && name != "message" && !name.to_ascii_lowercase().contains("error")
-        });
-        let is_all = || {
-            object
-                .keys()
-                .all(|key| key == "error" || ERROR_FIELDS.contains(&key.as_str()))
-        };
-        let is_error = match object.get("error") {
-            Some(Value::Object(_)) => !is_named || is_all(),
-            Some(Value::String(text)) => !text.is_empty() && (!is_named || is_all()),
-            _ => stands_alone(&object) && (!is_named || is_called_error(&object)),
-        };
-        is_error.then(|| Self::from_object(&object))
-    }
-
-    /// Reads `{"error": {…}}`, the bare `{"message": …, "type": …}`, and their relatives:
-    /// `{"error": "…"}`, and `{"detail": …}` with either inside.
-    pub(super) fn from_object(object: &Map<String, Value>) -> Self {
-        if let (None, Some(Value::Object(detail))) = (object.get("error"), object.get("detail")) {
-            return Self {
-                shaped: false,
-                ..Self::from_object(detail)
-            };
-        }
-        let inner = object.get("error").and_then(Value::as_object);
-        let error = inner.unwrap_or(object);
-        let text = |key: &str| error.get(key).and_then(Value::as_str);
-        let message = text("message")
-            .or_else(|| text("error"))
-            .or_else(|| text("detail"));
-        let code = match error.get("code") {
-            Some(Value::String(code)) => token(code),
-            Some(Value::Number(code)) => token(&code.to_string()),
-            _ => None,
-        };
-        let marked = ["type", "code", "param"]
-            .iter()
-            .any(|key| error.contains_key(*key));
-        Self {
-            code,
-            kind: text("type").map(str::to_owned),
-            message: message.unwrap_or_default().to_owned(),
-            shaped: text("message").is_some() && (inner.is_some() || marked),
-        }
-    }
-
     /// Classifies an error that a stream reports in the place of a run or response, without a
     /// status.
     ///
@@ -290,128 +225,73 @@ impl ErrorDetail {
         })
     }
 
-    fn meaning_without_status(self) -> Result<UpstreamError, Option<String>> {
+    fn meaning_without_status(&self) -> Result<UpstreamError, Option<String>> {
         if self.names_missing_thread(StatusCode::NOT_FOUND) {
             return Ok(UpstreamError::ThreadGone);
         }
-        if self.is_conflict() {
+        // Some servers put the status that they would have sent into the error.
+        let status = self.status();
+        if self.is_conflict() || matches!(status, Some(409 | 423)) {
             return Ok(UpstreamError::Busy {
                 blocking_run: self.blocking_run(),
             });
         }
-        let is =
-            |word: &str| self.code.as_deref() == Some(word) || self.kind.as_deref() == Some(word);
-        if self.is_quota() {
-            let code = self.word();
+        if is_quota(self) || status == Some(402) {
             return Ok(UpstreamError::RateLimited {
+                status: status.unwrap_or(429),
                 retry_after: None,
                 quota: true,
-                code,
+                code: self.word(),
             });
         }
         // The status was 200, so the server may have taken the request.
-        if let Some(status) = self.passes() {
-            let code = self.word();
+        if let Some(status) = passes(self) {
             return Ok(UpstreamError::Unavailable {
                 status,
                 retry_after: None,
                 no_retry: false,
-                code,
+                code: self.word(),
             });
         }
-        // Some servers put the status that they would have sent into the code.
-        match self.code.as_deref().and_then(|code| code.parse().ok()) {
-            Some(409 | 423) => {
-                return Ok(UpstreamError::Busy {
-                    blocking_run: self.blocking_run(),
-                });
-            }
-            Some(status @ 400..500) if status != 408 => {
-                let code = self.kind.as_deref().and_then(token);
-                return Ok(UpstreamError::Refused {
-                    status,
-                    code,
-                    missing: false,
-                    cause: self.cause(status),
-                });
-            }
-            _ => {}
+        let refusal = |status| UpstreamError::Refused {
+            status,
+            missing: false,
+            cause: cause(self, status),
+            code: self.word(),
+        };
+        match status {
+            Some(status @ 400..500) if status != 408 => return Ok(refusal(status)),
+            // The server says that it failed, whatever it says besides.
+            Some(_) => return Err(self.word()),
+            None => {}
         }
-        if is("invalid_request_error") || is("invalid_prompt") || self.damage().is_some() {
-            return Ok(UpstreamError::Refused {
-                status: 400,
-                missing: false,
-                cause: self.cause(400),
-                code: self.code,
-            });
+        if self.is_called(&["invalidrequesterror"])
+            || self.damage().is_some()
+            || cause(self, 400) != RefusalCause::Unknown
+        {
+            return Ok(refusal(400));
         }
         Err(self.word())
-    }
-
-    /// Returns the status that matches the error, if waiting helps.
-    fn passes(&self) -> Option<u16> {
-        let words = [&self.code, &self.kind].into_iter().flatten();
-        let plain = words.map(|word| word.to_ascii_lowercase().replace(['_', '-', '.', ' '], ""));
-        let at = plain
-            .filter_map(|word| PASSING_WORDS.iter().position(|known| word.contains(known)))
-            .min()?;
-        Some(if at <= 4 { 429 } else { 503 })
-    }
-
-    /// Returns the code, or else the type of the error, if [`token`] lets it pass.
-    pub(super) fn word(&self) -> Option<String> {
-        self.code
-            .clone()
-            .or_else(|| self.kind.as_deref().and_then(token))
-    }
-
-    fn is_quota(&self) -> bool {
-        [&self.code, &self.kind]
-            .into_iter()
-            .flatten()
-            .any(|word| QUOTA_CODES.contains(&word.as_str()))
     }
 
     /// Returns true if another run or response holds the thread. Servers report that with a code,
     /// or only in prose.
     fn is_conflict(&self) -> bool {
-        if self.code.as_deref() == Some("conversation_locked") {
-            return true;
-        }
-        let message = self.message.to_ascii_lowercase();
-        let has = |text: &str| message.contains(text);
-        has("already has an active run")
-            || (has("add messages to") && has("while a run"))
-            || has("currently operating on this conversation")
-            || ((has("in-progress response") || has("in progress response")) && has("exist"))
-    }
-
-    /// Returns what a refusal with this status is about.
-    fn cause(&self, status: u16) -> RefusalCause {
-        match self.code.as_deref() {
-            _ if self.damage().is_some() => RefusalCause::Thread,
-            Some("context_length_exceeded" | "string_above_max_length") => RefusalCause::Size,
-            Some("content_filter" | "content_policy_violation" | "invalid_prompt") => {
-                RefusalCause::Policy
-            }
-            Some("invalid_image_url" | "invalid_image" | "image_parse_error") => {
-                RefusalCause::Media
-            }
-            _ => match status {
-                401..=403 => RefusalCause::Configuration,
-                413 => RefusalCause::Size,
-                _ => RefusalCause::Unknown,
-            },
-        }
+        self.is_called(&["conversationlocked"])
+            || self.says(&[
+                "already has an active run",
+                "currently operating on this conversation",
+            ])
+            || (self.says(&["add messages to"]) && self.says(&["while a run"]))
+            || (self.says(&["in-progress response", "in progress response"])
+                && self.says(&["exist"]))
     }
 
     /// Returns the damage of the conversation, if the error is about that.
     pub(super) fn damage(&self) -> Option<Damage> {
-        let message = self.message.to_ascii_lowercase();
-        let has = |text: &str| message.contains(text);
-        if has("no tool output found for") {
+        if self.says(&["no tool output found for"]) {
             Some(Damage::OpenCall)
-        } else if has("reasoning") && has("without its required following item") {
+        } else if self.says(&["reasoning"]) && self.says(&["without its required following item"]) {
             Some(Damage::OrphanedReasoning(self.named("rs_")))
         } else {
             None
@@ -423,14 +303,6 @@ impl ErrorDetail {
         self.named("run_").map(UpstreamRunId)
     }
 
-    /// Returns the first id in the text with this prefix.
-    fn named(&self, prefix: &str) -> Option<String> {
-        self.message
-            .split(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '_' | '-')))
-            .find(|word| word.len() > prefix.len() && word.len() <= 128 && word.starts_with(prefix))
-            .map(str::to_owned)
-    }
-
     /// Returns true if the requested object does not exist, by the text or by a code such as
     /// `response_not_found`.
     fn says_missing(&self, status: StatusCode, asked: &str) -> bool {
@@ -439,89 +311,134 @@ impl ErrorDetail {
                 .into_iter()
                 .any(|noun| code.strip_suffix("_not_found") == Some(noun))
         };
-        let by_code = status.is_client_error() && self.code.as_deref().is_some_and(of);
-        by_code || says_missing(status, &self.message, asked)
+        let by_code =
+            status.is_client_error() && self.layers.iter().filter_map(Layer::code).any(of);
+        by_code
+            || status == StatusCode::GONE
+            || self
+                .layers
+                .iter()
+                .any(|layer| says_missing(status, &layer.message, asked))
     }
 
     /// Returns true if the error says that the thread, conversation or previous response itself
     /// does not exist. A missing endpoint or another missing object does not count: the gateway
     /// gives an upstream thread up only on evidence.
+    ///
+    /// After a 5xx the server may have accepted the request. Only a relay that quotes the refusal
+    /// of the server behind it proves that it did not. Of all quoted refusals this is the one
+    /// that an earlier try of the relay met too, since no server runs on a thread that it lacks.
+    /// And the message then goes to a new thread, so no thread gets it twice.
     fn names_missing_thread(&self, status: StatusCode) -> bool {
-        if !self.shaped {
-            return false;
-        }
-        if self.code.as_deref() == Some("previous_response_not_found") {
-            return true;
-        }
-        if !matches!(status, StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST) {
-            return false;
-        }
-        let message = self.message.to_ascii_lowercase();
-        let words: Vec<&str> = message
-            .split_whitespace()
-            .map(|word| word.trim_matches(|c: char| !(c.is_alphanumeric() || c == '_')))
-            .collect();
-        let (missing_first, words) = match words.as_slice() {
-            ["no", rest @ ..] => (true, rest),
-            ["previous", "response", ..] => (false, &words[1..]),
-            rest => (false, rest),
-        };
-        let [noun, rest @ ..] = words else {
-            return false;
-        };
-        if !matches!(*noun, "thread" | "conversation" | "response") {
-            return false;
-        }
-        match rest {
-            ["found", "with", "id", id, ..] => missing_first && is_id(id),
-            ["with", "id", id, "not", "found", ..]
-            | ["with", "id", id, "was", "not", "found", ..]
-            | ["with", "id", id, "does", "not", "exist", ..]
-            | [id, "not", "found", ..]
-            | [id, "was", "not", "found", ..]
-            | [id, "does", "not", "exist", ..] => !missing_first && is_id(id),
-            _ => false,
-        }
+        const MISSING: [u16; 3] = [400, 404, 410];
+        let is_refusal = MISSING.contains(&status.as_u16())
+            || (status.is_server_error() && self.quoted_statuses().any(|it| MISSING.contains(&it)));
+        let by_code = status.is_client_error() && self.is_called(&["previousresponsenotfound"]);
+        by_code || (is_refusal && self.layers.iter().any(Layer::names_missing_thread))
     }
 }
 
-/// Returns true if the object is an error without a wrapper, and cannot be anything else.
-fn stands_alone(object: &Map<String, Value>) -> bool {
-    let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
-    (has("message") || has("detail"))
-        && object
-            .keys()
-            .all(|key| ERROR_FIELDS.contains(&key.as_str()))
-        && (is_called_error(object) || has("code") || (!has("type") && !has("object")))
+impl Layer {
+    fn names_missing_thread(&self) -> bool {
+        const FIELD_TEXTS: [&str; 4] = ["not found", "not exist", "no such", "expired"];
+        if !self.shaped {
+            return false;
+        }
+        let is_code = self
+            .code()
+            .is_some_and(|code| ["thread_not_found", "conversation_not_found"].contains(&code));
+        let text = self.message.to_lowercase();
+        let is_field = self.param().is_some_and(is_thread_field)
+            && FIELD_TEXTS.iter().any(|words| text.contains(words));
+        let words = self.lower_words();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        is_code || is_field || (0..words.len()).any(|at| begins_missing_thread(&words, at))
+    }
 }
 
-/// Returns true if the object's `type` or `object` names it an error.
-fn is_called_error(object: &Map<String, Value>) -> bool {
-    let kind = |key: &str| {
-        object
-            .get(key)
-            .and_then(Value::as_str)
-            .map(str::to_ascii_lowercase)
+/// Returns true if a statement that a thread does not exist has its noun at this place. What
+/// stands before it may be a relay's, but the thread must not be the place of another thing: "the
+/// run in thread … was not found".
+fn begins_missing_thread(words: &[&str], at: usize) -> bool {
+    const NOUNS: [&str; 7] = [
+        "thread",
+        "conversation",
+        "response",
+        "thread_id",
+        "conversation_id",
+        "response_id",
+        "previous_response_id",
+    ];
+    if !NOUNS.contains(&words[at]) {
+        return false;
+    }
+    let mut before = &words[..at];
+    while let [
+        rest @ ..,
+        "previous" | "stored" | "the" | "this" | "requested",
+    ] = before
+    {
+        before = rest;
+    }
+    let last = before.last().copied().unwrap_or_default();
+    let is_place = matches!(
+        last,
+        "in" | "of"
+            | "for"
+            | "from"
+            | "on"
+            | "to"
+            | "by"
+            | "with"
+            | "and"
+            | "or"
+            | "within"
+            | "under"
+            | "inside"
+            | "using"
+            | "via"
+            | "at"
+            | "a"
+            | "an"
+    );
+    let says_no = matches!(last, "no" | "such" | "unknown" | "find");
+    let rest = match &words[at + 1..] {
+        ["object", rest @ ..] => rest,
+        rest => rest,
     };
-    ["type", "object"]
-        .iter()
-        .any(|key| kind(key).is_some_and(|it| it.contains("error")))
+    match rest {
+        ["found", "with", "id", id, ..] => last == "no" && is_thread_id(id),
+        ["not", "found", "with", "id", id, ..]
+        | ["not", "found", "id", id, ..]
+        | ["not", "found", id, ..] => !is_place && is_thread_id(id),
+        ["with", "id", id, rest @ ..] | ["id", id, rest @ ..] | [id, rest @ ..] => {
+            is_thread_id(id) && (says_no || (!is_place && says_not_there(rest)))
+        }
+        [] => false,
+    }
 }
 
-/// Returns the text if it is safe to show: at most 64 characters, words and short numbers with
-/// `_`, `.` or `-` between them. A server may echo a key, or a piece of it, in the place of a
-/// code. Keys do not have this form.
-pub(super) fn token(text: &str) -> Option<String> {
-    const LONGEST_WORD: usize = 32;
-    const LONGEST_NUMBER: usize = 4;
-    let is_word = |part: &str| {
-        let letters = part.trim_end_matches(|c: char| c.is_ascii_digit());
-        letters.len() <= LONGEST_WORD
-            && part.len() - letters.len() <= LONGEST_NUMBER
-            && letters.bytes().all(|byte| byte.is_ascii_alphabetic())
-    };
-    ((1..=64).contains(&text.len()) && text.split(['_', '.', '-']).all(is_word))
-        .then(|| text.to_owned())
+/// Returns true if the words after an id say that there is no such object.
+fn says_not_there(words: &[&str]) -> bool {
+    match words {
+        ["not", "found" | "exist" | "exists", ..]
+        | ["not" | "cannot", "be", "found", ..]
+        | ["no", "longer", "exist" | "exists" | "available", ..]
+        | ["deleted" | "expired" | "unknown", ..] => true,
+        [
+            "is" | "was" | "has" | "been" | "could" | "can" | "does",
+            rest @ ..,
+        ] => says_not_there(rest),
+        _ => false,
+    }
+}
+
+/// Returns true if the word can be the id of a thread: not prose, no status, and not the id of
+/// another kind of thing.
+fn is_thread_id(word: &str) -> bool {
+    const OTHERS: [&str; 8] = ["asst", "call", "file", "item", "msg", "run", "step", "vs"];
+    let prefix = word.split(['_', '-']).next().unwrap_or_default();
+    is_id(word) && word.bytes().any(|byte| !byte.is_ascii_digit()) && !OTHERS.contains(&prefix)
 }
 
 /// Returns how long the server asks to wait. Returns `None` if the server does not say, or if the
@@ -565,6 +482,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::upstream::error_detail::token;
 
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
         pairs
@@ -814,6 +732,196 @@ mod tests {
         }
     }
 
+    /// Wraps a text as LiteLLM does.
+    fn relayed(inner: &str, code: &str) -> String {
+        let message =
+            format!("litellm.BadRequestError: OpenAIException - {inner}. Received Model Group=m");
+        serde_json::json!({"error": {"message": message, "type": null, "param": null, "code": code}}).to_string()
+    }
+
+    #[test]
+    fn missing_threads_are_recognised_behind_relays() {
+        let vllm = r#"{"error":{"message":"Response with id 'resp_1' not found.","type":"invalid_request_error","param":"response_id","code":404}}"#;
+        let python = r#"Error code: 404 - {'error': {'message': "Response with id 'resp_1' not found.", 'code': 404}}"#;
+        for (status, body) in [
+            (404, relayed(vllm, "404")),
+            (400, relayed(vllm, "400")),
+            (500, relayed(vllm, "500")),
+            (404, relayed(python, "404")),
+            (500, relayed(python, "500")),
+            (404, relayed("Previous response with id 'resp_1' not found.", "404")),
+            (404, relayed("No thread found with id 'thread_1'.", "404")),
+            (400, wrapped("The conversation conv_1 could not be found", "")),
+            (400, wrapped("Unknown conversation conv_1", "")),
+            (400, wrapped("previous_response_id 'resp_1' does not exist", "")),
+            (404, wrapped("Response not found: resp_1", "")),
+            (404, wrapped("Thread thread_1 no longer exists.", "")),
+            (410, wrapped("Conversation conv_1 has been deleted", "")),
+            (404, wrapped("It is not here.", "conversation_not_found")),
+            (404, r#"{"code":"not-found","error":"Response with id=resp_1 not found"}"#.to_owned()),
+            (404, r#"{"detail":"Response with id 'resp_1' not found"}"#.to_owned()),
+            (404, r#"{"detail":{"error":"Response resp_1 was not found"}}"#.to_owned()),
+            (404, r#"{"detail":{"error":{"message":"Response resp_1 was not found"}}}"#.to_owned()),
+            (404, format!("[{vllm}]")),
+            (404, r#"{"title":"Not Found","status":404,"detail":"Thread with id 'thread_1' not found"}"#.to_owned()),
+            (400, r#"{"error":{"message":"It expired","param":"previous_response_id","code":400}}"#.to_owned()),
+            (
+                502,
+                serde_json::json!({"error": {"message": "Provider returned error", "code": 502, "metadata": {"raw": vllm}}}).to_string(),
+            ),
+            (400, serde_json::json!({"error": {"message": vllm.replace('"', "\\\"")}}).to_string()),
+        ] {
+            assert_eq!(meaning(status, &[], &body), "gone", "{status} {body}");
+        }
+        let model =
+            r#"{"error":{"message":"The model `m` does not exist","code":"model_not_found"}}"#;
+        for (status, body) in [
+            (
+                404,
+                wrapped("Run 'run_1' in thread thread_1 was not found", ""),
+            ),
+            (
+                404,
+                wrapped("No file found with id 'file-1' for thread thread_1.", ""),
+            ),
+            (
+                404,
+                wrapped("The vector store of conversation conv_1 does not exist", ""),
+            ),
+            (
+                404,
+                wrapped(
+                    "File 'file_1' of the previous response resp_1 not found",
+                    "",
+                ),
+            ),
+            (
+                404,
+                wrapped(
+                    "Deployment for response resp_1 not found",
+                    "DeploymentNotFound",
+                ),
+            ),
+            (404, wrapped("No endpoints found for response_model m.", "")),
+            (404, wrapped("Error response: 404 not found", "")),
+            (
+                404,
+                wrapped("Thread thread_1: assistant asst_1 not found", ""),
+            ),
+            (404, wrapped("No response file_1 found", "")),
+            (404, relayed(model, "404")),
+            (400, wrapped("Response resp_1 is not complete", "")),
+            (403, wrapped("Response with id 'resp_1' not found.", "")),
+            // The relay itself failed, and does not say what the server behind it answered.
+            (500, wrapped("Response with id 'resp_1' not found.", "500")),
+            (500, relayed("Response with id 'resp_1' not found.", "500")),
+            (500, relayed(model, "500")),
+            (500, relayed(&vllm.replace("404", "500"), "500")),
+        ] {
+            let meaning = meaning(status, &[], &body);
+            let expected = if status == 500 {
+                "unavailable"
+            } else {
+                "refused"
+            };
+            assert!(meaning.starts_with(expected), "{status} {body}: {meaning}");
+        }
+    }
+
+    #[test]
+    fn money_and_rates_are_told_apart_whatever_the_status() {
+        let quota = |text: &str| serde_json::json!({"error": {"message": text}}).to_string();
+        for (status, body, expected) in [
+            (429, quota("You exceeded your current quota, please check your plan and billing details."), "quota"),
+            (402, String::new(), "quota"),
+            (402, r#"{"error":{"message":"Insufficient Balance","type":"unknown_error","code":"invalid_request_error"}}"#.to_owned(), "quota"),
+            (403, wrapped("x", "insufficient_quota"), "quota"),
+            (400, relayed(&wrapped("x", "insufficient_quota"), "400"), "quota"),
+            (400, quota("Your credit balance is too low to access the API."), "quota"),
+            (429, relayed("Error code: 429 - {'error': {'code': 'insufficient_quota'}}", "429"), "quota"),
+            (400, wrapped("x", "rate_limit_exceeded"), "wait"),
+            (429, r#"{"error":{"code":"429","message":"Requests have exceeded call rate limit of your current pricing tier."}}"#.to_owned(), "wait"),
+        ] {
+            assert_eq!(meaning(status, &[], &body), format!("limited None {expected}"), "{status} {body}");
+        }
+    }
+
+    #[test]
+    fn the_cause_of_a_refusal_is_read_from_its_words() {
+        use RefusalCause::{Configuration, Media, Policy, Size, Thread, Unknown};
+        let about = |message: &str, param: &str, code: &str| {
+            serde_json::json!({"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}).to_string()
+        };
+        let context = "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens.";
+        let image = "https://x/signed";
+        for (cause, status, body) in [
+            (Size, 400, about("Your input exceeds the context window of this model.", "input", "context_length_exceeded")),
+            (Size, 400, r#"{"object":"error","message":"This model's maximum context length is 4096 tokens.","type":"BadRequestError","param":null,"code":400}"#.to_owned()),
+            (Size, 400, about("'max_tokens' is too large: 4096. This model's maximum context length is 4096 tokens", "max_tokens", "")),
+            (Size, 400, relayed(&wrapped(context, "context_length_exceeded"), "400")),
+            (Size, 400, relayed(&format!("ContextWindowExceededError: {context}"), "400")),
+            (Size, 400, r#"{"error":{"code":400,"message":"request (5000 tokens) exceeds the available context size (4096 tokens)","type":"exceed_context_size_error"}}"#.to_owned()),
+            (Size, 400, r#"{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 210000 tokens > 200000 maximum"}}"#.to_owned()),
+            (Size, 400, r#"{"code":"Client specified an invalid argument","error":"This model's maximum prompt length is 131072 but the request contains 140000 tokens."}"#.to_owned()),
+            (Size, 400, r#"[{"error":{"code":400,"message":"The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).","status":"INVALID_ARGUMENT"}}]"#.to_owned()),
+            (Size, 400, r#"{"error":"Trying to keep the first 5000 tokens when context the overflows. However, the model is loaded with context length of only 4096 tokens"}"#.to_owned()),
+            (Size, 400, r#"{"object":"error","message":"The input (5000 tokens) is longer than the model's context length (4096 tokens).","code":400}"#.to_owned()),
+            (Size, 400, about("Invalid 'input[0].content': string too long.", "input[0].content", "string_above_max_length")),
+            (Size, 400, about("Invalid 'input': array too long.", "input", "array_above_max_length")),
+            (Size, 413, String::new()),
+            (Size, 413, "<html><h1>413 Request Entity Too Large</h1></html>".to_owned()),
+            (Size, 429, about("Request too large for gpt-5 on tokens per min (TPM): Limit 30000, Requested 40000.", "", "rate_limit_exceeded")),
+            (Policy, 400, r#"{"error":{"message":"The response was filtered due to the prompt triggering Azure OpenAI's content management policy.","type":null,"param":"prompt","code":"content_filter","status":400,"innererror":{"code":"ResponsibleAIPolicyViolation","content_filter_result":{}}}}"#.to_owned()),
+            (Policy, 400, about("Invalid prompt: your prompt was flagged as potentially violating our usage policy.", "", "invalid_prompt")),
+            (Policy, 400, relayed("ContentPolicyViolationError: The response was filtered", "400")),
+            (Policy, 403, r#"{"error":{"message":"m requires moderation. Your input was flagged.","code":403,"metadata":{"reasons":["violence"],"flagged_input":"api key"}}}"#.to_owned()),
+            (Policy, 403, r#"{"code":"The caller does not have permission","error":"Content violates usage guidelines."}"#.to_owned()),
+            (Media, 400, about(&format!("Error while downloading {image}"), "url", "invalid_image_url")),
+            (Media, 400, about(&format!("Error while downloading {image}"), "url", "invalid_value")),
+            (Media, 400, about("The image data you provided does not represent a valid image.", "input[0].content[1].image_url", "invalid_value")),
+            (Media, 400, r#"{"object":"error","message":"cannot identify image file <_io.BytesIO object>","type":"BadRequestError","code":400}"#.to_owned()),
+            (Media, 400, r#"{"message":"m is not a multimodal model","type":"BadRequestError","code":400}"#.to_owned()),
+            (Media, 404, r#"{"error":{"message":"No endpoints found that support image input","code":404}}"#.to_owned()),
+            (Media, 404, about("No such File object: file-1", "id", "").replace("\"id\"", "null")),
+            (Media, 404, about("File with id 'file_1' not found.", "input[0].content[0].file_id", "")),
+            (Thread, 400, about("Previous response cannot be used for this organization due to Zero Data Retention.", "previous_response_id", "unsupported_parameter")),
+            (Thread, 400, about("Invalid 'conversation': 'thread_1'. Expected an ID that begins with 'conv'.", "conversation", "invalid_value")),
+            (Thread, 400, about("The following MCP approval requests do not have an approval: mcpr_1", "input", "")),
+            (Thread, 400, about("Item 'fc_1' of type 'function_call' was provided without its required 'reasoning' item: 'rs_1'.", "input", "")),
+            (Thread, 400, about("The encrypted content could not be verified.", "", "invalid_encrypted_content")),
+            (Thread, 404, wrapped("Thread not found", "")),
+            (Thread, 404, wrapped("Item with id 'rs_1' not found. Items are not persisted when `store` is set to false.", "")),
+            (Configuration, 401, about("Incorrect API key provided: sk-1", "", "invalid_api_key")),
+            (Configuration, 403, about("m", "", "unsupported_country_region_territory")),
+            (Configuration, 403, "<html>Forbidden</html>".to_owned()),
+            (Configuration, 404, r#"{"error":{"code":"DeploymentNotFound","message":"The API deployment for this resource does not exist."}}"#.to_owned()),
+            (Configuration, 404, r#"{"error":{"code":"404","message":"Resource not found"}}"#.to_owned()),
+            (Configuration, 404, about("The model `m` does not exist or you do not have access to it.", "", "model_not_found")),
+            (Configuration, 404, r#"{"error":"model 'm' not found"}"#.to_owned()),
+            (Configuration, 404, r#"{"detail":"Not Found"}"#.to_owned()),
+            (Configuration, 404, "404 page not found".to_owned()),
+            (Configuration, 404, "<html>Not Found</html>".to_owned()),
+            (Configuration, 404, wrapped("No assistant found with id 'asst_1'.", "")),
+            (Configuration, 404, wrapped("Vector store with id 'vs_1' not found.", "")),
+            (Configuration, 400, about("Your organization must be verified to stream this model.", "stream", "unsupported_value")),
+            (Configuration, 400, about("Unsupported parameter: 'temperature' is not supported with this model.", "temperature", "unsupported_parameter")),
+            (Configuration, 400, about("string too long", "instructions", "string_above_max_length")),
+            (Configuration, 422, r#"{"detail":[{"type":"extra_forbidden","loc":["body","metadata"],"msg":"Extra inputs are not permitted"}]}"#.to_owned()),
+            (Configuration, 400, relayed(&about("Unknown parameter: 'metadata'.", "metadata", "unknown_parameter"), "400")),
+            (Configuration, 307, String::new()),
+            (Unknown, 422, r#"{"detail":[{"type":"string_type","loc":["body","input",0,"content"],"msg":"Input should be a valid string"}]}"#.to_owned()),
+            (Unknown, 400, String::new()),
+            (Unknown, 400, about("Invalid value: 'x'.", "input[0].role", "invalid_value")),
+            (Unknown, 404, wrapped("It went away.", "")),
+        ] {
+            let refusal = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), body.as_bytes(), "");
+            let UpstreamError::Refused { cause: told, .. } = refusal.error else {
+                panic!("{status} {body}: {:?}", refusal.error);
+            };
+            assert_eq!(told, cause, "{status} {body}");
+        }
+    }
+
     #[test]
     fn waits_are_read_from_every_known_form() {
         let date = ("date", "Sun, 06 Nov 1994 08:49:37 GMT");
@@ -915,7 +1023,7 @@ mod tests {
             ),
             (
                 r#"{"error":{"code":429,"message":"m","status":"RESOURCE_EXHAUSTED"}}"#,
-                format!("{failed} 429 (429)"),
+                format!("{failed} 429 (RESOURCE_EXHAUSTED)"),
             ),
             (
                 r#"{"error":{"type":"overloaded_error","message":"m"}}"#,
@@ -923,11 +1031,11 @@ mod tests {
             ),
             (
                 r#"{"object":"error","message":"m","type":"ServiceUnavailable","code":503}"#,
-                format!("{failed} 503 (503)"),
+                format!("{failed} 503 (ServiceUnavailable)"),
             ),
             (
                 r#"{"error":{"type":"insufficient_quota","message":"m"}}"#,
-                "the upstream limits the rate (insufficient_quota)".to_owned(),
+                "the quota at the upstream is used up (insufficient_quota)".to_owned(),
             ),
             (
                 r#"{"type":"invalid_request_error","code":"x","message":"m"}"#,
@@ -939,7 +1047,7 @@ mod tests {
             ),
             (
                 r#"{"error":{"message":"m","code":"401"}}"#,
-                "the upstream refused the request with status 401".to_owned(),
+                "the upstream refused the request with status 401 (401)".to_owned(),
             ),
             // An error after a 200 that names nothing known is the end of the run.
             (
@@ -948,7 +1056,19 @@ mod tests {
             ),
             (
                 r#"{"error":{"code":"content_filter","message":"m"}}"#,
-                "failed content_filter".to_owned(),
+                "the upstream refused the request with status 400 (content_filter)".to_owned(),
+            ),
+            (
+                r#"[{"error":{"code":400,"message":"m","status":"INVALID_ARGUMENT"}}]"#,
+                "the upstream refused the request with status 400 (INVALID_ARGUMENT)".to_owned(),
+            ),
+            (
+                r#"{"message":"Your input exceeds the context window of this model."}"#,
+                "the upstream refused the request with status 400".to_owned(),
+            ),
+            (
+                r#"{"error":{"message":"Response with id 'resp_1' not found.","code":404}}"#,
+                "the upstream thread is gone".to_owned(),
             ),
             (
                 r#"{"error":{"code":500,"message":"m"}}"#,
@@ -1027,6 +1147,32 @@ mod tests {
         }
     }
 
+    /// Makes errors inside errors, as objects, lists and quoted in prose.
+    fn nested() -> impl Strategy<Value = Value> {
+        const FIELDS: &[&str] = &[
+            "error", "detail", "message", "code", "type", "param", "metadata", "raw", "loc",
+        ];
+        let leaf = prop_oneof![
+            "[a-z_ {}\"\\\\]{0,20}".prop_map(|text| Value::from(format!("{text} SECRET!"))),
+            (0..700_u16).prop_map(Value::from),
+            Just(Value::from("Thread with id 'thread_1' not found SECRET!")),
+            Just(Value::from("content_filter")),
+        ];
+        leaf.prop_recursive(12, 40, 4, |inner| {
+            let field = (proptest::sample::select(FIELDS), inner.clone());
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+                inner.prop_map(|value| Value::from(format!("relay: {value}. End"))),
+                proptest::collection::vec(field, 0..4).prop_map(|fields| {
+                    fields
+                        .into_iter()
+                        .map(|(name, value)| (name.to_owned(), value))
+                        .collect()
+                }),
+            ]
+        })
+    }
+
     proptest! {
         #[test]
         fn any_answer_has_a_meaning_that_repeats_no_prose(
@@ -1045,6 +1191,23 @@ mod tests {
             let error = classify(StatusCode::from_u16(status).unwrap(), &map, body.as_bytes(), "x_1").error;
             let shown = format!("{error:?} {error}");
             prop_assert!(!shown.contains("SECRET!"));
+        }
+
+        #[test]
+        fn nested_and_broken_bodies_have_a_meaning_that_repeats_no_prose(
+            status in 300_u16..600,
+            body in nested(),
+            cut in any::<proptest::sample::Index>(),
+        ) {
+            let text = body.to_string();
+            let bytes = text.as_bytes();
+            for body in [bytes, &bytes[..cut.index(bytes.len())]] {
+                let error = classify(StatusCode::from_u16(status).unwrap(), &HeaderMap::new(), body, "x_1").error;
+                let told = ErrorDetail::of_event(None, &String::from_utf8_lossy(body))
+                    .map(ErrorDetail::of_refused_stream);
+                let shown = format!("{error:?} {error} {:?}", told.map(|it| it.map(|refusal| refusal.error)));
+                prop_assert!(!shown.contains("SECRET!"), "{shown}");
+            }
         }
 
         #[test]

@@ -29,6 +29,7 @@ use crate::config::{AuthScheme, UpstreamConfig};
 use crate::upstream::classify::{ErrorDetail, Rejection, classify};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::memory_limit::{Size, SizeBudget, is_dense};
+use crate::upstream::refusal_cause;
 use crate::upstream::report::{Report, chain};
 use crate::upstream::retry::{LONGEST_WAIT, SHORTEST_WAIT};
 use crate::upstream::sse::{self, SseEvent};
@@ -66,6 +67,8 @@ pub struct UpstreamClient {
     headers: HeaderMap,
     call_timeout: Duration,
     max_bytes: usize,
+    /// The log gets the server's own words about a refusal.
+    logs_words: bool,
 }
 
 /// The events of one answer. Dropping the stream closes the connection.
@@ -155,6 +158,7 @@ impl UpstreamClient {
             http,
             base_url,
             headers: fixed_headers(name, config)?,
+            logs_words: config.log_upstream_errors,
             call_timeout: config.call_timeout,
             max_bytes: config.max_event_bytes,
         })
@@ -425,7 +429,14 @@ impl UpstreamClient {
             _ => None,
         };
         let code = code.filter(|code| !self.repeats_secret(code));
-        self.report.refusal(status.as_u16(), code, &refusal.error);
+        let words = self.logs_words.then(|| self.without_secrets(&body));
+        self.report.refusal(
+            status.as_u16(),
+            code,
+            &refusal.error,
+            refusal_cause::hint(&ErrorDetail::from_body(&body), &refusal.error),
+            words.as_deref(),
+        );
         refusal
     }
 
@@ -437,6 +448,37 @@ impl UpstreamClient {
             .find_map(|name| headers.get(name)?.to_str().ok())
             .filter(|id| id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic()))
             .filter(|id| !self.repeats_secret(id))
+    }
+
+    /// Returns the beginning of the server's words for the operator, without what each request
+    /// carries as a secret and without what looks like a key.
+    fn without_secrets(&self, body: &[u8]) -> String {
+        /// Bytes that are shown.
+        const LONGEST: usize = 1024;
+        // Longer than what is shown, so that no secret is cut in two before it is found.
+        let body = String::from_utf8_lossy(&body[..body.len().min(4 * LONGEST)]);
+        let mut shown = String::new();
+        let mut after_scheme = false;
+        let ends =
+            |c: char| c.is_whitespace() || matches!(c, '"' | '\'' | '`' | '<' | '>' | ',' | ';');
+        for piece in body.split_inclusive(ends) {
+            let word = piece.trim_end_matches(ends);
+            let end = piece[word.len()..].replace(char::is_control, " ");
+            let is_secret = after_scheme || looks_like_key(word) || self.repeats_secret(word);
+            after_scheme = word.eq_ignore_ascii_case("bearer") || (after_scheme && word.is_empty());
+            let word = if is_secret && !word.is_empty() {
+                "[hidden]"
+            } else {
+                word
+            };
+            if shown.len() + word.len() + end.len() > LONGEST {
+                shown.push('…');
+                break;
+            }
+            shown.extend(word.chars().filter(|c| !c.is_control()));
+            shown.push_str(&end);
+        }
+        shown
     }
 
     /// Returns true if the text contains a piece of a secret that each request carries.
@@ -542,6 +584,14 @@ fn fixed_headers(upstream: &str, config: &UpstreamConfig) -> Result<HeaderMap, I
         headers.insert(name, value);
     }
     Ok(headers)
+}
+
+/// Returns true if the word has the form of a key or token: letters and digits, without a gap.
+fn looks_like_key(word: &str) -> bool {
+    const SHORTEST: usize = 20;
+    let has = |is: fn(&u8) -> bool| word.bytes().any(|byte| is(&byte));
+    word.contains("sk-")
+        || (word.len() >= SHORTEST && has(u8::is_ascii_digit) && has(u8::is_ascii_alphabetic))
 }
 
 fn secret_header(prefix: &str, secret: &SecretString) -> Option<HeaderValue> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::domain::UpstreamRunId;
+use crate::domain::{RunErrorCode, UpstreamRunId};
 
 /// What a refusal is about, as far as the server's words tell.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -51,9 +51,11 @@ pub enum UpstreamError {
         path: &'static str,
         remedy: &'static str,
     },
-    /// A 429. `quota`: waiting does not help. `code` as for [`Refused`](Self::Refused).
-    #[error("the upstream limits the rate{}", in_brackets(code.as_deref()))]
+    /// A 429, or another refusal that speaks of a rate or of money. `quota`: waiting does not
+    /// help. `code` as for [`Refused`](Self::Refused).
+    #[error("{}{}", if *quota { "the quota at the upstream is used up" } else { "the upstream limits the rate" }, in_brackets(code.as_deref()))]
     RateLimited {
+        status: u16,
         retry_after: Option<Duration>,
         quota: bool,
         code: Option<String>,
@@ -88,6 +90,56 @@ impl UpstreamError {
             self,
             Self::Unavailable { .. } | Self::Broken { .. } | Self::Protocol(_)
         )
+    }
+
+    /// Returns the HTTP status of the answer. For an error in a stream it is the status that the
+    /// error stands for.
+    pub const fn status(&self) -> Option<u16> {
+        match self {
+            Self::Refused { status, .. }
+            | Self::RateLimited { status, .. }
+            | Self::Unavailable { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
+    /// Returns the server's error code.
+    pub fn code(&self) -> Option<&str> {
+        match self {
+            Self::Refused { code, .. }
+            | Self::RateLimited { code, .. }
+            | Self::Unavailable { code, .. } => code.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Returns the code of a run that failed for this error.
+    pub const fn run_code(&self) -> RunErrorCode {
+        match self {
+            Self::ThreadGone => RunErrorCode::UpstreamThreadGone,
+            Self::Busy { .. } => RunErrorCode::UpstreamBusy,
+            Self::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
+            Self::Broken { timeout: false } => RunErrorCode::StreamBroken,
+            Self::RateLimited { quota: true, .. } => RunErrorCode::UpstreamQuotaExhausted,
+            Self::RateLimited { .. } | Self::Unavailable { status: 429, .. } => {
+                RunErrorCode::UpstreamRateLimited
+            }
+            Self::NotOffered { .. } => RunErrorCode::UpstreamMisconfigured,
+            Self::Refused { status, cause, .. } => match cause {
+                RefusalCause::Configuration if matches!(status, 401 | 403) => {
+                    RunErrorCode::UpstreamUnauthorized
+                }
+                RefusalCause::Configuration => RunErrorCode::UpstreamMisconfigured,
+                RefusalCause::Policy => RunErrorCode::ContentRefused,
+                RefusalCause::Size => RunErrorCode::ContextFull,
+                RefusalCause::Thread | RefusalCause::Media | RefusalCause::Unknown => {
+                    RunErrorCode::UpstreamError
+                }
+            },
+            Self::Unavailable { .. } | Self::Connect | Self::Protocol(_) => {
+                RunErrorCode::UpstreamError
+            }
+        }
     }
 
     /// Returns true if the connection broke, or if something between the gateway and the server

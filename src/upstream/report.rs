@@ -1,5 +1,5 @@
-//! Logs failed calls to an upstream: which upstream, and why. Never logs a URL or the server's
-//! prose.
+//! Logs failed calls to an upstream: which upstream, and why. Never logs a URL, and the server's
+//! prose only if the operator asks for it.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -61,14 +61,24 @@ impl Report {
     }
 
     /// Logs, for the operator, that the server refused a call or failed at it. `code` is the
-    /// server's error code.
-    pub(super) fn refusal(&self, http_status: u16, code: Option<&str>, error: &UpstreamError) {
+    /// server's error code, `hint` what the operator may do, and `words` the server's own words,
+    /// if the operator asked for them.
+    pub(super) fn refusal(
+        &self,
+        http_status: u16,
+        code: Option<&str>,
+        error: &UpstreamError,
+        hint: Option<&str>,
+        words: Option<&str>,
+    ) {
         let what = format!("{http_status} {}", code.unwrap_or_default());
         if let Some(repeats) = self.is_due(&what) {
             tracing::warn!(
                 upstream.name = self.upstream,
                 http.status = http_status,
                 code,
+                hint,
+                upstream.words = words,
                 repeats,
                 "{}",
                 kind(error)
@@ -107,6 +117,7 @@ impl Report {
 const fn kind(error: &UpstreamError) -> &'static str {
     match error {
         UpstreamError::Unavailable { .. } => "the upstream failed",
+        UpstreamError::RateLimited { quota: true, .. } => "the quota at the upstream is used up",
         UpstreamError::RateLimited { .. } => "the upstream limits the rate",
         _ => "the upstream refused a request",
     }

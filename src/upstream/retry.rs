@@ -113,6 +113,7 @@ mod tests {
             (unavailable(true), 1),
             (
                 UpstreamError::RateLimited {
+                    status: 429,
                     retry_after: None,
                     quota: true,
                     code: None,
@@ -146,6 +147,7 @@ mod tests {
     async fn waits_double_unless_the_server_names_one() {
         let started = tokio::time::Instant::now();
         let asked = UpstreamError::RateLimited {
+            status: 429,
             retry_after: Some(Duration::from_secs(7)),
             quota: false,
             code: None,

@@ -4,8 +4,9 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage};
-use crate::upstream::classify::token;
+use crate::upstream::classify::{ErrorDetail, run_code_of};
 use crate::upstream::error::UpstreamError;
+use crate::upstream::error_detail::token;
 
 /// A thread or conversation that was created.
 #[derive(Debug, Deserialize)]
@@ -42,7 +43,7 @@ impl<T> List<T> {
 }
 
 /// Returns why a run with this status did not complete: the gateway's own words and, in brackets,
-/// the upstream's code, which has passed [`token`].
+/// the upstream's code, as [`failure_code`] returns it.
 pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunError> {
     let what = match status {
         RunStatus::Failed => "the upstream reported that the run failed",
@@ -51,10 +52,16 @@ pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunErro
         RunStatus::Expired => "the run expired at the upstream",
         _ => return None,
     };
-    let message = code.map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
+    let message = code
+        .as_ref()
+        .map_or_else(|| what.to_owned(), |code| format!("{what} ({code})"));
+    let run_code = code
+        .as_deref()
+        .filter(|_| status == RunStatus::Failed)
+        .and_then(run_code_of);
     Some(RunError {
-        code: RunErrorCode::UpstreamFailed,
-        message,
+        upstream_code: code,
+        ..RunError::new(run_code.unwrap_or(RunErrorCode::UpstreamFailed), message)
     })
 }
 
@@ -63,9 +70,10 @@ pub(super) fn failure_code(
     error: Option<&Map<String, Value>>,
     incomplete_details: Option<&Map<String, Value>>,
 ) -> Option<String> {
-    let code = error.and_then(|error| error.get("code"));
-    let reason = || incomplete_details.and_then(|details| details.get("reason"));
-    code.or_else(reason)?.as_str().and_then(token)
+    let reason = || token(incomplete_details?.get("reason")?.as_str()?);
+    error
+        .and_then(|error| ErrorDetail::from_object(error).word())
+        .or_else(reason)
 }
 
 /// Returns the tokens of a run; `None` if the input or output count is missing.

@@ -353,7 +353,7 @@ async fn refusals_become_errors_without_upstream_text() {
             429,
             vec![("retry-after", "2")],
             "{}".into(),
-            "RateLimited { retry_after: Some(2s), quota: false, code: None }",
+            "RateLimited { status: 429, retry_after: Some(2s), quota: false, code: None }",
         ),
         (
             503,
@@ -517,11 +517,14 @@ fn begun(kind: UpstreamKind) -> String {
 async fn stream_error_in_any_form_is_recognised() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
         for (code, expected) in [
-            (json!("content_filter"), "failed (content_filter)"),
+            (
+                json!("content_filter"),
+                "the upstream refused the request with status 400 (content_filter)",
+            ),
             (json!(500), "failed (500)"),
             (
                 json!("insufficient_quota"),
-                "the upstream limits the rate (insufficient_quota)",
+                "the quota at the upstream is used up (insufficient_quota)",
             ),
             (json!(429), "the upstream failed with status 429 (429)"),
             (

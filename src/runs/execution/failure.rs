@@ -101,28 +101,25 @@ impl Failure {
         let message = "another run held the upstream thread until the deadline".to_owned();
         (
             RunStatus::Failed,
-            Some(RunError {
-                code: RunErrorCode::UpstreamBusy,
-                message,
-            }),
+            Some(RunError::new(RunErrorCode::UpstreamBusy, message)),
         )
     }
 
     /// Returns the end of a run that had this failure.
     pub(in crate::runs) fn end(self) -> (RunStatus, Option<RunError>) {
-        let failed = |code, message: String| (RunStatus::Failed, Some(RunError { code, message }));
+        let failed = |code, message: String| {
+            let error = RunError::new(code, message);
+            (RunStatus::Failed, Some(error))
+        };
         match self {
             Self::Upstream(error) => {
-                let code = match error {
-                    UpstreamError::ThreadGone => RunErrorCode::UpstreamThreadGone,
-                    UpstreamError::Busy { .. } => RunErrorCode::UpstreamBusy,
-                    UpstreamError::Broken { timeout: true } => RunErrorCode::UpstreamTimeout,
-                    UpstreamError::Broken { timeout: false } => RunErrorCode::StreamBroken,
-                    _ => RunErrorCode::UpstreamError,
-                };
-                failed(code, error.to_string())
+                let message = error.to_string();
+                told_by_upstream(&error, error.run_code(), message)
             }
-            Self::MessageRefused(error) => failed(RunErrorCode::UpstreamError, error.to_string()),
+            Self::MessageRefused(error) => {
+                let message = format!("the upstream refuses this message even alone: {error}");
+                told_by_upstream(&error, RunErrorCode::MessageRefused, message)
+            }
             Self::BreakerOpen { .. } => {
                 failed(RunErrorCode::UpstreamUnavailable, BREAKER_OPEN.to_owned())
             }
@@ -137,10 +134,7 @@ impl Failure {
                 let message = "the run did not end before its deadline".to_owned();
                 (
                     RunStatus::Expired,
-                    Some(RunError {
-                        code: RunErrorCode::DeadlineExceeded,
-                        message,
-                    }),
+                    Some(RunError::new(RunErrorCode::DeadlineExceeded, message)),
                 )
             }
             Self::Cancelled => (RunStatus::Cancelled, None),
@@ -167,18 +161,28 @@ impl Failure {
     }
 }
 
+fn told_by_upstream(
+    error: &UpstreamError,
+    code: RunErrorCode,
+    message: String,
+) -> (RunStatus, Option<RunError>) {
+    let error = RunError {
+        upstream_code: error.code().map(str::to_owned),
+        upstream_status: error.status(),
+        ..RunError::new(code, message)
+    };
+    (RunStatus::Failed, Some(error))
+}
+
 pub(in crate::runs) fn internal() -> RunError {
-    RunError {
-        code: RunErrorCode::Internal,
-        message: "the gateway failed during the run".to_owned(),
-    }
+    RunError::new(RunErrorCode::Internal, "the gateway failed during the run")
 }
 
 pub(in crate::runs) fn stopped() -> RunError {
-    RunError {
-        code: RunErrorCode::GatewayStopped,
-        message: "the gateway was stopped before the run ended".to_owned(),
-    }
+    RunError::new(
+        RunErrorCode::GatewayStopped,
+        "the gateway was stopped before the run ended",
+    )
 }
 
 /// Checks that this process's session is good, so that no other process works on its threads. A

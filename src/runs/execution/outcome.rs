@@ -62,10 +62,7 @@ impl LocalOutcome {
             );
             (
                 RunStatus::Failed,
-                Some(RunError {
-                    code: RunErrorCode::UpstreamFailed,
-                    message,
-                }),
+                Some(RunError::new(RunErrorCode::UpstreamFailed, message)),
             )
         };
         if status != RunStatus::Completed {

@@ -100,7 +100,7 @@ mod tests {
         fn a_back_off_stays_within_its_bounds_and_ends(left in 0..70_u32, asked in proptest::option::of(0..200_u64)) {
             let mut retries = retries(left);
             let retry_after = asked.map(Duration::from_secs);
-            let error = UpstreamError::RateLimited { retry_after, quota: false, code: None };
+            let error = UpstreamError::RateLimited { status: 429, retry_after, quota: false, code: None };
             let pauses: Vec<_> = std::iter::from_fn(|| retries.pause(&error)).take(100).collect();
             match retry_after {
                 Some(wait) if wait > LONGEST_RETRY_AFTER => prop_assert!(pauses.is_empty()),
@@ -119,6 +119,7 @@ mod tests {
     fn what_no_repeat_will_mend_is_not_sent_again() {
         for error in [
             UpstreamError::RateLimited {
+                status: 429,
                 retry_after: None,
                 quota: true,
                 code: None,

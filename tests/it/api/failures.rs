@@ -82,15 +82,32 @@ async fn missing_thread_support_upstream_is_reported_with_setting(scene: Scene) 
 async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
     let gateway = scene.gateway_with("[runs]\nmax_retries = 0\n").await;
     say(&gateway, "hello").await.ok();
-    for (directive, retry_after) in [
-        ("status=500", None),
-        ("status=503 retry_after=7", Some("7")),
-        ("status=401", None),
-        ("status=429 retry_after=3", Some("3")),
-        ("status=400 code=context_length_exceeded", None),
+    let error = (502, "upstream-error");
+    let limited = (503, "upstream-rate-limited");
+    for (directive, problem, code, retry_after) in [
+        ("status=500", error, "upstream_error", None),
+        (
+            "status=503 retry_after=7",
+            error,
+            "upstream_error",
+            Some("7"),
+        ),
+        ("status=401", error, "upstream_unauthorized", None),
+        (
+            "status=429 retry_after=3",
+            limited,
+            "upstream_rate_limited",
+            Some("3"),
+        ),
+        (
+            "status=400 code=context_length_exceeded",
+            (422, "context-full"),
+            "context_full",
+            None,
+        ),
     ] {
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
-        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        assert_eq!(answer.problem(), problem, "{directive}");
         assert_eq!(
             answer
                 .headers
@@ -108,7 +125,7 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
         let read = gateway.get(&format!("{SCOPE}/runs/{run}")).await.ok();
         assert_eq!(
             (&read["run"]["status"], &read["run"]["error"]["code"]),
-            (&json!("failed"), &json!("upstream_error"))
+            (&json!("failed"), &json!(code))
         );
         if directive.contains("code=") {
             assert!(
@@ -181,19 +198,17 @@ async fn request_provably_not_accepted_is_retried(scene: Scene) {
     assert!(text(&answer["message"]).contains("hello"));
     assert_eq!((begun(), scene.simulator.stats().runs_started), (3, 1));
 
-    for (refusal, tries) in [
-        (refusal, 4),
-        ("status=429 code=insufficient_quota", 1),
-        ("status=503 retry_after=0.01", 4),
-        ("status=429 retry_after=61", 1),
+    let limited = (503, "upstream-rate-limited");
+    let error = (502, "upstream-error");
+    for (refusal, tries, problem) in [
+        (refusal, 4, limited),
+        ("status=429 code=insufficient_quota", 1, error),
+        ("status=503 retry_after=0.01", 4, error),
+        ("status=429 retry_after=61", 1, limited),
     ] {
         let before = begun();
         fault("start", refusal, tries);
-        assert_eq!(
-            say(&gateway, "again").await.problem(),
-            (502, "upstream-error"),
-            "{refusal}"
-        );
+        assert_eq!(say(&gateway, "again").await.problem(), problem, "{refusal}");
         assert_eq!(begun() - before, u64::from(tries), "{refusal}");
     }
     works_again(&gateway).await;
@@ -413,19 +428,17 @@ async fn error_event_in_stream_counts_as_answer(scene: Scene) {
     for form in ["object", "done", "string", "flat", "detail", "line", "json"] {
         cases.push((
             format!("bare_error={form} code=content_filter"),
-            "upstream_failed",
-            failed,
+            "content_refused",
+            refused,
         ));
     }
-    let known = "bare_error=object error_type=invalid_request_error code=content_filter";
-    cases.push((known.to_owned(), "upstream_error", refused));
-    let quota = "the upstream limits the rate (insufficient_quota)";
+    let quota = "the quota at the upstream is used up (insufficient_quota)";
     cases.push((
         "bare_error=line code=insufficient_quota".to_owned(),
-        "upstream_error",
+        "upstream_quota_exhausted",
         quota,
     ));
-    let number = "the upstream reported that the run failed (500)";
+    let number = "the upstream reported that the run failed (";
     cases.push((
         "bare_error=json code=500".to_owned(),
         "upstream_failed",
@@ -433,13 +446,17 @@ async fn error_event_in_stream_counts_as_answer(scene: Scene) {
     ));
     cases.push((
         "mid_error=bare code=content_filter".to_owned(),
-        "upstream_failed",
+        "content_refused",
         failed,
     ));
     for (directive, code, detail) in cases {
         let before = sends(&scene);
         let answer = say(&gateway, &format!("oh [[sim: {directive}]]")).await;
-        assert_eq!(answer.problem(), (502, "upstream-error"), "{directive}");
+        let problem = match code {
+            "content_refused" => (422, "content-refused"),
+            _ => (502, "upstream-error"),
+        };
+        assert_eq!(answer.problem(), problem, "{directive}");
         assert_eq!(answer.body["code"], code, "{directive}: {:#}", answer.body);
         assert!(
             answer.body["detail"].as_str().unwrap().contains(detail),

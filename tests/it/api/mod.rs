@@ -18,6 +18,7 @@ mod fuzz;
 mod hostile;
 mod idempotency;
 mod keys;
+mod ladder;
 mod limits;
 mod logs;
 mod long_threads;

@@ -330,7 +330,7 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
                 .gateway
                 .send(request.header("prefer", "respond-async").json(&body))
                 .await;
-            seen(world, &answer, &[200, 202, 409, 502, 504]);
+            seen(world, &answer, &[200, 202, 409, 502, 503, 504]);
             noted(world, user, &answer.body["run"]);
         }
         form => {
@@ -412,7 +412,7 @@ async fn give(world: &World<'_>, rng: &mut StdRng) {
         .gateway
         .post(&path, &json!({"tool_outputs": outputs}))
         .await;
-    seen(world, &answer, &[200, 409, 422, 502, 504]);
+    seen(world, &answer, &[200, 409, 422, 502, 503, 504]);
     noted(world, user, &answer.body["run"]);
     world
         .asked

@@ -439,7 +439,11 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
             say(&gateway, &format!("oh [[sim: {refusal}]]"))
                 .await
                 .problem(),
-            (502, "upstream-error")
+            if refusal == "status=429" {
+                (503, "upstream-rate-limited")
+            } else {
+                (502, "upstream-error")
+            }
         );
         assert_eq!(
             scene.upstream_threads(),

@@ -1,273 +1,294 @@
-//! No refusal ends a conversation. The gateway finds out what the upstream refuses, answers in a
-//! new upstream thread with as much of the conversation as that takes, and tells what the model no
-//! longer knows. Only a message that the upstream refuses alone is at fault.
+//! A refusal of the upstream is told as what it is, to the caller and to the operator, whatever
+//! shape the server and the relays before it give it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{Method, Uri, header};
+use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use crate::support::gateway::{Gateway, text};
-use crate::support::history::messages;
-use crate::support::picky::Picky;
-use crate::support::scene::{Backend, Protocol, Scene};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
-const SCOPE: &str = "/v1/users/alice";
-const PICTURE: &str = "https://pictures.test/signed";
+on_each_protocol!(refusals_have_codes_of_their_own);
 
-macro_rules! on_every_protocol {
-    ($($case:ident),+ $(,)?) => {
-        on_every_protocol! { @ assistants Assistants Sqlite [$($case),+] }
-        on_every_protocol! { @ responses Responses Postgres [$($case),+] }
-        on_every_protocol! { @ chain Chain Sqlite [$($case),+] }
-    };
-    (@ $module:ident $protocol:ident $backend:ident [$($case:ident),+]) => {
-        mod $module {
-            use super::*;
-            $(
-                #[tokio::test(flavor = "multi_thread")]
-                async fn $case() {
-                    super::$case(Place::new(Protocol::$protocol, Backend::$backend).await).await;
-                }
-            )+
-        }
-    };
-}
-on_every_protocol!(
-    unusable_picture_of_the_past_becomes_note,
-    full_context_is_answered_with_newer_part,
-    unexplained_refusal_of_thread_is_answered_in_new_thread,
-    message_refused_alone_is_blamed_and_next_one_works,
-    refusal_of_account_is_not_retried,
-    seeding_that_is_refused_leaves_old_thread_bound,
-);
+/// Settings without repeats, and without the breaker.
+const SETTINGS: &str = "[runs]\nmax_retries = 0\n";
+const UPSTREAM: &str = "breaker_min_requests = 0\nlock_window = \"100ms\"\n";
 
-/// A scene whose upstream refuses by a rule.
-struct Place {
-    scene: Scene,
-    upstream: Picky,
-    gateway: Gateway,
+/// A server that refuses each run with the answer that the test chose.
+struct Refusing {
+    url: String,
+    state: Arc<Script>,
+    _server: JoinSet<()>,
 }
 
-impl Place {
-    async fn new(protocol: Protocol, backend: Backend) -> Self {
-        let scene = Scene::new(protocol, backend).await;
-        let upstream = Picky::before(&scene.upstream_url).await;
-        let config = scene
-            .config("[runs]\nmax_retries = 1\n")
-            .replace(&scene.upstream_url, &upstream.url);
-        let gateway = Gateway::start(&config).await;
+struct Script {
+    /// Whether a response that continues no other one is answered.
+    accepts_first: bool,
+    /// Status, type and body of the refusal.
+    answer: Mutex<(u16, &'static str, String)>,
+    runs: Mutex<Vec<Value>>,
+}
+
+impl Refusing {
+    async fn start(accepts_first: bool) -> Self {
+        let state = Arc::new(Script {
+            accepts_first,
+            answer: Mutex::new((500, "text/plain", String::new())),
+            runs: Mutex::default(),
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let app = axum::Router::new()
+            .fallback(answer)
+            .with_state(Arc::clone(&state));
+        let mut server = JoinSet::new();
+        server.spawn(async move { axum::serve(listener, app).await.unwrap() });
         Self {
-            scene,
-            upstream,
-            gateway,
+            url,
+            state,
+            _server: server,
         }
     }
 
-    async fn bound(&self) -> Value {
-        let thread = self.gateway.get(&format!("{SCOPE}/thread")).await.ok();
-        thread["upstream_thread_id"].clone()
+    /// Sets the refusal. A status of 200 makes it an event of a stream.
+    fn refuse(&self, status: u16, body: &str) {
+        let kind = match status {
+            200 => "text/event-stream",
+            _ if body.starts_with('<') => "text/html",
+            _ => "application/json",
+        };
+        *self.state.answer.lock().unwrap() = (status, kind, body.to_owned());
+        self.state.runs.lock().unwrap().clear();
+    }
+
+    fn runs(&self) -> usize {
+        self.state.runs.lock().unwrap().len()
     }
 }
 
-/// Returns a body as OpenAI writes it.
-fn refusal(code: &str, message: &str) -> String {
-    json!({"error": {"message": message, "type": "invalid_request_error", "param": null, "code": code}})
-        .to_string()
-}
-
-async fn unusable_picture_of_the_past_becomes_note(place: Place) {
-    let Place {
-        upstream, gateway, ..
-    } = &place;
-    let picture = json!({"content": [
-        {"type": "text", "text": "what is this?"},
-        {"type": "image_url", "image_url": {"url": PICTURE}},
-    ]});
-    gateway
-        .post(&format!("{SCOPE}/messages"), &picture)
-        .await
-        .ok();
-    gateway.say(SCOPE, "and what colour?").await;
-    upstream.refuse(|read| {
-        let text = refusal(
-            "invalid_image_url",
-            &format!("Error while downloading {PICTURE}"),
-        );
-        read.contains(PICTURE).then_some((400, text))
-    });
-    upstream.starts();
-    let answer = gateway.say(SCOPE, "thank you").await;
-    assert!(text(&answer["message"]).contains("thank you"), "{answer:#}");
-    assert_eq!(
-        answer["run"]["recovered"],
-        json!({"cause": "media_unusable", "history": "without_media", "messages_left_out": 0, "parts_replaced": 1}),
-        "{answer:#}"
-    );
-    assert!(upstream.starts() <= 2);
-    // The new thread has no picture, so nothing is refused any more.
-    let next = gateway.say(SCOPE, "bye").await;
-    assert_eq!(next["run"]["recovered"], Value::Null);
-    assert_eq!(upstream.starts(), 1);
-    // A rollover does not bring it back.
-    gateway
-        .post(&format!("{SCOPE}/thread/rollover"), &json!({}))
-        .await
-        .ok();
-    let rolled = gateway.say(SCOPE, "again").await;
-    assert!(text(&rolled["message"]).contains("again"), "{rolled:#}");
-    let picture = &messages(gateway, SCOPE).await;
-    assert!(picture.len() >= 2, "{picture:#?}");
-}
-
-async fn full_context_is_answered_with_newer_part(place: Place) {
-    let Place {
-        upstream, gateway, ..
-    } = &place;
-    for n in 0..4 {
-        gateway
-            .say(SCOPE, &format!("{n}: {}", "long ".repeat(200)))
-            .await;
+async fn answer(
+    State(script): State<Arc<Script>>,
+    method: Method,
+    uri: Uri,
+    body: Bytes,
+) -> Response {
+    let json = |value: Value| axum::Json(value).into_response();
+    let path = uri.path();
+    if method != Method::POST || path.contains("/items") || path.contains("/messages") {
+        return json(json!({"object": "list", "data": [], "has_more": false}));
     }
-    upstream.refuse(|read| {
-        let text = refusal(
-            "context_length_exceeded",
-            "Your input exceeds the context window of this model.",
-        );
-        (read.len() > 4500).then_some((400, text))
-    });
-    upstream.starts();
-    let answer = gateway.say(SCOPE, &"new ".repeat(250)).await;
-    let recovered = &answer["run"]["recovered"];
-    assert_eq!(recovered["cause"], "context_full", "{answer:#}");
-    assert_eq!(recovered["history"], "newer_half", "{answer:#}");
-    let left_out = recovered["messages_left_out"].as_u64().unwrap();
-    assert!(left_out > 0 && left_out < 8, "{answer:#}");
-    assert!(upstream.starts() <= 4);
-    let hidden = messages(gateway, SCOPE).await;
-    let hidden = hidden.iter().filter(|it| it["visible_to_model"] == false);
-    assert_eq!(hidden.count() as u64, left_out, "the transcript says so");
-    gateway.say(SCOPE, "short").await;
-}
-
-async fn unexplained_refusal_of_thread_is_answered_in_new_thread(place: Place) {
-    let Place {
-        upstream, gateway, ..
-    } = &place;
-    gateway.say(SCOPE, "one [mark]").await;
-    let before = place.bound().await;
-    // Only the thread that exists now is refused.
-    let is_old = Arc::new(AtomicBool::new(true));
-    let is_over = Arc::clone(&is_old);
-    upstream.refuse(move |read| {
-        let refused = read.contains("[mark]") && is_over.swap(false, Ordering::Relaxed);
-        refused.then(|| (400, refusal("odd", "Something is odd here.")))
-    });
-    let mut stream = gateway.stream(SCOPE, "two").await;
-    let mut told = None;
-    while let Some(event) = stream.next().await {
-        if event.name == "run.recovered" {
-            told = Some(event.data["recovered"].clone());
-        }
+    if path.ends_with("/threads") || path.ends_with("/conversations") {
+        return json(json!({"id": "thread_1"}));
     }
-    assert_eq!(
-        told,
-        Some(
-            json!({"cause": "unknown", "history": "all", "messages_left_out": 0, "parts_replaced": 0})
-        )
-    );
-    assert_ne!(place.bound().await, before);
-    gateway.say(SCOPE, "three").await;
+    let request: Value = serde_json::from_slice(&body).unwrap();
+    let is_first = request["previous_response_id"].is_null();
+    script.runs.lock().unwrap().push(request);
+    if script.accepts_first && is_first {
+        let output = json!([{"type": "message", "id": "msg_1", "role": "assistant",
+            "content": [{"type": "output_text", "text": "fine"}]}]);
+        let response = json!({"id": "resp_1", "status": "completed", "output": output});
+        let event = json!({"type": "response.completed", "response": response});
+        let kind = [(header::CONTENT_TYPE, "text/event-stream")];
+        return (kind, format!("data: {event}\n\n")).into_response();
+    }
+    let (status, kind, body) = script.answer.lock().unwrap().clone();
+    let status = axum::http::StatusCode::from_u16(status).unwrap();
+    (status, [(header::CONTENT_TYPE, kind)], body).into_response()
 }
 
-async fn message_refused_alone_is_blamed_and_next_one_works(place: Place) {
-    let Place {
-        scene,
-        upstream,
-        gateway,
-    } = &place;
-    gateway.say(SCOPE, "one").await;
-    gateway.say(SCOPE, "two").await;
-    let before = place.bound().await;
-    upstream.refuse(|read| {
-        read.contains("unspeakable")
-            .then(|| (400, refusal("odd", "Something is odd here.")))
-    });
-    upstream.starts();
-    for _ in 0..2 {
-        let answer = gateway
-            .post(
-                &format!("{SCOPE}/messages"),
-                &json!({"content": "unspeakable"}),
-            )
-            .await;
+/// Wraps an error as LiteLLM does.
+fn relayed(inner: &Value, code: &str) -> String {
+    let message = format!("litellm.BadRequestError: OpenAIException - {inner}. Received Model=m");
+    json!({"error": {"message": message, "type": null, "param": null, "code": code}}).to_string()
+}
+
+fn error(code: &str) -> Value {
+    json!({"error": {"message": "no SECRET", "type": "invalid_request_error", "code": code}})
+}
+
+async fn refusals_have_codes_of_their_own(mut scene: Scene) {
+    let server = Refusing::start(false).await;
+    scene.upstream_url.clone_from(&server.url);
+    let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
+    let event = |value: &Value| format!("data: {value}\n\n");
+    let quota_text = "You exceeded your current quota, please check your plan.";
+    let cases = [
+        (400, error("content_filter").to_string(), (422, "content-refused"), "content_refused", Some("content_filter")),
+        (400, relayed(&error("content_policy_violation"), "400"), (422, "content-refused"), "content_refused", Some("content_policy_violation")),
+        (401, error("invalid_api_key").to_string(), (502, "upstream-error"), "upstream_unauthorized", Some("invalid_api_key")),
+        (403, "<html>Forbidden</html>".to_owned(), (502, "upstream-error"), "upstream_unauthorized", None),
+        (404, json!({"error": {"code": "DeploymentNotFound", "message": "m"}}).to_string(), (502, "upstream-error"), "upstream_misconfigured", Some("DeploymentNotFound")),
+        (400, json!({"error": {"message": "m", "param": "temperature", "code": "unsupported_parameter"}}).to_string(), (502, "upstream-error"), "upstream_misconfigured", Some("unsupported_parameter")),
+        (429, json!({"error": {"message": quota_text}}).to_string(), (502, "upstream-error"), "upstream_quota_exhausted", None),
+        (403, relayed(&error("insufficient_quota"), "403"), (502, "upstream-error"), "upstream_quota_exhausted", Some("insufficient_quota")),
+        (429, error("rate_limit_exceeded").to_string(), (503, "upstream-rate-limited"), "upstream_rate_limited", Some("rate_limit_exceeded")),
+        (200, event(&error("content_filter")), (422, "content-refused"), "content_refused", Some("content_filter")),
+        (200, event(&error("insufficient_quota")), (502, "upstream-error"), "upstream_quota_exhausted", Some("insufficient_quota")),
+        (200, event(&json!({"error": {"message": "m", "code": 429}})), (503, "upstream-rate-limited"), "upstream_rate_limited", Some("429")),
+        (200, event(&json!({"message": quota_text})), (502, "upstream-error"), "upstream_quota_exhausted", None),
+    ];
+    for (n, (status, body, problem, code, upstream_code)) in cases.into_iter().enumerate() {
+        server.refuse(status, &body);
+        let user = format!("/v1/users/user-{n}");
+        let message = json!({"content": "hello"});
+        let answer = gateway.post(&format!("{user}/messages"), &message).await;
         assert_eq!(
             answer.problem(),
-            (422, "message-refused"),
+            problem,
+            "{status} {body}: {:#}",
+            answer.body
+        );
+        assert_eq!(answer.body["code"], code, "{status} {body}");
+        assert_eq!(
+            answer.body["upstream_code"].as_str(),
+            upstream_code,
+            "{status} {body}"
+        );
+        if status != 200 {
+            assert_eq!(answer.body["upstream_status"], status, "{status} {body}");
+        }
+        let may_pass = code == "upstream_rate_limited";
+        assert_eq!(
+            answer.headers.contains_key("retry-after"),
+            may_pass,
+            "{status} {body}"
+        );
+        assert_eq!(server.runs(), 1, "sent once: {status} {body}");
+        assert!(
+            !answer.body.to_string().contains("SECRET"),
             "{:#}",
             answer.body
         );
-        assert_eq!(answer.body["upstream_code"], "odd", "{:#}", answer.body);
-        assert!(upstream.starts() <= 4);
-        assert_eq!(place.bound().await, before, "the thread is untouched");
-    }
-    let next = gateway.say(SCOPE, "three").await;
-    assert_eq!(next["run"]["recovered"], Value::Null);
-    assert_eq!(upstream.starts(), 1);
-    if scene.protocol != Protocol::Chain {
-        // The janitor deletes the threads on trial.
-        scene
-            .simulator
-            .wait_for(|stats| {
-                let made = stats.threads_created + stats.conversations_created;
-                made - stats.threads_deleted - stats.conversations_deleted == 1
-            })
-            .await;
+        let runs = gateway.get(&format!("{user}/runs")).await.ok();
+        let told = &runs["data"][0]["error"];
+        assert_eq!(
+            (
+                &told["code"],
+                &told["upstream_code"],
+                &told["upstream_status"]
+            ),
+            (
+                &answer.body["code"],
+                &answer.body["upstream_code"],
+                &answer.body["upstream_status"]
+            ),
+            "{runs:#}"
+        );
     }
 }
 
-async fn refusal_of_account_is_not_retried(place: Place) {
-    let Place {
-        upstream, gateway, ..
-    } = &place;
-    gateway.say(SCOPE, "one").await;
-    let before = place.bound().await;
-    for (status, code) in [
-        (401, "invalid_api_key"),
-        (429, "insufficient_quota"),
-        (404, "model_not_found"),
-        (400, "content_filter"),
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_response_is_recognised_behind_relays() {
+    let mut scene = Scene::by_chance(Protocol::Chain).await;
+    let server = Refusing::start(true).await;
+    scene.upstream_url.clone_from(&server.url);
+    let gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
+    let missing = json!({"error": {"message": "Response with id 'resp_1' not found.", "param": "response_id", "code": 404}});
+    for (n, (status, body)) in [
+        (404, relayed(&missing, "404")),
+        (400, relayed(&missing, "400")),
+        (500, relayed(&missing, "500")),
+        (404, json!({"code": "not-found", "error": "Response with id resp_1 not found"}).to_string()),
+        (404, json!({"detail": "Response with id 'resp_1' not found"}).to_string()),
+        (404, json!([missing]).to_string()),
+        (502, json!({"error": {"message": "Provider returned error", "code": 502, "metadata": {"raw": missing.to_string()}}}).to_string()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let user = format!("/v1/users/user-{n}/messages");
+        gateway.post(&user, &json!({"content": "hello"})).await.ok();
+        server.refuse(status, &body);
+        let answer = gateway.post(&user, &json!({"content": "and now?"})).await.ok();
+        assert_eq!(text(&answer["message"]), "fine", "{status} {body}");
+        assert_eq!(server.runs(), 2, "{status} {body}");
+        let sent = server.state.runs.lock().unwrap().pop().unwrap();
+        assert_eq!(sent["input"].as_array().unwrap().len(), 3, "with its history: {sent:#}");
+    }
+}
+
+/// Returns the line about a refusal by this upstream.
+fn refusal_line(gateway: &Gateway, upstream: &str) -> String {
+    let named = format!("\"upstream.name\":\"{upstream}\"");
+    let lines = gateway.logs();
+    let mut own = lines
+        .iter()
+        .filter(|line| line.contains(&named) && line.contains("http.status"));
+    own.next_back()
+        .unwrap_or_else(|| panic!("{lines:#?}"))
+        .clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operator_learns_what_to_do_about_refusal() {
+    let mut scene = Scene::new(Protocol::Chain, Backend::Sqlite).await;
+    let server = Refusing::start(false).await;
+    scene.upstream_url.clone_from(&server.url);
+    let talkative = format!(
+        "{SETTINGS}[upstreams.talkative]\nkind = \"responses\"\nbase_url = \"{}\"\napi_key = \"planted-key-of-mine\"\n\
+         conversations = false\nlog_upstream_errors = true\nheaders = {{ x-team = \"planted-team\" }}\n\
+         breaker_min_requests = 0\n[assistants.talkative]\nupstream = \"talkative\"\nmodel = \"m\"\n",
+        server.url
+    );
+    let gateway = scene.gateway_both(&talkative, UPSTREAM).await;
+    let words = format!(
+        "Your organization must be verified. Key planted-key-of-mine of planted-team, Bearer abc.def-ghi, sk-proj-1 {}",
+        "and so on ".repeat(1000)
+    );
+    let about = |message: &str, param: &str| {
+        json!({"error": {"message": message, "param": param, "code": "unsupported_value"}})
+            .to_string()
+    };
+    for (status, body, hint) in [
+        (
+            400,
+            about(&words, "stream"),
+            "must be verified by its owner",
+        ),
+        (401, error("invalid_api_key").to_string(), "`api_key_file`"),
+        (
+            404,
+            "<html>Not Found</html>".to_owned(),
+            "should it end in /v1?",
+        ),
+        (
+            404,
+            error("model_not_found").to_string(),
+            "assistant's `model`",
+        ),
+        (
+            429,
+            error("insufficient_quota").to_string(),
+            "no quota left",
+        ),
     ] {
-        upstream.refuse(move |_| Some((status, refusal(code, "No."))));
-        upstream.starts();
-        let answer = gateway
-            .post(&format!("{SCOPE}/messages"), &json!({"content": "two"}))
-            .await;
-        assert!(answer.status.as_u16() >= 400, "{code}: {:#}", answer.body);
-        assert_eq!(upstream.starts(), 1, "{code}");
-        assert_eq!(place.bound().await, before, "{code}");
+        server.refuse(status, &body);
+        for (assistant, upstream) in [("default", "simulated"), ("talkative", "talkative")] {
+            let message = json!({"content": "hello", "assistant": assistant});
+            let answer = gateway
+                .post(&format!("/v1/users/{upstream}/messages"), &message)
+                .await;
+            assert!(answer.status.as_u16() >= 500, "{answer:?}");
+            let line = refusal_line(&gateway, upstream);
+            assert!(
+                line.contains("WARN") && line.contains(hint),
+                "{hint}: {line}"
+            );
+        }
     }
-    upstream.refuse(|_| None);
-    let next = gateway.say(SCOPE, "three").await;
-    assert_eq!(next["run"]["recovered"], Value::Null);
-}
-
-/// The request that makes the new thread is refused too, whatever it holds.
-async fn seeding_that_is_refused_leaves_old_thread_bound(place: Place) {
-    let Place {
-        upstream, gateway, ..
-    } = &place;
-    gateway.say(SCOPE, "one").await;
-    let before = place.bound().await;
-    upstream.refuse(|_| Some((400, refusal("odd", "Something is odd here."))));
-    let answer = gateway
-        .post(&format!("{SCOPE}/messages"), &json!({"content": "two"}))
-        .await;
-    assert!(answer.status.as_u16() >= 400, "{:#}", answer.body);
-    assert!(upstream.starts() <= 5);
-    assert_eq!(place.bound().await, before);
-    upstream.refuse(|_| None);
-    let next = gateway.say(SCOPE, "three").await;
-    assert_eq!(next["run"]["recovered"], Value::Null);
-    assert_eq!(place.bound().await, before);
+    let lines = gateway.logs();
+    let told = |line: &&String| line.contains("Your organization must be verified");
+    let told: Vec<_> = lines.iter().filter(told).collect();
+    let [line] = told[..] else {
+        panic!("one upstream's words are logged, the other's are not: {told:#?}");
+    };
+    assert!(line.contains("talkative") && line.len() < 2500, "{line}");
+    for secret in ["planted", "abc.def", "sk-proj"] {
+        assert!(!line.contains(secret), "{line}");
+    }
 }

@@ -201,7 +201,8 @@ async fn failed_run_has_code_and_message() {
       "status": 502,
       "thread_id": "[thread_id]",
       "title": "Upstream error",
-      "type": "urn:threadkeeper:problem:upstream-error"
+      "type": "urn:threadkeeper:problem:upstream-error",
+      "upstream_code": "server_error"
     }
     "#);
 }

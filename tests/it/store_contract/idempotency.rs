@@ -276,10 +276,7 @@ async fn admission_reuses_expired_idempotency_key(database: &TestDatabase, store
         "the key is in use again"
     );
 
-    let error = Some(RunError {
-        code: RunErrorCode::NotRecorded,
-        message: "x".to_owned(),
-    });
+    let error = Some(RunError::new(RunErrorCode::NotRecorded, "x"));
     let refused = RunEnd {
         status: RunStatus::Failed,
         error,
@@ -343,10 +340,7 @@ async fn idempotency_key_of_unrecorded_run_is_released(database: &TestDatabase, 
     let (key, other) = (user("alice"), user("bob"));
     let failed = |code| RunEnd {
         status: RunStatus::Failed,
-        error: Some(RunError {
-            code,
-            message: "its message names not_recorded".to_owned(),
-        }),
+        error: Some(RunError::new(code, "its message names not_recorded")),
         ..completed(None)
     };
     for code in RunErrorCode::ALL {

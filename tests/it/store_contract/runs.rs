@@ -145,8 +145,9 @@ async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
     let end = RunEnd {
         status: RunStatus::Incomplete,
         error: Some(RunError {
-            code: RunErrorCode::UpstreamFailed,
-            message: "too \"long\"".to_owned(),
+            upstream_code: Some("context_length_exceeded".to_owned()),
+            upstream_status: Some(400),
+            ..RunError::new(RunErrorCode::UpstreamFailed, "too \"long\"")
         }),
         usage: Some(Usage {
             input_tokens: 3,
@@ -345,10 +346,7 @@ async fn cancelled_queued_run_keeps_its_message(database: &TestDatabase, store: 
 async fn reply_with_nul_characters_finishes_run(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let error = Some(RunError {
-        code: RunErrorCode::UpstreamFailed,
-        message: "a\0b".to_owned(),
-    });
+    let error = Some(RunError::new(RunErrorCode::UpstreamFailed, "a\0b"));
     let end = RunEnd {
         status: RunStatus::Failed,
         error,

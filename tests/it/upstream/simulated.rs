@@ -293,11 +293,11 @@ async fn refusals_and_broken_streams_are_distinguished() {
         for (text, expected) in [
             (
                 "[[sim: status=429 retry_after=2]]",
-                "RateLimited { retry_after: Some(2s), quota: false, code: Some(\"rate_limit_exceeded\") }",
+                "RateLimited { status: 429, retry_after: Some(2s), quota: false, code: Some(\"rate_limit_exceeded\") }",
             ),
             (
                 "[[sim: status=429 code=insufficient_quota]]",
-                "RateLimited { retry_after: None, quota: true, code: Some(\"insufficient_quota\") }",
+                "RateLimited { status: 429, retry_after: None, quota: true, code: Some(\"insufficient_quota\") }",
             ),
             (
                 "[[sim: status=503]]",

@@ -95,10 +95,7 @@ fn a_verdict() -> impl Strategy<Value = LocalOutcome> {
         .prop_map(
             |(status, code, (cut_off, discard), thread, upstream_message_id)| {
                 let cut_off = cut_off && status != RunStatus::Completed;
-                let error = code.map(|code| RunError {
-                    code,
-                    message: "why".to_owned(),
-                });
+                let error = code.map(|code| RunError::new(code, "why"));
                 let (thread, upstream_message_id) = if cut_off {
                     (None, None)
                 } else {
