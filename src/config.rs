@@ -267,8 +267,13 @@ pub struct ThreadsConfig {
     pub max_ttl: Duration,
     /// Messages of a full thread. It is archived before its next run, and a fresh one takes its place.
     pub max_messages: Option<NonZeroU32>,
+    /// Tokens of a full thread: those of its last run, as the upstream counted them, and an estimate
+    /// of the next message.
+    pub max_tokens: Option<NonZeroU32>,
     /// Last messages of the old thread that the fresh one begins with.
     pub carry_over_messages: u32,
+    /// Most tokens of those messages, by an estimate.
+    pub carry_over_tokens: u32,
 }
 
 /// Archived threads.
@@ -467,7 +472,9 @@ impl Default for ThreadsConfig {
             max_idle: None,
             max_ttl: Duration::from_hours(90 * 24),
             max_messages: None,
+            max_tokens: None,
             carry_over_messages: 20,
+            carry_over_tokens: 16_000,
         }
     }
 }
@@ -579,7 +586,10 @@ mod tests {
                     | ["server", "public_url"]
                     | ["limits", _]
                     | ["runs", "max_runs_per_tenant"]
-                    | ["threads", "max_age" | "max_idle" | "max_messages"]
+                    | [
+                        "threads",
+                        "max_age" | "max_idle" | "max_messages" | "max_tokens"
+                    ]
             );
             if setting.len() == 2 && !has_none {
                 assert!(

@@ -148,6 +148,7 @@ struct Fields<'a> {
     reply_content: Option<Box<RawValue>>,
     reply_upstream_id: Option<&'a str>,
     reply_sync: Option<&'a str>,
+    context_tokens: Option<u64>,
     said_sync: &'a str,
     run_outcome: Option<&'a str>,
     marks_said: bool,
@@ -172,6 +173,7 @@ impl<'a> Fields<'a> {
             status: end.status.as_str(),
             error: raw(end.error.as_ref())?,
             usage: raw(end.usage.as_ref())?,
+            context_tokens: end.context_tokens,
             upstream_run: end.upstream_run_id.as_ref().map(UpstreamRunId::as_str),
             upstream_thread: end
                 .upstream_thread_id
@@ -294,6 +296,8 @@ pub struct RunEnd {
     pub status: RunStatus,
     pub error: Option<RunError>,
     pub usage: Option<Usage>,
+    /// Tokens of the run's last round, input and output.
+    pub context_tokens: Option<u64>,
     pub upstream_run_id: Option<UpstreamRunId>,
     /// The number of requests that may have left something upstream under an id that the gateway
     /// [never received](super::Store::unacknowledged_requests). Requests that were [sent

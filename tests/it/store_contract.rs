@@ -167,6 +167,7 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         status: RunStatus::Completed,
         error: None,
         usage: None,
+        context_tokens: None,
         upstream_run_id: None,
         unacknowledged_requests: 0,
         upstream_thread_id: None,

@@ -15,6 +15,13 @@ pub(in crate::runs) const PAGE: u32 = 500;
 pub(in crate::runs) const MAX_MESSAGES: usize = 5000;
 pub(in crate::runs) const MAX_BYTES: usize = 16 * 1024 * 1024;
 
+/// Most bytes of the messages that a fresh thread begins with after a rollover.
+const MAX_CARRIED_BYTES: usize = 4 * 1024 * 1024;
+/// Bytes of text that count as a token, and tokens that a picture or file counts. Tokenizers differ,
+/// so this is an estimate.
+const TOKEN_BYTES: usize = 4;
+const MEDIA_TOKENS: usize = 1000;
+
 /// Messages that an upstream thread lacks, oldest first. The task that creates the thread shares
 /// them.
 #[derive(Clone, Default)]
@@ -109,10 +116,23 @@ fn size(message: &Message) -> usize {
     message.content.iter().map(ContentPart::size).sum()
 }
 
+/// Estimates the tokens of a message.
+pub(in crate::runs) fn estimated_tokens(content: &[ContentPart]) -> usize {
+    let tokens = content.iter().map(|part| {
+        if part.is_media() {
+            MEDIA_TOKENS
+        } else {
+            part.size().div_ceil(TOKEN_BYTES)
+        }
+    });
+    tokens.sum()
+}
+
 /// The room that is left in a history.
 pub(in crate::runs) struct Room {
     messages: usize,
     bytes: usize,
+    tokens: usize,
     /// Whether a message did not fit. No older one is sent either, because a conversation with
     /// gaps has another meaning.
     pub(in crate::runs) is_full: bool,
@@ -123,17 +143,32 @@ impl Default for Room {
         Self {
             messages: MAX_MESSAGES,
             bytes: MAX_BYTES,
+            tokens: usize::MAX,
             is_full: false,
         }
     }
 }
 
 impl Room {
+    /// Returns the room for messages that are carried over into a fresh thread.
+    pub(in crate::runs) fn for_carried(self, max_tokens: u32) -> Self {
+        Self {
+            bytes: self.bytes.min(MAX_CARRIED_BYTES),
+            tokens: usize::try_from(max_tokens).unwrap_or(usize::MAX),
+            ..self
+        }
+    }
+
     fn take(&mut self, message: &Message) -> bool {
         let bytes = size(message);
-        match (self.messages.checked_sub(1), self.bytes.checked_sub(bytes)) {
-            (Some(messages), Some(bytes)) if !self.is_full => {
-                (self.messages, self.bytes) = (messages, bytes);
+        let left = (
+            self.messages.checked_sub(1),
+            self.bytes.checked_sub(bytes),
+            self.tokens.checked_sub(estimated_tokens(&message.content)),
+        );
+        match left {
+            (Some(messages), Some(bytes), Some(tokens)) if !self.is_full => {
+                (self.messages, self.bytes, self.tokens) = (messages, bytes, tokens);
             }
             _ => self.is_full = true,
         }

@@ -217,6 +217,7 @@ pub(in crate::runs) async fn past_of(round: &RoundContext<'_>) -> Result<Past, F
     }
     let mut messages = Vec::new();
     if carried > 0 {
+        room = room.for_carried(round.ctx.config.threads.carry_over_tokens);
         messages = newest(&mut room, |before| {
             retry_until_ok(move || store.carried(id, before, PAGE))
         })

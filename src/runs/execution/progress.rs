@@ -55,6 +55,8 @@ pub(in crate::runs) struct Progress {
     /// Text of this round so far.
     pub(in crate::runs) text: String,
     pub(in crate::runs) usage: Option<Usage>,
+    /// Tokens of the last round, input and output.
+    pub(in crate::runs) context_tokens: Option<u64>,
     /// Whether unsynced messages were sent with the run.
     pub(in crate::runs) synced: bool,
     /// Number of user messages among these.

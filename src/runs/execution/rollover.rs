@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
+use super::history::estimated_tokens;
 use crate::domain::{Thread, ThreadId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
@@ -33,9 +34,13 @@ async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
     let threads = &ctx.config.threads;
     let before =
         started.thread.message_count - i64::try_from(started.input.len()).unwrap_or(i64::MAX);
-    let is_full = threads
+    let has_most_messages = threads
         .max_messages
         .is_some_and(|most| before >= i64::from(most.get()));
+    let has_most_tokens = threads
+        .max_tokens
+        .is_some_and(|most| tokens_of(&started) >= i64::from(most.get()));
+    let is_full = has_most_messages || has_most_tokens;
     if before <= 0 || !(is_full || started.thread.rolls) {
         return started;
     }
@@ -77,6 +82,14 @@ async fn rolled(ctx: &Context, started: StartedRun) -> StartedRun {
             reread(ctx, started).await
         }
     }
+}
+
+/// Estimates the tokens that the model has to read for a run.
+fn tokens_of(started: &StartedRun) -> i64 {
+    let input = started.input.iter().map(|message| &message.content);
+    let new: usize = input.map(|content| estimated_tokens(content)).sum();
+    let new = i64::try_from(new).unwrap_or(i64::MAX);
+    started.thread.context_tokens.saturating_add(new)
 }
 
 /// Returns the request to the store for a rollover of this thread.

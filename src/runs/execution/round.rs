@@ -48,6 +48,8 @@ pub(in crate::runs) async fn run_round(
     };
     attempt.tell_breaker(&result);
     let mut end = result?;
+    let round_tokens = end.ended.usage.map(|usage| usage.total_tokens);
+    attempt.progress.context_tokens = round_tokens.or(attempt.progress.context_tokens);
     // An upstream that counts the usage of each round gives each round an id of its own.
     if let (Some(before), Some(now)) = (usage_before, end.ended.usage)
         && id_before != attempt.progress.upstream_run

@@ -39,7 +39,9 @@ BEGIN
         reply uuid, reply_content jsonb, reply_upstream_id text, reply_sync upstream_sync,
         said_sync upstream_sync, run_outcome run_status, marks_said boolean, synced boolean,
         unsettled_run jsonb, discard boolean,
-        first_offset bigint, events jsonb, end_offset bigint, drops_log boolean, unacknowledged bigint
+        first_offset bigint, events jsonb, end_offset bigint, drops_log boolean, unacknowledged bigint,
+        -- Tokens of the last round. The usage counts all rounds.
+        context_tokens bigint
     ) LOOP
         outcome := NULL;
         r_id := NULL;
@@ -134,7 +136,7 @@ BEGIN
             cached_input_tokens = t.cached_input_tokens + COALESCE((i.usage ->> 'cached_input_tokens')::bigint, 0),
             output_tokens = t.output_tokens + COALESCE((i.usage ->> 'output_tokens')::bigint, 0),
             reasoning_tokens = t.reasoning_tokens + COALESCE((i.usage ->> 'reasoning_tokens')::bigint, 0),
-            context_tokens = COALESCE((i.usage ->> 'total_tokens')::bigint, t.context_tokens),
+            context_tokens = COALESCE(i.context_tokens, t.context_tokens),
             last_active_at = at
         WHERE t.id = ending.thread_id
         RETURNING {thread t}, t.last_position, {activity}

@@ -27,6 +27,7 @@ CREATE TEMP TABLE IF NOT EXISTS ending (
     end_offset         INTEGER NOT NULL,
     drops_log          INTEGER NOT NULL,
     unacknowledged     INTEGER NOT NULL,
+    context_tokens     INTEGER,
     at                 INTEGER NOT NULL,
     outcome            TEXT,
     -- thread: the run's thread. input and said: the run's messages that are not in the transcript
@@ -45,14 +46,14 @@ CREATE TEMP TABLE IF NOT EXISTS ending (
 INSERT INTO ending (
     n, run, fence, status, error, usage, upstream_run, upstream_thread, reply, reply_content, reply_upstream_id, reply_sync,
     said_sync, run_outcome, marks_said, synced, unsettled_run, discard, first_offset, events, end_offset, drops_log,
-    unacknowledged, at
+    unacknowledged, context_tokens, at
 )
 WITH items AS MATERIALIZED (SELECT key AS n, value AS it FROM json_each(:items))
 SELECT n, unhex(it ->> 'run', '-'), it ->> 'fence', it ->> 'status', nullif(it -> 'error', 'null'), nullif(it -> 'usage', 'null'),
     it ->> 'upstream_run', it ->> 'upstream_thread', unhex(it ->> 'reply', '-'), nullif(it -> 'reply_content', 'null'),
     it ->> 'reply_upstream_id', it ->> 'reply_sync', it ->> 'said_sync', it ->> 'run_outcome', it ->> 'marks_said',
     it ->> 'synced', nullif(it -> 'unsettled_run', 'null'), it ->> 'discard', it ->> 'first_offset', nullif(it -> 'events', 'null'),
-    it ->> 'end_offset', it ->> 'drops_log', it ->> 'unacknowledged', {now}
+    it ->> 'end_offset', it ->> 'drops_log', it ->> 'unacknowledged', it ->> 'context_tokens', {now}
 FROM items;
 
 UPDATE ending AS e SET outcome = CASE
@@ -119,7 +120,7 @@ UPDATE threads AS t SET
     cached_input_tokens = t.cached_input_tokens + COALESCE(e.usage ->> 'cached_input_tokens', 0),
     output_tokens = t.output_tokens + COALESCE(e.usage ->> 'output_tokens', 0),
     reasoning_tokens = t.reasoning_tokens + COALESCE(e.usage ->> 'reasoning_tokens', 0),
-    context_tokens = COALESCE(e.usage ->> 'total_tokens', t.context_tokens),
+    context_tokens = COALESCE(e.context_tokens, t.context_tokens),
     last_active_at = e.at
 FROM ending e
 WHERE t.id = e.thread AND e.outcome IS NULL;
