@@ -54,7 +54,7 @@ pub(super) struct Rejection {
 /// further run. No server has a code for it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Damage {
-    /// A function call without an output.
+    /// A call without an output, or an approval request without an answer.
     OpenCall,
     /// A reasoning item without the item that must follow it, with its id if the server names it.
     OrphanedReasoning(Option<String>),
@@ -387,7 +387,8 @@ impl ErrorDetail {
     pub(super) fn damage(&self) -> Option<Damage> {
         let message = self.message.to_ascii_lowercase();
         let has = |text: &str| message.contains(text);
-        if has("no tool output found for") {
+        let lacks_approval = has("approval request") && has("not have an approval");
+        if has("no tool output found for") || lacks_approval {
             Some(Damage::OpenCall)
         } else if has("reasoning") && has("without its required following item") {
             Some(Damage::OrphanedReasoning(self.named("rs_")))
