@@ -38,8 +38,8 @@ pub use recovery::{
 };
 pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub use run::{
-    MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput,
-    Usage,
+    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, RunError,
+    RunErrorCode, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
 };
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};

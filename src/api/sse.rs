@@ -15,8 +15,8 @@ use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Schema, Type};
 use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
-use super::views::{MessageView, RunView};
-use crate::domain::{Recovery, RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
+use super::views::{MessageView, RequiredActionView, RunView};
+use crate::domain::{Recovery, RequiredAction, Run, RunId, RunStatus, ThreadId};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
@@ -157,17 +157,14 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
             }),
         ),
         RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
-        RunEvent::RequiresAction(action) => {
-            let tool_calls = &action.tool_calls;
-            (
-                REQUIRES_ACTION,
-                text(&RequiresAction {
-                    run_id,
-                    thread_id,
-                    tool_calls,
-                }),
-            )
-        }
+        RunEvent::RequiresAction(action) => (
+            REQUIRES_ACTION,
+            text(&RequiresAction {
+                run_id,
+                thread_id,
+                action: RequiredAction::clone(action).into(),
+            }),
+        ),
         RunEvent::MessageCompleted(message) => (
             MESSAGE_COMPLETED,
             text(&MessageCompleted {
@@ -243,10 +240,11 @@ struct Delta<'a> {
 }
 
 #[derive(Serialize, ToSchema)]
-struct RequiresAction<'a> {
+struct RequiresAction {
     run_id: RunId,
     thread_id: ThreadId,
-    tool_calls: &'a [ToolCall],
+    #[serde(flatten)]
+    action: RequiredActionView,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -286,7 +284,7 @@ impl ToSchema for EventView {
         add::<Queued>(schemas);
         add::<Started>(schemas);
         add::<Delta<'_>>(schemas);
-        add::<RequiresAction<'_>>(schemas);
+        add::<RequiresAction>(schemas);
         add::<MessageCompleted>(schemas);
         add::<Ended>(schemas);
         add::<Reconnect<'_>>(schemas);
@@ -317,7 +315,7 @@ impl PartialSchema for EventView {
             .item(with_id(event::<Started>(&[STARTED])))
             .item(with_id(event::<Recovered<'_>>(&[RECOVERED])))
             .item(with_id(event::<Delta<'_>>(&[DELTA])))
-            .item(with_id(event::<RequiresAction<'_>>(&[REQUIRES_ACTION])))
+            .item(with_id(event::<RequiresAction>(&[REQUIRES_ACTION])))
             .item(with_id(event::<MessageCompleted>(&[MESSAGE_COMPLETED])))
             .item(with_id(event::<Ended>(&ENDS)))
             .item(event::<Reconnect<'_>>(&[RECONNECT]))

@@ -5,9 +5,13 @@
 
 mod threads;
 
+use std::fmt;
+
 use chrono::{DateTime, Utc};
-use serde::de;
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{
     AdditionalProperties, ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, Type,
@@ -15,9 +19,9 @@ use utoipa::openapi::schema::{
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
-    ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy, Page, Recovery,
-    RequiredAction, Role, Run, RunError, RunId, RunStatus, ThreadId, ToolOutput, UpstreamSync,
-    Usage, text_or_parts,
+    CallAnswer, ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy,
+    OutputContent, OutputPart, Page, Recovery, RequiredAction, Role, Run, RunError, RunId,
+    RunStatus, ThreadId, ToolCall, ToolCallType, ToolOutput, UpstreamSync, Usage, text_or_parts,
 };
 
 pub(super) use threads::{
@@ -54,7 +58,7 @@ pub(super) struct PostMessage {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PostOutputs {
-    /// One output for each call of the run's `required_action`.
+    /// One answer for each call of the run's `required_action`.
     #[serde(deserialize_with = "outputs")]
     #[schema(value_type = Vec<Output>)]
     pub(super) tool_outputs: Vec<ToolOutput>,
@@ -62,7 +66,7 @@ pub(super) struct PostOutputs {
     pub(super) stream: Option<bool>,
 }
 
-/// The output of a function call.
+/// The answer to a call: `output`, or `approve` for a call of type `mcp_approval`.
 // Refuses unknown fields. The domain's own type does not, because stored rows may get more fields.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -71,30 +75,132 @@ struct Output {
     /// The id of the call.
     #[schema(pattern = r"^[^\u0000]*$")]
     tool_call_id: String,
+    output: Option<OutputBody>,
+    /// Whether the upstream may make the call.
+    approve: Option<bool>,
+    /// Why the call is not approved, for the model.
     #[schema(pattern = r"^[^\u0000]*$")]
-    output: String,
+    reason: Option<String>,
+    /// The safety checks of a call of type `computer` that the caller acknowledges.
+    #[schema(max_items = 64)]
+    acknowledged_safety_checks: Option<Vec<Value>>,
+}
+
+/// A text, or a list of parts.
+struct OutputBody(OutputContent);
+
+impl<'de> Deserialize<'de> for OutputBody {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextOrParts;
+
+        impl<'de> Visitor<'de> for TextOrParts {
+            type Value = OutputContent;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or a list of parts")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(OutputContent::Text(text.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Self::Value, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(parts)).map(OutputContent::Parts)
+            }
+        }
+
+        deserializer.deserialize_any(TextOrParts).map(Self)
+    }
+}
+
+impl ToSchema for OutputBody {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        OutputPart::schemas(schemas);
+    }
+}
+
+impl PartialSchema for OutputBody {
+    fn schema() -> RefOr<Schema> {
+        let text = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .pattern(Some(r"^[^\u0000]*$"));
+        let parts = ArrayBuilder::new()
+            .items(OutputPart::schema())
+            .min_items(Some(1))
+            .max_items(Some(MAX_PARTS));
+        OneOfBuilder::new()
+            .description(Some("A string, or a list of parts."))
+            .item(text)
+            .item(parts)
+            .into()
+    }
 }
 
 fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>, D::Error> {
     let given = Vec::<Output>::deserialize(deserializer)?;
-    if given
-        .iter()
-        .any(|it| it.output.contains('\0') || it.tool_call_id.contains('\0'))
-    {
-        return Err(de::Error::custom("must not contain NUL characters"));
-    }
-    Ok(given
+    given
         .into_iter()
-        .map(
-            |Output {
-                 tool_call_id,
-                 output,
-             }| ToolOutput {
-                tool_call_id,
-                output,
-            },
-        )
-        .collect())
+        .map(|it| tool_output(it).map_err(de::Error::custom))
+        .collect()
+}
+
+fn tool_output(given: Output) -> Result<ToolOutput, &'static str> {
+    let Output {
+        tool_call_id,
+        output,
+        approve,
+        reason,
+        acknowledged_safety_checks,
+    } = given;
+    let answer = match (output, approve) {
+        (Some(_), None) if reason.is_some() => {
+            return Err("`reason` goes with `approve`, not with `output`");
+        }
+        (Some(OutputBody(output)), None) => CallAnswer::Output {
+            output,
+            acknowledged_safety_checks: acknowledged_safety_checks.unwrap_or_default(),
+        },
+        (None, Some(approve)) => CallAnswer::Approval { approve, reason },
+        (Some(_), Some(_)) => return Err("each has `output` or `approve`, not both"),
+        (None, None) => {
+            return Err("each needs `output`, or `approve` for a call of type `mcp_approval`");
+        }
+    };
+    let output = ToolOutput {
+        tool_call_id,
+        kind: ToolCallType::default(),
+        answer,
+    };
+    if let CallAnswer::Output {
+        output: OutputContent::Parts(parts),
+        ..
+    } = &output.answer
+    {
+        if !(1..=MAX_PARTS).contains(&parts.len()) {
+            return Err("an output that is a list has 1 to 64 parts");
+        }
+        if !parts.iter().all(OutputPart::names_one_place) {
+            return Err(
+                "an `input_image` needs either `image_url` or `file_id`, and an `input_file` either \
+                 `file_id`, `file_url` or `file_data`",
+            );
+        }
+    }
+    if serde_json::to_value(&output).is_ok_and(|output| has_nul(&output)) {
+        return Err("must not contain NUL characters");
+    }
+    Ok(output)
+}
+
+fn has_nul(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(list) => list.iter().any(has_nul),
+        Value::Object(map) => map
+            .iter()
+            .any(|(name, value)| name.contains('\0') || has_nul(value)),
+        _ => false,
+    }
 }
 
 /// What happens to the run if its caller disconnects.
@@ -199,7 +305,7 @@ pub(super) struct RunView {
     #[schema(required)]
     recovered: Option<Recovery>,
     #[schema(required)]
-    required_action: Option<RequiredAction>,
+    required_action: Option<RequiredActionView>,
     /// Whether the run was rolled back, so that its messages are not in the transcript.
     rolled_back: bool,
     metadata: Metadata,
@@ -220,9 +326,57 @@ impl From<Run> for RunView {
             usage: run.usage,
             error: run.error,
             recovered: run.recovery.and_then(|it| it.told().cloned()),
-            required_action: run.required_action,
+            required_action: run.required_action.map(Into::into),
             rolled_back: run.discarded,
             metadata: run.metadata,
+        }
+    }
+}
+
+/// The calls that a run waits for.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RequiredAction)]
+pub(super) struct RequiredActionView {
+    tool_calls: Vec<ToolCallView>,
+}
+
+impl From<RequiredAction> for RequiredActionView {
+    fn from(action: RequiredAction) -> Self {
+        Self {
+            tool_calls: action.tool_calls.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+/// A call that the caller has to answer.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ToolCall)]
+pub(super) struct ToolCallView {
+    /// The id that the answer to this call must name.
+    id: String,
+    r#type: ToolCallType,
+    name: String,
+    /// The arguments as the model wrote them: usually, not always, a JSON object. Of a call of
+    /// type `computer`, `local_shell`, `shell` or `apply_patch`, the action as JSON.
+    arguments: String,
+    /// The label of the MCP server that an approval is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server_label: Option<String>,
+    /// The safety checks of a call of type `computer`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(required = false)]
+    pending_safety_checks: Vec<Value>,
+}
+
+impl From<ToolCall> for ToolCallView {
+    fn from(call: ToolCall) -> Self {
+        Self {
+            id: call.id,
+            r#type: call.kind,
+            name: call.name,
+            arguments: call.arguments,
+            server_label: call.server_label,
+            pending_safety_checks: call.pending_safety_checks,
         }
     }
 }

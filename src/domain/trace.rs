@@ -131,6 +131,7 @@ mod tests {
             id: "call_1".to_owned(),
             name: "f".to_owned(),
             arguments: "{}".to_owned(),
+            ..ToolCall::default()
         };
         let mut events = vec![
             LoggedEvent::Queued { position: 2 },

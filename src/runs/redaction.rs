@@ -184,6 +184,7 @@ mod tests {
             id: "c".to_owned(),
             name: "f".to_owned(),
             arguments: "planted".to_owned(),
+            ..ToolCall::default()
         };
         let redacted = redacted_action(&RequiredAction {
             tool_calls: vec![call.clone()],

@@ -6,8 +6,8 @@
 use std::borrow::Cow;
 
 use crate::domain::{
-    ContentPart, EventBatch, LoggedEvent, RequiredAction, ToolCall, ToolOutput, UnsettledRun,
-    UpstreamSync,
+    CallAnswer, ContentPart, EventBatch, LoggedEvent, RequiredAction, ToolCall, ToolOutput,
+    UnsettledRun, UpstreamSync,
 };
 
 /// Whether content is stored.
@@ -36,10 +36,12 @@ impl Redaction {
         }
         let redacted = |ToolOutput {
                             tool_call_id,
-                            output: _,
+                            kind,
+                            answer: _,
                         }: &ToolOutput| ToolOutput {
             tool_call_id: tool_call_id.clone(),
-            output: String::new(),
+            kind: *kind,
+            answer: CallAnswer::text(""),
         };
         Cow::Owned(outputs.iter().map(redacted).collect())
     }
@@ -101,12 +103,18 @@ pub fn redacted_action(RequiredAction { tool_calls }: &RequiredAction) -> Requir
 fn redacted_calls(calls: &[ToolCall]) -> Vec<ToolCall> {
     let redacted = |ToolCall {
                         id,
+                        kind,
                         name,
                         arguments: _,
+                        server_label,
+                        pending_safety_checks: _,
                     }: &ToolCall| ToolCall {
         id: id.clone(),
+        kind: *kind,
         name: name.clone(),
         arguments: String::new(),
+        server_label: server_label.clone(),
+        pending_safety_checks: Vec::new(),
     };
     calls.iter().map(redacted).collect()
 }

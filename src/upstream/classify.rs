@@ -29,7 +29,7 @@ pub(super) struct Rejection {
 /// further run. No server has a code for it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Damage {
-    /// A function call without an output.
+    /// A call without an output, or an approval request without an answer.
     OpenCall,
     /// A reasoning item without the item that must follow it, with its id if the server names it.
     OrphanedReasoning(Option<String>),
@@ -289,7 +289,9 @@ impl ErrorDetail {
 
     /// Returns the damage of the conversation, if the error is about that.
     pub(super) fn damage(&self) -> Option<Damage> {
-        if self.says(&["no tool output found for"]) {
+        let lacks_approval =
+            self.says(&["approval request"]) && self.says(&["not have an approval"]);
+        if self.says(&["no tool output found for"]) || lacks_approval {
             Some(Damage::OpenCall)
         } else if self.says(&["reasoning"]) && self.says(&["without its required following item"]) {
             Some(Damage::OrphanedReasoning(self.named("rs_")))

@@ -74,7 +74,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
     /// [`settle`](Self::settle) ends a run that continues at the server.
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError>;
 
-    /// Answers all function calls that a run waits for, and streams the events that follow.
+    /// Answers all calls that a run waits for, and streams the events that follow.
     /// Errors have the same meanings as for [`start`](Self::start).
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError>;
 
@@ -125,7 +125,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
 
     /// Makes sure that a run which did not end cleanly no longer works, and left nothing that
     /// breaks the next run. The adapter finds an active run by its id or by the gateway's tag,
-    /// cancels it, and waits for its end. It closes function calls that nobody will answer.
+    /// cancels it, and waits for its end. It closes calls that nobody will answer.
     ///
     /// Returns what the thread holds of the run; by default nothing.
     ///
@@ -230,6 +230,8 @@ pub struct Capabilities {
     pub stores_runs: bool,
     /// A run continues although nobody reads its stream, and only its id lets a caller end it.
     pub goes_on_unread: bool,
+    /// The output of a call may be a list of parts.
+    pub takes_output_parts: bool,
 }
 
 impl Capabilities {
@@ -325,7 +327,7 @@ pub struct StartRun<'a> {
     pub metadata: &'a Metadata,
 }
 
-/// Answers to the function calls of a run.
+/// Answers to the calls of a run.
 #[derive(Clone, Debug)]
 pub struct AnswerTools<'a> {
     pub run: RunId,
@@ -447,6 +449,7 @@ mod tests {
             has_threads,
             stores_runs,
             goes_on_unread: false,
+            takes_output_parts: false,
         })
     }
 

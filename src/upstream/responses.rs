@@ -25,8 +25,6 @@ use crate::upstream::port::{
     Settled, StartRun, Upstream,
 };
 use crate::upstream::rate_limiter::RateLimiter;
-use crate::upstream::relay::unsent;
-use crate::upstream::retrying_client::is_not_offered;
 use crate::upstream::tags::thread_tags;
 use crate::upstream::thread_lookup::find;
 use crate::upstream::wire::Created;
@@ -35,9 +33,9 @@ pub use adapter::ResponsesUpstream;
 use history::entry;
 use items::ITEMS_PER_REQUEST;
 use repair::RepairingRequest;
-use request::{Terms, history_items, output_items};
+use request::{Terms, history_items};
 use run_items::id_of;
-use wire::custom_calls;
+use wire::answer_item;
 
 /// The remedy where the server has no conversations.
 pub(super) const NO_CONVERSATIONS: &str =
@@ -51,6 +49,7 @@ impl Upstream for ResponsesUpstream {
             has_threads: self.conversations,
             stores_runs: true,
             goes_on_unread: self.background,
+            takes_output_parts: true,
         }
     }
 
@@ -105,9 +104,6 @@ impl Upstream for ResponsesUpstream {
         .await
     }
 
-    /// The outputs of custom tools have a form of their own, and the caller does not know which
-    /// calls are of custom tools. Where the assistant has such tools, the adapter asks the
-    /// response that made the calls, or the conversation.
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
         let asked = request
             .upstream_run
@@ -122,18 +118,8 @@ impl Upstream for ResponsesUpstream {
                 "the outputs name no response that waits for them".to_owned(),
             ));
         }
-        let has_custom_tools = request
-            .assistant
-            .tools
-            .iter()
-            .any(|tool| tool["type"] == "custom");
-        let custom = if has_custom_tools {
-            self.custom_calls(&request).await.map_err(unsent)?
-        } else {
-            Vec::new()
-        };
         let mut body = self.body(thread, &Terms::of_answer(&request));
-        body["input"] = output_items(request.outputs, &custom).into();
+        body["input"] = request.outputs.iter().map(answer_item).collect();
         self.read(self.open(&body).await?).await
     }
 
@@ -225,29 +211,5 @@ impl ResponsesUpstream {
             self.add_items(conversation, &history_items(some)).await?;
         }
         Ok(())
-    }
-
-    /// Returns which of the calls to answer are calls of custom tools.
-    async fn custom_calls(&self, request: &AnswerTools<'_>) -> Result<Vec<String>, UpstreamError> {
-        let asking = match request.upstream_run {
-            Some(id) => self.response(id, None).await?,
-            None => None,
-        };
-        if let Some(asking) = asking {
-            return Ok(custom_calls(
-                asking["output"]
-                    .as_array()
-                    .map(Vec::as_slice)
-                    .unwrap_or_default(),
-            ));
-        }
-        let Some(conversation) = request.thread.filter(|_| self.conversations) else {
-            return Ok(Vec::new());
-        };
-        match self.newest(conversation, None, 1).await {
-            Ok(newest) => Ok(custom_calls(&newest.items)),
-            Err(error) if is_not_offered(&error) => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
     }
 }

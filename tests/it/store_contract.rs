@@ -195,6 +195,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
         id: (*id).to_owned(),
         name: "look_up".to_owned(),
         arguments: format!("{{\"b\": \"{id}\",  \"a\": 1.0}}"),
+        ..ToolCall::default()
     };
     let required_action = RequiredAction {
         tool_calls: calls.iter().map(call).collect(),
@@ -219,10 +220,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
 
 /// The outputs for the calls of a [`pause`].
 fn answer(calls: &[&str]) -> ToolAnswer {
-    let output = |id: &&str| ToolOutput {
-        tool_call_id: (*id).to_owned(),
-        output: format!("found {id}"),
-    };
+    let output = |id: &&str| ToolOutput::text(*id, format!("found {id}"));
     ToolAnswer {
         expected: pause(calls, 0).required_action,
         outputs: calls.iter().map(output).collect(),

@@ -56,14 +56,15 @@ impl LocalOutcome {
         {
             (status, ended.error)
         } else {
-            let message = format!(
-                "the upstream ended the run with {}, which is not the status of an ended run",
-                ended.status
-            );
-            (
-                RunStatus::Failed,
-                Some(RunError::new(RunErrorCode::UpstreamFailed, message)),
-            )
+            let unusable = || {
+                let message = format!(
+                    "the upstream ended the run with {}, which is not the status of an ended run",
+                    ended.status
+                );
+                RunError::new(RunErrorCode::UpstreamFailed, message)
+            };
+            let error = ended.error.unwrap_or_else(unusable);
+            (RunStatus::Failed, Some(error))
         };
         if status != RunStatus::Completed {
             progress.open_calls = ended.tool_calls;

@@ -46,7 +46,7 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) ladder: Ladder,
     /// Number of requests that may be at the upstream under ids that it did not send.
     pub(in crate::runs) unacknowledged_requests: u32,
-    /// Function calls that may not be answered yet.
+    /// Calls that may not be answered yet.
     pub(in crate::runs) open_calls: Vec<ToolCall>,
     /// Content of the rounds before this one.
     pub(in crate::runs) content: Vec<ContentPart>,
@@ -127,8 +127,8 @@ impl Progress {
     pub(in crate::runs) fn answers(&mut self, outputs: &[ToolOutput], is_uncertain: bool) {
         let call = |output: &ToolOutput| ToolCall {
             id: output.tool_call_id.clone(),
-            name: String::new(),
-            arguments: String::new(),
+            kind: output.kind,
+            ..ToolCall::default()
         };
         self.open_calls = outputs.iter().map(call).collect();
         self.is_uncertain = is_uncertain;

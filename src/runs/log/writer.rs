@@ -386,6 +386,7 @@ mod tests {
             id: id.to_owned(),
             name: "f".to_owned(),
             arguments: "{}".to_owned(),
+            ..ToolCall::default()
         };
         LoggedEvent::RequiresAction(RequiredAction {
             tool_calls: vec![call],

@@ -510,6 +510,7 @@ mod tests {
             id: id.to_owned(),
             name: "f".to_owned(),
             arguments: "{}".to_owned(),
+            ..ToolCall::default()
         };
         RequiredAction {
             tool_calls: vec![call],
@@ -517,10 +518,7 @@ mod tests {
     }
 
     fn outputs(id: &str) -> Vec<ToolOutput> {
-        vec![ToolOutput {
-            tool_call_id: id.to_owned(),
-            output: String::new(),
-        }]
+        vec![ToolOutput::text(id, "")]
     }
 
     /// Returns the number after the run's latest request for call 1.

@@ -10,7 +10,8 @@ use super::idempotency::{earlier, repeated};
 use super::read::{self, is_reachable, takes_work};
 use super::subscription::{RunSubscription, Submitted, follow};
 use crate::domain::{
-    ConversationKey, MessageId, RequiredAction, Run, RunId, RunStatus, Thread, ToolOutput,
+    CallAnswer, ConversationKey, MessageId, OutputContent, RequiredAction, Run, RunId, RunStatus,
+    Thread, ToolCallType, ToolOutput,
 };
 use crate::error::{Chain, Error, TooOften};
 use crate::runs::backoff::jittered;
@@ -87,6 +88,7 @@ pub(in crate::runs) async fn answer_tools(
     if let Some(wrong) = wrong(&new.outputs, &expected) {
         return Err(Error::Invalid(wrong));
     }
+    let outputs = typed(new.outputs.clone(), &expected)?;
     if !ctx.store.keeps_content() && ctx.registry.handle(id).is_none() {
         return Err(Error::OtherReplica);
     }
@@ -94,12 +96,13 @@ pub(in crate::runs) async fn answer_tools(
         .await?
         .thread;
     is_reachable(ctx, &thread.upstream)?;
+    takes_parts(ctx, &thread.upstream, &outputs)?;
     // Read this before the outputs are recorded: if the read fails, the caller gets an error and
     // nothing has changed.
     let from = follow.after(&new.outputs).await?.unwrap_or(FIRST_EVENT);
     let mut answer = ToolAnswer {
         expected,
-        outputs: new.outputs.clone(),
+        outputs,
         idempotency: new.idempotency.clone(),
     };
     if !ctx.store.keeps_content() {
@@ -329,6 +332,54 @@ fn wrong(outputs: &[ToolOutput], expected: &RequiredAction) -> Option<String> {
     })
 }
 
+/// Gives each output the type of its call.
+///
+/// # Errors
+/// [`Error::Invalid`] with the form that a call takes, if its output has another.
+fn typed(
+    mut outputs: Vec<ToolOutput>,
+    expected: &RequiredAction,
+) -> Result<Vec<ToolOutput>, Error> {
+    for output in &mut outputs {
+        let call = expected
+            .tool_calls
+            .iter()
+            .find(|call| call.id == output.tool_call_id);
+        output.kind = call.map_or_else(ToolCallType::default, |call| call.kind);
+        output.kind.check(&output.answer).map_err(|form| {
+            Error::Invalid(format!(
+                "`tool_outputs`: the call `{}` of type `{}` takes {form}",
+                output.tool_call_id, output.kind
+            ))
+        })?;
+    }
+    Ok(outputs)
+}
+
+/// Checks that an upstream takes the form of the outputs.
+fn takes_parts(ctx: &Context, upstream: &str, outputs: &[ToolOutput]) -> Result<(), Error> {
+    let is_list = |output: &ToolOutput| {
+        matches!(
+            output.answer,
+            CallAnswer::Output {
+                output: OutputContent::Parts(_),
+                ..
+            }
+        )
+    };
+    let upstream = ctx.upstream(upstream);
+    if upstream.is_some_and(|it| !it.capabilities().takes_output_parts)
+        && outputs.iter().any(is_list)
+    {
+        return Err(Error::Invalid(
+            "`tool_outputs`: each `output` must be a string, because this kind of upstream takes \
+             no parts"
+                .to_owned(),
+        ));
+    }
+    Ok(())
+}
+
 /// Makes an idempotency key for outputs without one, so that a lost answer can be looked up. A
 /// caller's key never has a space.
 fn own_key() -> Idempotency {
@@ -347,19 +398,13 @@ mod tests {
     fn what_is_wrong_is_told() {
         let call = |id: &str| ToolCall {
             id: id.to_owned(),
-            name: "f".to_owned(),
-            arguments: String::new(),
+            ..ToolCall::default()
         };
         let action = RequiredAction {
             tool_calls: vec![call("a"), call("b")],
         };
         let outputs = |ids: &[&str]| -> Vec<ToolOutput> {
-            ids.iter()
-                .map(|id| ToolOutput {
-                    tool_call_id: (*id).to_owned(),
-                    output: String::new(),
-                })
-                .collect()
+            ids.iter().map(|id| ToolOutput::text(*id, "")).collect()
         };
         assert_eq!(wrong(&outputs(&["b", "a"]), &action), None);
         for (ids, told) in [

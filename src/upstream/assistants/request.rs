@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::wire::content;
 use crate::config::UpstreamKind;
-use crate::domain::{Message, ToolOutput};
+use crate::domain::{CallAnswer, Message, ToolOutput};
 use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
@@ -32,11 +32,25 @@ pub(super) fn run_body(request: &StartRun<'_>) -> Value {
 
 /// Returns the request that answers all calls of a run.
 pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
-    let outputs: Vec<Value> = outputs
-        .iter()
-        .map(|output| json!({"tool_call_id": output.tool_call_id, "output": output.output}))
-        .collect();
-    json!({"tool_outputs": outputs, "stream": true})
+    let mut body = json!({"stream": true});
+    for output in outputs {
+        let id = &output.tool_call_id;
+        let (list, answer) = match &output.answer {
+            CallAnswer::Output { output, .. } => (
+                "tool_outputs",
+                json!({"tool_call_id": id, "output": output}),
+            ),
+            CallAnswer::Approval { approve, .. } => (
+                "tool_approvals",
+                json!({"tool_call_id": id, "approve": approve}),
+            ),
+        };
+        match &mut body[list] {
+            Value::Array(answers) => answers.push(answer),
+            none => *none = json!([answer]),
+        }
+    }
+    body
 }
 
 /// Returns the messages of earlier runs, each with the tag of its run. A message without content

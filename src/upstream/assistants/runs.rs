@@ -136,7 +136,9 @@ impl AssistantsUpstream {
         let status = run.run_status().unwrap_or(RunStatus::Failed);
         Ok(Ended {
             status,
-            error: failure(status, run.failure_code()),
+            error: run
+                .unknown_action()
+                .or_else(|| failure(status, run.failure_code())),
             content: reply.content,
             upstream_message_id: reply.message_id,
             usage: run.usage(),

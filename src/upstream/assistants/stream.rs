@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::wire::{MessageDelta, MessageObject, RunObject};
-use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
+use crate::domain::{ContentPart, RunError, RunStatus, ToolCall, UpstreamRunId, Usage};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, UpstreamEvent};
@@ -72,7 +72,8 @@ impl Decoder for StreamDecoder {
                         Err(code) => code,
                     }
                 };
-                self.end(RunStatus::Failed, code, None, Vec::new(), out);
+                let error = failure(RunStatus::Failed, code);
+                self.end(RunStatus::Failed, error, None, Vec::new(), out);
             }
             Kind::Other => {}
         }
@@ -94,19 +95,22 @@ impl StreamDecoder {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
             _ => return,
         };
-        let (code, usage) = (run.failure_code(), run.usage());
+        let error = run
+            .unknown_action()
+            .or_else(|| failure(status, run.failure_code()));
+        let usage = run.usage();
         let calls = if status == RunStatus::RequiresAction {
             run.into_tool_calls()
         } else {
             Vec::new()
         };
-        self.end(status, code, usage, calls, out);
+        self.end(status, error, usage, calls, out);
     }
 
     fn end(
         &mut self,
         status: RunStatus,
-        code: Option<String>,
+        error: Option<RunError>,
         usage: Option<Usage>,
         tool_calls: Vec<ToolCall>,
         out: &mut VecDeque<UpstreamEvent>,
@@ -119,7 +123,7 @@ impl StreamDecoder {
             .collect();
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
-            error: failure(status, code),
+            error,
             content,
             upstream_message_id,
             usage,
@@ -449,6 +453,7 @@ mod tests {
             id: "call_1".to_owned(),
             name: "f".to_owned(),
             arguments: "{".to_owned(),
+            ..ToolCall::default()
         };
         assert_eq!(ended(&events).tool_calls, [call]);
     }

@@ -5,7 +5,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage,
+    ContentPart, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp, ToolCall,
+    ToolCallType, Usage,
 };
 use crate::upstream::wire::{failure_code, lenient, usage};
 
@@ -77,45 +78,95 @@ impl RunObject {
             .and_then(|counts| usage(counts, "prompt_tokens", "completion_tokens"))
     }
 
+    /// Returns the calls that the run waits for; none if their form is unknown.
     pub(super) fn into_tool_calls(self) -> Vec<ToolCall> {
-        let calls = self
+        let (kind, calls) = self
             .required_action
-            .map(|action| action.submit_tool_outputs.tool_calls);
-        let call = |call: WireToolCall| ToolCall {
-            id: call.id,
-            name: call.function.name,
-            arguments: call.function.arguments,
+            .map(RequiredAction::into_calls)
+            .unwrap_or_default();
+        let call = |call: WireToolCall| {
+            let function = call.function.unwrap_or_default();
+            ToolCall {
+                id: call.id,
+                kind,
+                name: call.name.unwrap_or(function.name),
+                arguments: call.arguments.unwrap_or(function.arguments),
+                server_label: call.server_label,
+                ..ToolCall::default()
+            }
         };
-        calls.unwrap_or_default().into_iter().map(call).collect()
+        calls.into_iter().map(call).collect()
+    }
+
+    /// Returns the error of a run that waits for something that the gateway does not know.
+    pub(super) fn unknown_action(&self) -> Option<RunError> {
+        let action = self.required_action.as_ref()?;
+        let named = action.kind.as_deref().filter(|kind| {
+            kind.len() <= 64 && kind.bytes().all(|it| it.is_ascii_lowercase() || it == b'_')
+        });
+        (self.waits_for_outputs() && action.calls().is_empty()).then(|| RunError {
+            code: RunErrorCode::UpstreamFailed,
+            message: format!(
+                "the upstream waits for an action of type `{}`, which the gateway does not know",
+                named.unwrap_or("unknown")
+            ),
+        })
     }
 }
 
 #[derive(Debug, Deserialize)]
 struct RequiredAction {
-    submit_tool_outputs: SubmitToolOutputs,
+    #[serde(rename = "type", default, deserialize_with = "lenient")]
+    kind: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    submit_tool_outputs: Option<ToolCalls>,
+    /// Foundry's action for calls to MCP servers.
+    #[serde(default, deserialize_with = "lenient")]
+    submit_tool_approval: Option<ToolCalls>,
 }
 
 impl RequiredAction {
+    fn calls(&self) -> &[WireToolCall] {
+        let calls = self
+            .submit_tool_outputs
+            .as_ref()
+            .or(self.submit_tool_approval.as_ref());
+        calls.map(|it| &it.tool_calls[..]).unwrap_or_default()
+    }
+
+    fn into_calls(self) -> (ToolCallType, Vec<WireToolCall>) {
+        match (self.submit_tool_outputs, self.submit_tool_approval) {
+            (Some(calls), _) => (ToolCallType::Function, calls.tool_calls),
+            (None, Some(calls)) => (ToolCallType::McpApproval, calls.tool_calls),
+            (None, None) => Default::default(),
+        }
+    }
+
     fn ids(&self) -> impl Iterator<Item = &str> {
-        self.submit_tool_outputs
-            .tool_calls
-            .iter()
-            .map(|call| call.id.as_str())
+        self.calls().iter().map(|call| call.id.as_str())
     }
 }
 
 #[derive(Debug, Deserialize)]
-struct SubmitToolOutputs {
+struct ToolCalls {
     tool_calls: Vec<WireToolCall>,
 }
 
+/// A call of a function, or a call to an MCP server that needs an approval.
 #[derive(Debug, Deserialize)]
 struct WireToolCall {
     id: String,
-    function: WireFunction,
+    #[serde(default)]
+    function: Option<WireFunction>,
+    #[serde(default, deserialize_with = "lenient")]
+    name: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    arguments: Option<String>,
+    #[serde(default, deserialize_with = "lenient")]
+    server_label: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct WireFunction {
     name: String,
     #[serde(default)]

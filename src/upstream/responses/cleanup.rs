@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 use super::adapter::ResponsesUpstream;
 use super::run_items::{id_of, is_said, own_part};
-use super::wire::{OpenCall, Output, ResponseObject, answered_calls, open_calls};
+use super::wire::{Output, ResponseObject, answered_calls, open_calls};
 use crate::domain::{RunStatus, ToolCall, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::Settled;
@@ -89,7 +89,7 @@ impl ResponsesUpstream {
             let mut open = open_calls(&newest.items);
             let listed: BTreeSet<&str> = open
                 .iter()
-                .map(|open| open.call.id.as_str())
+                .map(|call| call.id.as_str())
                 .chain(answered_calls(&newest.items))
                 .collect();
             let unlisted = unlisted(&unsettled_run.open_calls, &listed);
@@ -193,16 +193,9 @@ fn last(response: &Value) -> Option<Last> {
 }
 
 /// Returns the calls that the conversation does not list.
-fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<OpenCall> {
-    let unlisted = calls
-        .iter()
-        .filter(|call| !listed.contains(call.id.as_str()));
-    unlisted
-        .map(|call| OpenCall {
-            call: call.clone(),
-            custom: false,
-        })
-        .collect()
+fn unlisted(calls: &[ToolCall], listed: &BTreeSet<&str>) -> Vec<ToolCall> {
+    let is_unlisted = |call: &&ToolCall| !listed.contains(call.id.as_str());
+    calls.iter().filter(is_unlisted).cloned().collect()
 }
 
 fn anchor_lost() -> UpstreamError {

@@ -6,8 +6,8 @@ use tokio::time::sleep;
 
 use super::adapter::ResponsesUpstream;
 use super::run_items::id_of;
-use super::wire::OpenCall;
-use crate::domain::UpstreamThreadId;
+use super::wire::closing_item;
+use crate::domain::{ToolCall, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy};
 use crate::upstream::retrying_client::is_gone;
@@ -17,8 +17,6 @@ use crate::upstream::wire::List;
 const PAGE: usize = 100;
 /// Items that one request to a conversation may add.
 pub(super) const ITEMS_PER_REQUEST: usize = 20;
-/// The output of a function call that nobody answered.
-pub(super) const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
 
 /// The newest items of a conversation, oldest first.
 #[derive(Debug, Default)]
@@ -80,13 +78,13 @@ impl ResponsesUpstream {
         })
     }
 
-    /// Adds an output for each of the calls.
+    /// Adds the answer that closes each of the calls.
     pub(super) async fn close(
         &self,
         conversation: &UpstreamThreadId,
-        calls: &[OpenCall],
+        calls: &[ToolCall],
     ) -> Result<(), UpstreamError> {
-        let outputs: Vec<Value> = calls.iter().map(|call| call.output(NO_OUTPUT)).collect();
+        let outputs: Vec<Value> = calls.iter().map(closing_item).collect();
         self.add_items(conversation, &outputs).await
     }
 

@@ -11,10 +11,9 @@ use futures_util::{StreamExt, stream};
 use serde_json::Value;
 
 use super::adapter::ResponsesUpstream;
-use super::items::NO_OUTPUT;
 use super::run_items::{broken_tail, kept};
 use super::stream::StreamDecoder;
-use super::wire::{OpenCall, open_calls};
+use super::wire::{closing_item, open_calls};
 use crate::domain::UpstreamThreadId;
 use crate::upstream::classify::{Damage, Rejection};
 use crate::upstream::error::UpstreamError;
@@ -159,11 +158,7 @@ impl RepairingRequest {
         }
         let open = open_calls(&items);
         if self.tried == Repair::Nothing && damage == Damage::OpenCall && !open.is_empty() {
-            self.repair_with(
-                open.iter()
-                    .map(|call: &OpenCall| call.output(NO_OUTPUT))
-                    .collect(),
-            );
+            self.repair_with(open.iter().map(closing_item).collect());
             self.tried = Repair::Outputs;
             return Ok(());
         }

@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use super::adapter::ResponsesUpstream;
-use super::wire::{history_item, message_item, output_item};
+use super::wire::{history_item, message_item};
 use crate::config::{AssistantConfig, UpstreamKind};
-use crate::domain::{Message, Metadata, RunId, ToolOutput, UpstreamThreadId};
+use crate::domain::{Message, Metadata, RunId, UpstreamThreadId};
 use crate::upstream::port::{AnswerTools, Ownership, StartRun};
 use crate::upstream::tags::{body_of, run_tags, thread_tags};
 
@@ -102,18 +102,6 @@ pub(super) fn history_items(history: &[Message]) -> Vec<Value> {
         .filter(|message| !message.content.is_empty())
         .map(history_item)
         .collect()
-}
-
-/// Returns the answers to function calls. `custom`: the ids of calls of custom tools.
-pub(super) fn output_items(outputs: &[ToolOutput], custom: &[String]) -> Vec<Value> {
-    let item = |output: &ToolOutput| {
-        output_item(
-            &output.tool_call_id,
-            &output.output,
-            custom.contains(&output.tool_call_id),
-        )
-    };
-    outputs.iter().map(item).collect()
 }
 
 #[cfg(test)]
@@ -229,26 +217,5 @@ mod tests {
             item("user", "two"),
         ];
         assert_eq!(super::input(&request), expected);
-    }
-
-    #[test]
-    fn outputs_have_the_form_of_their_calls() {
-        let output = |id: &str| ToolOutput {
-            tool_call_id: id.to_owned(),
-            output: "1".to_owned(),
-        };
-        assert_eq!(
-            output_items(
-                &[output("call_1"), output("call_2")],
-                &["call_2".to_owned()]
-            ),
-            [
-                json!({"type": "function_call_output", "call_id": "call_1", "output": "1"}),
-                json!({"type": "custom_tool_call_output", "call_id": "call_2", "output": "1"}),
-            ]
-        );
-        let items = [("function_call", "call_1"), ("custom_tool_call", "call_2")];
-        let items = items.map(|(kind, id)| json!({"type": kind, "call_id": id}));
-        assert_eq!(super::super::wire::custom_calls(&items), ["call_2"]);
     }
 }

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use super::wire::{Output, answered_calls, is_call, open_calls};
+use super::wire::{Output, answered_calls, call_of, is_answer, open_calls};
 use crate::domain::{RunStatus, UnsettledRun};
 use crate::upstream::classify::Damage;
 use crate::upstream::port::Ended;
@@ -29,7 +29,7 @@ pub(super) fn is_said(own: &[Value], inputs: u32) -> bool {
 /// the outputs of `sent.open_calls` if there are any, else the user's messages.
 pub(super) fn what_followed<'a>(own: &'a [Value], sent: &UnsettledRun) -> Option<&'a [Value]> {
     let answered = answered_calls(own);
-    let last_output = own.iter().rposition(|item| kind(item).ends_with("_output"));
+    let last_output = own.iter().rposition(is_answer);
     let begins = if sent.open_calls.is_empty() {
         let last_input = user_messages(own).nth(sent.inputs.saturating_sub(1) as usize)?;
         last_output.map_or(last_input, |at| at.max(last_input))
@@ -67,12 +67,11 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
 }
 
 /// Returns the items whose deletion lets the conversation take a run again, newest first:
-/// function calls without an output, the reasoning right before each, and the reasoning that the
+/// calls without an answer, the reasoning right before each, and the reasoning that the
 /// server complains about.
 pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
     let open = open_calls(items);
-    let is_open =
-        |item: &Value| is_call(item) && open.iter().any(|it| it.call.id == text(item, "call_id"));
+    let is_open = |item: &Value| call_of(item).is_some_and(|call| open.contains(&call));
     let is_doomed = |at: usize| match &items[at] {
         item if is_open(item) => true,
         item if kind(item) == "reasoning" => {
@@ -81,8 +80,7 @@ pub(super) fn broken_tail(items: &[Value], damage: &Damage) -> Vec<String> {
                 matches!(damage, Damage::OrphanedReasoning(Some(id)) if id_of(item) == Some(id));
             // If the server names no id, the broken item is the reasoning that no item of the
             // model follows.
-            let is_orphan = next
-                .is_none_or(|next| text(next, "role") == "user" || kind(next).ends_with("_output"));
+            let is_orphan = next.is_none_or(|next| text(next, "role") == "user" || is_answer(next));
             named
                 || next.is_some_and(is_open)
                 || (*damage == Damage::OrphanedReasoning(None) && is_orphan)
@@ -177,8 +175,7 @@ mod tests {
     fn sent(inputs: u32, answering: &[&str]) -> UnsettledRun {
         let call = |id: &&str| ToolCall {
             id: (*id).to_owned(),
-            name: "f".to_owned(),
-            arguments: "{}".to_owned(),
+            ..ToolCall::default()
         };
         UnsettledRun {
             run: RunId::new(),

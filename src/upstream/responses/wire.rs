@@ -5,7 +5,10 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage};
+use crate::domain::{
+    CallAnswer, ContentPart, ImageFile, ImageUrl, Message, OutputContent, OutputPart, Role,
+    RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
+};
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::wire::{failure_code, lenient, usage};
 
@@ -62,7 +65,7 @@ pub(super) struct Output {
     pub(super) content: Vec<ContentPart>,
     /// The id of the last message.
     pub(super) message_id: Option<String>,
-    /// Function calls without an output.
+    /// Calls without an answer.
     pub(super) open_calls: Vec<ToolCall>,
 }
 
@@ -97,12 +100,8 @@ impl ResponseObject {
 
 impl Output {
     pub(super) fn of(items: &[Value]) -> Self {
-        let open_calls = open_calls(items)
-            .into_iter()
-            .map(|open| open.call)
-            .collect();
         let mut output = Self {
-            open_calls,
+            open_calls: open_calls(items),
             ..Self::default()
         };
         for item in items {
@@ -167,85 +166,214 @@ fn input_part_said(part: &Value) -> Option<ContentPart> {
     }
 }
 
-/// A call that blocks the conversation until it has an output.
-#[derive(Debug, Eq, PartialEq)]
-pub(super) struct OpenCall {
-    pub(super) call: ToolCall,
-    /// The tool is a custom tool, and the output is an item of another type.
-    pub(super) custom: bool,
-}
+/// The types of calls that a client answers, each with the type of the answer and the field that
+/// tells what to do.
+const CALLS: [(ToolCallType, &str, &str, &str); 7] = [
+    (
+        ToolCallType::Function,
+        "function_call",
+        "function_call_output",
+        "arguments",
+    ),
+    (
+        ToolCallType::Custom,
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "input",
+    ),
+    (
+        ToolCallType::McpApproval,
+        "mcp_approval_request",
+        "mcp_approval_response",
+        "arguments",
+    ),
+    (
+        ToolCallType::Computer,
+        "computer_call",
+        "computer_call_output",
+        "action",
+    ),
+    (
+        ToolCallType::LocalShell,
+        "local_shell_call",
+        "local_shell_call_output",
+        "action",
+    ),
+    (
+        ToolCallType::Shell,
+        "shell_call",
+        "shell_call_output",
+        "action",
+    ),
+    (
+        ToolCallType::ApplyPatch,
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "operation",
+    ),
+];
 
-impl OpenCall {
-    /// Returns the item that closes the call.
-    pub(super) fn output(&self, output: &str) -> Value {
-        output_item(&self.call.id, output, self.custom)
-    }
-}
+/// The output of a call that nobody answered.
+const NO_OUTPUT: &str = r#"{"error":"the call was not answered"}"#;
+const NOT_ANSWERED: &str = "the call was not answered";
+/// A picture of one pixel: the screenshot of a call that nobody answered.
+const NO_SCREENSHOT: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 
-/// Returns the item that answers a call. `custom`: the call is of a custom tool.
-pub(super) fn output_item(call: &str, output: &str, custom: bool) -> Value {
-    let kind = if custom {
-        "custom_tool_call_output"
+/// Returns the call, if the item is one that a client has to answer.
+pub(super) fn call_of(item: &Value) -> Option<ToolCall> {
+    let text = |field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
+    let wire_type = item.get("type")?.as_str()?;
+    let (kind, _, _, told_in) = CALLS.into_iter().find(|(_, call, ..)| *call == wire_type)?;
+    let id = if kind == ToolCallType::McpApproval {
+        "id"
     } else {
-        "function_call_output"
+        "call_id"
     };
-    json!({"type": kind, "call_id": call, "output": output})
+    // A computer may be asked for several actions at once.
+    let told = item.get(told_in).or_else(|| item.get("actions"));
+    Some(ToolCall {
+        id: text(id)?,
+        kind,
+        name: text("name").unwrap_or_else(|| match kind {
+            ToolCallType::Function | ToolCallType::Custom | ToolCallType::McpApproval => {
+                String::new()
+            }
+            // These tools have no names.
+            kind => kind.as_str().to_owned(),
+        }),
+        arguments: match told {
+            Some(Value::String(text)) => text.clone(),
+            Some(Value::Null) | None => String::new(),
+            Some(told) => told.to_string(),
+        },
+        server_label: text("server_label"),
+        pending_safety_checks: item
+            .get("pending_safety_checks")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default(),
+    })
 }
 
-/// Returns the ids of open calls of custom tools among `items`.
-pub(super) fn custom_calls(items: &[Value]) -> Vec<String> {
-    open_calls(items)
-        .into_iter()
-        .filter(|open| open.custom)
-        .map(|open| open.call.id)
+/// Returns the item that answers a call.
+pub(super) fn answer_item(output: &ToolOutput) -> Value {
+    let answer = CALLS.into_iter().find(|(kind, ..)| *kind == output.kind);
+    let wire_type = answer.map_or("function_call_output", |(_, _, answer, _)| answer);
+    let id = output.tool_call_id.as_str();
+    let (content, checks) = match &output.answer {
+        CallAnswer::Approval { approve, reason } => {
+            let mut item =
+                json!({"type": wire_type, "approval_request_id": id, "approve": approve});
+            if let Some(reason) = reason {
+                item["reason"] = reason.as_str().into();
+            }
+            return item;
+        }
+        CallAnswer::Output {
+            output,
+            acknowledged_safety_checks,
+        } => (output, acknowledged_safety_checks),
+    };
+    let mut item = json!({"type": wire_type, "call_id": id});
+    match output.kind {
+        ToolCallType::Computer => {
+            item["output"] = screenshot(content);
+            if !checks.is_empty() {
+                item["acknowledged_safety_checks"] = checks.as_slice().into();
+            }
+        }
+        ToolCallType::Shell => item["output"] = content.as_json().unwrap_or_else(|| json!([])),
+        ToolCallType::ApplyPatch => {
+            let result = content.as_json().unwrap_or_default();
+            for field in ["status", "output"] {
+                if !result[field].is_null() {
+                    item[field] = result[field].clone();
+                }
+            }
+        }
+        _ => item["output"] = json!(content),
+    }
+    item
+}
+
+fn screenshot(content: &OutputContent) -> Value {
+    let mut image = json!({"type": "computer_screenshot"});
+    if let OutputContent::Parts(parts) = content
+        && let [
+            OutputPart::InputImage {
+                image_url, file_id, ..
+            },
+        ] = &parts[..]
+    {
+        for (field, place) in [("image_url", image_url), ("file_id", file_id)] {
+            if let Some(place) = place {
+                image[field] = place.as_str().into();
+            }
+        }
+    }
+    image
+}
+
+/// Returns the item that closes a call which nobody answered.
+pub(super) fn closing_item(call: &ToolCall) -> Value {
+    let answer = match call.kind {
+        ToolCallType::Function | ToolCallType::Custom | ToolCallType::LocalShell => {
+            CallAnswer::text(NO_OUTPUT)
+        }
+        ToolCallType::McpApproval => CallAnswer::Approval {
+            approve: false,
+            reason: Some(NOT_ANSWERED.to_owned()),
+        },
+        // The server accepts a call with checks only together with them. Nothing was done.
+        ToolCallType::Computer => CallAnswer::Output {
+            output: OutputContent::Parts(vec![OutputPart::InputImage {
+                image_url: Some(NO_SCREENSHOT.to_owned()),
+                file_id: None,
+                detail: None,
+            }]),
+            acknowledged_safety_checks: call.pending_safety_checks.clone(),
+        },
+        ToolCallType::Shell => {
+            let outcome = json!({"type": "exit", "exit_code": 1});
+            let chunk = json!({"stdout": "", "stderr": NOT_ANSWERED, "outcome": outcome});
+            CallAnswer::text(json!([chunk]).to_string())
+        }
+        ToolCallType::ApplyPatch => {
+            CallAnswer::text(json!({"status": "failed", "output": NOT_ANSWERED}).to_string())
+        }
+    };
+    answer_item(&ToolOutput {
+        tool_call_id: call.id.clone(),
+        kind: call.kind,
+        answer,
+    })
+}
+
+/// Returns the calls that have no answer among `items`, in the order of `items`.
+pub(super) fn open_calls(items: &[Value]) -> Vec<ToolCall> {
+    let answered = answered_calls(items);
+    items
+        .iter()
+        .filter_map(call_of)
+        .filter(|call| !answered.contains(&call.id.as_str()))
         .collect()
 }
 
-/// Returns true if the item is a call that the client has to answer.
-pub(super) fn is_call(item: &Value) -> bool {
+/// Returns true if the item answers a call.
+pub(super) fn is_answer(item: &Value) -> bool {
     let kind = item.get("type").and_then(Value::as_str);
-    matches!(kind, Some("function_call" | "custom_tool_call"))
+    kind.is_some_and(|kind| CALLS.iter().any(|(_, _, answer, _)| *answer == kind))
 }
 
-/// Returns the calls that have no output among `items`, in the order of `items`.
-pub(super) fn open_calls(items: &[Value]) -> Vec<OpenCall> {
-    let text =
-        |item: &Value, field: &str| item.get(field).and_then(Value::as_str).map(str::to_owned);
-    let answered = answered_calls(items);
-    let open = |item: &Value| {
-        let (custom, arguments) = match text(item, "type")?.as_str() {
-            "function_call" => (false, "arguments"),
-            "custom_tool_call" => (true, "input"),
-            _ => return None,
-        };
-        let id = text(item, "call_id").filter(|id| !answered.contains(&id.as_str()))?;
-        let name = text(item, "name").unwrap_or_default();
-        let arguments = text(item, arguments).unwrap_or_default();
-        Some(OpenCall {
-            call: ToolCall {
-                id,
-                name,
-                arguments,
-            },
-            custom,
-        })
-    };
-    items.iter().filter_map(open).collect()
-}
-
-/// Returns the ids of the calls that have an output among `items`.
+/// Returns the ids of the calls that have an answer among `items`.
 pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
-    let is_output = |item: &&Value| {
-        let kind = item.get("type").and_then(Value::as_str);
-        matches!(
-            kind,
-            Some("function_call_output" | "custom_tool_call_output")
-        )
-    };
     items
         .iter()
-        .filter(is_output)
-        .filter_map(|item| item.get("call_id")?.as_str())
+        .filter(|item| is_answer(item))
+        .filter_map(|item| {
+            let id = item.get("call_id").or(item.get("approval_request_id"));
+            id?.as_str()
+        })
         .collect()
 }
 
@@ -338,9 +466,9 @@ mod tests {
                 let output = Output::of(&items);
                 prop_assert!(output.open_calls.len() <= items.len());
                 prop_assert!(output.content.iter().map(ContentPart::size).sum::<usize>() <= text.len());
-                prop_assert!(custom_calls(&items).len() + answered_calls(&items).len() <= items.len());
+                prop_assert!(answered_calls(&items).len() <= items.len());
                 for item in &items {
-                    let _ = (said(item), is_call(item));
+                    let _ = (said(item), call_of(item).map(|call| closing_item(&call)));
                 }
             }
             if let Ok(response) = serde_json::from_str::<ResponseObject>(&text) {
@@ -403,20 +531,58 @@ mod tests {
             json!(7),
         ];
         let open = open_calls(&items);
-        assert_eq!(
-            open.iter()
-                .map(|open| open.call.id.as_str())
-                .collect::<Vec<_>>(),
-            ["call_2", "call_3"]
-        );
-        assert_eq!(open[1].call.arguments, "x");
-        let outputs: Vec<Value> = open.iter().map(|open| open.output("{}")).collect();
-        assert_eq!(
-            outputs,
-            [
-                json!({"type": "function_call_output", "call_id": "call_2", "output": "{}"}),
-                json!({"type": "custom_tool_call_output", "call_id": "call_3", "output": "{}"}),
-            ]
-        );
+        let ids: Vec<&str> = open.iter().map(|call| call.id.as_str()).collect();
+        assert_eq!(ids, ["call_2", "call_3"]);
+        assert_eq!(open[1].arguments, "x");
+    }
+
+    #[test]
+    fn each_type_of_call_is_closed_by_an_answer_of_its_form() {
+        let told = |kind: &str, field: &str| {
+            let action = json!({"type": "x"});
+            json!({"type": kind, "id": "id_1", "call_id": "call_1", "name": "n", field: action})
+        };
+        let not = "the call was not answered";
+        let check = json!({"id": "check_1"});
+        let mut computer = told("computer_call", "actions");
+        computer["pending_safety_checks"] = json!([check]);
+        for (call, closed) in [
+            (
+                told("function_call", "arguments"),
+                json!({"type": "function_call_output", "call_id": "call_1", "output": NO_OUTPUT}),
+            ),
+            (
+                told("custom_tool_call", "input"),
+                json!({"type": "custom_tool_call_output", "call_id": "call_1", "output": NO_OUTPUT}),
+            ),
+            (
+                told("mcp_approval_request", "arguments"),
+                json!({"type": "mcp_approval_response", "approval_request_id": "id_1", "approve": false, "reason": not}),
+            ),
+            (
+                computer,
+                json!({"type": "computer_call_output", "call_id": "call_1",
+                "output": {"type": "computer_screenshot", "image_url": NO_SCREENSHOT}, "acknowledged_safety_checks": [check]}),
+            ),
+            (
+                told("local_shell_call", "action"),
+                json!({"type": "local_shell_call_output", "call_id": "call_1", "output": NO_OUTPUT}),
+            ),
+            (
+                told("shell_call", "action"),
+                json!({"type": "shell_call_output", "call_id": "call_1",
+                "output": [{"stdout": "", "stderr": not, "outcome": {"type": "exit", "exit_code": 1}}]}),
+            ),
+            (
+                told("apply_patch_call", "operation"),
+                json!({"type": "apply_patch_call_output", "call_id": "call_1", "status": "failed", "output": not}),
+            ),
+        ] {
+            let open = call_of(&call).unwrap();
+            assert_eq!(open.arguments, r#"{"type":"x"}"#, "{call}");
+            let answer = closing_item(&open);
+            assert_eq!(answer, closed);
+            assert_eq!(open_calls(&[call, answer]), []);
+        }
     }
 }

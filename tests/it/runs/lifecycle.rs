@@ -197,10 +197,9 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         })
         .await;
         let calls = &waiting.run.required_action.as_ref().unwrap().tool_calls;
-        let outputs = calls.iter().map(|call| ToolOutput {
-            tool_call_id: call.id.clone(),
-            output: "4".to_owned(),
-        });
+        let outputs = calls
+            .iter()
+            .map(|call| ToolOutput::text(call.id.clone(), "4"));
         let new = NewOutputs {
             outputs: outputs.collect(),
             by_user: false,

@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt, stream};
 use threadkeeper::domain::{
-    ContentPart, Message, RunStatus, ThreadId, ToolCall, UnsettledRun, UpstreamRunId,
-    UpstreamThreadId, Usage,
+    CallAnswer, ContentPart, Message, OutputContent, RunStatus, ThreadId, ToolCall, UnsettledRun,
+    UpstreamRunId, UpstreamThreadId, Usage,
 };
 use threadkeeper::upstream::{
     AnswerTools, Capabilities, Disposal, Ended, EventStream, HistoryPage, Items, Ownership,
@@ -156,6 +156,7 @@ impl Upstream for Scripted {
             has_threads: !self.chain,
             stores_runs: self.chain,
             goes_on_unread: false,
+            takes_output_parts: false,
         }
     }
 
@@ -225,6 +226,7 @@ impl Upstream for Scripted {
                         id: "call".to_owned(),
                         name: "f".to_owned(),
                         arguments: "{}".to_owned(),
+                        ..ToolCall::default()
                     };
                     let asks = self.ended(RunStatus::RequiresAction, "let me see", &run);
                     self.events(
@@ -242,7 +244,14 @@ impl Upstream for Scripted {
     }
 
     async fn answer_tools(&self, request: AnswerTools<'_>) -> Result<EventStream, UpstreamError> {
-        self.note(format!("answer {}", request.outputs[0].output));
+        let CallAnswer::Output {
+            output: OutputContent::Text(output),
+            ..
+        } = &request.outputs[0].answer
+        else {
+            panic!("{:?}", request.outputs)
+        };
+        self.note(format!("answer {output}"));
         let run = request.upstream_run.cloned().unwrap();
         let ended = self.ended(RunStatus::Completed, "thanks", &run);
         Ok(self.events(run, false, ended))

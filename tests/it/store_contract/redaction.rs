@@ -45,6 +45,7 @@ fn asks() -> RequiredAction {
         id: "call".to_owned(),
         name: "f".to_owned(),
         arguments: SAID.to_owned(),
+        ..ToolCall::default()
     };
     RequiredAction {
         tool_calls: vec![call],
@@ -112,10 +113,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
         Some(&(1 + length + 1)),
         "event numbers stay the same"
     );
-    let output = ToolOutput {
-        tool_call_id: "call".to_owned(),
-        output: SAID.to_owned(),
-    };
+    let output = ToolOutput::text("call", SAID);
     let answer = ToolAnswer {
         expected: asks(),
         outputs: vec![output],
@@ -308,10 +306,7 @@ async fn takeover_of_redacted_run_loses_content(database: &TestDatabase, store: 
     );
     // Later outputs reach the run only through the process that got them. Another process could
     // not send them.
-    let output = ToolOutput {
-        tool_call_id: "call".to_owned(),
-        output: SAID.to_owned(),
-    };
+    let output = ToolOutput::text("call", SAID);
     let answer = ToolAnswer {
         expected: asks(),
         outputs: vec![output],

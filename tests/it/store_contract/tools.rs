@@ -299,10 +299,7 @@ async fn tool_call_with_nul_characters_can_be_answered(_: &TestDatabase, store: 
     let paused = waiting(store.pause(&turn.lease, &odd).await.unwrap());
     // The caller answers the call as it was shown.
     let shown = paused.run.required_action.unwrap();
-    let outputs = vec![ToolOutput {
-        tool_call_id: "call_1".to_owned(),
-        output: "\0".to_owned(),
-    }];
+    let outputs = vec![ToolOutput::text("call_1", "\0")];
     let answer = ToolAnswer {
         expected: shown,
         outputs,

@@ -25,10 +25,7 @@ async fn answer_of(
     if custom {
         assistant.tools = vec![json!({"type": "custom", "name": "h"})];
     }
-    let output = |id: &str| ToolOutput {
-        tool_call_id: id.to_owned(),
-        output: "1".to_owned(),
-    };
+    let output = |id: &str| ToolOutput::text(id, "1");
     let upstream_run = upstream_run.map(|id| UpstreamRunId(id.to_owned()));
     let request = AnswerTools {
         run: RunId::new(),

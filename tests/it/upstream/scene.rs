@@ -146,10 +146,7 @@ impl Scene {
         asked: &Said,
         output: &str,
     ) -> Result<EventStream, UpstreamError> {
-        let output = |call: &ToolCall| ToolOutput {
-            tool_call_id: call.id.clone(),
-            output: output.to_owned(),
-        };
+        let output = |call: &ToolCall| ToolOutput::text(call.id.clone(), output);
         let outputs: Vec<ToolOutput> = asked.ended.tool_calls.iter().map(output).collect();
         let request = AnswerTools {
             run: self.run,

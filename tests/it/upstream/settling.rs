@@ -193,6 +193,7 @@ async fn settling_closes_unanswered_calls() {
         id: id.to_owned(),
         name: "f".to_owned(),
         arguments: "{}".to_owned(),
+        ..ToolCall::default()
     };
     let unsettled_run = UnsettledRun {
         open_calls: vec![known("call_2"), known("call_4")],
