@@ -285,6 +285,11 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["store", "startup_timeout"], store.startup_timeout, true),
         (["runs", "timeout"], runs.timeout, false),
         (["runs", "max_timeout"], runs.max_timeout, false),
+        (
+            ["runs", "tool_outputs_timeout"],
+            runs.tool_outputs_timeout,
+            false,
+        ),
         (["runs", "settle_timeout"], runs.settle_timeout, false),
         (["runs", "idempotency_ttl"], runs.idempotency_ttl, false),
         (["sessions", "ttl"], config.sessions.ttl, false),

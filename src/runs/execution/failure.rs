@@ -25,6 +25,8 @@ pub(in crate::runs) enum Failure {
     LeaseLost,
     Store,
     Deadline,
+    /// The outputs of the run's function calls did not arrive in time.
+    NoOutputs,
     Cancelled,
     Stopped,
     /// The process that worked on the run died.
@@ -45,6 +47,7 @@ impl Failure {
             Self::LeaseLost => "lease lost".to_owned(),
             Self::Store => "the store failed".to_owned(),
             Self::Deadline => "deadline".to_owned(),
+            Self::NoOutputs => "no tool outputs".to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
             Self::Stopped => "the gateway is stopping".to_owned(),
             Self::ReplicaLost => "the run's process died".to_owned(),
@@ -61,6 +64,7 @@ impl Failure {
         match self {
             Self::Upstream(error) => error.is_ambiguous(),
             Self::Deadline
+            | Self::NoOutputs
             | Self::Cancelled
             | Self::Stopped
             | Self::ReplicaLost
@@ -129,16 +133,11 @@ impl Failure {
                 );
                 failed(RunErrorCode::UpstreamBusy, message)
             }
-            Self::Deadline => {
-                let message = "the run did not end before its deadline".to_owned();
-                (
-                    RunStatus::Expired,
-                    Some(RunError {
-                        code: RunErrorCode::DeadlineExceeded,
-                        message,
-                    }),
-                )
-            }
+            Self::Deadline => expired("the run did not end before its deadline"),
+            Self::NoOutputs => expired(
+                "the outputs of the run's function calls did not arrive within `runs.tool_outputs_timeout`, or before \
+                 the run's deadline",
+            ),
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
@@ -161,6 +160,14 @@ impl Failure {
             Self::LeaseLost | Self::Store | Self::Panic => (RunStatus::Failed, Some(internal())),
         }
     }
+}
+
+fn expired(message: &str) -> (RunStatus, Option<RunError>) {
+    let error = RunError {
+        code: RunErrorCode::DeadlineExceeded,
+        message: message.to_owned(),
+    };
+    (RunStatus::Expired, Some(error))
 }
 
 pub(in crate::runs) fn internal() -> RunError {
