@@ -624,6 +624,10 @@ mod tests {
         );
         assert_eq!(openai.call_timeout, UpstreamConfig::default_call_timeout());
         assert_eq!(
+            openai.pool_idle_timeout,
+            UpstreamConfig::default_pool_idle_timeout()
+        );
+        assert_eq!(
             openai.max_event_bytes,
             UpstreamConfig::default_max_event_bytes()
         );

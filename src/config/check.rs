@@ -490,6 +490,12 @@ fn upstream(
         checker,
     );
     duration(&at("call_timeout"), upstream.call_timeout, false, checker);
+    duration(
+        &at("pool_idle_timeout"),
+        upstream.pool_idle_timeout,
+        true,
+        checker,
+    );
     duration(&at("lock_window"), upstream.lock_window, true, checker);
     duration(
         &at("breaker_window"),
