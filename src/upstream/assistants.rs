@@ -48,6 +48,7 @@ impl Upstream for AssistantsUpstream {
             // The lock of the thread names the run, so an unread run can be ended without knowing
             // its id.
             goes_on_unread: false,
+            runs_without_input: true,
         }
     }
 

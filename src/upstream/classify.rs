@@ -35,6 +35,15 @@ const PASSING_WORDS: [&str; 12] = [
     "503",
     "529",
 ];
+/// Codes and types of a failure inside the server, in lower case and without separators.
+const FAILURE_WORDS: [&str; 6] = [
+    "servererror",
+    "internalservererror",
+    "internalerror",
+    "500",
+    "502",
+    "504",
+];
 /// The objects that a call asks for by id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
 /// The only fields of an error object that stands without a wrapper.
@@ -115,7 +124,7 @@ fn meaning(
     if status == StatusCode::TOO_MANY_REQUESTS {
         let quota = should_retry.map_or_else(|| detail.is_quota(), |retry| !retry);
         return UpstreamError::RateLimited {
-            retry_after: retry_after(headers),
+            retry_after: retry_after(headers).or_else(|| pause_in(&detail.message)),
             quota,
             code: detail.code,
         };
@@ -345,11 +354,44 @@ impl ErrorDetail {
         Err(self.word())
     }
 
+    /// Returns the failure of a run that the server had accepted, if it may pass. Then the same
+    /// messages may succeed in another run.
+    pub(super) fn passing(&self) -> Option<UpstreamError> {
+        if self.is_quota() || self.damage().is_some() {
+            return None;
+        }
+        let retry_after = pause_in(&self.message);
+        let code = self.word();
+        let status = self
+            .passes()
+            .or_else(|| self.has_word(&FAILURE_WORDS).then_some(500))?;
+        Some(if status == 429 {
+            UpstreamError::RateLimited {
+                retry_after,
+                quota: false,
+                code,
+            }
+        } else {
+            UpstreamError::Unavailable {
+                status,
+                retry_after,
+                no_retry: false,
+                code,
+            }
+        })
+    }
+
+    /// Returns true if the code or the type is one of these words, apart from case and separators.
+    fn has_word(&self, known: &[&str]) -> bool {
+        let mut words = [&self.code, &self.kind].into_iter().flatten();
+        words.any(|word| known.contains(&plain(word).as_str()))
+    }
+
     /// Returns the status that matches the error, if waiting helps.
     fn passes(&self) -> Option<u16> {
         let words = [&self.code, &self.kind].into_iter().flatten();
-        let plain = words.map(|word| word.to_ascii_lowercase().replace(['_', '-', '.', ' '], ""));
-        let at = plain
+        let at = words
+            .map(|word| plain(word))
             .filter_map(|word| PASSING_WORDS.iter().position(|known| word.contains(known)))
             .min()?;
         Some(if at <= 4 { 429 } else { 503 })
@@ -524,6 +566,38 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     (until - now).to_std().ok()
 }
 
+/// Returns the pause that a text asks for: "Please try again in 7.6s", "in 20 seconds", "in 1m30s".
+fn pause_in(text: &str) -> Option<Duration> {
+    let text = text.to_ascii_lowercase();
+    let (_, mut rest) = text.split_once("try again in ")?;
+    let mut pause = None;
+    while rest.starts_with(|c: char| c.is_ascii_digit()) {
+        let (number, unit) = split_where(rest, |c| !(c.is_ascii_digit() || c == '.'));
+        let (unit, next) = split_where(unit.trim_start(), |c| !c.is_ascii_alphabetic());
+        let per_second = match unit {
+            "ms" | "milliseconds" => 1000.0,
+            "s" | "sec" | "second" | "seconds" => 1.0,
+            "m" | "min" | "minute" | "minutes" => 1.0 / 60.0,
+            _ => break,
+        };
+        pause = pause
+            .unwrap_or(Duration::ZERO)
+            .checked_add(seconds(number, per_second)?);
+        rest = next;
+    }
+    pause
+}
+
+/// Splits a text before the first character for which `ends` is true.
+fn split_where(text: &str, ends: impl Fn(char) -> bool) -> (&str, &str) {
+    text.split_at(text.find(ends).unwrap_or(text.len()))
+}
+
+/// Returns a word in lower case, without separators.
+fn plain(word: &str) -> String {
+    word.to_ascii_lowercase().replace(['_', '-', '.', ' '], "")
+}
+
 /// Parses a count of units, of which `per_second` make a second. Returns `None` for a text that
 /// is not a number, is negative or is too large.
 fn seconds(text: &str, per_second: f64) -> Option<Duration> {
@@ -543,6 +617,46 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn text_names_the_pause_before_another_try() {
+        let ms = |text| pause_in(text).map(|pause| pause.as_millis());
+        assert_eq!(
+            ms("Limit reached. Please try again in 7.6s. See x"),
+            Some(7600)
+        );
+        assert_eq!(ms("please Try again in 120ms"), Some(120));
+        assert_eq!(ms("try again in 1m30s."), Some(90_000));
+        assert_eq!(ms("try again in 20 seconds"), Some(20_000));
+        for none in [
+            "",
+            "try again in a while",
+            "try again in 5 parsecs",
+            "try again in 1.2.3s",
+        ] {
+            assert_eq!(ms(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn failed_runs_that_may_pass_are_told_from_others() {
+        let status = |code: &str, message: &str| {
+            let error = serde_json::json!({"code": code, "message": message});
+            match ErrorDetail::from_object(error.as_object().unwrap()).passing()? {
+                UpstreamError::RateLimited { .. } => Some(429),
+                UpstreamError::Unavailable { status, .. } => Some(status),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(status("rate_limit_exceeded", ""), Some(429));
+        assert_eq!(status("server_error", ""), Some(500));
+        assert_eq!(status("model_overloaded", ""), Some(503));
+        for code in ["invalid_prompt", "insufficient_quota", "content_filter", ""] {
+            assert_eq!(status(code, ""), None, "{code}");
+        }
+        let damaged = "No tool output found for function call call_1.";
+        assert_eq!(status("server_error", damaged), None);
+    }
 
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
         pairs

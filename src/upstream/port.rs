@@ -230,6 +230,9 @@ pub struct Capabilities {
     pub stores_runs: bool,
     /// A run continues although nobody reads its stream, and only its id lets a caller end it.
     pub goes_on_unread: bool,
+    /// A failed run leaves its messages in the thread, and a further run needs no message of its
+    /// own.
+    pub runs_without_input: bool,
 }
 
 impl Capabilities {
@@ -321,6 +324,8 @@ pub struct StartRun<'a> {
     /// Earlier messages that the thread lacks, oldest first. They are sent before the input.
     pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,
+    /// Empty only for a thread that has the messages already
+    /// ([`Capabilities::runs_without_input`]).
     pub input: &'a [InputMessage],
     pub metadata: &'a Metadata,
 }
@@ -409,6 +414,9 @@ pub struct Ended {
     pub tool_calls: Vec<ToolCall>,
     /// The new end of the chain, if the run moved it (chains of responses).
     pub thread: Option<UpstreamThreadId>,
+    /// The failure, if the run failed for a cause that may pass, such as a rate limit, and called
+    /// no tool.
+    pub passing: Option<UpstreamError>,
 }
 
 impl Ended {
@@ -447,6 +455,7 @@ mod tests {
             has_threads,
             stores_runs,
             goes_on_unread: false,
+            runs_without_input: false,
         })
     }
 

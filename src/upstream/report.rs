@@ -1,7 +1,6 @@
 //! Logs failed calls to an upstream: which upstream, and why. Never logs a URL or the server's
 //! prose.
 
-use std::error::Error;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -110,8 +109,8 @@ impl Report {
 }
 
 /// Returns true if the connection closed before any byte of the request was written.
-fn is_unwritten(error: &reqwest::Error) -> bool {
-    std::iter::successors(error.source(), |cause| cause.source())
+fn is_unwritten(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |cause| cause.source())
         .filter_map(|cause| cause.downcast_ref::<hyper::Error>())
         .any(hyper::Error::is_canceled)
 }

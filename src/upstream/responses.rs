@@ -51,6 +51,7 @@ impl Upstream for ResponsesUpstream {
             has_threads: self.conversations,
             stores_runs: true,
             goes_on_unread: self.background,
+            runs_without_input: false,
         }
     }
 

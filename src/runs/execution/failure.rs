@@ -81,14 +81,7 @@ impl Failure {
 
     pub(in crate::runs) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Upstream(
-                UpstreamError::RateLimited {
-                    retry_after,
-                    quota: false,
-                    ..
-                }
-                | UpstreamError::Unavailable { retry_after, .. },
-            ) => *retry_after,
+            Self::Upstream(error) => error.retry_after(),
             Self::BreakerOpen { retry_after } => Some(*retry_after),
             _ => None,
         }

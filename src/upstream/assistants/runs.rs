@@ -146,6 +146,8 @@ impl AssistantsUpstream {
                 Vec::new()
             },
             thread: None,
+            // A poll does not show whether the run called a tool.
+            passing: None,
         })
     }
 

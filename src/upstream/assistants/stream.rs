@@ -19,6 +19,8 @@ use crate::upstream::wire::failure;
 #[derive(Debug, Default)]
 pub(super) struct StreamDecoder {
     accepted: bool,
+    /// Whether the run called a tool.
+    called: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
     /// The size of `messages` in bytes.
@@ -39,6 +41,13 @@ enum Parts {
     Whole(Vec<ContentPart>),
 }
 
+/// The cause for which a run failed.
+struct Failed {
+    code: Option<String>,
+    /// The failure, if it may pass.
+    passing: Option<UpstreamError>,
+}
+
 /// The subject of an event.
 enum Kind {
     /// With the status that the event's name says.
@@ -55,6 +64,7 @@ impl Decoder for StreamDecoder {
         event: SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
+        self.called |= calls_tool(&event);
         match kind(&event)? {
             Kind::Run(named) => self.run(named, parse(&event.data)?, out),
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
@@ -64,15 +74,21 @@ impl Decoder for StreamDecoder {
                 let detail = object
                     .map(|object| ErrorDetail::from_object(&object))
                     .unwrap_or_default();
-                let code = if self.accepted {
-                    detail.word()
+                let (code, passing) = if self.accepted {
+                    (detail.word(), detail.passing())
                 } else {
                     match detail.of_refused_stream() {
                         Ok(refusal) => return Err(refusal),
-                        Err(code) => code,
+                        Err(code) => (code, None),
                     }
                 };
-                self.end(RunStatus::Failed, code, None, Vec::new(), out);
+                self.end(
+                    RunStatus::Failed,
+                    Failed { code, passing },
+                    None,
+                    Vec::new(),
+                    out,
+                );
             }
             Kind::Other => {}
         }
@@ -94,19 +110,23 @@ impl StreamDecoder {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
             _ => return,
         };
-        let (code, usage) = (run.failure_code(), run.usage());
+        let usage = run.usage();
+        let failed = Failed {
+            code: run.failure_code(),
+            passing: run.passing().filter(|_| status == RunStatus::Failed),
+        };
         let calls = if status == RunStatus::RequiresAction {
             run.into_tool_calls()
         } else {
             Vec::new()
         };
-        self.end(status, code, usage, calls, out);
+        self.end(status, failed, usage, calls, out);
     }
 
     fn end(
         &mut self,
         status: RunStatus,
-        code: Option<String>,
+        failed: Failed,
         usage: Option<Usage>,
         tool_calls: Vec<ToolCall>,
         out: &mut VecDeque<UpstreamEvent>,
@@ -119,12 +139,13 @@ impl StreamDecoder {
             .collect();
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
-            error: failure(status, code),
+            error: failure(status, failed.code),
             content,
             upstream_message_id,
             usage,
             tool_calls,
             thread: None,
+            passing: failed.passing.filter(|_| !self.called),
         })));
     }
 
@@ -231,6 +252,16 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
         _ if ErrorDetail::of_event(None, &event.data).is_some() => Kind::Error,
         _ => Kind::Other,
     })
+}
+
+/// Returns true if the event is about a step that calls a tool.
+fn calls_tool(event: &SseEvent) -> bool {
+    event
+        .name
+        .as_deref()
+        .is_none_or(|name| name.starts_with("thread.run.step."))
+        && event.data.contains("\"thread.run.step")
+        && event.data.contains("\"tool_calls\"")
 }
 
 fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
@@ -346,6 +377,7 @@ mod tests {
                 }),
                 tool_calls: Vec::new(),
                 thread: None,
+                passing: None,
             })),
         ];
         assert_eq!(read(named).unwrap(), expected);

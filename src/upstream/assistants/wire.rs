@@ -7,6 +7,8 @@ use serde_json::{Map, Value, json};
 use crate::domain::{
     ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage,
 };
+use crate::upstream::classify::ErrorDetail;
+use crate::upstream::error::UpstreamError;
 use crate::upstream::wire::{failure_code, lenient, usage};
 
 #[derive(Debug, Deserialize)]
@@ -69,6 +71,11 @@ impl RunObject {
     /// Returns the code for which the run failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
         failure_code(self.last_error.as_ref(), self.incomplete_details.as_ref())
+    }
+
+    /// Returns the failure, if it may pass.
+    pub(super) fn passing(&self) -> Option<UpstreamError> {
+        ErrorDetail::from_object(self.last_error.as_ref()?).passing()
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {

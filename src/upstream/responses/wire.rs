@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage};
 use crate::upstream::classify::{Damage, ErrorDetail};
+use crate::upstream::error::UpstreamError;
 use crate::upstream::wire::{failure_code, lenient, usage};
 
 /// The outer fields of an event. The inner ones are parsed when its type is known.
@@ -70,6 +71,19 @@ impl ResponseObject {
     /// Returns the code for which the response failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
         failure_code(self.error.as_ref(), self.incomplete_details.as_ref())
+    }
+
+    /// Returns the failure, if it may pass and the response called no tool.
+    pub(super) fn passing(&self) -> Option<UpstreamError> {
+        let called = self.output.iter().flatten().any(|item| {
+            !matches!(
+                item.get("type").and_then(Value::as_str),
+                Some("message" | "reasoning")
+            )
+        });
+        ErrorDetail::from_object(self.error.as_ref()?)
+            .passing()
+            .filter(|_| !called)
     }
 
     /// Returns the damage of the conversation, if the response failed for it before it produced
