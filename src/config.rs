@@ -211,6 +211,9 @@ pub struct RunsConfig {
     /// The longest that an assistant or a request may ask for.
     #[serde(with = "humantime_serde")]
     pub max_timeout: Duration,
+    /// Longest wait of a run for the outputs of its function calls. The run's own deadline can come earlier.
+    #[serde(with = "humantime_serde")]
+    pub tool_outputs_timeout: Duration,
     /// Queued runs of one thread in this process.
     pub max_queue: usize,
     /// Bytes of the messages of these runs together.
@@ -442,8 +445,9 @@ impl Default for LogConfig {
 impl Default for RunsConfig {
     fn default() -> Self {
         Self {
-            timeout: Duration::from_mins(2),
-            max_timeout: Duration::from_mins(10),
+            timeout: Duration::from_mins(15),
+            max_timeout: Duration::from_mins(30),
+            tool_outputs_timeout: Duration::from_mins(2),
             max_queue: 256,
             max_queue_bytes: 64 * 1024 * 1024,
             max_runs: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MAX),
@@ -629,6 +633,10 @@ mod tests {
             UpstreamConfig::default_connect_timeout()
         );
         assert_eq!(openai.call_timeout, UpstreamConfig::default_call_timeout());
+        assert_eq!(
+            openai.pool_idle_timeout,
+            UpstreamConfig::default_pool_idle_timeout()
+        );
         assert_eq!(
             openai.max_event_bytes,
             UpstreamConfig::default_max_event_bytes()

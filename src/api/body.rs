@@ -64,7 +64,39 @@ pub(super) async fn read(
         read.extend_from_slice(&data);
     }
     share.shrink(read.len());
+    replace_lone_surrogates(&mut read);
     Ok((read, share))
+}
+
+/// Replaces each escape of half a UTF-16 pair in a JSON text, such as `\ud83d` without its other
+/// half, by that of U+FFFD. A program that cuts texts by UTF-16 units writes such halves, and no
+/// Rust text can hold them. The length stays.
+fn replace_lone_surrogates(json: &mut [u8]) {
+    const ESCAPE: usize = r"\uXXXX".len();
+    let unit = |json: &[u8]| match json {
+        [b'\\', b'u', digits @ ..] => {
+            let digits = std::str::from_utf8(digits.get(..4)?).ok()?;
+            u16::from_str_radix(digits, 16).ok()
+        }
+        _ => None,
+    };
+    let mut at = 0;
+    while let Some(next) = json[at..].iter().position(|byte| *byte == b'\\') {
+        at += next;
+        at += match unit(&json[at..]) {
+            Some(0xd800..=0xdbff)
+                if matches!(unit(&json[at + ESCAPE..]), Some(0xdc00..=0xdfff)) =>
+            {
+                2 * ESCAPE
+            }
+            Some(0xd800..=0xdfff) => {
+                json[at..at + ESCAPE].copy_from_slice(br"\ufffd");
+                ESCAPE
+            }
+            Some(_) => ESCAPE,
+            None => 2.min(json.len() - at),
+        };
+    }
 }
 
 async fn room(budget: &Budget, bytes: usize) -> Result<Share, Error> {
@@ -116,6 +148,30 @@ mod tests {
         let start = Instant::now();
         let read = read(Body::from_stream(pieces), &server, &budget).await;
         (read.map(|(read, _)| read.len()), start.elapsed())
+    }
+
+    #[test]
+    fn half_a_pair_becomes_the_replacement_character() {
+        for (sent, taken) in [
+            (r#""cut off \ud83d""#, "cut off \u{fffd}"),
+            (r#""\ude00!""#, "\u{fffd}!"),
+            (r#""\ud83d\ud83d\ude00\n""#, "\u{fffd}\u{1f600}\n"),
+            (r#""\uD83D\u0041\\ud83d""#, "\u{fffd}A\\ud83d"),
+            (r#""\\\ud83d""#, "\\\u{fffd}"),
+        ] {
+            let mut json = sent.as_bytes().to_vec();
+            replace_lone_surrogates(&mut json);
+            assert_eq!(
+                serde_json::from_slice::<String>(&json).unwrap(),
+                taken,
+                "{sent}"
+            );
+        }
+        for broken in [r"\", r"\u", r"\ud83", r"\ud83d\", r"\u+123", r"\ud83d\u"] {
+            let mut json = broken.as_bytes().to_vec();
+            replace_lone_surrogates(&mut json);
+            assert_eq!(json.len(), broken.len());
+        }
     }
 
     #[tokio::test(start_paused = true)]

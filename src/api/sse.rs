@@ -283,6 +283,7 @@ impl ToSchema for EventView {
         }
         add::<Queued>(schemas);
         add::<Started>(schemas);
+        add::<Recovered<'_>>(schemas);
         add::<Delta<'_>>(schemas);
         add::<RequiresAction>(schemas);
         add::<MessageCompleted>(schemas);

@@ -285,6 +285,11 @@ fn durations(config: &Config, checker: &mut Checker<'_>) {
         (["store", "startup_timeout"], store.startup_timeout, true),
         (["runs", "timeout"], runs.timeout, false),
         (["runs", "max_timeout"], runs.max_timeout, false),
+        (
+            ["runs", "tool_outputs_timeout"],
+            runs.tool_outputs_timeout,
+            false,
+        ),
         (["runs", "settle_timeout"], runs.settle_timeout, false),
         (["runs", "idempotency_ttl"], runs.idempotency_ttl, false),
         (["sessions", "ttl"], config.sessions.ttl, false),
@@ -485,6 +490,12 @@ fn upstream(
         checker,
     );
     duration(&at("call_timeout"), upstream.call_timeout, false, checker);
+    duration(
+        &at("pool_idle_timeout"),
+        upstream.pool_idle_timeout,
+        true,
+        checker,
+    );
     duration(&at("lock_window"), upstream.lock_window, true, checker);
     duration(
         &at("breaker_window"),

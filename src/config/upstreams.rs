@@ -67,6 +67,13 @@ pub struct UpstreamConfig {
         with = "humantime_serde"
     )]
     pub call_timeout: Duration,
+    /// Time for which the gateway keeps an idle connection for the next request. A request on a connection that
+    /// the server closes at that moment breaks, so keep it shorter than the server's own keep-alive time.
+    #[serde(
+        default = "UpstreamConfig::default_pool_idle_timeout",
+        with = "humantime_serde"
+    )]
+    pub pool_idle_timeout: Duration,
     /// Bytes of one event of a stream, of the text assembled from one stream, of one JSON answer, and of all
     /// pages of a list that are needed together.
     #[serde(default = "UpstreamConfig::default_max_event_bytes")]
@@ -161,6 +168,7 @@ impl UpstreamConfig {
             log_upstream_errors: false,
             connect_timeout: Self::default_connect_timeout(),
             call_timeout: Self::default_call_timeout(),
+            pool_idle_timeout: Self::default_pool_idle_timeout(),
             max_event_bytes: Self::default_max_event_bytes(),
             lock_window: Self::default_lock_window(),
             breaker_min_requests: Self::default_breaker_min_requests(),
@@ -175,6 +183,10 @@ impl UpstreamConfig {
 
     pub(super) fn default_call_timeout() -> Duration {
         Duration::from_mins(1)
+    }
+
+    pub(super) fn default_pool_idle_timeout() -> Duration {
+        Duration::from_secs(4)
     }
 
     pub(super) fn default_max_event_bytes() -> usize {

@@ -134,14 +134,16 @@ static TAKE_ORPHANS: Statement = Statement::for_each_engine(
         RETURNING r.*, o.owner AS previous_owner
     )
     SELECT r.previous_owner, r.partial_reply AS partial, r.tool_outputs, r.tool_outputs_sent AS outputs_sent,
-        {ms_until r.deadline_at} AS time_left, {thread t}, {run r}
+        {ms_until r.deadline_at} AS time_left, {ms_until r.started_at + {ms r.timeout_ms}} AS run_time_left,
+        {thread t}, {run r}
     FROM taken r JOIN threads t ON t.id = r.thread_id
     ORDER BY r.thread_id, r.seq",
     "UPDATE runs SET owner = :replica, fence = fence + 1
     WHERE id IN (SELECT {uuid e.value ->> 'id'} FROM {each :found});
 
     SELECT {uuid e.value ->> 'owner'} AS previous_owner, r.partial_reply AS partial, r.tool_outputs,
-        r.tool_outputs_sent AS outputs_sent, {ms_until r.deadline_at} AS time_left, {thread t}, {run r}
+        r.tool_outputs_sent AS outputs_sent, {ms_until r.deadline_at} AS time_left,
+        {ms_until r.started_at + {ms r.timeout_ms}} AS run_time_left, {thread t}, {run r}
     FROM {each :found} JOIN runs r ON r.id = {uuid e.value ->> 'id'} JOIN threads t ON t.id = r.thread_id
     ORDER BY r.thread_id, r.seq",
 );
@@ -322,8 +324,11 @@ pub struct OrphanedRun {
     /// The run. If it is queued, it was never sent to the upstream; otherwise it may have been.
     pub run: Run,
     /// The time until the run's deadline, by the database's clock. Zero if the deadline has
-    /// passed, or the run has not started.
+    /// passed, or the run has not started. While the run waits for tool outputs, the deadline is
+    /// the end of that wait.
     pub time_left: Duration,
+    /// The same as `time_left`, without a wait for tool outputs.
+    pub run_time_left: Duration,
     /// The messages of a run that had started, as they are in the transcript.
     pub input: Vec<InputMessage>,
     /// The reply so far of a run that waited for tool outputs.
@@ -342,6 +347,7 @@ struct OrphanedRunRow {
     previous_owner: Option<Uuid>,
     /// The time until the deadline in milliseconds. `None`: the run has not started.
     time_left: Option<i64>,
+    run_time_left: Option<i64>,
     partial: Option<Json<Vec<ContentPart>>>,
     tool_outputs: Option<Json<Vec<ToolOutput>>>,
     outputs_sent: bool,
@@ -354,6 +360,9 @@ impl TryFrom<OrphanedRunRow> for OrphanedRun {
 
     fn try_from(row: OrphanedRunRow) -> Result<Self, StoreError> {
         let fence = row.both.run.r_fence;
+        let time = |ms: Option<i64>| {
+            Duration::from_millis(ms.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0))
+        };
         let (thread, run) = (
             Thread::try_from(row.both.thread)?,
             Run::try_from(row.both.run)?,
@@ -366,7 +375,8 @@ impl TryFrom<OrphanedRunRow> for OrphanedRun {
             previous_owner: row.previous_owner.map(ReplicaId::from_uuid),
             thread,
             run,
-            time_left: Duration::from_millis(row.time_left.unwrap_or(0).try_into().unwrap_or(0)),
+            time_left: time(row.time_left),
+            run_time_left: time(row.run_time_left),
             input: Vec::new(),
             content: row.partial.map(|json| json.0).unwrap_or_default(),
             outputs: row.tool_outputs.map(|json| json.0),

@@ -1,5 +1,7 @@
 //! Runs that wait for the outputs of function calls, and requests to active runs.
 
+use std::time::Duration;
+
 use sqlx::FromRow;
 use sqlx::types::Json;
 use uuid::Uuid;
@@ -7,7 +9,7 @@ use uuid::Uuid;
 use super::engine::Engine;
 use super::params::params;
 use super::pool::Connection;
-use super::rows::{HasId, RunRow, ThreadWithActivity, corrupt, json, log_json, word};
+use super::rows::{HasId, RunRow, ThreadWithActivity, corrupt, json, log_json, millis, word};
 use super::statement::Statement;
 use super::{Idempotency, RunLease, Store, StoreError};
 use crate::domain::{
@@ -39,7 +41,8 @@ static PAUSE: Statement = Statement::for_each_engine(
             earlier_upstream_run_ids = CASE WHEN r.upstream_run_id <> :upstream_run
                 THEN COALESCE(r.earlier_upstream_run_ids, '[]') || to_jsonb(r.upstream_run_id)
                 ELSE r.earlier_upstream_run_ids END,
-            partial_reply = :content, usage = :usage, tool_outputs = NULL
+            partial_reply = :content, usage = :usage, tool_outputs = NULL,
+            deadline_at = {least r.deadline_at, {clock} + {ms :wait}}
         FROM logged l
         WHERE r.id = :run
         RETURNING r.*
@@ -60,7 +63,8 @@ static PAUSE: Statement = Statement::for_each_engine(
         earlier_upstream_run_ids = iif(r.upstream_run_id <> :upstream_run,
             json_insert(COALESCE(r.earlier_upstream_run_ids, '[]'), '$[#]', r.upstream_run_id),
             r.earlier_upstream_run_ids),
-        partial_reply = :content, usage = :usage, tool_outputs = NULL
+        partial_reply = :content, usage = :usage, tool_outputs = NULL,
+        deadline_at = {least r.deadline_at, {clock} + {ms :wait}}
     WHERE r.id = :run AND changes() = 1;
 
     SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status,
@@ -74,7 +78,7 @@ static ANSWER: Statement = Statement::for_each_engine(
     "tools.answer",
     "WITH answered AS (
         UPDATE runs r SET status = 'in_progress', required_action = NULL, tool_outputs = :outputs,
-            tool_outputs_sent = false
+            tool_outputs_sent = false, deadline_at = r.started_at + {ms r.timeout_ms}
         FROM threads t
         WHERE r.id = :run AND r.required_action = :expected AND r.status <> 'cancelling'
             AND r.deadline_at > {clock} AND t.id = r.thread_id AND {of_key}
@@ -90,7 +94,7 @@ static ANSWER: Statement = Statement::for_each_engine(
     SELECT {thread t}, {run r}, {queue_depth}, {text r.status} AS active_status
     FROM answered r JOIN threads t ON t.id = (SELECT a.thread_id FROM answered a)",
     "UPDATE runs AS r SET status = 'in_progress', required_action = NULL, tool_outputs = :outputs,
-        tool_outputs_sent = false
+        tool_outputs_sent = false, deadline_at = r.started_at + {ms r.timeout_ms}
     WHERE r.id = :run AND r.required_action = :expected AND r.status <> 'cancelling'
         AND r.deadline_at > {clock}
         AND EXISTS (SELECT 1 FROM threads t WHERE t.id = r.thread_id AND {of_key})
@@ -141,6 +145,7 @@ pub(super) static STATEMENTS: &[&Statement] = &[
 
 impl Store {
     /// Lets a run in progress wait for tool outputs, and records its reply and its events so far.
+    /// While the run waits, its deadline is the end of the wait, unless its own comes earlier.
     ///
     /// Harmless to repeat with the same pause, even if the outputs have arrived meanwhile: then
     /// the run is in progress with its outputs.
@@ -151,6 +156,7 @@ impl Store {
             content,
             usage,
             events,
+            wait,
         } = pause;
         let values = params()
             .set("run", lease.run_id.uuid())
@@ -162,6 +168,7 @@ impl Store {
             )
             .json_text("content", json(&self.redaction.parts(content))?)
             .json("usage", usage.as_ref())?
+            .set("wait", millis(*wait))
             .set("first", events.first)
             .json_text("events", log_json(&self.redaction.events(events).events)?)
             .set("end", events.end());
@@ -324,6 +331,8 @@ pub struct Pause {
     pub content: Vec<ContentPart>,
     pub usage: Option<Usage>,
     pub events: EventBatch,
+    /// Longest wait for the outputs.
+    pub wait: Duration,
 }
 
 /// The outcome of a [`Pause`].

@@ -49,6 +49,7 @@ impl Upstream for AssistantsUpstream {
             // its id.
             goes_on_unread: false,
             takes_output_parts: false,
+            runs_without_input: true,
         }
     }
 

@@ -9,11 +9,20 @@ use serde_json::{Map, Value};
 
 use crate::domain::{RunErrorCode, UpstreamRunId};
 use crate::upstream::error::{RefusalCause, UpstreamError};
-use crate::upstream::error_detail::Layer;
+use crate::upstream::error_detail::{Layer, plain};
 use crate::upstream::refusal_cause::{cause, is_quota, is_thread_field, is_too_large, passes};
 
 pub(super) use crate::upstream::error_detail::ErrorDetail;
 
+/// Codes and types of a failure inside the server, in lower case and without separators.
+const FAILURE_WORDS: [&str; 6] = [
+    "servererror",
+    "internalservererror",
+    "internalerror",
+    "500",
+    "502",
+    "504",
+];
 /// The objects that a call asks for by id.
 const NOUNS: [&str; 5] = ["thread", "conversation", "response", "item", "message"];
 
@@ -101,7 +110,7 @@ fn meaning(
     };
     let limited = |quota| UpstreamError::RateLimited {
         status: status.as_u16(),
-        retry_after: retry_after(headers),
+        retry_after: retry_after(headers).or_else(|| detail.pause()),
         quota,
         code: detail.word(),
     };
@@ -272,6 +281,55 @@ impl ErrorDetail {
             return Ok(refusal(400));
         }
         Err(self.word())
+    }
+
+    /// Returns the failure of a run that the server had accepted, as a refusal of the request: one
+    /// that may pass, so that another run with the same messages may succeed, or one that another
+    /// thread or a shorter history may avoid.
+    pub(super) fn refusal(&self) -> Option<UpstreamError> {
+        if is_quota(self) || self.damage().is_some() {
+            return None;
+        }
+        let retry_after = self.pause();
+        let code = self.word();
+        let is_failure = || {
+            self.codes_and_kinds()
+                .map(plain)
+                .any(|word| FAILURE_WORDS.contains(&&*word))
+        };
+        let Some(status) = passes(self).or_else(|| is_failure().then_some(500)) else {
+            let refusal = refused(400, false, self);
+            let is_known = matches!(
+                refusal,
+                UpstreamError::Refused {
+                    cause: RefusalCause::Thread | RefusalCause::Size | RefusalCause::Media,
+                    ..
+                }
+            );
+            return Some(refusal).filter(|_| is_known);
+        };
+        Some(if status == 429 {
+            UpstreamError::RateLimited {
+                status,
+                retry_after,
+                quota: false,
+                code,
+            }
+        } else {
+            UpstreamError::Unavailable {
+                status,
+                retry_after,
+                no_retry: false,
+                code,
+            }
+        })
+    }
+
+    /// Returns the pause before another try that the prose names.
+    fn pause(&self) -> Option<Duration> {
+        self.layers
+            .iter()
+            .find_map(|layer| pause_in(&layer.message))
     }
 
     /// Returns true if another run or response holds the thread. Servers report that with a code,
@@ -465,6 +523,33 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     (until - now).to_std().ok()
 }
 
+/// Returns the pause that a text asks for: "Please try again in 7.6s", "in 20 seconds", "in 1m30s".
+fn pause_in(text: &str) -> Option<Duration> {
+    let text = text.to_ascii_lowercase();
+    let (_, mut rest) = text.split_once("try again in ")?;
+    let mut pause = None;
+    while rest.starts_with(|c: char| c.is_ascii_digit()) {
+        let (number, unit) = split_where(rest, |c| !(c.is_ascii_digit() || c == '.'));
+        let (unit, next) = split_where(unit.trim_start(), |c| !c.is_ascii_alphabetic());
+        let per_second = match unit {
+            "ms" | "milliseconds" => 1000.0,
+            "s" | "sec" | "second" | "seconds" => 1.0,
+            "m" | "min" | "minute" | "minutes" => 1.0 / 60.0,
+            _ => break,
+        };
+        pause = pause
+            .unwrap_or(Duration::ZERO)
+            .checked_add(seconds(number, per_second)?);
+        rest = next;
+    }
+    pause
+}
+
+/// Splits a text before the first character for which `ends` is true.
+fn split_where(text: &str, ends: impl Fn(char) -> bool) -> (&str, &str) {
+    text.split_at(text.find(ends).unwrap_or(text.len()))
+}
+
 /// Parses a count of units, of which `per_second` make a second. Returns `None` for a text that
 /// is not a number, is negative or is too large.
 fn seconds(text: &str, per_second: f64) -> Option<Duration> {
@@ -485,6 +570,46 @@ mod tests {
 
     use super::*;
     use crate::upstream::error_detail::token;
+
+    #[test]
+    fn text_names_the_pause_before_another_try() {
+        let ms = |text| pause_in(text).map(|pause| pause.as_millis());
+        assert_eq!(
+            ms("Limit reached. Please try again in 7.6s. See x"),
+            Some(7600)
+        );
+        assert_eq!(ms("please Try again in 120ms"), Some(120));
+        assert_eq!(ms("try again in 1m30s."), Some(90_000));
+        assert_eq!(ms("try again in 20 seconds"), Some(20_000));
+        for none in [
+            "",
+            "try again in a while",
+            "try again in 5 parsecs",
+            "try again in 1.2.3s",
+        ] {
+            assert_eq!(ms(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn failed_runs_that_may_pass_are_told_from_others() {
+        let status = |code: &str, message: &str| {
+            let error = serde_json::json!({"code": code, "message": message});
+            match ErrorDetail::from_object(error.as_object().unwrap()).refusal()? {
+                UpstreamError::RateLimited { .. } => Some(429),
+                UpstreamError::Unavailable { status, .. } => Some(status),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(status("rate_limit_exceeded", ""), Some(429));
+        assert_eq!(status("server_error", ""), Some(500));
+        assert_eq!(status("model_overloaded", ""), Some(503));
+        for code in ["invalid_prompt", "insufficient_quota", "content_filter", ""] {
+            assert_eq!(status(code, ""), None, "{code}");
+        }
+        let damaged = "No tool output found for function call call_1.";
+        assert_eq!(status("server_error", damaged), None);
+    }
 
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
         pairs

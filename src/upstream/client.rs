@@ -36,9 +36,6 @@ use crate::upstream::sse::{self, SseEvent};
 
 /// Idle connections that the pool keeps for the next call.
 const POOL_IDLE_CONNECTIONS: usize = 256;
-/// Time for which the pool keeps an idle connection. It is shorter than most servers' own limit,
-/// so that no call takes a connection that is just closing.
-const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Silence on a connection after which TCP sends a keep-alive probe.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Time between two keep-alive probes.
@@ -138,7 +135,7 @@ impl UpstreamClient {
             .tcp_keepalive_interval(KEEP_ALIVE_INTERVAL)
             .tcp_keepalive_retries(KEEP_ALIVE_PROBES)
             .pool_max_idle_per_host(POOL_IDLE_CONNECTIONS)
-            .pool_idle_timeout(POOL_IDLE_TIMEOUT);
+            .pool_idle_timeout(config.pool_idle_timeout);
         if base_url.scheme() == "http" {
             // No redirect is followed, so this client never speaks TLS and must not fail for lack
             // of certificates.

@@ -25,7 +25,7 @@ pub enum RefusalCause {
 
 /// The reason why an upstream call failed. No text here repeats credentials, content or prose of
 /// the upstream.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum UpstreamError {
     /// Another run holds the thread. Nothing was appended; the request can be sent again.
     #[error("the upstream thread is held by another run")]
@@ -154,6 +154,19 @@ impl UpstreamError {
                     ..
                 }
         )
+    }
+
+    /// Returns how long the server asks to wait, if waiting helps.
+    pub const fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::RateLimited {
+                retry_after,
+                quota: false,
+                ..
+            }
+            | Self::Unavailable { retry_after, .. } => *retry_after,
+            _ => None,
+        }
     }
 
     /// Returns true if the server was not reached, broke off, or reports an internal failure.

@@ -232,6 +232,9 @@ pub struct Capabilities {
     pub goes_on_unread: bool,
     /// The output of a call may be a list of parts.
     pub takes_output_parts: bool,
+    /// A failed run leaves its messages in the thread, and a further run needs no message of its
+    /// own.
+    pub runs_without_input: bool,
 }
 
 impl Capabilities {
@@ -323,6 +326,8 @@ pub struct StartRun<'a> {
     /// Earlier messages that the thread lacks, oldest first. They are sent before the input.
     pub history: &'a [Message],
     pub assistant: &'a AssistantConfig,
+    /// Empty only for a thread that has the messages already
+    /// ([`Capabilities::runs_without_input`]).
     pub input: &'a [InputMessage],
     pub metadata: &'a Metadata,
 }
@@ -411,6 +416,9 @@ pub struct Ended {
     pub tool_calls: Vec<ToolCall>,
     /// The new end of the chain, if the run moved it (chains of responses).
     pub thread: Option<UpstreamThreadId>,
+    /// The failure as a refusal of the request, if the run called no tool and failed for a cause
+    /// that may pass, such as a rate limit, or that another thread or a shorter history may avoid.
+    pub refusal: Option<UpstreamError>,
 }
 
 impl Ended {
@@ -450,6 +458,7 @@ mod tests {
             stores_runs,
             goes_on_unread: false,
             takes_output_parts: false,
+            runs_without_input: false,
         })
     }
 

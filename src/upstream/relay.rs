@@ -195,6 +195,7 @@ mod tests {
                     usage: None,
                     tool_calls: Vec::new(),
                     thread: None,
+                    refusal: None,
                 }))),
                 ("*", _) => self.0 += 10,
                 ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }.into()),

@@ -40,10 +40,14 @@ impl Report {
     /// Translates a call without an answer, or with an incomplete one, and logs its cause. A
     /// timeout of TCP is a broken connection. The only other timeout of the HTTP client is for
     /// connecting.
+    ///
+    /// The HTTP client sends a request again by itself if a kept-alive connection closed before
+    /// any of it was written. Once bytes were written, nothing proves that the server did not
+    /// read them.
     pub(super) fn failure(&self, error: &reqwest::Error) -> UpstreamError {
         // The causes name reasons (refused, unknown name, bad certificate), never the request.
         let cause = chain(error).skip(1).collect::<Vec<_>>().join(": ");
-        let meaning = if error.is_connect() {
+        let meaning = if error.is_connect() || is_unwritten(error) {
             UpstreamError::Connect
         } else {
             UpstreamError::Broken { timeout: false }
@@ -112,6 +116,13 @@ impl Report {
         });
         Some(0)
     }
+}
+
+/// Returns true if the connection closed before any byte of the request was written.
+fn is_unwritten(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |cause| cause.source())
+        .filter_map(|cause| cause.downcast_ref::<hyper::Error>())
+        .any(hyper::Error::is_canceled)
 }
 
 const fn kind(error: &UpstreamError) -> &'static str {

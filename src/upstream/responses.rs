@@ -50,6 +50,7 @@ impl Upstream for ResponsesUpstream {
             stores_runs: true,
             goes_on_unread: self.background,
             takes_output_parts: true,
+            runs_without_input: false,
         }
     }
 

@@ -215,6 +215,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
             first,
             events: vec![LoggedEvent::Started, delta("let me"), delta(" see"), asked],
         },
+        wait: Duration::from_mins(2),
     }
 }
 

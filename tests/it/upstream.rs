@@ -218,6 +218,22 @@ async fn connections_are_reused_after_run() {
 }
 
 #[tokio::test]
+async fn idle_connection_is_not_reused_after_its_time() {
+    let play = || sse(vec![Step::Bytes(RESPONSES_TURN.into())]);
+    let server = Scripted::start(vec![play(), play()]).await;
+    let upstream = adapter(&UpstreamConfig {
+        pool_idle_timeout: Duration::from_millis(1),
+        ..config(UpstreamKind::Responses, &server.url)
+    });
+    for _ in 0..2 {
+        run_to_end(&*upstream, Some(&thread())).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let requests = server.requests();
+    assert_ne!(requests[0].peer, requests[1].peer);
+}
+
+#[tokio::test]
 async fn terminal_event_ends_run_before_body_ends() {
     let server = Scripted::start(vec![sse(vec![
         Step::Bytes(ASSISTANTS_TURN.into()),

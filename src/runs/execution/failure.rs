@@ -27,6 +27,8 @@ pub(in crate::runs) enum Failure {
     LeaseLost,
     Store,
     Deadline,
+    /// The outputs of the run's function calls did not arrive in time.
+    NoOutputs,
     Cancelled,
     Stopped,
     /// The process that worked on the run died.
@@ -47,6 +49,7 @@ impl Failure {
             Self::LeaseLost => "lease lost".to_owned(),
             Self::Store => "the store failed".to_owned(),
             Self::Deadline => "deadline".to_owned(),
+            Self::NoOutputs => "no tool outputs".to_owned(),
             Self::Cancelled => "cancelled".to_owned(),
             Self::Stopped => "the gateway is stopping".to_owned(),
             Self::ReplicaLost => "the run's process died".to_owned(),
@@ -63,6 +66,7 @@ impl Failure {
         match self {
             Self::Upstream(error) => error.is_ambiguous(),
             Self::Deadline
+            | Self::NoOutputs
             | Self::Cancelled
             | Self::Stopped
             | Self::ReplicaLost
@@ -80,14 +84,7 @@ impl Failure {
 
     pub(in crate::runs) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Upstream(
-                UpstreamError::RateLimited {
-                    retry_after,
-                    quota: false,
-                    ..
-                }
-                | UpstreamError::Unavailable { retry_after, .. },
-            ) => *retry_after,
+            Self::Upstream(error) => error.retry_after(),
             Self::BreakerOpen { retry_after } => Some(*retry_after),
             _ => None,
         }
@@ -130,13 +127,11 @@ impl Failure {
                 );
                 failed(RunErrorCode::UpstreamBusy, message)
             }
-            Self::Deadline => {
-                let message = "the run did not end before its deadline".to_owned();
-                (
-                    RunStatus::Expired,
-                    Some(RunError::new(RunErrorCode::DeadlineExceeded, message)),
-                )
-            }
+            Self::Deadline => expired("the run did not end before its deadline"),
+            Self::NoOutputs => expired(
+                "the outputs of the run's function calls did not arrive within `runs.tool_outputs_timeout`, or before \
+                 the run's deadline",
+            ),
             Self::Cancelled => (RunStatus::Cancelled, None),
             Self::Stopped => (RunStatus::Failed, Some(stopped())),
             Self::ReplicaLost => {
@@ -172,6 +167,11 @@ fn told_by_upstream(
         ..RunError::new(code, message)
     };
     (RunStatus::Failed, Some(error))
+}
+
+fn expired(message: &str) -> (RunStatus, Option<RunError>) {
+    let error = RunError::new(RunErrorCode::DeadlineExceeded, message);
+    (RunStatus::Expired, Some(error))
 }
 
 pub(in crate::runs) fn internal() -> RunError {

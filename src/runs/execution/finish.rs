@@ -27,7 +27,7 @@ use crate::runs::log::event::{Outcome, RunEvent};
 use crate::runs::log::offset::FIRST_EVENT;
 use crate::runs::registry::ActiveRun;
 use crate::store::{Closing, Finished, Notification, RunEnd, RunLease, StartedRun, StoreError};
-use crate::upstream::{Settled, drain};
+use crate::upstream::{Settled, UpstreamError, drain};
 
 /// Time to settle a run's traces at the upstream after the process got the order to stop.
 const LAST_SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -65,7 +65,10 @@ pub(in crate::runs) async fn finish_run(
         }
         Err(failure) => (Err(failure), None),
     };
-    let retry_after = result.as_ref().err().and_then(Failure::retry_after);
+    let retry_after = match &result {
+        Ok(ended) => ended.refusal.as_ref().and_then(UpstreamError::retry_after),
+        Err(failure) => failure.retry_after(),
+    };
     // If the upstream ended the run, the readers have seen all its text.
     let mut shown = result.is_err().then(|| progress.shown());
     if matches!(result, Err(Failure::LeaseLost)) {

@@ -42,13 +42,23 @@ impl Retries {
         &mut self,
         error: UpstreamError,
     ) -> Result<(), Failure> {
-        let Some(wait) = self.pause(&error) else {
-            return Err(Failure::Upstream(error));
+        if self.wait(&error).await {
+            Ok(())
+        } else {
+            Err(Failure::Upstream(error))
+        }
+    }
+
+    /// Waits like [`wait_after`](Self::wait_after). Returns `false` at once if the request must
+    /// not be sent again.
+    pub(in crate::runs) async fn wait(&mut self, error: &UpstreamError) -> bool {
+        let Some(wait) = self.pause(error) else {
+            return false;
         };
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        tracing::warn!(error = %Chain(&error), wait_ms, "the upstream did not take the request; retrying");
+        tracing::warn!(error = %Chain(error), wait_ms, "the upstream did not run the request; retrying");
         sleep(wait).await;
-        Ok(())
+        true
     }
 
     /// Returns the pause before a request that was provably not taken is sent again; `None` if a

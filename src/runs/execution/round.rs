@@ -3,20 +3,23 @@
 use tokio::time::{Instant, sleep};
 
 use super::failure::{Failure, may_send};
+use super::history::History;
 use super::ladder::{Ladder, NextStep, PastShape};
 use super::prepare::{Prepared, ensure_thread, past_of, prepare, prepare_again};
 use super::progress::{Delivery, Progress};
-use super::recover::recover;
+use super::recover::{recover, unsettled_run};
 use super::relay::{Telling, relay};
 use super::retry::{FIRST_BACK_OFF, Retries};
 use super::round_context::{RoundContext, RoundEnd};
+use super::settle::{Removal, take_away};
 use super::store_retry::{retry_until_ok, write_until_ok};
 use super::trial;
-use crate::domain::{MultitaskStrategy, ToolOutput, UpstreamRunId};
+use crate::domain::{EventBatch, MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::breaker::Permit;
-use crate::upstream::{AnswerTools, EventStream, Recovered, StartRun, UpstreamError};
+use crate::store::RunProgress;
+use crate::upstream::{AnswerTools, Ended, EventStream, Recovered, StartRun, UpstreamError, drain};
 
 /// The request of a round.
 #[derive(Clone, Copy)]
@@ -34,12 +37,12 @@ pub(in crate::runs) async fn run_round(
     progress: &mut Progress,
     request: RoundRequest<'_>,
 ) -> Result<RoundEnd, Failure> {
-    let usage_before = progress.usage;
     let id_before = progress.upstream_run.clone();
     let mut attempt = Round {
         context: round,
         progress,
         permit: None,
+        has_input: false,
     };
     let result = match request {
         RoundRequest::Message => attempt.send_message(None).await,
@@ -50,8 +53,9 @@ pub(in crate::runs) async fn run_round(
     let mut end = result?;
     let round_tokens = end.ended.usage.map(|usage| usage.total_tokens);
     attempt.progress.context_tokens = round_tokens.or(attempt.progress.context_tokens);
-    // An upstream that counts the usage of each round gives each round an id of its own.
-    if let (Some(before), Some(now)) = (usage_before, end.ended.usage)
+    // An upstream that counts the usage of each round gives each round an id of its own. So has
+    // each try of a run.
+    if let (Some(before), Some(now)) = (attempt.progress.usage, end.ended.usage)
         && id_before != attempt.progress.upstream_run
     {
         end.ended.usage = Some(before + now);
@@ -65,6 +69,8 @@ struct Round<'a> {
     progress: &'a mut Progress,
     /// The breaker's permit, which gets the verdict on the request with all its tries.
     permit: Option<Permit>,
+    /// Whether the upstream thread has the messages of the run, from a try of it that failed.
+    has_input: bool,
 }
 
 /// The next step after a failure.
@@ -105,8 +111,13 @@ impl Round<'_> {
                 }
                 Err(failure) => return Err(failure),
             }
-            let history = &prepared.history.messages;
-            self.progress.include_history(history);
+            let mut history = &prepared.history.messages[..];
+            let mut input = &started.input[..];
+            if self.has_input {
+                (history, input) = (&[], &[]);
+            } else {
+                self.progress.include_history(history);
+            }
             self.progress.delivery = self.progress.delivery.max(Delivery::Sent);
             let thread = self.progress.thread.clone();
             let request = StartRun {
@@ -115,7 +126,7 @@ impl Round<'_> {
                 owner: &owner,
                 history,
                 assistant,
-                input: &started.input,
+                input,
                 metadata: &started.run.metadata,
             };
             may_send(&ctx.registry)?;
@@ -127,6 +138,12 @@ impl Round<'_> {
                         if self.progress.text.is_empty() && Ladder::can_answer(&error) =>
                     {
                         error
+                    }
+                    Ok(end) if self.is_repeatable(&end.ended) => {
+                        match self.run_again(end, &mut prepared, &mut retries).await? {
+                            Some(end) => return Ok(end),
+                            None => continue,
+                        }
                     }
                     relayed => return relayed,
                 },
@@ -170,6 +187,7 @@ impl Round<'_> {
             return Ok(None);
         }
         self.was_refused();
+        self.has_input = false;
         trial::give_up(ctx, started, self.progress).await?;
         let past = past_of(self.context).await?;
         let known = retry_until_ok(|| ctx.store.last_refusal(started.thread.id)).await?;
@@ -191,6 +209,89 @@ impl Round<'_> {
             NextStep::BlameMessage => Err(Failure::MessageRefused(error.clone())),
             NextStep::Try(_) | NextStep::GiveUp => Err(Failure::Upstream(error.clone())),
         }
+    }
+
+    /// Returns true if the run failed for a cause that may pass, or that another thread may avoid,
+    /// and has done nothing: it said nothing and called no tool.
+    fn is_repeatable(&self, ended: &Ended) -> bool {
+        ended.refusal.is_some()
+            && ended.content.is_empty()
+            && ended.tool_calls.is_empty()
+            && self.progress.text.is_empty()
+    }
+
+    /// Prepares another try of a run that [has done nothing](Self::is_repeatable), so that the
+    /// model sees its messages once. Returns the end of the failed try if there must be no other.
+    async fn run_again(
+        &mut self,
+        end: RoundEnd,
+        prepared: &mut Prepared,
+        retries: &mut Retries,
+    ) -> Result<Option<RoundEnd>, Failure> {
+        let RoundContext {
+            ctx,
+            started,
+            upstream,
+            ..
+        } = *self.context;
+        let Some(error) = end.ended.refusal.clone() else {
+            return Ok(Some(end));
+        };
+        let needs_other_thread = Ladder::can_answer(&error);
+        if !needs_other_thread && !retries.wait(&error).await {
+            return Ok(Some(end));
+        }
+        let capabilities = upstream.capabilities();
+        if capabilities.stores_runs {
+            // The next try has another id. The janitor deletes the response of this one later.
+            let failed = RunProgress {
+                lease: started.lease,
+                upstream_run_id: self.progress.upstream_run.clone(),
+                events: EventBatch {
+                    first: 0,
+                    events: Vec::new(),
+                },
+            };
+            let tries = [failed];
+            if retry_until_ok(|| ctx.store.record(&tries))
+                .await?
+                .is_empty()
+            {
+                return Ok(Some(end));
+            }
+        }
+        if capabilities.runs_without_input && !needs_other_thread {
+            self.has_input = true;
+        } else {
+            if capabilities.has_threads {
+                let left = unsettled_run(ctx, started, self.progress).await?;
+                let lease = &started.lease;
+                match take_away(ctx, lease, upstream, &left, Removal::IfSaid).await {
+                    Ok(settled) if settled.unsure => return Ok(Some(end)),
+                    Ok(settled) if settled.has_history_of(&left) => {
+                        prepared.history = History::default();
+                    }
+                    Ok(_) => {}
+                    Err(Failure::Upstream(error)) => {
+                        tracing::warn!(error = %Chain(&error), "cannot remove the messages of a failed run");
+                        return Ok(Some(end));
+                    }
+                    Err(failure) => return Err(failure),
+                }
+            }
+            self.has_input = false;
+            self.progress.upstream_run = None;
+            self.progress.delivery = Delivery::NotSent;
+        }
+        self.progress.usage = match (self.progress.usage, end.ended.usage) {
+            (Some(before), Some(now)) => Some(before + now),
+            (before, now) => now.or(before),
+        };
+        drain(end.rest).await;
+        if let Some(next) = self.recover_from(&error, prepared).await? {
+            *prepared = next;
+        }
+        Ok(None)
     }
 
     /// Continues a round that another process began, or may have begun.

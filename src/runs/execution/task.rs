@@ -161,6 +161,7 @@ pub(in crate::runs) async fn resume_waiting(
         thread,
         run,
         time_left,
+        run_time_left,
         content,
         outputs,
         outputs_sent,
@@ -168,9 +169,12 @@ pub(in crate::runs) async fn resume_waiting(
     } = orphan;
     let begin = match (outputs, run.required_action.clone()) {
         (Some(outputs), _) => Begin::Outputs(outputs),
-        (None, required) => Begin::Waiting(required.unwrap_or(RequiredAction {
-            tool_calls: Vec::new(),
-        })),
+        (None, required) => Begin::Waiting {
+            action: required.unwrap_or(RequiredAction {
+                tool_calls: Vec::new(),
+            }),
+            until: Instant::now() + time_left,
+        },
     };
     let started = StartedRun {
         lease,
@@ -183,10 +187,10 @@ pub(in crate::runs) async fn resume_waiting(
     progress.taken_over(&started.thread, content, stored);
     match &begin {
         Begin::Message | Begin::Unknown | Begin::CutOff(_) => {}
-        Begin::Waiting(action) => progress.open_calls.clone_from(&action.tool_calls),
+        Begin::Waiting { action, .. } => progress.open_calls.clone_from(&action.tool_calls),
         Begin::Outputs(outputs) => progress.answers(outputs, outputs_sent),
     }
-    let deadline = Instant::now() + time_left;
+    let deadline = Instant::now() + run_time_left;
     let result = execute(ctx, &mut active, &started, begin, progress, deadline).await;
     announce(ctx, &active, result);
 }
@@ -269,7 +273,10 @@ enum Begin {
     /// Send the message.
     Message,
     /// Wait for the outputs of these calls.
-    Waiting(RequiredAction),
+    Waiting {
+        action: RequiredAction,
+        until: Instant,
+    },
     /// Send these outputs, which may have been sent already.
     Outputs(Vec<ToolOutput>),
     /// Find out whether the message was sent, and what followed.
@@ -409,12 +416,12 @@ impl Rounds<'_> {
             Begin::Message => {}
             Begin::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
             Begin::Unknown => is_unknown = true,
-            Begin::Waiting(action) => waiting = Some(action),
+            Begin::Waiting { action, until } => waiting = Some((action, until)),
             Begin::Outputs(given) => outputs = Some(given),
         }
         loop {
-            if let Some(action) = waiting.take() {
-                match self.wait_for_outputs(active, &action).await {
+            if let Some((action, until)) = waiting.take() {
+                match self.wait_for_outputs(active, &action, until).await {
                     OutputsWait::Given(given) => outputs = Some(given),
                     OutputsWait::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
                     OutputsWait::LetGo => return RoundsEnd::LetGo,
@@ -437,7 +444,7 @@ impl Rounds<'_> {
             };
             self.progress.asked(ended);
             match self.pause(active, &action).await {
-                Ok(()) => waiting = Some(action),
+                Ok(until) => waiting = Some((action, until)),
                 Err(failure) => return RoundsEnd::Over(Err(failure)),
             }
         }
@@ -491,15 +498,21 @@ impl Rounds<'_> {
     }
 
     /// Records that the run waits. From here on callers may send the outputs, and a process that
-    /// takes the run over has its content.
-    async fn pause(&mut self, active: &ActiveRun, action: &RequiredAction) -> Result<(), Failure> {
+    /// takes the run over has its content. Returns the end of the wait.
+    async fn pause(
+        &mut self,
+        active: &ActiveRun,
+        action: &RequiredAction,
+    ) -> Result<Instant, Failure> {
         let Self {
             ctx,
             started,
             deadline,
             ..
         } = *self;
+        let wait = ctx.config.runs.tool_outputs_timeout;
         let pause = Pause {
+            wait,
             required_action: action.clone(),
             upstream_run_id: self.progress.upstream_run.clone(),
             content: self.progress.content.clone(),
@@ -522,7 +535,7 @@ impl Rounds<'_> {
                     .push(RunEvent::RequiresAction(action.clone().into()));
                 active.log.all_stored();
                 ctx.notifier.notify(Notification::Run(started.run.id));
-                Ok(())
+                Ok(deadline.min(Instant::now() + wait))
             }
             Ok(Paused::Cancelling) => Err(Failure::Cancelled),
             Ok(Paused::Lost) => Err(Failure::LeaseLost),
@@ -538,6 +551,7 @@ impl Rounds<'_> {
         &mut self,
         active: &mut ActiveRun,
         action: &RequiredAction,
+        until: Instant,
     ) -> OutputsWait {
         let outputs = &mut active.outputs;
         let answered = async {
@@ -556,7 +570,7 @@ impl Rounds<'_> {
             () = active.lost.cancelled() => OutputsWait::CutOff(Failure::LeaseLost),
             () = active.cancel.requested() => OutputsWait::CutOff(Failure::Cancelled),
             given = answered => OutputsWait::Given(given),
-            () = sleep_until(self.deadline) => OutputsWait::CutOff(Failure::Deadline),
+            () = sleep_until(until) => OutputsWait::CutOff(Failure::NoOutputs),
             () = self.ctx.tasks.draining.cancelled() => OutputsWait::LetGo,
         }
     }

@@ -616,6 +616,7 @@ mod tests {
                 content: text("a"),
                 usage: None,
                 events,
+                wait: Duration::from_mins(1),
             };
             let paused = self.store.pause(lease, &pause).await.unwrap();
             assert!(matches!(paused, Paused::Waiting(_)), "{paused:?}");

@@ -93,6 +93,9 @@ impl Generation {
         }
         self.pause(self.plan.latency.unwrap_or(self.server.config.latency))
             .await?;
+        if self.plan.failure.is_some() {
+            return self.complete();
+        }
         if !self.plan.tools.is_empty() {
             return self.ask_for_outputs();
         }
@@ -349,7 +352,10 @@ impl Generation {
     fn finish(&mut self, status: RunStatus) -> Result<(), Stop> {
         let mut world = self.server.world();
         commit(&self.server, &mut world, &self.run, status)?;
-        let run = world.runs.get(&self.run).ok_or(Stop::Gone)?;
+        let run = world.runs.get_mut(&self.run).ok_or(Stop::Gone)?;
+        if let Some(error) = self.plan.failed() {
+            run.last_error = Some(error);
+        }
         if !self.plan.no_terminal {
             self.out.emit(&format!("thread.run.{}", status.name()), run);
         }

@@ -25,6 +25,8 @@ pub(in crate::simulator) struct Plan {
     /// Names of the functions to call before the reply.
     pub(in crate::simulator) tools: Vec<String>,
     pub(in crate::simulator) outcome: Outcome,
+    /// The code of a run that fails before its first word.
+    pub(in crate::simulator) failure: Option<String>,
     /// Replaces the configured latency.
     pub(in crate::simulator) latency: Option<Duration>,
     /// Replaces the configured interval between tokens.
@@ -294,6 +296,13 @@ impl Plan {
         })
     }
 
+    /// Returns the error of a run that fails before its first word.
+    pub(in crate::simulator) fn failed(&self) -> Option<Value> {
+        let code = self.failure.as_ref()?;
+        let pause = self.retry_after.as_deref().unwrap_or("0");
+        Some(json!({"code": code, "message": format!("It failed. Please try again in {pause}s.")}))
+    }
+
     fn told(&self, shape: BareError) -> Response {
         let error = self.error();
         let text = match shape {
@@ -340,7 +349,10 @@ impl Plan {
             "tools" => self
                 .tools
                 .extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
-            "fail" => self.outcome = Outcome::Fail,
+            "fail" => {
+                self.outcome = Outcome::Fail;
+                self.failure = value.map(str::to_owned);
+            }
             "incomplete" => self.outcome = Outcome::Incomplete,
             "latency" => self.latency = Some(time()?),
             "rate" => self.interval = Some(time()?),

@@ -124,7 +124,7 @@ impl Generation {
         }
         self.pause(self.plan.latency.unwrap_or(self.server.config.latency))
             .await?;
-        if self.plan.complaint.is_some() {
+        if self.plan.complaint.is_some() || self.plan.failure.is_some() {
             self.plan.outcome = Outcome::Fail;
             return self.finish();
         }
@@ -436,7 +436,10 @@ impl Generation {
                     || "The model had an error while it made the response.".to_owned(),
                     |complaint| self.context.complaint(complaint),
                 );
-                self.response.error = Some(json!({"code": "server_error", "message": message}));
+                let error = self.plan.failed();
+                self.response.error = Some(
+                    error.unwrap_or_else(|| json!({"code": "server_error", "message": message})),
+                );
             }
         }
         world.counters.stats.tokens += self.tokens;

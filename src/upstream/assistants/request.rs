@@ -24,7 +24,9 @@ pub(super) fn run_body(request: &StartRun<'_>) -> Value {
             "metadata": message_tags(Some(request.run), message.id),
         })
     }));
-    set("additional_messages", messages.into());
+    if !messages.is_empty() {
+        set("additional_messages", messages.into());
+    }
     set("metadata", run_tags(request.run, request.metadata).into());
     set("stream", true.into());
     Value::Object(body)

@@ -148,6 +148,8 @@ impl AssistantsUpstream {
                 Vec::new()
             },
             thread: None,
+            // A poll does not show whether the run called a tool.
+            refusal: None,
         })
     }
 

@@ -19,6 +19,8 @@ use crate::upstream::wire::failure;
 #[derive(Debug, Default)]
 pub(super) struct StreamDecoder {
     accepted: bool,
+    /// Whether the run called a tool.
+    called: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
     /// The size of `messages` in bytes.
@@ -39,6 +41,13 @@ enum Parts {
     Whole(Vec<ContentPart>),
 }
 
+/// The cause for which a run failed.
+struct Failed {
+    error: Option<RunError>,
+    /// The failure as a refusal of the request.
+    refusal: Option<UpstreamError>,
+}
+
 /// The subject of an event.
 enum Kind {
     /// With the status that the event's name says.
@@ -55,6 +64,7 @@ impl Decoder for StreamDecoder {
         event: SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
+        self.called |= calls_tool(&event);
         match kind(&event)? {
             Kind::Run(named) => self.run(named, parse(&event.data)?, out),
             Kind::MessageDelta => self.delta(parse(&event.data)?, out),
@@ -64,16 +74,22 @@ impl Decoder for StreamDecoder {
                 let detail = object
                     .map(|object| ErrorDetail::from_object(&object))
                     .unwrap_or_default();
-                let code = if self.accepted {
-                    detail.word()
+                let (code, refusal) = if self.accepted {
+                    (detail.word(), detail.refusal())
                 } else {
                     match detail.of_refused_stream() {
                         Ok(refusal) => return Err(refusal),
-                        Err(code) => code,
+                        Err(code) => (code, None),
                     }
                 };
                 let error = failure(RunStatus::Failed, code);
-                self.end(RunStatus::Failed, error, None, Vec::new(), out);
+                self.end(
+                    RunStatus::Failed,
+                    Failed { error, refusal },
+                    None,
+                    Vec::new(),
+                    out,
+                );
             }
             Kind::Other => {}
         }
@@ -95,22 +111,25 @@ impl StreamDecoder {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
             _ => return,
         };
-        let error = run
-            .unknown_action()
-            .or_else(|| failure(status, run.failure_code()));
         let usage = run.usage();
+        let failed = Failed {
+            error: run
+                .unknown_action()
+                .or_else(|| failure(status, run.failure_code())),
+            refusal: run.refusal().filter(|_| status == RunStatus::Failed),
+        };
         let calls = if status == RunStatus::RequiresAction {
             run.into_tool_calls()
         } else {
             Vec::new()
         };
-        self.end(status, error, usage, calls, out);
+        self.end(status, failed, usage, calls, out);
     }
 
     fn end(
         &mut self,
         status: RunStatus,
-        error: Option<RunError>,
+        failed: Failed,
         usage: Option<Usage>,
         tool_calls: Vec<ToolCall>,
         out: &mut VecDeque<UpstreamEvent>,
@@ -123,12 +142,13 @@ impl StreamDecoder {
             .collect();
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
-            error,
+            error: failed.error,
             content,
             upstream_message_id,
             usage,
             tool_calls,
             thread: None,
+            refusal: failed.refusal.filter(|_| !self.called),
         })));
     }
 
@@ -235,6 +255,16 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
         _ if ErrorDetail::of_event(None, &event.data).is_some() => Kind::Error,
         _ => Kind::Other,
     })
+}
+
+/// Returns true if the event is about a step that calls a tool.
+fn calls_tool(event: &SseEvent) -> bool {
+    event
+        .name
+        .as_deref()
+        .is_none_or(|name| name.starts_with("thread.run.step."))
+        && event.data.contains("\"thread.run.step")
+        && event.data.contains("\"tool_calls\"")
 }
 
 fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
@@ -350,6 +380,7 @@ mod tests {
                 }),
                 tool_calls: Vec::new(),
                 thread: None,
+                refusal: None,
             })),
         ];
         assert_eq!(read(named).unwrap(), expected);

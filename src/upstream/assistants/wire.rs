@@ -8,6 +8,8 @@ use crate::domain::{
     ContentPart, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp, ToolCall,
     ToolCallType, Usage,
 };
+use crate::upstream::classify::ErrorDetail;
+use crate::upstream::error::UpstreamError;
 use crate::upstream::wire::{failure_code, lenient, usage};
 
 #[derive(Debug, Deserialize)]
@@ -72,6 +74,11 @@ impl RunObject {
         failure_code(self.last_error.as_ref(), self.incomplete_details.as_ref())
     }
 
+    /// Returns the failure as a refusal of the request.
+    pub(super) fn refusal(&self) -> Option<UpstreamError> {
+        ErrorDetail::from_object(self.last_error.as_ref()?).refusal()
+    }
+
     pub(super) fn usage(&self) -> Option<Usage> {
         self.usage
             .as_ref()
@@ -104,12 +111,12 @@ impl RunObject {
         let named = action.kind.as_deref().filter(|kind| {
             kind.len() <= 64 && kind.bytes().all(|it| it.is_ascii_lowercase() || it == b'_')
         });
-        (self.waits_for_outputs() && action.calls().is_empty()).then(|| RunError {
-            code: RunErrorCode::UpstreamFailed,
-            message: format!(
+        (self.waits_for_outputs() && action.calls().is_empty()).then(|| {
+            let message = format!(
                 "the upstream waits for an action of type `{}`, which the gateway does not know",
                 named.unwrap_or("unknown")
-            ),
+            );
+            RunError::new(RunErrorCode::UpstreamFailed, message)
         })
     }
 }

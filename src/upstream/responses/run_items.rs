@@ -63,6 +63,7 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
         usage: None,
         tool_calls: output.open_calls,
         thread: None,
+        refusal: None,
     })
 }
 

@@ -24,6 +24,8 @@ pub(super) struct StreamDecoder {
     /// caller can repair the conversation.
     repairs: bool,
     response: Option<String>,
+    /// Whether the response called a tool.
+    called: bool,
     /// Text assembled from deltas, by output and content index, for the case that the final
     /// response does not hold it.
     streamed: StreamedParts<(u64, u64)>,
@@ -37,6 +39,7 @@ impl StreamDecoder {
             chain,
             repairs: false,
             response: None,
+            called: false,
             streamed: StreamedParts::default(),
             held: 0,
         }
@@ -86,6 +89,7 @@ impl Decoder for StreamDecoder {
             .as_deref()
             .or(event.name.as_deref())
             .unwrap_or_default();
+        self.called |= calls_tool(kind, &event.data);
         let place = (
             envelope.output_index.unwrap_or(0),
             envelope.content_index.unwrap_or(0),
@@ -175,6 +179,9 @@ impl StreamDecoder {
 
     fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
         let error = failure(status, response.failure_code());
+        let refusal = response
+            .refusal()
+            .filter(|_| status == RunStatus::Failed && !self.called);
         let usage = response.usage();
         let output = response.into_output();
         let ended_well = matches!(status, RunStatus::Completed | RunStatus::Incomplete);
@@ -199,6 +206,7 @@ impl StreamDecoder {
             tool_calls: output.open_calls,
             // The next response must not build on one that did not end well or left calls open.
             thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
+            refusal,
         }
     }
 
@@ -208,14 +216,14 @@ impl StreamDecoder {
         detail: ErrorDetail,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
-        let code =
+        let (code, refusal) =
             if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
                 match detail.of_refused_stream() {
                     Ok(refusal) => return Err(refusal),
-                    Err(code) => code,
+                    Err(code) => (code, None),
                 }
             } else {
-                detail.word()
+                (detail.word(), detail.refusal())
             };
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status: RunStatus::Failed,
@@ -225,6 +233,7 @@ impl StreamDecoder {
             usage: None,
             tool_calls: Vec::new(),
             thread: None,
+            refusal: refusal.filter(|_| !self.called),
         })));
         Ok(())
     }
@@ -232,6 +241,13 @@ impl StreamDecoder {
     fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
         self.held += self.streamed.grow(place, more, is_refusal);
     }
+}
+
+/// Returns true if the event is about a call of a tool: `response.mcp_call.in_progress`, or an
+/// item of such a type.
+fn calls_tool(kind: &str, data: &str) -> bool {
+    kind.contains("_call")
+        || (kind.starts_with("response.output_item.") && data.contains("_call\""))
 }
 
 /// Returns true if the event may be an error. Events of the protocol hold errors only in their
@@ -354,6 +370,7 @@ mod tests {
                 }),
                 tool_calls: Vec::new(),
                 thread: Some(UpstreamThreadId("resp_1".to_owned())),
+                refusal: None,
             })),
         ];
         assert_eq!(read(true, plain().iter().map(event)).unwrap(), expected);

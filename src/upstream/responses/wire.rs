@@ -10,6 +10,7 @@ use crate::domain::{
     RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
 };
 use crate::upstream::classify::{Damage, ErrorDetail};
+use crate::upstream::error::UpstreamError;
 use crate::upstream::wire::{failure_code, lenient, usage};
 
 /// The outer fields of an event. The inner ones are parsed when its type is known.
@@ -73,6 +74,19 @@ impl ResponseObject {
     /// Returns the code for which the response failed or is incomplete.
     pub(super) fn failure_code(&self) -> Option<String> {
         failure_code(self.error.as_ref(), self.incomplete_details.as_ref())
+    }
+
+    /// Returns the failure as a refusal of the request, if the response called no tool.
+    pub(super) fn refusal(&self) -> Option<UpstreamError> {
+        let called = self.output.iter().flatten().any(|item| {
+            !matches!(
+                item.get("type").and_then(Value::as_str),
+                Some("message" | "reasoning")
+            )
+        });
+        ErrorDetail::from_object(self.error.as_ref()?)
+            .refusal()
+            .filter(|_| !called)
     }
 
     /// Returns the damage of the conversation, if the response failed for it before it produced

@@ -2,9 +2,10 @@
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use threadkeeper::simulator::Fault;
+use threadkeeper::simulator::{Fault, SimulatorConfig};
 
 use crate::support::gateway::{Gateway, PATIENCE, text, text_of};
+use crate::support::history::assert_same;
 use crate::support::scene::{Protocol, Scene, on_each_protocol, on_each_store};
 
 on_each_protocol!(
@@ -12,6 +13,7 @@ on_each_protocol!(
     missing_thread_support_upstream_is_reported_with_setting,
     request_provably_not_accepted_is_retried,
     run_failed_upstream_is_reported_as_failed,
+    run_that_fails_before_it_says_anything_is_repeated,
     incomplete_reply_is_kept_and_marked,
     model_refusal_is_returned_as_refusal_content,
     broken_stream_fails_run_and_frees_thread,
@@ -225,6 +227,41 @@ async fn run_failed_upstream_is_reported_as_failed(scene: Scene) {
             answer.body
         );
         works_again(&gateway).await;
+    }
+}
+
+async fn run_that_fails_before_it_says_anything_is_repeated(scene: Scene) {
+    // Whether a conversation keeps the messages of a failed response differs between servers.
+    for append_unfinished in [false, true] {
+        let config = SimulatorConfig {
+            append_unfinished,
+            ..SimulatorConfig::default()
+        };
+        let scene = Scene::with(scene.protocol, scene.backend, config).await;
+        let gateway = scene.gateway_with("[runs]\nmax_retries = 2").await;
+        let fails = |code: &str, times| {
+            scene
+                .simulator
+                .add_fault(Fault {
+                    on: "start".to_owned(),
+                    fault: format!("fail={code} retry_after=0.01"),
+                    times,
+                })
+                .unwrap();
+        };
+        gateway.say(SCOPE, "hello").await;
+        fails("rate_limit_exceeded", 1);
+        fails("server_error", 1);
+        let answer = say(&gateway, "and?").await.ok();
+        assert!(text(&answer["message"]).contains("and?"), "{answer:#}");
+        assert_same(&scene, &gateway, SCOPE).await;
+
+        fails("rate_limit_exceeded", 3);
+        let refused = say(&gateway, "once more").await;
+        assert_eq!(refused.body["run"]["error"]["code"], "upstream_failed");
+        assert!(refused.headers.contains_key("retry-after"));
+        works_again(&gateway).await;
+        assert_same(&scene, &gateway, SCOPE).await;
     }
 }
 

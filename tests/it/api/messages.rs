@@ -19,6 +19,7 @@ on_each_protocol!(
     stream_events_describe_complete_run,
     thread_ownership_is_sent_as_upstream_metadata,
     content_parts_reach_the_upstream,
+    half_of_a_pair_is_taken_as_replacement_character,
     expired_session_starts_fresh_thread,
     disconnecting_client_does_not_stop_run,
 );
@@ -307,6 +308,30 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
         sent.contains("Be kind."),
         "the instructions are sent: {sent}"
     );
+}
+
+async fn half_of_a_pair_is_taken_as_replacement_character(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let send = |body: &'static str| {
+        let request = gateway
+            .request(Method::POST, "/v1/users/alice/messages")
+            .header("content-type", "application/json")
+            .header("idempotency-key", "once")
+            .body(body);
+        gateway.send(request)
+    };
+    let first = send(r#"{"content":"cut off \ud83d","metadata":{"a":"\ude00"}}"#)
+        .await
+        .ok();
+    assert!(
+        text(&first["message"]).contains("cut off \u{fffd}"),
+        "{first:#}"
+    );
+    assert_eq!(first["run"]["metadata"]["a"], "\u{fffd}");
+    let again = send(r#"{"content":"cut off \ufffd","metadata":{"a":"\ufffd"}}"#)
+        .await
+        .ok();
+    assert_eq!(again["run"]["id"], first["run"]["id"]);
 }
 
 async fn message_on_known_thread_costs_one_upstream_call(scene: Scene) {

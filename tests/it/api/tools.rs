@@ -6,7 +6,7 @@ use threadkeeper::simulator::Fault;
 
 use crate::support::gateway::{Answer, EventReader, Gateway, text, text_of};
 use crate::support::history::assert_same;
-use crate::support::scene::{Protocol, Scene, on_each_protocol};
+use crate::support::scene::{Backend, Protocol, Scene, on_each_protocol};
 
 on_each_protocol!(
     run_waits_for_tool_outputs_and_continues,
@@ -287,9 +287,14 @@ fn answers(scene: &Scene) -> &'static str {
 }
 
 async fn wait_for_tool_outputs_expires_at_deadline(scene: Scene) {
-    let gateway = scene.gateway().await;
+    let (settings, timeout_ms) = if scene.backend == Backend::Sqlite {
+        ("", 400)
+    } else {
+        ("[runs]\ntool_outputs_timeout = \"400ms\"", 60_000)
+    };
+    let gateway = scene.gateway_with(settings).await;
     gateway.say(SCOPE, "hello").await;
-    let body = json!({"content": "weather? [[sim: tool=get_weather]]", "timeout_ms": 400});
+    let body = json!({"content": "weather? [[sim: tool=get_weather]]", "timeout_ms": timeout_ms});
     let asked = gateway.post(&format!("{SCOPE}/messages"), &body).await.ok();
     let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
     let read = gateway

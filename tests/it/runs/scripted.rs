@@ -112,6 +112,7 @@ impl Scripted {
             tool_calls: Vec::new(),
             thread: (self.chain && status == RunStatus::Completed)
                 .then(|| UpstreamThreadId(run.0.clone())),
+            passing: None,
         }
     }
 
@@ -155,6 +156,7 @@ impl Upstream for Scripted {
             lock_window: Duration::ZERO,
             has_threads: !self.chain,
             stores_runs: self.chain,
+            runs_without_input: false,
             goes_on_unread: false,
             takes_output_parts: false,
         }

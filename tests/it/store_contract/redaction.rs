@@ -64,6 +64,7 @@ fn asking() -> Pause {
         content: text(SAID),
         usage: None,
         events: EventBatch { first: 0, events },
+        wait: Duration::from_mins(2),
     }
 }
 

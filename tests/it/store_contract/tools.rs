@@ -7,6 +7,7 @@ use super::*;
 
 on_every_backend!(
     pause_keeps_thread_occupied,
+    wait_for_tool_outputs_has_its_own_deadline,
     pause_is_idempotent,
     pause_requires_active_run,
     tool_outputs_must_match_pending_calls,
@@ -73,6 +74,31 @@ async fn pause_keeps_thread_occupied(database: &TestDatabase, store: &Store) {
         QueuedStart::Lost
     );
     check_invariants(database).await;
+}
+
+async fn wait_for_tool_outputs_has_its_own_deadline(_: &TestDatabase, store: &Store) {
+    let key = user("alice");
+    let turn = started(store.admit(admission(&key)).await.unwrap());
+    let short = Pause {
+        wait: Duration::from_secs(20),
+        ..pause(&["call_1"], 0)
+    };
+    let paused = waiting(store.pause(&turn.lease, &short).await.unwrap());
+    let (own, wait) = (
+        turn.run.deadline_at.unwrap(),
+        paused.run.deadline_at.unwrap(),
+    );
+    let earlier = (own - wait).num_seconds();
+    assert!(
+        (30..=40).contains(&earlier),
+        "the run may take a minute: {earlier}"
+    );
+    let answer = answer(&["call_1"]);
+    let answered = store
+        .answer_tools(&key, turn.run.id, &answer)
+        .await
+        .unwrap();
+    assert_eq!(resumed(answered).run.deadline_at, Some(own));
 }
 
 async fn pause_is_idempotent(_: &TestDatabase, store: &Store) {
