@@ -112,7 +112,7 @@ impl Scripted {
             tool_calls: Vec::new(),
             thread: (self.chain && status == RunStatus::Completed)
                 .then(|| UpstreamThreadId(run.0.clone())),
-            passing: None,
+            refusal: None,
         }
     }
 
