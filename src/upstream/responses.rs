@@ -22,7 +22,7 @@ use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
     AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered,
-    Settled, StartRun, Upstream,
+    Settled, StartRun, Upstream, without_history,
 };
 use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::tags::thread_tags;
@@ -75,16 +75,10 @@ impl Upstream for ResponsesUpstream {
         let Err(error) = self.add_history(&conversation, rest).await else {
             return Ok(Some(conversation));
         };
-        // A conversation with only a part of the history is of no use.
-        match self
+        let deleted = self
             .delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default())
-            .await
-        {
-            Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
-            Ok(Disposal::NotSupported) | Err(_) => Err(UpstreamError::Protocol(
-                "a new conversation could neither get its history nor be deleted".to_owned(),
-            )),
-        }
+            .await;
+        Err(without_history(error, &deleted))
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {

@@ -57,7 +57,8 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         refuse_if_active(server, &mut world, &id, |run| {
             format!("Thread {id} already has an active run {run}.")
         })?;
-        let messages = threads::new_messages(server, &mut fields, "additional_messages", &id)?;
+        let messages =
+            threads::new_messages(server, &mut fields, "additional_messages", usize::MAX, &id)?;
         let thread = threads::thread_mut(&mut world, &id)?;
         let text = messages
             .iter()
@@ -119,7 +120,6 @@ pub(super) fn submit_tool_outputs(
             ))
             .into());
         }
-        complete(&run.work.calls, &outputs)?;
         let action = run.required_action.as_ref();
         let list = match action.and_then(|action| action["type"].as_str()) {
             Some("submit_tool_approval") => "tool_approvals",
@@ -129,6 +129,7 @@ pub(super) fn submit_tool_outputs(
             .into_iter()
             .find(|(name, _)| *name == list)
             .ok_or_else(|| fields.missing(list))?;
+        complete(&run.work.calls, &outputs)?;
         // The functions of the first plan have been called. The rest of the plan still applies,
         // unless an output has directives.
         let mut plan = Plan {
@@ -481,7 +482,6 @@ fn new_run(
     }
 }
 
-/// Checks that the outputs answer all calls at once, and no others.
 /// Returns the lists of answers that a request has, each with its name. An answer is the id of a
 /// call, and a text.
 fn answers(fields: &mut Fields) -> Result<Vec<(&'static str, Vec<(String, String)>)>, ApiError> {
@@ -510,6 +510,7 @@ fn answers(fields: &mut Fields) -> Result<Vec<(&'static str, Vec<(String, String
     Ok(lists)
 }
 
+/// Checks that the outputs answer all calls at once, and no others.
 fn complete(calls: &[String], outputs: &[(String, String)]) -> Result<(), ApiError> {
     let got: Vec<&String> = outputs.iter().map(|(id, _)| id).collect();
     let all = calls.iter().all(|call| got.contains(&call)) && got.len() == calls.len();

@@ -8,7 +8,10 @@ use crate::domain::{
     ContentPart, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp, ToolCall,
     ToolCallType, Usage,
 };
-use crate::upstream::wire::{failure_code, lenient, usage};
+use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+
+/// Most characters of a text of a message.
+const MAX_TEXT: usize = 256_000;
 
 #[derive(Debug, Deserialize)]
 pub(super) struct RunObject {
@@ -311,19 +314,26 @@ impl DeltaPart {
 /// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
 /// in answers, a text part holds a plain string.
 pub(super) fn content(parts: &[ContentPart]) -> Value {
-    if let [ContentPart::Text { text }] = parts {
+    if let [ContentPart::Text { text }] = parts
+        && text.len() <= MAX_TEXT
+    {
         return text.as_str().into();
     }
     let part = |part: &ContentPart| match part {
         ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
-            json!({"type": "text", "text": text})
+            pieces(text, MAX_TEXT)
+                .into_iter()
+                .map(|text| json!({"type": "text", "text": text}))
+                .collect()
         }
-        ContentPart::ImageUrl { image_url } => json!({"type": "image_url", "image_url": image_url}),
+        ContentPart::ImageUrl { image_url } => {
+            vec![json!({"type": "image_url", "image_url": image_url})]
+        }
         ContentPart::ImageFile { image_file } => {
-            json!({"type": "image_file", "image_file": image_file})
+            vec![json!({"type": "image_file", "image_file": image_file})]
         }
     };
-    parts.iter().map(part).collect()
+    parts.iter().flat_map(part).collect()
 }
 
 #[cfg(test)]
@@ -352,6 +362,9 @@ mod tests {
             },
         };
         assert_eq!(content(&[text("a")]), json!("a"));
+        let long = content(&[text(&"é".repeat(MAX_TEXT + 1))]);
+        assert_eq!(long[0]["text"], "é".repeat(MAX_TEXT));
+        assert_eq!(long[1], json!({"type": "text", "text": "é"}));
         assert_eq!(
             content(&[text("a"), url(Some("low")), url(None), file]),
             json!([

@@ -10,7 +10,10 @@ use crate::domain::{
     RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
 };
 use crate::upstream::classify::{Damage, ErrorDetail};
-use crate::upstream::wire::{failure_code, lenient, usage};
+use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+
+/// Most characters of a text of a message.
+const MAX_TEXT: usize = 10_485_760;
 
 /// The outer fields of an event. The inner ones are parsed when its type is known.
 #[derive(Debug, Deserialize)]
@@ -380,8 +383,8 @@ pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
 /// Returns a user's message as an input item. A single text is a bare string.
 pub(super) fn message_item(parts: &[ContentPart]) -> Value {
     let content: Value = match parts {
-        [ContentPart::Text { text }] => text.as_str().into(),
-        parts => parts.iter().map(input_part).collect(),
+        [ContentPart::Text { text }] if text.len() <= MAX_TEXT => text.as_str().into(),
+        parts => parts.iter().flat_map(input_parts).collect(),
     };
     json!({"type": "message", "role": "user", "content": content})
 }
@@ -402,15 +405,22 @@ pub(super) fn history_item(message: &Message) -> Value {
                     ContentPart::ImageUrl { .. } | ContentPart::ImageFile { .. } => None,
                 })
                 .collect();
-            json!({"type": "message", "role": "assistant", "content": text})
+            let content: Value = if text.len() <= MAX_TEXT {
+                text.into()
+            } else {
+                let part = |text| json!({"type": "output_text", "text": text});
+                pieces(&text, MAX_TEXT).into_iter().map(part).collect()
+            };
+            json!({"type": "message", "role": "assistant", "content": content})
         }
     }
 }
 
-fn input_part(part: &ContentPart) -> Value {
-    match part {
+fn input_parts(part: &ContentPart) -> Vec<Value> {
+    let part = match part {
         ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
-            json!({"type": "input_text", "text": text})
+            let part = |text| json!({"type": "input_text", "text": text});
+            return pieces(text, MAX_TEXT).into_iter().map(part).collect();
         }
         ContentPart::ImageUrl { image_url } => json!({
             "type": "input_image", "image_url": image_url.url,
@@ -420,7 +430,8 @@ fn input_part(part: &ContentPart) -> Value {
             "type": "input_image", "file_id": image_file.file_id,
             "detail": image_file.detail.as_deref().unwrap_or("auto"),
         }),
-    }
+    };
+    vec![part]
 }
 
 #[cfg(test)]
