@@ -14,6 +14,8 @@ mod stream;
 mod stream_resume;
 mod wire;
 
+use std::sync::atomic::Ordering;
+
 use async_trait::async_trait;
 use serde_json::json;
 
@@ -87,6 +89,10 @@ impl Upstream for ResponsesUpstream {
                 "a run cannot start without a conversation".to_owned(),
             ));
         }
+        if self.previous(request.thread).is_some() && self.ignores_previous.load(Ordering::Relaxed)
+        {
+            return Err(UpstreamError::ThreadGone);
+        }
         let (input, terms) = (request::input(&request), Terms::of_start(&request));
         RepairingRequest::new(
             self,
@@ -114,7 +120,8 @@ impl Upstream for ResponsesUpstream {
         }
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = request.outputs.iter().map(answer_item).collect();
-        self.read(self.open(&body).await?).await
+        self.read(self.open(&body).await?, self.previous(thread))
+            .await
     }
 
     async fn recover(

@@ -110,7 +110,8 @@ impl RepairingRequest {
                 Ok(events) => {
                     relay(
                         events,
-                        StreamDecoder::for_repair(!self.upstream.conversations),
+                        StreamDecoder::for_repair(!self.upstream.conversations)
+                            .after(self.upstream.previous(self.thread.as_ref())),
                         limit,
                     )
                     .await
@@ -180,7 +181,6 @@ impl RepairingRequest {
         self.tried = Repair::Deletion;
         Ok(())
     }
-}
 
     /// Returns the newest items of a conversation, or the output of the last response of a chain.
     async fn items(&self, thread: &UpstreamThreadId) -> Result<Vec<Value>, UpstreamError> {
@@ -193,3 +193,4 @@ impl RepairingRequest {
         let output = response.as_ref().and_then(|it| it["output"].as_array());
         Ok(output.cloned().unwrap_or_default())
     }
+}

@@ -1,7 +1,7 @@
 //! The shapes of Conversations + Responses, as far as the gateway reads them. An optional field
 //! of another shape counts as absent.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
@@ -38,6 +38,14 @@ pub(super) struct ResponseHead {
     pub(super) id: String,
     #[serde(default, deserialize_with = "lenient")]
     status: Option<String>,
+    /// The response on which this one builds; `Some(None)` if the server says that there is none.
+    #[serde(default, deserialize_with = "present")]
+    pub(super) previous_response_id: Option<Option<String>>,
+}
+
+/// Reads a field that is there, so that null differs from an absent field.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    lenient(deserializer).map(Some)
 }
 
 impl ResponseHead {
