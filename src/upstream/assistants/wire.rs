@@ -390,6 +390,21 @@ mod tests {
     }
 
     #[test]
+    fn an_unknown_action_is_named_and_not_quoted() {
+        let named = |kind: Value| {
+            let action = json!({"type": kind, "submit_dance": {}});
+            let run =
+                json!({"id": "run_1", "status": "requires_action", "required_action": action});
+            let run: RunObject = serde_json::from_value(run).unwrap();
+            run.unknown_action().unwrap().message
+        };
+        assert!(named(json!("submit_dance")).contains("`submit_dance`"));
+        for odd in [json!("Dance, please."), json!(7), json!("x".repeat(65))] {
+            assert!(named(odd).contains("`unknown`"));
+        }
+    }
+
+    #[test]
     fn parts_that_we_do_not_know_are_left_out() {
         let message: MessageObject = serde_json::from_value(json!({
             "id": "msg_1", "content": [
