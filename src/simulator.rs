@@ -13,6 +13,8 @@
 //! | Directive | The run |
 //! |---|---|
 //! | `tool=NAME` (repeatable), `tools=N` | calls functions before it replies |
+//! | `tool=TYPE:NAME` | makes a call of another type: `custom`, `mcp_approval`, `computer`, `local_shell`, `shell` or `apply_patch`; on Assistants only `mcp_approval` |
+//! | `forget` | ignores `previous_response_id` (responses only, as a fault) |
 //! | `fail`, `incomplete` | ends `failed` (`server_error`), or `incomplete` after half of the text |
 //! | `fail_text=open_call`, `fail_text=reasoning` | is accepted, then ends `failed` with only the message for a damaged conversation; as a fault it replaces the refusal (responses only) |
 //! | `refusal`, `reasoning`, `parts=N` | refuses; reasons first (responses only); replies in N messages |

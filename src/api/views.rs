@@ -156,10 +156,16 @@ fn tool_output(given: Output) -> Result<ToolOutput, &'static str> {
         (Some(_), None) if reason.is_some() => {
             return Err("`reason` goes with `approve`, not with `output`");
         }
+        (Some(_), None) if acknowledged_safety_checks.iter().flatten().count() > MAX_PARTS => {
+            return Err("`acknowledged_safety_checks` has at most 64 entries");
+        }
         (Some(OutputBody(output)), None) => CallAnswer::Output {
             output,
             acknowledged_safety_checks: acknowledged_safety_checks.unwrap_or_default(),
         },
+        (None, Some(_)) if acknowledged_safety_checks.is_some() => {
+            return Err("`acknowledged_safety_checks` goes with `output`, not with `approve`");
+        }
         (None, Some(approve)) => CallAnswer::Approval { approve, reason },
         (Some(_), Some(_)) => return Err("each has `output` or `approve`, not both"),
         (None, None) => {

@@ -189,6 +189,15 @@ mod tests {
             ),
             ""
         );
+        let mcp = "type = \"mcp\", server_label = \"s\", require_approval = \"always\"";
+        assert!(of("responses", &format!("{{ {mcp} }}")).contains("`connector_id`"));
+        assert_eq!(
+            of(
+                "responses",
+                &format!("{{ {mcp}, server_url = \"https://s\" }}")
+            ),
+            ""
+        );
         assert!(of("assistants", "{ type = \"file_search\" }").contains("tools.0: has a `type`"));
         assert!(!of("assistants", "{ type = \"file_search\" }").contains("tools.1"));
     }

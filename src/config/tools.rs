@@ -90,6 +90,14 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
             "has a `type` that the published API does not know, so the upstream may refuse every run{meant}"
         )));
     };
+    const PLACES: [&str; 3] = ["server_url", "connector_id", "tunnel_id"];
+    if kind_of_tool == "mcp" && !PLACES.iter().any(|field| tool.contains_key(*field)) {
+        return Some(Finding::Doubt(
+            "has none of `server_url`, `connector_id` and `tunnel_id`, and without one the published \
+             API refuses every run"
+                .to_owned(),
+        ));
+    }
     let lacking = needs.iter().find(|field| !tool.contains_key(**field))?;
     Some(Finding::Doubt(format!(
         "has no `{lacking}`, and without it the published API refuses every run"

@@ -11,7 +11,7 @@ mod wire;
 
 use async_trait::async_trait;
 use http::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId};
@@ -19,11 +19,11 @@ use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
     AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered,
-    Settled, StartRun, Upstream,
+    Settled, StartRun, Upstream, without_history,
 };
 use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::relay::{public, relay};
-use crate::upstream::retry::jittered_delay;
+use crate::upstream::retry::{jittered_delay, retry_while_refused};
 use crate::upstream::tags::{RUN_TAG, thread_tags};
 use crate::upstream::thread_lookup::find;
 use crate::upstream::wire::Created;
@@ -34,6 +34,9 @@ use request::{history_messages, outputs_body, run_body};
 use runs::SECOND_LOOK;
 use stream::StreamDecoder;
 use wire::{MessageObject, RunObject};
+
+/// Messages with which a thread may be made.
+const MESSAGES_PER_THREAD: usize = 32;
 
 /// The remedy where the server has no threads.
 pub(super) const NO_THREADS: &str = "set `base_url` of this upstream to where the server has the Assistants API, or `kind = \"responses\"`";
@@ -58,15 +61,23 @@ impl Upstream for AssistantsUpstream {
         owner: &Ownership,
         history: &[Message],
     ) -> Result<Option<UpstreamThreadId>, UpstreamError> {
+        let mut messages = history_messages(history);
+        let rest = messages.split_off(messages.len().min(MESSAGES_PER_THREAD));
         let mut body = json!({"metadata": thread_tags(owner)});
-        let messages = history_messages(history);
         if !messages.is_empty() {
             body["messages"] = messages.into();
         }
         let made = self.client.make::<Created>(&["threads"], &body).await;
-        made.map_err(|error| self.client.needs("/threads", NO_THREADS, error))?
-            .into_thread()
-            .map(Some)
+        let thread = made
+            .map_err(|error| self.client.needs("/threads", NO_THREADS, error))?
+            .into_thread()?;
+        match self.add_messages(&thread, &rest).await {
+            Ok(()) => Ok(Some(thread)),
+            Err(error) => {
+                let deleted = self.delete(&thread, &RateLimiter::UNBOUND).await;
+                Err(without_history(error, &deleted))
+            }
+        }
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
@@ -231,6 +242,20 @@ impl Upstream for AssistantsUpstream {
 }
 
 impl AssistantsUpstream {
+    /// Adds messages to a new thread, one by one. Tries a message again only after a refusal:
+    /// after any other failure it may be there.
+    async fn add_messages(
+        &self,
+        thread: &UpstreamThreadId,
+        messages: &[Value],
+    ) -> Result<(), UpstreamError> {
+        let path = ["threads", thread.as_str(), "messages"];
+        for message in messages {
+            retry_while_refused(|| self.client.make::<Value>(&path, message)).await?;
+        }
+        Ok(())
+    }
+
     async fn trace(
         &self,
         thread: &UpstreamThreadId,

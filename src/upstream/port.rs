@@ -266,6 +266,20 @@ pub enum Disposal {
     NotSupported,
 }
 
+/// Returns the error of making a thread that did not get its whole history. Such a thread is of no
+/// use. `deleted`: the result of its deletion.
+pub(super) fn without_history(
+    error: UpstreamError,
+    deleted: &Result<Disposal, UpstreamError>,
+) -> UpstreamError {
+    match deleted {
+        Ok(Disposal::Deleted | Disposal::AlreadyGone) => error,
+        Ok(Disposal::NotSupported) | Err(_) => UpstreamError::Protocol(
+            "a new thread could neither get its history nor be deleted".to_owned(),
+        ),
+    }
+}
+
 /// Counts of the items of an upstream thread that was to be deleted.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Items {

@@ -14,6 +14,8 @@ mod stream;
 mod stream_resume;
 mod wire;
 
+use std::sync::atomic::Ordering;
+
 use async_trait::async_trait;
 use serde_json::json;
 
@@ -22,7 +24,7 @@ use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
     AnswerTools, Capabilities, Disposal, EventStream, HistoryPage, Items, Ownership, Recovered,
-    Settled, StartRun, Upstream,
+    Settled, StartRun, Upstream, without_history,
 };
 use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::tags::thread_tags;
@@ -76,16 +78,10 @@ impl Upstream for ResponsesUpstream {
         let Err(error) = self.add_history(&conversation, rest).await else {
             return Ok(Some(conversation));
         };
-        // A conversation with only a part of the history is of no use.
-        match self
+        let deleted = self
             .delete_thread(&conversation, &RateLimiter::UNBOUND, &mut Items::default())
-            .await
-        {
-            Ok(Disposal::Deleted | Disposal::AlreadyGone) => Err(error),
-            Ok(Disposal::NotSupported) | Err(_) => Err(UpstreamError::Protocol(
-                "a new conversation could neither get its history nor be deleted".to_owned(),
-            )),
-        }
+            .await;
+        Err(without_history(error, &deleted))
     }
 
     async fn start(&self, request: StartRun<'_>) -> Result<EventStream, UpstreamError> {
@@ -93,6 +89,10 @@ impl Upstream for ResponsesUpstream {
             return Err(UpstreamError::Protocol(
                 "a run cannot start without a conversation".to_owned(),
             ));
+        }
+        if self.previous(request.thread).is_some() && self.ignores_previous.load(Ordering::Relaxed)
+        {
+            return Err(UpstreamError::ThreadGone);
         }
         let (input, terms) = (request::input(&request), Terms::of_start(&request));
         RepairingRequest::new(
@@ -121,7 +121,8 @@ impl Upstream for ResponsesUpstream {
         }
         let mut body = self.body(thread, &Terms::of_answer(&request));
         body["input"] = request.outputs.iter().map(answer_item).collect();
-        self.read(self.open(&body).await?).await
+        self.read(self.open(&body).await?, self.previous(thread))
+            .await
     }
 
     async fn recover(

@@ -54,6 +54,29 @@ where
     }
 }
 
+/// Repeats `call` for as long as the server refuses it for the moment. After any other failure the
+/// call may have had its effect.
+pub(super) async fn retry_while_refused<T, F>(
+    mut call: impl FnMut() -> F,
+) -> Result<T, UpstreamError>
+where
+    F: Future<Output = Result<T, UpstreamError>>,
+{
+    let mut wait = FIRST_WAIT;
+    loop {
+        match call().await {
+            Err(
+                UpstreamError::Busy { .. }
+                | UpstreamError::Connect
+                | UpstreamError::RateLimited { quota: false, .. },
+            ) => {}
+            other => return other,
+        }
+        tokio::time::sleep(wait).await;
+        wait = next_backoff(wait);
+    }
+}
+
 /// Waits between 0.5 and 1 second, so that callers that wait for the same event do not all try at
 /// once.
 pub(super) async fn jittered_delay() {

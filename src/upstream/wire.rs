@@ -65,6 +65,22 @@ pub(super) fn failure(status: RunStatus, code: Option<String>) -> Option<RunErro
     })
 }
 
+/// Splits a text into pieces of at most `max` characters.
+pub(super) fn pieces(text: &str, max: usize) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    // No text has more characters than bytes.
+    while rest.len() > max
+        && let Some((at, _)) = rest.char_indices().nth(max)
+    {
+        let (piece, more) = rest.split_at(at);
+        pieces.push(piece);
+        rest = more;
+    }
+    pieces.push(rest);
+    pieces
+}
+
 /// Returns the code for which a run failed or is incomplete.
 pub(super) fn failure_code(
     error: Option<&Map<String, Value>>,

@@ -139,8 +139,13 @@ impl Generation {
         };
         let arguments = json!({"input": input}).to_string();
         let mut calls = Vec::new();
-        for (index, name) in self.plan.tools.clone().iter().enumerate() {
-            let id = self.server.id("call");
+        let asks_for_approval = self.plan.tools.iter().any(|it| it.kind == "mcp_approval");
+        for (index, call) in self.plan.tools.clone().iter().enumerate() {
+            let (id, name) = (self.server.id("call"), &call.name);
+            if asks_for_approval {
+                calls.push(json!({"id": id, "type": "mcp", "name": name, "arguments": arguments, "server_label": "sim"}));
+                continue;
+            }
             let mut fragments = words::tokens(&arguments);
             let mut fragment = json!({
                 "index": index, "id": id, "type": "function", "function": {"name": name, "arguments": "", "output": null},
@@ -181,9 +186,12 @@ impl Generation {
         if let Some(stored) = run.work.steps.last_mut() {
             stored.step_details = step.step_details;
         }
-        run.required_action = Some(
-            json!({"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": calls}}),
-        );
+        let action = if asks_for_approval {
+            "submit_tool_approval"
+        } else {
+            "submit_tool_outputs"
+        };
+        run.required_action = Some(json!({"type": action, action: {"tool_calls": calls}}));
         if !self.plan.no_terminal {
             self.out.emit("thread.run.requires_action", run);
         }

@@ -57,7 +57,8 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         refuse_if_active(server, &mut world, &id, |run| {
             format!("Thread {id} already has an active run {run}.")
         })?;
-        let messages = threads::new_messages(server, &mut fields, "additional_messages", &id)?;
+        let messages =
+            threads::new_messages(server, &mut fields, "additional_messages", usize::MAX, &id)?;
         let thread = threads::thread_mut(&mut world, &id)?;
         let text = messages
             .iter()
@@ -104,22 +105,10 @@ pub(super) fn submit_tool_outputs(
     server: &Arc<Server>,
     mut call: Call,
 ) -> Result<Response, Refused> {
-    let mut fields = Fields::of_body(std::mem::take(&mut call.body), &["tool_outputs", "stream"])?;
+    let known = ["tool_outputs", "tool_approvals", "stream"];
+    let mut fields = Fields::of_body(std::mem::take(&mut call.body), &known)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
-    let list = fields.array("tool_outputs", usize::MAX)?;
-    let list = list.ok_or_else(|| fields.missing("tool_outputs"))?;
-    let mut outputs: Vec<(String, String)> = Vec::new();
-    for (n, value) in list.into_iter().enumerate() {
-        let mut output = Fields::of_value(
-            value,
-            format!("tool_outputs[{n}]"),
-            &["tool_call_id", "output"],
-        )?;
-        outputs.push((
-            output.needed_text("tool_call_id")?,
-            output.text("output")?.unwrap_or_default(),
-        ));
-    }
+    let given = answers(&mut fields)?;
     let started = {
         let mut world = server.world();
         expire_stale(server, &mut world, call.segment(1));
@@ -131,6 +120,15 @@ pub(super) fn submit_tool_outputs(
             ))
             .into());
         }
+        let action = run.required_action.as_ref();
+        let list = match action.and_then(|action| action["type"].as_str()) {
+            Some("submit_tool_approval") => "tool_approvals",
+            _ => "tool_outputs",
+        };
+        let (_, outputs) = given
+            .into_iter()
+            .find(|(name, _)| *name == list)
+            .ok_or_else(|| fields.missing(list))?;
         complete(&run.work.calls, &outputs)?;
         // The functions of the first plan have been called. The rest of the plan still applies,
         // unless an output has directives.
@@ -482,6 +480,34 @@ fn new_run(
             tokens: 0,
         },
     }
+}
+
+/// Returns the lists of answers that a request has, each with its name. An answer is the id of a
+/// call, and a text.
+fn answers(fields: &mut Fields) -> Result<Vec<(&'static str, Vec<(String, String)>)>, ApiError> {
+    let mut lists = Vec::new();
+    for (list, field) in [("tool_outputs", "output"), ("tool_approvals", "approve")] {
+        let Some(answers) = fields.array(list, usize::MAX)? else {
+            continue;
+        };
+        let mut read = Vec::new();
+        for (n, value) in answers.into_iter().enumerate() {
+            let mut answer =
+                Fields::of_value(value, format!("{list}[{n}]"), &["tool_call_id", field])?;
+            let id = answer.needed_text("tool_call_id")?;
+            let text = match field {
+                "output" => answer.text(field)?.unwrap_or_default(),
+                _ => match answer.flag(field)? {
+                    Some(true) => "approved".to_owned(),
+                    Some(false) => "declined".to_owned(),
+                    None => return Err(answer.missing(field)),
+                },
+            };
+            read.push((id, text));
+        }
+        lists.push((list, read));
+    }
+    Ok(lists)
 }
 
 /// Checks that the outputs answer all calls at once, and no others.

@@ -12,6 +12,8 @@ use crate::simulator::wire::fields::{Fields, within, wrong_type, wrong_value};
 use crate::simulator::wire::page::Paging;
 
 const MAX_TEXT: usize = 256_000;
+/// Messages with which a thread may be made.
+const MAX_FIRST: usize = 32;
 
 pub(super) fn create(server: &Server, call: Call) -> Result<Response, ApiError> {
     let thread = new_thread(server, call.body, "")?;
@@ -38,7 +40,7 @@ pub(super) fn new_thread(
         metadata,
         fields.any("tool_resources"),
     );
-    for message in new_messages(server, &mut fields, "messages", &thread.id)? {
+    for message in new_messages(server, &mut fields, "messages", MAX_FIRST, &thread.id)? {
         thread.push(message);
     }
     Ok(thread)
@@ -164,15 +166,16 @@ pub(super) fn delete_message(server: &Server, call: &Call) -> Result<Response, A
     ))
 }
 
-/// Returns the messages in the array `name` of a body, for the thread `thread`.
+/// Returns the messages in the array `name` of a body, at most `max`, for the thread `thread`.
 pub(super) fn new_messages(
     server: &Server,
     fields: &mut Fields,
     name: &str,
+    max: usize,
     thread: &str,
 ) -> Result<Vec<Message>, ApiError> {
     let path = fields.path(name);
-    let list = fields.array(name, usize::MAX)?.unwrap_or_default();
+    let list = fields.array(name, max)?.unwrap_or_default();
     let numbered = list.into_iter().enumerate();
     numbered
         .map(|(n, value)| new_message(server, value, format!("{path}[{n}]"), thread))

@@ -22,8 +22,8 @@ const MAX_WORDS: usize = 1_000_000;
 #[derive(Clone, Debug, Default, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub(in crate::simulator) struct Plan {
-    /// Names of the functions to call before the reply.
-    pub(in crate::simulator) tools: Vec<String>,
+    /// The calls to make before the reply.
+    pub(in crate::simulator) tools: Vec<PlannedCall>,
     pub(in crate::simulator) outcome: Outcome,
     /// The code of a run that fails before its first word.
     pub(in crate::simulator) failure: Option<String>,
@@ -74,6 +74,39 @@ pub(in crate::simulator) struct Plan {
     /// Number of messages minus one.
     pub(in crate::simulator) more_parts: usize,
     pub(in crate::simulator) format: EventFormat,
+    /// Ignore `previous_response_id`.
+    pub(in crate::simulator) forget: bool,
+}
+
+/// A call that the client answers.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(in crate::simulator) struct PlannedCall {
+    /// The type of the call's item, without `_call`: `function`, `mcp_approval`, `computer`, ….
+    pub(in crate::simulator) kind: &'static str,
+    pub(in crate::simulator) name: String,
+}
+
+/// The types of calls, with their names in directives.
+const CALLS: [&str; 7] = [
+    "function",
+    "custom",
+    "mcp_approval",
+    "computer",
+    "local_shell",
+    "shell",
+    "apply_patch",
+];
+
+impl PlannedCall {
+    /// Reads `name`, a function, or `type:name`.
+    fn named(text: &str) -> Result<Self, &'static str> {
+        let (kind, name) = text.split_once(':').unwrap_or(("function", text));
+        let kind = CALLS.into_iter().find(|known| *known == kind);
+        Ok(Self {
+            kind: kind.ok_or("there is no such type of call")?,
+            name: name.to_owned(),
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -345,10 +378,13 @@ impl Plan {
         };
         let text = || value.map(str::to_owned).ok_or("expected a value");
         match name {
-            "tool" => self.tools.push(text()?),
+            "tool" => self.tools.push(PlannedCall::named(&text()?)?),
             "tools" => self
                 .tools
-                .extend((1..=count()?.min(128)).map(|n| format!("function_{n}"))),
+                .extend((1..=count()?.min(128)).map(|n| PlannedCall {
+                    kind: "function",
+                    name: format!("function_{n}"),
+                })),
             "fail" => {
                 self.outcome = Outcome::Fail;
                 self.failure = value.map(str::to_owned);
@@ -420,6 +456,7 @@ impl Plan {
             }
             "no_terminal" => self.no_terminal = true,
             "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
+            "forget" => self.forget = true,
             "crlf" => self.format.crlf = true,
             "no_event_lines" => self.format.no_event_lines = true,
             "split" => self.format.split = true,
@@ -441,7 +478,13 @@ mod tests {
             Plan::of_text("Weather [[sim: tool=get_weather rate=20ms]] in Paris [[sim: fail]]")
                 .unwrap();
         assert_eq!(text, "Weather  in Paris");
-        assert_eq!(plan.tools, ["get_weather"]);
+        let call = |kind, name: &str| PlannedCall {
+            kind,
+            name: name.to_owned(),
+        };
+        assert_eq!(plan.tools, [call("function", "get_weather")]);
+        let (plan, _) = Plan::of_text("[[sim: tool=mcp_approval:find]]").unwrap();
+        assert_eq!(plan.tools, [call("mcp_approval", "find")]);
         assert_eq!(plan.interval, Some(Duration::from_millis(20)));
         assert_eq!(plan.outcome, Outcome::Fail);
     }
@@ -481,6 +524,7 @@ mod tests {
             "[[sim: status=200]]",
             "[[sim: rate=fast]]",
             "[[sim: fail_text=x]]",
+            "[[sim: tool=mcp:find]]",
             "[[sim: hostile]]",
             "[[sim: hostile=x]]",
             "[[sim: bare_error]]",

@@ -189,11 +189,16 @@ fn start(
     let mut guard = server.world();
     let world = &mut *guard;
     let id = server.id("resp");
+    let mut asked = Plan::default();
+    asked
+        .apply(fault.unwrap_or_default())
+        .map_err(ApiError::invalid)?;
+    let previous = request.previous.filter(|_| !asked.forget);
     let (base, lane) = base(
         server,
         world,
         request.conversation.as_deref(),
-        request.previous.as_deref(),
+        previous.as_deref(),
         &given,
     )?;
     let context = with_input(base, &input, fault)?;
@@ -214,7 +219,7 @@ fn start(
         incomplete_details: None,
         output: Vec::new(),
         conversation: request.conversation.as_ref().map(|id| json!({"id": id})),
-        previous_response_id: request.previous,
+        previous_response_id: previous,
         background: request.background,
         store: request.store,
         usage: None,
@@ -289,15 +294,14 @@ fn accepted<'a>(response: &'a Response, input: &[Value]) -> Accepted<'a> {
     let users = input
         .iter()
         .filter(|item| item["type"] == "message" && item["role"] == "user");
-    let outputs = input
-        .iter()
-        .filter(|item| item["type"] == "function_call_output");
+    let answers = input.iter().map(items::answered);
     Accepted {
         id: &response.id,
         metadata: &response.metadata,
         user_texts: users.map(items::text).collect(),
-        answered_calls: outputs
-            .filter_map(|item| item["call_id"].as_str().map(str::to_owned))
+        answered_calls: answers
+            .filter(|id| !id.is_empty())
+            .map(str::to_owned)
             .collect(),
     }
 }
@@ -363,7 +367,7 @@ fn plan(input: &[Value], fault: Option<&str>) -> Result<Plan, ApiError> {
     let mut plan = Plan::default();
     for item in said
         .iter()
-        .filter(|item| item["role"] == "user" || item["type"] == "function_call_output")
+        .filter(|item| item["role"] == "user" || !items::answered(item).is_empty())
     {
         let (asked, _) = Plan::of_text(&items::text(item))?;
         if asked != Plan::default() {

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::simulator::behaviour::plan::{ErrorShape, Outcome, Plan};
+use crate::simulator::behaviour::plan::{ErrorShape, Outcome, Plan, PlannedCall};
 use crate::simulator::behaviour::words;
 use crate::simulator::state::items::Context;
 use crate::simulator::state::responses::{Response, ResponseStatus, StoredResponse, usage};
@@ -136,7 +136,7 @@ impl Generation {
                 self.message(part).await?;
             }
         } else {
-            self.call_functions();
+            self.call_tools();
         }
         if self.plan.dangling_reasoning {
             self.reason();
@@ -181,38 +181,71 @@ impl Generation {
         self.response.output.push(item);
     }
 
-    fn call_functions(&mut self) {
+    fn call_tools(&mut self) {
         let (_, input) = Plan::of_text(&self.context.user_text).unwrap_or_default();
         let arguments = json!({"input": input}).to_string();
-        for name in self.plan.tools.clone() {
+        for PlannedCall { kind, name } in self.plan.tools.clone() {
             let index = self.response.output.len();
-            let mut item = json!({
-                "type": "function_call", "id": self.server.id("fc"), "call_id": self.server.id("call"),
-                "name": name, "arguments": "", "status": "in_progress",
-            });
-            let id = item["id"].clone();
-            self.emit(
-                "response.output_item.added",
-                json!({"output_index": index, "item": item}),
-            );
-            for fragment in words::tokens(&arguments) {
-                self.emit(
-                    "response.function_call_arguments.delta",
-                    json!({"item_id": id, "output_index": index, "delta": fragment}),
-                );
+            let call_id = self.server.id("call");
+            let item = match kind {
+                "function" => {
+                    self.call_function(&name, &arguments);
+                    continue;
+                }
+                "custom" => {
+                    json!({"type": "custom_tool_call", "id": self.server.id("ctc"), "call_id": call_id, "name": name, "input": input})
+                }
+                "mcp_approval" => {
+                    json!({"type": "mcp_approval_request", "id": self.server.id("mcpr"), "server_label": "sim", "name": name, "arguments": arguments})
+                }
+                "computer" => {
+                    json!({"type": "computer_call", "id": self.server.id("cu"), "call_id": call_id, "status": "completed",
+                           "action": {"type": "screenshot"}, "pending_safety_checks": [{"id": "check_1", "code": "odd", "message": "Odd."}]})
+                }
+                "apply_patch" => {
+                    json!({"type": "apply_patch_call", "id": self.server.id("apc"), "call_id": call_id, "status": "completed",
+                           "operation": {"type": "delete_file", "path": name}})
+                }
+                kind => {
+                    json!({"type": format!("{kind}_call"), "id": self.server.id("sh"), "call_id": call_id, "status": "completed",
+                           "action": {"type": "exec", "command": [name], "commands": [name], "env": {}}})
+                }
+            };
+            for event in ["response.output_item.added", "response.output_item.done"] {
+                self.emit(event, json!({"output_index": index, "item": item}));
             }
-            self.emit(
-                "response.function_call_arguments.done",
-                json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments}),
-            );
-            item["arguments"] = arguments.clone().into();
-            item["status"] = "completed".into();
-            self.emit(
-                "response.output_item.done",
-                json!({"output_index": index, "item": item}),
-            );
             self.response.output.push(item);
         }
+    }
+
+    fn call_function(&mut self, name: &str, arguments: &str) {
+        let index = self.response.output.len();
+        let mut item = json!({
+            "type": "function_call", "id": self.server.id("fc"), "call_id": self.server.id("call"),
+            "name": name, "arguments": "", "status": "in_progress",
+        });
+        let id = item["id"].clone();
+        self.emit(
+            "response.output_item.added",
+            json!({"output_index": index, "item": item}),
+        );
+        for fragment in words::tokens(arguments) {
+            self.emit(
+                "response.function_call_arguments.delta",
+                json!({"item_id": id, "output_index": index, "delta": fragment}),
+            );
+        }
+        self.emit(
+            "response.function_call_arguments.done",
+            json!({"item_id": id, "output_index": index, "name": name, "arguments": arguments}),
+        );
+        item["arguments"] = arguments.into();
+        item["status"] = "completed".into();
+        self.emit(
+            "response.output_item.done",
+            json!({"output_index": index, "item": item}),
+        );
+        self.response.output.push(item);
     }
 
     /// Generates one message, word by word.

@@ -136,6 +136,23 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
                 "status": fields.text("status")?.unwrap_or_else(|| "completed".to_owned()),
             }))
         }
+        "custom_tool_call_output"
+        | "local_shell_call_output"
+        | "computer_call_output"
+        | "shell_call_output"
+        | "apply_patch_call_output" => read_output(server, item, at, &kind),
+        "mcp_approval_response" => {
+            let known = ["type", "id", "approval_request_id", "approve", "reason"];
+            let mut fields = Fields::of_value(item, at, &known)?;
+            let approve = fields.flag("approve")?;
+            Ok(json!({
+                "type": kind,
+                "id": fields.text("id")?.unwrap_or_else(|| server.id("mcpa")),
+                "approval_request_id": fields.needed_text("approval_request_id")?,
+                "approve": approve.ok_or_else(|| fields.missing("approve"))?,
+                "reason": fields.text("reason")?,
+            }))
+        }
         "item_reference" => {
             let mut fields = Fields::of_value(item, at, &["type", "id"])?;
             let id = fields.needed_text("id")?;
@@ -152,6 +169,69 @@ fn read_item(server: &Server, item: Value, at: String) -> Result<Value, ApiError
             Ok(item)
         }
     }
+}
+
+/// Reads the output of a call other than a function's.
+fn read_output(server: &Server, item: Value, at: String, kind: &str) -> Result<Value, ApiError> {
+    let more: &[&str] = match kind {
+        "computer_call_output" => &["acknowledged_safety_checks"],
+        "shell_call_output" => &["max_output_length"],
+        _ => &[],
+    };
+    let known = [&["type", "id", "call_id", "output", "status"], more].concat();
+    let mut fields = Fields::of_value(item, at, &known)?;
+    let mut read = json!({"type": kind});
+    read["id"] = fields
+        .text("id")?
+        .unwrap_or_else(|| server.id("out"))
+        .into();
+    let call = fields.needed_text("call_id")?;
+    within(&fields.path("call_id"), &call, 64)?;
+    read["call_id"] = call.into();
+    for field in more {
+        if let Some(value) = fields.any(field) {
+            read[*field] = value;
+        }
+    }
+    if kind == "apply_patch_call_output" {
+        let status = fields.needed_text("status")?;
+        if status != "completed" && status != "failed" {
+            let path = fields.path("status");
+            return Err(wrong_value(&path, &status, "'completed' and 'failed'"));
+        }
+        read["status"] = status.into();
+        read["output"] = fields.text("output")?.into();
+        return Ok(read);
+    }
+    let path = fields.path("output");
+    let output = fields.needed("output")?;
+    let (is_right, wanted) = match kind {
+        "custom_tool_call_output" => (
+            output.is_string() || output.is_array(),
+            "a string or an array",
+        ),
+        "computer_call_output" => (
+            output["type"] == "computer_screenshot"
+                && output["image_url"].is_string() != output["file_id"].is_string(),
+            "a screenshot",
+        ),
+        "shell_call_output" => (
+            output.as_array().is_some_and(|chunks| {
+                chunks.iter().all(|chunk| {
+                    chunk["stdout"].is_string()
+                        && chunk["stderr"].is_string()
+                        && chunk["outcome"]["type"].is_string()
+                })
+            }),
+            "an array of outputs",
+        ),
+        _ => (output.is_string(), "a string"),
+    };
+    if !is_right {
+        return Err(wrong_type(&path, wanted, &output));
+    }
+    read["output"] = output;
+    Ok(read)
 }
 
 fn read_message(server: &Server, item: Value, at: String) -> Result<Value, ApiError> {

@@ -10,13 +10,13 @@ use crate::simulator::wire::error::ApiError;
 /// The state of a conversation or chain so far.
 #[derive(Clone, Debug, Default)]
 pub(in crate::simulator) struct Context {
-    /// `call_id` of function calls without an output, oldest first.
-    pub(in crate::simulator) open_calls: Vec<String>,
+    /// Calls without an answer, oldest first.
+    open_calls: Vec<OpenCall>,
     /// Number of user messages.
     pub(in crate::simulator) turns: usize,
     /// Text of the newest user message.
     pub(in crate::simulator) user_text: String,
-    /// Outputs of functions since the newest user message.
+    /// Answers to calls since the newest user message.
     pub(in crate::simulator) outputs: Vec<String>,
     pub(in crate::simulator) words: u64,
     /// A reasoning item whose successor has not come yet.
@@ -37,7 +37,7 @@ impl Context {
         let kind = item["type"].as_str().unwrap_or_default();
         let by_model = match kind {
             "message" => item["role"] == "assistant",
-            kind => !kind.ends_with("_output"),
+            kind => !is_answer(kind),
         };
         if let Some(reasoning) = self.reasoning.take().filter(|_| !by_model) {
             self.orphan.get_or_insert(reasoning);
@@ -53,10 +53,13 @@ impl Context {
                     self.outputs.clear();
                 }
             }
-            "function_call" => self.open_calls.push(id("call_id")),
-            "function_call_output" => {
-                let call = id("call_id");
-                self.open_calls.retain(|open| *open != call);
+            "mcp_approval_request" => self.open_calls.push(OpenCall::new(kind, id("id"))),
+            kind if CALLS.contains(&kind) => {
+                self.open_calls.push(OpenCall::new(kind, id("call_id")))
+            }
+            kind if is_answer(kind) => {
+                let call = answered(item).to_owned();
+                self.open_calls.retain(|open| open.id != call);
                 self.outputs.push(text(item));
             }
             "reasoning" => self.reasoning = Some(id("id")),
@@ -67,11 +70,25 @@ impl Context {
     /// Adds the input of a new response, or returns why the response cannot be made.
     pub(in crate::simulator) fn accept(&mut self, input: &[Value]) -> Result<(), ApiError> {
         for item in input {
-            if item["type"] == "function_call_output" {
-                let call = item["call_id"].as_str().unwrap_or_default();
-                if !self.open_calls.iter().any(|open| open == call) {
+            let kind = item["type"].as_str().unwrap_or_default();
+            if is_answer(kind) {
+                let call = answered(item);
+                let open = self
+                    .open_calls
+                    .iter()
+                    .find(|open| open.id == call && open.answer() == kind);
+                let Some(open) = open else {
+                    let what = kind
+                        .replace('_', " ")
+                        .replace("tool call output", "call output");
                     return Err(bad_input(format!(
-                        "No tool call found for function call output with call_id {call}."
+                        "No tool call found for {what} with call_id {call}."
+                    )));
+                };
+                let checks = &item["acknowledged_safety_checks"];
+                if open.kind == "computer_call" && !checks.is_array() {
+                    return Err(bad_input(format!(
+                        "Computer call {call} has pending safety checks that were not acknowledged."
                     )));
                 }
             }
@@ -90,8 +107,14 @@ impl Context {
     pub(in crate::simulator) fn complaint(&self, complaint: Complaint) -> String {
         match complaint {
             Complaint::OpenCall => {
-                let call = self.open_calls.first().map_or("call_0", String::as_str);
-                format!("No tool output found for function call {call}.")
+                let call = self.open_calls.first();
+                let id = call.map_or("call_0", |call| &call.id);
+                match call.map_or("function_call", |call| call.kind) {
+                    "mcp_approval_request" => {
+                        format!("The following MCP approval requests do not have an approval: {id}")
+                    }
+                    kind => format!("No tool output found for {} {id}.", kind.replace('_', " ")),
+                }
             }
             Complaint::Reasoning => {
                 let id = self
@@ -105,6 +128,56 @@ impl Context {
             }
         }
     }
+}
+
+/// The types of items that are calls of the client's tools.
+const CALLS: [&str; 7] = [
+    "function_call",
+    "custom_tool_call",
+    "mcp_approval_request",
+    "computer_call",
+    "local_shell_call",
+    "shell_call",
+    "apply_patch_call",
+];
+
+/// A call that waits for its answer.
+#[derive(Clone, Debug)]
+struct OpenCall {
+    kind: &'static str,
+    id: String,
+}
+
+impl OpenCall {
+    fn new(kind: &str, id: String) -> Self {
+        let kind = CALLS.into_iter().find(|known| *known == kind);
+        Self {
+            kind: kind.unwrap_or("function_call"),
+            id,
+        }
+    }
+
+    /// Returns the type of the item that answers the call.
+    fn answer(&self) -> String {
+        match self.kind {
+            "mcp_approval_request" => "mcp_approval_response".to_owned(),
+            kind => format!("{kind}_output"),
+        }
+    }
+}
+
+fn is_answer(kind: &str) -> bool {
+    kind.ends_with("_output") || kind == "mcp_approval_response"
+}
+
+/// Returns the id of the call that the item answers; empty if it answers none.
+pub(in crate::simulator) fn answered(item: &Value) -> &str {
+    let id = match item["type"].as_str() {
+        Some("mcp_approval_response") => &item["approval_request_id"],
+        Some(kind) if is_answer(kind) => &item["call_id"],
+        _ => &Value::Null,
+    };
+    id.as_str().unwrap_or_default()
 }
 
 /// Returns the item's id; empty if it has none.
@@ -126,9 +199,18 @@ pub(in crate::simulator) fn line(item: &Value) -> Option<Line> {
     Some((role.to_owned(), text))
 }
 
-/// Returns the text of a message or of a function's output.
+/// Returns the text of a message or of an answer to a call.
 pub(in crate::simulator) fn text(item: &Value) -> String {
-    joined(item, " ")
+    match item["type"].as_str() {
+        Some("mcp_approval_response") if item["approve"] == true => "approved".to_owned(),
+        Some("mcp_approval_response") => "declined".to_owned(),
+        Some("computer_call_output") => "a screenshot".to_owned(),
+        Some("shell_call_output") => item["output"][0]["stdout"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned(),
+        _ => joined(item, " "),
+    }
 }
 
 fn joined(item: &Value, between: &str) -> String {

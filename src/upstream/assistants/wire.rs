@@ -10,7 +10,10 @@ use crate::domain::{
 };
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::error::UpstreamError;
-use crate::upstream::wire::{failure_code, lenient, usage};
+use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+
+/// Most characters of a text of a message.
+const MAX_TEXT: usize = 256_000;
 
 #[derive(Debug, Deserialize)]
 pub(super) struct RunObject {
@@ -318,19 +321,26 @@ impl DeltaPart {
 /// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
 /// in answers, a text part holds a plain string.
 pub(super) fn content(parts: &[ContentPart]) -> Value {
-    if let [ContentPart::Text { text }] = parts {
+    if let [ContentPart::Text { text }] = parts
+        && text.len() <= MAX_TEXT
+    {
         return text.as_str().into();
     }
     let part = |part: &ContentPart| match part {
         ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
-            json!({"type": "text", "text": text})
+            pieces(text, MAX_TEXT)
+                .into_iter()
+                .map(|text| json!({"type": "text", "text": text}))
+                .collect()
         }
-        ContentPart::ImageUrl { image_url } => json!({"type": "image_url", "image_url": image_url}),
+        ContentPart::ImageUrl { image_url } => {
+            vec![json!({"type": "image_url", "image_url": image_url})]
+        }
         ContentPart::ImageFile { image_file } => {
-            json!({"type": "image_file", "image_file": image_file})
+            vec![json!({"type": "image_file", "image_file": image_file})]
         }
     };
-    parts.iter().map(part).collect()
+    parts.iter().flat_map(part).collect()
 }
 
 #[cfg(test)]
@@ -359,6 +369,9 @@ mod tests {
             },
         };
         assert_eq!(content(&[text("a")]), json!("a"));
+        let long = content(&[text(&"é".repeat(MAX_TEXT + 1))]);
+        assert_eq!(long[0]["text"], "é".repeat(MAX_TEXT));
+        assert_eq!(long[1], json!({"type": "text", "text": "é"}));
         assert_eq!(
             content(&[text("a"), url(Some("low")), url(None), file]),
             json!([
@@ -381,6 +394,21 @@ mod tests {
             run.run_status().is_none() && run.usage().is_none() && run.failure_code().is_none()
         );
         assert!(run.into_tool_calls().is_empty());
+    }
+
+    #[test]
+    fn an_unknown_action_is_named_and_not_quoted() {
+        let named = |kind: Value| {
+            let action = json!({"type": kind, "submit_dance": {}});
+            let run =
+                json!({"id": "run_1", "status": "requires_action", "required_action": action});
+            let run: RunObject = serde_json::from_value(run).unwrap();
+            run.unknown_action().unwrap().message
+        };
+        assert!(named(json!("submit_dance")).contains("`submit_dance`"));
+        for odd in [json!("Dance, please."), json!(7), json!("x".repeat(65))] {
+            assert!(named(odd).contains("`unknown`"));
+        }
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The adapter's type, and the calls that its files share.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use http::Method;
 use serde_json::Value;
 
-use super::stream::StreamDecoder;
+use super::stream::{Previous, StreamDecoder};
 use super::stream_resume::resuming;
 use crate::config::UpstreamConfig;
-use crate::domain::UpstreamRunId;
+use crate::domain::{UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::Rejection;
 use crate::upstream::client::{SseStream, UpstreamClient};
 use crate::upstream::error::UpstreamError;
@@ -25,6 +27,8 @@ pub struct ResponsesUpstream {
     pub(super) conversations: bool,
     pub(super) background: bool,
     pub(super) lock_window: Duration,
+    /// The server ignores `previous_response_id`, so each request of a chain holds the history.
+    pub(super) ignores_previous: Arc<AtomicBool>,
 }
 
 impl ResponsesUpstream {
@@ -34,6 +38,7 @@ impl ResponsesUpstream {
             conversations: config.conversations,
             background: config.background,
             lock_window: config.lock_window,
+            ignores_previous: Arc::default(),
         }
     }
 
@@ -58,9 +63,22 @@ impl ResponsesUpstream {
         })
     }
 
-    /// Decodes the events of a response.
-    pub(super) async fn read(&self, events: SseStream) -> Result<EventStream, UpstreamError> {
-        let turn = StreamDecoder::new(!self.conversations);
+    /// Returns what a response that follows `thread` must build on: in a chain, the last response.
+    pub(super) fn previous(&self, thread: Option<&UpstreamThreadId>) -> Option<Previous> {
+        let last = thread.filter(|_| !self.conversations)?;
+        Some(Previous {
+            id: last.as_str().to_owned(),
+            is_ignored: Arc::clone(&self.ignores_previous),
+        })
+    }
+
+    /// Decodes the events of a response. `previous`: the response on which it must build.
+    pub(super) async fn read(
+        &self,
+        events: SseStream,
+        previous: Option<Previous>,
+    ) -> Result<EventStream, UpstreamError> {
+        let turn = StreamDecoder::new(!self.conversations).after(previous);
         Ok(public(relay(events, turn, self.client.max_bytes()).await?))
     }
 

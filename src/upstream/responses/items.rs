@@ -2,14 +2,13 @@
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::time::sleep;
 
 use super::adapter::ResponsesUpstream;
 use super::run_items::id_of;
 use super::wire::closing_item;
 use crate::domain::{ToolCall, UpstreamThreadId};
 use crate::upstream::error::UpstreamError;
-use crate::upstream::retry::{FIRST_WAIT, next_backoff, retry_while_busy};
+use crate::upstream::retry::{retry_while_busy, retry_while_refused};
 use crate::upstream::retrying_client::is_gone;
 use crate::upstream::wire::List;
 
@@ -96,22 +95,9 @@ impl ResponsesUpstream {
         items: &[Value],
     ) -> Result<(), UpstreamError> {
         let path = ["conversations", conversation.as_str(), "items"];
-        let mut wait = FIRST_WAIT;
         for some in items.chunks(ITEMS_PER_REQUEST) {
             let body = json!({"items": some});
-            loop {
-                match self.client.make::<Value>(&path, &body).await {
-                    Ok(_) => break,
-                    Err(
-                        UpstreamError::Busy { .. }
-                        | UpstreamError::Connect
-                        | UpstreamError::RateLimited { quota: false, .. },
-                    ) => {}
-                    Err(error) => return Err(error),
-                }
-                sleep(wait).await;
-                wait = next_backoff(wait);
-            }
+            retry_while_refused(|| self.client.make::<Value>(&path, &body)).await?;
         }
         Ok(())
     }

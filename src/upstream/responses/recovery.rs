@@ -147,8 +147,8 @@ impl ResponsesUpstream {
         id: &UpstreamRunId,
         response: &Value,
     ) -> Result<EventStream, UpstreamError> {
-        self.read(retelling(self.client.clone(), id.clone(), response))
-            .await
+        let events = retelling(self.client.clone(), id.clone(), response);
+        self.read(events, None).await
     }
 
     /// Returns true if the response has ended, or continues although nobody reads it.

@@ -1,11 +1,11 @@
-//! Starts a run on a conversation that an earlier run may have damaged.
+//! Starts a run on a conversation, or a chain, that an earlier run may have damaged.
 //!
-//! After a function call without an output, or a reasoning item without the item that must follow
+//! After a call without an answer, or a reasoning item without the item that must follow
 //! it, the server refuses every further run, for ever. The repair has three steps:
 //!
-//! 1. Open calls get an output, in the same request as the run.
-//! 2. If that does not help, the broken items are deleted.
-//! 3. If that does not help either, the conversation counts as gone.
+//! 1. Open calls get an answer, in the same request as the run.
+//! 2. If that does not help, the broken items of a conversation are deleted.
+//! 3. If that does not help either, the thread counts as gone.
 
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
@@ -14,7 +14,7 @@ use super::adapter::ResponsesUpstream;
 use super::run_items::{broken_tail, kept};
 use super::stream::StreamDecoder;
 use super::wire::{closing_item, open_calls};
-use crate::domain::UpstreamThreadId;
+use crate::domain::{UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::{Damage, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::EventStream;
@@ -39,8 +39,8 @@ pub(super) struct RepairingRequest {
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Repair {
     Nothing,
-    /// Outputs for the open calls.
-    Outputs,
+    /// Answers to the open calls.
+    Answers,
     /// Deletion of the broken items.
     Deletion,
 }
@@ -110,7 +110,8 @@ impl RepairingRequest {
                 Ok(events) => {
                     relay(
                         events,
-                        StreamDecoder::for_repair(!self.upstream.conversations),
+                        StreamDecoder::for_repair(!self.upstream.conversations)
+                            .after(self.upstream.previous(self.thread.as_ref())),
                         limit,
                     )
                     .await
@@ -140,15 +141,21 @@ impl RepairingRequest {
         let (Some(damage), Some(thread)) = (refusal.damage, &self.thread) else {
             return Err(refusal.error);
         };
-        if !self.upstream.conversations || self.tried == Repair::Deletion {
+        let has_tried_all = if self.upstream.conversations {
+            self.tried == Repair::Deletion
+        } else {
+            // No item of a chain can be deleted.
+            self.tried != Repair::Nothing || accepted
+        };
+        if has_tried_all {
             return Err(UpstreamError::ThreadGone);
         }
-        tracing::warn!("repairing the conversation that an earlier run left damaged");
+        tracing::warn!("repairing the upstream thread that an earlier run left damaged");
         // A run that was refused at once left nothing, however the repair ends.
         let failed = |error| if accepted { error } else { unsent(error) };
-        let items = match self.upstream.newest(thread, None, PAGES_TO_SEARCH).await {
-            Ok(newest) => newest.items,
-            // A conversation that cannot be read cannot be repaired.
+        let items = match self.items(thread).await {
+            Ok(items) => items,
+            // A thread that cannot be read cannot be repaired.
             Err(error) if is_not_offered(&error) => return Err(UpstreamError::ThreadGone),
             Err(error) => return Err(failed(error)),
         };
@@ -159,11 +166,11 @@ impl RepairingRequest {
         let open = open_calls(&items);
         if self.tried == Repair::Nothing && damage == Damage::OpenCall && !open.is_empty() {
             self.repair_with(open.iter().map(closing_item).collect());
-            self.tried = Repair::Outputs;
+            self.tried = Repair::Answers;
             return Ok(());
         }
         let broken = broken_tail(&items, &damage);
-        if broken.is_empty() {
+        if broken.is_empty() || !self.upstream.conversations {
             return Err(UpstreamError::ThreadGone);
         }
         self.upstream
@@ -173,5 +180,17 @@ impl RepairingRequest {
         self.repair_with(Vec::new());
         self.tried = Repair::Deletion;
         Ok(())
+    }
+
+    /// Returns the newest items of a conversation, or the output of the last response of a chain.
+    async fn items(&self, thread: &UpstreamThreadId) -> Result<Vec<Value>, UpstreamError> {
+        if self.upstream.conversations {
+            let newest = self.upstream.newest(thread, None, PAGES_TO_SEARCH).await?;
+            return Ok(newest.items);
+        }
+        let last = UpstreamRunId(thread.0.clone());
+        let response = self.upstream.response(&last, None).await?;
+        let output = response.as_ref().and_then(|it| it["output"].as_array());
+        Ok(output.cloned().unwrap_or_default())
     }
 }

@@ -1,6 +1,8 @@
 //! Decodes the event stream of a response.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -23,6 +25,10 @@ pub(super) struct StreamDecoder {
     /// A response that fails because the conversation is damaged counts as a refusal, because the
     /// caller can repair the conversation.
     repairs: bool,
+    /// The response on which this one must build.
+    previous: Option<Previous>,
+    /// The response does not build on `previous`.
+    forgets: bool,
     response: Option<String>,
     /// Whether the response called a tool.
     called: bool,
@@ -33,11 +39,36 @@ pub(super) struct StreamDecoder {
     held: usize,
 }
 
+/// The response on which the next one of a chain must build.
+#[derive(Clone, Debug)]
+pub(super) struct Previous {
+    pub(super) id: String,
+    /// Set when the server turns out to ignore ids of earlier responses.
+    pub(super) is_ignored: Arc<AtomicBool>,
+}
+
+impl Previous {
+    /// Checks what the server says of the response on which a new one builds. A server that says
+    /// nothing is trusted.
+    fn is_forgotten(&self, said: Option<&Option<String>>) -> bool {
+        let is_forgotten = said.is_some_and(|said| said.as_ref() != Some(&self.id));
+        if is_forgotten && !self.is_ignored.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "the upstream ignores `previous_response_id`, so each request now holds the whole \
+                 history; set `conversations = true` if the server has conversations"
+            );
+        }
+        is_forgotten
+    }
+}
+
 impl StreamDecoder {
     pub(super) fn new(chain: bool) -> Self {
         Self {
             chain,
             repairs: false,
+            previous: None,
+            forgets: false,
             response: None,
             called: false,
             streamed: StreamedParts::default(),
@@ -51,6 +82,11 @@ impl StreamDecoder {
             repairs: true,
             ..Self::new(chain)
         }
+    }
+
+    /// Makes the decoder check that the response builds on an earlier one.
+    pub(super) fn after(self, previous: Option<Previous>) -> Self {
+        Self { previous, ..self }
     }
 
     /// Returns true if the response has produced nothing, and the caller can repair the
@@ -69,6 +105,10 @@ impl Decoder for StreamDecoder {
         event: SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
+        // The id of the response was relayed before, so that the response can be deleted.
+        if self.forgets {
+            return Err(UpstreamError::ThreadGone.into());
+        }
         if event.data == "[DONE]" {
             return Ok(());
         }
@@ -137,6 +177,9 @@ impl StreamDecoder {
         let head: ResponseHead = parse(raw)?;
         if self.response.is_none() {
             self.response = Some(head.id.clone());
+            let previous = self.previous.take();
+            self.forgets =
+                previous.is_some_and(|it| it.is_forgotten(head.previous_response_id.as_ref()));
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(head.id.clone())));
         }
         // The status decides, because a cancelled response ends with an event named `failed`. The
@@ -154,6 +197,9 @@ impl StreamDecoder {
             .filter(|status| status.is_final())
             .or(named)
         {
+            if self.forgets {
+                return Err(UpstreamError::ThreadGone.into());
+            }
             let response: ResponseObject = parse(raw)?;
             // Some servers accept a run before they see that the conversation is damaged.
             if status == RunStatus::Failed

@@ -1,7 +1,7 @@
 //! The shapes of Conversations + Responses, as far as the gateway reads them. An optional field
 //! of another shape counts as absent.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
@@ -11,7 +11,10 @@ use crate::domain::{
 };
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::error::UpstreamError;
-use crate::upstream::wire::{failure_code, lenient, usage};
+use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+
+/// Most characters of a text of a message.
+const MAX_TEXT: usize = 10_485_760;
 
 /// The outer fields of an event. The inner ones are parsed when its type is known.
 #[derive(Debug, Deserialize)]
@@ -36,6 +39,14 @@ pub(super) struct ResponseHead {
     pub(super) id: String,
     #[serde(default, deserialize_with = "lenient")]
     status: Option<String>,
+    /// The response on which this one builds; `Some(None)` if the server says that there is none.
+    #[serde(default, deserialize_with = "present")]
+    pub(super) previous_response_id: Option<Option<String>>,
+}
+
+/// Reads a field that is there, so that null differs from an absent field.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
+    lenient(deserializer).map(Some)
 }
 
 impl ResponseHead {
@@ -394,8 +405,8 @@ pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
 /// Returns a user's message as an input item. A single text is a bare string.
 pub(super) fn message_item(parts: &[ContentPart]) -> Value {
     let content: Value = match parts {
-        [ContentPart::Text { text }] => text.as_str().into(),
-        parts => parts.iter().map(input_part).collect(),
+        [ContentPart::Text { text }] if text.len() <= MAX_TEXT => text.as_str().into(),
+        parts => parts.iter().flat_map(input_parts).collect(),
     };
     json!({"type": "message", "role": "user", "content": content})
 }
@@ -416,15 +427,22 @@ pub(super) fn history_item(message: &Message) -> Value {
                     ContentPart::ImageUrl { .. } | ContentPart::ImageFile { .. } => None,
                 })
                 .collect();
-            json!({"type": "message", "role": "assistant", "content": text})
+            let content: Value = if text.len() <= MAX_TEXT {
+                text.into()
+            } else {
+                let part = |text| json!({"type": "output_text", "text": text});
+                pieces(&text, MAX_TEXT).into_iter().map(part).collect()
+            };
+            json!({"type": "message", "role": "assistant", "content": content})
         }
     }
 }
 
-fn input_part(part: &ContentPart) -> Value {
-    match part {
+fn input_parts(part: &ContentPart) -> Vec<Value> {
+    let part = match part {
         ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
-            json!({"type": "input_text", "text": text})
+            let part = |text| json!({"type": "input_text", "text": text});
+            return pieces(text, MAX_TEXT).into_iter().map(part).collect();
         }
         ContentPart::ImageUrl { image_url } => json!({
             "type": "input_image", "image_url": image_url.url,
@@ -434,7 +452,8 @@ fn input_part(part: &ContentPart) -> Value {
             "type": "input_image", "file_id": image_file.file_id,
             "detail": image_file.detail.as_deref().unwrap_or("auto"),
         }),
-    }
+    };
+    vec![part]
 }
 
 #[cfg(test)]

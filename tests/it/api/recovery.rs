@@ -546,3 +546,29 @@ async fn conversation_with_foreign_broken_items_is_repaired(scene: Scene) {
     );
     assert_same(&scene, &gateway, SCOPE).await;
 }
+
+/// The server answers as if there were no earlier response, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn server_that_ignores_previous_response_gets_history() {
+    let scene = Scene::by_chance(Protocol::Chain).await;
+    let gateway = scene.gateway().await;
+    say(&gateway, "one").await.ok();
+    scene.fault("create_response", "forget", 100);
+    for (turn, text_said, requests) in [(2, "two", 3), (3, "three", 4)] {
+        let answer = say(&gateway, text_said).await.ok();
+        assert_eq!(answer["run"]["status"], "completed", "{answer:#}");
+        let reply = text(&answer["message"]);
+        assert!(reply.contains(&format!("turn {turn}")), "{reply}");
+        let sent = scene.simulator.stats().requests_by_operation["create_response"];
+        assert_eq!(
+            sent, requests,
+            "the gateway remembers that the server forgets"
+        );
+        assert_same(&scene, &gateway, SCOPE).await;
+    }
+    let told = gateway
+        .logs()
+        .into_iter()
+        .filter(|line| line.contains("ignores `previous_response_id`"));
+    assert_eq!(told.count(), 1);
+}

@@ -165,7 +165,8 @@ async fn run_with_function_call_has_required_action() {
           {
             "arguments": "{\"input\":\"Weather?\"}",
             "id": "[id]",
-            "name": "get_weather"
+            "name": "get_weather",
+            "type": "function"
           }
         ]
       },

@@ -21,6 +21,7 @@ on_each_protocol!(
     submitted_tool_outputs_survive_crash_when_recoverable,
     tool_outputs_lost_after_takeover_are_looked_up,
     message_queued_behind_tool_call_is_answered,
+    each_type_of_call_is_answered_or_closed,
 );
 
 const SCOPE: &str = "/v1/users/alice";
@@ -473,4 +474,140 @@ async fn message_queued_behind_tool_call_is_answered(scene: Scene) {
     give(&gateway, &asked, "4 °C").await.ok();
     assert_eq!(waiting.rest().await.last().unwrap().name, "run.completed");
     assert_same(&scene, &gateway, SCOPE).await;
+}
+
+/// A type of call, a part of its arguments, its answer, a part of the reply to that, and an answer
+/// of a wrong form with the refusal.
+type Kind = (
+    &'static str,
+    &'static str,
+    Value,
+    &'static str,
+    Value,
+    &'static str,
+);
+
+fn kinds(protocol: Protocol) -> Vec<Kind> {
+    let text = |text: &str| json!({"output": text});
+    let approval: Kind = (
+        "mcp_approval",
+        "look",
+        json!({"approve": true}),
+        "approved",
+        text("yes"),
+        "`approve`",
+    );
+    if protocol == Protocol::Assistants {
+        return vec![approval];
+    }
+    let picture = json!({"type": "input_image", "image_url": "data:image/png;base64,AA=="});
+    let words = json!({"type": "input_text", "text": "a picture"});
+    let check = json!([{"id": "check_1"}]);
+    let shell = json!([{"stdout": "4", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]);
+    let approve = json!({"approve": true});
+    vec![
+        approval,
+        (
+            "function",
+            "look",
+            json!({"output": [words, picture]}),
+            "a picture",
+            approve.clone(),
+            "`output`",
+        ),
+        (
+            "custom",
+            "look",
+            text("four"),
+            "four",
+            json!({"approve": false, "reason": "no"}),
+            "`output`",
+        ),
+        (
+            "computer",
+            "screenshot",
+            json!({"output": [picture], "acknowledged_safety_checks": check}),
+            "a screenshot",
+            text("seen"),
+            "`input_image`",
+        ),
+        (
+            "local_shell",
+            "exec",
+            text("files"),
+            "files",
+            json!({"output": [words]}),
+            "a string",
+        ),
+        (
+            "shell",
+            "exec",
+            text(&shell.to_string()),
+            "4",
+            text("4"),
+            "JSON",
+        ),
+        (
+            "apply_patch",
+            "delete_file",
+            text(r#"{"status": "completed", "output": "gone"}"#),
+            "gone",
+            text("gone"),
+            "JSON",
+        ),
+    ]
+}
+
+async fn each_type_of_call_is_answered_or_closed(scene: Scene) {
+    let gateway = scene.gateway().await;
+    let kinds = kinds(scene.protocol);
+    let with_id = |asked: &Value, answer: &Value| {
+        let mut answer = answer.clone();
+        answer["tool_call_id"] = asked["run"]["required_action"]["tool_calls"][0]["id"].clone();
+        json!({"tool_outputs": [answer]})
+    };
+    for (kind, told, answer, said, wrong, form) in &kinds {
+        let asked = ask(&gateway, &format!("look [[sim: tool={kind}:find]]")).await;
+        let call = &asked["run"]["required_action"]["tool_calls"][0];
+        assert_eq!(call["type"], *kind, "{call:#}");
+        assert!(
+            call["arguments"].as_str().unwrap().contains(told),
+            "{call:#}"
+        );
+        assert_eq!(
+            call["server_label"] == "sim",
+            *kind == "mcp_approval",
+            "{call:#}"
+        );
+        let refused = gateway.post(&path(&asked), &with_id(&asked, wrong)).await;
+        assert_eq!(refused.problem(), (422, "invalid-request"), "{kind}");
+        let detail = refused.body["detail"].as_str().unwrap();
+        assert!(detail.contains(kind) && detail.contains(form), "{detail}");
+        let answered = gateway
+            .post(&path(&asked), &with_id(&asked, answer))
+            .await
+            .ok();
+        let reply = text(&answered["message"]);
+        assert!(
+            reply.contains(&format!("The tools answered: {said}.")),
+            "{kind}: {reply}"
+        );
+    }
+
+    // Nobody answers: after a cancel and after the deadline, the next message works.
+    let all: Vec<String> = kinds
+        .iter()
+        .map(|it| format!("tool={}:find", it.0))
+        .collect();
+    let all = format!("look [[sim: {}]]", all.join(" "));
+    let asked = ask(&gateway, &all).await;
+    let run = path(&asked).trim_end_matches("/tool_outputs").to_owned();
+    let cancel = gateway.request(Method::POST, &format!("{run}/cancel"));
+    assert_eq!(
+        gateway.send(cancel).await.ok()["run"]["status"],
+        "cancelled"
+    );
+    gateway.say(SCOPE, "hello again").await;
+    assert_same(&scene, &gateway, SCOPE).await;
+    assert_eq!(scene.simulator.stats().active_runs, 0);
 }

@@ -98,6 +98,34 @@ async fn open_calls_are_closed_with_next_message() {
     );
 }
 
+/// An approval that a conversation, or the last response of a chain, waits for is declined.
+#[tokio::test]
+async fn open_approval_is_declined_with_next_message() {
+    let asked = json!([{"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "s", "name": "find", "arguments": "{}"}]);
+    let response = json!({"id": "t_1", "status": "completed", "output": asked});
+    let blocked = "The following MCP approval requests do not have an approval: mcpr_1";
+    for conversations in [true, false] {
+        let read = if conversations {
+            items(&asked)
+        } else {
+            json_answer(200, &[], &response.to_string())
+        };
+        let server = Scripted::start(vec![refused(blocked), read, good()]).await;
+        let mut settings = config(UpstreamKind::Responses, &server.url);
+        settings.conversations = conversations;
+        let events = run_to_end(&*adapter(&settings), Some(&thread())).await;
+        assert_eq!(lines(&events.unwrap()), EXPECTED);
+        let requests = server.requests();
+        let declined = json!({"type": "mcp_approval_response", "approval_request_id": "mcpr_1",
+            "approve": false, "reason": "the call was not answered"});
+        assert_eq!(requests[2].body["input"][0], declined);
+        assert_eq!(
+            requests[2].body["input"].as_array().unwrap()[1..],
+            requests[0].body["input"].as_array().unwrap()[..]
+        );
+    }
+}
+
 #[tokio::test]
 async fn repairs_are_tried_in_order_once_each() {
     let reasoning = |id: &str| json!({"type": "reasoning", "id": id, "summary": []});
@@ -174,6 +202,7 @@ async fn unrepairable_thread_counts_as_gone() {
         refused(OPEN),
         json_answer(404, &[], "Not Found"),
         refused(OPEN),
+        json_answer(404, &[], "Not Found"),
     ])
     .await;
     for _ in 0..2 {
@@ -189,9 +218,9 @@ async fn unrepairable_thread_counts_as_gone() {
         .unwrap_err();
     assert!(
         matches!(error, UpstreamError::ThreadGone),
-        "a chain has no items to repair: {error:?}"
+        "the response is not there: {error:?}"
     );
-    assert_eq!(server.requests().len(), 5);
+    assert_eq!(server.requests().len(), 6);
 }
 
 #[tokio::test]
