@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use crate::domain::{RunErrorCode, UpstreamRunId};
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::error_detail::Layer;
-use crate::upstream::refusal_cause::{cause, is_quota, is_thread_field, is_too_large, passes};
+use crate::upstream::refusal_cause::{
+    cause, exceeds_rate_alone, is_place, is_quota, is_thread_field, passes,
+};
 
 pub(super) use crate::upstream::error_detail::ErrorDetail;
 
@@ -107,7 +109,7 @@ fn meaning(
     };
     if status == StatusCode::TOO_MANY_REQUESTS {
         // A request that is larger than the rate itself is refused at any time.
-        if should_retry.is_none() && is_too_large(detail) {
+        if should_retry.is_none() && exceeds_rate_alone(detail) {
             return refused(status.as_u16(), false, detail);
         }
         return limited(should_retry.map_or_else(|| is_quota(detail), |retry| !retry));
@@ -122,9 +124,7 @@ fn meaning(
             blocking_run: detail.blocking_run(),
         };
     }
-    if status == StatusCode::PAYMENT_REQUIRED
-        || (matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) && is_quota(detail))
-    {
+    if status == StatusCode::PAYMENT_REQUIRED || (client_error && is_quota(detail)) {
         return limited(true);
     }
     if matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN)
@@ -245,7 +245,9 @@ impl ErrorDetail {
             });
         }
         // The status was 200, so the server may have taken the request.
-        if let Some(status) = passes(self) {
+        if let Some(status) = passes(self)
+            && !exceeds_rate_alone(self)
+        {
             return Ok(UpstreamError::Unavailable {
                 status,
                 retry_after: None,
@@ -357,8 +359,7 @@ impl Layer {
 }
 
 /// Returns true if a statement that a thread does not exist has its noun at this place. What
-/// stands before it may be a relay's, but the thread must not be the place of another thing: "the
-/// run in thread … was not found".
+/// stands before it may be a relay's.
 fn begins_missing_thread(words: &[&str], at: usize) -> bool {
     const NOUNS: [&str; 7] = [
         "thread",
@@ -372,35 +373,8 @@ fn begins_missing_thread(words: &[&str], at: usize) -> bool {
     if !NOUNS.contains(&words[at]) {
         return false;
     }
-    let mut before = &words[..at];
-    while let [
-        rest @ ..,
-        "previous" | "stored" | "the" | "this" | "requested",
-    ] = before
-    {
-        before = rest;
-    }
-    let last = before.last().copied().unwrap_or_default();
-    let is_place = matches!(
-        last,
-        "in" | "of"
-            | "for"
-            | "from"
-            | "on"
-            | "to"
-            | "by"
-            | "with"
-            | "and"
-            | "or"
-            | "within"
-            | "under"
-            | "inside"
-            | "using"
-            | "via"
-            | "at"
-            | "a"
-            | "an"
-    );
+    let last = at.checked_sub(1).map_or("", |at| words[at]);
+    let is_place = is_place(words, at);
     let says_no = matches!(last, "no" | "such" | "unknown" | "find");
     let rest = match &words[at + 1..] {
         ["object", rest @ ..] => rest,
@@ -838,6 +812,9 @@ mod tests {
             (403, wrapped("x", "insufficient_quota"), "quota"),
             (400, relayed(&wrapped("x", "insufficient_quota"), "400"), "quota"),
             (400, quota("Your credit balance is too low to access the API."), "quota"),
+            (401, wrapped("x", "insufficient_quota"), "quota"),
+            (400, r#"{"error":{"message":"Budget has been exceeded! Max budget: 1.0","type":"budget_exceeded","param":"None","code":"400"}}"#.to_owned(), "quota"),
+            (429, wrapped("Too many tokens, please wait before trying again.", ""), "wait"),
             (429, relayed("Error code: 429 - {'error': {'code': 'insufficient_quota'}}", "429"), "quota"),
             (400, wrapped("x", "rate_limit_exceeded"), "wait"),
             (429, r#"{"error":{"code":"429","message":"Requests have exceeded call rate limit of your current pricing tier."}}"#.to_owned(), "wait"),
@@ -911,6 +888,17 @@ mod tests {
             (Configuration, 307, String::new()),
             (Unknown, 422, r#"{"detail":[{"type":"string_type","loc":["body","input",0,"content"],"msg":"Input should be a valid string"}]}"#.to_owned()),
             (Unknown, 400, String::new()),
+            (Configuration, 404, wrapped("Error response from the server: model m was not found", "")),
+            (Unknown, 400, r#"{"error":{"message":"m","type":"None","param":"None","code":"400"}}"#.to_owned()),
+            (Unknown, 400, about("The message role is not supported.", "input[0].role", "")),
+            (Configuration, 400, about("Response format is not supported with this model.", "text.format", "")),
+            (Configuration, 404, r#"{"statusCode":404,"message":"Cannot POST /v1/responses","error":"Not Found"}"#.to_owned()),
+            (Configuration, 400, r#"{"error":{"message":"m is not a valid model ID","code":400}}"#.to_owned()),
+            (Media, 400, about("string too long", "input[0].content[1].image_url", "string_above_max_length")),
+            (Media, 400, r#"{"message":"At most 1 image(s) may be provided in one request.","code":400}"#.to_owned()),
+            (Media, 400, wrapped("File with id 'file_1' in message msg_1 was not found.", "")),
+            (Thread, 400, wrapped("previous_response_id is not supported.", "")),
+            (Thread, 422, r#"{"detail":[{"type":"missing","loc":["path","thread_id"],"msg":"bad"}]}"#.to_owned()),
             (Unknown, 400, about("Invalid value: 'x'.", "input[0].role", "invalid_value")),
             (Unknown, 404, wrapped("It went away.", "")),
         ] {
