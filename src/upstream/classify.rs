@@ -376,10 +376,8 @@ fn begins_missing_thread(words: &[&str], at: usize) -> bool {
     let last = at.checked_sub(1).map_or("", |at| words[at]);
     let is_place = is_place(words, at);
     let says_no = matches!(last, "no" | "such" | "unknown" | "find");
-    let rest = match &words[at + 1..] {
-        ["object", rest @ ..] => rest,
-        rest => rest,
-    };
+    let after = &words[at + 1..];
+    let rest = after.strip_prefix(&["object"]).unwrap_or(after);
     match rest {
         ["found", "with", "id", id, ..] => last == "no" && is_thread_id(id),
         ["not", "found", "with", "id", id, ..]
@@ -706,7 +704,7 @@ mod tests {
         }
     }
 
-    /// Wraps a text as LiteLLM does.
+    /// Wraps a text as a relay does.
     fn relayed(inner: &str, code: &str) -> String {
         let message =
             format!("litellm.BadRequestError: OpenAIException - {inner}. Received Model Group=m");
@@ -1037,11 +1035,6 @@ mod tests {
                 r#"{"error":{"message":"m","code":"401"}}"#,
                 "the upstream refused the request with status 401 (401)".to_owned(),
             ),
-            // An error after a 200 that names nothing known is the end of the run.
-            (
-                r#"{"error":{"type":"server_error","message":"m"}}"#,
-                "failed server_error".to_owned(),
-            ),
             (
                 r#"{"error":{"code":"content_filter","message":"m"}}"#,
                 "the upstream refused the request with status 400 (content_filter)".to_owned(),
@@ -1059,6 +1052,22 @@ mod tests {
                 "the upstream thread is gone".to_owned(),
             ),
             (
+                r#"{"error":"Thread t already has an active run run_9."}"#,
+                "the upstream thread is held by another run".to_owned(),
+            ),
+        ] {
+            assert_eq!(read(data).as_deref(), Some(&*expected), "{data}");
+        }
+    }
+
+    #[test]
+    fn an_error_event_that_names_nothing_known_is_the_end_of_the_run() {
+        for (data, expected) in [
+            (
+                r#"{"error":{"type":"server_error","message":"m"}}"#,
+                "failed server_error".to_owned(),
+            ),
+            (
                 r#"{"error":{"code":500,"message":"m"}}"#,
                 "failed 500".to_owned(),
             ),
@@ -1070,10 +1079,6 @@ mod tests {
             (
                 r#"{"error":"it failed","code":"not-found"}"#,
                 "failed not-found".to_owned(),
-            ),
-            (
-                r#"{"error":"Thread t already has an active run run_9."}"#,
-                "the upstream thread is held by another run".to_owned(),
             ),
             (
                 r#"{"detail":"Internal Server Error"}"#,

@@ -368,7 +368,7 @@ fn read_quoted(text: &str, place: Place, layers: &mut Vec<Layer>) {
     }
 }
 
-/// Returns the field that FastAPI's list form names: `["body", "input", 0]` is `input.0`.
+/// Returns the field that a list of invalid fields names: `["body", "input", 0]` is `input.0`.
 fn location(loc: &Value) -> Option<String> {
     let parts = loc.as_array()?.iter().map(|part| match part {
         Value::String(text) => text.clone(),

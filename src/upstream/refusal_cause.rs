@@ -1,8 +1,8 @@
 //! What a refusal is about, by the codes and sentences of the servers and relays that people use.
 //! Pure.
 //!
-//! The tables hold what OpenAI, Azure, vLLM, SGLang, llama.cpp, LM Studio, Ollama, LiteLLM,
-//! OpenRouter, xAI, Mistral and Gemini write. Codes stand in lower case and without separators,
+//! The tables hold what OpenAI, Azure, Gemini, Mistral and xAI write, vLLM, `SGLang`, llama.cpp,
+//! LM Studio and Ollama, and the relays `LiteLLM` and `OpenRouter`. Codes stand in lower case and without separators,
 //! sentences in lower case.
 
 use crate::upstream::error::{RefusalCause, UpstreamError};
