@@ -147,13 +147,16 @@ fn meaning(
 }
 
 fn refused(status: u16, missing: bool, detail: &ErrorDetail) -> UpstreamError {
+    let about = cause(detail, status);
+    // A 410 may also be about a model.
+    let is_thread = missing && (status != 410 || about == RefusalCause::Unknown);
     UpstreamError::Refused {
         status,
         missing,
-        cause: if missing {
+        cause: if is_thread {
             RefusalCause::Thread
         } else {
-            cause(detail, status)
+            about
         },
         code: detail.code(),
     }
@@ -245,7 +248,8 @@ impl ErrorDetail {
             });
         }
         // The status was 200, so the server may have taken the request.
-        if let Some(status) = passes(self)
+        let passing = status.filter(|status| matches!(status, 429 | 503 | 529));
+        if let Some(status) = passes(self).or(passing)
             && !exceeds_rate_alone(self)
         {
             return Ok(UpstreamError::Unavailable {
@@ -886,6 +890,9 @@ mod tests {
             (Configuration, 307, String::new()),
             (Unknown, 422, r#"{"detail":[{"type":"string_type","loc":["body","input",0,"content"],"msg":"Input should be a valid string"}]}"#.to_owned()),
             (Unknown, 400, String::new()),
+            (Configuration, 410, wrapped("The model `m` is no longer available.", "")),
+            (Thread, 410, String::new()),
+            (Thread, 404, wrapped("Not found", "response_not_found")),
             (Configuration, 404, wrapped("Error response from the server: model m was not found", "")),
             (Unknown, 400, r#"{"error":{"message":"m","type":"None","param":"None","code":"400"}}"#.to_owned()),
             (Unknown, 400, about("The message role is not supported.", "input[0].role", "")),
@@ -1034,6 +1041,10 @@ mod tests {
             (
                 r#"{"error":{"message":"m","code":"401"}}"#,
                 "the upstream refused the request with status 401 (401)".to_owned(),
+            ),
+            (
+                r#"{"error":{"status":429,"message":"m"}}"#,
+                format!("{failed} 429"),
             ),
             (
                 r#"{"error":{"code":"content_filter","message":"m"}}"#,
