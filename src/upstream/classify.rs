@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use crate::domain::{RunErrorCode, UpstreamRunId};
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::error_detail::{Layer, plain};
-use crate::upstream::refusal_cause::{cause, is_quota, is_thread_field, is_too_large, passes};
+use crate::upstream::refusal_cause::{
+    cause, exceeds_rate_alone, is_place, is_quota, is_thread_field, passes,
+};
 
 pub(super) use crate::upstream::error_detail::ErrorDetail;
 
@@ -116,7 +118,7 @@ fn meaning(
     };
     if status == StatusCode::TOO_MANY_REQUESTS {
         // A request that is larger than the rate itself is refused at any time.
-        if should_retry.is_none() && is_too_large(detail) {
+        if should_retry.is_none() && exceeds_rate_alone(detail) {
             return refused(status.as_u16(), false, detail);
         }
         return limited(should_retry.map_or_else(|| is_quota(detail), |retry| !retry));
@@ -131,9 +133,7 @@ fn meaning(
             blocking_run: detail.blocking_run(),
         };
     }
-    if status == StatusCode::PAYMENT_REQUIRED
-        || (matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN) && is_quota(detail))
-    {
+    if status == StatusCode::PAYMENT_REQUIRED || (client_error && is_quota(detail)) {
         return limited(true);
     }
     if matches!(status, StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN)
@@ -156,13 +156,16 @@ fn meaning(
 }
 
 fn refused(status: u16, missing: bool, detail: &ErrorDetail) -> UpstreamError {
+    let about = cause(detail, status);
+    // A 410 may also be about a model.
+    let is_thread = missing && (status != 410 || about == RefusalCause::Unknown);
     UpstreamError::Refused {
         status,
         missing,
-        cause: if missing {
+        cause: if is_thread {
             RefusalCause::Thread
         } else {
-            cause(detail, status)
+            about
         },
         code: detail.code(),
     }
@@ -254,7 +257,10 @@ impl ErrorDetail {
             });
         }
         // The status was 200, so the server may have taken the request.
-        if let Some(status) = passes(self) {
+        let passing = status.filter(|status| matches!(status, 429 | 503 | 529));
+        if let Some(status) = passes(self).or(passing)
+            && !exceeds_rate_alone(self)
+        {
             return Ok(UpstreamError::Unavailable {
                 status,
                 retry_after: None,
@@ -417,8 +423,7 @@ impl Layer {
 }
 
 /// Returns true if a statement that a thread does not exist has its noun at this place. What
-/// stands before it may be a relay's, but the thread must not be the place of another thing: "the
-/// run in thread … was not found".
+/// stands before it may be a relay's.
 fn begins_missing_thread(words: &[&str], at: usize) -> bool {
     const NOUNS: [&str; 7] = [
         "thread",
@@ -432,40 +437,11 @@ fn begins_missing_thread(words: &[&str], at: usize) -> bool {
     if !NOUNS.contains(&words[at]) {
         return false;
     }
-    let mut before = &words[..at];
-    while let [
-        rest @ ..,
-        "previous" | "stored" | "the" | "this" | "requested",
-    ] = before
-    {
-        before = rest;
-    }
-    let last = before.last().copied().unwrap_or_default();
-    let is_place = matches!(
-        last,
-        "in" | "of"
-            | "for"
-            | "from"
-            | "on"
-            | "to"
-            | "by"
-            | "with"
-            | "and"
-            | "or"
-            | "within"
-            | "under"
-            | "inside"
-            | "using"
-            | "via"
-            | "at"
-            | "a"
-            | "an"
-    );
+    let last = at.checked_sub(1).map_or("", |at| words[at]);
+    let is_place = is_place(words, at);
     let says_no = matches!(last, "no" | "such" | "unknown" | "find");
-    let rest = match &words[at + 1..] {
-        ["object", rest @ ..] => rest,
-        rest => rest,
-    };
+    let after = &words[at + 1..];
+    let rest = after.strip_prefix(&["object"]).unwrap_or(after);
     match rest {
         ["found", "with", "id", id, ..] => last == "no" && is_thread_id(id),
         ["not", "found", "with", "id", id, ..]
@@ -859,7 +835,7 @@ mod tests {
         }
     }
 
-    /// Wraps a text as LiteLLM does.
+    /// Wraps a text as a relay does.
     fn relayed(inner: &str, code: &str) -> String {
         let message =
             format!("litellm.BadRequestError: OpenAIException - {inner}. Received Model Group=m");
@@ -965,6 +941,9 @@ mod tests {
             (403, wrapped("x", "insufficient_quota"), "quota"),
             (400, relayed(&wrapped("x", "insufficient_quota"), "400"), "quota"),
             (400, quota("Your credit balance is too low to access the API."), "quota"),
+            (401, wrapped("x", "insufficient_quota"), "quota"),
+            (400, r#"{"error":{"message":"Budget has been exceeded! Max budget: 1.0","type":"budget_exceeded","param":"None","code":"400"}}"#.to_owned(), "quota"),
+            (429, wrapped("Too many tokens, please wait before trying again.", ""), "wait"),
             (429, relayed("Error code: 429 - {'error': {'code': 'insufficient_quota'}}", "429"), "quota"),
             (400, wrapped("x", "rate_limit_exceeded"), "wait"),
             (429, r#"{"error":{"code":"429","message":"Requests have exceeded call rate limit of your current pricing tier."}}"#.to_owned(), "wait"),
@@ -1038,6 +1017,20 @@ mod tests {
             (Configuration, 307, String::new()),
             (Unknown, 422, r#"{"detail":[{"type":"string_type","loc":["body","input",0,"content"],"msg":"Input should be a valid string"}]}"#.to_owned()),
             (Unknown, 400, String::new()),
+            (Configuration, 410, wrapped("The model `m` is no longer available.", "")),
+            (Thread, 410, String::new()),
+            (Thread, 404, wrapped("Not found", "response_not_found")),
+            (Configuration, 404, wrapped("Error response from the server: model m was not found", "")),
+            (Unknown, 400, r#"{"error":{"message":"m","type":"None","param":"None","code":"400"}}"#.to_owned()),
+            (Unknown, 400, about("The message role is not supported.", "input[0].role", "")),
+            (Configuration, 400, about("Response format is not supported with this model.", "text.format", "")),
+            (Configuration, 404, r#"{"statusCode":404,"message":"Cannot POST /v1/responses","error":"Not Found"}"#.to_owned()),
+            (Configuration, 400, r#"{"error":{"message":"m is not a valid model ID","code":400}}"#.to_owned()),
+            (Media, 400, about("string too long", "input[0].content[1].image_url", "string_above_max_length")),
+            (Media, 400, r#"{"message":"At most 1 image(s) may be provided in one request.","code":400}"#.to_owned()),
+            (Media, 400, wrapped("File with id 'file_1' in message msg_1 was not found.", "")),
+            (Thread, 400, wrapped("previous_response_id is not supported.", "")),
+            (Thread, 422, r#"{"detail":[{"type":"missing","loc":["path","thread_id"],"msg":"bad"}]}"#.to_owned()),
             (Unknown, 400, about("Invalid value: 'x'.", "input[0].role", "invalid_value")),
             (Unknown, 404, wrapped("It went away.", "")),
         ] {
@@ -1176,10 +1169,9 @@ mod tests {
                 r#"{"error":{"message":"m","code":"401"}}"#,
                 "the upstream refused the request with status 401 (401)".to_owned(),
             ),
-            // An error after a 200 that names nothing known is the end of the run.
             (
-                r#"{"error":{"type":"server_error","message":"m"}}"#,
-                "failed server_error".to_owned(),
+                r#"{"error":{"status":429,"message":"m"}}"#,
+                format!("{failed} 429"),
             ),
             (
                 r#"{"error":{"code":"content_filter","message":"m"}}"#,
@@ -1198,6 +1190,22 @@ mod tests {
                 "the upstream thread is gone".to_owned(),
             ),
             (
+                r#"{"error":"Thread t already has an active run run_9."}"#,
+                "the upstream thread is held by another run".to_owned(),
+            ),
+        ] {
+            assert_eq!(read(data).as_deref(), Some(&*expected), "{data}");
+        }
+    }
+
+    #[test]
+    fn an_error_event_that_names_nothing_known_is_the_end_of_the_run() {
+        for (data, expected) in [
+            (
+                r#"{"error":{"type":"server_error","message":"m"}}"#,
+                "failed server_error".to_owned(),
+            ),
+            (
                 r#"{"error":{"code":500,"message":"m"}}"#,
                 "failed 500".to_owned(),
             ),
@@ -1209,10 +1217,6 @@ mod tests {
             (
                 r#"{"error":"it failed","code":"not-found"}"#,
                 "failed not-found".to_owned(),
-            ),
-            (
-                r#"{"error":"Thread t already has an active run run_9."}"#,
-                "the upstream thread is held by another run".to_owned(),
             ),
             (
                 r#"{"detail":"Internal Server Error"}"#,

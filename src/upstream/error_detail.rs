@@ -204,6 +204,14 @@ impl ErrorDetail {
         })
     }
 
+    /// Returns true if a field of the request that the error is about has this in its path.
+    pub(super) fn param_has(&self, parts: &[&str]) -> bool {
+        let params = self.layers.iter().filter_map(Layer::param);
+        params
+            .into_iter()
+            .any(|param| parts.iter().any(|part| param.contains(part)))
+    }
+
     /// Returns the words of the prose, layer after layer.
     pub(super) fn words(&self) -> Vec<&str> {
         words(&self.prose).collect()
@@ -289,12 +297,14 @@ fn read(value: &Value, place: Place, layers: &mut Vec<Layer>) {
 }
 
 fn read_object(object: &Map<String, Value>, place: Place, layers: &mut Vec<Layer>) {
+    // LiteLLM writes what is absent as "None".
+    let is_told = |text: &str| !["", "None", "null"].contains(&text);
     let text = |key: &str| {
         let text = object.get(key)?.as_str()?;
-        Some(text).filter(|text| !text.is_empty())
+        Some(text).filter(|text| is_told(text))
     };
     let scalar = |key: &str| match object.get(key)? {
-        Value::String(text) => Some(text.clone()).filter(|text| !text.is_empty()),
+        Value::String(text) => Some(text.clone()).filter(|text| is_told(text)),
         Value::Number(number) => Some(number.to_string()),
         _ => None,
     };
@@ -358,13 +368,16 @@ fn read_quoted(text: &str, place: Place, layers: &mut Vec<Layer>) {
     }
 }
 
-/// Returns the field that FastAPI's list form names: `["body", "input", 0]` is `input.0`.
+/// Returns the field that a list of invalid fields names: `["body", "input", 0]` is `input.0`.
 fn location(loc: &Value) -> Option<String> {
     let parts = loc.as_array()?.iter().map(|part| match part {
         Value::String(text) => text.clone(),
         other => other.to_string(),
     });
-    let parts: Vec<String> = parts.skip_while(|part| part == "body").collect();
+    let places = ["body", "path", "query"];
+    let parts: Vec<String> = parts
+        .skip_while(|part| places.contains(&part.as_str()))
+        .collect();
     (!parts.is_empty()).then(|| parts.join("."))
 }
 

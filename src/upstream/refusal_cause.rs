@@ -1,8 +1,8 @@
 //! What a refusal is about, by the codes and sentences of the servers and relays that people use.
 //! Pure.
 //!
-//! The tables hold what OpenAI, Azure, vLLM, SGLang, llama.cpp, LM Studio, Ollama, LiteLLM,
-//! OpenRouter, xAI, Mistral and Gemini write. Codes stand in lower case and without separators,
+//! The tables hold what OpenAI, Azure, Gemini, Mistral and xAI write, vLLM, `SGLang`, llama.cpp,
+//! LM Studio and Ollama, and the relays `LiteLLM` and `OpenRouter`. Codes stand in lower case and without separators,
 //! sentences in lower case.
 
 use crate::upstream::error::{RefusalCause, UpstreamError};
@@ -17,6 +17,7 @@ const QUOTA_CODES: &[&str] = &[
     "quotaexceeded",
     "insufficientcredits",
     "insufficientbalance",
+    "budgetexceeded",
 ];
 const QUOTA_TEXTS: &[&str] = &[
     "exceeded your current quota",
@@ -26,6 +27,8 @@ const QUOTA_TEXTS: &[&str] = &[
     "requires more credits",
     "used all available credits",
     "out of credits",
+    "budget has been exceeded",
+    "over budget",
 ];
 
 /// Fragments of codes and types for which waiting helps. Up to index 4 they mean a rate limit
@@ -50,13 +53,20 @@ const THREAD_TEXTS: &[&str] = &[
     "zero data retention",
     "expected an id that begins with",
     "do not have an approval",
+    "approval request",
     "no tool output found for",
     "no tool call found for",
     "must be followed by tool messages",
+    "preceding message with 'tool_calls'",
+    "tool_result",
     "without its required",
     "items are not persisted",
     "encrypted content",
-    "previous response cannot be used",
+    "previous response",
+    "previous_response_id",
+    "belongs to a different",
+    "belongs to another",
+    "does not belong to",
 ];
 /// Fields of a request that name the thread.
 const THREAD_FIELDS: &[&str] = &[
@@ -172,9 +182,19 @@ const MEDIA_TEXTS: &[&str] = &[
     "not a multimodal model",
     "no such file",
     "unsupported file",
+    "file type",
 ];
-/// Words for a picture, and what may be wrong with it.
-const PICTURE_WORDS: &[&str] = &["image", "images", "image_url", "input_image", "picture"];
+/// Fields of a picture or file.
+const MEDIA_FIELDS: &[&str] = &["image", "file_id", "file_url", "file_data"];
+/// Words for a picture or file, and what may be wrong with it.
+const PICTURE_WORDS: &[&str] = &[
+    "image",
+    "images",
+    "image_url",
+    "input_image",
+    "input_file",
+    "picture",
+];
 const PICTURE_TEXTS: &[&str] = &[
     "download",
     "fetch",
@@ -189,6 +209,9 @@ const PICTURE_TEXTS: &[&str] = &[
     "corrupt",
     "valid image",
     "too large",
+    "too many",
+    "at most",
+    "exceeds",
 ];
 
 const CONFIGURATION_CODES: &[&str] = &[
@@ -221,7 +244,12 @@ const CONFIGURATION_TEXTS: &[&str] = &[
     "unrecognized request argument",
     "unknown parameter",
     "invalid url",
+    "requested url",
+    "cannot post",
     "data policy",
+    "invalid model",
+    "valid model",
+    "no models loaded",
 ];
 /// Objects that the configuration names, and the caller does not.
 const CONFIGURED_NOUNS: &[&str] = &["model", "deployment", "assistant", "store", "endpoint"];
@@ -311,9 +339,9 @@ pub(super) fn passes(detail: &ErrorDetail) -> Option<u16> {
     Some(if at <= 4 { 429 } else { 503 })
 }
 
-/// Returns true if the error says that the input is larger than the server ever takes.
-pub(super) fn is_too_large(detail: &ErrorDetail) -> bool {
-    detail.is_called(CONTEXT_CODES) || detail.says(CONTEXT_TEXTS)
+/// Returns true if a rate limit refuses the request for its own size, at whatever time it comes.
+pub(super) fn exceeds_rate_alone(detail: &ErrorDetail) -> bool {
+    detail.says(&["request too large", "request is too large"])
 }
 
 /// Returns true if a field of the request that the error names is the thread's.
@@ -330,31 +358,34 @@ pub(super) fn cause(detail: &ErrorDetail, status: u16) -> RefusalCause {
     let names_picture = || words.iter().any(|word| PICTURE_WORDS.contains(word));
     let lacks = |nouns: &[&str]| nouns.iter().any(|noun| is_missing(&words, noun));
 
-    if detail.is_called(THREAD_CODES)
+    if status == 413 || detail.is_called(CONTEXT_CODES) || detail.says(CONTEXT_TEXTS) {
+        RefusalCause::Size
+    } else if detail.is_called(THREAD_CODES)
         || detail.says(THREAD_TEXTS)
         || detail.params().any(is_thread_field)
         || lacks(&["thread", "conversation", "response", "item", "message"])
     {
         RefusalCause::Thread
-    } else if status == 413 || is_too_large(detail) {
-        RefusalCause::Size
     } else if detail.is_called(POLICY_CODES) || detail.says(POLICY_TEXTS) {
         RefusalCause::Policy
     } else if names_setting {
         RefusalCause::Configuration
-    } else if detail.is_called(LENGTH_CODES) || detail.says(LENGTH_TEXTS) {
-        RefusalCause::Size
     } else if detail.is_called(MEDIA_CODES)
         || detail.says(MEDIA_TEXTS)
+        || detail.param_has(MEDIA_FIELDS)
         || lacks(&["file", "files"])
         || (names_picture() && detail.says(PICTURE_TEXTS))
     {
         RefusalCause::Media
+    } else if detail.is_called(LENGTH_CODES) || detail.says(LENGTH_TEXTS) {
+        RefusalCause::Size
     } else if is_configuration(status, detail)
         || detail.is_called(CONFIGURATION_CODES)
         || detail.is_called(MODEL_CODES)
         || detail.says(CONFIGURATION_TEXTS)
-        || lacks(CONFIGURED_NOUNS)
+        || CONFIGURED_NOUNS
+            .iter()
+            .any(|noun| is_missing(&words, noun) || is_not_offered(&words, noun))
     {
         RefusalCause::Configuration
     } else {
@@ -381,26 +412,79 @@ fn is_configuration(status: u16, detail: &ErrorDetail) -> bool {
     }
 }
 
-/// Returns true if the words say that an object of this kind does not exist, or not for us.
+/// Words that may stand between a noun and what is said of it: an id, or `with id …`.
+const BETWEEN: usize = 8;
+
+/// Returns true if the words say that an object of this kind does not exist.
 fn is_missing(words: &[&str], noun: &str) -> bool {
-    /// Words that may stand between the noun and its lack: an id, or `with id …`.
-    const BETWEEN: usize = 5;
     words.iter().enumerate().any(|(at, word)| {
-        if *word != noun {
+        if *word != noun || is_place(words, at) {
             return false;
         }
         let before = at.checked_sub(1).map(|at| words[at]);
-        let after = &words[at + 1..(at + 3 + BETWEEN).min(words.len())];
+        let after = said_after(words, at);
         matches!(before, Some("such" | "unknown"))
             || (before == Some("no") && after.first() == Some(&"found"))
             || after.windows(2).any(|pair| {
                 matches!(
                     pair,
-                    [
-                        "not",
-                        "found" | "exist" | "exists" | "available" | "supported"
-                    ] | ["no", "longer"]
+                    ["not", "found" | "exist" | "exists"] | ["no", "longer"]
                 )
             })
     })
+}
+
+/// Returns true if the words say that an object of this kind is not for this account or server.
+fn is_not_offered(words: &[&str], noun: &str) -> bool {
+    words.iter().enumerate().any(|(at, word)| {
+        *word == noun
+            && said_after(words, at).windows(2).any(|pair| {
+                matches!(
+                    pair,
+                    ["not", "available" | "supported" | "allowed" | "loaded"]
+                )
+            })
+    })
+}
+
+/// Returns what is said of the noun at this place, up to the next noun of another kind.
+fn said_after<'a>(words: &'a [&'a str], at: usize) -> &'a [&'a str] {
+    const OTHERS: [&str; 3] = ["file", "run", "tool"];
+    let after = &words[at + 1..(at + 3 + BETWEEN).min(words.len())];
+    let is_other = |word: &&str| CONFIGURED_NOUNS.contains(word) || OTHERS.contains(word);
+    &after[..after.iter().position(is_other).unwrap_or(after.len())]
+}
+
+/// Returns true if the noun at this place is only the place of another thing: "the run in thread
+/// … was not found".
+pub(super) fn is_place(words: &[&str], at: usize) -> bool {
+    let mut before = &words[..at];
+    while let [
+        rest @ ..,
+        "previous" | "stored" | "the" | "this" | "requested",
+    ] = before
+    {
+        before = rest;
+    }
+    matches!(
+        before.last(),
+        Some(
+            &("in"
+                | "of"
+                | "for"
+                | "from"
+                | "on"
+                | "to"
+                | "by"
+                | "with"
+                | "and"
+                | "or"
+                | "within"
+                | "under"
+                | "inside"
+                | "using"
+                | "via"
+                | "at")
+        )
+    )
 }

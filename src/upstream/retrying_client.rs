@@ -181,7 +181,6 @@ impl RetryingClient<'_> {
     ) -> Result<Disposal, UpstreamError> {
         let refusal = match deleted {
             Ok(()) => return Ok(Disposal::Deleted),
-            Err(UpstreamError::ThreadGone) => return Ok(Disposal::AlreadyGone),
             Err(error) if is_missing(&error) || is_not_offered(&error) => error,
             Err(error) => return Err(error),
         };

@@ -357,7 +357,7 @@ async fn refusals_become_errors_without_upstream_text() {
             404,
             vec![],
             "Not Found".into(),
-            "Refused { status: 404, code: None, missing: false, cause: Unknown }",
+            "Refused { status: 404, code: None, missing: false, cause: Configuration }",
         ),
         (
             401,

@@ -210,6 +210,7 @@ fn nothing_came_through(gateway: &Gateway) {
 }
 
 const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
+const REDIRECTED: (u16, &str, &str) = (502, "upstream-error", "upstream_misconfigured");
 const BROKEN: (u16, &str, &str) = (502, "upstream-error", "stream_broken");
 const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
 
@@ -218,7 +219,7 @@ async fn hostile_run_answers_are_contained(way: Way) {
     let watch = Watch::over(&gateway, "alice").await;
     for (kind, timeout_ms, expected) in [
         ("html", 60_000, UNREADABLE),
-        ("redirect", 60_000, UNREADABLE),
+        ("redirect", 60_000, REDIRECTED),
         ("invalid_utf8", 60_000, UNREADABLE),
         ("deep_json", 60_000, UNREADABLE),
         ("endless_events", 700, LATE),
@@ -267,10 +268,10 @@ async fn hostile_thread_creation_answers_are_contained(way: Way) {
         way.scene
             .fault("create_thread", &format!("hostile={kind}"), 1);
         // The creation would be paid for and lost, so the gateway waits for it.
-        let (timeout_ms, expected) = if kind == "drip" {
-            (700, LATE)
-        } else {
-            (60_000, UNREADABLE)
+        let (timeout_ms, expected) = match kind {
+            "drip" => (700, LATE),
+            "redirect" => (60_000, REDIRECTED),
+            _ => (60_000, UNREADABLE),
         };
         watch
             .refused(

@@ -101,7 +101,7 @@ async fn answer(
     (status, [(header::CONTENT_TYPE, kind)], body).into_response()
 }
 
-/// Wraps an error as LiteLLM does.
+/// Wraps an error as a relay does.
 fn relayed(inner: &Value, code: &str) -> String {
     let message = format!("litellm.BadRequestError: OpenAIException - {inner}. Received Model=m");
     json!({"error": {"message": message, "type": null, "param": null, "code": code}}).to_string()
