@@ -13,11 +13,18 @@ static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
 /// The fixtures of each version, for Postgres and for SQLite.
-const FIXTURES: &[(i64, &str, &str)] = &[(
-    1,
-    include_str!("../../fixtures/schema/0001.postgres.sql"),
-    include_str!("../../fixtures/schema/0001.sqlite.sql"),
-)];
+const FIXTURES: &[(i64, &str, &str)] = &[
+    (
+        1,
+        include_str!("../../fixtures/schema/0001.postgres.sql"),
+        include_str!("../../fixtures/schema/0001.sqlite.sql"),
+    ),
+    (
+        2,
+        include_str!("../../fixtures/schema/0002.postgres.sql"),
+        include_str!("../../fixtures/schema/0002.sqlite.sql"),
+    ),
+];
 
 #[test]
 fn every_schema_version_has_fixture() {
@@ -38,7 +45,7 @@ async fn postgres_data_of_every_schema_version_is_readable() {
     for (version, stored, _) in FIXTURES {
         let database = TestDatabase::postgres_at(&POSTGRES, *version).await;
         database.execute(stored).await;
-        is_read(&database).await;
+        is_read(&database, *version).await;
     }
 }
 
@@ -47,7 +54,7 @@ async fn sqlite_data_of_every_schema_version_is_readable() {
     for (version, _, stored) in FIXTURES {
         let database = TestDatabase::sqlite_at(&SQLITE, *version).await;
         database.execute(stored).await;
-        is_read(&database).await;
+        is_read(&database, *version).await;
     }
 }
 
@@ -83,7 +90,7 @@ async fn migrate_adds_missing_functions_beside_other_versions() {
 }
 
 /// Migrates the database, and reads everything that was stored.
-async fn is_read(database: &TestDatabase) {
+async fn is_read(database: &TestDatabase, version: i64) {
     let store = database.store().await;
     store.migrate().await.unwrap();
     store.ready().await.unwrap();
@@ -101,7 +108,15 @@ async fn is_read(database: &TestDatabase) {
         .repeated(&alice, "k1", Duration::from_hours(1_000_000))
         .await
         .unwrap();
-    assert_eq!(repeated.unwrap().run.status, RunStatus::Completed);
+    let repeated = repeated.unwrap().run;
+    assert_eq!(repeated.status, RunStatus::Completed);
+    let recovered = repeated.recovery.and_then(|it| it.told().cloned());
+    assert_eq!(recovered.is_some(), version >= 2);
+    let (alices, _) = newest_thread(&store, &alice).await.unwrap();
+    assert_eq!(
+        store.last_refusal(alices.id).await.unwrap().is_some(),
+        version >= 2
+    );
     let bob = topic("bob", "cats & dogs");
     let page = store
         .messages(ThreadName::Newest(&bob), true, &first_page())
