@@ -25,12 +25,18 @@ pub(super) const PLACE_COST: usize = 1024;
 /// The decoder of one protocol.
 pub(super) trait Decoder: Send + 'static {
     /// Decodes one event and appends its meaning to `out`. It is not called again after an error
-    /// or an `Ended`.
+    /// or an `Ended`. It skips an event that it cannot read, because a later event may hold the
+    /// whole reply.
     fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>)
     -> Result<(), Rejection>;
 
     /// Returns the bytes of the reply that the decoder keeps until the end.
     fn held(&self) -> usize;
+
+    /// Returns the error of a stream that ends here, without an `Ended`.
+    fn unended(&self) -> UpstreamError {
+        UpstreamError::Broken { timeout: false }
+    }
 }
 
 /// The events of one run. Their errors carry details for the adapters only.
@@ -131,7 +137,7 @@ impl<D: Decoder> Relay<D> {
             let read = match self.events.next().await {
                 Some(Ok(event)) => self.decoder.read(event, &mut self.out),
                 Some(Err(error)) => Err(error.into()),
-                None => Err(UpstreamError::Broken { timeout: false }.into()),
+                None => Err(self.decoder.unended().into()),
             };
             let read = read.and_then(|()| {
                 if self.decoder.held() > self.limit {

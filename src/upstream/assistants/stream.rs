@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::wire::{MessageDelta, MessageObject, RunObject};
+use super::wire::{MessageDelta, MessageObject, RunObject, StreamedText};
 use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
@@ -13,6 +13,7 @@ use crate::upstream::port::{Ended, UpstreamEvent};
 use crate::upstream::relay::{Decoder, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
+use crate::upstream::surrogates::without_lone_halves;
 use crate::upstream::wire::failure;
 
 /// The state of a run while its events arrive.
@@ -23,6 +24,8 @@ pub(super) struct StreamDecoder {
     messages: Vec<Message>,
     /// The size of `messages` in bytes.
     held: usize,
+    /// An event could not be read, so `messages` may lack a piece.
+    has_gap: bool,
 }
 
 #[derive(Debug)]
@@ -55,20 +58,44 @@ impl Decoder for StreamDecoder {
         event: SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
-        match kind(&event)? {
-            Kind::Run(named) => self.run(named, parse(&event.data)?, out),
-            Kind::MessageDelta => self.delta(parse(&event.data)?, out),
+        let read = self.decode(&event, out);
+        self.has_gap |= read.is_none();
+        read.unwrap_or(Ok(()))
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn unended(&self) -> UpstreamError {
+        if self.has_gap {
+            unreadable()
+        } else {
+            UpstreamError::Broken { timeout: false }
+        }
+    }
+}
+
+impl StreamDecoder {
+    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
+    fn decode(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
+        match kind(event)? {
+            Kind::Run(named) => return self.run(named, parse(&event.data)?, out),
+            Kind::MessageDelta => self.delta(serde_json::from_str(&event.data).ok()?, out)?,
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
-                let object = serde_json::from_str(&event.data);
-                let detail = object
+                let detail = parse(&event.data)
                     .map(|object| ErrorDetail::from_object(&object))
                     .unwrap_or_default();
                 let code = if self.accepted {
                     detail.word()
                 } else {
                     match detail.of_refused_stream() {
-                        Ok(refusal) => return Err(refusal),
+                        Ok(refusal) => return Some(Err(refusal)),
                         Err(code) => code,
                     }
                 };
@@ -76,24 +103,27 @@ impl Decoder for StreamDecoder {
             }
             Kind::Other => {}
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn held(&self) -> usize {
-        self.held
-    }
-}
-
-impl StreamDecoder {
-    fn run(&mut self, named: Option<RunStatus>, run: RunObject, out: &mut VecDeque<UpstreamEvent>) {
+    fn run(
+        &mut self,
+        named: Option<RunStatus>,
+        run: RunObject,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
         if !self.accepted {
             self.accepted = true;
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(run.id.clone())));
         }
         let status = match named.or_else(|| run.run_status()) {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
-            _ => return,
+            _ => return Some(Ok(())),
         };
+        // The thread has the whole reply, and the caller reads it there after an error.
+        if status == RunStatus::Completed && !self.is_whole() {
+            return Some(Err(unreadable().into()));
+        }
         let (code, usage) = (run.failure_code(), run.usage());
         let calls = if status == RunStatus::RequiresAction {
             run.into_tool_calls()
@@ -101,6 +131,13 @@ impl StreamDecoder {
             Vec::new()
         };
         self.end(status, code, usage, calls, out);
+        Some(Ok(()))
+    }
+
+    /// Returns true if the stream told the reply, without a gap.
+    fn is_whole(&self) -> bool {
+        let is_stored = |message: &Message| matches!(message.parts, Parts::Whole(_));
+        !self.messages.is_empty() && (!self.has_gap || self.messages.iter().all(is_stored))
     }
 
     fn end(
@@ -128,19 +165,23 @@ impl StreamDecoder {
         })));
     }
 
-    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) {
-        for mut piece in delta.delta.content.unwrap_or_default() {
-            let text = piece.text();
-            let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
-                (Parts::Growing(parts), Some(text), _) => parts.grow(piece.index, text, false),
-                (Parts::Growing(parts), None, Some(refusal)) => {
-                    parts.grow(piece.index, &refusal, true)
-                }
-                _ => 0,
+    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) -> Option<()> {
+        for piece in delta.delta.content.unwrap_or_default() {
+            let (text, is_refusal) = match (&piece.text, &piece.refusal) {
+                (Some(StreamedText { value: Some(text) }), _) => (text, false),
+                (None, Some(refusal)) => (refusal, true),
+                _ => continue,
             };
-            self.held += grown;
-            out.extend(text.map(UpstreamEvent::Text));
+            let Parts::Growing(parts) = &mut self.entry(&delta.id).parts else {
+                continue;
+            };
+            let grown = parts.grow(piece.index, text, is_refusal)?;
+            self.held += grown.bytes;
+            if !is_refusal && !grown.text.is_empty() {
+                out.push_back(UpstreamEvent::Text(grown.text));
+            }
         }
+        Some(())
     }
 
     fn message(&mut self, message: MessageObject) {
@@ -194,13 +235,13 @@ impl Parts {
 
 /// Classifies an event by its name; where a server leaves out the event line, by the fields of
 /// the object.
-fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
+fn kind(event: &SseEvent) -> Option<Kind> {
     let name = event
         .name
         .as_deref()
         .filter(|name| !name.is_empty() && *name != "message");
     if let Some(name) = name {
-        return Ok(match name {
+        return Some(match name {
             "thread.message.delta" => Kind::MessageDelta,
             "thread.message.completed" | "thread.message.incomplete" => Kind::MessageEnd,
             "error" => Kind::Error,
@@ -218,10 +259,10 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
         });
     }
     if event.data == "[DONE]" {
-        return Ok(Kind::Other);
+        return Some(Kind::Other);
     }
     let object: Map<String, Value> = parse(&event.data)?;
-    Ok(match object.get("object").and_then(Value::as_str) {
+    Some(match object.get("object").and_then(Value::as_str) {
         Some("thread.run") => Kind::Run(None),
         Some("thread.message.delta") => Kind::MessageDelta,
         Some("thread.message") => match object.get("status").and_then(Value::as_str) {
@@ -233,12 +274,12 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
     })
 }
 
-fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
-    serde_json::from_str(data).map_err(|_| {
-        UpstreamError::Protocol(
-            "an event of a run does not have the form of the protocol".to_owned(),
-        )
-    })
+fn parse<T: DeserializeOwned>(data: &str) -> Option<T> {
+    serde_json::from_str(&without_lone_halves(data)).ok()
+}
+
+fn unreadable() -> UpstreamError {
+    UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
 }
 
 #[cfg(test)]

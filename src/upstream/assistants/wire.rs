@@ -2,6 +2,7 @@
 //! shape counts as absent.
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
@@ -246,15 +247,16 @@ pub(super) struct DeltaPart {
     #[serde(default)]
     pub(super) index: u64,
     #[serde(default)]
-    text: Option<WireText>,
+    pub(super) text: Option<StreamedText>,
     #[serde(default)]
-    pub(super) refusal: Option<String>,
+    pub(super) refusal: Option<Box<RawValue>>,
 }
 
-impl DeltaPart {
-    pub(super) fn text(&mut self) -> Option<String> {
-        self.text.take()?.value.filter(|text| !text.is_empty())
-    }
+/// Text as JSON, because a character may be cut in two.
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamedText {
+    #[serde(default)]
+    pub(super) value: Option<Box<RawValue>>,
 }
 
 /// Returns the content of a user's message: a bare string for a single text, else parts. Unlike

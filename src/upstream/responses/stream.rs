@@ -2,8 +2,7 @@
 
 use std::collections::VecDeque;
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde::de::DeserializeOwned;
 
 use super::wire::{Envelope, ResponseHead, ResponseObject};
 use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
@@ -13,6 +12,7 @@ use crate::upstream::port::{Ended, UpstreamEvent};
 use crate::upstream::relay::Decoder;
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
+use crate::upstream::surrogates::without_lone_halves;
 use crate::upstream::wire::failure;
 
 /// The state of a response while its events arrive.
@@ -29,6 +29,8 @@ pub(super) struct StreamDecoder {
     streamed: StreamedParts<(u64, u64)>,
     /// The size of `streamed` in bytes.
     held: usize,
+    /// An event could not be read, so `streamed` may lack a piece.
+    has_gap: bool,
 }
 
 impl StreamDecoder {
@@ -39,6 +41,7 @@ impl StreamDecoder {
             response: None,
             streamed: StreamedParts::default(),
             held: 0,
+            has_gap: false,
         }
     }
 
@@ -58,9 +61,6 @@ impl StreamDecoder {
 }
 
 impl Decoder for StreamDecoder {
-    /// The JSON says what an event is. The event line, which not every server sends, counts only
-    /// where the JSON does not say it. An event that neither of them names may be an error of a
-    /// proxy in front of the server.
     fn read(
         &mut self,
         event: SseEvent,
@@ -69,17 +69,46 @@ impl Decoder for StreamDecoder {
         if event.data == "[DONE]" {
             return Ok(());
         }
+        let read = self.decode(&event, out);
+        self.has_gap |= read.is_none();
+        read.unwrap_or(Ok(()))
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn unended(&self) -> UpstreamError {
+        if self.has_gap {
+            unreadable()
+        } else {
+            UpstreamError::Broken { timeout: false }
+        }
+    }
+}
+
+impl StreamDecoder {
+    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
+    ///
+    /// The JSON says what an event is. The event line, which not every server sends, counts only
+    /// where the JSON does not say it. An event that neither of them names may be an error of a
+    /// proxy in front of the server, or a whole response.
+    fn decode(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
         let foreign = event
             .name
             .as_deref()
             .is_some_and(|name| name != "error" && !name.starts_with("response."));
         let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
             Ok(envelope) => envelope,
-            Err(_) if foreign => return Ok(()),
+            Err(_) if foreign => return Some(Ok(())),
             Err(_) if event.name.as_deref() == Some("error") => {
-                return self.error(ErrorDetail::default(), out);
+                return Some(self.error(ErrorDetail::default(), out));
             }
-            Err(_) => return Err(unreadable().into()),
+            Err(_) => return None,
         };
         let kind = envelope
             .kind
@@ -90,47 +119,42 @@ impl Decoder for StreamDecoder {
             envelope.output_index.unwrap_or(0),
             envelope.content_index.unwrap_or(0),
         );
-        match (kind, envelope.response, envelope.delta) {
+        match (kind, envelope.response_in(&event.data), envelope.delta) {
             ("response.output_text.delta", _, Some(delta)) => {
-                let text: String = parse(delta)?;
-                if !text.is_empty() {
-                    self.grow(place, &text, false);
-                    out.push_back(UpstreamEvent::Text(text));
+                let grown = self.streamed.grow(place, delta, false)?;
+                self.held += grown.bytes;
+                if !grown.text.is_empty() {
+                    out.push_back(UpstreamEvent::Text(grown.text));
                 }
             }
             ("response.refusal.delta", _, Some(delta)) => {
-                self.grow(place, &parse::<String>(delta)?, true);
+                self.held += self.streamed.grow(place, delta, true)?.bytes;
             }
-            (kind, Some(response), _) if kind.starts_with("response.") => {
-                self.response(kind, response, out)?;
+            (kind, Some(response), _) if kind.is_empty() || kind.starts_with("response.") => {
+                return self.response(kind, response, out);
             }
             ("error", ..) => {
-                let object = serde_json::from_str(&event.data).map_err(|_| unreadable())?;
-                self.error(ErrorDetail::from_object(&object), out)?;
+                let object = parse(&event.data)?;
+                return Some(self.error(ErrorDetail::from_object(&object), out));
             }
             (kind, ..) if may_tell_error(kind) => {
-                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &event.data) {
-                    self.error(detail, out)?;
+                let data = without_lone_halves(&event.data);
+                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &data) {
+                    return Some(self.error(detail, out));
                 }
             }
             _ => {}
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn held(&self) -> usize {
-        self.held
-    }
-}
-
-impl StreamDecoder {
     fn response(
         &mut self,
         kind: &str,
-        raw: &RawValue,
+        json: &str,
         out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), Rejection> {
-        let head: ResponseHead = parse(raw)?;
+    ) -> Option<Result<(), Rejection>> {
+        let head: ResponseHead = parse(json)?;
         if self.response.is_none() {
             self.response = Some(head.id.clone());
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(head.id.clone())));
@@ -150,7 +174,7 @@ impl StreamDecoder {
             .filter(|status| status.is_final())
             .or(named)
         {
-            let response: ResponseObject = parse(raw)?;
+            let response: ResponseObject = parse(json)?;
             // Some servers accept a run before they see that the conversation is damaged.
             if status == RunStatus::Failed
                 && self.is_refused_late()
@@ -161,18 +185,27 @@ impl StreamDecoder {
                     code: response.failure_code(),
                     missing: false,
                 };
-                return Err(Rejection {
+                return Some(Err(Rejection {
                     error,
                     damage: Some(damage),
-                });
+                }));
             }
-            let ended = self.end(status, head.id, response);
-            out.push_back(UpstreamEvent::Ended(Box::new(ended)));
+            match self.end(status, head.id, response) {
+                Ok(ended) => out.push_back(UpstreamEvent::Ended(Box::new(ended))),
+                Err(error) => return Some(Err(error.into())),
+            }
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
+    /// Fails if the reply has a gap: an event could not be read, and the response does not hold
+    /// the reply either.
+    fn end(
+        &mut self,
+        status: RunStatus,
+        id: String,
+        response: ResponseObject,
+    ) -> Result<Ended, UpstreamError> {
         let error = failure(status, response.failure_code());
         let usage = response.usage();
         let output = response.into_output();
@@ -181,11 +214,14 @@ impl StreamDecoder {
         // A cancelled response comes back empty, and some servers leave the output out
         // altogether.
         let content = if output.content.is_empty() && (closed || !ended_well) {
+            if self.has_gap && ended_well {
+                return Err(unreadable());
+            }
             std::mem::take(&mut self.streamed).into_vec()
         } else {
             output.content
         };
-        Ended {
+        Ok(Ended {
             status: if status == RunStatus::Completed && !closed {
                 RunStatus::RequiresAction
             } else {
@@ -198,7 +234,7 @@ impl StreamDecoder {
             tool_calls: output.open_calls,
             // The next response must not build on one that did not end well or left calls open.
             thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
-        }
+        })
     }
 
     /// Handles an error in the place of a terminal event.
@@ -227,10 +263,6 @@ impl StreamDecoder {
         })));
         Ok(())
     }
-
-    fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
-        self.held += self.streamed.grow(place, more, is_refusal);
-    }
 }
 
 /// Returns true if the event may be an error. Events of the protocol hold errors only in their
@@ -246,8 +278,8 @@ pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
             && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
 }
 
-fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
-    serde_json::from_str(raw.get()).map_err(|_| unreadable())
+fn parse<T: DeserializeOwned>(json: &str) -> Option<T> {
+    serde_json::from_str(&without_lone_halves(json)).ok()
 }
 
 fn unreadable() -> UpstreamError {

@@ -156,8 +156,8 @@ impl ResumableStream {
         }
         self.last = number.or(self.last);
         (self.progress, self.failures, self.wait) = (true, 0, FIRST_WAIT);
-        if let Some(response) = envelope.response
-            && let Ok(head) = serde_json::from_str::<ResponseHead>(response.get())
+        if let Some(response) = envelope.response_in(&event.data)
+            && let Ok(head) = serde_json::from_str::<ResponseHead>(response)
         {
             self.over |= head.run_status().is_some_and(RunStatus::is_final);
             self.response.get_or_insert(UpstreamRunId(head.id));

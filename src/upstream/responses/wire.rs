@@ -26,6 +26,21 @@ pub(super) struct Envelope<'a> {
     pub(super) content_index: Option<u64>,
 }
 
+impl Envelope<'_> {
+    /// Returns the JSON text of the response that the event holds. A server that does not stream
+    /// sends the response itself, as the only event, whose text is `data`.
+    pub(super) fn response_in<'a>(&'a self, data: &'a str) -> Option<&'a str> {
+        let is_response = || {
+            let head = serde_json::from_str::<ResponseHead>(data);
+            head.is_ok_and(|head| head.run_status().is_some())
+        };
+        match self.response {
+            Some(response) => Some(response.get()),
+            None => (self.kind.is_none() && is_response()).then_some(data),
+        }
+    }
+}
+
 /// The fields of a response that are read before it has ended.
 #[derive(Debug, Deserialize)]
 pub(super) struct ResponseHead {
