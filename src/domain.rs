@@ -10,13 +10,16 @@ mod limits;
 mod metadata;
 mod records;
 mod removal;
+mod reply_text;
 mod run;
 mod trace;
 mod transition;
 
 pub use access::{Access, Principal};
 pub use content::{
-    ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts,
+    Annotation, ContentPart, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
+    Origin, Phase, UserContent, append_messages, messages_of, next_message, number_messages,
+    size_of_annotation, text_or_parts,
 };
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
@@ -33,6 +36,9 @@ pub use records::{
     Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
 };
 pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
+#[cfg(test)]
+pub(crate) use reply_text::tests as reply_texts;
+pub use reply_text::{ReplyText, TextDelta};
 pub use run::{
     MultitaskStrategy, RequiredAction, RunError, RunErrorCode, RunStatus, ToolCall, ToolOutput,
     Usage,

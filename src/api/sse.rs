@@ -16,7 +16,7 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RunView};
-use crate::domain::{RequiredAction, Run, RunId, RunStatus, ThreadId, ToolCall};
+use crate::domain::{Phase, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId, ToolCall};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
@@ -148,7 +148,17 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
             }),
         ),
         RunEvent::Started => (STARTED, text(&Started { run_id, thread_id })),
-        RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
+        RunEvent::Delta(TextDelta {
+            origin,
+            text: delta,
+        }) => (
+            DELTA,
+            text(&Delta {
+                text: delta,
+                message: (origin.message > 0).then_some(origin.message),
+                phase: origin.phase,
+            }),
+        ),
         RunEvent::RequiresAction(action) => {
             let tool_calls = &action.tool_calls;
             (
@@ -224,6 +234,12 @@ struct Started {
 #[derive(Serialize, ToSchema)]
 struct Delta<'a> {
     text: &'a str,
+    /// The number of the message in its run, from 0; 0 where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<u32>,
+    /// What the message is for, if the upstream says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phase: Option<Phase>,
 }
 
 #[derive(Serialize, ToSchema)]

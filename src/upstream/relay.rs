@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt, stream};
+use tokio::task::coop::consume_budget;
 
 use crate::upstream::classify::Rejection;
 use crate::upstream::client::SseStream;
@@ -134,6 +135,9 @@ impl<D: Decoder> Relay<D> {
                 }
                 State::Done => return None,
             }
+            // One read of the socket may hold thousands of events. Other futures of the task, such as
+            // the run's deadline, get their turn in between.
+            consume_budget().await;
             let read = match self.events.next().await {
                 Some(Ok(event)) => self.decoder.read(event, &mut self.out),
                 Some(Err(error)) => Err(error.into()),
@@ -192,7 +196,7 @@ mod tests {
         ) -> Result<(), Rejection> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
-                ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
+                ("+", text) => out.push_back(UpstreamEvent::Text(text.into())),
                 ("!", _) => out.push_back(UpstreamEvent::Ended(Box::new(Ended {
                     status: RunStatus::Completed,
                     error: None,
@@ -230,7 +234,7 @@ mod tests {
     fn shape(event: &Result<UpstreamEvent, Rejection>) -> String {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => format!("#{id}"),
-            Ok(UpstreamEvent::Text(text)) => format!("+{text}"),
+            Ok(UpstreamEvent::Text(delta)) => format!("+{}", delta.text),
             Ok(UpstreamEvent::Ended(_)) => "!".to_owned(),
             Err(refusal) => refusal.error.to_string(),
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
-use crate::domain::ContentPart;
+use crate::domain::{ContentPart, Origin};
 use crate::upstream::relay::PLACE_COST;
 use crate::upstream::surrogates::PendingHalf;
 
@@ -34,9 +34,16 @@ impl<P> Default for StreamedParts<P> {
 }
 
 impl<P: Ord> StreamedParts<P> {
-    /// Appends a delta, which is a JSON string, to the text or refusal at `place`. A character that
-    /// the server cut in two comes with its second half. Returns `None` if `delta` is not a string.
-    pub(super) fn grow(&mut self, place: P, delta: &RawValue, is_refusal: bool) -> Option<Growth> {
+    /// Appends a delta, which is a JSON string, to the text or refusal at `place`, in the message
+    /// `origin`. A character that the server cut in two comes with its second half. Returns `None` if
+    /// `delta` is not a string.
+    pub(super) fn grow(
+        &mut self,
+        place: P,
+        origin: Origin,
+        delta: &RawValue,
+        is_refusal: bool,
+    ) -> Option<Growth> {
         let is_new = !self.0.contains_key(&place);
         match delta.get() {
             "\"\"" if is_new => return Some(Growth::default()),
@@ -47,17 +54,15 @@ impl<P: Ord> StreamedParts<P> {
             part: if is_refusal {
                 ContentPart::Refusal {
                     refusal: String::new(),
+                    message: origin.message,
                 }
             } else {
-                ContentPart::Text {
-                    text: String::new(),
-                }
+                ContentPart::text_of("", origin)
             },
             half: PendingHalf::default(),
         });
         let more = grown.half.join(delta.get())?;
-        if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = &mut grown.part
-        {
+        if let Some(text) = text_in(&mut grown.part) {
             text.push_str(&more);
         }
         Some(Growth {
@@ -76,13 +81,20 @@ impl<P: Ord> StreamedParts<P> {
 
     pub(super) fn into_vec(self) -> Vec<ContentPart> {
         let whole = |StreamedPart { mut part, half }| {
-            if let ContentPart::Text { text } | ContentPart::Refusal { refusal: text } = &mut part
-                && half.is_pending()
+            if half.is_pending()
+                && let Some(text) = text_in(&mut part)
             {
                 text.push(char::REPLACEMENT_CHARACTER);
             }
             part
         };
         self.0.into_values().map(whole).collect()
+    }
+}
+
+fn text_in(part: &mut ContentPart) -> Option<&mut String> {
+    match part {
+        ContentPart::Text { text, .. } | ContentPart::Refusal { refusal: text, .. } => Some(text),
+        _ => None,
     }
 }

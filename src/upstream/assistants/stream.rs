@@ -6,7 +6,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::wire::{MessageDelta, MessageObject, RunObject, StreamedText};
-use crate::domain::{ContentPart, RunStatus, ToolCall, UpstreamRunId, Usage};
+use crate::domain::{
+    ContentPart, Origin, RunStatus, TextDelta, ToolCall, UpstreamRunId, Usage, append_messages,
+};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, UpstreamEvent};
@@ -149,11 +151,10 @@ impl StreamDecoder {
         out: &mut VecDeque<UpstreamEvent>,
     ) {
         let upstream_message_id = self.messages.last().map(|message| message.id.clone());
-        let content = self
-            .messages
-            .drain(..)
-            .flat_map(|message| message.parts.into_vec())
-            .collect();
+        let mut content = Vec::new();
+        for message in self.messages.drain(..) {
+            append_messages(&mut content, message.parts.into_vec());
+        }
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
             error: failure(status, code),
@@ -172,13 +173,24 @@ impl StreamDecoder {
                 (None, Some(refusal)) => (refusal, true),
                 _ => continue,
             };
-            let Parts::Growing(parts) = &mut self.entry(&delta.id).parts else {
+            if text.get() == "\"\"" {
+                continue;
+            }
+            let at = self.place(&delta.id);
+            let origin = Origin {
+                message: u32::try_from(at).unwrap_or(u32::MAX),
+                phase: None,
+            };
+            let Parts::Growing(parts) = &mut self.messages[at].parts else {
                 continue;
             };
-            let grown = parts.grow(piece.index, text, is_refusal)?;
+            let grown = parts.grow(piece.index, Origin::default(), text, is_refusal)?;
             self.held += grown.bytes;
             if !is_refusal && !grown.text.is_empty() {
-                out.push_back(UpstreamEvent::Text(grown.text));
+                out.push_back(UpstreamEvent::Text(TextDelta {
+                    origin,
+                    text: grown.text.into(),
+                }));
             }
         }
         Some(())
@@ -188,31 +200,30 @@ impl StreamDecoder {
         if !message.is_reply() {
             return;
         }
-        let entry = self.entry(&message.id);
+        let id = message.id.clone();
         let parts = Parts::Whole(message.into_parts());
         // A server that stores the text in another place than the message must not erase the
         // streamed text.
         if parts.size() > 0 {
+            let at = self.place(&id);
+            let entry = &mut self.messages[at];
             let before = std::mem::replace(&mut entry.parts, parts).size();
             let now = entry.parts.size();
             self.held = (self.held + now).saturating_sub(before);
         }
     }
 
-    fn entry(&mut self, id: &str) -> &mut Message {
-        let at = self
-            .messages
-            .iter()
-            .rposition(|message| message.id == id)
-            .unwrap_or_else(|| {
-                self.held += PLACE_COST + id.len();
-                self.messages.push(Message {
-                    id: id.to_owned(),
-                    parts: Parts::Growing(StreamedParts::default()),
-                });
-                self.messages.len() - 1
+    /// Returns the index of the message, which is also its number.
+    fn place(&mut self, id: &str) -> usize {
+        let known = self.messages.iter().rposition(|message| message.id == id);
+        known.unwrap_or_else(|| {
+            self.held += PLACE_COST + id.len();
+            self.messages.push(Message {
+                id: id.to_owned(),
+                parts: Parts::Growing(StreamedParts::default()),
             });
-        &mut self.messages[at]
+            self.messages.len() - 1
+        })
     }
 }
 
@@ -322,9 +333,7 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text {
-            text: text.to_owned(),
-        }
+        ContentPart::text(text)
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -373,8 +382,8 @@ mod tests {
         let unnamed: Vec<_> = plain().iter().map(|(_, data)| event("", data)).collect();
         let expected = vec![
             UpstreamEvent::Accepted(UpstreamRunId("run_1".to_owned())),
-            UpstreamEvent::Text("Hel".to_owned()),
-            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Text("Hel".into()),
+            UpstreamEvent::Text("lo".into()),
             UpstreamEvent::Ended(Box::new(Ended {
                 status: RunStatus::Completed,
                 error: None,
@@ -384,6 +393,7 @@ mod tests {
                     input_tokens: 3,
                     output_tokens: 2,
                     total_tokens: 5,
+                    ..Usage::default()
                 }),
                 tool_calls: Vec::new(),
                 thread: None,
@@ -406,9 +416,14 @@ mod tests {
             event("thread.run.completed", &run("completed")),
         ])
         .unwrap();
+        let second = Origin {
+            message: 1,
+            phase: None,
+        };
+        let of_second = |text: &str| ContentPart::text_of(text, second);
         assert_eq!(
             ended(&events).content,
-            [text("Hello"), text("a"), text("b")]
+            [text("Hello"), of_second("a"), of_second("b")]
         );
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
     }
@@ -419,7 +434,7 @@ mod tests {
         echo["role"] = "user".into();
         let events = read([
             event("thread.message.completed", &echo),
-            event("thread.run.completed", &run("completed")),
+            event("thread.run.failed", &run("failed")),
         ])
         .unwrap();
         assert_eq!(ended(&events).content, []);
@@ -535,10 +550,33 @@ mod tests {
             event("", &json!({"object": "thread.future"})),
         ];
         assert_eq!(read(events).unwrap(), []);
-        assert!(matches!(
-            read([raw("thread.run.completed", "{")]),
-            Err(UpstreamError::Protocol(_))
-        ));
+    }
+
+    #[test]
+    fn an_unreadable_event_is_skipped_and_leaves_no_hole() {
+        let broken = |name: &str| SseEvent {
+            name: Some(name.to_owned()),
+            data: "{".to_owned(),
+        };
+        let first = || event("thread.message.delta", &delta("msg_1", 0, "Hel"));
+        let whole = event(
+            "thread.message.completed",
+            &message("msg_1", "completed", "Hello"),
+        );
+        let completed = || event("thread.run.completed", &run("completed"));
+        let lost = || broken("thread.message.delta");
+        let events = read([first(), lost(), whole, completed()]).unwrap();
+        assert_eq!(ended(&events).content, [text("Hello")]);
+        // The thread has the reply in these cases.
+        for hole in [vec![first(), lost(), completed()], vec![completed()]] {
+            assert!(matches!(read(hole), Err(UpstreamError::Protocol(_))));
+        }
+        let mut decoder = StreamDecoder::default();
+        let mut out = VecDeque::new();
+        decoder
+            .read(broken("thread.run.completed"), &mut out)
+            .unwrap();
+        assert!(out.is_empty() && matches!(decoder.unended(), UpstreamError::Protocol(_)));
     }
 
     const NAMES: [&str; 11] = [

@@ -1,19 +1,20 @@
 //! Decodes the event stream of a response.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 
-use super::wire::{Envelope, ResponseHead, ResponseObject};
-use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
+use super::wire::{Envelope, ItemHead, ResponseHead, ResponseObject};
+use crate::domain::{Origin, Phase, RunStatus, TextDelta, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, UpstreamEvent};
-use crate::upstream::relay::Decoder;
+use crate::upstream::relay::{Decoder, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::surrogates::without_lone_halves;
-use crate::upstream::wire::failure;
+use crate::upstream::wire::{failure, without_reply};
 
 /// The state of a response while its events arrive.
 #[derive(Debug)]
@@ -27,7 +28,11 @@ pub(super) struct StreamDecoder {
     /// Text assembled from deltas, by output and content index, for the case that the final
     /// response does not hold it.
     streamed: StreamedParts<(u64, u64)>,
-    /// The size of `streamed` in bytes.
+    /// The messages that have text, by output index.
+    messages: BTreeMap<u64, Origin>,
+    /// The phases of the messages that have none yet.
+    phases: BTreeMap<u64, Phase>,
+    /// The size of these in bytes.
     held: usize,
     /// An event could not be read, so `streamed` may lack a piece.
     has_gap: bool,
@@ -40,6 +45,8 @@ impl StreamDecoder {
             repairs: false,
             response: None,
             streamed: StreamedParts::default(),
+            messages: BTreeMap::new(),
+            phases: BTreeMap::new(),
             held: 0,
             has_gap: false,
         }
@@ -121,14 +128,19 @@ impl StreamDecoder {
         );
         match (kind, envelope.response_in(&event.data), envelope.delta) {
             ("response.output_text.delta", _, Some(delta)) => {
-                let grown = self.streamed.grow(place, delta, false)?;
-                self.held += grown.bytes;
-                if !grown.text.is_empty() {
-                    out.push_back(UpstreamEvent::Text(grown.text));
+                if let Some(text) = self.grow(place, delta, false)? {
+                    out.push_back(UpstreamEvent::Text(text));
                 }
             }
             ("response.refusal.delta", _, Some(delta)) => {
-                self.held += self.streamed.grow(place, delta, true)?.bytes;
+                self.grow(place, delta, true)?;
+            }
+            ("response.output_item.added", ..) => {
+                let item = envelope.item.map(RawValue::get);
+                if let Some(phase) = item.and_then(parse).and_then(|it: ItemHead| it.phase) {
+                    self.held += PLACE_COST;
+                    self.phases.insert(place.0, phase);
+                }
             }
             (kind, Some(response), _) if kind.is_empty() || kind.starts_with("response.") => {
                 return self.response(kind, response, out);
@@ -146,6 +158,29 @@ impl StreamDecoder {
             _ => {}
         }
         Some(Ok(()))
+    }
+
+    fn grow(
+        &mut self,
+        place: (u64, u64),
+        delta: &RawValue,
+        is_refusal: bool,
+    ) -> Option<Option<TextDelta>> {
+        let next = Origin {
+            message: u32::try_from(self.messages.len()).unwrap_or(u32::MAX),
+            phase: self.phases.get(&place.0).copied(),
+        };
+        let origin = self.messages.get(&place.0).copied().unwrap_or(next);
+        let grown = self.streamed.grow(place, origin, delta, is_refusal)?;
+        self.held += grown.bytes;
+        if grown.bytes > 0 {
+            self.messages.insert(place.0, origin);
+        }
+        let text = Some(grown.text).filter(|text| !text.is_empty());
+        Some(text.map(|text| TextDelta {
+            origin,
+            text: text.into(),
+        }))
     }
 
     fn response(
@@ -221,6 +256,9 @@ impl StreamDecoder {
         } else {
             output.content
         };
+        let is_empty = status == RunStatus::Completed && closed && content.is_empty();
+        let error = error
+            .or_else(|| is_empty.then(|| without_reply(output.unread.iter().map(String::as_str))));
         Ok(Ended {
             status: if status == RunStatus::Completed && !closed {
                 RunStatus::RequiresAction
@@ -336,9 +374,7 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text {
-            text: text.to_owned(),
-        }
+        ContentPart::text(text)
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -371,8 +407,8 @@ mod tests {
     fn a_plain_turn_is_read_with_and_without_event_lines() {
         let expected = vec![
             UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned())),
-            UpstreamEvent::Text("Hel".to_owned()),
-            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Text("Hel".into()),
+            UpstreamEvent::Text("lo".into()),
             UpstreamEvent::Ended(Box::new(Ended {
                 status: RunStatus::Completed,
                 error: None,
@@ -382,6 +418,7 @@ mod tests {
                     input_tokens: 3,
                     output_tokens: 2,
                     total_tokens: 5,
+                    ..Usage::default()
                 }),
                 tool_calls: Vec::new(),
                 thread: Some(UpstreamThreadId("resp_1".to_owned())),
@@ -450,6 +487,7 @@ mod tests {
         .unwrap();
         let refusal = ContentPart::Refusal {
             refusal: "no".to_owned(),
+            message: 1,
         };
         assert_eq!(ended(&events).content, [text("Hello"), refusal]);
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
@@ -603,10 +641,16 @@ mod tests {
             raw(None, "{"),
             raw(Some("response.completed"), r#"{"response":7}"#),
         ] {
-            assert!(matches!(
-                read(true, [broken]),
-                Err(UpstreamError::Protocol(_))
-            ));
+            // Without the end, the stream may have been any reply.
+            let (mut decoder, mut out) = (StreamDecoder::new(true), VecDeque::new());
+            decoder.read(broken.clone(), &mut out).unwrap();
+            assert!(matches!(decoder.unended(), UpstreamError::Protocol(_)));
+            // The whole reply at the end closes the gap; a reply of deltas may have a hole.
+            let end = |output| event(&response("response.completed", "completed", &output));
+            let whole = [broken.clone(), end(json!([message("Hello")]))];
+            assert_eq!(ended(&read(true, whole).unwrap()).content, [text("Hello")]);
+            let hole = [event(&delta("Hel")), broken, end(json!([]))];
+            assert!(matches!(read(true, hole), Err(UpstreamError::Protocol(_))));
         }
     }
 

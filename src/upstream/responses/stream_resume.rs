@@ -162,6 +162,10 @@ impl ResumableStream {
             self.over |= head.run_status().is_some_and(RunStatus::is_final);
             self.response.get_or_insert(UpstreamRunId(head.id));
         }
+        // The whole response in the place of its events: the server does not stream it.
+        if envelope.response.is_none() && envelope.response_in(&event.data).is_some() {
+            self.again = Again::Nothing;
+        }
         let kind = kind(&envelope, event);
         self.over |= matches!(
             kind,

@@ -36,6 +36,7 @@ mod queue;
 mod random;
 mod recovery;
 mod replicas;
+mod replies;
 mod roles;
 mod rollover;
 mod scale;
