@@ -11,13 +11,16 @@ mod metadata;
 mod records;
 mod recovery;
 mod removal;
+mod reply_text;
 mod run;
 mod trace;
 mod transition;
 
 pub use access::{Access, Principal};
 pub use content::{
-    ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts,
+    Annotation, ContentPart, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
+    Origin, Phase, UserContent, append_messages, messages_of, next_message, number_messages,
+    size_of_annotation, text_or_parts,
 };
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
@@ -37,6 +40,9 @@ pub use recovery::{
     HistoryKept, KnownRefusal, Omitted, Recovery, RecoveryCause, RunRecovery, Trial,
 };
 pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
+#[cfg(test)]
+pub(crate) use reply_text::tests as reply_texts;
+pub use reply_text::{ReplyText, TextDelta};
 pub use run::{
     CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, RunError,
     RunErrorCode, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,

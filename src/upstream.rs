@@ -49,6 +49,8 @@ mod report;
 
 mod memory_limit;
 
+mod surrogates;
+
 mod retry;
 
 mod error;

@@ -16,7 +16,9 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RequiredActionView, RunView};
-use crate::domain::{Recovery, RequiredAction, Run, RunId, RunStatus, ThreadId};
+use crate::domain::{
+    Phase, Recovery, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId,
+};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
@@ -156,7 +158,17 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
                 recovered: recovery,
             }),
         ),
-        RunEvent::Delta(delta) => (DELTA, text(&Delta { text: delta })),
+        RunEvent::Delta(TextDelta {
+            origin,
+            text: delta,
+        }) => (
+            DELTA,
+            text(&Delta {
+                text: delta,
+                message: (origin.message > 0).then_some(origin.message),
+                phase: origin.phase,
+            }),
+        ),
         RunEvent::RequiresAction(action) => (
             REQUIRES_ACTION,
             text(&RequiresAction {
@@ -237,6 +249,12 @@ struct Recovered<'a> {
 #[derive(Serialize, ToSchema)]
 struct Delta<'a> {
     text: &'a str,
+    /// The number of the message in its run, from 0; 0 where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<u32>,
+    /// What the message is for, if the upstream says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phase: Option<Phase>,
 }
 
 #[derive(Serialize, ToSchema)]

@@ -242,8 +242,12 @@ impl PartialSchema for Content {
                     return true;
                 };
                 kind.additional_properties = Some(Box::new(AdditionalProperties::FreeForm(false)));
-                // The gateway sends refusals and takes none.
+                // The gateway sends these and does not take them.
+                for field in ["annotations", "message", "phase"] {
+                    kind.properties.remove(field);
+                }
                 !kind.properties.contains_key("refusal")
+                    && !kind.properties.contains_key("generated_image")
             });
         }
         let text = ObjectBuilder::new()

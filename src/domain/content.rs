@@ -2,13 +2,39 @@
 //! shape.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
+
+use super::run::text_enum;
 
 /// Most parts of one message.
 pub const MAX_PARTS: usize = 64;
+
+text_enum!(
+    /// What a message of a reply is for.
+    Phase {
+        /// The model says what it is about to do.
+        Commentary = "commentary",
+        /// The answer itself.
+        FinalAnswer = "final_answer",
+    }
+);
+
+/// The message of a reply that a part belongs to. A run may write several messages.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Origin {
+    /// The number of the message in its run, from 0.
+    pub message: u32,
+    /// `None` if the upstream does not say it.
+    pub phase: Option<Phase>,
+}
+
+/// A citation, or a file that the text names, as the upstream wrote it.
+pub type Annotation = Map<String, Value>;
 
 /// One part of a message.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, ToSchema)]
@@ -16,18 +42,42 @@ pub const MAX_PARTS: usize = 64;
 pub enum ContentPart {
     Text {
         text: String,
+        /// The citations of the text, as the upstream wrote them. Only replies have them.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        #[schema(value_type = Vec<Object>, required = false)]
+        annotations: Vec<Annotation>,
+        /// The number of the message in its run, from 0; 0 where absent. Only replies have it.
+        #[serde(skip_serializing_if = "is_first")]
+        #[schema(required = false)]
+        message: u32,
+        /// What the message is for, if the upstream says it. Only replies have it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        phase: Option<Phase>,
     },
     ImageUrl {
         image_url: ImageUrl,
     },
-    /// A file that the caller uploaded to the upstream before.
+    /// A file at the upstream. A caller can upload one there before.
     ImageFile {
         image_file: ImageFile,
     },
     /// The model declined to answer. Only replies have it.
     Refusal {
         refusal: String,
+        /// The number of the message in its run, from 0; 0 where absent.
+        #[serde(skip_serializing_if = "is_first")]
+        #[schema(required = false)]
+        message: u32,
     },
+    /// A picture that the model made. Only replies have it.
+    GeneratedImage {
+        generated_image: GeneratedImage,
+    },
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+const fn is_first(message: &u32) -> bool {
+    *message == 0
 }
 
 impl<'de> Deserialize<'de> for ContentPart {
@@ -50,6 +100,8 @@ impl<'de> Visitor<'de> for PartVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
         let (mut kind, mut text, mut image_url, mut image_file, mut refusal) =
             (None, None, None, None, None);
+        let (mut generated_image, mut annotations, mut message, mut phase) =
+            (None, None, None, None);
         while let Some(name) = fields.next_key::<String>()? {
             match name.as_str() {
                 "type" => once(&mut kind, "type", fields.next_value()?)?,
@@ -57,6 +109,16 @@ impl<'de> Visitor<'de> for PartVisitor {
                 "image_url" => once(&mut image_url, "image_url", fields.next_value()?)?,
                 "image_file" => once(&mut image_file, "image_file", fields.next_value()?)?,
                 "refusal" => once(&mut refusal, "refusal", fields.next_value()?)?,
+                "generated_image" => {
+                    once(
+                        &mut generated_image,
+                        "generated_image",
+                        fields.next_value()?,
+                    )?;
+                }
+                "annotations" => once(&mut annotations, "annotations", fields.next_value()?)?,
+                "message" => once(&mut message, "message", fields.next_value()?)?,
+                "phase" => once(&mut phase, "phase", fields.next_value()?)?,
                 other => {
                     return Err(de::Error::unknown_field(
                         other,
@@ -65,22 +127,32 @@ impl<'de> Visitor<'de> for PartVisitor {
                 }
             }
         }
-        match (
-            kind.ok_or_else(|| de::Error::missing_field("type"))?,
-            text,
-            image_url,
-            image_file,
-            refusal,
-        ) {
-            (Kind::Text, Some(text), None, None, None) => Ok(ContentPart::Text { text }),
-            (Kind::ImageUrl, None, Some(image_url), None, None) => {
+        let kind = kind.ok_or_else(|| de::Error::missing_field("type"))?;
+        let of_text = annotations.is_some() || phase.is_some();
+        let of_message = of_text || message.is_some();
+        match (kind, text, image_url, image_file, refusal, generated_image) {
+            (Kind::Text, Some(text), None, None, None, None) => Ok(ContentPart::Text {
+                text,
+                annotations: annotations.unwrap_or_default(),
+                message: message.unwrap_or_default(),
+                phase,
+            }),
+            (Kind::Refusal, None, None, None, Some(refusal), None) if !of_text => {
+                Ok(ContentPart::Refusal {
+                    refusal,
+                    message: message.unwrap_or_default(),
+                })
+            }
+            (Kind::ImageUrl, None, Some(image_url), None, None, None) if !of_message => {
                 Ok(ContentPart::ImageUrl { image_url })
             }
-            (Kind::ImageFile, None, None, Some(image_file), None) => {
+            (Kind::ImageFile, None, None, Some(image_file), None, None) if !of_message => {
                 Ok(ContentPart::ImageFile { image_file })
             }
-            (Kind::Refusal, None, None, None, Some(refusal)) => {
-                Ok(ContentPart::Refusal { refusal })
+            (Kind::GeneratedImage, None, None, None, None, Some(generated_image))
+                if !of_message =>
+            {
+                Ok(ContentPart::GeneratedImage { generated_image })
             }
             _ => Err(de::Error::custom(
                 "a part must have its `type` and exactly one more field, which is named like the type",
@@ -94,6 +166,7 @@ enum Kind {
     ImageUrl,
     ImageFile,
     Refusal,
+    GeneratedImage,
 }
 
 /// The types of parts that callers can send. Error texts offer only these.
@@ -106,6 +179,7 @@ impl<'de> Deserialize<'de> for Kind {
             "image_url" => Ok(Self::ImageUrl),
             "image_file" => Ok(Self::ImageFile),
             "refusal" => Ok(Self::Refusal),
+            "generated_image" => Ok(Self::GeneratedImage),
             other => Err(de::Error::unknown_variant(other, &SENT)),
         }
     }
@@ -125,9 +199,7 @@ pub fn text_or_parts<'de, D: Deserializer<'de>>(
         }
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
-            Ok(vec![ContentPart::Text {
-                text: text.to_owned(),
-            }])
+            Ok(vec![ContentPart::text(text)])
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Self::Value, A::Error> {
@@ -146,28 +218,110 @@ fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) ->
 }
 
 impl ContentPart {
-    /// Returns whether the part is a picture.
+    /// Returns whether the part is a picture that a model may be unable to get.
     pub const fn is_media(&self) -> bool {
         matches!(self, Self::ImageUrl { .. } | Self::ImageFile { .. })
+    }
+
+    /// Returns a part of text alone.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::text_of(text, Origin::default())
+    }
+
+    /// Returns a text of this message.
+    pub fn text_of(text: impl Into<String>, origin: Origin) -> Self {
+        Self::Text {
+            text: text.into(),
+            annotations: Vec::new(),
+            message: origin.message,
+            phase: origin.phase,
+        }
+    }
+
+    /// Returns a refusal in the first message.
+    pub fn refusal(refusal: impl Into<String>) -> Self {
+        Self::Refusal {
+            refusal: refusal.into(),
+            message: 0,
+        }
     }
 
     /// Returns the text of a text part.
     pub fn as_text(&self) -> Option<&str> {
         match self {
-            Self::Text { text } => Some(text),
+            Self::Text { text, .. } => Some(text),
             _ => None,
         }
     }
 
-    /// Returns the bytes of the part's text, URL or file id.
-    pub fn size(&self) -> usize {
-        match self {
-            Self::Text { text } => text.len(),
-            Self::Refusal { refusal } => refusal.len(),
-            Self::ImageUrl { image_url } => image_url.url.len(),
-            Self::ImageFile { image_file } => image_file.file_id.len(),
+    /// Returns the message that the part belongs to. A picture belongs to that of its neighbours.
+    pub fn origin(&self) -> Option<Origin> {
+        match *self {
+            Self::Text { message, phase, .. } => Some(Origin { message, phase }),
+            Self::Refusal { message, .. } => Some(Origin {
+                message,
+                phase: None,
+            }),
+            _ => None,
         }
     }
+
+    /// Returns the bytes of the part's text, URL or id, and of its annotations.
+    pub fn size(&self) -> usize {
+        match self {
+            Self::Text {
+                text, annotations, ..
+            } => text.len() + annotations.iter().map(size_of_annotation).sum::<usize>(),
+            Self::Refusal { refusal, .. } => refusal.len(),
+            Self::ImageUrl { image_url } => image_url.url.len(),
+            Self::ImageFile { image_file } => image_file.file_id.len(),
+            Self::GeneratedImage { generated_image } => {
+                generated_image.id.len() + generated_image.url.as_ref().map_or(0, String::len)
+            }
+        }
+    }
+}
+
+/// Returns the bytes of an annotation as JSON.
+pub fn size_of_annotation(annotation: &Annotation) -> usize {
+    serde_json::to_string(annotation).map_or(0, |json| json.len())
+}
+
+/// Appends further messages of a run to its content. Their numbers follow those of the content.
+pub fn append_messages(content: &mut Vec<ContentPart>, mut more: Vec<ContentPart>) {
+    number_messages(&mut more, next_message(content));
+    content.append(&mut more);
+}
+
+/// Returns the number of the message that follows `content`.
+pub fn next_message(content: &[ContentPart]) -> u32 {
+    let numbers = content
+        .iter()
+        .filter_map(|part| Some(part.origin()?.message));
+    numbers.max().map_or(0, |last| last.saturating_add(1))
+}
+
+/// Changes the numbers of the messages so that the lowest is `first`.
+pub fn number_messages(content: &mut [ContentPart], first: u32) {
+    let numbers = content
+        .iter()
+        .filter_map(|part| Some(part.origin()?.message));
+    let Some(lowest) = numbers.min() else {
+        return;
+    };
+    for part in content {
+        if let ContentPart::Text { message, .. } | ContentPart::Refusal { message, .. } = part {
+            *message = (*message - lowest).saturating_add(first);
+        }
+    }
+}
+
+/// Returns the messages of a reply, in order.
+pub fn messages_of(content: &[ContentPart]) -> impl Iterator<Item = &[ContentPart]> {
+    content.chunk_by(|one, next| match (one.origin(), next.origin()) {
+        (Some(one), Some(next)) => one.message == next.message,
+        _ => true,
+    })
 }
 
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
@@ -188,6 +342,17 @@ pub struct ImageFile {
     pub detail: Option<String>,
 }
 
+/// A picture that the model made. The gateway does not keep the picture itself.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GeneratedImage {
+    /// The upstream's id of the call that made the picture.
+    pub id: String,
+    /// The picture's URL, if the upstream gave one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+}
+
 /// The reason why content cannot be a user's message.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidContent {
@@ -195,14 +360,18 @@ pub enum InvalidContent {
     Empty,
     #[error("content has at most {limit} parts, this has {parts}")]
     TooManyParts { limit: usize, parts: usize },
-    #[error("a part of type `refusal` is for replies only; remove it from the message")]
-    Refusal,
+    #[error("a part of type `{0}` is for replies only; remove it from the message")]
+    PartOfReply(&'static str),
+    #[error(
+        "the fields `annotations`, `message` and `phase` of a text are for replies only; remove them from the message"
+    )]
+    FieldOfReply,
     #[error("content must not contain NUL characters")]
     Nul,
 }
 
-/// The content of a user's message: 1 to 64 parts, no refusal, and at least one text or image that
-/// is not empty.
+/// The content of a user's message: 1 to 64 parts, nothing that only replies have, and at least one
+/// text or image that is not empty.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UserContent(Vec<ContentPart>);
 
@@ -233,7 +402,13 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
         let mut empty = true;
         for part in &parts {
             let texts: [&str; 2] = match part {
-                ContentPart::Text { text } => [text, ""],
+                ContentPart::Text {
+                    text,
+                    annotations,
+                    message: 0,
+                    phase: None,
+                } if annotations.is_empty() => [text, ""],
+                ContentPart::Text { .. } => return Err(InvalidContent::FieldOfReply),
                 ContentPart::ImageUrl { image_url } => {
                     [&image_url.url, image_url.detail.as_deref().unwrap_or("")]
                 }
@@ -241,7 +416,10 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
                     &image_file.file_id,
                     image_file.detail.as_deref().unwrap_or(""),
                 ],
-                ContentPart::Refusal { .. } => return Err(InvalidContent::Refusal),
+                ContentPart::Refusal { .. } => return Err(InvalidContent::PartOfReply("refusal")),
+                ContentPart::GeneratedImage { .. } => {
+                    return Err(InvalidContent::PartOfReply("generated_image"));
+                }
             };
             if texts.iter().any(|text| text.contains('\0')) {
                 return Err(InvalidContent::Nul);
@@ -289,6 +467,9 @@ mod tests {
                         json!({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}),
                         json!({"type": "image_file", "image_file": {"file_id": "f"}}),
                         json!({"type": "refusal", "refusal": "no"}),
+                        json!({"type": "text", "text": "a", "message": 1, "phase": "commentary",
+                            "annotations": [{"type": "file_citation", "file_id": "f"}]}),
+                        json!({"type": "generated_image", "generated_image": {"id": "ig", "url": "u"}}),
                     ],
                     WORDS,
                 ),
@@ -314,9 +495,17 @@ mod tests {
                 Err(InvalidContent::TooManyParts { limit, parts: count }) => {
                     prop_assert!(count == parts.len() && count > limit);
                 },
-                Err(InvalidContent::Refusal) => {
-                    let is_refusal = |part: &ContentPart| matches!(part, ContentPart::Refusal { .. });
-                    prop_assert!(parts.iter().any(is_refusal));
+                Err(InvalidContent::PartOfReply(_)) => {
+                    let is_of_reply = |part: &ContentPart| {
+                        matches!(part, ContentPart::Refusal { .. } | ContentPart::GeneratedImage { .. })
+                    };
+                    prop_assert!(parts.iter().any(is_of_reply));
+                }
+                Err(InvalidContent::FieldOfReply) => {
+                    let is_plain = |part: &ContentPart| {
+                        part.as_text().is_none_or(|text| *part == ContentPart::text(text))
+                    };
+                    prop_assert!(!parts.iter().all(is_plain));
                 }
                 Err(InvalidContent::Nul) => prop_assert!(text.contains("\\u0000")),
             }

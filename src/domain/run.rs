@@ -115,7 +115,8 @@ text_enum!(
         MessageRefused = "message_refused",
         /// The conversation is too long for the model or the upstream.
         ContextFull = "context_full",
-        /// The upstream accepted the run and then reported that it failed.
+        /// The upstream accepted the run and then reported that it failed, or completed it without a
+        /// reply.
         UpstreamFailed = "upstream_failed",
         /// The connection to the upstream broke in the middle of the reply.
         StreamBroken = "stream_broken",
@@ -177,6 +178,12 @@ pub struct Usage {
     pub input_tokens: u64,
     pub output_tokens: u64,
     pub total_tokens: u64,
+    /// The input tokens that the upstream had in a cache; absent if it does not count them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_input_tokens: Option<u64>,
+    /// The output tokens that the model thought with; absent if the upstream does not count them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_tokens: Option<u64>,
 }
 
 impl std::ops::Add for Usage {
@@ -187,7 +194,16 @@ impl std::ops::Add for Usage {
             input_tokens: self.input_tokens.saturating_add(other.input_tokens),
             output_tokens: self.output_tokens.saturating_add(other.output_tokens),
             total_tokens: self.total_tokens.saturating_add(other.total_tokens),
+            cached_input_tokens: sum(self.cached_input_tokens, other.cached_input_tokens),
+            reasoning_tokens: sum(self.reasoning_tokens, other.reasoning_tokens),
         }
+    }
+}
+
+fn sum(one: Option<u64>, other: Option<u64>) -> Option<u64> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.saturating_add(other)),
+        (one, other) => one.or(other),
     }
 }
 

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::run::text_enum;
-use super::{Recovery, RequiredAction, RunId, ToolCall, UpstreamRunId, UpstreamThreadId};
+use super::{
+    Recovery, RequiredAction, RunId, TextDelta, ToolCall, UpstreamRunId, UpstreamThreadId,
+};
 
 /// An event of a run as it is stored, so that the stream can be replayed. What the run's record
 /// has anyway (the reply, the end) is not stored again.
@@ -26,9 +28,9 @@ pub enum LoggedEvent {
     Omitted {
         units: i64,
     },
-    /// More text of the reply. A bare string, because there are many of these events.
+    /// More text of the reply.
     #[serde(untagged)]
-    Delta(String),
+    Delta(TextDelta),
 }
 
 /// Serialises a variant without content as an empty object.
@@ -54,7 +56,7 @@ impl LoggedEvent {
         match self {
             Self::Queued { .. } | Self::Started | Self::Recovered(_) | Self::RequiresAction(_) => 1,
             Self::Omitted { units } => *units,
-            Self::Delta(text) => i64::try_from(text.len()).unwrap_or(i64::MAX),
+            Self::Delta(delta) => i64::try_from(delta.text.len()).unwrap_or(i64::MAX),
         }
     }
 }
@@ -149,7 +151,7 @@ mod tests {
             "null",
             "[]",
         ] {
-            events.push(LoggedEvent::Delta(text.to_owned()));
+            events.push(LoggedEvent::Delta(text.into()));
         }
         let text = serde_json::to_string(&events).unwrap();
         assert!(

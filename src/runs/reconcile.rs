@@ -398,14 +398,16 @@ fn said<'a>(parts: &[(usize, Part<'a>)]) -> Vec<Part<'a>> {
 }
 
 fn parts(role: Role, content: &[ContentPart]) -> impl Iterator<Item = Part<'_>> {
-    content.iter().map(move |part| {
+    content.iter().filter_map(move |part| {
         let said = match part {
-            ContentPart::Text { text } => text.as_str().into(),
-            ContentPart::Refusal { refusal } => refusal.as_str().into(),
+            ContentPart::Text { text, .. } => text.as_str().into(),
+            ContentPart::Refusal { refusal, .. } => refusal.as_str().into(),
             ContentPart::ImageUrl { image_url } => format!("url {}", image_url.url).into(),
             ContentPart::ImageFile { image_file } => format!("file {}", image_file.file_id).into(),
+            // It is in no message of the upstream thread.
+            ContentPart::GeneratedImage { .. } => return None,
         };
-        Part(role == Role::User, said)
+        Some(Part(role == Role::User, said))
     })
 }
 
@@ -417,9 +419,7 @@ mod tests {
     use crate::domain::UpstreamSync;
 
     fn text(text: &str) -> Vec<ContentPart> {
-        vec![ContentPart::Text {
-            text: text.to_owned(),
-        }]
+        vec![ContentPart::text(text)]
     }
 
     fn compare(ours: &[Message], thread: ThreadId, theirs: Vec<HistoryEntry>) -> Differences {

@@ -438,9 +438,12 @@ mod tests {
         assert_eq!(back, text.replace('\0', "\u{fffd}"));
         assert_eq!(json(&back).unwrap(), json(&text).unwrap());
 
-        let events = [LoggedEvent::Delta(text.to_owned())];
+        let events = [LoggedEvent::Delta(text.into())];
         let back: Vec<LoggedEvent> = serde_json::from_str(&log_json(&events).unwrap()).unwrap();
-        assert_eq!(back, [LoggedEvent::Delta(text.replace('\0', "\u{1a}"))]);
+        assert_eq!(
+            back,
+            [LoggedEvent::Delta(text.replace('\0', "\u{1a}").into())]
+        );
         assert_eq!(back[0].units(), events[0].units());
     }
 

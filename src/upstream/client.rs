@@ -33,6 +33,7 @@ use crate::upstream::refusal_cause;
 use crate::upstream::report::{Report, chain};
 use crate::upstream::retry::{LONGEST_WAIT, SHORTEST_WAIT};
 use crate::upstream::sse::{self, SseEvent};
+use crate::upstream::surrogates::without_lone_halves;
 
 /// Idle connections that the pool keeps for the next call.
 const POOL_IDLE_CONNECTIONS: usize = 256;
@@ -267,9 +268,12 @@ impl UpstreamClient {
             ));
         }
         refuse_told_error(&body)?;
-        let value = serde_json::from_slice(&body).map_err(|_| {
-            UpstreamError::Protocol("an answer is not the expected JSON".to_owned())
-        })?;
+        let value = std::str::from_utf8(&body)
+            .ok()
+            .and_then(|text| serde_json::from_str(&without_lone_halves(text)).ok())
+            .ok_or_else(|| {
+                UpstreamError::Protocol("an answer is not the expected JSON".to_owned())
+            })?;
         Ok(Answer {
             value,
             poll_after,
@@ -296,8 +300,8 @@ impl UpstreamClient {
 
     /// Sends one request and streams the events of the answer for as long as the caller reads.
     ///
-    /// If the answer is an error in JSON in spite of its good status, the stream is that one
-    /// event.
+    /// Some servers and proxies do not stream. If the answer is JSON, a whole object of the
+    /// protocol or an error in spite of the good status, the stream is that one event.
     pub(super) async fn events(
         &self,
         method: Method,
@@ -315,10 +319,10 @@ impl UpstreamClient {
             ));
         }
         if has_type(response.headers(), "application/json")
-            && let Ok(Some(body)) =
-                in_time(self.call_timeout, self.read(response, MAX_ERROR_BYTES)).await
+            && let Some(body) = self.read(response, self.max_bytes).await?
+            && !is_dense(&body)
             && let Ok(data) = String::from_utf8(body)
-            && ErrorDetail::of_event(None, &data).is_some()
+            && (is_whole_run(&data) || tells_error(&data))
         {
             return Ok(stream::iter([Ok(SseEvent { name: None, data })]).boxed());
         }
@@ -638,6 +642,23 @@ fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
         ));
     }
     Ok(())
+}
+
+/// Returns true if the JSON text is a run or a response.
+fn is_whole_run(json: &str) -> bool {
+    #[derive(Deserialize)]
+    struct Run {
+        #[serde(rename = "id")]
+        _id: String,
+        #[serde(rename = "status")]
+        _status: String,
+    }
+    serde_json::from_str::<Run>(json).is_ok()
+}
+
+fn tells_error(json: &str) -> bool {
+    json.len() <= MAX_ERROR_BYTES
+        && ErrorDetail::of_event(None, &without_lone_halves(json)).is_some()
 }
 
 fn has_type(headers: &HeaderMap, wanted: &str) -> bool {

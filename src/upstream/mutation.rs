@@ -77,7 +77,7 @@ pub(super) fn read_to_the_end(
 pub(super) fn told<'a>(events: impl IntoIterator<Item = &'a UpstreamEvent>) -> usize {
     let told = |event: &UpstreamEvent| match event {
         UpstreamEvent::Accepted(_) => 0,
-        UpstreamEvent::Text(text) => text.len(),
+        UpstreamEvent::Text(delta) => delta.text.len(),
         UpstreamEvent::Ended(ended) => ended.content.iter().map(ContentPart::size).sum(),
     };
     events.into_iter().map(told).sum()

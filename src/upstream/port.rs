@@ -8,8 +8,9 @@ use futures_util::stream::BoxStream;
 
 use crate::config::AssistantConfig;
 use crate::domain::{
-    ContentPart, KeyNames, Message, Metadata, Role, RunError, RunId, RunStatus, ThreadId,
-    Timestamp, ToolCall, ToolOutput, UnsettledRun, UpstreamRunId, UpstreamThreadId, Usage,
+    ContentPart, KeyNames, Message, Metadata, Role, RunError, RunId, RunStatus, TextDelta,
+    ThreadId, Timestamp, ToolCall, ToolOutput, UnsettledRun, UpstreamRunId, UpstreamThreadId,
+    Usage,
 };
 use crate::store::InputMessage;
 use crate::upstream::error::UpstreamError;
@@ -410,7 +411,7 @@ pub enum UpstreamEvent {
     /// The upstream has accepted the run.
     Accepted(UpstreamRunId),
     /// The next text of the reply. Never empty.
-    Text(String),
+    Text(TextDelta),
     /// The last event.
     Ended(Box<Ended>),
 }
@@ -421,9 +422,11 @@ pub struct Ended {
     /// `Completed`, `Incomplete`, `Failed`, `Cancelled`, `Expired`, or `RequiresAction` with
     /// `tool_calls`.
     pub status: RunStatus,
-    /// The reason why the run failed or is incomplete.
+    /// The reason why the run failed or is incomplete. Of a completed run without content, the reason
+    /// why it has none.
     pub error: Option<RunError>,
-    /// The authoritative reply, which may differ from the streamed text; empty if there is none.
+    /// The authoritative reply, which may differ from the streamed text; empty if there is none. Its
+    /// messages are numbered from 0.
     pub content: Vec<ContentPart>,
     pub upstream_message_id: Option<String>,
     pub usage: Option<Usage>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt, stream};
+use tokio::task::coop::consume_budget;
 
 use crate::upstream::classify::Rejection;
 use crate::upstream::client::SseStream;
@@ -25,12 +26,18 @@ pub(super) const PLACE_COST: usize = 1024;
 /// The decoder of one protocol.
 pub(super) trait Decoder: Send + 'static {
     /// Decodes one event and appends its meaning to `out`. It is not called again after an error
-    /// or an `Ended`.
+    /// or an `Ended`. It skips an event that it cannot read, because a later event may hold the
+    /// whole reply.
     fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>)
     -> Result<(), Rejection>;
 
     /// Returns the bytes of the reply that the decoder keeps until the end.
     fn held(&self) -> usize;
+
+    /// Returns the error of a stream that ends here, without an `Ended`.
+    fn unended(&self) -> UpstreamError {
+        UpstreamError::Broken { timeout: false }
+    }
 }
 
 /// The events of one run. Their errors carry details for the adapters only.
@@ -128,10 +135,13 @@ impl<D: Decoder> Relay<D> {
                 }
                 State::Done => return None,
             }
+            // One read of the socket may hold thousands of events. Other futures of the task, such as
+            // the run's deadline, get their turn in between.
+            consume_budget().await;
             let read = match self.events.next().await {
                 Some(Ok(event)) => self.decoder.read(event, &mut self.out),
                 Some(Err(error)) => Err(error.into()),
-                None => Err(UpstreamError::Broken { timeout: false }.into()),
+                None => Err(self.decoder.unended().into()),
             };
             let read = read.and_then(|()| {
                 if self.decoder.held() > self.limit {
@@ -186,7 +196,7 @@ mod tests {
         ) -> Result<(), Rejection> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
-                ("+", text) => out.push_back(UpstreamEvent::Text(text.to_owned())),
+                ("+", text) => out.push_back(UpstreamEvent::Text(text.into())),
                 ("!", _) => out.push_back(UpstreamEvent::Ended(Box::new(Ended {
                     status: RunStatus::Completed,
                     error: None,
@@ -225,7 +235,7 @@ mod tests {
     fn shape(event: &Result<UpstreamEvent, Rejection>) -> String {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => format!("#{id}"),
-            Ok(UpstreamEvent::Text(text)) => format!("+{text}"),
+            Ok(UpstreamEvent::Text(delta)) => format!("+{}", delta.text),
             Ok(UpstreamEvent::Ended(_)) => "!".to_owned(),
             Err(refusal) => refusal.error.to_string(),
         }

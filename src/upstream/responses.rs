@@ -17,7 +17,7 @@ mod wire;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::error::{UpstreamError, unless_gone};
@@ -64,9 +64,9 @@ impl Upstream for ResponsesUpstream {
         if !self.conversations {
             return Ok(None);
         }
-        let (first, rest) = history.split_at(history.len().min(ITEMS_PER_REQUEST));
+        let mut items = history_items(history);
         let mut body = json!({"metadata": thread_tags(owner)});
-        let first = history_items(first);
+        let first: Vec<Value> = items.by_ref().take(ITEMS_PER_REQUEST).collect();
         if !first.is_empty() {
             body["items"] = first.into();
         }
@@ -75,7 +75,7 @@ impl Upstream for ResponsesUpstream {
             made.map_err(|error| self.client.needs("/conversations", NO_CONVERSATIONS, error))?;
         drop(body);
         let conversation = conversation.into_thread()?;
-        let Err(error) = self.add_history(&conversation, rest).await else {
+        let Err(error) = self.add_history(&conversation, items).await else {
             return Ok(Some(conversation));
         };
         let deleted = self
@@ -207,11 +207,14 @@ impl ResponsesUpstream {
     async fn add_history(
         &self,
         conversation: &UpstreamThreadId,
-        history: &[Message],
+        mut items: impl Iterator<Item = Value> + Send,
     ) -> Result<(), UpstreamError> {
-        for some in history.chunks(ITEMS_PER_REQUEST) {
-            self.add_items(conversation, &history_items(some)).await?;
+        loop {
+            let some: Vec<Value> = items.by_ref().take(ITEMS_PER_REQUEST).collect();
+            if some.is_empty() {
+                return Ok(());
+            }
+            self.add_items(conversation, &some).await?;
         }
-        Ok(())
     }
 }

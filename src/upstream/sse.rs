@@ -2,8 +2,8 @@
 //!
 //! Line endings may be LF, CRLF or CR, chunks may be cut anywhere, and a byte order mark may come
 //! first. Comments and blocks without data are skipped. A block that the end of the stream cuts
-//! off is dropped. Some servers write their errors as JSON without a field name; it is read as
-//! data.
+//! off is dropped. Some servers write JSON without a field name; it is read as data, each object as
+//! an event.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::{Buf, Bytes};
 use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt, stream};
+use serde_json::value::RawValue;
 use sse_stream::SseByteStream;
 
 use crate::upstream::error::UpstreamError;
@@ -60,18 +61,40 @@ where
                         "an event has too many values".to_owned(),
                     ));
                 }
-                return Ok(Some((
-                    SseEvent {
-                        name: block.event,
-                        data,
-                    },
-                    (decoder, since_event),
-                )));
+                let event = SseEvent {
+                    name: block.event,
+                    data,
+                };
+                return Ok(Some((event, (decoder, since_event))));
             }
         }
         Ok(None)
     })
+    .flat_map(|event| {
+        stream::iter(match event {
+            Ok(event) => documents(event).into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
+        })
+    })
     .boxed()
+}
+
+/// Returns an event for each line of a block that has one JSON object a line.
+fn documents(event: SseEvent) -> Vec<SseEvent> {
+    if event.name.is_some() || !event.data.starts_with('{') || !event.data.contains("\n{") {
+        return vec![event];
+    }
+    let lines = serde_json::Deserializer::from_str(&event.data).into_iter::<&RawValue>();
+    match lines.collect::<Result<Vec<_>, _>>() {
+        Ok(lines) => lines
+            .into_iter()
+            .map(|line| SseEvent {
+                name: None,
+                data: line.get().to_owned(),
+            })
+            .collect(),
+        Err(_) => vec![event],
+    }
 }
 
 /// Returns the bytes, with `data:` before the lines of bare JSON.

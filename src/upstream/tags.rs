@@ -105,9 +105,7 @@ pub(super) fn a_message(role: crate::domain::Role, text: &str) -> crate::domain:
         thread_id: ThreadId::new(),
         position: 1,
         role,
-        content: vec![ContentPart::Text {
-            text: text.to_owned(),
-        }],
+        content: vec![ContentPart::text(text)],
         run_id: None,
         upstream_message_id: None,
         sync: UpstreamSync::Missing,

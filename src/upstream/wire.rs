@@ -3,7 +3,9 @@
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use crate::domain::{RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage};
+use crate::domain::{
+    Annotation, RunError, RunErrorCode, RunStatus, UpstreamThreadId, Usage, size_of_annotation,
+};
 use crate::upstream::classify::{ErrorDetail, run_code_of};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::error_detail::token;
@@ -92,17 +94,76 @@ pub(super) fn failure_code(
         .or_else(reason)
 }
 
-/// Returns the tokens of a run; `None` if the input or output count is missing.
+/// Returns the tokens of a run; `None` if the input or output count is missing. `input` and `output`
+/// name the counts.
 pub(super) fn usage(counts: &Map<String, Value>, input: &str, output: &str) -> Option<Usage> {
     let count = |name: &str| counts.get(name).and_then(Value::as_u64);
+    let detail = |of: &str, name: &str| counts.get(of)?.get(name)?.as_u64();
     let (input_tokens, output_tokens) = (count(input)?, count(output)?);
     let total_tokens =
         count("total_tokens").unwrap_or_else(|| input_tokens.saturating_add(output_tokens));
+    let cached = [
+        "input_tokens_details",
+        "prompt_tokens_details",
+        "prompt_token_details",
+    ]
+    .iter()
+    .find_map(|of| detail(of, "cached_tokens"));
+    let reasoning = ["output_tokens_details", "completion_tokens_details"]
+        .iter()
+        .find_map(|of| detail(of, "reasoning_tokens"));
     Some(Usage {
         input_tokens,
         output_tokens,
         total_tokens,
+        cached_input_tokens: cached,
+        reasoning_tokens: reasoning,
     })
+}
+
+/// Most annotations of one text, and most bytes of them as JSON.
+const MAX_ANNOTATIONS: usize = 128;
+const MAX_ANNOTATION_BYTES: usize = 64 * 1024;
+
+/// Returns the annotations of a text, as many as there is room for.
+pub(super) fn annotations(annotations: Option<&Value>) -> Vec<Annotation> {
+    let mut room = MAX_ANNOTATION_BYTES;
+    annotations
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_object)
+        .take(MAX_ANNOTATIONS)
+        .take_while(|annotation| {
+            let left = room.checked_sub(size_of_annotation(annotation));
+            room = left.unwrap_or_default();
+            left.is_some()
+        })
+        .cloned()
+        .collect()
+}
+
+/// Returns why a run that the upstream completed has no reply. `instead`: the types of what it
+/// produced.
+pub(super) fn without_reply<'a>(instead: impl IntoIterator<Item = &'a str>) -> RunError {
+    const MOST: usize = 5;
+    let mut kinds: Vec<String> = Vec::new();
+    for kind in instead.into_iter().filter_map(token) {
+        if kinds.len() < MOST && !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    let instead = if kinds.is_empty() {
+        "no items".to_owned()
+    } else {
+        format!("only `{}`", kinds.join("`, `"))
+    };
+    RunError {
+        code: RunErrorCode::UpstreamFailed,
+        message: format!(
+            "the upstream completed the run without a reply; its output has {instead}"
+        ),
+    }
 }
 
 /// Deserialises a value of any form. A form other than that of `T` counts as absent.

@@ -176,14 +176,14 @@ async fn readers_see_reply_found_while_settling() {
     for events in [live, recorded] {
         let [
             ..,
-            (n, RunEvent::Delta(text)),
+            (n, RunEvent::Delta(delta)),
             (m, RunEvent::MessageCompleted(message)),
             (_, RunEvent::Ended(outcome)),
         ] = events.as_slice()
         else {
             panic!("{events:?}")
         };
-        assert_eq!((&**text, *m), ("held", n + 1));
+        assert_eq!((&*delta.text, *m), ("held", n + 1));
         assert_eq!(
             (&message.content, outcome.run.status),
             (&crate::store_contract::text("held"), RunStatus::Completed)

@@ -125,9 +125,7 @@ fn topic(name: &str, topic: &str) -> ConversationKey {
 }
 
 pub(crate) fn text(text: &str) -> Vec<ContentPart> {
-    vec![ContentPart::Text {
-        text: text.to_owned(),
-    }]
+    vec![ContentPart::text(text)]
 }
 
 fn metadata(pairs: &[(&str, &str)]) -> Metadata {
@@ -201,7 +199,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
         tool_calls: calls.iter().map(call).collect(),
     };
     let asked = LoggedEvent::RequiresAction(required_action.clone());
-    let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
+    let delta = |text: &str| LoggedEvent::Delta(text.into());
     Pause {
         required_action,
         upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
@@ -210,6 +208,7 @@ fn pause(calls: &[&str], first: i64) -> Pause {
             input_tokens: 1,
             output_tokens: 2,
             total_tokens: 3,
+            ..Usage::default()
         }),
         events: EventBatch {
             first,
@@ -352,7 +351,7 @@ async fn transcript(store: &Store, key: &ConversationKey) -> Vec<String> {
         page.data
     );
     let line = |message: &Message| {
-        let [ContentPart::Text { text }] = &message.content[..] else {
+        let [ContentPart::Text { text, .. }] = &message.content[..] else {
             panic!("the message has one text")
         };
         format!("{}: {text}", message.role)

@@ -86,9 +86,7 @@ async fn run_to_end(
     upstream: &dyn Upstream,
     thread: Option<&UpstreamThreadId>,
 ) -> Result<Vec<Result<UpstreamEvent, UpstreamError>>, UpstreamError> {
-    let content = vec![ContentPart::Text {
-        text: "hello".to_owned(),
-    }];
+    let content = vec![ContentPart::text("hello")];
     run_to_end_with(upstream, thread, &profile(), content).await
 }
 
@@ -135,13 +133,13 @@ fn lines(events: &[Result<UpstreamEvent, UpstreamError>]) -> Vec<String> {
         .iter()
         .map(|event| match event {
             Ok(UpstreamEvent::Accepted(id)) => format!("accepted {id}"),
-            Ok(UpstreamEvent::Text(text)) => format!("text {text}"),
+            Ok(UpstreamEvent::Text(delta)) => format!("text {}", delta.text),
             Ok(UpstreamEvent::Ended(ended)) => {
                 let text: Vec<&str> = ended
                     .content
                     .iter()
                     .map(|part| match part {
-                        ContentPart::Text { text } => text.as_str(),
+                        ContentPart::Text { text, .. } => text.as_str(),
                         _ => "?",
                     })
                     .collect();
@@ -632,9 +630,7 @@ async fn slow_reader_causes_no_timeout() {
     let (assistant, metadata, thread) = (profile(), Metadata::default(), thread());
     let input = [InputMessage {
         id: MessageId::new(),
-        content: vec![ContentPart::Text {
-            text: "x".to_owned(),
-        }],
+        content: vec![ContentPart::text("x")],
     }];
     let request = StartRun {
         run: RunId::new(),

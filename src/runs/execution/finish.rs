@@ -99,11 +99,10 @@ pub(in crate::runs) async fn finish_run(
             events: Vec::new(),
         };
         let mut end = decide_outcome(&local, &upstream, &progress, no_events);
-        if let Some(rest) = shown
-            .take()
-            .and_then(|shown| text_not_yet_streamed(&shown, end.reply.as_ref()?))
-        {
-            active.log.push(RunEvent::Delta(rest.into()));
+        if let (Some(shown), Some(reply)) = (shown.take(), &end.reply) {
+            for rest in text_not_yet_streamed(&shown, reply).into_deltas() {
+                active.log.push(RunEvent::Delta(rest));
+            }
         }
         match told_by(&end)
             .filter(|_| ctx.store.keeps_content())

@@ -80,7 +80,7 @@ impl Past {
             let parts = self.messages.iter_mut().flat_map(|it| &mut it.content);
             for part in parts.filter(|part| part.is_media()) {
                 let text = MEDIA_NOTE.to_owned();
-                *part = ContentPart::Text { text };
+                *part = ContentPart::text(text);
                 parts_replaced += 1;
             }
         }

@@ -3,8 +3,8 @@
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
-    ContentPart, EventBatch, MessageId, RunError, RunErrorCode, RunStatus, Step, UnsettledRun,
-    UpstreamSync, UpstreamThreadId,
+    ContentPart, EventBatch, MessageId, ReplyText, RunError, RunErrorCode, RunStatus, Step,
+    UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages,
 };
 use crate::store::{Reply, RunEnd};
 use crate::upstream::{Ended, Settled};
@@ -40,7 +40,7 @@ impl LocalOutcome {
                 if text.is_empty() {
                     progress.rounds_before = progress.content.len();
                 } else {
-                    progress.said(vec![ContentPart::Text { text }], None);
+                    progress.said(text.into_parts(), None);
                 }
                 return Self {
                     status,
@@ -70,6 +70,18 @@ impl LocalOutcome {
             progress.open_calls = ended.tool_calls;
         }
         progress.said(ended.content, ended.usage);
+        let is_empty = status == RunStatus::Completed && progress.content.is_empty();
+        if is_empty {
+            return Self {
+                status: RunStatus::Failed,
+                error: Some(error.unwrap_or_else(without_reply)),
+                cut_off: false,
+                thread: None,
+                upstream_message_id: None,
+                discard: false,
+            };
+        }
+        let error = error.filter(|_| status != RunStatus::Completed);
         Self {
             status,
             error,
@@ -82,6 +94,13 @@ impl LocalOutcome {
 
     pub(in crate::runs) fn is_clean(&self) -> bool {
         self.status == RunStatus::Completed && !self.discard
+    }
+}
+
+fn without_reply() -> RunError {
+    RunError {
+        code: RunErrorCode::UpstreamFailed,
+        message: "the upstream completed the run without a reply".to_owned(),
     }
 }
 
@@ -149,13 +168,6 @@ pub(in crate::runs) fn decide_outcome(
             upstream_message_id = None;
         }
         UpstreamState::Seen { settled, removed } => {
-            let late =
-                local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
-            if late {
-                // The upstream completed the run before the cancel, or the other cause, came. So
-                // it is completed here too.
-                (end.status, end.error) = (RunStatus::Completed, None);
-            }
             end.usage = settled.usage.or(end.usage);
             end.synced &= settled.said;
             // If the run's own messages are not there, the next run must not build on them.
@@ -177,7 +189,7 @@ pub(in crate::runs) fn decide_outcome(
                 } else {
                     content_before(progress)
                 };
-                content.extend(settled.content.iter().cloned());
+                append_messages(&mut content, settled.content.clone());
                 upstream_message_id.clone_from(&settled.upstream_message_id);
             } else {
                 reply_sync = match end.said {
@@ -185,6 +197,13 @@ pub(in crate::runs) fn decide_outcome(
                     other => other,
                 };
                 upstream_message_id = None;
+            }
+            let late =
+                local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
+            if late && !content.is_empty() {
+                // The upstream completed the run before the cancel, or the other cause, came. So
+                // it is completed here too.
+                (end.status, end.error) = (RunStatus::Completed, None);
             }
             if *removed {
                 // A chain that does not move does not contain the history either.
@@ -206,30 +225,18 @@ pub(in crate::runs) fn decide_outcome(
 
 /// Returns the text of a reply that its readers have not seen. The upstream may have more of a
 /// reply that was cut off here. So a reader of the deltas alone gets the whole text too.
-pub(in crate::runs) fn text_not_yet_streamed(shown: &str, reply: &Reply) -> Option<String> {
-    let text: String = reply
-        .content
-        .iter()
-        .filter_map(ContentPart::as_text)
-        .collect();
-    text.strip_prefix(shown)
-        .filter(|rest| !rest.is_empty())
-        .map(str::to_owned)
+pub(in crate::runs) fn text_not_yet_streamed(shown: &ReplyText, reply: &Reply) -> ReplyText {
+    let rest = ReplyText::of(&reply.content).after(shown);
+    rest.unwrap_or_default()
 }
 
 /// Returns the text from which the run's record can rebuild the log of a completed run.
-pub(in crate::runs) fn told_by(end: &RunEnd) -> Option<String> {
+pub(in crate::runs) fn told_by(end: &RunEnd) -> Option<ReplyText> {
     let reply = end
         .reply
         .as_ref()
         .filter(|_| end.status == RunStatus::Completed && !end.discard)?;
-    Some(
-        reply
-            .content
-            .iter()
-            .filter_map(ContentPart::as_text)
-            .collect(),
-    )
+    Some(ReplyText::of(&reply.content))
 }
 
 /// Returns the content of the rounds before the last one.

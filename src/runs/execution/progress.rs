@@ -3,8 +3,8 @@
 use super::history::count_users;
 use super::ladder::Ladder;
 use crate::domain::{
-    ContentPart, Message, OrphanId, RunRecovery, Thread, ToolCall, ToolOutput, UpstreamRunId,
-    UpstreamThreadId, Usage,
+    ContentPart, Message, OrphanId, ReplyText, RunRecovery, Thread, ToolCall, ToolOutput,
+    UpstreamRunId, UpstreamThreadId, Usage, append_messages,
 };
 use crate::runs::log::stored::StoredLog;
 use crate::store::StartedRun;
@@ -53,7 +53,7 @@ pub(in crate::runs) struct Progress {
     /// Length of `content` before the last round that added to it.
     pub(in crate::runs) rounds_before: usize,
     /// Text of this round so far.
-    pub(in crate::runs) text: String,
+    pub(in crate::runs) text: ReplyText,
     pub(in crate::runs) usage: Option<Usage>,
     /// Tokens of the last round, input and output.
     pub(in crate::runs) context_tokens: Option<u64>,
@@ -157,20 +157,19 @@ impl Progress {
     }
 
     /// Returns the text of all rounds that readers have seen.
-    pub(in crate::runs) fn shown(&self) -> String {
-        let before: String = self
-            .content
-            .iter()
-            .filter_map(ContentPart::as_text)
-            .collect();
-        before + &self.text
+    pub(in crate::runs) fn shown(&self) -> ReplyText {
+        let mut shown = ReplyText::of(&self.content);
+        for delta in self.text.clone().into_deltas() {
+            shown.push(delta.origin, &delta.text);
+        }
+        shown
     }
 
     /// Adds the content and the usage of a round.
     pub(in crate::runs) fn said(&mut self, content: Vec<ContentPart>, usage: Option<Usage>) {
         self.text.clear();
         self.rounds_before = self.content.len();
-        self.content.extend(content);
+        append_messages(&mut self.content, content);
         self.usage = usage.or(self.usage);
     }
 }

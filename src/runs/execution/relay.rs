@@ -7,7 +7,9 @@ use super::progress::Progress;
 use super::recover::recover;
 use super::round_context::{RoundContext, RoundEnd};
 use super::trial;
-use crate::domain::{ContentPart, RunStatus};
+use crate::domain::{
+    ContentPart, ReplyText, RunStatus, TextDelta, next_message, number_messages,
+};
 use crate::error::Chain;
 use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
@@ -69,10 +71,12 @@ async fn relay_once(
     let limit = round.ctx.config.runs.max_reply_bytes;
     let is_again = telling == Telling::Again;
     let shown = if is_again {
-        progress.text.clone()
+        progress.text.plain()
     } else {
         String::new()
     };
+    // The upstream counts the messages of each round from 0.
+    let first_message = next_message(&progress.content);
     let mut retelling = Retelling {
         shown,
         differs: false,
@@ -86,17 +90,21 @@ async fn relay_once(
                 round.log.accepted(&id);
                 progress.accepted(id);
             }
-            UpstreamEvent::Text(text) => {
+            UpstreamEvent::Text(TextDelta { mut origin, text }) => {
                 trial::accept(round.ctx, round.started, round.log, progress).await?;
-                let Some(text) = retelling.notifications_in(text) else {
+                let Some(text) = retelling.notifications_in(&text) else {
                     continue;
                 };
                 progress.cost += text.len().max(MIN_PIECE_COST);
                 if progress.cost > limit {
                     return Err(Failure::ReplyTooLarge);
                 }
-                progress.text.push_str(&text);
-                round.log.push(RunEvent::Delta(text.into()));
+                origin.message = origin.message.saturating_add(first_message);
+                progress.text.push(origin, text);
+                round.log.push(RunEvent::Delta(TextDelta {
+                    origin,
+                    text: text.into(),
+                }));
             }
             UpstreamEvent::Ended(mut ended) => {
                 if !is_named {
@@ -124,26 +132,31 @@ async fn relay_once(
                 ) {
                     trial::accept(round.ctx, round.started, round.log, progress).await?;
                 }
-                if is_again && ended.content.starts_with(&progress.content) {
+                if is_again && begins_with(&ended.content, &progress.content) {
                     ended.content.drain(..progress.content.len());
                 }
+                number_messages(&mut ended.content, first_message);
                 // So a reader of the deltas alone gets the whole text too.
-                let text: String = ended
-                    .content
-                    .iter()
-                    .filter_map(ContentPart::as_text)
-                    .collect();
-                if let Some(rest) = text
-                    .strip_prefix(&progress.text)
-                    .filter(|rest| !rest.is_empty())
-                {
-                    round.log.push(RunEvent::Delta(rest.into()));
+                let rest = ReplyText::of(&ended.content).after(&progress.text);
+                for delta in rest.unwrap_or_default().into_deltas() {
+                    round.log.push(RunEvent::Delta(delta));
                 }
                 return Ok(*ended);
             }
         }
     }
     Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
+}
+
+/// Returns true if the content begins with that of the earlier rounds. Annotations do not count,
+/// because a stream may not tell them.
+fn begins_with(content: &[ContentPart], earlier: &[ContentPart]) -> bool {
+    let is_same =
+        |(one, other): (&ContentPart, &ContentPart)| match (one.as_text(), other.as_text()) {
+            (Some(one), Some(other)) => one == other,
+            _ => one == other,
+        };
+    content.len() >= earlier.len() && content.iter().zip(earlier).all(is_same)
 }
 
 /// Compares a stream that repeats a round with the text that was shown before.
@@ -157,7 +170,7 @@ struct Retelling {
 
 impl Retelling {
     /// Returns the new part of a piece of text.
-    fn notifications_in(&mut self, text: String) -> Option<String> {
+    fn notifications_in<'a>(&mut self, text: &'a str) -> Option<&'a str> {
         let common = self.shown.len().min(text.len());
         if self.differs || self.shown.as_bytes()[..common] != text.as_bytes()[..common] {
             self.differs = true;
@@ -167,7 +180,7 @@ impl Retelling {
             return Some(text);
         }
         self.shown.drain(..common);
-        Some(text[common..].to_owned()).filter(|new| !new.is_empty())
+        Some(&text[common..]).filter(|new| !new.is_empty())
     }
 }
 
@@ -185,7 +198,7 @@ mod tests {
         };
         pieces
             .iter()
-            .filter_map(|piece| retelling.notifications_in((*piece).to_owned()))
+            .filter_map(|piece| retelling.notifications_in(piece))
             .collect()
     }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::offset::{STARTED, length};
 use crate::domain::{
-    EventBatch, LoggedEvent, Message, Recovery, RequiredAction, Run, Thread, ThreadActivity,
+    EventBatch, LoggedEvent, Message, Recovery, ReplyText, RequiredAction, Run, TextDelta, Thread,
+    ThreadActivity,
 };
 
 /// One event of a run.
@@ -18,7 +19,7 @@ pub enum RunEvent {
     /// The upstream refused the request at first, and has answered in a new thread.
     Recovered(Arc<Recovery>),
     /// More text of the reply.
-    Delta(Arc<str>),
+    Delta(TextDelta),
     /// The run waits for tool outputs.
     RequiresAction(Arc<RequiredAction>),
     /// The reply is in the transcript.
@@ -41,13 +42,11 @@ pub struct Outcome {
 impl RunEvent {
     /// Returns the log of a run whose reply has this text, where the run's record alone is enough
     /// to rebuild it. See [`RunLogWriter::retold`](super::writer::RunLogWriter::retold).
-    pub(in crate::runs) fn retell(text: &str) -> EventBatch {
-        let delta = Some(text)
-            .filter(|text| !text.is_empty())
-            .map(|text| LoggedEvent::Delta(text.to_owned()));
+    pub(in crate::runs) fn retell(text: ReplyText) -> EventBatch {
+        let deltas = text.into_deltas().map(LoggedEvent::Delta);
         EventBatch {
             first: STARTED,
-            events: [LoggedEvent::Started].into_iter().chain(delta).collect(),
+            events: [LoggedEvent::Started].into_iter().chain(deltas).collect(),
         }
     }
 
@@ -59,7 +58,7 @@ impl RunEvent {
             }),
             Self::Started => Some(LoggedEvent::Started),
             Self::Recovered(recovery) => Some(LoggedEvent::Recovered((**recovery).clone())),
-            Self::Delta(text) => Some(LoggedEvent::Delta((**text).to_owned())),
+            Self::Delta(text) => Some(LoggedEvent::Delta(text.clone())),
             Self::RequiresAction(action) => Some(LoggedEvent::RequiresAction((**action).clone())),
             Self::MessageCompleted(_) | Self::Ended(_) => None,
         }
@@ -71,7 +70,7 @@ impl RunEvent {
             LoggedEvent::Queued { position } => Some(Self::Queued { position }),
             LoggedEvent::Started => Some(Self::Started),
             LoggedEvent::Recovered(recovery) => Some(Self::Recovered(Arc::new(recovery))),
-            LoggedEvent::Delta(text) => Some(Self::Delta(text.into())),
+            LoggedEvent::Delta(text) => Some(Self::Delta(text)),
             LoggedEvent::RequiresAction(action) => Some(Self::RequiresAction(Arc::new(action))),
             LoggedEvent::Omitted { .. } => None,
         }
@@ -80,14 +79,17 @@ impl RunEvent {
     /// Cuts off the text that a reader has seen who read everything before number `from`. `number`
     /// is the event's own number.
     pub(in crate::runs) fn cut(self, number: i64, from: i64) -> Self {
-        let Self::Delta(text) = &self else {
+        let Self::Delta(TextDelta { origin, text }) = &self else {
             return self;
         };
         let begins = number + 1 - length(text);
         match usize::try_from(from - begins) {
             Ok(seen @ 1..) => {
                 let seen = text.ceil_char_boundary(seen.min(text.len()));
-                Self::Delta(text[seen..].into())
+                Self::Delta(TextDelta {
+                    origin: *origin,
+                    text: text[seen..].into(),
+                })
             }
             _ => self,
         }

@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn batches_may_leave_a_gap() {
-        let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
+        let delta = |text: &str| LoggedEvent::Delta(text.into());
         let batch = |first, events: &[&str]| EventBatch {
             first,
             events: events.iter().map(|text| delta(text)).collect(),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::event::RunEvent;
 use super::offset::{EventOffset, FIRST_EVENT, numbered};
-use crate::domain::{EventBatch, RunId};
+use crate::domain::{EventBatch, ReplyText, RunId};
 use crate::store::{Store, StoreError};
 
 /// The stored log of a run that changes hands.
@@ -13,7 +13,7 @@ pub(in crate::runs) struct StoredLog {
     /// The offset after the stored events.
     pub(in crate::runs) end: EventOffset,
     /// The text of the run's current round.
-    pub(in crate::runs) text: String,
+    pub(in crate::runs) text: ReplyText,
 }
 
 impl StoredLog {
@@ -25,14 +25,14 @@ impl StoredLog {
             .map(EventBatch::end)
             .max()
             .unwrap_or(FIRST_EVENT);
-        let mut text = String::new();
+        let mut text = ReplyText::default();
         let mut next = FIRST_EVENT;
         for (offset, event) in numbered(batches) {
             if offset < next {
                 continue;
             }
             match RunEvent::of(event).map(|event| event.cut(offset, next)) {
-                Some(RunEvent::Delta(piece)) => text.push_str(&piece),
+                Some(RunEvent::Delta(piece)) => text.push(piece.origin, &piece.text),
                 Some(RunEvent::RequiresAction(_)) => text.clear(),
                 _ => {}
             }

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::event::{Outcome, RunEvent};
 use super::offset::{STARTED, length};
-use crate::domain::{EventBatch, LoggedEvent, RequiredAction, UpstreamRunId};
+use crate::domain::{EventBatch, LoggedEvent, ReplyText, RequiredAction, UpstreamRunId};
 
 /// Shortest pause between two writes of a run's log: at first, and while a reader on another
 /// replica follows it.
@@ -66,7 +66,7 @@ impl Log {
     /// Returns the number that the event gets.
     fn number_of(&self, event: &RunEvent) -> i64 {
         match event {
-            RunEvent::Delta(text) => self.next + length(text) - 1,
+            RunEvent::Delta(delta) => self.next + length(&delta.text) - 1,
             RunEvent::Started => self.next.max(STARTED),
             _ => self.next.max(self.others_from),
         }
@@ -183,19 +183,17 @@ impl RunLogWriter {
     }
 
     /// Returns an empty batch if the run's record is enough to rebuild the log: the run started at
-    /// once, in this process, and its text is `text`. Then no event needs to be stored.
-    pub(in crate::runs) fn retold(&self, text: &str) -> Option<EventBatch> {
+    /// once, in this process, and its text is `text`, each piece of the same message. Then no event
+    /// needs to be stored.
+    pub(in crate::runs) fn retold(&self, text: &ReplyText) -> Option<EventBatch> {
         let log = lock(&self.log);
         let mut events = log.events.iter().map(|(_, event)| event);
         if log.first > 0 || log.others_from > 0 || !matches!(events.next(), Some(RunEvent::Started))
         {
             return None;
         }
-        let left = events.try_fold(text, |left, event| match event {
-            RunEvent::Delta(delta) => left.strip_prefix(&**delta),
-            _ => None,
-        });
-        left.filter(|left| left.is_empty()).map(|_| EventBatch {
+        let told = told(events)?;
+        (told == *text).then(|| EventBatch {
             first: log.stored,
             events: Vec::new(),
         })
@@ -220,6 +218,20 @@ impl RunLogWriter {
             length: self.length.subscribe(),
         }
     }
+}
+
+/// Returns the text of the events; `None` if one is not text.
+pub(in crate::runs) fn told<'a>(
+    events: impl IntoIterator<Item = &'a RunEvent>,
+) -> Option<ReplyText> {
+    let mut text = ReplyText::default();
+    for event in events {
+        let RunEvent::Delta(delta) = event else {
+            return None;
+        };
+        text.push(delta.origin, &delta.text);
+    }
+    Some(text)
 }
 
 /// The reading end of a run's log.
@@ -368,17 +380,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::domain::reply_texts;
     use crate::domain::{
-        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Removed, Run, RunId,
-        RunStatus, Scope, TenantKey, Thread, ThreadActivity, ThreadId, ThreadState, ToolCall,
-        UserKey,
+        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Origin, Removed, Run,
+        RunId, RunStatus, Scope, TenantKey, TextDelta, Thread, ThreadActivity, ThreadId,
+        ThreadState, ToolCall, UserKey,
     };
+    use crate::runs::log::stored::seen_from;
 
     /// First number of an event that is not text, in a run that changed hands once.
     const FIRST: i64 = 1 << 32;
 
     fn delta(text: &str) -> LoggedEvent {
-        LoggedEvent::Delta(text.to_owned())
+        LoggedEvent::Delta(text.into())
     }
 
     fn asks(id: &str) -> LoggedEvent {
@@ -490,7 +504,13 @@ mod tests {
         prop_oneof![
             any::<i64>().prop_map(|position| LoggedEvent::Queued { position }),
             Just(LoggedEvent::Started),
-            ".+".prop_map(LoggedEvent::Delta),
+            (0..2_u32, ".+").prop_map(|(message, text)| LoggedEvent::Delta(TextDelta {
+                origin: Origin {
+                    message,
+                    phase: None
+                },
+                text: text.into(),
+            })),
             ".*".prop_map(|id| asks(&id)),
         ]
     }
@@ -545,11 +565,47 @@ mod tests {
                 prop_assert_eq!(told, Some((*number, event.clone())));
             }
             let new: String = events.iter().filter_map(|(_, event)| match event {
-                Some(LoggedEvent::Delta(text)) => Some(text.as_str()),
+                Some(LoggedEvent::Delta(delta)) => Some(&*delta.text),
                 _ => None,
             }).collect();
             prop_assert_eq!(&new, &text[stored.max(seen)..]);
             prop_assert_eq!(events.last(), Some(&(FIRST, Some(asks("1")))), "beyond all that was shown before");
+        }
+    }
+
+    /// Returns each byte of text with its number and its message.
+    fn bytes(events: impl IntoIterator<Item = (i64, RunEvent)>) -> Vec<(i64, Origin, u8)> {
+        let bytes = |(number, event)| match event {
+            RunEvent::Delta(TextDelta { origin, text }) => {
+                let begins = number + 1 - length(&text);
+                let numbered = (begins..).zip(text.bytes());
+                numbered.map(|(n, byte)| (n, origin, byte)).collect()
+            }
+            _ => Vec::new(),
+        };
+        events.into_iter().flat_map(bytes).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn log_is_told_again_byte_for_byte_with_its_messages(
+            pieces in reply_texts::pieces(), other in reply_texts::pieces(), is_same in any::<bool>(),
+        ) {
+            let writer = RunLogWriter::new();
+            writer.push(RunEvent::Started);
+            pieces.iter().cloned().for_each(|delta| writer.push(RunEvent::Delta(delta)));
+            let (text, other) = (reply_texts::text_of(&pieces), reply_texts::text_of(&other));
+            let reply = if is_same { text.clone() } else { other };
+            prop_assert_eq!(writer.retold(&reply).is_some(), reply == text);
+            let batch = RunEvent::retell(text.clone());
+            for from in 0..=batch.end() {
+                // A reader has seen whole characters.
+                if text.plain().is_char_boundary(usize::try_from(from - 2).unwrap_or_default()) {
+                    let mut live = std::pin::pin!(writer.reader().follow(from));
+                    let live = std::iter::from_fn(|| live.next().now_or_never().flatten());
+                    prop_assert_eq!(bytes(live), bytes(seen_from(from, vec![batch.clone()])));
+                }
+            }
         }
     }
 
@@ -767,30 +823,30 @@ mod tests {
     #[tokio::test]
     async fn log_is_told_again_only_if_it_is_a_start_and_the_text() {
         let writer = RunLogWriter::new();
-        assert_eq!(writer.retold(""), None);
+        let text = |text: &str| super::told(&[RunEvent::Delta(text.into())]).unwrap();
+        let retold = |writer: &RunLogWriter, words: &str| writer.retold(&text(words));
+        assert_eq!(retold(&writer, ""), None);
         push(&writer, &[LoggedEvent::Started, delta("ab"), delta("c")]);
         let nothing = EventBatch {
             first: 0,
             events: Vec::new(),
         };
-        assert_eq!(writer.retold("abc"), Some(nothing));
-        assert_eq!(RunEvent::retell("abc").end(), writer.unstored(None).end());
+        assert_eq!(retold(&writer, "abc"), Some(nothing));
         assert_eq!(
-            (
-                writer.retold("ab"),
-                writer.retold("abcd"),
-                writer.retold("xbc")
-            ),
-            (None, None, None)
+            RunEvent::retell(text("abc")).end(),
+            writer.unstored(None).end()
         );
+        for other in ["ab", "abcd", "xbc"] {
+            assert_eq!(retold(&writer, other), None);
+        }
         writer.all_stored();
         assert_eq!(
-            writer.retold("abc").map(|rest| rest.first),
+            retold(&writer, "abc").map(|rest| rest.first),
             Some(5),
             "the number from which stored events are removed"
         );
         push(&writer, &[asks("1")]);
-        assert_eq!(writer.retold("abc"), None);
+        assert_eq!(retold(&writer, "abc"), None);
         let queued = RunLogWriter::new();
         push(
             &queued,
@@ -800,14 +856,14 @@ mod tests {
                 delta("abc"),
             ],
         );
-        assert_eq!(queued.retold("abc"), None);
+        assert_eq!(retold(&queued, "abc"), None);
         // Another process had the run before, and may have shown events to readers.
         for taken_over in [
             RunLogWriter::resumed(0, FIRST),
             RunLogWriter::resumed(2, FIRST),
         ] {
             push(&taken_over, &[LoggedEvent::Started, delta("abc")]);
-            assert_eq!(taken_over.retold("abc"), None);
+            assert_eq!(retold(&taken_over, "abc"), None);
         }
     }
 

@@ -55,9 +55,7 @@ mod tests {
     fn message(text: &str) -> InputMessage {
         InputMessage {
             id: MessageId::new(),
-            content: vec![ContentPart::Text {
-                text: text.to_owned(),
-            }],
+            content: vec![ContentPart::text(text)],
         }
     }
 

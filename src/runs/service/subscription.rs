@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 
 use super::read;
 use crate::domain::{
-    ContentPart, ConversationKey, EventBatch, LoggedEvent, Message, RequiredAction, Run, RunId,
+    ConversationKey, EventBatch, LoggedEvent, Message, ReplyText, RequiredAction, Run, RunId,
     RunStatus, Thread, ToolOutput,
 };
 use crate::error::{Chain, Error};
@@ -20,7 +20,7 @@ use crate::runs::context::{Context, NO_THREAD};
 use crate::runs::log::event::{Outcome, RunEvent};
 use crate::runs::log::offset::{EventOffset, FIRST_EVENT, numbered};
 use crate::runs::log::stored::seen_from;
-use crate::runs::log::writer::RunLog;
+use crate::runs::log::writer::{RunLog, told};
 use crate::runs::notifications::Subscription;
 use crate::store::{Notification, StoreError, ThreadName, ThreadReport, Waiting};
 
@@ -239,7 +239,7 @@ impl RunSubscription {
             && run.status == RunStatus::Completed
             && self.is_retold(message, &batches, from).await?
         {
-            batches = vec![RunEvent::retell(&text_of(message))];
+            batches = vec![RunEvent::retell(ReplyText::of(&message.content))];
         }
         let mut next = batches.iter().map(EventBatch::end).max().unwrap_or(from);
         let mut events = seen_from(from, batches);
@@ -282,8 +282,8 @@ impl RunSubscription {
         if reply.content.is_empty() {
             return Ok(false);
         }
-        let text = text_of(reply);
-        let retold = RunEvent::retell(&text);
+        let text = ReplyText::of(&reply.content);
+        let retold = RunEvent::retell(text.clone());
         let whole = retold.end();
         let stored = batches.iter().map(EventBatch::end).max();
         if stored.is_none() {
@@ -302,21 +302,8 @@ impl RunSubscription {
         let stored = seen_from(FIRST_EVENT, all);
         let mut events = stored.iter().map(|(_, event)| event);
         let begins = matches!(events.next(), Some(RunEvent::Started));
-        let left = events.try_fold(&*text, |left, event| match event {
-            RunEvent::Delta(delta) => left.strip_prefix(&**delta),
-            _ => None,
-        });
-        Ok(begins && left.is_some())
+        Ok(begins && told(events).is_some_and(|told| text.starts_with(&told)))
     }
-}
-
-/// Returns the text of a reply, as its readers see it.
-fn text_of(reply: &Message) -> String {
-    reply
-        .content
-        .iter()
-        .filter_map(ContentPart::as_text)
-        .collect()
 }
 
 /// What the store has of a run from some number on.
@@ -474,8 +461,9 @@ mod tests {
     use super::*;
     use crate::config::{Config, StoreConfig};
     use crate::domain::{
-        Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy, ReplicaId,
-        RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId, UserKey,
+        ContentPart, Fingerprints, Lifetimes, Limits, MessageId, Metadata, MultitaskStrategy,
+        ReplicaId, RunStatus, Scope, TenantKey, ThreadId, ToolCall, ToolOutput, UpstreamRunId,
+        UserKey,
     };
     use crate::runs::context::{RunSettings, RunsParts, Tasks};
     use crate::runs::execution::outcome::end_without_output;
@@ -502,7 +490,7 @@ mod tests {
     }
 
     fn delta(text: &str) -> LoggedEvent {
-        LoggedEvent::Delta(text.to_owned())
+        LoggedEvent::Delta(text.into())
     }
 
     fn action(id: &str) -> RequiredAction {
@@ -527,9 +515,7 @@ mod tests {
     }
 
     fn text(text: &str) -> Vec<ContentPart> {
-        vec![ContentPart::Text {
-            text: text.to_owned(),
-        }]
+        vec![ContentPart::text(text)]
     }
 
     impl World {
@@ -655,7 +641,7 @@ mod tests {
         match event {
             RunEvent::Queued { position } => format!("queued {position}"),
             RunEvent::Started => "started".to_owned(),
-            RunEvent::Delta(text) => text.to_string(),
+            RunEvent::Delta(delta) => delta.text.to_string(),
             RunEvent::RequiresAction(action) => format!("asks {}", action.tool_calls[0].id),
             RunEvent::MessageCompleted(message) => format!("message {}", message.role),
             RunEvent::Recovered(_) => "recovered".to_owned(),

@@ -36,9 +36,7 @@ mod tests {
         let expected = HistoryEntry {
             id: "msg_1".to_owned(),
             role: Role::User,
-            content: vec![ContentPart::Text {
-                text: "a".to_owned(),
-            }],
+            content: vec![ContentPart::text("a")],
             created_at: Some("2026-11-18T11:06:40Z".parse().unwrap()),
             is_tagged: true,
         };

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::adapter::AssistantsUpstream;
 use super::wire::MessageObject;
-use crate::domain::{ContentPart, UnsettledRun, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{ContentPart, UnsettledRun, UpstreamRunId, UpstreamThreadId, append_messages};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::retry::retry_while_busy;
 use crate::upstream::retrying_client::is_gone;
@@ -18,6 +18,8 @@ const MAX_PAGES: usize = 10;
 #[derive(Debug, Default)]
 pub(super) struct Reply {
     pub(super) content: Vec<ContentPart>,
+    /// The types of all parts.
+    pub(super) kinds: Vec<String>,
     /// The id of the last message.
     pub(super) message_id: Option<String>,
 }
@@ -42,7 +44,8 @@ impl AssistantsUpstream {
                 .is_some_and(|id| id != run.as_str());
             if message.is_reply() && !is_another_s {
                 reply.message_id = Some(message.id.clone());
-                reply.content.extend(message.into_parts());
+                reply.kinds.extend(message.kinds().map(str::to_owned));
+                append_messages(&mut reply.content, message.into_parts());
             }
         }
         Ok(reply)

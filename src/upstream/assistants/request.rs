@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::wire::content;
 use crate::config::UpstreamKind;
-use crate::domain::{CallAnswer, Message, ToolOutput};
+use crate::domain::{CallAnswer, Message, ToolOutput, messages_of};
 use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
@@ -58,12 +58,22 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
 /// Returns the messages of earlier runs, each with the tag of its run. A message without content
 /// is left out, because no server accepts it.
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
-    let with_content = history.iter().filter(|message| !message.content.is_empty());
-    with_content
-        .map(|message| {
+    let parts_of = |message: &'_ Message| {
+        messages_of(&message.content)
+            .map(content)
+            .collect::<Vec<_>>()
+    };
+    history
+        .iter()
+        .flat_map(|message| {
+            parts_of(message)
+                .into_iter()
+                .map(move |content| (message, content))
+        })
+        .map(|(message, content)| {
             json!({
                 "role": message.role,
-                "content": content(&message.content),
+                "content": content,
                 "metadata": message_tags(message.run_id, message.id),
             })
         })
@@ -93,9 +103,7 @@ mod tests {
         };
         let input = [InputMessage {
             id: message,
-            content: vec![ContentPart::Text {
-                text: "hello".to_owned(),
-            }],
+            content: vec![ContentPart::text("hello")],
         }];
         let pairs = BTreeMap::from([("a".to_owned(), "b".to_owned())]);
         let metadata = Metadata::try_from(pairs).unwrap();
@@ -151,9 +159,7 @@ mod tests {
         history[2].content.clear();
         let input = [InputMessage {
             id: MessageId::new(),
-            content: vec![ContentPart::Text {
-                text: "now".to_owned(),
-            }],
+            content: vec![ContentPart::text("now")],
         }];
         let body = run_body(&StartRun {
             run,

@@ -16,7 +16,7 @@ use crate::upstream::rate_limiter::RateLimiter;
 use crate::upstream::relay::out_of_sight;
 use crate::upstream::retry::{FIRST_WAIT, next_backoff};
 use crate::upstream::tags::RUN_TAG;
-use crate::upstream::wire::{List, failure};
+use crate::upstream::wire::{List, failure, without_reply};
 
 /// Runs that are searched for a tag. Only one can be active where the server locks threads; the
 /// search is for servers that do not.
@@ -134,11 +134,14 @@ impl AssistantsUpstream {
     ) -> Result<Ended, UpstreamError> {
         let reply = self.reply(thread, &UpstreamRunId(run.id.clone())).await?;
         let status = run.run_status().unwrap_or(RunStatus::Failed);
+        let is_empty = status == RunStatus::Completed && reply.content.is_empty();
+        let without_reply = is_empty.then(|| without_reply(reply.kinds.iter().map(String::as_str)));
         Ok(Ended {
             status,
             error: run
                 .unknown_action()
-                .or_else(|| failure(status, run.failure_code())),
+                .or_else(|| failure(status, run.failure_code()))
+                .or(without_reply),
             content: reply.content,
             upstream_message_id: reply.message_id,
             usage: run.usage(),

@@ -5,14 +5,18 @@ use std::collections::VecDeque;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::wire::{MessageDelta, MessageObject, RunObject};
-use crate::domain::{ContentPart, RunError, RunStatus, ToolCall, UpstreamRunId, Usage};
+use super::wire::{MessageDelta, MessageObject, RunObject, StreamedText};
+use crate::domain::{
+    ContentPart, Origin, RunError, RunStatus, TextDelta, ToolCall, UpstreamRunId, Usage,
+    append_messages,
+};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, UpstreamEvent};
 use crate::upstream::relay::{Decoder, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
+use crate::upstream::surrogates::without_lone_halves;
 use crate::upstream::wire::failure;
 
 /// The state of a run while its events arrive.
@@ -25,6 +29,8 @@ pub(super) struct StreamDecoder {
     messages: Vec<Message>,
     /// The size of `messages` in bytes.
     held: usize,
+    /// An event could not be read, so `messages` may lack a piece.
+    has_gap: bool,
 }
 
 #[derive(Debug)]
@@ -65,20 +71,44 @@ impl Decoder for StreamDecoder {
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
         self.called |= calls_tool(&event);
-        match kind(&event)? {
-            Kind::Run(named) => self.run(named, parse(&event.data)?, out),
-            Kind::MessageDelta => self.delta(parse(&event.data)?, out),
+        let read = self.decode(&event, out);
+        self.has_gap |= read.is_none();
+        read.unwrap_or(Ok(()))
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn unended(&self) -> UpstreamError {
+        if self.has_gap {
+            unreadable()
+        } else {
+            UpstreamError::Broken { timeout: false }
+        }
+    }
+}
+
+impl StreamDecoder {
+    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
+    fn decode(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
+        match kind(event)? {
+            Kind::Run(named) => return self.run(named, parse(&event.data)?, out),
+            Kind::MessageDelta => self.delta(serde_json::from_str(&event.data).ok()?, out)?,
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
-                let object = serde_json::from_str(&event.data);
-                let detail = object
+                let detail = parse(&event.data)
                     .map(|object| ErrorDetail::from_object(&object))
                     .unwrap_or_default();
                 let (code, refusal) = if self.accepted {
                     (detail.word(), detail.refusal())
                 } else {
                     match detail.of_refused_stream() {
-                        Ok(refusal) => return Err(refusal),
+                        Ok(refusal) => return Some(Err(refusal)),
                         Err(code) => (code, None),
                     }
                 };
@@ -93,24 +123,27 @@ impl Decoder for StreamDecoder {
             }
             Kind::Other => {}
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn held(&self) -> usize {
-        self.held
-    }
-}
-
-impl StreamDecoder {
-    fn run(&mut self, named: Option<RunStatus>, run: RunObject, out: &mut VecDeque<UpstreamEvent>) {
+    fn run(
+        &mut self,
+        named: Option<RunStatus>,
+        run: RunObject,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
         if !self.accepted {
             self.accepted = true;
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(run.id.clone())));
         }
         let status = match named.or_else(|| run.run_status()) {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
-            _ => return,
+            _ => return Some(Ok(())),
         };
+        // The thread has the whole reply, and the caller reads it there after an error.
+        if status == RunStatus::Completed && !self.is_whole() {
+            return Some(Err(unreadable().into()));
+        }
         let usage = run.usage();
         let failed = Failed {
             error: run
@@ -124,6 +157,13 @@ impl StreamDecoder {
             Vec::new()
         };
         self.end(status, failed, usage, calls, out);
+        Some(Ok(()))
+    }
+
+    /// Returns true if the stream told the reply, without a gap.
+    fn is_whole(&self) -> bool {
+        let is_stored = |message: &Message| matches!(message.parts, Parts::Whole(_));
+        !self.messages.is_empty() && (!self.has_gap || self.messages.iter().all(is_stored))
     }
 
     fn end(
@@ -135,11 +175,10 @@ impl StreamDecoder {
         out: &mut VecDeque<UpstreamEvent>,
     ) {
         let upstream_message_id = self.messages.last().map(|message| message.id.clone());
-        let content = self
-            .messages
-            .drain(..)
-            .flat_map(|message| message.parts.into_vec())
-            .collect();
+        let mut content = Vec::new();
+        for message in self.messages.drain(..) {
+            append_messages(&mut content, message.parts.into_vec());
+        }
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
             error: failed.error,
@@ -152,50 +191,64 @@ impl StreamDecoder {
         })));
     }
 
-    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) {
-        for mut piece in delta.delta.content.unwrap_or_default() {
-            let text = piece.text();
-            let grown = match (&mut self.entry(&delta.id).parts, &text, piece.refusal) {
-                (Parts::Growing(parts), Some(text), _) => parts.grow(piece.index, text, false),
-                (Parts::Growing(parts), None, Some(refusal)) => {
-                    parts.grow(piece.index, &refusal, true)
-                }
-                _ => 0,
+    fn delta(&mut self, delta: MessageDelta, out: &mut VecDeque<UpstreamEvent>) -> Option<()> {
+        for piece in delta.delta.content.unwrap_or_default() {
+            let (text, is_refusal) = match (&piece.text, &piece.refusal) {
+                (Some(StreamedText { value: Some(text) }), _) => (text, false),
+                (None, Some(refusal)) => (refusal, true),
+                _ => continue,
             };
-            self.held += grown;
-            out.extend(text.map(UpstreamEvent::Text));
+            if text.get() == "\"\"" {
+                continue;
+            }
+            let at = self.place(&delta.id);
+            let origin = Origin {
+                message: u32::try_from(at).unwrap_or(u32::MAX),
+                phase: None,
+            };
+            let Parts::Growing(parts) = &mut self.messages[at].parts else {
+                continue;
+            };
+            let grown = parts.grow(piece.index, Origin::default(), text, is_refusal)?;
+            self.held += grown.bytes;
+            if !is_refusal && !grown.text.is_empty() {
+                out.push_back(UpstreamEvent::Text(TextDelta {
+                    origin,
+                    text: grown.text.into(),
+                }));
+            }
         }
+        Some(())
     }
 
     fn message(&mut self, message: MessageObject) {
         if !message.is_reply() {
             return;
         }
-        let entry = self.entry(&message.id);
+        let id = message.id.clone();
         let parts = Parts::Whole(message.into_parts());
         // A server that stores the text in another place than the message must not erase the
         // streamed text.
         if parts.size() > 0 {
+            let at = self.place(&id);
+            let entry = &mut self.messages[at];
             let before = std::mem::replace(&mut entry.parts, parts).size();
             let now = entry.parts.size();
             self.held = (self.held + now).saturating_sub(before);
         }
     }
 
-    fn entry(&mut self, id: &str) -> &mut Message {
-        let at = self
-            .messages
-            .iter()
-            .rposition(|message| message.id == id)
-            .unwrap_or_else(|| {
-                self.held += PLACE_COST + id.len();
-                self.messages.push(Message {
-                    id: id.to_owned(),
-                    parts: Parts::Growing(StreamedParts::default()),
-                });
-                self.messages.len() - 1
+    /// Returns the index of the message, which is also its number.
+    fn place(&mut self, id: &str) -> usize {
+        let known = self.messages.iter().rposition(|message| message.id == id);
+        known.unwrap_or_else(|| {
+            self.held += PLACE_COST + id.len();
+            self.messages.push(Message {
+                id: id.to_owned(),
+                parts: Parts::Growing(StreamedParts::default()),
             });
-        &mut self.messages[at]
+            self.messages.len() - 1
+        })
     }
 }
 
@@ -218,13 +271,13 @@ impl Parts {
 
 /// Classifies an event by its name; where a server leaves out the event line, by the fields of
 /// the object.
-fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
+fn kind(event: &SseEvent) -> Option<Kind> {
     let name = event
         .name
         .as_deref()
         .filter(|name| !name.is_empty() && *name != "message");
     if let Some(name) = name {
-        return Ok(match name {
+        return Some(match name {
             "thread.message.delta" => Kind::MessageDelta,
             "thread.message.completed" | "thread.message.incomplete" => Kind::MessageEnd,
             "error" => Kind::Error,
@@ -242,10 +295,10 @@ fn kind(event: &SseEvent) -> Result<Kind, UpstreamError> {
         });
     }
     if event.data == "[DONE]" {
-        return Ok(Kind::Other);
+        return Some(Kind::Other);
     }
     let object: Map<String, Value> = parse(&event.data)?;
-    Ok(match object.get("object").and_then(Value::as_str) {
+    Some(match object.get("object").and_then(Value::as_str) {
         Some("thread.run") => Kind::Run(None),
         Some("thread.message.delta") => Kind::MessageDelta,
         Some("thread.message") => match object.get("status").and_then(Value::as_str) {
@@ -267,12 +320,12 @@ fn calls_tool(event: &SseEvent) -> bool {
         && event.data.contains("\"tool_calls\"")
 }
 
-fn parse<T: DeserializeOwned>(data: &str) -> Result<T, UpstreamError> {
-    serde_json::from_str(data).map_err(|_| {
-        UpstreamError::Protocol(
-            "an event of a run does not have the form of the protocol".to_owned(),
-        )
-    })
+fn parse<T: DeserializeOwned>(data: &str) -> Option<T> {
+    serde_json::from_str(&without_lone_halves(data)).ok()
+}
+
+fn unreadable() -> UpstreamError {
+    UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
 }
 
 #[cfg(test)]
@@ -315,9 +368,7 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text {
-            text: text.to_owned(),
-        }
+        ContentPart::text(text)
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -366,8 +417,8 @@ mod tests {
         let unnamed: Vec<_> = plain().iter().map(|(_, data)| event("", data)).collect();
         let expected = vec![
             UpstreamEvent::Accepted(UpstreamRunId("run_1".to_owned())),
-            UpstreamEvent::Text("Hel".to_owned()),
-            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Text("Hel".into()),
+            UpstreamEvent::Text("lo".into()),
             UpstreamEvent::Ended(Box::new(Ended {
                 status: RunStatus::Completed,
                 error: None,
@@ -377,6 +428,7 @@ mod tests {
                     input_tokens: 3,
                     output_tokens: 2,
                     total_tokens: 5,
+                    ..Usage::default()
                 }),
                 tool_calls: Vec::new(),
                 thread: None,
@@ -400,9 +452,14 @@ mod tests {
             event("thread.run.completed", &run("completed")),
         ])
         .unwrap();
+        let second = Origin {
+            message: 1,
+            phase: None,
+        };
+        let of_second = |text: &str| ContentPart::text_of(text, second);
         assert_eq!(
             ended(&events).content,
-            [text("Hello"), text("a"), text("b")]
+            [text("Hello"), of_second("a"), of_second("b")]
         );
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
     }
@@ -413,7 +470,7 @@ mod tests {
         echo["role"] = "user".into();
         let events = read([
             event("thread.message.completed", &echo),
-            event("thread.run.completed", &run("completed")),
+            event("thread.run.failed", &run("failed")),
         ])
         .unwrap();
         assert_eq!(ended(&events).content, []);
@@ -530,10 +587,33 @@ mod tests {
             event("", &json!({"object": "thread.future"})),
         ];
         assert_eq!(read(events).unwrap(), []);
-        assert!(matches!(
-            read([raw("thread.run.completed", "{")]),
-            Err(UpstreamError::Protocol(_))
-        ));
+    }
+
+    #[test]
+    fn an_unreadable_event_is_skipped_and_leaves_no_hole() {
+        let broken = |name: &str| SseEvent {
+            name: Some(name.to_owned()),
+            data: "{".to_owned(),
+        };
+        let first = || event("thread.message.delta", &delta("msg_1", 0, "Hel"));
+        let whole = event(
+            "thread.message.completed",
+            &message("msg_1", "completed", "Hello"),
+        );
+        let completed = || event("thread.run.completed", &run("completed"));
+        let lost = || broken("thread.message.delta");
+        let events = read([first(), lost(), whole, completed()]).unwrap();
+        assert_eq!(ended(&events).content, [text("Hello")]);
+        // The thread has the reply in these cases.
+        for hole in [vec![first(), lost(), completed()], vec![completed()]] {
+            assert!(matches!(read(hole), Err(UpstreamError::Protocol(_))));
+        }
+        let mut decoder = StreamDecoder::default();
+        let mut out = VecDeque::new();
+        decoder
+            .read(broken("thread.run.completed"), &mut out)
+            .unwrap();
+        assert!(out.is_empty() && matches!(decoder.unended(), UpstreamError::Protocol(_)));
     }
 
     const NAMES: [&str; 11] = [

@@ -2,6 +2,7 @@
 //! shape counts as absent.
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
@@ -10,7 +11,7 @@ use crate::domain::{
 };
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::error::UpstreamError;
-use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+use crate::upstream::wire::{annotations, failure_code, lenient, pieces, usage};
 
 /// Most characters of a text of a message.
 const MAX_TEXT: usize = 256_000;
@@ -218,13 +219,20 @@ impl MessageObject {
         self.metadata.as_ref()?.get(name)?.as_str()
     }
 
-    /// Returns the parts of known types.
+    /// Returns the parts of known types that are not empty.
     pub(super) fn into_parts(self) -> Vec<ContentPart> {
         self.content
             .unwrap_or_default()
             .into_iter()
             .filter_map(part)
+            .filter(|part| part.size() > 0)
             .collect()
+    }
+
+    /// Returns the types of the parts.
+    pub(super) fn kinds(&self) -> impl Iterator<Item = &str> {
+        let parts = self.content.iter().flatten();
+        parts.filter_map(|part| part.get("type")?.as_str())
     }
 }
 
@@ -232,6 +240,9 @@ fn part(value: Value) -> Option<ContentPart> {
     match serde_json::from_value(value).ok()? {
         WirePart::Text { text } => Some(ContentPart::Text {
             text: text.value.unwrap_or_default(),
+            annotations: annotations(text.annotations.as_ref()),
+            message: 0,
+            phase: None,
         }),
         WirePart::ImageFile { image_file } => Some(ContentPart::ImageFile {
             image_file: ImageFile {
@@ -245,7 +256,7 @@ fn part(value: Value) -> Option<ContentPart> {
                 detail: image_url.detail,
             },
         }),
-        WirePart::Refusal { refusal } => Some(ContentPart::Refusal { refusal }),
+        WirePart::Refusal { refusal } => Some(ContentPart::refusal(refusal)),
         WirePart::Unknown => None,
     }
 }
@@ -273,6 +284,8 @@ enum WirePart {
 struct WireText {
     #[serde(default)]
     value: Option<String>,
+    #[serde(default)]
+    annotations: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -307,31 +320,36 @@ pub(super) struct DeltaPart {
     #[serde(default)]
     pub(super) index: u64,
     #[serde(default)]
-    text: Option<WireText>,
+    pub(super) text: Option<StreamedText>,
     #[serde(default)]
-    pub(super) refusal: Option<String>,
+    pub(super) refusal: Option<Box<RawValue>>,
 }
 
-impl DeltaPart {
-    pub(super) fn text(&mut self) -> Option<String> {
-        self.text.take()?.value.filter(|text| !text.is_empty())
-    }
+/// Text as JSON, because a character may be cut in two.
+#[derive(Debug, Deserialize)]
+pub(super) struct StreamedText {
+    #[serde(default)]
+    pub(super) value: Option<Box<RawValue>>,
 }
 
 /// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
 /// in answers, a text part holds a plain string.
 pub(super) fn content(parts: &[ContentPart]) -> Value {
-    if let [ContentPart::Text { text }] = parts
+    if let [ContentPart::Text { text, .. }] = parts
         && text.len() <= MAX_TEXT
     {
         return text.as_str().into();
     }
     let part = |part: &ContentPart| match part {
-        ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
+        ContentPart::Text { text, .. } | ContentPart::Refusal { refusal: text, .. } => {
             pieces(text, MAX_TEXT)
                 .into_iter()
                 .map(|text| json!({"type": "text", "text": text}))
                 .collect()
+        }
+        // Only replies of another protocol have it.
+        ContentPart::GeneratedImage { generated_image } => {
+            vec![json!({"type": "text", "text": generated_image.id})]
         }
         ContentPart::ImageUrl { image_url } => {
             vec![json!({"type": "image_url", "image_url": image_url})]
@@ -353,9 +371,7 @@ mod tests {
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_requests() {
-        let text = |text: &str| ContentPart::Text {
-            text: text.to_owned(),
-        };
+        let text = |text: &str| ContentPart::text(text);
         let url = |detail: Option<&str>| ContentPart::ImageUrl {
             image_url: ImageUrl {
                 url: "https://i/1.png".to_owned(),
@@ -424,11 +440,17 @@ mod tests {
         }))
         .unwrap();
         assert!(message.is_reply());
+        let Value::Object(citation) = json!({"type": "file_citation"}) else {
+            unreachable!()
+        };
         assert_eq!(
             message.into_parts(),
             [
                 ContentPart::Text {
-                    text: "a".to_owned()
+                    text: "a".to_owned(),
+                    annotations: vec![citation],
+                    message: 0,
+                    phase: None,
                 },
                 ContentPart::ImageFile {
                     image_file: ImageFile {
@@ -436,9 +458,7 @@ mod tests {
                         detail: Some("auto".to_owned())
                     }
                 },
-                ContentPart::Refusal {
-                    refusal: "no".to_owned()
-                },
+                ContentPart::refusal("no"),
             ]
         );
     }

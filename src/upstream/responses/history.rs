@@ -33,9 +33,7 @@ mod tests {
 
     #[test]
     fn messages_of_user_and_assistant_become_entries() {
-        let text = |text: &str| ContentPart::Text {
-            text: text.to_owned(),
-        };
+        let text = |text: &str| ContentPart::text(text);
         let asked = entry(&json!({
             "type": "message", "id": "msg_1", "role": "user", "created_at": 1_795_000_000, "content": [
                 {"type": "input_text", "text": "a"},
@@ -75,15 +73,7 @@ mod tests {
         ]}))
         .unwrap();
         assert_eq!((said.role, said.created_at), (Role::Assistant, None));
-        assert_eq!(
-            said.content,
-            [
-                text("b"),
-                ContentPart::Refusal {
-                    refusal: "c".to_owned()
-                }
-            ]
-        );
+        assert_eq!(said.content, [text("b"), ContentPart::refusal("c")]);
         let bare =
             entry(&json!({"type": "message", "id": "msg_3", "role": "user", "content": "d"}))
                 .unwrap();

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::adapter::ResponsesUpstream;
-use super::wire::{history_item, message_item};
+use super::wire::{history_of, message_item};
 use crate::config::{AssistantConfig, UpstreamKind};
 use crate::domain::{Message, Metadata, RunId, UpstreamThreadId};
 use crate::upstream::port::{AnswerTools, Ownership, StartRun};
@@ -84,7 +84,7 @@ impl ResponsesUpstream {
 
 /// Returns history and input as items.
 pub(super) fn input(request: &StartRun<'_>) -> Vec<Value> {
-    let mut items = history_items(request.history);
+    let mut items: Vec<Value> = history_items(request.history).collect();
     items.extend(
         request
             .input
@@ -96,12 +96,11 @@ pub(super) fn input(request: &StartRun<'_>) -> Vec<Value> {
 
 /// Returns the messages of earlier runs as items. A message without content is left out, because
 /// no server accepts it.
-pub(super) fn history_items(history: &[Message]) -> Vec<Value> {
+pub(super) fn history_items(history: &[Message]) -> impl Iterator<Item = Value> {
     history
         .iter()
         .filter(|message| !message.content.is_empty())
-        .map(history_item)
-        .collect()
+        .flat_map(history_of)
 }
 
 #[cfg(test)]
@@ -126,9 +125,7 @@ mod tests {
     fn inputs() -> [InputMessage; 2] {
         ["one", "two"].map(|text| InputMessage {
             id: MessageId::new(),
-            content: vec![ContentPart::Text {
-                text: text.to_owned(),
-            }],
+            content: vec![ContentPart::text(text)],
         })
     }
 

@@ -7,7 +7,7 @@ use super::wire::{Output, answered_calls, call_of, is_answer, open_calls};
 use crate::domain::{RunStatus, UnsettledRun};
 use crate::upstream::classify::Damage;
 use crate::upstream::port::Ended;
-use crate::upstream::wire::failure;
+use crate::upstream::wire::{failure, without_reply};
 
 pub(super) fn id_of(item: &Value) -> Option<&str> {
     item.get("id")?.as_str()
@@ -47,6 +47,7 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     if output.message_id.is_none() && output.content.is_empty() && output.open_calls.is_empty() {
         return None;
     }
+    let unread = output.unread.iter().map(String::as_str);
     let is_cut = items.iter().any(|item| {
         kind(item) == "message" && matches!(text(item, "status"), "incomplete" | "in_progress")
     });
@@ -57,7 +58,10 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     };
     Some(Ended {
         status,
-        error: failure(status, None),
+        error: failure(status, None).or_else(|| {
+            let is_empty = status == RunStatus::Completed && output.content.is_empty();
+            is_empty.then(|| without_reply(unread))
+        }),
         content: output.content,
         upstream_message_id: output.message_id,
         usage: None,
@@ -256,12 +260,7 @@ mod tests {
             (done.status, done.upstream_message_id.as_deref()),
             (RunStatus::Completed, Some("m1"))
         );
-        assert_eq!(
-            done.content,
-            [ContentPart::Text {
-                text: "c".to_owned()
-            }]
-        );
+        assert_eq!(done.content, [ContentPart::text("c")]);
         let mut cut = message("m1", "assistant", "c");
         cut["status"] = "incomplete".into();
         let cut = end_of(&[cut]).unwrap();

@@ -1,21 +1,22 @@
 //! Decodes the event stream of a response.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::wire::{Envelope, ResponseHead, ResponseObject};
-use crate::domain::{RunStatus, UpstreamRunId, UpstreamThreadId};
+use super::wire::{Envelope, ItemHead, ResponseHead, ResponseObject};
+use crate::domain::{Origin, Phase, RunStatus, TextDelta, UpstreamRunId, UpstreamThreadId};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::port::{Ended, UpstreamEvent};
-use crate::upstream::relay::Decoder;
+use crate::upstream::relay::{Decoder, PLACE_COST};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
-use crate::upstream::wire::failure;
+use crate::upstream::surrogates::without_lone_halves;
+use crate::upstream::wire::{failure, without_reply};
 
 /// The state of a response while its events arrive.
 #[derive(Debug)]
@@ -35,8 +36,14 @@ pub(super) struct StreamDecoder {
     /// Text assembled from deltas, by output and content index, for the case that the final
     /// response does not hold it.
     streamed: StreamedParts<(u64, u64)>,
-    /// The size of `streamed` in bytes.
+    /// The messages that have text, by output index.
+    messages: BTreeMap<u64, Origin>,
+    /// The phases of the messages that have none yet.
+    phases: BTreeMap<u64, Phase>,
+    /// The size of these in bytes.
     held: usize,
+    /// An event could not be read, so `streamed` may lack a piece.
+    has_gap: bool,
 }
 
 /// The response on which the next one of a chain must build.
@@ -72,7 +79,10 @@ impl StreamDecoder {
             response: None,
             called: false,
             streamed: StreamedParts::default(),
+            messages: BTreeMap::new(),
+            phases: BTreeMap::new(),
             held: 0,
+            has_gap: false,
         }
     }
 
@@ -97,9 +107,6 @@ impl StreamDecoder {
 }
 
 impl Decoder for StreamDecoder {
-    /// The JSON says what an event is. The event line, which not every server sends, counts only
-    /// where the JSON does not say it. An event that neither of them names may be an error of a
-    /// proxy in front of the server.
     fn read(
         &mut self,
         event: SseEvent,
@@ -112,17 +119,46 @@ impl Decoder for StreamDecoder {
         if event.data == "[DONE]" {
             return Ok(());
         }
+        let read = self.decode(&event, out);
+        self.has_gap |= read.is_none();
+        read.unwrap_or(Ok(()))
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn unended(&self) -> UpstreamError {
+        if self.has_gap {
+            unreadable()
+        } else {
+            UpstreamError::Broken { timeout: false }
+        }
+    }
+}
+
+impl StreamDecoder {
+    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
+    ///
+    /// The JSON says what an event is. The event line, which not every server sends, counts only
+    /// where the JSON does not say it. An event that neither of them names may be an error of a
+    /// proxy in front of the server, or a whole response.
+    fn decode(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>> {
         let foreign = event
             .name
             .as_deref()
             .is_some_and(|name| name != "error" && !name.starts_with("response."));
         let envelope: Envelope<'_> = match serde_json::from_str(&event.data) {
             Ok(envelope) => envelope,
-            Err(_) if foreign => return Ok(()),
+            Err(_) if foreign => return Some(Ok(())),
             Err(_) if event.name.as_deref() == Some("error") => {
-                return self.error(ErrorDetail::default(), out);
+                return Some(self.error(ErrorDetail::default(), out));
             }
-            Err(_) => return Err(unreadable().into()),
+            Err(_) => return None,
         };
         let kind = envelope
             .kind
@@ -134,47 +170,70 @@ impl Decoder for StreamDecoder {
             envelope.output_index.unwrap_or(0),
             envelope.content_index.unwrap_or(0),
         );
-        match (kind, envelope.response, envelope.delta) {
+        match (kind, envelope.response_in(&event.data), envelope.delta) {
             ("response.output_text.delta", _, Some(delta)) => {
-                let text: String = parse(delta)?;
-                if !text.is_empty() {
-                    self.grow(place, &text, false);
+                if let Some(text) = self.grow(place, delta, false)? {
                     out.push_back(UpstreamEvent::Text(text));
                 }
             }
             ("response.refusal.delta", _, Some(delta)) => {
-                self.grow(place, &parse::<String>(delta)?, true);
+                self.grow(place, delta, true)?;
             }
-            (kind, Some(response), _) if kind.starts_with("response.") => {
-                self.response(kind, response, out)?;
+            ("response.output_item.added", ..) => {
+                let item = envelope.item.map(RawValue::get);
+                if let Some(phase) = item.and_then(parse).and_then(|it: ItemHead| it.phase) {
+                    self.held += PLACE_COST;
+                    self.phases.insert(place.0, phase);
+                }
+            }
+            (kind, Some(response), _) if kind.is_empty() || kind.starts_with("response.") => {
+                return self.response(kind, response, out);
             }
             ("error", ..) => {
-                let object = serde_json::from_str(&event.data).map_err(|_| unreadable())?;
-                self.error(ErrorDetail::from_object(&object), out)?;
+                let object = parse(&event.data)?;
+                return Some(self.error(ErrorDetail::from_object(&object), out));
             }
             (kind, ..) if may_tell_error(kind) => {
-                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &event.data) {
-                    self.error(detail, out)?;
+                let data = without_lone_halves(&event.data);
+                if let Some(detail) = ErrorDetail::of_event(event.name.as_deref(), &data) {
+                    return Some(self.error(detail, out));
                 }
             }
             _ => {}
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn held(&self) -> usize {
-        self.held
+    fn grow(
+        &mut self,
+        place: (u64, u64),
+        delta: &RawValue,
+        is_refusal: bool,
+    ) -> Option<Option<TextDelta>> {
+        let next = Origin {
+            message: u32::try_from(self.messages.len()).unwrap_or(u32::MAX),
+            phase: self.phases.get(&place.0).copied(),
+        };
+        let origin = self.messages.get(&place.0).copied().unwrap_or(next);
+        let grown = self.streamed.grow(place, origin, delta, is_refusal)?;
+        self.held += grown.bytes;
+        if grown.bytes > 0 {
+            self.messages.insert(place.0, origin);
+        }
+        let text = Some(grown.text).filter(|text| !text.is_empty());
+        Some(text.map(|text| TextDelta {
+            origin,
+            text: text.into(),
+        }))
     }
-}
 
-impl StreamDecoder {
     fn response(
         &mut self,
         kind: &str,
-        raw: &RawValue,
+        json: &str,
         out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), Rejection> {
-        let head: ResponseHead = parse(raw)?;
+    ) -> Option<Result<(), Rejection>> {
+        let head: ResponseHead = parse(json)?;
         if self.response.is_none() {
             self.response = Some(head.id.clone());
             let previous = self.previous.take();
@@ -198,9 +257,9 @@ impl StreamDecoder {
             .or(named)
         {
             if self.forgets {
-                return Err(UpstreamError::ThreadGone.into());
+                return Some(Err(UpstreamError::ThreadGone.into()));
             }
-            let response: ResponseObject = parse(raw)?;
+            let response: ResponseObject = parse(json)?;
             // Some servers accept a run before they see that the conversation is damaged.
             if status == RunStatus::Failed
                 && self.is_refused_late()
@@ -212,18 +271,27 @@ impl StreamDecoder {
                     missing: false,
                     cause: RefusalCause::Thread,
                 };
-                return Err(Rejection {
+                return Some(Err(Rejection {
                     error,
                     damage: Some(damage),
-                });
+                }));
             }
-            let ended = self.end(status, head.id, response);
-            out.push_back(UpstreamEvent::Ended(Box::new(ended)));
+            match self.end(status, head.id, response) {
+                Ok(ended) => out.push_back(UpstreamEvent::Ended(Box::new(ended))),
+                Err(error) => return Some(Err(error.into())),
+            }
         }
-        Ok(())
+        Some(Ok(()))
     }
 
-    fn end(&mut self, status: RunStatus, id: String, response: ResponseObject) -> Ended {
+    /// Fails if the reply has a gap: an event could not be read, and the response does not hold
+    /// the reply either.
+    fn end(
+        &mut self,
+        status: RunStatus,
+        id: String,
+        response: ResponseObject,
+    ) -> Result<Ended, UpstreamError> {
         let error = failure(status, response.failure_code());
         let refusal = response
             .refusal()
@@ -235,11 +303,17 @@ impl StreamDecoder {
         // A cancelled response comes back empty, and some servers leave the output out
         // altogether.
         let content = if output.content.is_empty() && (closed || !ended_well) {
+            if self.has_gap && ended_well {
+                return Err(unreadable());
+            }
             std::mem::take(&mut self.streamed).into_vec()
         } else {
             output.content
         };
-        Ended {
+        let is_empty = status == RunStatus::Completed && closed && content.is_empty();
+        let error = error
+            .or_else(|| is_empty.then(|| without_reply(output.unread.iter().map(String::as_str))));
+        Ok(Ended {
             status: if status == RunStatus::Completed && !closed {
                 RunStatus::RequiresAction
             } else {
@@ -253,7 +327,7 @@ impl StreamDecoder {
             // The next response must not build on one that did not end well or left calls open.
             thread: (self.chain && ended_well && closed).then_some(UpstreamThreadId(id)),
             refusal,
-        }
+        })
     }
 
     /// Handles an error in the place of a terminal event.
@@ -283,10 +357,6 @@ impl StreamDecoder {
         })));
         Ok(())
     }
-
-    fn grow(&mut self, place: (u64, u64), more: &str, is_refusal: bool) {
-        self.held += self.streamed.grow(place, more, is_refusal);
-    }
 }
 
 /// Returns true if the event is about a call of a tool: `response.mcp_call.in_progress`, or an
@@ -309,8 +379,8 @@ pub(super) fn tells_error(kind: &str, event: &SseEvent) -> bool {
             && ErrorDetail::of_event(event.name.as_deref(), &event.data).is_some())
 }
 
-fn parse<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, UpstreamError> {
-    serde_json::from_str(raw.get()).map_err(|_| unreadable())
+fn parse<T: DeserializeOwned>(json: &str) -> Option<T> {
+    serde_json::from_str(&without_lone_halves(json)).ok()
 }
 
 fn unreadable() -> UpstreamError {
@@ -367,9 +437,7 @@ mod tests {
     }
 
     fn text(text: &str) -> ContentPart {
-        ContentPart::Text {
-            text: text.to_owned(),
-        }
+        ContentPart::text(text)
     }
 
     fn ended(events: &[UpstreamEvent]) -> &Ended {
@@ -402,8 +470,8 @@ mod tests {
     fn a_plain_turn_is_read_with_and_without_event_lines() {
         let expected = vec![
             UpstreamEvent::Accepted(UpstreamRunId("resp_1".to_owned())),
-            UpstreamEvent::Text("Hel".to_owned()),
-            UpstreamEvent::Text("lo".to_owned()),
+            UpstreamEvent::Text("Hel".into()),
+            UpstreamEvent::Text("lo".into()),
             UpstreamEvent::Ended(Box::new(Ended {
                 status: RunStatus::Completed,
                 error: None,
@@ -413,6 +481,7 @@ mod tests {
                     input_tokens: 3,
                     output_tokens: 2,
                     total_tokens: 5,
+                    ..Usage::default()
                 }),
                 tool_calls: Vec::new(),
                 thread: Some(UpstreamThreadId("resp_1".to_owned())),
@@ -482,6 +551,7 @@ mod tests {
         .unwrap();
         let refusal = ContentPart::Refusal {
             refusal: "no".to_owned(),
+            message: 1,
         };
         assert_eq!(ended(&events).content, [text("Hello"), refusal]);
         assert_eq!(ended(&events).upstream_message_id.as_deref(), Some("msg_2"));
@@ -635,10 +705,16 @@ mod tests {
             raw(None, "{"),
             raw(Some("response.completed"), r#"{"response":7}"#),
         ] {
-            assert!(matches!(
-                read(true, [broken]),
-                Err(UpstreamError::Protocol(_))
-            ));
+            // Without the end, the stream may have been any reply.
+            let (mut decoder, mut out) = (StreamDecoder::new(true), VecDeque::new());
+            decoder.read(broken.clone(), &mut out).unwrap();
+            assert!(matches!(decoder.unended(), UpstreamError::Protocol(_)));
+            // The whole reply at the end closes the gap; a reply of deltas may have a hole.
+            let end = |output| event(&response("response.completed", "completed", &output));
+            let whole = [broken.clone(), end(json!([message("Hello")]))];
+            assert_eq!(ended(&read(true, whole).unwrap()).content, [text("Hello")]);
+            let hole = [event(&delta("Hel")), broken, end(json!([]))];
+            assert!(matches!(read(true, hole), Err(UpstreamError::Protocol(_))));
         }
     }
 

@@ -156,11 +156,15 @@ impl ResumableStream {
         }
         self.last = number.or(self.last);
         (self.progress, self.failures, self.wait) = (true, 0, FIRST_WAIT);
-        if let Some(response) = envelope.response
-            && let Ok(head) = serde_json::from_str::<ResponseHead>(response.get())
+        if let Some(response) = envelope.response_in(&event.data)
+            && let Ok(head) = serde_json::from_str::<ResponseHead>(response)
         {
             self.over |= head.run_status().is_some_and(RunStatus::is_final);
             self.response.get_or_insert(UpstreamRunId(head.id));
+        }
+        // The whole response in the place of its events: the server does not stream it.
+        if envelope.response.is_none() && envelope.response_in(&event.data).is_some() {
+            self.again = Again::Nothing;
         }
         let kind = kind(&envelope, event);
         self.over |= matches!(

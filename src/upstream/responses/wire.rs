@@ -6,12 +6,13 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    CallAnswer, ContentPart, ImageFile, ImageUrl, Message, OutputContent, OutputPart, Role,
-    RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
+    CallAnswer, ContentPart, GeneratedImage, ImageFile, ImageUrl, Message, OutputContent,
+    OutputPart, Phase, Role, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage, append_messages,
+    messages_of,
 };
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::error::UpstreamError;
-use crate::upstream::wire::{failure_code, lenient, pieces, usage};
+use crate::upstream::wire::{annotations, failure_code, lenient, pieces, usage};
 
 /// Most characters of a text of a message.
 const MAX_TEXT: usize = 10_485_760;
@@ -27,10 +28,27 @@ pub(super) struct Envelope<'a> {
     pub(super) response: Option<&'a RawValue>,
     #[serde(borrow, default)]
     pub(super) delta: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    pub(super) item: Option<&'a RawValue>,
     #[serde(default, deserialize_with = "lenient")]
     pub(super) output_index: Option<u64>,
     #[serde(default, deserialize_with = "lenient")]
     pub(super) content_index: Option<u64>,
+}
+
+impl Envelope<'_> {
+    /// Returns the JSON text of the response that the event holds. A server that does not stream
+    /// sends the response itself, as the only event, whose text is `data`.
+    pub(super) fn response_in<'a>(&'a self, data: &'a str) -> Option<&'a str> {
+        let is_response = || {
+            let head = serde_json::from_str::<ResponseHead>(data);
+            head.is_ok_and(|head| head.run_status().is_some())
+        };
+        match self.response {
+            Some(response) => Some(response.get()),
+            None => (self.kind.is_none() && is_response()).then_some(data),
+        }
+    }
 }
 
 /// The fields of a response that are read before it has ended.
@@ -71,10 +89,19 @@ pub(super) struct ResponseObject {
     usage: Option<Map<String, Value>>,
 }
 
+/// The head of an item that a response begins.
+#[derive(Debug, Deserialize)]
+pub(super) struct ItemHead {
+    #[serde(default, deserialize_with = "lenient")]
+    pub(super) phase: Option<Phase>,
+}
+
 /// The content of a response, or of a part of a conversation.
 #[derive(Debug, Default)]
 pub(super) struct Output {
     pub(super) content: Vec<ContentPart>,
+    /// The types of the other items, and of the parts that the gateway cannot read.
+    pub(super) unread: Vec<String>,
     /// The id of the last message.
     pub(super) message_id: Option<String>,
     /// Calls without an answer.
@@ -132,7 +159,15 @@ impl Output {
         for item in items {
             let is =
                 |field: &str, wanted: &str| item.get(field).and_then(Value::as_str) == Some(wanted);
-            if !is("type", "message") || (item.get("role").is_some() && !is("role", "assistant")) {
+            if is("type", "image_generation_call") {
+                output.content.extend(generated_image(item));
+                continue;
+            }
+            if !is("type", "message") {
+                output.unread.extend(kind(item));
+                continue;
+            }
+            if item.get("role").is_some() && !is("role", "assistant") {
                 continue;
             }
             output.message_id = item.get("id").and_then(Value::as_str).map(str::to_owned);
@@ -141,28 +176,65 @@ impl Output {
                 .and_then(Value::as_array)
                 .into_iter()
                 .flatten();
-            output.content.extend(parts.filter_map(part));
+            let phase = item
+                .get("phase")
+                .and_then(|phase| phase.as_str()?.parse().ok());
+            let mut message = Vec::new();
+            for it in parts {
+                match part(it, phase) {
+                    Some(part) if part.size() > 0 => message.push(part),
+                    Some(_) => {}
+                    None => output.unread.extend(kind(it)),
+                }
+            }
+            append_messages(&mut output.content, message);
         }
         output
     }
 }
 
-fn part(part: &Value) -> Option<ContentPart> {
+fn kind(object: &Value) -> Option<String> {
+    object.get("type")?.as_str().map(str::to_owned)
+}
+
+fn part(part: &Value, phase: Option<Phase>) -> Option<ContentPart> {
     let text = |field: &str| part.get(field).and_then(Value::as_str).map(str::to_owned);
     match part.get("type").and_then(Value::as_str)? {
-        "output_text" => text("text").map(|text| ContentPart::Text { text }),
-        "refusal" => text("refusal").map(|refusal| ContentPart::Refusal { refusal }),
+        "output_text" => text("text").map(|text| ContentPart::Text {
+            text,
+            annotations: annotations(part.get("annotations")),
+            message: 0,
+            phase,
+        }),
+        "refusal" => text("refusal").map(ContentPart::refusal),
         _ => None,
     }
+}
+
+/// Longest URL of a generated picture.
+const MAX_PICTURE_URL: usize = 8 * 1024;
+
+/// Returns a picture that the model made, without the picture itself, which has megabytes. Most
+/// servers write it as base64 where others write its URL.
+fn generated_image(item: &Value) -> Option<ContentPart> {
+    let id = item.get("id")?.as_str()?.to_owned();
+    let result = item.get("result").and_then(Value::as_str);
+    let url = result
+        .filter(|result| result.starts_with("https://") || result.starts_with("http://"))
+        .filter(|url| url.len() <= MAX_PICTURE_URL)
+        .map(str::to_owned);
+    let is_made = result.is_some_and(|result| !result.is_empty());
+    let generated_image = GeneratedImage { id, url };
+    is_made.then_some(ContentPart::GeneratedImage { generated_image })
 }
 
 /// Returns the known parts of a message, of the user or of the assistant.
 pub(super) fn said(item: &Value) -> Vec<ContentPart> {
     match item.get("content") {
-        Some(Value::String(text)) => vec![ContentPart::Text { text: text.clone() }],
+        Some(Value::String(text)) => vec![ContentPart::text(text)],
         Some(Value::Array(parts)) => parts
             .iter()
-            .filter_map(|it| part(it).or_else(|| input_part_said(it)))
+            .filter_map(|it| part(it, None).or_else(|| input_part_said(it)))
             .collect(),
         _ => Vec::new(),
     }
@@ -171,7 +243,7 @@ pub(super) fn said(item: &Value) -> Vec<ContentPart> {
 fn input_part_said(part: &Value) -> Option<ContentPart> {
     let text = |field: &str| part.get(field).and_then(Value::as_str).map(str::to_owned);
     match part.get("type").and_then(Value::as_str)? {
-        "input_text" | "text" => text("text").map(|text| ContentPart::Text { text }),
+        "input_text" | "text" => text("text").map(ContentPart::text),
         "input_image" => {
             let detail = text("detail");
             let by_url = text("image_url").map(|url| ContentPart::ImageUrl {
@@ -405,44 +477,54 @@ pub(super) fn answered_calls(items: &[Value]) -> Vec<&str> {
 /// Returns a user's message as an input item. A single text is a bare string.
 pub(super) fn message_item(parts: &[ContentPart]) -> Value {
     let content: Value = match parts {
-        [ContentPart::Text { text }] if text.len() <= MAX_TEXT => text.as_str().into(),
+        [ContentPart::Text { text, .. }] if text.len() <= MAX_TEXT => text.as_str().into(),
         parts => parts.iter().flat_map(input_parts).collect(),
     };
     json!({"type": "message", "role": "user", "content": content})
 }
 
-/// Returns a message of an earlier run as an input item. An assistant's message is a bare string,
+/// Returns the messages of an earlier run as input items. An assistant's message is a bare string,
 /// because its parts would need ids that another server gave.
-pub(super) fn history_item(message: &Message) -> Value {
-    match message.role {
-        Role::User => message_item(&message.content),
-        Role::Assistant => {
-            let text: String = message
-                .content
-                .iter()
-                .filter_map(|part| match part {
-                    ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
-                        Some(text.as_str())
-                    }
-                    ContentPart::ImageUrl { .. } | ContentPart::ImageFile { .. } => None,
-                })
-                .collect();
-            let content: Value = if text.len() <= MAX_TEXT {
-                text.into()
-            } else {
-                let part = |text| json!({"type": "output_text", "text": text});
-                pieces(&text, MAX_TEXT).into_iter().map(part).collect()
-            };
-            json!({"type": "message", "role": "assistant", "content": content})
+pub(super) fn history_of(message: &Message) -> Vec<Value> {
+    if message.role == Role::User {
+        return vec![message_item(&message.content)];
+    }
+    let item = |parts: &[ContentPart]| {
+        let text: String = parts.iter().filter_map(text_said).collect();
+        if text.is_empty() {
+            return None;
         }
+        let content: Value = if text.len() <= MAX_TEXT {
+            text.into()
+        } else {
+            let part = |text| json!({"type": "output_text", "text": text});
+            pieces(&text, MAX_TEXT).into_iter().map(part).collect()
+        };
+        let mut item = json!({"type": "message", "role": "assistant", "content": content});
+        if let Some(phase) = parts.iter().find_map(|part| part.origin()?.phase) {
+            item["phase"] = phase.as_str().into();
+        }
+        Some(item)
+    };
+    messages_of(&message.content).filter_map(item).collect()
+}
+
+fn text_said(part: &ContentPart) -> Option<&str> {
+    match part {
+        ContentPart::Text { text, .. } | ContentPart::Refusal { refusal: text, .. } => Some(text),
+        _ => None,
     }
 }
 
 fn input_parts(part: &ContentPart) -> Vec<Value> {
     let part = match part {
-        ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
+        ContentPart::Text { text, .. } | ContentPart::Refusal { refusal: text, .. } => {
             let part = |text| json!({"type": "input_text", "text": text});
             return pieces(text, MAX_TEXT).into_iter().map(part).collect();
+        }
+        // Only replies have it, and this is a user's message.
+        ContentPart::GeneratedImage { generated_image } => {
+            json!({"type": "input_text", "text": generated_image.id})
         }
         ContentPart::ImageUrl { image_url } => json!({
             "type": "input_image", "image_url": image_url.url,
@@ -524,9 +606,7 @@ mod tests {
 
     #[test]
     fn content_of_a_message_takes_the_shape_of_input_items() {
-        let text = |text: &str| ContentPart::Text {
-            text: text.to_owned(),
-        };
+        let text = |text: &str| ContentPart::text(text);
         assert_eq!(
             message_item(&[text("a")]),
             json!({"type": "message", "role": "user", "content": "a"})

@@ -177,7 +177,7 @@ async fn fill(scene: &Scene, thread: &ImportedThread) {
             } else {
                 Role::Assistant
             },
-            content: vec![ContentPart::Text { text }],
+            content: vec![ContentPart::text(text)],
             upstream_message_id: None,
             sync: None,
             created_at: None,

@@ -38,6 +38,7 @@ mod random;
 mod recovery;
 mod refusals;
 mod replicas;
+mod replies;
 mod roles;
 mod rollover;
 mod scale;

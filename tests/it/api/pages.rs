@@ -129,7 +129,7 @@ async fn add_messages(scene: &Scene) {
         let message = ImportedMessage {
             id: MessageId::new(),
             role: Role::User,
-            content: vec![ContentPart::Text { text }],
+            content: vec![ContentPart::text(text)],
             upstream_message_id: None,
             sync: None,
             created_at: None,

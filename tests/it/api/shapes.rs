@@ -59,8 +59,10 @@ async fn message_answer_has_thread_run_and_reply() {
         "status": "completed",
         "thread_id": "[thread_id]",
         "usage": {
+          "cached_input_tokens": 0,
           "input_tokens": 1,
           "output_tokens": 10,
+          "reasoning_tokens": 0,
           "total_tokens": 11
         }
       },
@@ -175,8 +177,10 @@ async fn run_with_function_call_has_required_action() {
       "status": "requires_action",
       "thread_id": "[thread_id]",
       "usage": {
+        "cached_input_tokens": 0,
         "input_tokens": 3,
         "output_tokens": 0,
+        "reasoning_tokens": 0,
         "total_tokens": 3
       }
     }
@@ -281,8 +285,10 @@ async fn stream_has_each_event_with_its_data() {
             "status": "completed",
             "thread_id": "[thread_id]",
             "usage": {
+              "cached_input_tokens": 0,
               "input_tokens": 1,
               "output_tokens": 10,
+              "reasoning_tokens": 0,
               "total_tokens": 11
             }
           }
@@ -506,8 +512,10 @@ async fn export_begins_with_thread_and_its_messages() {
         "type": "run",
         "upstream_run_id": "[upstream_run_id]",
         "usage": {
+          "cached_input_tokens": 0,
           "input_tokens": 1,
           "output_tokens": 10,
+          "reasoning_tokens": 0,
           "total_tokens": 11
         }
       },

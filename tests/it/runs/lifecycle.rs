@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
     ContentPart, Message, MessageId, PageRequest, Run, ToolOutput, UpstreamSync, UpstreamThreadId,
+    append_messages,
 };
 use threadkeeper::runs::{NewOutputs, Outcome, Resumed, Submitted};
 use threadkeeper::store::{Admission, Admitted, InputMessage, QueuedStart, RunLease, ThreadName};
@@ -110,7 +111,7 @@ async fn transcript(store: &Store) -> Vec<(String, UpstreamSync)> {
 }
 
 fn said(message: &Message) -> String {
-    let [ContentPart::Text { text }] = &message.content[..] else {
+    let [ContentPart::Text { text, .. }] = &message.content[..] else {
         panic!("{message:?}")
     };
     text.clone()
@@ -219,9 +220,10 @@ async fn draining_process_hands_over_run_awaiting_tool_outputs() {
         };
         assert_eq!(outcome.run.status, RunStatus::Completed);
         let content = outcome.message.as_ref().unwrap().content.clone();
+        let mut whole = text("let me see");
+        append_messages(&mut whole, text("thanks"));
         assert_eq!(
-            content,
-            [text("let me see"), text("thanks")].concat(),
+            content, whole,
             "the reply includes the text before the call"
         );
         assert_eq!(upstream.calls(), ["answer 4"]);

@@ -100,14 +100,13 @@ impl Scripted {
         Ended {
             status,
             error: None,
-            content: vec![ContentPart::Text {
-                text: content.to_owned(),
-            }],
+            content: vec![ContentPart::text(content)],
             upstream_message_id: None,
             usage: Some(Usage {
                 input_tokens: 1,
                 output_tokens: 1,
                 total_tokens: 2,
+                ..Usage::default()
             }),
             tool_calls: Vec::new(),
             thread: (self.chain && status == RunStatus::Completed)
@@ -137,7 +136,7 @@ impl Scripted {
 /// Joins the texts of messages.
 fn words<'a>(contents: impl IntoIterator<Item = &'a Vec<ContentPart>>) -> String {
     let texts = contents.into_iter().flatten().map(|part| match part {
-        ContentPart::Text { text } => text.as_str(),
+        ContentPart::Text { text, .. } => text.as_str(),
         other => unreachable!("the tests send only text, not {other:?}"),
     });
     texts.collect::<Vec<_>>().join(" + ")
@@ -297,9 +296,7 @@ impl Upstream for Scripted {
                 Ok(Settled {
                     said: true,
                     status: Some(RunStatus::Completed),
-                    content: vec![ContentPart::Text {
-                        text: "held".to_owned(),
-                    }],
+                    content: vec![ContentPart::text("held")],
                     thread: self.chain.then(|| UpstreamThreadId(run.0)),
                     ..Settled::default()
                 })

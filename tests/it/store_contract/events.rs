@@ -25,7 +25,7 @@ fn texts(first: i64, texts: &[&str]) -> EventBatch {
         first,
         events: texts
             .iter()
-            .map(|text| LoggedEvent::Delta((*text).to_owned()))
+            .map(|text| LoggedEvent::Delta((*text).into()))
             .collect(),
     }
 }

@@ -55,7 +55,7 @@ fn asks() -> RequiredAction {
 fn asking() -> Pause {
     let events = vec![
         LoggedEvent::Started,
-        LoggedEvent::Delta(SAID.to_owned()),
+        LoggedEvent::Delta(SAID.into()),
         LoggedEvent::RequiresAction(asks()),
     ];
     Pause {
@@ -96,7 +96,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
 
     let shown = EventBatch {
         first: 0,
-        events: vec![LoggedEvent::Started, LoggedEvent::Delta(SAID.to_owned())],
+        events: vec![LoggedEvent::Started, LoggedEvent::Delta(SAID.into())],
     };
     let progress = RunProgress {
         lease: turn.lease,
@@ -137,7 +137,7 @@ async fn content_is_delivered_but_not_stored(database: &TestDatabase, store: &St
     end.reply.as_mut().unwrap().sync = UpstreamSync::Missing;
     end.events = EventBatch {
         first: 20,
-        events: vec![LoggedEvent::Delta(SAID.to_owned())],
+        events: vec![LoggedEvent::Delta(SAID.into())],
     };
     end.drops_log = true;
     for _ in 0..2 {

@@ -76,7 +76,7 @@ async fn carried(store: &Store, thread: ThreadId) -> Vec<Message> {
 
 fn lines(messages: Vec<Message>) -> Vec<(i64, String)> {
     let line = |message: Message| {
-        let [ContentPart::Text { text }] = &message.content[..] else {
+        let [ContentPart::Text { text, .. }] = &message.content[..] else {
             panic!("the message has one text")
         };
         (message.position, text.clone())

@@ -153,19 +153,13 @@ async fn finish_returns_all_recorded_fields(_: &TestDatabase, store: &Store) {
             input_tokens: 3,
             output_tokens: 4,
             total_tokens: 7,
+            ..Usage::default()
         }),
         upstream_run_id: Some(UpstreamRunId("resp_1".to_owned())),
         upstream_thread_id: Some(UpstreamThreadId("conv_1".to_owned())),
         reply: Some(Reply {
             id: MessageId::new(),
-            content: vec![
-                ContentPart::Text {
-                    text: "as far as".to_owned(),
-                },
-                ContentPart::Refusal {
-                    refusal: "no".to_owned(),
-                },
-            ],
+            content: vec![ContentPart::text("as far as"), ContentPart::refusal("no")],
             upstream_message_id: Some("msg_upstream".to_owned()),
             sync: UpstreamSync::Present,
         }),

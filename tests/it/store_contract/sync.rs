@@ -102,7 +102,7 @@ async fn finished_run(store: &Store, key: &ConversationKey, words: &str, end: &R
 /// Returns the texts of a run's unsynced messages.
 async fn unsynced_messages(store: &Store, run: RunId) -> Vec<String> {
     let text = |message: Message| match &message.content[..] {
-        [ContentPart::Text { text }] => text.clone(),
+        [ContentPart::Text { text, .. }] => text.clone(),
         other => panic!("{other:?}"),
     };
     store

@@ -354,6 +354,7 @@ async fn run_can_pause_repeatedly(database: &TestDatabase, store: &Store) {
             input_tokens: 1,
             output_tokens: 2,
             total_tokens: first.try_into().unwrap(),
+            ..Usage::default()
         });
         let pause = Pause {
             upstream_run_id,
@@ -533,7 +534,7 @@ async fn paused_run_can_finish(database: &TestDatabase, store: &Store) {
 async fn event_log_is_read_in_batches(_: &TestDatabase, store: &Store) {
     let key = user("alice");
     let turn = started(store.admit(admission(&key)).await.unwrap());
-    let delta = |text: &str| LoggedEvent::Delta(text.to_owned());
+    let delta = |text: &str| LoggedEvent::Delta(text.into());
     assert_eq!(store.events(turn.run.id, 0).await.unwrap(), []);
     assert_eq!(store.events(RunId::new(), 0).await.unwrap(), []);
 

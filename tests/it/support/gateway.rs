@@ -500,13 +500,13 @@ pub(crate) fn text_of(events: &[Event]) -> String {
         .collect()
 }
 
-/// Joins the deltas that follow each other, since a second reading may split the text
-/// differently.
+/// Joins the deltas of one message that follow each other, since a second reading may split the
+/// text differently.
 pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
     let mut joined: Vec<Event> = Vec::new();
     for event in events {
         match joined.last_mut() {
-            Some(last) if last.name == "message.delta" && event.name == "message.delta" => {
+            Some(last) if last.name == "message.delta" && is_same_message(last, event) => {
                 let text = format!(
                     "{}{}",
                     last.data["text"].as_str().unwrap(),
@@ -518,6 +518,11 @@ pub(crate) fn joined(events: &[Event]) -> Vec<Event> {
         }
     }
     joined
+}
+
+fn is_same_message(one: &Event, other: &Event) -> bool {
+    let fields = |event: &Event| (event.data["message"].clone(), event.data["phase"].clone());
+    one.name == other.name && fields(one) == fields(other)
 }
 
 /// The text of a message's first part.

@@ -752,7 +752,7 @@ async fn whole_history(scene: &Scene) -> (Vec<HistoryEntry>, usize) {
 
 fn text_of(entry: &HistoryEntry) -> &str {
     match &entry.content[..] {
-        [ContentPart::Text { text }] => text,
+        [ContentPart::Text { text, .. }] => text,
         other => panic!("the entry is no text: {other:?}"),
     }
 }

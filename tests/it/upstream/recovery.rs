@@ -65,7 +65,7 @@ async fn broken(events: EventStream) -> (UpstreamRunId, String) {
     for event in events {
         match event {
             Ok(UpstreamEvent::Accepted(id)) => accepted = Some(id),
-            Ok(UpstreamEvent::Text(more)) => text.push_str(&more),
+            Ok(UpstreamEvent::Text(more)) => text.push_str(&more.text),
             Ok(UpstreamEvent::Ended(ended)) => panic!("the stream did not break: {ended:?}"),
             Err(error) => assert!(error.is_ambiguous()),
         }

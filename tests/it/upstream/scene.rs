@@ -117,9 +117,7 @@ impl Scene {
     }
 
     pub(super) async fn start(&self, text: &str) -> Result<EventStream, UpstreamError> {
-        let content = vec![ContentPart::Text {
-            text: text.to_owned(),
-        }];
+        let content = vec![ContentPart::text(text)];
         let request = StartRun {
             run: self.run,
             thread: self.thread.as_ref(),
@@ -209,7 +207,7 @@ pub(super) async fn read(events: EventStream) -> Said {
     for event in events.collect::<Vec<_>>().await {
         match event.unwrap() {
             UpstreamEvent::Accepted(id) => said.0 = Some(id),
-            UpstreamEvent::Text(text) => said.1.push_str(&text),
+            UpstreamEvent::Text(delta) => said.1.push_str(&delta.text),
             UpstreamEvent::Ended(ended) => said.2 = Some(*ended),
         }
     }
@@ -225,7 +223,7 @@ pub(super) fn text_of(content: &[ContentPart]) -> String {
     content
         .iter()
         .map(|part| match part {
-            ContentPart::Text { text } => text.as_str(),
+            ContentPart::Text { text, .. } => text.as_str(),
             other => panic!("the part is no text: {other:?}"),
         })
         .collect()
@@ -238,9 +236,7 @@ pub(super) fn earlier(role: Role, text: &str) -> Message {
         thread_id: ThreadId::new(),
         position: 1,
         role,
-        content: vec![ContentPart::Text {
-            text: text.to_owned(),
-        }],
+        content: vec![ContentPart::text(text)],
         run_id: Some(RunId::new()),
         upstream_message_id: None,
         sync: UpstreamSync::Missing,

@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use serde_json::{Value, json};
 use threadkeeper::config::UpstreamKind;
 use threadkeeper::domain::{
-    Baseline, ContentPart, Role, RunId, RunStatus, ToolCall, UnsettledRun, Usage,
+    Baseline, ContentPart, Role, RunId, RunStatus, TextDelta, ToolCall, UnsettledRun, Usage,
 };
 use threadkeeper::upstream::{Settled, UpstreamEvent};
 
@@ -62,10 +62,9 @@ async fn settling_cancels_run_and_waits_for_its_end() {
             input_tokens: 1,
             output_tokens: 2,
             total_tokens: 3,
+            ..Usage::default()
         }),
-        content: vec![ContentPart::Text {
-            text: "Hel".to_owned(),
-        }],
+        content: vec![ContentPart::text("Hel")],
         upstream_message_id: Some("msg_1".to_owned()),
         thread: None,
     };
@@ -290,7 +289,7 @@ async fn settling_cancelled_run_reports_kept_text() {
         let Some(Ok(UpstreamEvent::Accepted(id))) = events.next().await else {
             panic!("the run was not accepted")
         };
-        let Some(Ok(UpstreamEvent::Text(text))) = events.next().await else {
+        let Some(Ok(UpstreamEvent::Text(TextDelta { text, .. }))) = events.next().await else {
             panic!("the stream has no text")
         };
         drop(events);
@@ -307,7 +306,7 @@ async fn settling_cancelled_run_reports_kept_text() {
         assert_eq!(settled.said, flavour == Flavour::Assistants);
         assert_eq!(settled.thread, None);
         let partial: String = if flavour == Flavour::Assistants {
-            text
+            text.to_string()
         } else {
             String::new()
         };

@@ -60,9 +60,7 @@ async fn thread_on(upstream: &dyn Upstream) -> UpstreamThreadId {
 
 /// Sends a message and reads its run to the end.
 async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &str) -> Said {
-    let content = vec![ContentPart::Text {
-        text: text.to_owned(),
-    }];
+    let content = vec![ContentPart::text(text)];
     let events = run_to_end_with(upstream, thread, &profile_of(upstream), content)
         .await
         .unwrap();
@@ -70,7 +68,7 @@ async fn say(upstream: &dyn Upstream, thread: Option<&UpstreamThreadId>, text: &
     for event in events {
         match event.unwrap() {
             UpstreamEvent::Accepted(id) => said.0 = Some(id),
-            UpstreamEvent::Text(text) => said.1.push_str(&text),
+            UpstreamEvent::Text(delta) => said.1.push_str(&delta.text),
             UpstreamEvent::Ended(ended) => said.2 = Some(*ended),
         }
     }
@@ -94,8 +92,8 @@ fn text_of(ended: &Ended) -> String {
         .content
         .iter()
         .map(|part| match part {
-            ContentPart::Text { text } => text.clone(),
-            ContentPart::Refusal { refusal } => format!("({refusal})"),
+            ContentPart::Text { text, .. } => text.clone(),
+            ContentPart::Refusal { refusal, .. } => format!("({refusal})"),
             other => panic!("the part is no text: {other:?}"),
         })
         .collect()
@@ -225,9 +223,7 @@ async fn every_input_form_is_accepted() {
             }
         }];
         assistant.parameters = json!({"temperature": 0.5}).as_object().unwrap().clone();
-        let text = |text: &str| ContentPart::Text {
-            text: text.to_owned(),
-        };
+        let text = |text: &str| ContentPart::text(text);
         let image = |detail: Option<&str>| ContentPart::ImageUrl {
             image_url: ImageUrl {
                 url: "https://example.org/1.png".to_owned(),
@@ -280,11 +276,7 @@ async fn refusals_and_broken_streams_are_distinguished() {
         let sim = Sim::instant().await;
         let upstream = adapter(&settings(kind, &sim));
         let thread = thread_on(&*upstream).await;
-        let content = |text: &str| {
-            vec![ContentPart::Text {
-                text: text.to_owned(),
-            }]
-        };
+        let content = |text: &str| vec![ContentPart::text(text)];
         let profile = profile_of(&*upstream);
         let started = async |text: &str| {
             run_to_end_with(&*upstream, Some(&thread), &profile, content(text)).await
@@ -375,9 +367,7 @@ async fn foreign_run_makes_thread_busy() {
         let upstream = adapter(&settings(kind, &sim));
         let thread = thread_on(&*upstream).await;
         let blocking = sim.handle.start_foreign_run(thread.as_str()).unwrap();
-        let content = vec![ContentPart::Text {
-            text: "x".to_owned(),
-        }];
+        let content = vec![ContentPart::text("x")];
         let profile = profile_of(&*upstream);
         let error = run_to_end_with(&*upstream, Some(&thread), &profile, content)
             .await
@@ -417,9 +407,7 @@ async fn abandoned_run_is_settled_with_or_without_id() {
                 (RunId::new(), profile_of(&*upstream), Metadata::default());
             let input = [InputMessage {
                 id: MessageId::new(),
-                content: vec![ContentPart::Text {
-                    text: "x".to_owned(),
-                }],
+                content: vec![ContentPart::text("x")],
             }];
             let request = StartRun {
                 run,
@@ -557,9 +545,7 @@ async fn chain_keeps_completed_and_drops_broken_runs() {
     assert_requests_are_valid(UpstreamKind::Responses, &sim);
 
     let unknown = UpstreamThreadId("resp_0000".to_owned());
-    let content = vec![ContentPart::Text {
-        text: "x".to_owned(),
-    }];
+    let content = vec![ContentPart::text("x")];
     let error = run_to_end_with(&*upstream, Some(&unknown), &profile_of(&*upstream), content)
         .await
         .unwrap_err();

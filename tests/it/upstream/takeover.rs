@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use threadkeeper::domain::{RunStatus, ToolCall, UnsettledRun, UpstreamRunId};
+use threadkeeper::domain::{RunStatus, TextDelta, ToolCall, UnsettledRun, UpstreamRunId};
 use threadkeeper::simulator::{SimulatorConfig, Stats};
 use threadkeeper::upstream::{
     EventStream, Items, RateLimiter, Recovered, UpstreamError, UpstreamEvent,
@@ -32,7 +32,8 @@ async fn shown(events: &mut EventStream, texts: usize) -> (UpstreamRunId, String
     };
     let mut text = String::new();
     for _ in 0..texts {
-        let Some(Ok(UpstreamEvent::Text(more))) = events.next().await else {
+        let Some(Ok(UpstreamEvent::Text(TextDelta { text: more, .. }))) = events.next().await
+        else {
             panic!("the stream has no text")
         };
         text.push_str(&more);

@@ -45,9 +45,7 @@ impl Case {
 }
 
 fn text(text: &str) -> ContentPart {
-    ContentPart::Text {
-        text: text.to_owned(),
-    }
+    ContentPart::text(text)
 }
 
 fn usage(tokens: u64) -> Usage {
@@ -55,6 +53,7 @@ fn usage(tokens: u64) -> Usage {
         input_tokens: tokens,
         output_tokens: tokens,
         total_tokens: 2 * tokens,
+        ..Usage::default()
     }
 }
 
@@ -261,7 +260,8 @@ proptest! {
     #[test]
     fn a_run_that_was_cut_off_too_late_has_completed(case in a_case()) {
         let end = case.end();
-        if case.is_late() {
+        // A completed run has a reply.
+        if case.is_late() && end.reply.is_some() {
             prop_assert_eq!((end.status, end.error), (RunStatus::Completed, None));
         } else {
             prop_assert_eq!((end.status, end.error), (case.verdict.status, case.verdict.error));
@@ -276,7 +276,7 @@ proptest! {
             // On a chain each round is a response of its own, and the gateway looked at the last
             // one only.
             content.truncate(if settled.thread.is_some() { case.progress.rounds_before } else { 0 });
-            content.extend(settled.content.clone());
+            append_messages(&mut content, settled.content.clone());
         }
         let end = case.end();
         prop_assert_eq!(end.reply.is_some(), !case.verdict.discard && !content.is_empty());
