@@ -158,12 +158,9 @@ pub(super) fn without_reply<'a>(instead: impl IntoIterator<Item = &'a str>) -> R
     } else {
         format!("only `{}`", kinds.join("`, `"))
     };
-    RunError {
-        code: RunErrorCode::UpstreamFailed,
-        message: format!(
-            "the upstream completed the run without a reply; its output has {instead}"
-        ),
-    }
+    let message =
+        format!("the upstream completed the run without a reply; its output has {instead}");
+    RunError::new(RunErrorCode::UpstreamFailed, message)
 }
 
 /// Deserialises a value of any form. A form other than that of `T` counts as absent.

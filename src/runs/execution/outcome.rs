@@ -98,10 +98,10 @@ impl LocalOutcome {
 }
 
 fn without_reply() -> RunError {
-    RunError {
-        code: RunErrorCode::UpstreamFailed,
-        message: "the upstream completed the run without a reply".to_owned(),
-    }
+    RunError::new(
+        RunErrorCode::UpstreamFailed,
+        "the upstream completed the run without a reply",
+    )
 }
 
 /// What is known of a run's traces at the upstream.

@@ -125,10 +125,9 @@ async fn full_context_is_answered_with_newer_part(place: Place) {
     let Place {
         upstream, gateway, ..
     } = &place;
-    for n in 0..4 {
-        gateway
-            .say(SCOPE, &format!("{n}: {}", "long ".repeat(200)))
-            .await;
+    for n in 0..6 {
+        let said = format!("{n} [[sim: tokens=3]] {}", "long ".repeat(200));
+        gateway.say(SCOPE, &said).await;
     }
     upstream.refuse(|read| {
         let text = refusal(
@@ -143,7 +142,7 @@ async fn full_context_is_answered_with_newer_part(place: Place) {
     assert_eq!(recovered["cause"], "context_full", "{answer:#}");
     assert_eq!(recovered["history"], "newer_half", "{answer:#}");
     let left_out = recovered["messages_left_out"].as_u64().unwrap();
-    assert!(left_out > 0 && left_out < 8, "{answer:#}");
+    assert!(left_out > 0 && left_out < 12, "{answer:#}");
     assert!(upstream.starts() <= 4);
     let hidden = messages(gateway, SCOPE).await;
     let hidden = hidden.iter().filter(|it| it["visible_to_model"] == false);
@@ -304,7 +303,8 @@ async fn killed_gateway_follows_run_on_trial(place: Place) {
     let gateway = Gateway::start(&config).await;
     let next = gateway.say(SCOPE, "three").await;
     assert!(text(&next["message"]).contains("three"), "{next:#}");
-    if scene.protocol != Protocol::Chain {
+    // Elsewhere a response ends with its connection, and is provably gone.
+    if scene.protocol == Protocol::Assistants {
         assert_eq!(scene.simulator.stats().runs_started, 3, "sent once");
     }
     crate::support::history::assert_same(&scene, &gateway, SCOPE).await;
