@@ -32,8 +32,8 @@ mod gone {
 }
 
 const SCOPE: &str = "/v1/users/alice";
-/// 60 MB in all.
-const MESSAGES: usize = 200;
+/// 36 MB in all.
+const MESSAGES: usize = 120;
 /// More than an Assistants server takes as one text.
 const MESSAGE_BYTES: usize = 300_000;
 /// Most bytes of messages that are sent to an upstream thread at once.

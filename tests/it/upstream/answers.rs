@@ -1,39 +1,36 @@
 //! Outputs for function calls.
 
-use std::time::Duration;
-
-use threadkeeper::domain::{Metadata, RunId, RunStatus, ToolOutput, UpstreamRunId};
+use threadkeeper::domain::{Metadata, RunId, RunStatus, ToolCallType, ToolOutput, UpstreamRunId};
 use threadkeeper::upstream::{AnswerTools, EventStream, Upstream, UpstreamError};
 
 use serde_json::json;
 use threadkeeper::config::UpstreamKind;
 
 use super::scene::{ALL, Flavour, Scene, read};
-use super::scripted::{Play, Scripted, Step, json_answer, sse};
+use super::scripted::{Scripted, Step, json_answer, sse};
 use super::{RESPONSES_TURN, adapter, assistants, config, owner, profile, responses, thread};
 
-async fn answer(upstream: &dyn Upstream, custom: bool) -> Result<EventStream, UpstreamError> {
-    answer_of(upstream, Some("r_0"), custom).await
+async fn answer(upstream: &dyn Upstream) -> Result<EventStream, UpstreamError> {
+    answer_of(upstream, Some("r_0")).await
 }
 
+/// Answers a call of a function and a call of a custom tool.
 async fn answer_of(
     upstream: &dyn Upstream,
     upstream_run: Option<&str>,
-    custom: bool,
 ) -> Result<EventStream, UpstreamError> {
-    let mut assistant = profile();
-    if custom {
-        assistant.tools = vec![json!({"type": "custom", "name": "h"})];
-    }
-    let output = |id: &str| ToolOutput::text(id, "1");
+    let custom = ToolOutput {
+        kind: ToolCallType::Custom,
+        ..ToolOutput::text("call_2", "1")
+    };
     let upstream_run = upstream_run.map(|id| UpstreamRunId(id.to_owned()));
     let request = AnswerTools {
         run: RunId::new(),
         thread: Some(&thread()),
         owner: &owner(),
         upstream_run: upstream_run.as_ref(),
-        assistant: &assistant,
-        outputs: &[output("call_1"), output("call_2")],
+        assistant: &profile(),
+        outputs: &[ToolOutput::text("call_1", "1"), custom],
         metadata: &Metadata::default(),
     };
     upstream.answer_tools(request).await
@@ -64,64 +61,6 @@ async fn run_continues_after_tool_outputs() {
     }
 }
 
-/// A look-up before the outputs gets no answer, so the outputs were certainly not sent.
-#[tokio::test]
-async fn failed_lookup_before_tool_outputs_is_unambiguous() {
-    let failed = || json_answer(503, &[("retry-after-ms", "1")], "");
-    for plays in [
-        (0..5).map(|_| Play::Silence).collect::<Vec<_>>(),
-        (0..5).map(|_| failed()).collect(),
-    ] {
-        let server = Scripted::start(plays).await;
-        let mut settings = config(UpstreamKind::Responses, &server.url);
-        settings.call_timeout = Duration::from_millis(50);
-        let error = answer(&*adapter(&settings), true).await.err().unwrap();
-        assert!(matches!(error, UpstreamError::Connect), "{error:?}");
-        assert!(
-            server
-                .targets()
-                .iter()
-                .all(|target| target == "GET /responses/r_0"),
-            "{:?}",
-            server.targets()
-        );
-    }
-}
-
-#[tokio::test]
-async fn custom_tool_calls_get_custom_tool_outputs() {
-    let asking = json!({"id": "r_0", "status": "completed", "output": [
-        {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
-        {"type": "custom_tool_call", "call_id": "call_2", "name": "h", "input": "x"},
-    ]});
-    let server = Scripted::start(vec![
-        json_answer(200, &[], &asking.to_string()),
-        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
-        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
-    ])
-    .await;
-    let upstream = responses(&server);
-    read(answer(&*upstream, true).await.unwrap()).await;
-    read(answer(&*upstream, false).await.unwrap()).await;
-    assert_eq!(
-        server.targets(),
-        ["GET /responses/r_0", "POST /responses", "POST /responses"]
-    );
-    let kinds = |at: usize| {
-        let body = &server.requests()[at].body;
-        [0, 1].map(|item| body["input"][item]["type"].as_str().unwrap().to_owned())
-    };
-    assert_eq!(
-        kinds(1),
-        ["function_call_output", "custom_tool_call_output"]
-    );
-    assert_eq!(
-        kinds(2),
-        ["function_call_output", "function_call_output"],
-        "the adapter makes no needless request"
-    );
-}
-
 #[tokio::test]
 async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
     let refused = |status: &str| {
@@ -147,13 +86,13 @@ async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
     .await;
     let upstream = assistants(&server);
     for _ in ["expired", "queued"] {
-        let error = answer(&*upstream, false).await.err().unwrap();
+        let error = answer(&*upstream).await.err().unwrap();
         assert!(
             error.is_ambiguous(),
             "the error must lead to a look-up: {error:?}"
         );
     }
-    let error = answer(&*upstream, false).await.err().unwrap();
+    let error = answer(&*upstream).await.err().unwrap();
     assert!(
         matches!(error, UpstreamError::Refused { status: 400, .. }),
         "{error:?}"
@@ -166,34 +105,21 @@ async fn refused_tool_outputs_are_ambiguous_after_run_moved_on() {
 }
 
 #[tokio::test]
-async fn tool_outputs_without_response_id_use_conversation_items() {
-    let items = json!({"data": [
-        {"type": "custom_tool_call", "id": "ct_2", "call_id": "call_2", "name": "h", "input": "x"},
-        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "f", "arguments": "{}"},
-    ], "has_more": false});
-    let server = Scripted::start(vec![
-        json_answer(200, &[], &items.to_string()),
-        sse(vec![Step::Bytes(RESPONSES_TURN.into())]),
-    ])
-    .await;
-    read(answer_of(&*responses(&server), None, true).await.unwrap()).await;
-    assert_eq!(
-        server.targets(),
-        [
-            "GET /conversations/t_1/items?limit=100&order=desc",
-            "POST /responses"
-        ]
-    );
-    let body = &server.requests()[1].body;
+async fn conversation_takes_tool_outputs_without_response_id() {
+    let server = Scripted::start(vec![sse(vec![Step::Bytes(RESPONSES_TURN.into())])]).await;
+    read(answer_of(&*responses(&server), None).await.unwrap()).await;
+    assert_eq!(server.targets(), ["POST /responses"]);
+    let body = &server.requests()[0].body;
     assert_eq!(body["conversation"], "t_1");
-    assert_eq!(body["input"][1]["type"], "custom_tool_call_output");
+    let kinds = [0, 1].map(|item| body["input"][item]["type"].as_str().unwrap().to_owned());
+    assert_eq!(kinds, ["function_call_output", "custom_tool_call_output"]);
 
     // Runs and chains need an id for their outputs.
     let server = Scripted::start(vec![]).await;
     let mut chain = config(UpstreamKind::Responses, &server.url);
     chain.conversations = false;
     for upstream in [assistants(&server), adapter(&chain)] {
-        let error = answer_of(&*upstream, None, true).await.err().unwrap();
+        let error = answer_of(&*upstream, None).await.err().unwrap();
         assert!(matches!(error, UpstreamError::Protocol(_)), "{error:?}");
     }
 }
