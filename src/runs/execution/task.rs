@@ -340,7 +340,7 @@ async fn execute(
                 progress: &mut progress,
             };
             match rounds.run_rounds(active, begin).await {
-                RoundsEnd::Over(result) => result,
+                RoundsEnd::Over(result) => *result,
                 RoundsEnd::LetGo => return RunResult::LetGo,
             }
         }
@@ -387,7 +387,7 @@ struct Rounds<'a> {
 
 /// The end of a run's rounds.
 enum RoundsEnd {
-    Over(Result<RoundEnd, Failure>),
+    Over(Box<Result<RoundEnd, Failure>>),
     /// Another process continues the run.
     LetGo,
 }
@@ -407,7 +407,7 @@ impl Rounds<'_> {
         let mut is_unknown = false;
         match begin {
             Begin::Message => {}
-            Begin::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
+            Begin::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
             Begin::Unknown => is_unknown = true,
             Begin::Waiting(action) => waiting = Some(action),
             Begin::Outputs(given) => outputs = Some(given),
@@ -416,7 +416,7 @@ impl Rounds<'_> {
             if let Some(action) = waiting.take() {
                 match self.wait_for_outputs(active, &action).await {
                     OutputsWait::Given(given) => outputs = Some(given),
-                    OutputsWait::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
+                    OutputsWait::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
                     OutputsWait::LetGo => return RoundsEnd::LetGo,
                 }
             }
@@ -430,7 +430,7 @@ impl Rounds<'_> {
                     drain(rest).await;
                     ended
                 }
-                end => return RoundsEnd::Over(end),
+                end => return RoundsEnd::Over(Box::new(end)),
             };
             let action = RequiredAction {
                 tool_calls: ended.tool_calls.clone(),
@@ -438,7 +438,7 @@ impl Rounds<'_> {
             self.progress.asked(ended);
             match self.pause(active, &action).await {
                 Ok(()) => waiting = Some(action),
-                Err(failure) => return RoundsEnd::Over(Err(failure)),
+                Err(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
             }
         }
     }
