@@ -347,7 +347,7 @@ async fn execute(
                 progress: &mut progress,
             };
             match rounds.run_rounds(active, begin).await {
-                RoundsEnd::Over(result) => result,
+                RoundsEnd::Over(result) => *result,
                 RoundsEnd::LetGo => return RunResult::LetGo,
             }
         }
@@ -394,7 +394,7 @@ struct Rounds<'a> {
 
 /// The end of a run's rounds.
 enum RoundsEnd {
-    Over(Result<RoundEnd, Failure>),
+    Over(Box<Result<RoundEnd, Failure>>),
     /// Another process continues the run.
     LetGo,
 }
@@ -414,7 +414,7 @@ impl Rounds<'_> {
         let mut is_unknown = false;
         match begin {
             Begin::Message => {}
-            Begin::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
+            Begin::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
             Begin::Unknown => is_unknown = true,
             Begin::Waiting { action, until } => waiting = Some((action, until)),
             Begin::Outputs(given) => outputs = Some(given),
@@ -423,7 +423,7 @@ impl Rounds<'_> {
             if let Some((action, until)) = waiting.take() {
                 match self.wait_for_outputs(active, &action, until).await {
                     OutputsWait::Given(given) => outputs = Some(given),
-                    OutputsWait::CutOff(failure) => return RoundsEnd::Over(Err(failure)),
+                    OutputsWait::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
                     OutputsWait::LetGo => return RoundsEnd::LetGo,
                 }
             }
@@ -437,7 +437,7 @@ impl Rounds<'_> {
                     drain(rest).await;
                     ended
                 }
-                end => return RoundsEnd::Over(end),
+                end => return RoundsEnd::Over(Box::new(end)),
             };
             let action = RequiredAction {
                 tool_calls: ended.tool_calls.clone(),
@@ -445,7 +445,7 @@ impl Rounds<'_> {
             self.progress.asked(ended);
             match self.pause(active, &action).await {
                 Ok(until) => waiting = Some((action, until)),
-                Err(failure) => return RoundsEnd::Over(Err(failure)),
+                Err(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
             }
         }
     }
