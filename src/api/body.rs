@@ -161,7 +161,11 @@ mod tests {
         ] {
             let mut json = sent.as_bytes().to_vec();
             replace_lone_surrogates(&mut json);
-            assert_eq!(serde_json::from_slice::<String>(&json).unwrap(), taken, "{sent}");
+            assert_eq!(
+                serde_json::from_slice::<String>(&json).unwrap(),
+                taken,
+                "{sent}"
+            );
         }
         for broken in [r"\", r"\u", r"\ud83", r"\ud83d\", r"\u+123", r"\ud83d\u"] {
             let mut json = broken.as_bytes().to_vec();
