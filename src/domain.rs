@@ -16,7 +16,7 @@ mod transition;
 
 pub use access::{Access, Principal};
 pub use content::{
-    ContentPart, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts,
+    ContentPart, File, ImageFile, ImageUrl, InvalidContent, MAX_PARTS, UserContent, text_or_parts,
 };
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{

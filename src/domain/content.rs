@@ -24,6 +24,10 @@ pub enum ContentPart {
     ImageFile {
         image_file: ImageFile,
     },
+    /// A document, such as a PDF.
+    File {
+        file: File,
+    },
     /// The model declined to answer. Only replies have it.
     Refusal {
         refusal: String,
@@ -48,19 +52,20 @@ impl<'de> Visitor<'de> for PartVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
-        let (mut kind, mut text, mut image_url, mut image_file, mut refusal) =
-            (None, None, None, None, None);
+        let (mut kind, mut text, mut image_url, mut image_file, mut file, mut refusal) =
+            (None, None, None, None, None, None);
         while let Some(name) = fields.next_key::<String>()? {
             match name.as_str() {
                 "type" => once(&mut kind, "type", fields.next_value()?)?,
                 "text" => once(&mut text, "text", fields.next_value()?)?,
                 "image_url" => once(&mut image_url, "image_url", fields.next_value()?)?,
                 "image_file" => once(&mut image_file, "image_file", fields.next_value()?)?,
+                "file" => once(&mut file, "file", fields.next_value()?)?,
                 "refusal" => once(&mut refusal, "refusal", fields.next_value()?)?,
                 other => {
                     return Err(de::Error::unknown_field(
                         other,
-                        &["type", SENT[0], SENT[1], SENT[2]],
+                        &["type", SENT[0], SENT[1], SENT[2], SENT[3]],
                     ));
                 }
             }
@@ -70,16 +75,18 @@ impl<'de> Visitor<'de> for PartVisitor {
             text,
             image_url,
             image_file,
+            file,
             refusal,
         ) {
-            (Kind::Text, Some(text), None, None, None) => Ok(ContentPart::Text { text }),
-            (Kind::ImageUrl, None, Some(image_url), None, None) => {
+            (Kind::Text, Some(text), None, None, None, None) => Ok(ContentPart::Text { text }),
+            (Kind::ImageUrl, None, Some(image_url), None, None, None) => {
                 Ok(ContentPart::ImageUrl { image_url })
             }
-            (Kind::ImageFile, None, None, Some(image_file), None) => {
+            (Kind::ImageFile, None, None, Some(image_file), None, None) => {
                 Ok(ContentPart::ImageFile { image_file })
             }
-            (Kind::Refusal, None, None, None, Some(refusal)) => {
+            (Kind::File, None, None, None, Some(file), None) => Ok(ContentPart::File { file }),
+            (Kind::Refusal, None, None, None, None, Some(refusal)) => {
                 Ok(ContentPart::Refusal { refusal })
             }
             _ => Err(de::Error::custom(
@@ -93,11 +100,12 @@ enum Kind {
     Text,
     ImageUrl,
     ImageFile,
+    File,
     Refusal,
 }
 
 /// The types of parts that callers can send. Error texts offer only these.
-const SENT: [&str; 3] = ["text", "image_url", "image_file"];
+const SENT: [&str; 4] = ["text", "image_url", "image_file", "file"];
 
 impl<'de> Deserialize<'de> for Kind {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -105,6 +113,7 @@ impl<'de> Deserialize<'de> for Kind {
             "text" => Ok(Self::Text),
             "image_url" => Ok(Self::ImageUrl),
             "image_file" => Ok(Self::ImageFile),
+            "file" => Ok(Self::File),
             "refusal" => Ok(Self::Refusal),
             other => Err(de::Error::unknown_variant(other, &SENT)),
         }
@@ -154,13 +163,14 @@ impl ContentPart {
         }
     }
 
-    /// Returns the bytes of the part's text, URL or file id.
+    /// Returns the bytes of the part's text, URL, file id or data.
     pub fn size(&self) -> usize {
         match self {
             Self::Text { text } => text.len(),
             Self::Refusal { refusal } => refusal.len(),
             Self::ImageUrl { image_url } => image_url.url.len(),
             Self::ImageFile { image_file } => image_file.file_id.len(),
+            Self::File { file } => file.texts().map(str::len).sum(),
         }
     }
 }
@@ -183,6 +193,34 @@ pub struct ImageFile {
     pub detail: Option<String>,
 }
 
+/// A file: exactly one of `file_id`, `file_url` and `file_data`.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct File {
+    /// Id of a file that the caller uploaded to the upstream before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_url: Option<String>,
+    /// The content as a data URL: `data:application/pdf;base64,…`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_data: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filename: Option<String>,
+}
+
+impl File {
+    /// Returns the id, the URL and the data, as far as the file has them.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let sources = [&self.file_id, &self.file_url, &self.file_data];
+        sources.into_iter().flatten().map(String::as_str)
+    }
+
+    fn texts(&self) -> impl Iterator<Item = &str> {
+        self.sources().chain(self.filename.as_deref())
+    }
+}
+
 /// The reason why content cannot be a user's message.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidContent {
@@ -192,12 +230,14 @@ pub enum InvalidContent {
     TooManyParts { limit: usize, parts: usize },
     #[error("a part of type `refusal` is for replies only; remove it from the message")]
     Refusal,
+    #[error("a `file` must have exactly one of `file_id`, `file_url` and `file_data`")]
+    File,
     #[error("content must not contain NUL characters")]
     Nul,
 }
 
-/// The content of a user's message: 1 to 64 parts, no refusal, and at least one text or image that
-/// is not empty.
+/// The content of a user's message: 1 to 64 parts, no refusal, and at least one text, image or file
+/// that is not empty.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UserContent(Vec<ContentPart>);
 
@@ -208,6 +248,10 @@ impl UserContent {
     /// Returns the bytes of all parts' texts, URLs and file ids.
     pub fn size(&self) -> usize {
         self.0.iter().map(ContentPart::size).sum()
+    }
+
+    pub fn parts(&self) -> &[ContentPart] {
+        &self.0
     }
 
     pub fn into_parts(self) -> Vec<ContentPart> {
@@ -228,6 +272,13 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
         let mut empty = true;
         for part in &parts {
             let texts: [&str; 2] = match part {
+                ContentPart::File { file } => {
+                    let mut sources = file.sources();
+                    match (sources.next(), sources.next()) {
+                        (Some(source), None) => [source, file.filename.as_deref().unwrap_or("")],
+                        _ => return Err(InvalidContent::File),
+                    }
+                }
                 ContentPart::Text { text } => [text, ""],
                 ContentPart::ImageUrl { image_url } => {
                     [&image_url.url, image_url.detail.as_deref().unwrap_or("")]
@@ -260,15 +311,27 @@ mod tests {
     use crate::testing::{Words, mutated};
 
     const WORDS: Words = Words {
-        texts: &["text", "image_url", "image_file", "refusal", "auto", "\0"],
+        texts: &[
+            "text",
+            "image_url",
+            "image_file",
+            "file",
+            "refusal",
+            "auto",
+            "\0",
+        ],
         keys: &[
             "type",
             "text",
             "image_url",
             "image_file",
+            "file",
             "refusal",
             "url",
             "file_id",
+            "file_url",
+            "file_data",
+            "filename",
             "detail",
         ],
     };
@@ -283,6 +346,7 @@ mod tests {
                         json!({"type": "text", "text": ""}),
                         json!({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}),
                         json!({"type": "image_file", "image_file": {"file_id": "f"}}),
+                        json!({"type": "file", "file": {"file_data": "d", "filename": "n"}}),
                         json!({"type": "refusal", "refusal": "no"}),
                     ],
                     WORDS,
@@ -312,6 +376,12 @@ mod tests {
                 Err(InvalidContent::Refusal) => {
                     let is_refusal = |part: &ContentPart| matches!(part, ContentPart::Refusal { .. });
                     prop_assert!(parts.iter().any(is_refusal));
+                }
+                Err(InvalidContent::File) => {
+                    let is_bad = |part: &ContentPart| matches!(
+                        part, ContentPart::File { file } if file.sources().count() != 1
+                    );
+                    prop_assert!(parts.iter().any(is_bad));
                 }
                 Err(InvalidContent::Nul) => prop_assert!(text.contains("\\u0000")),
             }

@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::wire::content;
+use super::wire::message;
 use crate::config::UpstreamKind;
-use crate::domain::{Message, ToolOutput};
+use crate::domain::{Message, Role, ToolOutput};
 use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
@@ -17,12 +17,9 @@ pub(super) fn run_body(request: &StartRun<'_>) -> Value {
         set("assistant_id", id.as_str().into());
     }
     let mut messages = history_messages(request.history);
-    messages.extend(request.input.iter().map(|message| {
-        json!({
-            "role": "user",
-            "content": content(&message.content),
-            "metadata": message_tags(Some(request.run), message.id),
-        })
+    messages.extend(request.input.iter().map(|input| {
+        let tags = message_tags(Some(request.run), input.id);
+        message(Role::User, &input.content, tags.into())
     }));
     if !messages.is_empty() {
         set("additional_messages", messages.into());
@@ -46,12 +43,9 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
     let with_content = history.iter().filter(|message| !message.content.is_empty());
     with_content
-        .map(|message| {
-            json!({
-                "role": message.role,
-                "content": content(&message.content),
-                "metadata": message_tags(message.run_id, message.id),
-            })
+        .map(|earlier| {
+            let tags = message_tags(earlier.run_id, earlier.id);
+            message(earlier.role, &earlier.content, tags.into())
         })
         .collect()
 }
@@ -62,7 +56,7 @@ mod tests {
 
     use super::*;
     use crate::config::AssistantConfig;
-    use crate::domain::{ContentPart, MessageId, Metadata, Role, RunId, UpstreamThreadId};
+    use crate::domain::{ContentPart, MessageId, Metadata, RunId, UpstreamThreadId};
     use crate::store::InputMessage;
     use crate::upstream::tags::{a_message, an_owner};
 

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    ContentPart, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage,
+    ContentPart, File, ImageFile, ImageUrl, Role, RunStatus, Timestamp, ToolCall, Usage,
 };
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::error::UpstreamError;
@@ -142,6 +142,15 @@ pub(super) struct MessageObject {
     role: Option<String>,
     #[serde(default)]
     content: Option<Vec<Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    attachments: Option<Vec<Attachment>>,
+}
+
+/// A file of a message.
+#[derive(Debug, Deserialize)]
+struct Attachment {
+    #[serde(default, deserialize_with = "lenient")]
+    file_id: Option<String>,
 }
 
 impl MessageObject {
@@ -164,13 +173,23 @@ impl MessageObject {
         self.metadata.as_ref()?.get(name)?.as_str()
     }
 
-    /// Returns the parts of known types.
+    /// Returns the parts of known types and, of a user's message, the attached files after them.
     pub(super) fn into_parts(self) -> Vec<ContentPart> {
-        self.content
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(part)
-            .collect()
+        let files = if self.is_reply() {
+            Vec::new()
+        } else {
+            self.attachments.unwrap_or_default()
+        };
+        let parts = self.content.unwrap_or_default();
+        let files = files.into_iter().filter_map(|file| {
+            let file_id = Some(file.file_id?);
+            let file = File {
+                file_id,
+                ..File::default()
+            };
+            Some(ContentPart::File { file })
+        });
+        parts.into_iter().filter_map(part).chain(files).collect()
     }
 }
 
@@ -264,13 +283,42 @@ impl DeltaPart {
     }
 }
 
-/// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
-/// in answers, a text part holds a plain string.
-pub(super) fn content(parts: &[ContentPart]) -> Value {
+/// Returns a message for a request. The server takes files beside the content, as attachments, and
+/// gives them to its file search.
+pub(super) fn message(role: Role, parts: &[ContentPart], metadata: Value) -> Value {
+    let mut message = json!({"role": role, "content": content(parts), "metadata": metadata});
+    let files: Vec<Value> = parts
+        .iter()
+        .filter_map(attached)
+        .map(|id| json!({"file_id": id, "tools": [{"type": "file_search"}]}))
+        .collect();
+    if !files.is_empty() {
+        message["attachments"] = files.into();
+    }
+    message
+}
+
+/// Returns the id of a file that the server can attach.
+fn attached(part: &ContentPart) -> Option<&str> {
+    match part {
+        ContentPart::File { file } => file.file_id.as_deref(),
+        _ => None,
+    }
+}
+
+/// Returns the content of a message: a bare string for a single text, else parts. Unlike in
+/// answers, a text part holds a plain string. A note stands for a file that the server cannot
+/// attach, and for content that is nothing but files.
+fn content(parts: &[ContentPart]) -> Value {
     if let [ContentPart::Text { text }] = parts {
         return text.as_str().into();
     }
+    let note = |name: Option<&str>| {
+        let name = name.map_or_else(String::new, |name| format!(" {name}"));
+        json!({"type": "text", "text": format!("[file{name}]")})
+    };
     let part = |part: &ContentPart| match part {
+        ContentPart::File { file } => note(file.filename.as_deref()),
         ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
             json!({"type": "text", "text": text})
         }
@@ -279,7 +327,13 @@ pub(super) fn content(parts: &[ContentPart]) -> Value {
             json!({"type": "image_file", "image_file": image_file})
         }
     };
-    parts.iter().map(part).collect()
+    let inline = parts.iter().filter(|part| attached(part).is_none());
+    let content: Vec<Value> = inline.map(part).collect();
+    if content.is_empty() {
+        vec![note(None)].into()
+    } else {
+        content.into()
+    }
 }
 
 #[cfg(test)]

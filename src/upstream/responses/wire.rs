@@ -5,7 +5,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::domain::{ContentPart, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage};
+use crate::domain::{
+    ContentPart, File, ImageFile, ImageUrl, Message, Role, RunStatus, ToolCall, Usage,
+};
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::wire::{failure_code, lenient, usage};
@@ -177,6 +179,16 @@ fn input_part_said(part: &Value) -> Option<ContentPart> {
             };
             by_url.or_else(by_file)
         }
+        "input_file" => {
+            let file = File {
+                file_id: text("file_id"),
+                file_url: text("file_url"),
+                file_data: text("file_data"),
+                filename: text("filename"),
+            };
+            let has_source = file.sources().next().is_some();
+            has_source.then_some(ContentPart::File { file })
+        }
         _ => None,
     }
 }
@@ -285,7 +297,9 @@ pub(super) fn history_item(message: &Message) -> Value {
                     ContentPart::Text { text } | ContentPart::Refusal { refusal: text } => {
                         Some(text.as_str())
                     }
-                    ContentPart::ImageUrl { .. } | ContentPart::ImageFile { .. } => None,
+                    ContentPart::ImageUrl { .. }
+                    | ContentPart::ImageFile { .. }
+                    | ContentPart::File { .. } => None,
                 })
                 .collect();
             json!({"type": "message", "role": "assistant", "content": text})
@@ -302,6 +316,11 @@ fn input_part(part: &ContentPart) -> Value {
             "type": "input_image", "image_url": image_url.url,
             "detail": image_url.detail.as_deref().unwrap_or("auto"),
         }),
+        ContentPart::File { file } => {
+            let mut part = json!(file);
+            part["type"] = "input_file".into();
+            part
+        }
         ContentPart::ImageFile { image_file } => json!({
             "type": "input_image", "file_id": image_file.file_id,
             "detail": image_file.detail.as_deref().unwrap_or("auto"),
