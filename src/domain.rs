@@ -18,7 +18,7 @@ mod transition;
 
 pub use access::{Access, Principal};
 pub use content::{
-    Annotation, ContentPart, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
+    Annotation, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
     Origin, Phase, UserContent, append_messages, messages_of, next_message, number_messages,
     size_of_annotation, text_or_parts,
 };

@@ -16,9 +16,7 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RequiredActionView, RunView};
-use crate::domain::{
-    Phase, Recovery, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId,
-};
+use crate::domain::{Phase, Recovery, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 

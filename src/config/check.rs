@@ -1157,7 +1157,7 @@ mod tests {
     fn ranges_are_checked() {
         assert_problems(
             "[server]\nmax_connections = 0\nmax_header_bytes = 8191\nstream_keep_alive = \"0s\"\nshutdown_grace = \"0s\"\n\
-             [runs]\nmax_queue = 0\ntimeout = \"11m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
+             [runs]\nmax_queue = 0\ntimeout = \"31m\"\n[sessions]\nttl = \"11y\"\n[log]\nfilter = \"a=loud\"\n\
              [store]\nmax_connections = 0",
             &[
                 "log.filter",

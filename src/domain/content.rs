@@ -61,6 +61,10 @@ pub enum ContentPart {
     ImageFile {
         image_file: ImageFile,
     },
+    /// A document, such as a PDF.
+    File {
+        file: File,
+    },
     /// The model declined to answer. Only replies have it.
     Refusal {
         refusal: String,
@@ -98,8 +102,8 @@ impl<'de> Visitor<'de> for PartVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
-        let (mut kind, mut text, mut image_url, mut image_file, mut refusal) =
-            (None, None, None, None, None);
+        let (mut kind, mut text, mut image_url, mut image_file, mut file, mut refusal) =
+            (None, None, None, None, None, None);
         let (mut generated_image, mut annotations, mut message, mut phase) =
             (None, None, None, None);
         while let Some(name) = fields.next_key::<String>()? {
@@ -108,6 +112,7 @@ impl<'de> Visitor<'de> for PartVisitor {
                 "text" => once(&mut text, "text", fields.next_value()?)?,
                 "image_url" => once(&mut image_url, "image_url", fields.next_value()?)?,
                 "image_file" => once(&mut image_file, "image_file", fields.next_value()?)?,
+                "file" => once(&mut file, "file", fields.next_value()?)?,
                 "refusal" => once(&mut refusal, "refusal", fields.next_value()?)?,
                 "generated_image" => {
                     once(
@@ -122,7 +127,7 @@ impl<'de> Visitor<'de> for PartVisitor {
                 other => {
                     return Err(de::Error::unknown_field(
                         other,
-                        &["type", SENT[0], SENT[1], SENT[2]],
+                        &["type", SENT[0], SENT[1], SENT[2], SENT[3]],
                     ));
                 }
             }
@@ -130,26 +135,37 @@ impl<'de> Visitor<'de> for PartVisitor {
         let kind = kind.ok_or_else(|| de::Error::missing_field("type"))?;
         let of_text = annotations.is_some() || phase.is_some();
         let of_message = of_text || message.is_some();
-        match (kind, text, image_url, image_file, refusal, generated_image) {
-            (Kind::Text, Some(text), None, None, None, None) => Ok(ContentPart::Text {
+        match (
+            kind,
+            text,
+            image_url,
+            image_file,
+            file,
+            refusal,
+            generated_image,
+        ) {
+            (Kind::Text, Some(text), None, None, None, None, None) => Ok(ContentPart::Text {
                 text,
                 annotations: annotations.unwrap_or_default(),
                 message: message.unwrap_or_default(),
                 phase,
             }),
-            (Kind::Refusal, None, None, None, Some(refusal), None) if !of_text => {
+            (Kind::Refusal, None, None, None, None, Some(refusal), None) if !of_text => {
                 Ok(ContentPart::Refusal {
                     refusal,
                     message: message.unwrap_or_default(),
                 })
             }
-            (Kind::ImageUrl, None, Some(image_url), None, None, None) if !of_message => {
+            (Kind::ImageUrl, None, Some(image_url), None, None, None, None) if !of_message => {
                 Ok(ContentPart::ImageUrl { image_url })
             }
-            (Kind::ImageFile, None, None, Some(image_file), None, None) if !of_message => {
+            (Kind::ImageFile, None, None, Some(image_file), None, None, None) if !of_message => {
                 Ok(ContentPart::ImageFile { image_file })
             }
-            (Kind::GeneratedImage, None, None, None, None, Some(generated_image))
+            (Kind::File, None, None, None, Some(file), None, None) if !of_message => {
+                Ok(ContentPart::File { file })
+            }
+            (Kind::GeneratedImage, None, None, None, None, None, Some(generated_image))
                 if !of_message =>
             {
                 Ok(ContentPart::GeneratedImage { generated_image })
@@ -165,12 +181,13 @@ enum Kind {
     Text,
     ImageUrl,
     ImageFile,
+    File,
     Refusal,
     GeneratedImage,
 }
 
 /// The types of parts that callers can send. Error texts offer only these.
-const SENT: [&str; 3] = ["text", "image_url", "image_file"];
+const SENT: [&str; 4] = ["text", "image_url", "image_file", "file"];
 
 impl<'de> Deserialize<'de> for Kind {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -178,6 +195,7 @@ impl<'de> Deserialize<'de> for Kind {
             "text" => Ok(Self::Text),
             "image_url" => Ok(Self::ImageUrl),
             "image_file" => Ok(Self::ImageFile),
+            "file" => Ok(Self::File),
             "refusal" => Ok(Self::Refusal),
             "generated_image" => Ok(Self::GeneratedImage),
             other => Err(de::Error::unknown_variant(other, &SENT)),
@@ -218,9 +236,12 @@ fn once<T, E: de::Error>(field: &mut Option<T>, name: &'static str, value: T) ->
 }
 
 impl ContentPart {
-    /// Returns whether the part is a picture that a model may be unable to get.
+    /// Returns whether the part is a picture or file.
     pub const fn is_media(&self) -> bool {
-        matches!(self, Self::ImageUrl { .. } | Self::ImageFile { .. })
+        matches!(
+            self,
+            Self::ImageUrl { .. } | Self::ImageFile { .. } | Self::File { .. }
+        )
     }
 
     /// Returns a part of text alone.
@@ -275,6 +296,7 @@ impl ContentPart {
             Self::Refusal { refusal, .. } => refusal.len(),
             Self::ImageUrl { image_url } => image_url.url.len(),
             Self::ImageFile { image_file } => image_file.file_id.len(),
+            Self::File { file } => file.texts().map(str::len).sum(),
             Self::GeneratedImage { generated_image } => {
                 generated_image.id.len() + generated_image.url.as_ref().map_or(0, String::len)
             }
@@ -353,6 +375,34 @@ pub struct GeneratedImage {
     pub url: Option<String>,
 }
 
+/// A file: exactly one of `file_id`, `file_url` and `file_data`.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct File {
+    /// Id of a file that the caller uploaded to the upstream before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_url: Option<String>,
+    /// The content as a data URL: `data:application/pdf;base64,…`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_data: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filename: Option<String>,
+}
+
+impl File {
+    /// Returns the id, the URL and the data, as far as the file has them.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let sources = [&self.file_id, &self.file_url, &self.file_data];
+        sources.into_iter().flatten().map(String::as_str)
+    }
+
+    fn texts(&self) -> impl Iterator<Item = &str> {
+        self.sources().chain(self.filename.as_deref())
+    }
+}
+
 /// The reason why content cannot be a user's message.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum InvalidContent {
@@ -366,12 +416,14 @@ pub enum InvalidContent {
         "the fields `annotations`, `message` and `phase` of a text are for replies only; remove them from the message"
     )]
     FieldOfReply,
+    #[error("a `file` must have exactly one of `file_id`, `file_url` and `file_data`")]
+    File,
     #[error("content must not contain NUL characters")]
     Nul,
 }
 
 /// The content of a user's message: 1 to 64 parts, nothing that only replies have, and at least one
-/// text or image that is not empty.
+/// text, image or file that is not empty.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UserContent(Vec<ContentPart>);
 
@@ -382,6 +434,10 @@ impl UserContent {
     /// Returns the bytes of all parts' texts, URLs and file ids.
     pub fn size(&self) -> usize {
         self.0.iter().map(ContentPart::size).sum()
+    }
+
+    pub fn parts(&self) -> &[ContentPart] {
+        &self.0
     }
 
     pub fn into_parts(self) -> Vec<ContentPart> {
@@ -402,6 +458,13 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
         let mut empty = true;
         for part in &parts {
             let texts: [&str; 2] = match part {
+                ContentPart::File { file } => {
+                    let mut sources = file.sources();
+                    match (sources.next(), sources.next()) {
+                        (Some(source), None) => [source, file.filename.as_deref().unwrap_or("")],
+                        _ => return Err(InvalidContent::File),
+                    }
+                }
                 ContentPart::Text {
                     text,
                     annotations,
@@ -443,15 +506,27 @@ mod tests {
     use crate::testing::{Words, mutated};
 
     const WORDS: Words = Words {
-        texts: &["text", "image_url", "image_file", "refusal", "auto", "\0"],
+        texts: &[
+            "text",
+            "image_url",
+            "image_file",
+            "file",
+            "refusal",
+            "auto",
+            "\0",
+        ],
         keys: &[
             "type",
             "text",
             "image_url",
             "image_file",
+            "file",
             "refusal",
             "url",
             "file_id",
+            "file_url",
+            "file_data",
+            "filename",
             "detail",
         ],
     };
@@ -466,6 +541,7 @@ mod tests {
                         json!({"type": "text", "text": ""}),
                         json!({"type": "image_url", "image_url": {"url": "u", "detail": "low"}}),
                         json!({"type": "image_file", "image_file": {"file_id": "f"}}),
+                        json!({"type": "file", "file": {"file_data": "d", "filename": "n"}}),
                         json!({"type": "refusal", "refusal": "no"}),
                         json!({"type": "text", "text": "a", "message": 1, "phase": "commentary",
                             "annotations": [{"type": "file_citation", "file_id": "f"}]}),
@@ -506,6 +582,12 @@ mod tests {
                         part.as_text().is_none_or(|text| *part == ContentPart::text(text))
                     };
                     prop_assert!(!parts.iter().all(is_plain));
+                }
+                Err(InvalidContent::File) => {
+                    let is_bad = |part: &ContentPart| matches!(
+                        part, ContentPart::File { file } if file.sources().count() != 1
+                    );
+                    prop_assert!(parts.iter().any(is_bad));
                 }
                 Err(InvalidContent::Nul) => prop_assert!(text.contains("\\u0000")),
             }

@@ -404,6 +404,9 @@ fn parts(role: Role, content: &[ContentPart]) -> impl Iterator<Item = Part<'_>> 
             ContentPart::Refusal { refusal, .. } => refusal.as_str().into(),
             ContentPart::ImageUrl { image_url } => format!("url {}", image_url.url).into(),
             ContentPart::ImageFile { image_file } => format!("file {}", image_file.file_id).into(),
+            ContentPart::File { file } => {
+                format!("file {}", file.sources().next().unwrap_or_default()).into()
+            }
             // It is in no message of the upstream thread.
             ContentPart::GeneratedImage { .. } => return None,
         };

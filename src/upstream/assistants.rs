@@ -14,7 +14,9 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::domain::{Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{
+    ContentPart, Message, ThreadId, UnsettledRun, UpstreamRunId, UpstreamThreadId,
+};
 use crate::upstream::error::{UpstreamError, unless_gone};
 use crate::upstream::history::history_page;
 use crate::upstream::port::{
@@ -54,6 +56,13 @@ impl Upstream for AssistantsUpstream {
             takes_output_parts: false,
             runs_without_input: true,
         }
+    }
+
+    fn refuses(&self, content: &[ContentPart]) -> Option<&'static str> {
+        let is_unknown = |part: &ContentPart| matches!(part, ContentPart::File { file } if file.file_id.is_none());
+        content.iter().any(is_unknown).then_some(
+            "this assistant's upstream takes a `file` by its `file_id` only: upload the file there first",
+        )
     }
 
     async fn create_thread(

@@ -108,6 +108,11 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
         Ok(Recovered::Unknown)
     }
 
+    /// Returns why the server can take no user's message with this content; `None` if it may.
+    fn refuses(&self, _content: &[ContentPart]) -> Option<&'static str> {
+        None
+    }
+
     /// Waits until a try on a thread that another run holds may succeed. With `cancel` the
     /// adapter ends the blocking run, if it is known and the server can. The adapter always ends
     /// a blocking run that carries the gateway's tag: an earlier run left it behind.

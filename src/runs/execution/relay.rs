@@ -7,9 +7,7 @@ use super::progress::Progress;
 use super::recover::recover;
 use super::round_context::{RoundContext, RoundEnd};
 use super::trial;
-use crate::domain::{
-    ContentPart, ReplyText, RunStatus, TextDelta, next_message, number_messages,
-};
+use crate::domain::{ContentPart, ReplyText, RunStatus, TextDelta, next_message, number_messages};
 use crate::error::Chain;
 use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};

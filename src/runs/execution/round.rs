@@ -263,11 +263,11 @@ impl Round<'_> {
         if capabilities.runs_without_input && !needs_other_thread {
             self.has_input = true;
         } else {
-            if capabilities.has_threads {
+            // The upstream has told the failure, so nothing more of the failed try will arrive.
+            if capabilities.has_threads || capabilities.goes_on_unread {
                 let left = unsettled_run(ctx, started, self.progress).await?;
                 let lease = &started.lease;
                 match take_away(ctx, lease, upstream, &left, Removal::IfSaid).await {
-                    Ok(settled) if settled.unsure => return Ok(Some(end)),
                     Ok(settled) if settled.has_history_of(&left) => {
                         prepared.history = History::default();
                     }

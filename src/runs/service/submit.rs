@@ -83,6 +83,12 @@ pub(in crate::runs) async fn submit(
             "`timeout_ms` must be between 1 and {max}"
         )));
     }
+    let refused = ctx
+        .upstream(&assistant.upstream)
+        .and_then(|upstream| upstream.refuses(new.content.parts()));
+    if let Some(why) = refused {
+        return Err(Error::Invalid(why.to_owned()));
+    }
     let reservation = match reserve(ctx, &key, &mut new, &assistant.upstream) {
         Ok(reservation) => reservation,
         // A repeat gets its earlier answer however busy this replica is.

@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::wire::content;
+use super::wire::message;
 use crate::config::UpstreamKind;
-use crate::domain::{CallAnswer, Message, ToolOutput, messages_of};
+use crate::domain::{CallAnswer, Message, Role, ToolOutput, messages_of};
 use crate::upstream::port::StartRun;
 use crate::upstream::tags::{body_of, message_tags, run_tags};
 
@@ -17,12 +17,9 @@ pub(super) fn run_body(request: &StartRun<'_>) -> Value {
         set("assistant_id", id.as_str().into());
     }
     let mut messages = history_messages(request.history);
-    messages.extend(request.input.iter().map(|message| {
-        json!({
-            "role": "user",
-            "content": content(&message.content),
-            "metadata": message_tags(Some(request.run), message.id),
-        })
+    messages.extend(request.input.iter().map(|input| {
+        let tags = message_tags(Some(request.run), input.id);
+        message(Role::User, &input.content, tags.into())
     }));
     if !messages.is_empty() {
         set("additional_messages", messages.into());
@@ -58,26 +55,13 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
 /// Returns the messages of earlier runs, each with the tag of its run. A message without content
 /// is left out, because no server accepts it.
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
-    let parts_of = |message: &'_ Message| {
-        messages_of(&message.content)
-            .map(content)
-            .collect::<Vec<_>>()
+    let tagged = |earlier: &Message| {
+        let tags = message_tags(earlier.run_id, earlier.id);
+        let each = messages_of(&earlier.content)
+            .map(|parts| message(earlier.role, parts, tags.clone().into()));
+        each.collect::<Vec<_>>()
     };
-    history
-        .iter()
-        .flat_map(|message| {
-            parts_of(message)
-                .into_iter()
-                .map(move |content| (message, content))
-        })
-        .map(|(message, content)| {
-            json!({
-                "role": message.role,
-                "content": content,
-                "metadata": message_tags(message.run_id, message.id),
-            })
-        })
-        .collect()
+    history.iter().flat_map(tagged).collect()
 }
 
 #[cfg(test)]
@@ -86,7 +70,7 @@ mod tests {
 
     use super::*;
     use crate::config::AssistantConfig;
-    use crate::domain::{ContentPart, MessageId, Metadata, Role, RunId, UpstreamThreadId};
+    use crate::domain::{ContentPart, MessageId, Metadata, RunId, UpstreamThreadId};
     use crate::store::InputMessage;
     use crate::upstream::tags::{a_message, an_owner};
 

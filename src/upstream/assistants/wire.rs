@@ -6,8 +6,8 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    ContentPart, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp, ToolCall,
-    ToolCallType, Usage,
+    ContentPart, File, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp,
+    ToolCall, ToolCallType, Usage,
 };
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::error::UpstreamError;
@@ -197,6 +197,15 @@ pub(super) struct MessageObject {
     role: Option<String>,
     #[serde(default)]
     content: Option<Vec<Value>>,
+    #[serde(default, deserialize_with = "lenient")]
+    attachments: Option<Vec<Attachment>>,
+}
+
+/// A file of a message.
+#[derive(Debug, Deserialize)]
+struct Attachment {
+    #[serde(default, deserialize_with = "lenient")]
+    file_id: Option<String>,
 }
 
 impl MessageObject {
@@ -219,12 +228,27 @@ impl MessageObject {
         self.metadata.as_ref()?.get(name)?.as_str()
     }
 
-    /// Returns the parts of known types that are not empty.
+    /// Returns the parts of known types that are not empty and, of a user's message, the attached
+    /// files after them.
     pub(super) fn into_parts(self) -> Vec<ContentPart> {
-        self.content
-            .unwrap_or_default()
+        let files = if self.is_reply() {
+            Vec::new()
+        } else {
+            self.attachments.unwrap_or_default()
+        };
+        let parts = self.content.unwrap_or_default();
+        let files = files.into_iter().filter_map(|file| {
+            let file_id = Some(file.file_id?);
+            let file = File {
+                file_id,
+                ..File::default()
+            };
+            Some(ContentPart::File { file })
+        });
+        parts
             .into_iter()
             .filter_map(part)
+            .chain(files)
             .filter(|part| part.size() > 0)
             .collect()
     }
@@ -332,15 +356,44 @@ pub(super) struct StreamedText {
     pub(super) value: Option<Box<RawValue>>,
 }
 
-/// Returns the content of a user's message: a bare string for a single text, else parts. Unlike
-/// in answers, a text part holds a plain string.
-pub(super) fn content(parts: &[ContentPart]) -> Value {
+/// Returns a message for a request. The server takes files beside the content, as attachments, and
+/// gives them to its file search.
+pub(super) fn message(role: Role, parts: &[ContentPart], metadata: Value) -> Value {
+    let mut message = json!({"role": role, "content": content(parts), "metadata": metadata});
+    let files: Vec<Value> = parts
+        .iter()
+        .filter_map(attached)
+        .map(|id| json!({"file_id": id, "tools": [{"type": "file_search"}]}))
+        .collect();
+    if !files.is_empty() {
+        message["attachments"] = files.into();
+    }
+    message
+}
+
+/// Returns the id of a file that the server can attach.
+fn attached(part: &ContentPart) -> Option<&str> {
+    match part {
+        ContentPart::File { file } => file.file_id.as_deref(),
+        _ => None,
+    }
+}
+
+/// Returns the content of a message: a bare string for a single text, else parts. Unlike in
+/// answers, a text part holds a plain string. A note stands for a file that the server cannot
+/// attach, and for content that is nothing but files.
+fn content(parts: &[ContentPart]) -> Value {
     if let [ContentPart::Text { text, .. }] = parts
         && text.len() <= MAX_TEXT
     {
         return text.as_str().into();
     }
+    let note = |name: Option<&str>| {
+        let name = name.map_or_else(String::new, |name| format!(" {name}"));
+        json!({"type": "text", "text": format!("[file{name}]")})
+    };
     let part = |part: &ContentPart| match part {
+        ContentPart::File { file } => vec![note(file.filename.as_deref())],
         ContentPart::Text { text, .. } | ContentPart::Refusal { refusal: text, .. } => {
             pieces(text, MAX_TEXT)
                 .into_iter()
@@ -358,7 +411,13 @@ pub(super) fn content(parts: &[ContentPart]) -> Value {
             vec![json!({"type": "image_file", "image_file": image_file})]
         }
     };
-    parts.iter().flat_map(part).collect()
+    let inline = parts.iter().filter(|part| attached(part).is_none());
+    let content: Vec<Value> = inline.flat_map(part).collect();
+    if content.is_empty() {
+        vec![note(None)].into()
+    } else {
+        content.into()
+    }
 }
 
 #[cfg(test)]

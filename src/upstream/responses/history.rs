@@ -29,7 +29,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::domain::{ContentPart, ImageFile, ImageUrl, Role};
+    use crate::domain::{ContentPart, File, ImageFile, ImageUrl, Role};
 
     #[test]
     fn messages_of_user_and_assistant_become_entries() {
@@ -64,6 +64,12 @@ mod tests {
                     image_file: ImageFile {
                         file_id: "file_1".to_owned(),
                         detail: None
+                    }
+                },
+                ContentPart::File {
+                    file: File {
+                        file_id: Some("file_2".to_owned()),
+                        ..File::default()
                     }
                 },
             ]

@@ -6,7 +6,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    CallAnswer, ContentPart, GeneratedImage, ImageFile, ImageUrl, Message, OutputContent,
+    CallAnswer, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, Message, OutputContent,
     OutputPart, Phase, Role, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage, append_messages,
     messages_of,
 };
@@ -258,6 +258,16 @@ fn input_part_said(part: &Value) -> Option<ContentPart> {
                 })
             };
             by_url.or_else(by_file)
+        }
+        "input_file" => {
+            let file = File {
+                file_id: text("file_id"),
+                file_url: text("file_url"),
+                file_data: text("file_data"),
+                filename: text("filename"),
+            };
+            let has_source = file.sources().next().is_some();
+            has_source.then_some(ContentPart::File { file })
         }
         _ => None,
     }
@@ -530,6 +540,11 @@ fn input_parts(part: &ContentPart) -> Vec<Value> {
             "type": "input_image", "image_url": image_url.url,
             "detail": image_url.detail.as_deref().unwrap_or("auto"),
         }),
+        ContentPart::File { file } => {
+            let mut part = json!(file);
+            part["type"] = "input_file".into();
+            part
+        }
         ContentPart::ImageFile { image_file } => json!({
             "type": "input_image", "file_id": image_file.file_id,
             "detail": image_file.detail.as_deref().unwrap_or("auto"),

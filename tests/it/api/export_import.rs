@@ -352,7 +352,7 @@ async fn bad_import_lines_are_reported_and_rest_imported(
         (json!({"type": "thread", "key": {"user": "bob"}, "id": id}).to_string(), ""),
         (message("user", json!("")).to_string(), "content must not be empty"),
         (message("user", json!([{"type": "refusal", "refusal": "x"}])).to_string(), "`refusal` is for replies"),
-        (message("user", json!([{"type": "audio"}])).to_string(), "`content[0].type`: must be one of `text`, `image_url`, `image_file`"),
+        (message("user", json!([{"type": "audio"}])).to_string(), "`content[0].type`: must be one of `text`, `image_url`, `image_file`, `file`"),
         (message("system", json!("x")).to_string(), "`role` must be `user` or `assistant`: leave out"),
         (message("user", json!("Good")).to_string(), ""),
         (json!({"type": "thread", "key": {"user": "carol"}, "id": id}).to_string(), "a thread of another key"),

@@ -291,6 +291,7 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
         {"type": "text", "text": "What is this?"},
         {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "low"}},
         {"type": "image_file", "image_file": {"file_id": "file-1"}},
+        {"type": "file", "file": {"file_id": "file-2", "filename": "bill.pdf"}},
     ]);
     let answer = gateway
         .post("/v1/users/alice/messages", &json!({"content": parts}))
@@ -301,13 +302,31 @@ async fn content_parts_reach_the_upstream(scene: Scene) {
     assert_eq!(transcript["data"][0]["content"], parts);
     let sent = scene.simulator.recorded().pop().unwrap().body.to_string();
     assert!(
-        sent.contains("https://example.com/cat.png") && sent.contains("file-1"),
+        ["https://example.com/cat.png", "file-1", "file-2"]
+            .iter()
+            .all(|it| sent.contains(it)),
         "{sent}"
     );
     assert!(
         sent.contains("Be kind."),
         "the instructions are sent: {sent}"
     );
+    for source in ["file_url", "file_data"] {
+        let content = json!([{"type": "file", "file": {source: "data:application/pdf;base64,AA"}}]);
+        let answer = gateway
+            .post("/v1/users/alice/messages", &json!({"content": content}))
+            .await;
+        if scene.protocol == Protocol::Assistants {
+            assert_eq!(answer.problem(), (422, "invalid-request"));
+        } else {
+            answer.ok();
+            let sent = scene.simulator.recorded().pop().unwrap().body.to_string();
+            assert!(
+                sent.contains(source) && sent.contains("input_file"),
+                "{sent}"
+            );
+        }
+    }
 }
 
 async fn half_of_a_pair_is_taken_as_replacement_character(scene: Scene) {

@@ -33,7 +33,13 @@ async fn bad_requests_are_refused_with_typed_problem() {
             json!({"content": [{"type": "video"}]}),
             422,
             "invalid-request",
-            "`content[0].type`: must be one of `text`, `image_url`, `image_file`",
+            "`content[0].type`: must be one of `text`, `image_url`, `image_file`, `file`",
+        ),
+        (
+            json!({"content": [{"type": "file", "file": {"file_id": "f", "file_url": "u"}}]}),
+            422,
+            "invalid-request",
+            "exactly one of `file_id`, `file_url` and `file_data`",
         ),
         (
             json!({"content": [{"type": "image_url", "image_url": "u"}]}),
