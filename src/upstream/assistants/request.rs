@@ -42,26 +42,17 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
 /// Returns the messages of earlier runs, each with the tag of its run. A message without content
 /// is left out, because no server accepts it.
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
-    let parts_of = |message: &'_ Message| {
-        messages_of(&message.content)
-            .map(content)
-            .collect::<Vec<_>>()
-    };
-    history
-        .iter()
-        .flat_map(|message| {
-            parts_of(message)
-                .into_iter()
-                .map(move |content| (message, content))
-        })
-        .map(|(message, content)| {
-            json!({
+    let mut messages = Vec::new();
+    for message in history {
+        for parts in messages_of(&message.content) {
+            messages.push(json!({
                 "role": message.role,
-                "content": content,
+                "content": content(parts),
                 "metadata": message_tags(message.run_id, message.id),
-            })
-        })
-        .collect()
+            }));
+        }
+    }
+    messages
 }
 
 #[cfg(test)]
