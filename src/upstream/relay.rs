@@ -140,8 +140,10 @@ impl<D: Decoder> Relay<D> {
             consume_budget().await;
             let read = match self.events.next().await {
                 Some(Ok(event)) => self.decoder.read(event, &mut self.out),
+                Some(Err(UpstreamError::Broken { timeout: false })) | None => {
+                    Err(self.decoder.unended().into())
+                }
                 Some(Err(error)) => Err(error.into()),
-                None => Err(self.decoder.unended().into()),
             };
             let read = read.and_then(|()| {
                 if self.decoder.held() > self.limit {

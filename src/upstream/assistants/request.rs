@@ -55,13 +55,14 @@ pub(super) fn outputs_body(outputs: &[ToolOutput]) -> Value {
 /// Returns the messages of earlier runs, each with the tag of its run. A message without content
 /// is left out, because no server accepts it.
 pub(super) fn history_messages(history: &[Message]) -> Vec<Value> {
-    let tagged = |earlier: &Message| {
-        let tags = message_tags(earlier.run_id, earlier.id);
-        let each = messages_of(&earlier.content)
-            .map(|parts| message(earlier.role, parts, tags.clone().into()));
-        each.collect::<Vec<_>>()
-    };
-    history.iter().flat_map(tagged).collect()
+    let mut messages = Vec::new();
+    for earlier in history {
+        for parts in messages_of(&earlier.content) {
+            let tags = message_tags(earlier.run_id, earlier.id);
+            messages.push(message(earlier.role, parts, tags.into()));
+        }
+    }
+    messages
 }
 
 #[cfg(test)]
