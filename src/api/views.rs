@@ -60,7 +60,7 @@ pub(super) struct PostMessage {
 pub(super) struct PostOutputs {
     /// One answer for each call of the run's `required_action`.
     #[serde(deserialize_with = "outputs")]
-    #[schema(value_type = Vec<Output>)]
+    #[schema(value_type = Vec<Answer>)]
     pub(super) tool_outputs: Vec<ToolOutput>,
     /// `true`: the answer is a stream of events. If absent, the header `Accept` decides.
     pub(super) stream: Option<bool>,
@@ -71,7 +71,7 @@ pub(super) struct PostOutputs {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(as = ToolOutput)]
-struct Output {
+struct Answer {
     /// The id of the call.
     #[schema(pattern = r"^[^\u0000]*$")]
     tool_call_id: String,
@@ -137,15 +137,15 @@ impl PartialSchema for OutputBody {
 }
 
 fn outputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ToolOutput>, D::Error> {
-    let given = Vec::<Output>::deserialize(deserializer)?;
+    let given = Vec::<Answer>::deserialize(deserializer)?;
     given
         .into_iter()
         .map(|it| tool_output(it).map_err(de::Error::custom))
         .collect()
 }
 
-fn tool_output(given: Output) -> Result<ToolOutput, &'static str> {
-    let Output {
+fn tool_output(given: Answer) -> Result<ToolOutput, &'static str> {
+    let Answer {
         tool_call_id,
         output,
         approve,

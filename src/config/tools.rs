@@ -44,6 +44,9 @@ const OF_ASSISTANTS: [(&str, &[&str]); 3] = [
     ("code_interpreter", &[]),
 ];
 
+/// The fields of which an MCP tool needs one.
+const MCP_PLACES: [&str; 3] = ["server_url", "connector_id", "tunnel_id"];
+
 const FLAT: &str = "{ type = \"function\", name = \"…\", description = \"…\", parameters = { type = \"object\", … } }";
 const NESTED: &str =
     "{ type = \"function\", function = { name = \"…\", description = \"…\", parameters = { … } } }";
@@ -90,8 +93,7 @@ pub(super) fn examine(kind: UpstreamKind, tool: &Map<String, Value>) -> Option<F
             "has a `type` that the published API does not know, so the upstream may refuse every run{meant}"
         )));
     };
-    const PLACES: [&str; 3] = ["server_url", "connector_id", "tunnel_id"];
-    if kind_of_tool == "mcp" && !PLACES.iter().any(|field| tool.contains_key(*field)) {
+    if kind_of_tool == "mcp" && !MCP_PLACES.iter().any(|field| tool.contains_key(*field)) {
         return Some(Finding::Doubt(
             "has none of `server_url`, `connector_id` and `tunnel_id`, and without one the published \
              API refuses every run"

@@ -227,6 +227,7 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
 
 /// What an upstream server can do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Capabilities {
     /// Longest time that a thread stays locked after its run has ended.
     pub lock_window: Duration,

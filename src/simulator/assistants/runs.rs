@@ -482,9 +482,11 @@ fn new_run(
     }
 }
 
-/// Returns the lists of answers that a request has, each with its name. An answer is the id of a
-/// call, and a text.
-fn answers(fields: &mut Fields) -> Result<Vec<(&'static str, Vec<(String, String)>)>, ApiError> {
+/// Answers: the id of a call, and a text.
+type Answers = Vec<(String, String)>;
+
+/// Returns the lists of answers that a request has, each with its name.
+fn answers(fields: &mut Fields) -> Result<Vec<(&'static str, Answers)>, ApiError> {
     let mut lists = Vec::new();
     for (list, field) in [("tool_outputs", "output"), ("tool_approvals", "approve")] {
         let Some(answers) = fields.array(list, usize::MAX)? else {

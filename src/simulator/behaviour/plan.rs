@@ -483,10 +483,10 @@ mod tests {
             name: name.to_owned(),
         };
         assert_eq!(plan.tools, [call("function", "get_weather")]);
-        let (plan, _) = Plan::of_text("[[sim: tool=mcp_approval:find]]").unwrap();
-        assert_eq!(plan.tools, [call("mcp_approval", "find")]);
         assert_eq!(plan.interval, Some(Duration::from_millis(20)));
         assert_eq!(plan.outcome, Outcome::Fail);
+        let (plan, _) = Plan::of_text("[[sim: tool=mcp_approval:find]]").unwrap();
+        assert_eq!(plan.tools, [call("mcp_approval", "find")]);
     }
 
     #[test]

@@ -60,7 +60,10 @@ const KNOWN: [&str; 30] = [
 /// Creates a response. Dropping the future, or the body of its answer, ends a response that is
 /// not in the background.
 pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
-    let request = NewResponse::read(call.body)?;
+    let mut request = NewResponse::read(call.body)?;
+    if of_fault(call.fault.as_deref())?.forget {
+        request.previous = None;
+    }
     let (generation, answer) = start(server, request, call.fault.as_deref())?;
     let (drops, late_head) = (
         generation.plan().drop.is_some(),
@@ -189,16 +192,11 @@ fn start(
     let mut guard = server.world();
     let world = &mut *guard;
     let id = server.id("resp");
-    let mut asked = Plan::default();
-    asked
-        .apply(fault.unwrap_or_default())
-        .map_err(ApiError::invalid)?;
-    let previous = request.previous.filter(|_| !asked.forget);
     let (base, lane) = base(
         server,
         world,
         request.conversation.as_deref(),
-        previous.as_deref(),
+        request.previous.as_deref(),
         &given,
     )?;
     let context = with_input(base, &input, fault)?;
@@ -219,7 +217,7 @@ fn start(
         incomplete_details: None,
         output: Vec::new(),
         conversation: request.conversation.as_ref().map(|id| json!({"id": id})),
-        previous_response_id: previous,
+        previous_response_id: request.previous,
         background: request.background,
         store: request.store,
         usage: None,
@@ -290,6 +288,13 @@ fn start(
     Ok((generation, answer))
 }
 
+fn of_fault(fault: Option<&str>) -> Result<Plan, ApiError> {
+    let mut plan = Plan::default();
+    plan.apply(fault.unwrap_or_default())
+        .map_err(ApiError::invalid)?;
+    Ok(plan)
+}
+
 fn accepted<'a>(response: &'a Response, input: &[Value]) -> Accepted<'a> {
     let users = input
         .iter()
@@ -313,10 +318,7 @@ fn with_input(
     input: &[Value],
     fault: Option<&str>,
 ) -> Result<Context, ApiError> {
-    let mut plan = Plan::default();
-    plan.apply(fault.unwrap_or_default())
-        .map_err(ApiError::invalid)?;
-    if plan.complaint.is_none() {
+    if of_fault(fault)?.complaint.is_none() {
         context.accept(input)?;
         return Ok(context);
     }

@@ -55,7 +55,7 @@ impl Context {
             }
             "mcp_approval_request" => self.open_calls.push(OpenCall::new(kind, id("id"))),
             kind if CALLS.contains(&kind) => {
-                self.open_calls.push(OpenCall::new(kind, id("call_id")))
+                self.open_calls.push(OpenCall::new(kind, id("call_id")));
             }
             kind if is_answer(kind) => {
                 let call = answered(item).to_owned();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::wire::{Envelope, ItemHead, ResponseHead, ResponseObject};
@@ -57,8 +58,8 @@ pub(super) struct Previous {
 impl Previous {
     /// Checks what the server says of the response on which a new one builds. A server that says
     /// nothing is trusted.
-    fn is_forgotten(&self, said: Option<&Option<String>>) -> bool {
-        let is_forgotten = said.is_some_and(|said| said.as_ref() != Some(&self.id));
+    fn is_forgotten(&self, said: Option<&Value>) -> bool {
+        let is_forgotten = said.is_some_and(|said| said.as_str() != Some(&self.id));
         if is_forgotten && !self.is_ignored.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "the upstream ignores `previous_response_id`, so each request now holds the whole \
@@ -392,7 +393,7 @@ fn unreadable() -> UpstreamError {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::domain::{ContentPart, Usage};

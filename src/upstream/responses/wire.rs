@@ -57,14 +57,15 @@ pub(super) struct ResponseHead {
     pub(super) id: String,
     #[serde(default, deserialize_with = "lenient")]
     status: Option<String>,
-    /// The response on which this one builds; `Some(None)` if the server says that there is none.
+    /// The response on which this one builds: null if the server says that there is none, `None` if
+    /// it says nothing.
     #[serde(default, deserialize_with = "present")]
-    pub(super) previous_response_id: Option<Option<String>>,
+    pub(super) previous_response_id: Option<Value>,
 }
 
 /// Reads a field that is there, so that null differs from an absent field.
-fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
-    lenient(deserializer).map(Some)
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 impl ResponseHead {
