@@ -1172,7 +1172,7 @@ mod tests {
         );
         let text = both(
             "kind = \"responses\"\nlock_window = \"11y\"\nbreaker_open_duration = \"0s\"\nbreaker_window = \"0s\"",
-            "model = \"m\"\ntimeout = \"11m\"",
+            "model = \"m\"\ntimeout = \"31m\"",
         );
         assert_problems(
             &text,

@@ -57,6 +57,8 @@ pub struct Thread {
     pub unsynced_messages: i64,
     /// What an earlier run may have left at the upstream, while that is not known.
     pub unsettled_run: Option<UnsettledRun>,
+    /// The usage of all runs that had one.
+    pub usage: Usage,
     /// Tokens of the newest run with a usage, input and output.
     pub context_tokens: i64,
 }

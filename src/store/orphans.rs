@@ -75,9 +75,14 @@ static RESOLVE_UNKNOWN: Statement = Statement::new(
     "UPDATE upstream_orphans SET created_by = NULL WHERE id = :intent",
 );
 
+/// A thread on trial is a run's as long as the run is active.
 const DUE_ORPHANS: &str = "SELECT {upstream_orphan o}
     FROM upstream_orphans o
     WHERE o.due_at <= {now}
+        AND NOT EXISTS (
+            SELECT 1 FROM runs r
+            WHERE r.thread_id = o.thread_id AND {active r} AND r.recovery -> 'trial' ->> 'thread' = o.upstream_id
+        )
     ORDER BY o.due_at
     LIMIT :limit {0}";
 

@@ -93,6 +93,10 @@ pub(super) struct ThreadRow {
     t_upstream_cleanup: Option<Json<Removed>>,
     t_unsynced_messages: i64,
     t_unsettled_run: Option<Json<UnsettledRun>>,
+    t_input_tokens: i64,
+    t_cached_input_tokens: i64,
+    t_output_tokens: i64,
+    t_reasoning_tokens: i64,
     t_context_tokens: i64,
 }
 
@@ -131,8 +135,28 @@ impl TryFrom<ThreadRow> for Thread {
                 .unwrap_or_default(),
             unsynced_messages: row.t_unsynced_messages,
             unsettled_run: row.t_unsettled_run.map(|json| json.0),
+            usage: usage_of(
+                row.t_input_tokens,
+                row.t_cached_input_tokens,
+                row.t_output_tokens,
+                row.t_reasoning_tokens,
+            ),
             context_tokens: row.t_context_tokens,
         })
+    }
+}
+
+/// Returns the usage of a thread. Its cached and reasoning tokens are zero if no upstream counts
+/// them.
+fn usage_of(input: i64, cached: i64, output: i64, reasoning: i64) -> Usage {
+    let [input, cached, output, reasoning] =
+        [input, cached, output, reasoning].map(|tokens| u64::try_from(tokens).unwrap_or(0));
+    Usage {
+        input_tokens: input,
+        output_tokens: output,
+        total_tokens: input.saturating_add(output),
+        cached_input_tokens: Some(cached),
+        reasoning_tokens: Some(reasoning),
     }
 }
 

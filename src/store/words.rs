@@ -447,7 +447,8 @@ fn types(prefix: &str, names: &str) -> String {
 const THREAD: &str = "id tenant user_key [scope_kind] scope_name upstream upstream_thread_id [lifecycle] \
     previous_thread_id metadata message_count run_count created_at last_active_at max_age_ms \
     max_idle_ms archived_at [deletion] rollover_pending carried_messages upstream_cleanup \
-    unsynced_messages unsettled_run context_tokens";
+    unsynced_messages unsettled_run input_tokens cached_input_tokens output_tokens reasoning_tokens \
+    context_tokens";
 
 const RUN: &str = "id thread_id seq [status] [strategy] assistant metadata fence upstream_run_id required_action \
     error usage recovery created_at started_at finished_at deadline_at rollback_pending";

@@ -309,6 +309,7 @@ impl UpstreamClient {
         query: &[(&str, &str)],
         body: Option<&Value>,
     ) -> Result<SseStream, Rejection> {
+        let is_question = method == Method::GET;
         let response = self
             .send(method, segments, query, body, "text/event-stream")
             .await?;
@@ -318,15 +319,24 @@ impl UpstreamClient {
                 self.max_bytes,
             ));
         }
-        if has_type(response.headers(), "application/json")
-            && let Some(body) = self.read(response, self.max_bytes).await?
+        if !has_type(response.headers(), "application/json") {
+            return Err(not_a_stream());
+        }
+        let whole = self.read(response, self.max_bytes);
+        // A question can be asked again.
+        let whole = if is_question {
+            in_time(self.call_timeout, whole).await?
+        } else {
+            whole.await?
+        };
+        if let Some(body) = whole
             && !is_dense(&body)
             && let Ok(data) = String::from_utf8(body)
             && (is_whole_run(&data) || tells_error(&data))
         {
             return Ok(stream::iter([Ok(SseEvent { name: None, data })]).boxed());
         }
-        Err(UpstreamError::Protocol("the answer is not an event stream".to_owned()).into())
+        Err(not_a_stream())
     }
 
     /// Sends one request. An answer that is not a success is an error. Only the caller limits the
@@ -645,6 +655,10 @@ fn refuse_told_error(body: &[u8]) -> Result<(), UpstreamError> {
 }
 
 /// Returns true if the JSON text is a run or a response.
+fn not_a_stream() -> Rejection {
+    UpstreamError::Protocol("the answer is not an event stream".to_owned()).into()
+}
+
 fn is_whole_run(json: &str) -> bool {
     #[derive(Deserialize)]
     struct Run {

@@ -9,7 +9,7 @@ use super::{ListView, RunView};
 use crate::domain::{
     Deletion, DeletionId, Lifecycle, LifecycleTask, MessageId, Metadata, Page, Removed, Role, Run,
     RunError, RunId, RunStatus, Thread, ThreadActivity, ThreadId, ThreadState, Timestamp,
-    UpstreamOutcome, UpstreamThreadId,
+    UpstreamOutcome, UpstreamThreadId, Usage,
 };
 use crate::lifecycle::{DryRun, PassSummary, Plan};
 use crate::runs::{Runs, Verified};
@@ -56,6 +56,8 @@ pub(in crate::api) struct ThreadView {
     #[schema(required)]
     previous_thread: Option<ThreadId>,
     message_count: i64,
+    /// The tokens of all its runs, as the upstream counted them.
+    usage: Usage,
     run_count: i64,
     created_at: DateTime<Utc>,
     last_active_at: DateTime<Utc>,
@@ -89,6 +91,7 @@ impl ThreadView {
             upstream_thread_id: thread.upstream_thread_id,
             previous_thread: thread.previous_thread,
             message_count: thread.message_count,
+            usage: thread.usage,
             run_count: thread.run_count,
             created_at: thread.created_at,
             last_active_at: thread.last_active_at,

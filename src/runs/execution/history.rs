@@ -15,8 +15,6 @@ pub(in crate::runs) const PAGE: u32 = 500;
 pub(in crate::runs) const MAX_MESSAGES: usize = 5000;
 pub(in crate::runs) const MAX_BYTES: usize = 16 * 1024 * 1024;
 
-/// Most bytes of the messages that a fresh thread begins with after a rollover.
-const MAX_CARRIED_BYTES: usize = 4 * 1024 * 1024;
 /// Bytes of text that count as a token, and tokens that a picture or file counts. Tokenizers differ,
 /// so this is an estimate.
 const TOKEN_BYTES: usize = 4;
@@ -153,7 +151,6 @@ impl Room {
     /// Returns the room for messages that are carried over into a fresh thread.
     pub(in crate::runs) fn for_carried(self, max_tokens: u32) -> Self {
         Self {
-            bytes: self.bytes.min(MAX_CARRIED_BYTES),
             tokens: usize::try_from(max_tokens).unwrap_or(usize::MAX),
             ..self
         }

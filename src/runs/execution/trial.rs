@@ -45,6 +45,11 @@ pub(in crate::runs) async fn accept(
             missing_only: false,
             carried: Some(recovery.omitted.carried),
         };
+        tracing::warn!(
+            thread.id = %started.thread.id,
+            first_position = omitted.before,
+            "the upstream thread begins later than the conversation; its older messages are withheld from the model"
+        );
         write_until_ok(|| ctx.store.withhold_earlier(&started.lease, &omitted)).await?;
     }
     if let Some(trial) = &recovery.trial {

@@ -384,7 +384,7 @@ mod tests {
     use crate::domain::{
         ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Origin, Removed, Run,
         RunId, RunStatus, Scope, TenantKey, TextDelta, Thread, ThreadActivity, ThreadId,
-        ThreadState, ToolCall, UserKey,
+        ThreadState, ToolCall, Usage, UserKey,
     };
     use crate::runs::log::stored::seen_from;
 
@@ -452,6 +452,7 @@ mod tests {
             removed: Removed::default(),
             unsynced_messages: 0,
             unsettled_run: None,
+            usage: Usage::default(),
             context_tokens: 0,
         };
         let run = Run {

@@ -49,7 +49,7 @@ async fn refusals_cancels_and_cut_streams_keep_breaker_closed(scene: Scene) {
     for refusal in [
         "status=429 code=insufficient_quota",
         "status=401",
-        "status=400",
+        "status=403",
         "status=501",
     ] {
         scene.fault("start", refusal, 1);

@@ -103,8 +103,8 @@ async fn upstream_refusal_is_reported_with_reason(scene: Scene) {
         ),
         (
             "status=400 code=context_length_exceeded",
-            (422, "context-full"),
-            "context_full",
+            (422, "message-refused"),
+            "message_refused",
             None,
         ),
     ] {
@@ -258,7 +258,7 @@ async fn run_that_fails_before_it_says_anything_is_repeated(scene: Scene) {
 
         fails("rate_limit_exceeded", 3);
         let refused = say(&gateway, "once more").await;
-        assert_eq!(refused.body["code"], "upstream_failed");
+        assert_eq!(refused.body["code"], "upstream_rate_limited");
         assert!(refused.headers.contains_key("retry-after"));
         works_again(&gateway).await;
         assert_same(&scene, &gateway, SCOPE).await;

@@ -369,7 +369,7 @@ async fn hostile_error_bodies_are_contained(way: Way) {
         "drip",
     ] {
         way.scene
-            .fault("start", &format!("status=400 hostile={kind}"), 1);
+            .fault("start", &format!("status=403 hostile={kind}"), 1);
         watch
             .refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE)
             .await;

@@ -439,17 +439,20 @@ async fn message_refused_or_cancelled_is_never_sent_later(scene: Scene) {
             say(&gateway, &format!("oh [[sim: {refusal}]]"))
                 .await
                 .problem(),
-            if refusal == "status=429" {
-                (503, "upstream-rate-limited")
-            } else {
-                (502, "upstream-error")
+            match refusal {
+                "status=429" => (503, "upstream-rate-limited"),
+                "status=400" => (422, "message-refused"),
+                _ => (502, "upstream-error"),
             }
         );
-        assert_eq!(
-            scene.upstream_threads(),
-            threads,
-            "the gateway creates nothing again for a {refusal}"
-        );
+        // Only where the thread may be at fault are others tried.
+        if !matches!(refusal, "status=400" | "status=404") {
+            assert_eq!(
+                scene.upstream_threads(),
+                threads,
+                "the gateway creates nothing again for a {refusal}"
+            );
+        }
     }
     // The same holds for a run that was cancelled while it was queued.
     scene.simulator.hold();
