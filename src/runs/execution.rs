@@ -28,4 +28,5 @@ pub(super) mod store_retry;
 
 pub(super) mod failure;
 pub(super) mod history;
+
 pub(super) mod ladder;

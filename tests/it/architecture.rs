@@ -141,6 +141,7 @@ fn rooms_of_runs_point_one_way() {
         "log",
         "notifications",
         "breaker",
+        "recovery_budget",
         "backoff",
     ];
     let tree = Tree::read();

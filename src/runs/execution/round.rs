@@ -408,7 +408,7 @@ impl Round<'_> {
             Err(Failure::Upstream(error)) if !matches!(error, UpstreamError::Broken { .. }) => {
                 permit.answered();
             }
-            Ok(_) | Err(Failure::Conflict { .. }) => permit.answered(),
+            Ok(_) | Err(Failure::Conflict { .. } | Failure::MessageRefused(_)) => permit.answered(),
             Err(_) => {}
         }
     }

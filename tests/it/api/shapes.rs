@@ -53,6 +53,7 @@ async fn message_answer_has_thread_run_and_reply() {
         "id": "[id]",
         "metadata": {},
         "multitask_strategy": "enqueue",
+        "recovered": null,
         "required_action": null,
         "rolled_back": false,
         "started_at": "[started_at]",
@@ -85,7 +86,14 @@ async fn message_answer_has_thread_run_and_reply() {
         "run_count": 1,
         "state": "idle",
         "upstream": "simulated",
-        "upstream_thread_id": "[upstream_thread_id]"
+        "upstream_thread_id": "[upstream_thread_id]",
+        "usage": {
+          "cached_input_tokens": 0,
+          "input_tokens": 1,
+          "output_tokens": 10,
+          "reasoning_tokens": 0,
+          "total_tokens": 11
+        }
       }
     }
     "#);
@@ -113,6 +121,7 @@ async fn accepted_message_answer_has_no_reply() {
         "id": "[id]",
         "metadata": {},
         "multitask_strategy": "enqueue",
+        "recovered": null,
         "required_action": null,
         "rolled_back": false,
         "started_at": "[started_at]",
@@ -139,7 +148,14 @@ async fn accepted_message_answer_has_no_reply() {
         "run_count": 1,
         "state": "active",
         "upstream": "simulated",
-        "upstream_thread_id": null
+        "upstream_thread_id": null,
+        "usage": {
+          "cached_input_tokens": 0,
+          "input_tokens": 0,
+          "output_tokens": 0,
+          "reasoning_tokens": 0,
+          "total_tokens": 0
+        }
       }
     }
     "#);
@@ -162,6 +178,7 @@ async fn run_with_function_call_has_required_action() {
       "id": "[id]",
       "metadata": {},
       "multitask_strategy": "enqueue",
+      "recovered": null,
       "required_action": {
         "tool_calls": [
           {
@@ -279,6 +296,7 @@ async fn stream_has_each_event_with_its_data() {
             "id": "[id]",
             "metadata": {},
             "multitask_strategy": "enqueue",
+            "recovered": null,
             "required_action": null,
             "rolled_back": false,
             "started_at": "[started_at]",
@@ -351,7 +369,14 @@ async fn lists_have_first_and_last_ids() {
           "run_count": 1,
           "state": "idle",
           "upstream": "simulated",
-          "upstream_thread_id": "[upstream_thread_id]"
+          "upstream_thread_id": "[upstream_thread_id]",
+          "usage": {
+            "cached_input_tokens": 0,
+            "input_tokens": 1,
+            "output_tokens": 10,
+            "reasoning_tokens": 0,
+            "total_tokens": 11
+          }
         }
       ],
       "first_id": "[first_id]",
