@@ -238,6 +238,7 @@ struct Started {
 }
 
 #[derive(Serialize, ToSchema)]
+#[expect(clippy::struct_field_names, reason = "the run has the same name")]
 struct Recovered<'a> {
     run_id: RunId,
     thread_id: ThreadId,

@@ -100,8 +100,8 @@ mod tests {
 
     /// Writes each UTF-16 unit as an escape, as a JSON string.
     fn escaped(units: &[u16]) -> String {
-        let escapes: String = units.iter().map(|unit| format!("\\u{unit:04x}")).collect();
-        format!("\"{escapes}\"")
+        let escapes: Vec<String> = units.iter().map(|unit| format!("\\u{unit:04x}")).collect();
+        format!("\"{}\"", escapes.concat())
     }
 
     #[test]

@@ -115,12 +115,11 @@ impl ThreadCreation {
             carried_users: 0,
         };
         loop {
-            let recorded = match &recovery {
-                Some(recovery) => self.store.record_recovery(&self.lease, recovery).await,
-                None => {
-                    let (lease, binding) = (&self.lease, binding.clone());
-                    self.store.bind_upstream_thread(lease, binding).await
-                }
+            let recorded = if let Some(recovery) = &recovery {
+                self.store.record_recovery(&self.lease, recovery).await
+            } else {
+                let (lease, binding) = (&self.lease, binding.clone());
+                self.store.bind_upstream_thread(lease, binding).await
             };
             match recorded {
                 Ok(Bound::Done) => return Ok((made, recovery)),

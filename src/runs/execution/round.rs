@@ -150,27 +150,26 @@ impl Round<'_> {
                 Err(error) => error,
             };
             self.hears_of_failure(&error);
-            match self.recover_from(&error, &prepared).await? {
-                Some(next) => prepared = next,
-                None => {
-                    let was_busy = matches!(error, UpstreamError::Busy { .. });
-                    if error.is_ambiguous() {
-                        ambiguous_error = Some(error.clone());
-                    }
-                    if let Next::Follow(events) = self.after(error, &mut retries).await? {
-                        return self.relay(events, Telling::Again).await;
-                    }
-                    // This run may hold the thread after all, or an earlier run's traces may.
-                    if was_busy
-                        && let Some(error) = &ambiguous_error
-                        && let Some(events) = self.came_in_late(error).await?
-                    {
-                        return self.relay(events, Telling::Again).await;
-                    }
-                    if was_busy && !prepared.is_rebuilt && started.thread.unsettled_run.is_some() {
-                        prepared = prepare_again(self.context, prepared).await?;
-                    }
-                }
+            if let Some(next) = self.recover_from(&error, &prepared).await? {
+                prepared = next;
+                continue;
+            }
+            let was_busy = matches!(error, UpstreamError::Busy { .. });
+            if error.is_ambiguous() {
+                ambiguous_error = Some(error.clone());
+            }
+            if let Next::Follow(events) = self.after(error, &mut retries).await? {
+                return self.relay(events, Telling::Again).await;
+            }
+            // This run may hold the thread after all, or an earlier run's traces may.
+            if was_busy
+                && let Some(error) = &ambiguous_error
+                && let Some(events) = self.came_in_late(error).await?
+            {
+                return self.relay(events, Telling::Again).await;
+            }
+            if was_busy && !prepared.is_rebuilt && started.thread.unsettled_run.is_some() {
+                prepared = prepare_again(self.context, prepared).await?;
             }
         }
     }

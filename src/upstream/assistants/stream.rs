@@ -97,7 +97,7 @@ impl StreamDecoder {
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Option<Result<(), Rejection>> {
         match kind(event)? {
-            Kind::Run(named) => return self.run(named, parse(&event.data)?, out),
+            Kind::Run(named) => return Some(self.run(named, parse(&event.data)?, out)),
             Kind::MessageDelta => self.delta(serde_json::from_str(&event.data).ok()?, out)?,
             Kind::MessageEnd => self.message(parse(&event.data)?),
             Kind::Error => {
@@ -131,18 +131,18 @@ impl StreamDecoder {
         named: Option<RunStatus>,
         run: RunObject,
         out: &mut VecDeque<UpstreamEvent>,
-    ) -> Option<Result<(), Rejection>> {
+    ) -> Result<(), Rejection> {
         if !self.accepted {
             self.accepted = true;
             out.push_back(UpstreamEvent::Accepted(UpstreamRunId(run.id.clone())));
         }
         let status = match named.or_else(|| run.run_status()) {
             Some(status) if status.is_final() || status == RunStatus::RequiresAction => status,
-            _ => return Some(Ok(())),
+            _ => return Ok(()),
         };
         // The thread has the whole reply, and the caller reads it there after an error.
         if status == RunStatus::Completed && !self.is_whole() {
-            return Some(Err(unreadable().into()));
+            return Err(unreadable().into());
         }
         let usage = run.usage();
         let failed = Failed {
@@ -157,7 +157,7 @@ impl StreamDecoder {
             Vec::new()
         };
         self.end(status, failed, usage, calls, out);
-        Some(Ok(()))
+        Ok(())
     }
 
     /// Returns true if the stream told the reply, without a gap.

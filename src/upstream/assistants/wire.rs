@@ -359,7 +359,8 @@ pub(super) struct StreamedText {
 /// Returns a message for a request. The server takes files beside the content, as attachments, and
 /// gives them to its file search.
 pub(super) fn message(role: Role, parts: &[ContentPart], metadata: Value) -> Value {
-    let mut message = json!({"role": role, "content": content(parts), "metadata": metadata});
+    let mut message = json!({"role": role, "content": content(parts)});
+    message["metadata"] = metadata;
     let files: Vec<Value> = parts
         .iter()
         .filter_map(attached)

@@ -21,6 +21,7 @@ use crate::upstream::wire::{failure, without_reply};
 
 /// The state of a response while its events arrive.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct StreamDecoder {
     /// The response becomes the end of the chain if it ends well.
     chain: bool,
@@ -173,8 +174,9 @@ impl StreamDecoder {
         );
         match (kind, envelope.response_in(&event.data), envelope.delta) {
             ("response.output_text.delta", _, Some(delta)) => {
-                if let Some(text) = self.grow(place, delta, false)? {
-                    out.push_back(UpstreamEvent::Text(text));
+                let more = self.grow(place, delta, false)?;
+                if !more.text.is_empty() {
+                    out.push_back(UpstreamEvent::Text(more));
                 }
             }
             ("response.refusal.delta", _, Some(delta)) => {
@@ -205,12 +207,9 @@ impl StreamDecoder {
         Some(Ok(()))
     }
 
-    fn grow(
-        &mut self,
-        place: (u64, u64),
-        delta: &RawValue,
-        is_refusal: bool,
-    ) -> Option<Option<TextDelta>> {
+    /// Returns the text that the delta adds, which may be empty. Returns `None` if the delta is no
+    /// text.
+    fn grow(&mut self, place: (u64, u64), delta: &RawValue, is_refusal: bool) -> Option<TextDelta> {
         let next = Origin {
             message: u32::try_from(self.messages.len()).unwrap_or(u32::MAX),
             phase: self.phases.get(&place.0).copied(),
@@ -221,11 +220,10 @@ impl StreamDecoder {
         if grown.bytes > 0 {
             self.messages.insert(place.0, origin);
         }
-        let text = Some(grown.text).filter(|text| !text.is_empty());
-        Some(text.map(|text| TextDelta {
+        Some(TextDelta {
             origin,
-            text: text.into(),
-        }))
+            text: grown.text.into(),
+        })
     }
 
     fn response(

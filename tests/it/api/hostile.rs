@@ -211,6 +211,7 @@ fn nothing_came_through(gateway: &Gateway) {
 
 const UNREADABLE: (u16, &str, &str) = (502, "upstream-error", "upstream_error");
 const REDIRECTED: (u16, &str, &str) = (502, "upstream-error", "upstream_misconfigured");
+const FORBIDDEN: (u16, &str, &str) = (502, "upstream-error", "upstream_unauthorized");
 const BROKEN: (u16, &str, &str) = (502, "upstream-error", "stream_broken");
 const LATE: (u16, &str, &str) = (504, "upstream-timeout", "deadline_exceeded");
 
@@ -371,7 +372,7 @@ async fn hostile_error_bodies_are_contained(way: Way) {
         way.scene
             .fault("start", &format!("status=403 hostile={kind}"), 1);
         watch
-            .refused(kind, "alice", &json!({"content": "oh"}), UNREADABLE)
+            .refused(kind, "alice", &json!({"content": "oh"}), FORBIDDEN)
             .await;
     }
     nothing_came_through(&gateway);

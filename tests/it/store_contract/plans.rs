@@ -9,7 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use threadkeeper::config::StoreConfig;
-use threadkeeper::domain::{Access, Deletion, KeyId, Lifecycle, Lifetimes, Role, ThreadState};
+use threadkeeper::domain::{
+    Access, Deletion, HistoryKept, KeyId, KnownRefusal, Lifecycle, Lifetimes, Omitted, Role,
+    RunRecovery, ThreadState, Trial,
+};
 use threadkeeper::store::{
     Answered, DeletionTarget, Engine, ExternalMessage, Imported, ImportedMessage, Made, NewKey,
     Notification, Pruning, Rollover, RunProgress, Sent, ThreadUpdate, Withdrawal, Withdrawn,
@@ -419,6 +422,35 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
         carried: Some(1),
     };
     assert!(store.withhold_earlier(&first, &some).await.unwrap());
+    let trial = OrphanId::new();
+    assert!(store.intend(&first, trial).await.unwrap());
+    let recovery = RunRecovery {
+        recovery: None,
+        answered: false,
+        trial: Some(Trial {
+            thread: UpstreamThreadId("trial".to_owned()),
+            orphan: trial,
+            users: 1,
+            carried_users: 0,
+        }),
+        omitted: Omitted::default(),
+    };
+    assert_eq!(
+        store.record_recovery(&first, &recovery).await.unwrap(),
+        Bound::Done
+    );
+    assert_eq!(
+        store.record_recovery(&turn.lease, &recovery).await.unwrap(),
+        Bound::Lost
+    );
+    store.resolve(trial, Made::Nothing).await.unwrap();
+    let refusal = KnownRefusal {
+        status: 400,
+        code: None,
+        cure: HistoryKept::All,
+    };
+    assert!(store.record_refusal(&first, &refusal).await.unwrap());
+    assert!(store.last_refusal(turn.thread.id).await.unwrap().is_some());
     assert!(
         store
             .record_settlement(&first, turn.run.id, UpstreamSync::Missing)

@@ -1,6 +1,6 @@
 //! Upstream orphans: what an upstream has, or may have, besides the threads in use.
 
-use threadkeeper::domain::{Baseline, Deletion};
+use threadkeeper::domain::{Baseline, Deletion, Omitted, RunRecovery, Trial};
 use threadkeeper::store::{
     DeletionTarget, Made, ORPHAN_AFTER, OrphanKind, OrphanName, UpstreamOrphan,
 };
@@ -22,6 +22,7 @@ on_every_backend!(
     upstream_orphan_is_leased_by_one_janitor,
     upstream_orphan_resolved_during_janitor_pass_stays_due,
     baseline_skips_carried_messages_without_anchor,
+    upstream_thread_on_trial_is_deleted_after_its_run,
 );
 
 /// Starts a run of a live replica.
@@ -552,5 +553,51 @@ async fn baseline_skips_carried_messages_without_anchor(_: &TestDatabase, store:
             anchor: None,
             skip: 2 + 1
         }
+    );
+}
+
+async fn upstream_thread_on_trial_is_deleted_after_its_run(database: &TestDatabase, store: &Store) {
+    let turn = run_of_live_replica(store, &user("alice")).await;
+    let orphan = OrphanId::new();
+    assert!(store.intend(&turn.lease, orphan).await.unwrap());
+    let recovery = RunRecovery {
+        recovery: None,
+        answered: false,
+        trial: Some(Trial {
+            thread: upstream("trial"),
+            orphan,
+            users: 0,
+            carried_users: 0,
+        }),
+        omitted: Omitted::default(),
+    };
+    for _ in 0..2 {
+        assert_eq!(
+            store.record_recovery(&turn.lease, &recovery).await.unwrap(),
+            Bound::Done
+        );
+    }
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap(), []);
+    earlier(database, "upstream_orphans", &["due_at"], HOUR * 2).await;
+    assert_eq!(
+        store.lease_upstream_orphans(10, HOUR).await.unwrap(),
+        [],
+        "the run may be at work there"
+    );
+    closed(store.finish(&turn.lease, completed(None)).await.unwrap());
+    let due = store.lease_upstream_orphans(10, HOUR).await.unwrap();
+    assert_eq!(due.len(), 1);
+    assert_eq!(due[0].upstream_id.as_deref(), Some("trial"));
+
+    // A process that has lost the run leaves its trial to the janitor, or deletes it itself.
+    assert_eq!(
+        store.record_recovery(&turn.lease, &recovery).await.unwrap(),
+        Bound::Lost
+    );
+    assert_eq!(store.due_upstream_orphans(10).await.unwrap().len(), 1);
+    store.resolve(orphan, Made::Nothing).await.unwrap();
+    assert_eq!(
+        store.record_recovery(&turn.lease, &recovery).await.unwrap(),
+        Bound::Unrecorded
     );
 }
