@@ -142,19 +142,15 @@ impl Upstream {
     }
 
     fn ended(&self, status: &str, output: &[Value], usage: &Value) -> String {
-        match self.protocol {
-            Protocol::Assistants => sse(
-                &format!("thread.run.{status}"),
-                &json!({"id": "run_1", "object": "thread.run", "status": status, "usage": usage})
-                    .to_string(),
-            ),
-            _ => {
-                let response = json!({"id": "resp_1", "object": "response", "status": status, "output": output,
-                                      "usage": usage});
-                let event = json!({"type": format!("response.{status}"), "response": response});
-                sse("", &event.to_string())
-            }
+        if self.protocol == Protocol::Assistants {
+            let run =
+                json!({"id": "run_1", "object": "thread.run", "status": status, "usage": usage});
+            return sse(&format!("thread.run.{status}"), &run.to_string());
         }
+        let response = json!({"id": "resp_1", "object": "response", "status": status, "output": output,
+                              "usage": usage});
+        let event = json!({"type": format!("response.{status}"), "response": response});
+        sse("", &event.to_string())
     }
 
     async fn say(&self, user: &str) -> Value {
@@ -374,20 +370,17 @@ async fn reply_with_hole_and_empty_reply_are_never_completed() {
         };
         assert!(detail.contains(instead), "{detail}");
 
-        let refusal = match protocol {
-            Protocol::Assistants => {
-                let message = json!({"id": "msg_0", "role": "assistant", "content": [
-                    {"type": "refusal", "refusal": "no"}, {"type": "image_file", "image_file": {"file_id": "file_1"}}]});
-                sse("thread.message.completed", &message.to_string())
-                    + &upstream.ended("completed", &[], &Value::Null)
-            }
-            _ => {
-                let message = json!({"type": "message", "id": "msg_0", "role": "assistant",
-                    "content": [{"type": "refusal", "refusal": "no"}]});
-                let image = json!({"type": "image_generation_call", "id": "ig_1", "status": "completed",
-                    "result": "aGVsbG8=".repeat(100)});
-                upstream.ended("completed", &[message, image], &Value::Null)
-            }
+        let refusal = if protocol == Protocol::Assistants {
+            let message = json!({"id": "msg_0", "role": "assistant", "content": [
+                {"type": "refusal", "refusal": "no"}, {"type": "image_file", "image_file": {"file_id": "file_1"}}]});
+            sse("thread.message.completed", &message.to_string())
+                + &upstream.ended("completed", &[], &Value::Null)
+        } else {
+            let message = json!({"type": "message", "id": "msg_0", "role": "assistant",
+                "content": [{"type": "refusal", "refusal": "no"}]});
+            let image = json!({"type": "image_generation_call", "id": "ig_1", "status": "completed",
+                "result": "aGVsbG8=".repeat(100)});
+            upstream.ended("completed", &[message, image], &Value::Null)
         };
         upstream.play(SSE, upstream.begun() + &refusal);
         let answer = upstream.say("bob").await;
