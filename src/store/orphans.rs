@@ -79,10 +79,9 @@ static RESOLVE_UNKNOWN: Statement = Statement::new(
 const DUE_ORPHANS: &str = "SELECT {upstream_orphan o}
     FROM upstream_orphans o
     WHERE o.due_at <= {now}
-        AND NOT EXISTS (
-            SELECT 1 FROM runs r
-            WHERE r.thread_id = o.thread_id AND {active r} AND r.recovery -> 'trial' ->> 'thread' = o.upstream_id
-        )
+        AND (o.upstream_id IS NULL OR o.upstream_id IS DISTINCT FROM (
+            SELECT r.recovery -> 'trial' ->> 'thread' FROM runs r WHERE r.thread_id = o.thread_id AND {active r}
+        ))
     ORDER BY o.due_at
     LIMIT :limit {0}";
 

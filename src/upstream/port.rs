@@ -439,8 +439,8 @@ pub struct Ended {
     pub tool_calls: Vec<ToolCall>,
     /// The new end of the chain, if the run moved it (chains of responses).
     pub thread: Option<UpstreamThreadId>,
-    /// The failure as a refusal of the request, if the run called no tool and failed for a cause
-    /// that may pass, such as a rate limit, or that another thread or a shorter history may avoid.
+    /// The failure as a refusal of the request, if the run said nothing, called no tool and failed
+    /// for a cause that may pass, such as a rate limit, or that another thread or a shorter history may avoid.
     pub refusal: Option<UpstreamError>,
 }
 

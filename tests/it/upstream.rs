@@ -389,12 +389,7 @@ async fn refusals_become_errors_without_upstream_text() {
 #[tokio::test]
 async fn response_without_event_stream_is_protocol_error() {
     for kind in [UpstreamKind::Assistants, UpstreamKind::Responses] {
-        let server = Scripted::start(vec![json_answer(
-            200,
-            &[],
-            r#"{"id":"run_1","status":"queued"}"#,
-        )])
-        .await;
+        let server = Scripted::start(vec![json_answer(200, &[], r#"{"ok":true}"#)]).await;
         let error = run_to_end(&*adapter(&config(kind, &server.url)), Some(&thread()))
             .await
             .unwrap_err();

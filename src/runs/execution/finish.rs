@@ -157,7 +157,7 @@ async fn conclude(
         }
         UpstreamState::None | UpstreamState::Unknown(_) => false,
     };
-    if is_bound || has_answer {
+    if is_bound || has_answer || progress.has_answer {
         trial::accept(ctx, started, &active.log, progress).await?;
         return Ok(upstream);
     }

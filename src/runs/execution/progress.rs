@@ -42,6 +42,9 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) intent: Option<OrphanId>,
     /// How the run recovers from a refusal.
     pub(in crate::runs) recovery: Option<RunRecovery>,
+    /// Whether the upstream has answered in the thread of `recovery`, so that it stands. It may not
+    /// be recorded yet.
+    pub(in crate::runs) has_answer: bool,
     /// The refusals of the run's message.
     pub(in crate::runs) ladder: Ladder,
     /// Number of requests that may be at the upstream under ids that it did not send.

@@ -28,7 +28,10 @@ pub(in crate::runs) async fn begin(
 
 /// Makes the recovery of the run final, because the upstream has answered: withholds the messages
 /// that were left out, and binds the thread to its new upstream thread. Does nothing if there is no
-/// recovery, or if it is final. The future may be dropped at any await.
+/// recovery, or if it is final.
+///
+/// The future may be dropped at any await. Then a part may be recorded, and the end of the run
+/// repeats the call.
 pub(in crate::runs) async fn accept(
     ctx: &Context,
     started: &StartedRun,
@@ -39,6 +42,7 @@ pub(in crate::runs) async fn accept(
         return Ok(());
     };
     let mut recovery = recovery.clone();
+    progress.has_answer = true;
     if recovery.omitted.any {
         let omitted = Withholding {
             before: recovery.omitted.before,
@@ -99,6 +103,7 @@ pub(in crate::runs) async fn give_up(
     let Some(recovery) = progress.recovery.take_if(|it| !it.answered) else {
         return Ok(());
     };
+    progress.has_answer = false;
     progress
         .thread
         .clone_from(&started.thread.upstream_thread_id);

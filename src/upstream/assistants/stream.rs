@@ -179,6 +179,7 @@ impl StreamDecoder {
         for message in self.messages.drain(..) {
             append_messages(&mut content, message.parts.into_vec());
         }
+        let did_nothing = content.is_empty() && !self.called;
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
             error: failed.error,
@@ -187,7 +188,7 @@ impl StreamDecoder {
             usage,
             tool_calls,
             thread: None,
-            refusal: failed.refusal.filter(|_| !self.called),
+            refusal: failed.refusal.filter(|_| did_nothing),
         })));
     }
 

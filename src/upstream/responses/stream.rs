@@ -309,6 +309,7 @@ impl StreamDecoder {
         } else {
             output.content
         };
+        let refusal = refusal.filter(|_| content.is_empty());
         let is_empty = status == RunStatus::Completed && closed && content.is_empty();
         let error = error
             .or_else(|| is_empty.then(|| without_reply(output.unread.iter().map(String::as_str))));
