@@ -276,7 +276,7 @@ impl ErrorDetail {
         };
         match status {
             Some(status @ 400..500) if status != 408 => return Ok(refusal(status)),
-            // The server says that it failed, whatever it says besides.
+            // The server says that it failed. Its other words do not change that.
             Some(_) => return Err(self.word()),
             None => {}
         }

@@ -1,9 +1,9 @@
 //! What a refusal is about, by the codes and sentences of the servers and relays that people use.
 //! Pure.
 //!
-//! The tables hold what OpenAI, Azure, Gemini, Mistral and xAI write, vLLM, `SGLang`, llama.cpp,
-//! LM Studio and Ollama, and the relays `LiteLLM` and `OpenRouter`. Codes stand in lower case and without separators,
-//! sentences in lower case.
+//! The tables hold the words of OpenAI, Azure, Gemini, Mistral and xAI, of vLLM, `SGLang`,
+//! llama.cpp, LM Studio and Ollama, and of the relays `LiteLLM` and `OpenRouter`. Codes stand in
+//! lower case and without separators, sentences in lower case.
 
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::error_detail::{ErrorDetail, plain};
@@ -339,7 +339,7 @@ pub(super) fn passes(detail: &ErrorDetail) -> Option<u16> {
     Some(if at <= 4 { 429 } else { 503 })
 }
 
-/// Returns true if a rate limit refuses the request for its own size, at whatever time it comes.
+/// Returns true if the request alone is larger than the rate limit. Then waiting does not help.
 pub(super) fn exceeds_rate_alone(detail: &ErrorDetail) -> bool {
     detail.says(&["request too large", "request is too large"])
 }

@@ -322,7 +322,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the upstream says each time, the requests are bounded, each has less of the
+        /// For any sequence of refusals, the requests are bounded, each has less of the
         /// conversation than the one before, and only a message that was sent alone is blamed.
         #[test]
         fn any_refusals_end_soon(

@@ -253,7 +253,7 @@ async fn refusal_of_account_is_not_retried(place: Place) {
     assert_eq!(next["run"]["recovered"], Value::Null);
 }
 
-/// The request that makes the new thread is refused too, whatever it holds.
+/// The upstream also refuses each request that makes a new thread.
 async fn seeding_that_is_refused_leaves_old_thread_bound(place: Place) {
     let Place {
         upstream, gateway, ..

@@ -1,5 +1,5 @@
-//! A refusal of the upstream is told as what it is, to the caller and to the operator, whatever
-//! shape the server and the relays before it give it.
+//! The gateway tells the caller and the operator why the upstream refused. It reads the refusals of
+//! servers and relays in all their shapes.
 
 use std::sync::{Arc, Mutex};
 

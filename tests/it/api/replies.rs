@@ -1,4 +1,4 @@
-//! Replies are read tolerantly and kept whole, whatever way the upstream writes them.
+//! The gateway reads replies tolerantly, and keeps all that the model said.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
