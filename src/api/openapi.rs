@@ -17,7 +17,7 @@ use super::prefer::{PREFER, PREFERENCE_APPLIED, REPLAYED};
 use super::problem::{
     Document as Problem, FORBIDDEN, IDEMPOTENCY_MISMATCH, INTERNAL, INVALID_REQUEST,
     ISSUER_UNAVAILABLE, Kind, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, PAYLOAD_TOO_LARGE,
-    RATE_LIMITED, REQUEST_TIMEOUT, STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE,
+    RATE_LIMITED, REPLICA_LOST, REQUEST_TIMEOUT, STORE_UNAVAILABLE, UNAUTHENTICATED, UNPROCESSABLE,
     UNSUPPORTED_MEDIA_TYPE,
 };
 use super::request_log::REQUEST_ID;
@@ -415,9 +415,15 @@ impl Document {
             409 | 421 | 429 | 502..=504 => headers.push(RETRY_AFTER),
             _ => {}
         }
+        // With other statuses, the header depends on the error. With 503, it does where the answer may
+        // tell of a run that is on record: to send that request again would not help.
+        let tells_pause = match status {
+            429 => true,
+            503 => kinds.clone().all(|kind| kind.name != REPLICA_LOST.name),
+            _ => false,
+        };
         let headers = headers.iter().map(|it| {
-            // With other statuses, the header depends on the error.
-            let header = if *it == RETRY_AFTER && [429, 503].contains(&status) {
+            let header = if *it == RETRY_AFTER && tells_pause {
                 RETRY_AFTER_ALWAYS
             } else if *it == WWW_AUTHENTICATE && status == 403 {
                 SCOPE_CHALLENGE

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use serde_json::json;
 
-use crate::support::gateway::{PATIENCE, text};
+use crate::support::gateway::{Gateway, PATIENCE, text};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
 
 on_every_scene!(killed_gateway_loses_no_message_silently);
@@ -27,11 +28,24 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     let gateway = scene.gateway_both(&settings, upstream).await;
     gateway.say("/v1/users/alice", "hello").await;
     scene.simulator.hold();
-    let mut running = gateway.stream("/v1/users/alice", "in the middle").await;
-    running.next().await.unwrap();
+    let send = |gateway: &Gateway| {
+        gateway
+            .request(Method::POST, "/v1/users/alice/messages")
+            .header("idempotency-key", "middle")
+            .json(&json!({"content": "in the middle"}))
+    };
+    let running = tokio::spawn(send(&gateway).send());
+    gateway
+        .until("/v1/users/alice/runs", |answer| {
+            answer.body["data"]
+                .as_array()
+                .is_some_and(|runs| runs.len() == 2)
+        })
+        .await;
     let mut waiting = gateway.stream("/v1/users/alice", "in the queue").await;
     waiting.next().await.unwrap();
     gateway.kill();
+    running.await.unwrap().unwrap_err();
 
     let again = scene.gateway_both(&settings, upstream).await;
     let restarted = Instant::now();
@@ -69,6 +83,15 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
         json!("replica_lost")
     };
     assert_eq!(runs[1]["error"]["code"], reason, "the run has the reason");
+    let repeated = again.send(send(&again)).await;
+    assert_eq!(repeated.headers["idempotent-replayed"], "true");
+    if goes_on {
+        assert!(text(&repeated.ok()["message"]).contains("in the middle"));
+    } else {
+        assert_eq!(repeated.problem(), (503, "replica-lost"));
+        // The run has ended, so to send the request again would not help.
+        assert!(!repeated.headers.contains_key("retry-after"));
+    }
     let said = again.get("/v1/users/alice/messages?order=asc").await.ok();
     let said: Vec<_> = said["data"]
         .as_array()
