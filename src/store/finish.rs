@@ -322,7 +322,7 @@ pub struct RunEnd {
     /// The rest of the run's log.
     pub events: EventBatch,
     /// The other rows say all that the log says: that the run has started, and the text of its
-    /// reply. So `events` is empty, and no log is stored. The part that was
+    /// reply. So `events` is empty, and no log is stored. The part that may have been
     /// [recorded](super::Store::record), up to `events.first`, is removed.
     pub drops_log: bool,
 }

@@ -49,6 +49,8 @@ struct Log {
     others_from: i64,
     /// Number before which everything is stored.
     stored: i64,
+    /// Number before which some of it may be stored, because a write of it was begun.
+    maybe_stored: i64,
     /// Start of the wait of the oldest event, or id, that is not stored.
     waiting_since: Option<Instant>,
     /// Longest such wait while no reader on another replica follows.
@@ -113,6 +115,7 @@ impl Log {
 
     fn stored_to(&mut self, end: i64) {
         self.stored = self.stored.max(end);
+        self.maybe_stored = self.maybe_stored.max(end);
         let is_whole = self.events[self.place(self.stored)..]
             .iter()
             .all(|(_, event)| event.logged().is_none());
@@ -136,6 +139,7 @@ impl RunLogWriter {
             next: stored,
             others_from,
             stored,
+            maybe_stored: stored,
             waiting_since: None,
             pause: OFTEN,
             followed_until: None,
@@ -184,7 +188,7 @@ impl RunLogWriter {
 
     /// Returns an empty batch if the run's record is enough to rebuild the log: the run started at
     /// once, in this process, and its text is `text`, each piece of the same message. Then no event
-    /// needs to be stored.
+    /// needs to be stored. The batch begins behind the events that may be stored.
     pub(in crate::runs) fn retold(&self, text: &ReplyText) -> Option<EventBatch> {
         let log = lock(&self.log);
         let mut events = log.events.iter().map(|(_, event)| event);
@@ -194,7 +198,7 @@ impl RunLogWriter {
         }
         let told = told(events)?;
         (told == *text).then(|| EventBatch {
-            first: log.stored,
+            first: log.maybe_stored,
             events: Vec::new(),
         })
     }
@@ -321,11 +325,13 @@ impl RunLog {
             .map(|(number, _)| *number)
     }
 
-    /// Returns the unstored part, if there is one.
+    /// Returns the unstored part, if there is one. The caller writes it.
     pub(in crate::runs) fn unrecorded(&self) -> Option<Unrecorded> {
-        let log = lock(&self.log);
+        let mut log = lock(&self.log);
         log.waiting_since?;
-        Some((log.upstream_run.clone(), log.unstored(None)))
+        let events = log.unstored(None);
+        log.maybe_stored = log.maybe_stored.max(events.end());
+        Some((log.upstream_run.clone(), events))
     }
 
     /// Returns the unstored part if it has waited for long enough. The upstream id of the run is
@@ -833,6 +839,12 @@ mod tests {
             events: Vec::new(),
         };
         assert_eq!(retold(&writer, "abc"), Some(nothing));
+        // A write whose answer has not come may have stored them.
+        let (_, written) = writer.reader().unrecorded().unwrap();
+        assert_eq!(
+            retold(&writer, "abc").map(|rest| rest.first),
+            Some(written.end())
+        );
         assert_eq!(
             RunEvent::retell(text("abc")).end(),
             writer.unstored(None).end()
