@@ -2,8 +2,8 @@
 //! or a request to the upstream. The kill comes before the step has arrived, or before its answer
 //! has. The next process must finish what was begun.
 //!
-//! Each run of the suite kills at the first steps and at every third later one. The seed
-//! (`THREADKEEPER_TEST_SEED`) chooses which.
+//! Each run of the suite kills at the first steps and at every fifth later one. The seed
+//! (`THREADKEEPER_TEST_SEED`) chooses which. `THREADKEEPER_TEST_THOROUGH` kills at all of them.
 
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,9 @@ use crate::support::scene::{Backend, Protocol, Scene};
 const LANES: usize = 2;
 /// Number of first steps that are always tried. Some operations have no more.
 const FIRST_STEPS: usize = 4;
+/// Of later steps, one of this many is tried. It has no divisor in common with `LANES`, so that each
+/// lane tries some.
+const SHARE: u64 = 5;
 /// Upper limit of steps; no operation has this many.
 const MANY: usize = 400;
 /// A time longer than any back-off of the janitor and any wait for an intent.
@@ -212,7 +215,8 @@ impl World {
     /// of kills and the last step.
     async fn lane(&self, lane: usize) -> (usize, usize) {
         let seed = seed();
-        let is_tried = |n: &usize| is_thorough() || *n <= FIRST_STEPS || *n as u64 % 3 == seed % 3;
+        let is_tried =
+            |n: &usize| is_thorough() || *n <= FIRST_STEPS || *n as u64 % SHARE == seed % SHARE;
         let mut gateway = Gateway::start(&self.config).await;
         let mut kills = 0;
         for n in (lane + 1..MANY).step_by(LANES).filter(is_tried) {

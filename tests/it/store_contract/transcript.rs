@@ -4,6 +4,7 @@ use threadkeeper::domain::{Page, Role, Run};
 use threadkeeper::store::{ImportedMessage, PAGE_BYTES, StoreError};
 
 use super::*;
+use crate::support::chance::noise;
 
 on_every_backend!(
     readiness_requires_current_schema,
@@ -109,13 +110,7 @@ async fn transcript_pages_are_bounded_in_bytes(_: &TestDatabase, store: &Store) 
     // All but the sixth message have a quarter of a page's size. The database may compress some
     // of them.
     let quarter = PAGE_BYTES / 4;
-    let noise = (0..quarter / 4).fold((String::new(), 1_u64), |(text, n), _| {
-        let n = n
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (format!("{text}{:04x}", n >> 48), n)
-    });
-    let (noise, silence) = (&noise.0, &"x".repeat(quarter));
+    let (noise, silence) = (&noise(quarter), &"x".repeat(quarter));
     for said in [
         noise,
         silence,

@@ -1,5 +1,6 @@
 //! The seed of the random tests, and the share of them that a run of the suite tries.
 
+use std::fmt::Write;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;
 
@@ -23,4 +24,18 @@ pub(crate) fn is_thorough() -> bool {
 /// Returns how many of `all` items to try: half of them, or all in a thorough run.
 pub(crate) fn share_of(all: usize) -> usize {
     if is_thorough() { all } else { all.div_ceil(2) }
+}
+
+/// Returns this many hexadecimal digits, always the same, which a database cannot compress much.
+pub(crate) fn noise(digits: usize) -> String {
+    let (mut text, mut noise) = (String::with_capacity(digits + 8), 1_u64);
+    while text.len() < digits {
+        // Knuth's MMIX.
+        noise = noise
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        write!(text, "{:08x}", noise >> 32).unwrap();
+    }
+    text.truncate(digits);
+    text
 }
