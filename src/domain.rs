@@ -44,7 +44,7 @@ pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub(crate) use reply_text::tests as reply_texts;
 pub use reply_text::{ReplyText, TextDelta};
 pub use run::{
-    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, RunError,
+    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, Rerun, RunError,
     RunErrorCode, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
 };
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};

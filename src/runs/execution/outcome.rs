@@ -3,7 +3,7 @@
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
-    ContentPart, EventBatch, MessageId, ReplyText, RunError, RunErrorCode, RunStatus, Step,
+    ContentPart, EventBatch, MessageId, ReplyText, Rerun, RunError, RunErrorCode, RunStatus, Step,
     UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages,
 };
 use crate::store::{Reply, RunEnd};
@@ -147,6 +147,7 @@ pub(in crate::runs) fn decide_outcome(
         synced: progress.synced,
         unsettled_run: None,
         discard: local.discard,
+        keeps_said: progress.rerun.is_some(),
         events,
         drops_log: false,
     };
@@ -212,6 +213,9 @@ pub(in crate::runs) fn decide_outcome(
             }
         }
     }
+    if let Some(rerun) = progress.rerun {
+        end.said = said_again(rerun, upstream, progress, &end);
+    }
     if !local.discard && !content.is_empty() {
         end.reply = Some(Reply {
             id: MessageId::new(),
@@ -221,6 +225,27 @@ pub(in crate::runs) fn decide_outcome(
         });
     }
     end
+}
+
+/// Returns the state of messages that a run answered again. If the run changed nothing of them at
+/// the upstream, they are as they were.
+fn said_again(
+    rerun: Rerun,
+    upstream: &UpstreamState,
+    progress: &Progress,
+    end: &RunEnd,
+) -> UpstreamSync {
+    // A chain goes on from where it was, unless the run moved it.
+    if progress.holds_input && end.upstream_thread_id.is_none() {
+        return UpstreamSync::Present;
+    }
+    match upstream {
+        UpstreamState::None if rerun == Rerun::Missing => UpstreamSync::Missing,
+        UpstreamState::Seen { removed: true, .. } if end.said == UpstreamSync::Present => {
+            UpstreamSync::Missing
+        }
+        _ => end.said,
+    }
 }
 
 /// Returns the text of a reply that its readers have not seen. The upstream may have more of a
@@ -259,6 +284,7 @@ pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunEr
         synced: false,
         unsettled_run: None,
         discard: false,
+        keeps_said: false,
         events: EventBatch {
             first: 0,
             events: Vec::new(),

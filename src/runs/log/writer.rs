@@ -472,6 +472,7 @@ mod tests {
             started_at: Some(now),
             finished_at: Some(now),
             deadline_at: Some(now),
+            rerun: None,
             discarded: false,
         };
         let activity = ThreadActivity {

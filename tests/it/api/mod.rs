@@ -39,6 +39,7 @@ mod recovery;
 mod refusals;
 mod replicas;
 mod replies;
+mod reruns;
 mod roles;
 mod rollover;
 mod scale;
