@@ -4,7 +4,7 @@ use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
     ContentPart, EventBatch, MessageId, ReplyText, Rerun, RunError, RunErrorCode, RunStatus, Step,
-    UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages,
+    UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages, says_something, with_calls_of,
 };
 use crate::store::{Reply, RunEnd};
 use crate::upstream::{Ended, Settled};
@@ -70,7 +70,7 @@ impl LocalOutcome {
             progress.open_calls = ended.tool_calls;
         }
         progress.said(ended.content, ended.usage);
-        let is_empty = status == RunStatus::Completed && progress.content.is_empty();
+        let is_empty = status == RunStatus::Completed && !says_something(&progress.content);
         if is_empty {
             return Self {
                 status: RunStatus::Failed,
@@ -183,14 +183,16 @@ pub(in crate::runs) fn decide_outcome(
             } else {
                 UpstreamSync::Missing
             };
-            if settled.said && !settled.content.is_empty() {
+            let has_reply = says_something(&settled.content)
+                || (!settled.content.is_empty() && !says_something(&content));
+            if settled.said && has_reply {
                 // On a chain, the content is that of the last round only.
-                content = if settled.thread.is_none() {
-                    Vec::new()
+                if settled.thread.is_none() {
+                    content = with_calls_of(&content, settled.content.clone());
                 } else {
-                    content_before(progress)
-                };
-                append_messages(&mut content, settled.content.clone());
+                    content = content_before(progress);
+                    append_messages(&mut content, settled.content.clone());
+                }
                 upstream_message_id.clone_from(&settled.upstream_message_id);
             } else {
                 reply_sync = match end.said {
@@ -201,7 +203,7 @@ pub(in crate::runs) fn decide_outcome(
             }
             let late =
                 local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
-            if late && !content.is_empty() {
+            if late && says_something(&content) {
                 // The upstream completed the run before the cancel, or the other cause, came. So
                 // it is completed here too.
                 (end.status, end.error) = (RunStatus::Completed, None);

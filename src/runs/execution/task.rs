@@ -22,7 +22,7 @@ use super::rollover::roll_over_if_full;
 use super::round::{RoundRequest, run_round};
 use super::round_context::{RoundContext, RoundEnd};
 use crate::config::AssistantConfig;
-use crate::domain::{RequiredAction, Rerun, Run, RunStatus, Thread, ToolOutput};
+use crate::domain::{RequiredAction, Rerun, Run, RunStatus, Thread, ToolOutput, answer_calls};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -436,6 +436,9 @@ impl Rounds<'_> {
                     OutputsWait::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
                     OutputsWait::LetGo => return RoundsEnd::LetGo,
                 }
+            }
+            if let Some(outputs) = &outputs {
+                answer_calls(&mut self.progress.content, outputs);
             }
             let request = match &outputs {
                 Some(outputs) => RoundRequest::Outputs(outputs),

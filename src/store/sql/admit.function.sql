@@ -212,7 +212,10 @@ BEGIN
                 CONTINUE next_item;
             END IF;
             IF i.again
-                AND NOT EXISTS (SELECT FROM messages m WHERE m.thread_id = known.id AND m.role = 'user')
+                AND (
+                    SELECT m.position FROM messages m WHERE m.thread_id = known.id AND m.role = 'user'
+                    ORDER BY m.position DESC LIMIT 1
+                ) IS NULL
                 AND NOT EXISTS (SELECT FROM runs r WHERE r.thread_id = known.id AND {active r})
                 AND NOT EXISTS (SELECT FROM runs r WHERE r.thread_id = known.id AND r.status = 'queued')
             THEN

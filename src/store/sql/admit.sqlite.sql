@@ -96,7 +96,10 @@ WHERE outcome IS NULL AND NOT has_expired AND seen_upstream <> upstream;
 UPDATE admitting SET outcome = 'no_thread' WHERE outcome IS NULL AND again AND (known IS NULL OR has_expired);
 UPDATE admitting AS a SET outcome = 'no_message'
 WHERE a.outcome IS NULL AND a.again AND NOT a.is_busy
-    AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.thread_id = a.known AND m.role = 'user');
+    AND (
+        SELECT m.position FROM messages m WHERE m.thread_id = a.known AND m.role = 'user'
+        ORDER BY m.position DESC LIMIT 1
+    ) IS NULL;
 UPDATE admitting AS a SET joins = (
     SELECT iif(
         q.assistant = a.assistant AND q.metadata = a.metadata AND q.rerun IS NULL

@@ -3,6 +3,7 @@
 mod access;
 mod bodies;
 mod breaker;
+mod calls;
 mod cancel;
 mod client_disconnect;
 mod commands;

@@ -130,6 +130,7 @@ async fn rerun_takes_last_messages_of_one_kind(database: &TestDatabase, store: &
 }
 
 async fn reply_that_is_replaced_is_withheld(database: &TestDatabase, store: &Store) {
+    use UpstreamSync::{Present, Withheld};
     let key = user("alice");
     ended(store, &key, "one", completed(Some("1"))).await;
     let taken = begun(store, &key).await;
@@ -138,11 +139,11 @@ async fn reply_that_is_replaced_is_withheld(database: &TestDatabase, store: &Sto
         (vec!["one"], Some(Rerun::Answered))
     );
     let sync = async || {
-        let page = store.messages(ThreadName::Newest(&key), false, &first_page());
-        let page = page.await.unwrap().unwrap();
+        let (name, all) = (ThreadName::Newest(&key), first_page());
+        let page = store.messages(name, false, &all).await.unwrap().unwrap();
         page.data.iter().map(|it| it.sync).collect::<Vec<_>>()
     };
-    assert_eq!(sync().await, [UpstreamSync::Present; 2]);
+    assert_eq!(sync().await, [Present; 2]);
     store.withhold_replaced(&taken.lease).await.unwrap();
     closed(
         store
@@ -150,7 +151,6 @@ async fn reply_that_is_replaced_is_withheld(database: &TestDatabase, store: &Sto
             .await
             .unwrap(),
     );
-    use UpstreamSync::{Present, Withheld};
     assert_eq!(sync().await, [Present, Withheld, Present]);
     // A reply that the upstream thread lacks is withheld at once.
     let missing = Reply {
