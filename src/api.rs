@@ -169,6 +169,7 @@ fn conversation(routes: &mut Routes, scope: &str) {
         runs::events,
         runs::events_doc,
     );
+    routes.add_message(at("/runs"), runs::create, runs::create_doc);
     routes.add(Read, Method::GET, at("/runs"), runs::list, runs::list_doc);
     routes.add(
         Read,

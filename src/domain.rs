@@ -7,6 +7,7 @@ mod id;
 mod key;
 mod lifecycle;
 mod limits;
+mod made_call;
 mod metadata;
 mod records;
 mod recovery;
@@ -19,8 +20,9 @@ mod transition;
 pub use access::{Access, Principal};
 pub use content::{
     Annotation, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
-    Origin, Phase, UserContent, append_messages, messages_of, next_message, number_messages,
-    size_of_annotation, text_or_parts,
+    Origin, Phase, UserContent, add_calls, answer_calls, append_messages, messages_of,
+    next_message, number_messages, says_something, size_of_annotation, text_or_parts,
+    with_calls_of,
 };
 pub use fingerprint::{Fingerprints, KeyNames};
 pub use id::{
@@ -32,6 +34,7 @@ pub use key::{
 };
 pub use lifecycle::{LifecycleTask, Lifetimes, NewLife, RetentionPolicy, Ttl};
 pub use limits::Limits;
+pub use made_call::{MadeCall, kept};
 pub use metadata::{InvalidMetadata, Metadata};
 pub use records::{
     Lifecycle, Message, Page, PageRequest, Role, Run, Thread, ThreadActivity, ThreadState,
@@ -44,7 +47,7 @@ pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 pub(crate) use reply_text::tests as reply_texts;
 pub use reply_text::{ReplyText, TextDelta};
 pub use run::{
-    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, RunError,
+    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, Rerun, RunError,
     RunErrorCode, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
 };
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};

@@ -76,6 +76,10 @@ pub enum Error {
     )]
     ThreadBusy,
     #[error(
+        "the thread has no message of the user that a run could answer: post a message to `…/messages`"
+    )]
+    NothingToRun,
+    #[error(
         "this conversation is on the upstream `{thread}`, and the assistant `{assistant}` on another: \
          choose an assistant of `{thread}`"
     )]

@@ -28,6 +28,7 @@ mod queue;
 mod recovery;
 mod redaction;
 mod replicas;
+mod reruns;
 mod retention;
 mod rollover;
 mod rows;
@@ -99,6 +100,7 @@ pub fn statements(engine: Engine) -> impl Iterator<Item = &'static Sent> {
         queue::STATEMENTS,
         recovery::STATEMENTS,
         replicas::STATEMENTS,
+        reruns::STATEMENTS,
         retention::STATEMENTS,
         rollover::STATEMENTS,
         runs::STATEMENTS,

@@ -2,7 +2,9 @@
 
 ALTER TABLE runs
     -- The recovery of a refused run: the upstream thread on trial, and what its history leaves out.
-    ADD COLUMN recovery jsonb;
+    ADD COLUMN recovery jsonb,
+    -- What a run without a message of its own found of the last messages, which it answers again.
+    ADD COLUMN rerun    text;
 
 ALTER TABLE threads
     -- The last refusal that a run recovered from, and with what history the upstream answered.

@@ -1,5 +1,6 @@
 -- As migrations/postgres/0002_recovery.sql, which explains the columns.
 ALTER TABLE runs ADD COLUMN recovery TEXT;
+ALTER TABLE runs ADD COLUMN rerun TEXT;
 ALTER TABLE threads ADD COLUMN last_refusal TEXT;
 ALTER TABLE threads ADD COLUMN input_tokens INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE threads ADD COLUMN cached_input_tokens INTEGER NOT NULL DEFAULT 0;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::body::HttpBody;
 use axum::extract::{FromRef, FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
@@ -120,30 +121,58 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
     type Rejection = Error;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, Error> {
-        if !is_json(&request) {
-            return Err(Error::UnsupportedMediaType);
-        }
-        let idempotency_key = idempotency_key(request.headers())?;
-        let path = request.uri().path();
-        let named = request.extensions().get::<Named>();
-        let path = named
-            .map_or(path.into(), |named| named.path(path))
-            .into_owned();
-        let (body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
-        let value = parsed(&body)?;
-        let idempotency = idempotency_key.map(|key| {
-            // Hashes the canonical form, so that blanks and the order of fields do not matter.
-            let mut hash = Sha256::new();
-            hash.update(path.as_bytes());
-            hash.update([0]);
-            canonical::hash(&body, &mut hash);
-            Idempotency {
-                key,
-                request_hash: hash.finalize().into(),
-            }
-        });
+        read_body(request, state, false).await
+    }
+}
+
+/// As [`ApiJson`], where a request without a body stands for an object without fields.
+#[derive(Debug)]
+pub(super) struct ApiOptions<T>(
+    pub(super) T,
+    pub(super) Option<Idempotency>,
+    pub(super) Share,
+);
+
+impl<T: DeserializeOwned> FromRequest<AppState> for ApiOptions<T> {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, Error> {
+        let ApiJson(value, idempotency, share) = read_body(request, state, true).await?;
         Ok(Self(value, idempotency, share))
     }
+}
+
+async fn read_body<T: DeserializeOwned>(
+    request: Request,
+    state: &AppState,
+    is_optional: bool,
+) -> Result<ApiJson<T>, Error> {
+    if !(is_json(&request) || (is_optional && HttpBody::is_end_stream(request.body()))) {
+        return Err(Error::UnsupportedMediaType);
+    }
+    let idempotency_key = idempotency_key(request.headers())?;
+    let path = request.uri().path();
+    let named = request.extensions().get::<Named>();
+    let path = named
+        .map_or(path.into(), |named| named.path(path))
+        .into_owned();
+    let (mut body, share) = body::read(request.into_body(), &state.server, &state.bodies).await?;
+    if is_optional && body.is_empty() {
+        body = b"{}".to_vec();
+    }
+    let value = parsed(&body)?;
+    let idempotency = idempotency_key.map(|key| {
+        // Hashes the canonical form, so that blanks and the order of fields do not matter.
+        let mut hash = Sha256::new();
+        hash.update(path.as_bytes());
+        hash.update([0]);
+        canonical::hash(&body, &mut hash);
+        Idempotency {
+            key,
+            request_hash: hash.finalize().into(),
+        }
+    });
+    Ok(ApiJson(value, idempotency, share))
 }
 
 /// Parses a body.

@@ -51,7 +51,7 @@ pub(super) async fn create(
         (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
     let metadata = metadata_within(&state, body.metadata)?;
     let message = NewMessage {
-        content: content_within(&state, body.content.0)?,
+        content: Some(content_within(&state, body.content.0)?),
         assistant: body.assistant,
         by_user: caller.user.is_some(),
         strategy: body

@@ -195,10 +195,20 @@ impl Doc {
     }
 
     /// Adds a JSON object as the body.
-    pub(super) fn body<B: ToSchema>(mut self) -> Self {
+    pub(super) fn body<B: ToSchema>(self) -> Self {
+        self.takes::<B>(true)
+    }
+
+    /// Adds a JSON object as the body, which may be absent.
+    pub(super) fn optional_body<B: ToSchema>(self) -> Self {
+        self.takes::<B>(false)
+    }
+
+    fn takes<B: ToSchema>(mut self, required: bool) -> Self {
         let schema = self.schema::<B>();
-        self.body =
-            Some(json!({"required": true, "content": {"application/json": {"schema": schema}}}));
+        self.body = Some(
+            json!({"required": required, "content": {"application/json": {"schema": schema}}}),
+        );
         self.refuses(&[
             UNPROCESSABLE,
             REQUEST_TIMEOUT,

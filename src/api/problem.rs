@@ -156,6 +156,7 @@ impl From<&Error> for Problem {
             Error::NotFound(_) => NOT_FOUND,
             Error::MethodNotAllowed => METHOD_NOT_ALLOWED,
             Error::ThreadBusy => THREAD_BUSY,
+            Error::NothingToRun => NOTHING_TO_RUN,
             Error::QueueFull { .. } | Error::QueueBytesFull { .. } => QUEUE_FULL,
             Error::IdempotencyMismatch => IDEMPOTENCY_MISMATCH,
             Error::RunNotWaiting(_) => RUN_NOT_WAITING,
@@ -282,6 +283,8 @@ kinds! {
     THREAD_BUSY = "thread-busy", "Thread busy", CONFLICT;
     /// The run does not wait for these tool outputs, or not any more.
     RUN_NOT_WAITING = "run-not-waiting", "Run not waiting", CONFLICT;
+    /// There is no message of the user that the gateway could send again.
+    NOTHING_TO_RUN = "nothing-to-run", "Nothing to run", CONFLICT;
     /// The body is larger than `server.max_body_bytes`.
     PAYLOAD_TOO_LARGE = "payload-too-large", "Payload too large", PAYLOAD_TOO_LARGE;
     /// The header `content-type` does not name JSON.
@@ -339,6 +342,7 @@ fn of_run(run: &Run) -> Kind {
         ) => UPSTREAM_TIMEOUT,
         Some(RunErrorCode::GatewayStopped) => DRAINING,
         Some(RunErrorCode::ReplicaLost) => REPLICA_LOST,
+        Some(RunErrorCode::NothingToRun) => NOTHING_TO_RUN,
         Some(RunErrorCode::NotRecorded) => STORE_UNAVAILABLE,
         Some(RunErrorCode::UpstreamRateLimited) => UPSTREAM_RATE_LIMITED,
         Some(RunErrorCode::ContentRefused) => CONTENT_REFUSED,

@@ -1,4 +1,7 @@
-//! `…/runs` and below: lists, shows, cancels and streams runs, and takes tool outputs.
+//! `…/runs` and below: runs a thread again, lists, shows, cancels and streams runs, and takes tool
+//! outputs.
+
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, Uri};
@@ -6,21 +9,74 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures_util::StreamExt;
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 use super::authorize::OnlyRepeats;
 use super::caller::Caller;
-use super::extract::{ApiConversation, ApiJson, ApiPage, ApiRun, LastEventId};
+use super::extract::{ApiConversation, ApiJson, ApiOptions, ApiPage, ApiRun, LastEventId};
 use super::forwarded::Prefix;
+use super::messages::metadata_within;
 use super::openapi::Doc;
-use super::problem::{NOT_FOUND, OTHER_REPLICA, RUN_NOT_WAITING, TOO_MANY_READERS};
+use super::problem::{
+    NOT_FOUND, NOTHING_TO_RUN, OTHER_REPLICA, QUEUE_FULL, RUN_NOT_WAITING, THREAD_BUSY,
+    TOO_MANY_READERS, TOO_MANY_RUNS,
+};
 use super::run_response::{Asked, ResponseMode, answer, answer_doc, scope_of};
 use super::sse;
 use super::sse::EventView;
 use super::state::AppState;
-use super::views::{ListView, PostOutputs, RunAndMessageView, RunView};
-use crate::domain::RunId;
+use super::views::{ListView, OnDisconnect, PostOutputs, PostRun, RunAndMessageView, RunView};
+use crate::domain::{MultitaskStrategy, RunId};
 use crate::error::Error;
-use crate::runs::{NewOutputs, Resumed};
+use crate::runs::{FIRST_EVENT, NewMessage, NewOutputs, Resumed};
+
+pub(super) fn create_doc() -> Doc {
+    let doc = Doc::new("runs", "create_run", "Runs the assistant again without a new message.")
+        .about(
+            "Answers the last messages of the user, with the options and in the forms of a message. They \
+             are not added again. A reply to them stays in the transcript, and the model no longer knows it.",
+        )
+        .optional_body::<PostRun>();
+    answer_doc(doc).refuses(&[THREAD_BUSY, NOTHING_TO_RUN, QUEUE_FULL, TOO_MANY_RUNS])
+}
+
+/// Answers the last messages of the user again, in one of the three forms of [`answer`].
+pub(super) async fn create(
+    State(state): State<AppState>,
+    Caller(caller): Caller,
+    only_repeats: Option<Extension<OnlyRepeats>>,
+    ApiConversation(key): ApiConversation,
+    asked: Asked,
+    ApiOptions(body, idempotency, share): ApiOptions<PostRun>,
+) -> Result<Response, Error> {
+    let cancel = CancellationToken::new();
+    // Dropped with the answer, or with this handler if the caller leaves before there is an answer.
+    let on_drop =
+        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
+    let metadata = metadata_within(&state, body.metadata)?;
+    let run = NewMessage {
+        content: None,
+        assistant: body.assistant,
+        by_user: caller.user.is_some(),
+        strategy: body
+            .multitask_strategy
+            .unwrap_or(MultitaskStrategy::Enqueue),
+        metadata: metadata.unwrap_or_default(),
+        timeout: body.timeout_ms.map(Duration::from_millis),
+        ttl: body.ttl_ms.map(Duration::from_millis),
+        cancel,
+        idempotency,
+        only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
+        share,
+    };
+    let submitted = state.runs.submit(key.clone(), run).await?;
+    let form = ResponseMode {
+        stream: body.stream,
+        asked: &asked,
+        on_drop,
+    };
+    answer(&state, &key, submitted, FIRST_EVENT, form).await
+}
 
 pub(super) fn list_doc() -> Doc {
     Doc::new(

@@ -54,6 +54,29 @@ pub(super) struct PostMessage {
     pub(super) ttl_ms: Option<u64>,
 }
 
+/// The body of `POST …/runs`. It may be absent.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PostRun {
+    /// Name of a configured assistant, as for a message.
+    pub(super) assistant: Option<String>,
+    /// What the run does on a busy thread: any but `merge`; `enqueue` if absent.
+    pub(super) multitask_strategy: Option<MultitaskStrategy>,
+    /// `true`: the answer is a stream of events. If absent, the header `Accept` decides.
+    pub(super) stream: Option<bool>,
+    /// What happens to the run if the caller disconnects; `continue` if absent.
+    pub(super) on_disconnect: Option<OnDisconnect>,
+    /// Metadata of the run. The gateway keeps it with the run and sends it upstream.
+    pub(super) metadata: Option<Metadata>,
+    /// Longest time from the start of the run to its end, waits for tool outputs included; at most
+    /// `runs.max_timeout`.
+    #[schema(minimum = 1)]
+    pub(super) timeout_ms: Option<u64>,
+    /// Time to live of the thread, from now on; at most `threads.max_ttl`.
+    #[schema(minimum = 1)]
+    pub(super) ttl_ms: Option<u64>,
+}
+
 /// The body of `POST …/runs/{run}/tool_outputs`.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

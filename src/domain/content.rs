@@ -9,7 +9,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::run::text_enum;
+use super::made_call::{MAX_ALL_OUTPUTS, MadeCall, kept_answer};
+use super::run::{ToolCall, ToolOutput, text_enum};
 
 /// Most parts of one message.
 pub const MAX_PARTS: usize = 64;
@@ -77,6 +78,10 @@ pub enum ContentPart {
     GeneratedImage {
         generated_image: GeneratedImage,
     },
+    /// A call of a tool that the model made. Only replies have it.
+    ToolCall {
+        tool_call: MadeCall,
+    },
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
@@ -104,8 +109,8 @@ impl<'de> Visitor<'de> for PartVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<ContentPart, A::Error> {
         let (mut kind, mut text, mut image_url, mut image_file, mut file, mut refusal) =
             (None, None, None, None, None, None);
-        let (mut generated_image, mut annotations, mut message, mut phase) =
-            (None, None, None, None);
+        let (mut generated_image, mut tool_call, mut annotations, mut message, mut phase) =
+            (None, None, None, None, None);
         while let Some(name) = fields.next_key::<String>()? {
             match name.as_str() {
                 "type" => once(&mut kind, "type", fields.next_value()?)?,
@@ -121,6 +126,7 @@ impl<'de> Visitor<'de> for PartVisitor {
                         fields.next_value()?,
                     )?;
                 }
+                "tool_call" => once(&mut tool_call, "tool_call", fields.next_value()?)?,
                 "annotations" => once(&mut annotations, "annotations", fields.next_value()?)?,
                 "message" => once(&mut message, "message", fields.next_value()?)?,
                 "phase" => once(&mut phase, "phase", fields.next_value()?)?,
@@ -142,33 +148,44 @@ impl<'de> Visitor<'de> for PartVisitor {
             image_file,
             file,
             refusal,
-            generated_image,
+            (generated_image, tool_call),
         ) {
-            (Kind::Text, Some(text), None, None, None, None, None) => Ok(ContentPart::Text {
-                text,
-                annotations: annotations.unwrap_or_default(),
-                message: message.unwrap_or_default(),
-                phase,
-            }),
-            (Kind::Refusal, None, None, None, None, Some(refusal), None) if !of_text => {
+            (Kind::Text, Some(text), None, None, None, None, (None, None)) => {
+                Ok(ContentPart::Text {
+                    text,
+                    annotations: annotations.unwrap_or_default(),
+                    message: message.unwrap_or_default(),
+                    phase,
+                })
+            }
+            (Kind::Refusal, None, None, None, None, Some(refusal), (None, None)) if !of_text => {
                 Ok(ContentPart::Refusal {
                     refusal,
                     message: message.unwrap_or_default(),
                 })
             }
-            (Kind::ImageUrl, None, Some(image_url), None, None, None, None) if !of_message => {
+            (Kind::ImageUrl, None, Some(image_url), None, None, None, (None, None))
+                if !of_message =>
+            {
                 Ok(ContentPart::ImageUrl { image_url })
             }
-            (Kind::ImageFile, None, None, Some(image_file), None, None, None) if !of_message => {
+            (Kind::ImageFile, None, None, Some(image_file), None, None, (None, None))
+                if !of_message =>
+            {
                 Ok(ContentPart::ImageFile { image_file })
             }
-            (Kind::File, None, None, None, Some(file), None, None) if !of_message => {
+            (Kind::File, None, None, None, Some(file), None, (None, None)) if !of_message => {
                 Ok(ContentPart::File { file })
             }
-            (Kind::GeneratedImage, None, None, None, None, None, Some(generated_image))
+            (Kind::GeneratedImage, None, None, None, None, None, (Some(generated_image), None))
                 if !of_message =>
             {
                 Ok(ContentPart::GeneratedImage { generated_image })
+            }
+            (Kind::ToolCall, None, None, None, None, None, (None, Some(tool_call)))
+                if !of_message =>
+            {
+                Ok(ContentPart::ToolCall { tool_call })
             }
             _ => Err(de::Error::custom(
                 "a part must have its `type` and exactly one more field, which is named like the type",
@@ -184,6 +201,7 @@ enum Kind {
     File,
     Refusal,
     GeneratedImage,
+    ToolCall,
 }
 
 /// The types of parts that callers can send. Error texts offer only these.
@@ -198,6 +216,7 @@ impl<'de> Deserialize<'de> for Kind {
             "file" => Ok(Self::File),
             "refusal" => Ok(Self::Refusal),
             "generated_image" => Ok(Self::GeneratedImage),
+            "tool_call" => Ok(Self::ToolCall),
             other => Err(de::Error::unknown_variant(other, &SENT)),
         }
     }
@@ -244,6 +263,19 @@ impl ContentPart {
         )
     }
 
+    /// Returns whether the part is something that the model said or made, and no call.
+    pub const fn is_said(&self) -> bool {
+        !matches!(self, Self::ToolCall { .. })
+    }
+
+    /// Returns the call of a call part.
+    pub const fn as_call(&self) -> Option<&MadeCall> {
+        match self {
+            Self::ToolCall { tool_call } => Some(tool_call),
+            _ => None,
+        }
+    }
+
     /// Returns a part of text alone.
     pub fn text(text: impl Into<String>) -> Self {
         Self::text_of(text, Origin::default())
@@ -275,7 +307,8 @@ impl ContentPart {
         }
     }
 
-    /// Returns the message that the part belongs to. A picture belongs to that of its neighbours.
+    /// Returns the message that the part belongs to. A picture belongs to that of its neighbours, a
+    /// call to none.
     pub fn origin(&self) -> Option<Origin> {
         match *self {
             Self::Text { message, phase, .. } => Some(Origin { message, phase }),
@@ -285,6 +318,12 @@ impl ContentPart {
             }),
             _ => None,
         }
+    }
+
+    /// Returns the bytes of the part that come from the model: the output of a call does not.
+    pub fn size_made(&self) -> usize {
+        self.as_call()
+            .map_or_else(|| self.size(), MadeCall::size_asked)
     }
 
     /// Returns the bytes of the part's text, URL or id, and of its annotations.
@@ -300,6 +339,7 @@ impl ContentPart {
             Self::GeneratedImage { generated_image } => {
                 generated_image.id.len() + generated_image.url.as_ref().map_or(0, String::len)
             }
+            Self::ToolCall { tool_call } => tool_call.size(),
         }
     }
 }
@@ -338,12 +378,71 @@ pub fn number_messages(content: &mut [ContentPart], first: u32) {
     }
 }
 
-/// Returns the messages of a reply, in order.
+/// Returns the messages of a reply, in order. A call stands alone.
 pub fn messages_of(content: &[ContentPart]) -> impl Iterator<Item = &[ContentPart]> {
     content.chunk_by(|one, next| match (one.origin(), next.origin()) {
         (Some(one), Some(next)) => one.message == next.message,
-        _ => true,
+        _ => one.is_said() && next.is_said(),
     })
+}
+
+/// Returns whether the content has more than calls.
+pub fn says_something(content: &[ContentPart]) -> bool {
+    content.iter().any(ContentPart::is_said)
+}
+
+/// Adds the calls that the content does not have.
+pub fn add_calls(content: &mut Vec<ContentPart>, calls: &[ToolCall]) {
+    for call in calls {
+        let is_there = |part: &ContentPart| part.as_call().is_some_and(|made| made.id == call.id);
+        if !content.iter().any(is_there) {
+            let tool_call = MadeCall::from(call);
+            content.push(ContentPart::ToolCall { tool_call });
+        }
+    }
+}
+
+/// Adds the outputs to the calls of the content that have none.
+pub fn answer_calls(content: &mut [ContentPart], outputs: &[ToolOutput]) {
+    let made = content.iter().filter_map(ContentPart::as_call);
+    let mut held: usize = made.map(|call| call.size() - call.size_asked()).sum();
+    for part in content {
+        let ContentPart::ToolCall { tool_call } = part else {
+            continue;
+        };
+        let answer = outputs.iter().find(|it| it.tool_call_id == tool_call.id);
+        let Some(answer) = answer.filter(|_| tool_call.output.is_none()) else {
+            continue;
+        };
+        let output = kept_answer(&answer.answer);
+        held += output.len();
+        let has_room = held <= MAX_ALL_OUTPUTS;
+        tool_call.output = Some(if has_room {
+            output
+        } else {
+            "[The output is not kept.]".to_owned()
+        });
+    }
+}
+
+/// Returns a reply as the upstream has it, with the calls of the run that are in no message there.
+/// `known`: what the gateway has of the reply.
+pub fn with_calls_of(known: &[ContentPart], mut held: Vec<ContentPart>) -> Vec<ContentPart> {
+    if held.iter().any(|part| !part.is_said()) || known.iter().all(ContentPart::is_said) {
+        return held;
+    }
+    let said: Vec<&ContentPart> = known.iter().filter(|part| part.is_said()).collect();
+    let is_same =
+        |(one, other): (&&ContentPart, &ContentPart)| match (one.as_text(), other.as_text()) {
+            (Some(one), Some(other)) => one == other,
+            _ => *one == other,
+        };
+    if said.len() <= held.len() && said.iter().zip(&held).all(is_same) {
+        let rest = held.split_off(said.len());
+        return [known.to_vec(), rest].concat();
+    }
+    let calls = known.iter().filter(|part| !part.is_said()).cloned();
+    calls.chain(held).collect()
 }
 
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize, ToSchema)]
@@ -483,6 +582,9 @@ impl TryFrom<Vec<ContentPart>> for UserContent {
                 ContentPart::GeneratedImage { .. } => {
                     return Err(InvalidContent::PartOfReply("generated_image"));
                 }
+                ContentPart::ToolCall { .. } => {
+                    return Err(InvalidContent::PartOfReply("tool_call"));
+                }
             };
             if texts.iter().any(|text| text.contains('\0')) {
                 return Err(InvalidContent::Nul);
@@ -546,6 +648,9 @@ mod tests {
                         json!({"type": "text", "text": "a", "message": 1, "phase": "commentary",
                             "annotations": [{"type": "file_citation", "file_id": "f"}]}),
                         json!({"type": "generated_image", "generated_image": {"id": "ig", "url": "u"}}),
+                        json!({"type": "tool_call", "tool_call": {
+                            "id": "c", "type": "function", "name": "f", "arguments": "{}", "output": null,
+                        }}),
                     ],
                     WORDS,
                 ),
@@ -573,7 +678,12 @@ mod tests {
                 },
                 Err(InvalidContent::PartOfReply(_)) => {
                     let is_of_reply = |part: &ContentPart| {
-                        matches!(part, ContentPart::Refusal { .. } | ContentPart::GeneratedImage { .. })
+                        matches!(
+                            part,
+                            ContentPart::Refusal { .. }
+                                | ContentPart::GeneratedImage { .. }
+                                | ContentPart::ToolCall { .. }
+                        )
                     };
                     prop_assert!(parts.iter().any(is_of_reply));
                 }

@@ -3,7 +3,7 @@
 use super::run::text_enum;
 use super::{
     ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy,
-    Removed, RequiredAction, RunError, RunId, RunRecovery, RunStatus, ThreadId, Timestamp,
+    Removed, RequiredAction, Rerun, RunError, RunId, RunRecovery, RunStatus, ThreadId, Timestamp,
     UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
 use serde::{Deserialize, Serialize};
@@ -102,6 +102,8 @@ pub struct Run {
     /// Name of the assistant profile.
     pub assistant: String,
     pub metadata: Metadata,
+    /// `None`: the run has a message of its own.
+    pub rerun: Option<Rerun>,
     pub upstream_run_id: Option<UpstreamRunId>,
     pub required_action: Option<RequiredAction>,
     pub error: Option<RunError>,

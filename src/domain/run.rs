@@ -95,6 +95,30 @@ text_enum!(
 );
 
 text_enum!(
+    /// What a run without a message of its own found at its start. Such a run answers the last
+    /// messages of the user again, which then count as its own.
+    Rerun {
+        /// It has not looked yet.
+        Waiting = "waiting",
+        /// The upstream thread lacked the messages, and was to get them.
+        Missing = "missing",
+        /// The upstream thread lacked the messages, and was not to get them.
+        Withheld = "withheld",
+        /// The upstream thread ended with the messages.
+        Present = "present",
+        /// The upstream thread had a reply to the messages, which the new one replaces.
+        Answered = "answered",
+    }
+);
+
+impl Rerun {
+    /// Returns whether the upstream thread had the messages.
+    pub const fn is_upstream(self) -> bool {
+        matches!(self, Self::Present | Self::Answered)
+    }
+}
+
+text_enum!(
     /// Why a run did not complete, as a stable code.
     RunErrorCode {
         /// The upstream failed, refused the request for a reason that the gateway does not know, or cannot
@@ -130,6 +154,8 @@ text_enum!(
         DeadlineExceeded = "deadline_exceeded",
         /// Many calls to the upstream failed, so the gateway makes none for a while.
         UpstreamUnavailable = "upstream_unavailable",
+        /// A run without a message of its own found no message that it could send.
+        NothingToRun = "nothing_to_run",
         /// The database failed while the gateway recorded the message. The caller got an error.
         NotRecorded = "not_recorded",
         /// The reply grew past the configured limit.

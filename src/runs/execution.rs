@@ -18,6 +18,7 @@ pub(super) mod relay;
 pub(super) mod create_thread;
 pub(super) mod outcome;
 pub(super) mod recover;
+pub(super) mod rerun;
 pub(super) mod settle;
 pub(super) mod trial;
 

@@ -361,6 +361,7 @@ fn compare(
     let is_missing = |(n, message): &(usize, &Message)| {
         message.thread_id == thread
             && message.sync == domain::UpstreamSync::Present
+            && parts(message.role, &message.content).next().is_some()
             && !found.contains(n)
     };
     let missing = ours
@@ -407,8 +408,8 @@ fn parts(role: Role, content: &[ContentPart]) -> impl Iterator<Item = Part<'_>> 
             ContentPart::File { file } => {
                 format!("file {}", file.sources().next().unwrap_or_default()).into()
             }
-            // It is in no message of the upstream thread.
-            ContentPart::GeneratedImage { .. } => return None,
+            // They are in no message of the upstream thread.
+            ContentPart::GeneratedImage { .. } | ContentPart::ToolCall { .. } => return None,
         };
         Some(Part(role == Role::User, said))
     })

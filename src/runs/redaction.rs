@@ -28,7 +28,7 @@ pub(in crate::runs) async fn admit(
         .map_err(NotWritten::Unsent)?;
     // Add the content before the message is recorded, because the run that it joins may start
     // right after.
-    let own = registry.unstored(*run_id);
+    let own = registry.unstored(*run_id).filter(|_| !admission.again);
     if let Some(own) = &own {
         own.add(message);
     }
@@ -42,7 +42,13 @@ pub(in crate::runs) async fn admit(
     let joined: &[RunId] = match &admitted {
         Ok(Admitted::Started(_) | Admitted::Queued { .. }) => return admitted,
         Ok(Admitted::Merged { run, .. }) => &[run.id],
-        Ok(Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated) => &[],
+        Ok(
+            Admitted::Busy
+            | Admitted::OtherUpstream(_)
+            | Admitted::Repeated
+            | Admitted::NoThread
+            | Admitted::NoMessage,
+        ) => &[],
         // The message may have joined one of these runs, which would know it by its id.
         Err(_) => &may_join,
     };
@@ -96,6 +102,18 @@ pub(in crate::runs) async fn start_queued(
         complete(ctx, started);
     }
     Ok(claim)
+}
+
+/// Gives a run without a message of its own the last messages of the user.
+pub(in crate::runs) async fn take_last_messages(
+    ctx: &Context,
+    lease: &RunLease,
+) -> Result<QueuedStart, StoreError> {
+    let mut taken = ctx.store.take_last_messages(lease).await?;
+    if let QueuedStart::Started(started) = &mut taken {
+        complete(ctx, started);
+    }
+    Ok(taken)
 }
 
 /// Replaces a full thread with a fresh one.

@@ -57,7 +57,11 @@ impl Item for Arc<Admission> {
     fn may_change(answer: &Admitted) -> bool {
         matches!(
             answer,
-            Admitted::Busy | Admitted::OtherUpstream(_) | Admitted::Repeated
+            Admitted::Busy
+                | Admitted::OtherUpstream(_)
+                | Admitted::Repeated
+                | Admitted::NoThread
+                | Admitted::NoMessage
         )
     }
 }
@@ -193,6 +197,7 @@ struct Fields<'a> {
     assistant: &'a str,
     strategy: &'a str,
     metadata: &'a Metadata,
+    again: bool,
     thread: Uuid,
     run: Uuid,
     message: Uuid,
@@ -238,6 +243,7 @@ impl Admit<'_> {
             assistant,
             strategy: strategy.as_str(),
             metadata,
+            again: self.admission.again,
             thread: self.admission.new_thread.uuid(),
             run: self.admission.run_id.uuid(),
             message: self.admission.message.id.uuid(),
@@ -271,6 +277,8 @@ impl Admission {
             ("other_upstream", _) => {
                 return Ok(Admitted::OtherUpstream(seen_upstream.unwrap_or_default()));
             }
+            ("no_thread", _) => return Ok(Admitted::NoThread),
+            ("no_message", _) => return Ok(Admitted::NoMessage),
             ("merged", Some(both)) => return merged_into(both.thread, both.run),
             ("recorded", Some(both)) => both,
             (other, _) => {
@@ -285,7 +293,7 @@ impl Admission {
         };
         let (thread, run) = (Thread::try_from(both.thread)?, Run::try_from(both.run)?);
         match run.status {
-            RunStatus::InProgress => {
+            RunStatus::InProgress if !self.again => {
                 let InputMessage { id, content } = &self.message;
                 let input = vec![InputMessage {
                     id: *id,
@@ -352,6 +360,9 @@ pub struct Admission {
     pub strategy: MultitaskStrategy,
     pub metadata: Metadata,
     pub message: InputMessage,
+    /// The run has no message of its own and answers the [last messages](super::Store::take_last_messages)
+    /// again. Then `message` is empty and only names the request.
+    pub again: bool,
     /// How long the run may take after it has started.
     pub timeout: Duration,
     /// The replica that will work on the run.
@@ -386,6 +397,11 @@ pub enum Admitted {
     OtherUpstream(String),
     /// Refused: the idempotency key is in use.
     Repeated,
+    /// Refused: the key has no thread whose last messages could be answered again, or only one that
+    /// has expired.
+    NoThread,
+    /// Refused: the thread has no message of the user.
+    NoMessage,
 }
 
 /// The most messages that one queued run collects by [`MultitaskStrategy::Merge`].

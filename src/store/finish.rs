@@ -155,6 +155,7 @@ struct Fields<'a> {
     synced: bool,
     unsettled_run: Option<Box<RawValue>>,
     discard: bool,
+    keeps_said: bool,
     first_offset: i64,
     events: Option<Box<RawValue>>,
     end_offset: i64,
@@ -193,6 +194,7 @@ impl<'a> Fields<'a> {
                 .map(|left| redaction.unsettled_run(left))
                 .as_ref())?,
             discard: end.discard,
+            keeps_said: end.keeps_said,
             first_offset: events.first,
             events: if drops_log {
                 None
@@ -319,6 +321,8 @@ pub struct RunEnd {
     /// The run's messages are to be removed. Nothing of them is left upstream, or `unsettled_run`
     /// says what is.
     pub discard: bool,
+    /// The user's messages stay even then, because an earlier run brought them into the transcript.
+    pub keeps_said: bool,
     /// The rest of the run's log.
     pub events: EventBatch,
     /// The other rows say all that the log says: that the run has started, and the text of its
@@ -331,7 +335,7 @@ impl RunEnd {
     /// Returns whether the run's user messages have another state than at its start.
     fn marks_said(&self) -> bool {
         let as_begun = self.said == UpstreamSync::Present && self.status == RunStatus::Completed;
-        !as_begun && !self.discard
+        !as_begun && (!self.discard || self.keeps_said)
     }
 }
 

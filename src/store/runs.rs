@@ -210,10 +210,7 @@ pub(super) async fn started_before(
     c: &mut Connection,
     lease: &RunLease,
 ) -> Result<QueuedStart, StoreError> {
-    let values = params()
-        .set("run", lease.run_id.uuid())
-        .set("fence", lease.fence);
-    let Some(both) = c.optional::<ThreadAndRun>(&READ_LEASED, values).await? else {
+    let Some(both) = read_leased(c, lease).await? else {
         return Ok(QueuedStart::Lost);
     };
     let run = Run::try_from(both.run)?;
@@ -228,6 +225,17 @@ pub(super) async fn started_before(
         input,
         intent: None,
     })))
+}
+
+/// Returns the run of a lease, and its thread.
+pub(super) async fn read_leased(
+    c: &mut Connection,
+    lease: &RunLease,
+) -> Result<Option<ThreadAndRun>, StoreError> {
+    let values = params()
+        .set("run", lease.run_id.uuid())
+        .set("fence", lease.fence);
+    Ok(c.optional(&READ_LEASED, values).await?)
 }
 
 /// Returns the user's messages of a run that has started.

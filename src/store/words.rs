@@ -450,7 +450,7 @@ const THREAD: &str = "id tenant user_key [scope_kind] scope_name upstream upstre
     unsynced_messages unsettled_run input_tokens cached_input_tokens output_tokens reasoning_tokens \
     context_tokens";
 
-const RUN: &str = "id thread_id seq [status] [strategy] assistant metadata fence upstream_run_id required_action \
+const RUN: &str = "id thread_id seq [status] [strategy] assistant metadata fence rerun upstream_run_id required_action \
     error usage recovery created_at started_at finished_at deadline_at rollback_pending";
 
 const MESSAGE: &str = "id thread_id position [role] content run_id upstream_message_id [upstream_sync] [run_outcome] \

@@ -14,6 +14,7 @@ mod stream;
 mod stream_resume;
 mod wire;
 
+use std::iter::Peekable;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
@@ -37,7 +38,7 @@ use items::ITEMS_PER_REQUEST;
 use repair::RepairingRequest;
 use request::{Terms, history_items};
 use run_items::id_of;
-use wire::answer_item;
+use wire::{answer_item, is_call_of_history};
 
 /// The remedy where the server has no conversations.
 pub(super) const NO_CONVERSATIONS: &str =
@@ -64,9 +65,9 @@ impl Upstream for ResponsesUpstream {
         if !self.conversations {
             return Ok(None);
         }
-        let mut items = history_items(history);
+        let mut items = history_items(history).peekable();
         let mut body = json!({"metadata": thread_tags(owner)});
-        let first: Vec<Value> = items.by_ref().take(ITEMS_PER_REQUEST).collect();
+        let first = some_of(&mut items);
         if !first.is_empty() {
             body["items"] = first.into();
         }
@@ -207,14 +208,27 @@ impl ResponsesUpstream {
     async fn add_history(
         &self,
         conversation: &UpstreamThreadId,
-        mut items: impl Iterator<Item = Value> + Send,
+        mut items: Peekable<impl Iterator<Item = Value> + Send>,
     ) -> Result<(), UpstreamError> {
         loop {
-            let some: Vec<Value> = items.by_ref().take(ITEMS_PER_REQUEST).collect();
+            let some = some_of(&mut items);
             if some.is_empty() {
                 return Ok(());
             }
             self.add_items(conversation, &some).await?;
         }
     }
+}
+
+/// Takes as many items as one request may add. A call stays together with its output.
+fn some_of(items: &mut Peekable<impl Iterator<Item = Value>>) -> Vec<Value> {
+    let mut some = Vec::new();
+    while some.len() < ITEMS_PER_REQUEST {
+        let is_last = some.len() + 1 == ITEMS_PER_REQUEST;
+        let Some(item) = items.next_if(|next| !(is_last && is_call_of_history(next))) else {
+            break;
+        };
+        some.push(item);
+    }
+    some
 }

@@ -32,7 +32,7 @@ fn key() -> ConversationKey {
 
 fn message(words: &str) -> NewMessage {
     NewMessage {
-        content: text(words).try_into().unwrap(),
+        content: Some(text(words).try_into().unwrap()),
         assistant: None,
         strategy: MultitaskStrategy::Enqueue,
         metadata: Metadata::default(),

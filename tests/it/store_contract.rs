@@ -16,6 +16,7 @@ mod queue;
 mod random;
 mod redaction;
 mod replicas;
+mod reruns;
 mod retention;
 mod rollover;
 mod runs;
@@ -152,6 +153,7 @@ pub(crate) fn admission(key: &ConversationKey) -> Admission {
             id: MessageId::new(),
             content: text("hello"),
         },
+        again: false,
         timeout: Duration::from_mins(1),
         replica: ReplicaId::new(),
         intent: None,
@@ -179,6 +181,7 @@ pub(crate) fn completed(reply: Option<&str>) -> RunEnd {
         synced: false,
         unsettled_run: None,
         discard: false,
+        keeps_said: false,
         events: EventBatch {
             first: 0,
             events: vec![],
@@ -388,7 +391,7 @@ pub(crate) async fn check_invariants(database: &TestDatabase) {
             "nothing is left of a run that was discarded, and nothing but its record of one that ended",
             "SELECT count(*) FROM runs r WHERE finished_at IS NOT NULL AND (partial_reply IS NOT NULL OR \
              tool_outputs IS NOT NULL OR required_action IS NOT NULL OR queued_input IS NOT NULL OR rollback_pending AND \
-             EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id))",
+             r.rerun IS NULL AND EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id))",
         ),
         (
             "a run that waits has its input, and no other one has",

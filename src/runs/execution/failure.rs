@@ -10,6 +10,9 @@ use crate::upstream::UpstreamError;
 const BREAKER_OPEN: &str =
     "most requests to the upstream fail, so the gateway sends none to it for a while";
 
+const NOTHING_TO_RUN: &str =
+    "there is no message of the user that the gateway could send again: post a message";
+
 /// The reason why a run did not reach its end at the upstream.
 pub(in crate::runs) enum Failure {
     Upstream(UpstreamError),
@@ -36,6 +39,8 @@ pub(in crate::runs) enum Failure {
     /// The caller got the error that the message was not recorded.
     NotRecorded,
     ReplyTooLarge,
+    /// A run without a message of its own found no message that it could send.
+    NothingToRun,
     NotConfigured,
     Panic,
 }
@@ -55,6 +60,7 @@ impl Failure {
             Self::ReplicaLost => "the run's process died".to_owned(),
             Self::NotRecorded => "the caller was told that the message was not recorded".to_owned(),
             Self::ReplyTooLarge => "the reply is too large".to_owned(),
+            Self::NothingToRun => NOTHING_TO_RUN.to_owned(),
             Self::NotConfigured => "not configured".to_owned(),
             Self::Panic => "panic".to_owned(),
         }
@@ -78,6 +84,7 @@ impl Failure {
             | Self::Conflict { .. }
             | Self::LeaseLost
             | Self::ReplyTooLarge
+            | Self::NothingToRun
             | Self::NotConfigured => false,
         }
     }
@@ -147,6 +154,7 @@ impl Failure {
                 RunErrorCode::ReplyTooLarge,
                 "the reply is larger than `runs.max_reply_bytes`".to_owned(),
             ),
+            Self::NothingToRun => failed(RunErrorCode::NothingToRun, NOTHING_TO_RUN.to_owned()),
             Self::NotConfigured => failed(
                 RunErrorCode::NotConfigured,
                 "the run's assistant or the thread's upstream is no longer configured".to_owned(),

@@ -15,9 +15,10 @@ use super::progress::{Delivery, Progress};
 use super::recover::unsettled_run;
 use super::round_context::RoundEnd;
 use super::settle::{Removal, take_away};
+use super::store_retry::retry_until_ok;
 use super::trial;
 use crate::domain::{
-    EventBatch, MultitaskStrategy, Run, RunStatus, Thread, ThreadActivity, ThreadState,
+    EventBatch, MultitaskStrategy, Rerun, Run, RunStatus, Thread, ThreadActivity, ThreadState,
     UnsettledRun,
 };
 use crate::error::Chain;
@@ -99,6 +100,15 @@ pub(in crate::runs) async fn finish_run(
             events: Vec::new(),
         };
         let mut end = decide_outcome(&local, &upstream, &progress, no_events);
+        // The run begins a new chain, without the replies that its own replaces.
+        if progress.rerun == Some(Rerun::Answered)
+            && end.upstream_thread_id.is_some()
+            && retry_until_ok(|| ctx.store.withhold_replaced(&started.lease))
+                .await
+                .is_err()
+        {
+            return RunResult::LetGo;
+        }
         if let (Some(shown), Some(reply)) = (shown.take(), &end.reply) {
             for rest in text_not_yet_streamed(&shown, reply).into_deltas() {
                 active.log.push(RunEvent::Delta(rest));

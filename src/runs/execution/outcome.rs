@@ -3,8 +3,8 @@
 use super::failure::Failure;
 use super::progress::{Delivery, Progress};
 use crate::domain::{
-    ContentPart, EventBatch, MessageId, ReplyText, RunError, RunErrorCode, RunStatus, Step,
-    UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages,
+    ContentPart, EventBatch, MessageId, ReplyText, Rerun, RunError, RunErrorCode, RunStatus, Step,
+    UnsettledRun, UpstreamSync, UpstreamThreadId, append_messages, says_something, with_calls_of,
 };
 use crate::store::{Reply, RunEnd};
 use crate::upstream::{Ended, Settled};
@@ -70,7 +70,7 @@ impl LocalOutcome {
             progress.open_calls = ended.tool_calls;
         }
         progress.said(ended.content, ended.usage);
-        let is_empty = status == RunStatus::Completed && progress.content.is_empty();
+        let is_empty = status == RunStatus::Completed && !says_something(&progress.content);
         if is_empty {
             return Self {
                 status: RunStatus::Failed,
@@ -147,6 +147,7 @@ pub(in crate::runs) fn decide_outcome(
         synced: progress.synced,
         unsettled_run: None,
         discard: local.discard,
+        keeps_said: progress.rerun.is_some(),
         events,
         drops_log: false,
     };
@@ -182,14 +183,16 @@ pub(in crate::runs) fn decide_outcome(
             } else {
                 UpstreamSync::Missing
             };
-            if settled.said && !settled.content.is_empty() {
+            let has_reply = says_something(&settled.content)
+                || (!settled.content.is_empty() && !says_something(&content));
+            if settled.said && has_reply {
                 // On a chain, the content is that of the last round only.
-                content = if settled.thread.is_none() {
-                    Vec::new()
+                if settled.thread.is_none() {
+                    content = with_calls_of(&content, settled.content.clone());
                 } else {
-                    content_before(progress)
-                };
-                append_messages(&mut content, settled.content.clone());
+                    content = content_before(progress);
+                    append_messages(&mut content, settled.content.clone());
+                }
                 upstream_message_id.clone_from(&settled.upstream_message_id);
             } else {
                 reply_sync = match end.said {
@@ -200,7 +203,7 @@ pub(in crate::runs) fn decide_outcome(
             }
             let late =
                 local.cut_off && settled.status == Some(RunStatus::Completed) && !local.discard;
-            if late && !content.is_empty() {
+            if late && says_something(&content) {
                 // The upstream completed the run before the cancel, or the other cause, came. So
                 // it is completed here too.
                 (end.status, end.error) = (RunStatus::Completed, None);
@@ -212,6 +215,9 @@ pub(in crate::runs) fn decide_outcome(
             }
         }
     }
+    if let Some(rerun) = progress.rerun {
+        end.said = said_again(rerun, upstream, progress, &end);
+    }
     if !local.discard && !content.is_empty() {
         end.reply = Some(Reply {
             id: MessageId::new(),
@@ -221,6 +227,27 @@ pub(in crate::runs) fn decide_outcome(
         });
     }
     end
+}
+
+/// Returns the state of messages that a run answered again. If the run changed nothing of them at
+/// the upstream, they are as they were.
+fn said_again(
+    rerun: Rerun,
+    upstream: &UpstreamState,
+    progress: &Progress,
+    end: &RunEnd,
+) -> UpstreamSync {
+    // A chain goes on from where it was, unless the run moved it.
+    if progress.holds_input && end.upstream_thread_id.is_none() {
+        return UpstreamSync::Present;
+    }
+    match upstream {
+        UpstreamState::None if rerun == Rerun::Missing => UpstreamSync::Missing,
+        UpstreamState::Seen { removed: true, .. } if end.said == UpstreamSync::Present => {
+            UpstreamSync::Missing
+        }
+        _ => end.said,
+    }
 }
 
 /// Returns the text of a reply that its readers have not seen. The upstream may have more of a
@@ -259,6 +286,7 @@ pub(in crate::runs) fn end_without_output(status: RunStatus, error: Option<RunEr
         synced: false,
         unsettled_run: None,
         discard: false,
+        keeps_said: false,
         events: EventBatch {
             first: 0,
             events: Vec::new(),

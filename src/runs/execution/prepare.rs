@@ -9,11 +9,14 @@ use super::history::{
     Excerpt, History, MAX_BYTES, MAX_MESSAGES, PAGE, Past, Room, newest, with_content,
 };
 use super::progress::Progress;
+use super::rerun::needs_no_input;
 use super::round_context::RoundContext;
 use super::settle::{Removal, take_away};
 use super::store_retry::{retry_until_ok, write_until_ok};
 use super::trial;
-use crate::domain::{HistoryKept, Recovery, RecoveryCause, RunRecovery, Thread, UpstreamSync};
+use crate::domain::{
+    HistoryKept, Recovery, RecoveryCause, Rerun, RunRecovery, Thread, UpstreamSync,
+};
 use crate::store::Withholding;
 use crate::upstream::{Ownership, UpstreamError};
 
@@ -40,6 +43,9 @@ pub(in crate::runs) async fn prepare(
 ) -> Result<Prepared, Failure> {
     if !settle_earlier(round).await? {
         return rebuild_unsettled(round).await;
+    }
+    if let Some(rebuilt) = without_messages(round).await? {
+        return Ok(rebuilt);
     }
     let needs_thread = progress.thread.is_none();
     let thread = &round.started.thread;
@@ -76,6 +82,17 @@ pub(in crate::runs) async fn prepare_again(
     } else {
         rebuild_unsettled(round).await
     }
+}
+
+/// Prepares a new upstream thread that ends before the messages of a run that answers them again,
+/// if the present one has them and cannot run without an input, or has a reply to them already.
+async fn without_messages(round: &RoundContext<'_>) -> Result<Option<Prepared>, Failure> {
+    let is_upstream = round.started.run.rerun.is_some_and(Rerun::is_upstream);
+    if !is_upstream || needs_no_input(round) {
+        return Ok(None);
+    }
+    let past = past_of(round).await?;
+    Ok(Some(Prepared::rebuilt(past, HistoryKept::All, None)))
 }
 
 /// Prepares a new upstream thread in the place of one whose state cannot be known.

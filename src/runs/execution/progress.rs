@@ -3,7 +3,7 @@
 use super::history::count_users;
 use super::ladder::Ladder;
 use crate::domain::{
-    ContentPart, Message, OrphanId, ReplyText, RunRecovery, Thread, ToolCall, ToolOutput,
+    ContentPart, Message, OrphanId, ReplyText, Rerun, RunRecovery, Thread, ToolCall, ToolOutput,
     UpstreamRunId, UpstreamThreadId, Usage, append_messages,
 };
 use crate::runs::log::stored::StoredLog;
@@ -68,6 +68,10 @@ pub(in crate::runs) struct Progress {
     pub(in crate::runs) cost: usize,
     /// Whether the upstream reported that something else holds the thread.
     pub(in crate::runs) busy: bool,
+    /// Set if the run answers messages again that an earlier run brought into the transcript.
+    pub(in crate::runs) rerun: Option<Rerun>,
+    /// Whether the gateway's thread is bound to an upstream thread that had these messages before.
+    pub(in crate::runs) holds_input: bool,
     /// Whether the upstream may already have the next round's request.
     pub(in crate::runs) is_uncertain: bool,
     /// Whether something was sent again although an earlier request for it was sent and had no
@@ -80,7 +84,14 @@ impl Progress {
         let recovery = started.run.recovery.clone();
         let bound = started.thread.upstream_thread_id.clone();
         let trial = recovery.as_ref().and_then(RunRecovery::open_trial);
+        let rerun = started.run.rerun;
+        let has_moved = recovery
+            .as_ref()
+            .and_then(|it| it.trial.as_ref())
+            .is_some_and(|trial| bound.as_ref() == Some(&trial.thread));
         Self {
+            rerun,
+            holds_input: rerun.is_some_and(Rerun::is_upstream) && !has_moved,
             thread: trial.map(|trial| trial.thread.clone()).or(bound),
             recovery,
             upstream_run: started.run.upstream_run_id.clone(),

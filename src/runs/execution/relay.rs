@@ -7,7 +7,9 @@ use super::progress::Progress;
 use super::recover::recover;
 use super::round_context::{RoundContext, RoundEnd};
 use super::trial;
-use crate::domain::{ContentPart, ReplyText, RunStatus, TextDelta, next_message, number_messages};
+use crate::domain::{
+    ContentPart, ReplyText, RunStatus, TextDelta, add_calls, next_message, number_messages,
+};
 use crate::error::Chain;
 use crate::runs::log::event::RunEvent;
 use crate::upstream::{Ended, EventStream, Recovered, UpstreamError, UpstreamEvent};
@@ -119,7 +121,7 @@ async fn relay_once(
                     .content
                     .iter()
                     .chain(&progress.content)
-                    .map(ContentPart::size)
+                    .map(ContentPart::size_made)
                     .sum();
                 if size.max(progress.cost) > limit {
                     return Err(Failure::ReplyTooLarge);
@@ -130,9 +132,15 @@ async fn relay_once(
                 ) {
                     trial::accept(round.ctx, round.started, round.log, progress).await?;
                 }
-                if is_again && begins_with(&ended.content, &progress.content) {
-                    ended.content.drain(..progress.content.len());
+                if is_again && let Some(earlier) = begins_with(&ended.content, &progress.content) {
+                    ended.content.drain(..earlier);
                 }
+                let Ended {
+                    content,
+                    tool_calls,
+                    ..
+                } = &mut *ended;
+                add_calls(content, tool_calls);
                 number_messages(&mut ended.content, first_message);
                 // So a reader of the deltas alone gets the whole text too.
                 let rest = ReplyText::of(&ended.content).after(&progress.text);
@@ -146,15 +154,19 @@ async fn relay_once(
     Err(Failure::Upstream(UpstreamError::Broken { timeout: false }))
 }
 
-/// Returns true if the content begins with that of the earlier rounds. Annotations do not count,
-/// because a stream may not tell them.
-fn begins_with(content: &[ContentPart], earlier: &[ContentPart]) -> bool {
+/// Returns how many parts of the content are of the earlier rounds, if it begins with those.
+/// Annotations do not count, because a stream may not tell them, nor do calls, which are in no
+/// message.
+fn begins_with(content: &[ContentPart], earlier: &[ContentPart]) -> Option<usize> {
     let is_same =
         |(one, other): (&ContentPart, &ContentPart)| match (one.as_text(), other.as_text()) {
             (Some(one), Some(other)) => one == other,
             _ => one == other,
         };
-    content.len() >= earlier.len() && content.iter().zip(earlier).all(is_same)
+    let said: Vec<&ContentPart> = earlier.iter().filter(|part| part.is_said()).collect();
+    let is_there =
+        content.len() >= said.len() && content.iter().zip(said.iter().copied()).all(is_same);
+    is_there.then_some(said.len())
 }
 
 /// Compares a stream that repeats a round with the text that was shown before.

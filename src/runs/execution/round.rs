@@ -9,6 +9,7 @@ use super::prepare::{Prepared, ensure_thread, past_of, prepare, prepare_again};
 use super::progress::{Delivery, Progress};
 use super::recover::{recover, unsettled_run};
 use super::relay::{Telling, relay};
+use super::rerun::needs_no_input;
 use super::retry::{FIRST_BACK_OFF, Retries};
 use super::round_context::{RoundContext, RoundEnd};
 use super::settle::{Removal, take_away};
@@ -69,7 +70,8 @@ struct Round<'a> {
     progress: &'a mut Progress,
     /// The breaker's permit, which gets the verdict on the request with all its tries.
     permit: Option<Permit>,
-    /// Whether the upstream thread has the messages of the run, from a try of it that failed.
+    /// Whether the upstream thread has the messages of the run: from a try of it that failed, or
+    /// because the run answers them again.
     has_input: bool,
 }
 
@@ -98,6 +100,7 @@ impl Round<'_> {
         } = *self.context;
         let owner = self.context.owner();
         let mut prepared = prepare(self.context, self.progress).await?;
+        self.has_input |= needs_no_input(self.context) && !prepared.needs_thread;
         let mut retries = Retries::new(ctx.config.runs.max_retries);
         loop {
             match ensure_thread(self.context, self.progress, &owner, &mut prepared).await {
@@ -115,6 +118,8 @@ impl Round<'_> {
             let mut input = &started.input[..];
             if self.has_input {
                 (history, input) = (&[], &[]);
+            } else if input.iter().any(|message| message.content.is_empty()) {
+                return Err(Failure::NothingToRun);
             } else {
                 self.progress.include_history(history);
             }

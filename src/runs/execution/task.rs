@@ -17,11 +17,12 @@ use super::finish::{RunResult, announce, finish_queued_run, finish_run};
 use super::outcome::end_without_output;
 use super::progress::{Progress, StoredProgress};
 use super::queue::{Reservation, Waited, wait_for_start};
+use super::rerun::take_messages;
 use super::rollover::roll_over_if_full;
 use super::round::{RoundRequest, run_round};
 use super::round_context::{RoundContext, RoundEnd};
 use crate::config::AssistantConfig;
-use crate::domain::{RequiredAction, Run, RunStatus, Thread, ToolOutput};
+use crate::domain::{RequiredAction, Rerun, Run, RunStatus, Thread, ToolOutput, answer_calls};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -213,25 +214,27 @@ pub(in crate::runs) async fn resume_running(
         content,
         ..
     } = orphan;
-    let started = StartedRun {
+    let mut started = StartedRun {
         lease,
         thread,
         run,
         input,
         intent: None,
     };
+    let mut begin = Begin::Unknown;
+    let is_unsent = started.run.rerun == Some(Rerun::Waiting);
+    if is_unsent {
+        match take_messages(ctx, &started).await {
+            Ok(taken) => (started, begin) = (taken, Begin::Message),
+            Err(cut) => begin = Begin::CutOff(cut),
+        }
+    }
     let mut progress = Progress::new(&started);
-    progress.taken_over(&started.thread, content, stored);
+    if !is_unsent {
+        progress.taken_over(&started.thread, content, stored);
+    }
     let deadline = Instant::now() + time_left;
-    let result = execute(
-        ctx,
-        &mut active,
-        &started,
-        Begin::Unknown,
-        progress,
-        deadline,
-    )
-    .await;
+    let result = execute(ctx, &mut active, &started, begin, progress, deadline).await;
     announce(ctx, &active, result);
 }
 
@@ -288,12 +291,17 @@ enum Begin {
 /// Executes a run that starts, on a fresh thread if its own is full.
 async fn run_from_start(ctx: &Context, active: &mut ActiveRun, started: StartedRun) -> RunResult {
     let deadline = Instant::now() + time_left(&started.run);
-    let rolled = tokio::select! {
-        biased;
-        cut = cut_off(ctx, active, deadline) => Err(cut),
-        rolled = roll_over_if_full(ctx, started.clone()) => Ok(rolled),
+    let ready = if started.run.rerun.is_some() {
+        // It adds no message, so it does not make the thread fuller.
+        take_messages(ctx, &started).await
+    } else {
+        tokio::select! {
+            biased;
+            cut = cut_off(ctx, active, deadline) => Err(cut),
+            rolled = roll_over_if_full(ctx, started.clone()) => Ok(rolled),
+        }
     };
-    let (started, begin) = match rolled {
+    let (started, begin) = match ready {
         Ok(started) => (started, Begin::Message),
         // The upstream has nothing of the run, and the store knows the run's thread.
         Err(cut) => (started, Begin::CutOff(cut)),
@@ -328,11 +336,13 @@ async fn execute(
         .get(&run.assistant)
         .filter(|it| it.upstream == thread.upstream);
     let result = match (ctx.upstream(&thread.upstream), assistant) {
-        // Only another process knew the message's content.
-        _ if started
-            .input
-            .iter()
-            .any(|message| message.content.is_empty()) =>
+        // Only another process knew the message's content. The upstream may know messages that are
+        // answered again.
+        _ if run.rerun.is_none()
+            && started
+                .input
+                .iter()
+                .any(|message| message.content.is_empty()) =>
         {
             Err(Failure::ReplicaLost)
         }
@@ -426,6 +436,9 @@ impl Rounds<'_> {
                     OutputsWait::CutOff(failure) => return RoundsEnd::Over(Box::new(Err(failure))),
                     OutputsWait::LetGo => return RoundsEnd::LetGo,
                 }
+            }
+            if let Some(outputs) = &outputs {
+                answer_calls(&mut self.progress.content, outputs);
             }
             let request = match &outputs {
                 Some(outputs) => RoundRequest::Outputs(outputs),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::failure::Failure;
 use super::progress::Progress;
 use super::store_retry::{back_off, retry_until_ok, write_until_ok};
-use crate::domain::{RunRecovery, Trial};
+use crate::domain::{Rerun, RunRecovery, Trial};
 use crate::runs::context::Context;
 use crate::runs::log::event::RunEvent;
 use crate::runs::log::writer::RunLogWriter;
@@ -71,6 +71,10 @@ pub(in crate::runs) async fn accept(
         if bound != Bound::Done {
             return Err(Failure::LeaseLost);
         }
+        if progress.rerun == Some(Rerun::Answered) {
+            retry_until_ok(|| ctx.store.withhold_replaced(&started.lease)).await?;
+        }
+        progress.holds_input = false;
     }
     recovery.answered = true;
     if recovery.recovery.is_some() {

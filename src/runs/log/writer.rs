@@ -388,9 +388,9 @@ mod tests {
     use super::*;
     use crate::domain::reply_texts;
     use crate::domain::{
-        ConversationKey, Lifecycle, Limits, Metadata, MultitaskStrategy, Origin, Removed, Run,
-        RunId, RunStatus, Scope, TenantKey, TextDelta, Thread, ThreadActivity, ThreadId,
-        ThreadState, ToolCall, Usage, UserKey,
+        ContentPart, ConversationKey, Lifecycle, Limits, MadeCall, Metadata, MultitaskStrategy,
+        Origin, Removed, Run, RunId, RunStatus, Scope, TenantKey, TextDelta, Thread,
+        ThreadActivity, ThreadId, ThreadState, ToolCall, Usage, UserKey,
     };
     use crate::runs::log::stored::seen_from;
 
@@ -478,6 +478,7 @@ mod tests {
             started_at: Some(now),
             finished_at: Some(now),
             deadline_at: Some(now),
+            rerun: None,
             discarded: false,
         };
         let activity = ThreadActivity {
@@ -597,6 +598,7 @@ mod tests {
         #[test]
         fn log_is_told_again_byte_for_byte_with_its_messages(
             pieces in reply_texts::pieces(), other in reply_texts::pieces(), is_same in any::<bool>(),
+            calls in proptest::collection::vec(0..8_usize, 0..4),
         ) {
             let writer = RunLogWriter::new();
             writer.push(RunEvent::Started);
@@ -604,7 +606,13 @@ mod tests {
             let (text, other) = (reply_texts::text_of(&pieces), reply_texts::text_of(&other));
             let reply = if is_same { text.clone() } else { other };
             prop_assert_eq!(writer.retold(&reply).is_some(), reply == text);
-            let batch = RunEvent::retell(text.clone());
+            // The record holds the reply as content, with the calls of tools between the texts.
+            let mut content = text.clone().into_parts();
+            for at in calls {
+                let tool_call = MadeCall { id: at.to_string(), ..MadeCall::default() };
+                content.insert(at.min(content.len()), ContentPart::ToolCall { tool_call });
+            }
+            let batch = RunEvent::retell(ReplyText::of(&content));
             for from in 0..=batch.end() {
                 // A reader has seen whole characters.
                 if text.plain().is_char_boundary(usize::try_from(from - 2).unwrap_or_default()) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
-use crate::domain::RunStatus;
+use crate::domain::{Rerun, RunStatus};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::context::Context;
@@ -151,7 +151,10 @@ async fn resume(
         RunStatus::InProgress if !orphan.content_lost && orphan.outputs.is_some() => {
             task::resume_waiting(&ctx, active, orphan, stored).await;
         }
-        RunStatus::InProgress if !orphan.content_lost && !orphan.input.is_empty() => {
+        RunStatus::InProgress
+            if !orphan.content_lost
+                && (!orphan.input.is_empty() || orphan.run.rerun == Some(Rerun::Waiting)) =>
+        {
             task::resume_running(&ctx, active, orphan, stored).await;
         }
         _ => task::close_orphan(&ctx, active, orphan, stored).await,

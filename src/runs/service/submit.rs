@@ -20,7 +20,7 @@ use crate::domain::{
 };
 use crate::error::{Error, TooOften};
 use crate::locks::{NoPermit, QueueFull, Share, Ticket};
-use crate::runs::context::Context;
+use crate::runs::context::{Context, NO_THREAD};
 use crate::runs::execution::queue::Reservation;
 use crate::runs::execution::task::{AdmittedRun, Next, run_admitted};
 use crate::runs::execution::withdraw::take_back;
@@ -33,10 +33,11 @@ use crate::store::{Admission, Admitted, Idempotency, InputMessage, NotWritten, R
 /// earlier run is not found.
 const MAX_REPEATS: u32 = 3;
 
-/// A user's message that asks for a run.
+/// A user's message that asks for a run, or a run that answers the last messages again.
 #[derive(Debug)]
 pub struct NewMessage {
-    pub content: UserContent,
+    /// `None`: the run answers the last messages of the user again.
+    pub content: Option<UserContent>,
     /// Name of the assistant; `None`: the default assistant.
     pub assistant: Option<String>,
     /// Whether it came with a user's own token, which may not choose every assistant.
@@ -85,9 +86,17 @@ pub(in crate::runs) async fn submit(
     }
     let refused = ctx
         .upstream(&assistant.upstream)
-        .and_then(|upstream| upstream.refuses(new.content.parts()));
+        .zip(new.content.as_ref())
+        .and_then(|(upstream, content)| upstream.refuses(content.parts()));
     if let Some(why) = refused {
         return Err(Error::Invalid(why.to_owned()));
+    }
+    if new.content.is_none() && new.strategy == MultitaskStrategy::Merge {
+        return Err(Error::Invalid(
+            "`multitask_strategy`: a run without a message has nothing to merge; choose `enqueue`, `reject`, \
+             `interrupt` or `rollback`"
+                .to_owned(),
+        ));
     }
     let reservation = match reserve(ctx, &key, &mut new, &assistant.upstream) {
         Ok(reservation) => reservation,
@@ -98,6 +107,7 @@ pub(in crate::runs) async fn submit(
                 .ok_or(refused);
         }
     };
+    let again = new.content.is_none();
     let admission = Admission {
         new_thread: ThreadId::new(),
         limits: ctx.config.lifetimes.of(&key.scope),
@@ -113,8 +123,9 @@ pub(in crate::runs) async fn submit(
         metadata: new.metadata,
         message: InputMessage {
             id: MessageId::new(),
-            content: new.content.into_parts(),
+            content: new.content.map(UserContent::into_parts).unwrap_or_default(),
         },
+        again,
         timeout: run_timeout,
         replica: ctx.replica,
         intent: needs_thread(ctx, &assistant.upstream).then(OrphanId::new),
@@ -197,7 +208,7 @@ fn reserve(
             NoPermit::Full => Error::Overloaded,
             NoPermit::KeyFull(limit) => Error::TooManyRuns { limit },
         })?;
-    let bytes = new.content.size();
+    let bytes = new.content.as_ref().map_or(0, UserContent::size);
     let queued_bytes = ctx
         .queued_bytes
         .take_many(key, bytes)
@@ -347,6 +358,8 @@ async fn record(
             Recorded::Elsewhere(Box::new(submitted))
         }
         Ok(Admitted::Repeated) => Recorded::Refused(Error::StoreUnavailable(None)),
+        Ok(Admitted::NoThread) => Recorded::Refused(NO_THREAD),
+        Ok(Admitted::NoMessage) => Recorded::Refused(Error::NothingToRun),
         Ok(Admitted::Busy) => Recorded::Refused(Error::ThreadBusy),
         Ok(Admitted::OtherUpstream(thread)) => {
             let assistant = admission.assistant.clone();

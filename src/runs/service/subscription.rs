@@ -578,6 +578,7 @@ mod tests {
                 replica: ReplicaId::new(),
                 intent: None,
                 idempotency: None,
+                again: false,
                 idempotency_ttl: Duration::ZERO,
             };
             let Admitted::Started(turn) = store.admit(admission.clone()).await.unwrap() else {

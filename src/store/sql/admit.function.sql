@@ -8,7 +8,7 @@
 --             Nothing of it was stored, and the caller sends it again, alone.
 --
 -- Outcomes: `recorded`, `merged`, `held`. Refusals, of which nothing is stored: `busy`,
--- `repeated`, `other_upstream`.
+-- `repeated`, `other_upstream`, `no_thread`, `no_message`.
 --
 -- This function, like every statement that waits for row locks, locks in this order: the run, the
 -- thread, the idempotency key. The statements that ask whether a thread is free begin after its
@@ -34,6 +34,9 @@ BEGIN
         -- caller's limit for the thread, which is set by at most one of them.
         max_age bigint, max_idle bigint, from_now bigint, from_last_activity bigint,
         upstream text, assistant text, strategy run_strategy, metadata jsonb,
+        -- again: the run has no message. It is queued even on an idle thread, and takes the last
+        -- messages when it starts.
+        again boolean,
         thread uuid, run uuid, message uuid, message_name text, content jsonb, timeout bigint, replica uuid,
         -- intent: id for the row of the intent to create an upstream thread, if a fresh thread
         -- needs one. orphan_after: how long that creation may go unacknowledged.
@@ -167,6 +170,11 @@ BEGIN
             );
         END IF;
 
+        IF i.again AND (known.id IS NULL OR expires_at <= at) THEN
+            outcome := 'no_thread';
+            RETURN NEXT;
+            CONTINUE next_item;
+        END IF;
         IF known.id IS NULL OR expires_at <= at THEN
             IF known.id IS NOT NULL THEN
                 UPDATE threads t SET lifecycle = 'archived', archived_at = at, due_at = at WHERE t.id = known.id;
@@ -203,12 +211,24 @@ BEGIN
                 RETURN NEXT;
                 CONTINUE next_item;
             END IF;
+            IF i.again
+                AND (
+                    SELECT m.position FROM messages m WHERE m.thread_id = known.id AND m.role = 'user'
+                    ORDER BY m.position DESC LIMIT 1
+                ) IS NULL
+                AND NOT EXISTS (SELECT FROM runs r WHERE r.thread_id = known.id AND {active r})
+                AND NOT EXISTS (SELECT FROM runs r WHERE r.thread_id = known.id AND r.status = 'queued')
+            THEN
+                outcome := 'no_message';
+                RETURN NEXT;
+                CONTINUE next_item;
+            END IF;
             IF last IS NOT NULL THEN
                 UPDATE runs r
                 SET queued_input = r.queued_input
                     || jsonb_build_array(jsonb_build_object('id', i.message_name, 'content', i.content))
                 WHERE r.id = last AND r.queued_input IS NOT NULL AND (r.thread_id = known.id) IS TRUE
-                    AND r.assistant = i.assistant AND r.metadata = i.metadata
+                    AND r.assistant = i.assistant AND r.metadata = i.metadata AND r.rerun IS NULL
                     AND jsonb_array_length(r.queued_input) < i.max_messages
                     AND octet_length(r.queued_input::text) + octet_length(i.content::text) <= i.max_bytes
                 RETURNING {run r} INTO {run_names};
@@ -217,8 +237,8 @@ BEGIN
             -- `due_at`, which is indexed, keeps its value.
             UPDATE threads t SET
                 run_count = t.run_count + CASE WHEN r_id IS NULL THEN 1 ELSE 0 END,
-                message_count = t.message_count + CASE WHEN r_id IS NULL AND NOT b.is_busy THEN 1 ELSE 0 END,
-                last_position = t.last_position + CASE WHEN r_id IS NULL AND NOT b.is_busy THEN 1 ELSE 0 END,
+                message_count = t.message_count + CASE WHEN r_id IS NULL AND NOT (b.is_busy OR i.again) THEN 1 ELSE 0 END,
+                last_position = t.last_position + CASE WHEN r_id IS NULL AND NOT (b.is_busy OR i.again) THEN 1 ELSE 0 END,
                 last_active_at = at,
                 max_age_ms = CASE
                     WHEN i.from_now IS NOT NULL
@@ -244,6 +264,7 @@ BEGIN
                 RETURN NEXT;
                 CONTINUE next_item;
             END IF;
+            is_busy := is_busy OR i.again;
         END IF;
 
         IF r_id IS NULL THEN
@@ -251,17 +272,17 @@ BEGIN
             -- A run that goes before all queued runs gets a priority lower than any before: minus
             -- its own seq.
             INSERT INTO runs AS r (
-                id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, owner, fence, timeout_ms,
-                created_at, started_at, deadline_at
+                id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, rerun, owner, fence,
+                timeout_ms, created_at, started_at, deadline_at
             )
             VALUES (
                 i.run, t_id, t_run_count,
                 CASE WHEN is_busy AND i.strategy IN ('interrupt', 'rollback') THEN -t_run_count ELSE 0 END,
                 CASE WHEN is_busy THEN run_status 'queued' ELSE run_status 'in_progress' END,
                 i.strategy, i.assistant, i.metadata,
-                CASE WHEN is_busy
-                    THEN jsonb_build_array(jsonb_build_object('id', i.message_name, 'content', i.content)) END,
-                i.replica, 1, i.timeout, at,
+                CASE WHEN i.again THEN jsonb '[]'
+                    WHEN is_busy THEN jsonb_build_array(jsonb_build_object('id', i.message_name, 'content', i.content)) END,
+                CASE WHEN i.again THEN 'waiting' END, i.replica, 1, i.timeout, at,
                 CASE WHEN NOT is_busy THEN at END,
                 CASE WHEN NOT is_busy THEN at + i.timeout * interval '1 millisecond' END
             )

@@ -16,6 +16,7 @@ CREATE TEMP TABLE IF NOT EXISTS admitting (
     assistant          TEXT    NOT NULL,
     strategy           TEXT    NOT NULL,
     metadata           TEXT    NOT NULL,
+    again              INTEGER NOT NULL,
     thread             BLOB    NOT NULL,
     run                BLOB    NOT NULL,
     message            BLOB    NOT NULL,
@@ -48,13 +49,13 @@ CREATE TEMP TABLE IF NOT EXISTS admitting (
 
 INSERT INTO admitting (
     n, tenant, user_key, scope_kind, scope_name, max_age, max_idle, from_now, from_last_activity, upstream, assistant,
-    strategy, metadata, thread, run, message, message_name, content, timeout, replica, intent, orphan_after,
+    strategy, metadata, again, thread, run, message, message_name, content, timeout, replica, intent, orphan_after,
     idempotency_key, request_hash, remember, max_messages, max_bytes, at
 )
 WITH items AS MATERIALIZED (SELECT key AS n, value AS it FROM json_each(:items))
 SELECT n, it ->> 'tenant', it ->> 'user_key', it ->> 'scope_kind', it ->> 'scope_name', it ->> 'max_age', it ->> 'max_idle',
     it ->> 'from_now', it ->> 'from_last_activity', it ->> 'upstream', it ->> 'assistant', it ->> 'strategy',
-    it -> 'metadata', unhex(it ->> 'thread', '-'), unhex(it ->> 'run', '-'), unhex(it ->> 'message', '-'),
+    it -> 'metadata', it ->> 'again', unhex(it ->> 'thread', '-'), unhex(it ->> 'run', '-'), unhex(it ->> 'message', '-'),
     it ->> 'message_name', it -> 'content', it ->> 'timeout', unhex(it ->> 'replica', '-'), unhex(it ->> 'intent', '-'),
     it ->> 'orphan_after', it ->> 'idempotency_key', unhex(it ->> 'request_hash'), it ->> 'remember', it ->> 'max_messages',
     it ->> 'max_bytes', {now}
@@ -92,9 +93,17 @@ FROM threads t
 WHERE a.outcome IS NULL AND {current_of a};
 UPDATE admitting SET outcome = 'other_upstream'
 WHERE outcome IS NULL AND NOT has_expired AND seen_upstream <> upstream;
+UPDATE admitting SET outcome = 'no_thread' WHERE outcome IS NULL AND again AND (known IS NULL OR has_expired);
+UPDATE admitting AS a SET outcome = 'no_message'
+WHERE a.outcome IS NULL AND a.again AND NOT a.is_busy
+    AND (
+        SELECT m.position FROM messages m WHERE m.thread_id = a.known AND m.role = 'user'
+        ORDER BY m.position DESC LIMIT 1
+    ) IS NULL;
 UPDATE admitting AS a SET joins = (
     SELECT iif(
-        q.assistant = a.assistant AND q.metadata = a.metadata AND json_array_length(q.queued_input) < a.max_messages
+        q.assistant = a.assistant AND q.metadata = a.metadata AND q.rerun IS NULL
+            AND json_array_length(q.queued_input) < a.max_messages
             AND octet_length(q.queued_input) + octet_length(a.content) <= a.max_bytes,
         q.id, NULL
     )
@@ -106,6 +115,7 @@ UPDATE admitting AS a SET joins = (
 WHERE a.outcome IS NULL AND a.strategy = 'merge' AND NOT a.has_expired;
 UPDATE admitting SET outcome = 'busy'
 WHERE outcome IS NULL AND strategy = 'reject' AND is_busy AND NOT has_expired;
+UPDATE admitting SET is_busy = true WHERE again;
 
 -- Create a fresh thread for a key that has none or whose thread has expired.
 UPDATE threads SET lifecycle = 'archived', archived_at = a.at, due_at = a.at
@@ -155,12 +165,13 @@ WHERE t.id = a.known AND a.outcome IS NULL AND NOT a.is_fresh;
 
 -- A run that goes before all queued runs gets a priority lower than any before: minus its own seq.
 INSERT INTO runs (
-    id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, owner, fence, timeout_ms,
-    created_at, started_at, deadline_at
+    id, thread_id, seq, priority, status, strategy, assistant, metadata, queued_input, rerun, owner, fence,
+    timeout_ms, created_at, started_at, deadline_at
 )
 SELECT a.run, t.id, t.run_count, iif(a.is_busy AND a.strategy IN ('interrupt', 'rollback'), -t.run_count, 0),
     iif(a.is_busy, 'queued', 'in_progress'), a.strategy, a.assistant, a.metadata,
-    iif(a.is_busy, json_array(json_object('id', a.message_name, 'content', json(a.content))), NULL), a.replica, 1,
+    CASE WHEN a.again THEN '[]' WHEN a.is_busy THEN json_array(json_object('id', a.message_name, 'content', json(a.content))) END,
+    iif(a.again, 'waiting', NULL), a.replica, 1,
     a.timeout, a.at, iif(a.is_busy, NULL, a.at), iif(a.is_busy, NULL, a.at + a.timeout)
 FROM admitting a CROSS JOIN threads t ON t.id = a.known
 WHERE a.outcome IS NULL AND a.joins IS NULL;

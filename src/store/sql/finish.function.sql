@@ -39,6 +39,9 @@ BEGIN
         reply uuid, reply_content jsonb, reply_upstream_id text, reply_sync upstream_sync,
         said_sync upstream_sync, run_outcome run_status, marks_said boolean, synced boolean,
         unsettled_run jsonb, discard boolean,
+        -- keeps_said: also if the run is discarded, its messages stay. An earlier run had brought
+        -- them into the transcript.
+        keeps_said boolean,
         first_offset bigint, events jsonb, end_offset bigint, drops_log boolean, unacknowledged bigint,
         -- Tokens of the last round. The usage counts all rounds.
         context_tokens bigint
@@ -115,7 +118,7 @@ BEGIN
             UPDATE messages m SET upstream_sync = 'present'
             WHERE m.thread_id = ending.thread_id AND m.position < first AND m.upstream_sync = 'unknown';
         END IF;
-        IF i.discard THEN
+        IF i.discard AND NOT i.keeps_said THEN
             DELETE FROM messages m WHERE m.run_id = i.run;
             GET DIAGNOSTICS removed = ROW_COUNT;
         END IF;

@@ -22,6 +22,7 @@ CREATE TEMP TABLE IF NOT EXISTS ending (
     synced             INTEGER NOT NULL,
     unsettled_run      TEXT,
     discard            INTEGER NOT NULL,
+    keeps_said         INTEGER NOT NULL,
     first_offset       INTEGER NOT NULL,
     events             TEXT,
     end_offset         INTEGER NOT NULL,
@@ -45,14 +46,14 @@ CREATE TEMP TABLE IF NOT EXISTS ending (
 
 INSERT INTO ending (
     n, run, fence, status, error, usage, upstream_run, upstream_thread, reply, reply_content, reply_upstream_id, reply_sync,
-    said_sync, run_outcome, marks_said, synced, unsettled_run, discard, first_offset, events, end_offset, drops_log,
+    said_sync, run_outcome, marks_said, synced, unsettled_run, discard, keeps_said, first_offset, events, end_offset, drops_log,
     unacknowledged, context_tokens, at
 )
 WITH items AS MATERIALIZED (SELECT key AS n, value AS it FROM json_each(:items))
 SELECT n, unhex(it ->> 'run', '-'), it ->> 'fence', it ->> 'status', nullif(it -> 'error', 'null'), nullif(it -> 'usage', 'null'),
     it ->> 'upstream_run', it ->> 'upstream_thread', unhex(it ->> 'reply', '-'), nullif(it -> 'reply_content', 'null'),
     it ->> 'reply_upstream_id', it ->> 'reply_sync', it ->> 'said_sync', it ->> 'run_outcome', it ->> 'marks_said',
-    it ->> 'synced', nullif(it -> 'unsettled_run', 'null'), it ->> 'discard', it ->> 'first_offset', nullif(it -> 'events', 'null'),
+    it ->> 'synced', nullif(it -> 'unsettled_run', 'null'), it ->> 'discard', it ->> 'keeps_said', it ->> 'first_offset', nullif(it -> 'events', 'null'),
     it ->> 'end_offset', it ->> 'drops_log', it ->> 'unacknowledged', it ->> 'context_tokens', {now}
 FROM items;
 
@@ -101,8 +102,8 @@ WHERE rowid IN (
         AND (m.upstream_sync = 'missing' OR m.upstream_sync = 'unknown')
 );
 UPDATE ending AS e SET removed = (SELECT count(*) FROM messages m WHERE m.run_id = e.run)
-WHERE e.outcome IS NULL AND e.discard;
-DELETE FROM messages WHERE run_id IN (SELECT run FROM ending WHERE outcome IS NULL AND discard);
+WHERE e.outcome IS NULL AND e.discard AND NOT e.keeps_said;
+DELETE FROM messages WHERE run_id IN (SELECT run FROM ending WHERE outcome IS NULL AND discard AND NOT keeps_said);
 UPDATE ending AS e SET marked = (SELECT count(*) FROM messages m WHERE m.run_id = e.run)
 WHERE e.outcome IS NULL AND e.marks_said;
 UPDATE messages AS m SET upstream_sync = e.said_sync, run_outcome = e.run_outcome

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::wire::{MessageDelta, MessageObject, RunObject, StreamedText};
+use super::wire::{MessageDelta, MessageObject, RunObject, StreamedText, hosted_calls};
 use crate::domain::{
     ContentPart, Origin, RunError, RunStatus, TextDelta, ToolCall, UpstreamRunId, Usage,
     append_messages,
@@ -27,6 +27,8 @@ pub(super) struct StreamDecoder {
     called: bool,
     /// In the order in which they began.
     messages: Vec<Message>,
+    /// The calls that the server has answered itself, each with the number of messages before it.
+    calls: Vec<(usize, ContentPart)>,
     /// The size of `messages` in bytes.
     held: usize,
     /// An event could not be read, so `messages` may lack a piece.
@@ -60,6 +62,7 @@ enum Kind {
     Run(Option<RunStatus>),
     MessageDelta,
     MessageEnd,
+    StepEnd,
     Error,
     Other,
 }
@@ -100,6 +103,8 @@ impl StreamDecoder {
             Kind::Run(named) => return Some(self.run(named, parse(&event.data)?, out)),
             Kind::MessageDelta => self.delta(serde_json::from_str(&event.data).ok()?, out)?,
             Kind::MessageEnd => self.message(parse(&event.data)?),
+            // The reply is whole without it.
+            Kind::StepEnd => self.step(&parse(&event.data).unwrap_or_default()),
             Kind::Error => {
                 let detail = parse(&event.data)
                     .map(|object| ErrorDetail::from_object(&object))
@@ -176,9 +181,14 @@ impl StreamDecoder {
     ) {
         let upstream_message_id = self.messages.last().map(|message| message.id.clone());
         let mut content = Vec::new();
-        for message in self.messages.drain(..) {
+        let mut calls = std::mem::take(&mut self.calls).into_iter().peekable();
+        for (at, message) in self.messages.drain(..).enumerate() {
+            while let Some((_, call)) = calls.next_if(|(before, _)| *before <= at) {
+                content.push(call);
+            }
             append_messages(&mut content, message.parts.into_vec());
         }
+        content.extend(calls.map(|(_, call)| call));
         let did_nothing = content.is_empty() && !self.called;
         out.push_back(UpstreamEvent::Ended(Box::new(Ended {
             status,
@@ -220,6 +230,14 @@ impl StreamDecoder {
             }
         }
         Some(())
+    }
+
+    fn step(&mut self, step: &Value) {
+        for call in hosted_calls(step) {
+            let part = ContentPart::ToolCall { tool_call: call };
+            self.held += part.size() + PLACE_COST;
+            self.calls.push((self.messages.len(), part));
+        }
     }
 
     fn message(&mut self, message: MessageObject) {
@@ -282,6 +300,7 @@ fn kind(event: &SseEvent) -> Option<Kind> {
             "thread.message.delta" => Kind::MessageDelta,
             "thread.message.completed" | "thread.message.incomplete" => Kind::MessageEnd,
             "error" => Kind::Error,
+            "thread.run.step.completed" => Kind::StepEnd,
             _ if name.starts_with("thread.run.step.") => Kind::Other,
             _ => match name.strip_prefix("thread.run.") {
                 // `created` is a name and no status. Then the object's own status counts.
@@ -302,6 +321,11 @@ fn kind(event: &SseEvent) -> Option<Kind> {
     Some(match object.get("object").and_then(Value::as_str) {
         Some("thread.run") => Kind::Run(None),
         Some("thread.message.delta") => Kind::MessageDelta,
+        Some("thread.run.step")
+            if object.get("status").and_then(Value::as_str) == Some("completed") =>
+        {
+            Kind::StepEnd
+        }
         Some("thread.message") => match object.get("status").and_then(Value::as_str) {
             Some("completed" | "incomplete") => Kind::MessageEnd,
             _ => Kind::Other,

@@ -6,8 +6,8 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    ContentPart, File, ImageFile, ImageUrl, Role, RunError, RunErrorCode, RunStatus, Timestamp,
-    ToolCall, ToolCallType, Usage,
+    ContentPart, File, ImageFile, ImageUrl, MadeCall, Role, RunError, RunErrorCode, RunStatus,
+    Timestamp, ToolCall, ToolCallType, Usage, kept,
 };
 use crate::upstream::classify::ErrorDetail;
 use crate::upstream::error::UpstreamError;
@@ -260,6 +260,31 @@ impl MessageObject {
     }
 }
 
+/// Returns the calls of a step that the server has answered itself.
+pub(super) fn hosted_calls(step: &Value) -> Vec<MadeCall> {
+    let calls = step["step_details"]["tool_calls"].as_array();
+    let call = |call: &Value| {
+        let kind = call["type"].as_str().filter(|kind| *kind != "function")?;
+        let is_name = kind.bytes().all(|it| it.is_ascii_lowercase() || it == b'_');
+        let detail = &call[kind];
+        let arguments = match &detail["input"] {
+            Value::String(input) => kept(input),
+            _ if detail.is_object() => kept(&detail.to_string()),
+            _ => String::new(),
+        };
+        let logs = detail["outputs"].as_array().into_iter().flatten();
+        let logs: Vec<&str> = logs.filter_map(|output| output["logs"].as_str()).collect();
+        (is_name && kind.len() <= 64).then(|| MadeCall {
+            id: call["id"].as_str().unwrap_or_default().to_owned(),
+            kind: kind.to_owned(),
+            name: String::new(),
+            arguments,
+            output: (!logs.is_empty()).then(|| kept(&logs.join("\n"))),
+        })
+    };
+    calls.into_iter().flatten().filter_map(call).collect()
+}
+
 fn part(value: Value) -> Option<ContentPart> {
     match serde_json::from_value(value).ok()? {
         WirePart::Text { text } => Some(ContentPart::Text {
@@ -404,6 +429,10 @@ fn content(parts: &[ContentPart]) -> Value {
         // Only replies of another protocol have it.
         ContentPart::GeneratedImage { generated_image } => {
             vec![json!({"type": "text", "text": generated_image.id})]
+        }
+        // The server's threads hold no calls.
+        ContentPart::ToolCall { tool_call } => {
+            vec![json!({"type": "text", "text": tool_call.note()})]
         }
         ContentPart::ImageUrl { image_url } => {
             vec![json!({"type": "image_url", "image_url": image_url})]

@@ -44,7 +44,8 @@ pub(super) fn what_followed<'a>(own: &'a [Value], sent: &UnsettledRun) -> Option
 /// calls.
 pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     let output = Output::of(items);
-    if output.message_id.is_none() && output.content.is_empty() && output.open_calls.is_empty() {
+    let says_something = output.says_something();
+    if output.message_id.is_none() && !says_something && output.open_calls.is_empty() {
         return None;
     }
     let unread = output.unread.iter().map(String::as_str);
@@ -59,7 +60,7 @@ pub(super) fn end_of(items: &[Value]) -> Option<Ended> {
     Some(Ended {
         status,
         error: failure(status, None).or_else(|| {
-            let is_empty = status == RunStatus::Completed && output.content.is_empty();
+            let is_empty = status == RunStatus::Completed && !says_something;
             is_empty.then(|| without_reply(unread))
         }),
         content: output.content,

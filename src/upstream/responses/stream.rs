@@ -9,7 +9,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::wire::{Envelope, ItemHead, ResponseHead, ResponseObject};
-use crate::domain::{Origin, Phase, RunStatus, TextDelta, UpstreamRunId, UpstreamThreadId};
+use crate::domain::{
+    Origin, Phase, RunStatus, TextDelta, UpstreamRunId, UpstreamThreadId, says_something as says,
+};
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::port::{Ended, UpstreamEvent};
@@ -301,16 +303,16 @@ impl StreamDecoder {
         let closed = output.open_calls.is_empty();
         // A cancelled response comes back empty, and some servers leave the output out
         // altogether.
-        let content = if output.content.is_empty() && (closed || !ended_well) {
+        let says_something = output.says_something();
+        let mut content = output.content;
+        if !says_something && (closed || !ended_well) {
             if self.has_gap && ended_well {
                 return Err(unreadable());
             }
-            std::mem::take(&mut self.streamed).into_vec()
-        } else {
-            output.content
-        };
+            content.append(&mut std::mem::take(&mut self.streamed).into_vec());
+        }
         let refusal = refusal.filter(|_| content.is_empty());
-        let is_empty = status == RunStatus::Completed && closed && content.is_empty();
+        let is_empty = status == RunStatus::Completed && closed && !says(&content);
         let error = error
             .or_else(|| is_empty.then(|| without_reply(output.unread.iter().map(String::as_str))));
         Ok(Ended {

@@ -1,14 +1,16 @@
 //! The shapes of Conversations + Responses, as far as the gateway reads them. An optional field
 //! of another shape counts as absent.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::domain::{
-    CallAnswer, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, Message, OutputContent,
-    OutputPart, Phase, Role, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage, append_messages,
-    messages_of,
+    CallAnswer, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, MadeCall, Message,
+    OutputContent, OutputPart, Phase, Role, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
+    answer_calls, append_messages, kept, messages_of, says_something,
 };
 use crate::upstream::classify::{Damage, ErrorDetail};
 use crate::upstream::error::UpstreamError;
@@ -152,6 +154,11 @@ impl ResponseObject {
 }
 
 impl Output {
+    /// Returns whether there is more than calls.
+    pub(super) fn says_something(&self) -> bool {
+        says_something(&self.content)
+    }
+
     pub(super) fn of(items: &[Value]) -> Self {
         let mut output = Self {
             open_calls: open_calls(items),
@@ -164,7 +171,15 @@ impl Output {
                 output.content.extend(generated_image(item));
                 continue;
             }
+            if is_answer(item) {
+                answer_made(&mut output.content, item);
+                continue;
+            }
             if !is("type", "message") {
+                let call = call_of(item).map(|call| MadeCall::from(&call));
+                let tool_call = call.or_else(|| hosted_call(item));
+                let part = tool_call.map(|tool_call| ContentPart::ToolCall { tool_call });
+                output.content.extend(part);
                 output.unread.extend(kind(item));
                 continue;
             }
@@ -227,6 +242,64 @@ fn generated_image(item: &Value) -> Option<ContentPart> {
     let is_made = result.is_some_and(|result| !result.is_empty());
     let generated_image = GeneratedImage { id, url };
     is_made.then_some(ContentPart::GeneratedImage { generated_image })
+}
+
+/// Returns the call, if the item is one that the server answers itself.
+fn hosted_call(item: &Value) -> Option<MadeCall> {
+    let text = |field: &str| match item.get(field)? {
+        Value::String(text) => Some(kept(text)),
+        Value::Null => None,
+        other => Some(kept(&other.to_string())),
+    };
+    let wire_type = item.get("type")?.as_str()?;
+    let kind = wire_type.strip_suffix("_call").filter(|kind| {
+        kind.len() <= 64 && kind.bytes().all(|it| it.is_ascii_lowercase() || it == b'_')
+    })?;
+    Some(MadeCall {
+        id: text("id")?,
+        kind: kind.to_owned(),
+        name: text("name").unwrap_or_default(),
+        arguments: ["arguments", "action", "queries", "code", "input"]
+            .into_iter()
+            .find_map(text)
+            .unwrap_or_default(),
+        output: ["output", "outputs", "results", "error"]
+            .into_iter()
+            .find_map(text),
+    })
+}
+
+/// Gives a call of the content the output that the item holds.
+fn answer_made(content: &mut [ContentPart], item: &Value) {
+    let id = item.get("call_id").or(item.get("approval_request_id"));
+    let Some(id) = id.and_then(Value::as_str) else {
+        return;
+    };
+    let answer = match (
+        item.get("approve").and_then(Value::as_bool),
+        item.get("output"),
+    ) {
+        (Some(approve), _) => {
+            let reason = item.get("reason").and_then(Value::as_str);
+            let reason = reason.map(str::to_owned);
+            CallAnswer::Approval { approve, reason }
+        }
+        (None, Some(Value::String(text))) => CallAnswer::text(text),
+        (None, Some(output)) => match serde_json::from_value(output.clone()) {
+            Ok(output) => CallAnswer::Output {
+                output,
+                acknowledged_safety_checks: Vec::new(),
+            },
+            Err(_) => CallAnswer::text("[an output of another form]"),
+        },
+        (None, None) => return,
+    };
+    let output = ToolOutput {
+        tool_call_id: id.to_owned(),
+        kind: ToolCallType::Function,
+        answer,
+    };
+    answer_calls(content, &[output]);
 }
 
 /// Returns the known parts of a message, of the user or of the assistant.
@@ -500,10 +573,25 @@ pub(super) fn history_of(message: &Message) -> Vec<Value> {
     if message.role == Role::User {
         return vec![message_item(&message.content)];
     }
-    let item = |parts: &[ContentPart]| {
+    let calls = message.content.iter().filter_map(ContentPart::as_call);
+    let numbers: BTreeMap<&str, usize> = calls.enumerate().map(|(n, it)| (&*it.id, n)).collect();
+    let items = |parts: &[ContentPart]| {
+        let note = match parts {
+            [ContentPart::ToolCall { tool_call }] => {
+                if let Some(kind) = tool_call.sendable() {
+                    let number = numbers.get(&*tool_call.id).copied().unwrap_or_default();
+                    // Another id than before: the thread may have the call already.
+                    let id = format!("call_{}_{number}", message.id.uuid().simple());
+                    return call_items(tool_call, kind, &id);
+                }
+                tool_call.note()
+            }
+            _ => String::new(),
+        };
         let text: String = parts.iter().filter_map(text_said).collect();
+        let text = note + &text;
         if text.is_empty() {
-            return None;
+            return Vec::new();
         }
         let content: Value = if text.len() <= MAX_TEXT {
             text.into()
@@ -515,9 +603,28 @@ pub(super) fn history_of(message: &Message) -> Vec<Value> {
         if let Some(phase) = parts.iter().find_map(|part| part.origin()?.phase) {
             item["phase"] = phase.as_str().into();
         }
-        Some(item)
+        vec![item]
     };
-    messages_of(&message.content).filter_map(item).collect()
+    messages_of(&message.content).flat_map(items).collect()
+}
+
+/// Returns a call and its output as items. No server takes one without the other.
+fn call_items(call: &MadeCall, kind: ToolCallType, id: &str) -> Vec<Value> {
+    let wire = CALLS.into_iter().find(|(it, ..)| *it == kind);
+    let Some((_, asked, answered, told_in)) = wire else {
+        return Vec::new();
+    };
+    let output = call.output.as_deref().unwrap_or(NO_OUTPUT);
+    vec![
+        json!({"type": asked, "call_id": id, "name": call.name, told_in: call.arguments}),
+        json!({"type": answered, "call_id": id, "output": output}),
+    ]
+}
+
+/// Returns true if the item is a call that the item after it answers.
+pub(super) fn is_call_of_history(item: &Value) -> bool {
+    let wire_type = item.get("type").and_then(Value::as_str);
+    wire_type.is_some_and(|wire_type| CALLS.iter().any(|(_, call, ..)| *call == wire_type))
 }
 
 fn text_said(part: &ContentPart) -> Option<&str> {
@@ -536,6 +643,9 @@ fn input_parts(part: &ContentPart) -> Vec<Value> {
         // Only replies have it, and this is a user's message.
         ContentPart::GeneratedImage { generated_image } => {
             json!({"type": "input_text", "text": generated_image.id})
+        }
+        ContentPart::ToolCall { tool_call } => {
+            json!({"type": "input_text", "text": tool_call.note()})
         }
         ContentPart::ImageUrl { image_url } => json!({
             "type": "input_image", "image_url": image_url.url,

@@ -3,6 +3,7 @@
 mod access;
 mod bodies;
 mod breaker;
+mod calls;
 mod cancel;
 mod client_disconnect;
 mod commands;
@@ -39,6 +40,7 @@ mod recovery;
 mod refusals;
 mod replicas;
 mod replies;
+mod reruns;
 mod roles;
 mod rollover;
 mod scale;

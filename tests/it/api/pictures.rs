@@ -118,7 +118,7 @@ async fn check(scene: &Scene, gateway: &Gateway, picture: &Value) {
     assert_eq!(scene.database.number(withheld).await, 0);
 }
 
-async fn import(scene: &Scene, lines: String) {
+pub(super) async fn import(scene: &Scene, lines: String) {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("gateway.toml");
     std::fs::write(&file, scene.config("")).unwrap();

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 use threadkeeper::config::StoreConfig;
 use threadkeeper::domain::{
-    Access, Deletion, HistoryKept, KeyId, KnownRefusal, Lifecycle, Lifetimes, Omitted, Role,
+    Access, Deletion, HistoryKept, KeyId, KnownRefusal, Lifecycle, Lifetimes, Omitted, Rerun, Role,
     RunRecovery, ThreadState, Trial,
 };
 use threadkeeper::store::{
@@ -493,6 +493,16 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
             .await
             .unwrap(),
     );
+    let again = Admission {
+        again: true,
+        ..with(MultitaskStrategy::Enqueue)
+    };
+    let (lease, ..) = queued(store.admit(again).await.unwrap());
+    started_from_queue(store.start_queued(&lease).await.unwrap());
+    let taken = started_from_queue(store.take_last_messages(&lease).await.unwrap());
+    assert_eq!(taken.run.rerun, Some(Rerun::Answered));
+    store.withhold_replaced(&lease).await.unwrap();
+    closed(store.finish(&lease, completed(Some("ho"))).await.unwrap());
 }
 
 /// API keys, and checks of the schema.

@@ -527,8 +527,10 @@ fn is_same_message(one: &Event, other: &Event) -> bool {
 
 /// The text of a message's first part.
 pub(crate) fn text(message: &Value) -> &str {
-    message["content"][0]["text"]
-        .as_str()
+    let parts = message["content"].as_array().into_iter().flatten();
+    parts
+        .filter_map(|part| part["text"].as_str())
+        .next()
         .unwrap_or_else(|| panic!("no text in {message:#}"))
 }
 

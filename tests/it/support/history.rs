@@ -38,20 +38,23 @@ pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
     let known = messages
         .iter()
         .filter(|message| message["visible_to_model"] == true);
-    joined(known.map(|message| {
+    let lines = known.map(|message| {
         let parts = message["content"].as_array().unwrap().iter();
         let text: String = parts
+            .filter(|part| part["type"] != "tool_call")
             .map(|part| part["text"].as_str().or(part["refusal"].as_str()).unwrap())
             .collect();
         (message["role"].as_str().unwrap().to_owned(), text)
-    }))
+    });
+    joined(lines.filter(|(_, text)| !text.is_empty()))
 }
 
 /// Returns roles and texts of the upstream thread.
 pub(crate) async fn upstream(scene: &Scene, gateway: &Gateway, scope: &str) -> Vec<Line> {
     let thread = gateway.get(&format!("{scope}/thread")).await.ok();
     let id = thread["upstream_thread_id"].as_str().unwrap_or_default();
-    joined(scene.simulator.thread_history(id).into_iter())
+    let lines = scene.simulator.thread_history(id).into_iter();
+    joined(lines.filter(|(_, text)| !text.starts_with("[Called the tool ")))
 }
 
 /// Asserts that transcript and upstream thread contain the same lines.
