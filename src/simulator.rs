@@ -13,16 +13,21 @@
 //! | Directive | The run |
 //! |---|---|
 //! | `tool=NAME` (repeatable), `tools=N` | calls functions before it replies |
-//! | `tool=TYPE:NAME` | makes a call of another type: `custom`, `mcp_approval`, `computer`, `local_shell`, `shell` or `apply_patch`; on Assistants only `mcp_approval` |
+//! | `tool=mcp_approval:NAME` | asks for an approval before it replies |
+//! | `tool=TYPE:NAME` | makes a call of another type (responses only): `custom`, `computer`, `local_shell`, `shell` or `apply_patch` |
 //! | `forget` | ignores `previous_response_id` (responses only, as a fault) |
+//! | `gone` | is refused, because its thread, conversation or previous response is lost from now on (as a fault) |
+//! | `poison`, `poison=CODE` | replies; from then on each run is refused whose history holds the message and its reply |
 //! | `fail`, `incomplete` | ends `failed` (`server_error`), or `incomplete` after half of the text |
+//! | `fail=CODE` (`retry_after=1`) | ends `failed` with this code before its first word |
+//! | `empty` | completes without any output |
 //! | `fail_text=open_call`, `fail_text=reasoning` | is accepted, then ends `failed` with only the message for a damaged conversation; as a fault it replaces the refusal (responses only) |
 //! | `refusal`, `reasoning`, `parts=N` | refuses; reasons first (responses only); replies in N messages |
 //! | `dangling_reasoning` | leaves a reasoning item without a successor, so that the next run is refused (responses only) |
 //! | `stuck_cancel` | accepts a cancel that never takes effect: the run stays `cancelling`, or the cancel call of a response gets no answer |
 //! | `latency=500ms`, `rate=20ms`, `tokens=50` | waits this long before its first token, and between two tokens; has at least this many words |
 //! | `status=429`, `code=…`, `retry_after=2` | is not accepted: an HTTP error |
-//! | `wording=FORM` | as a fault, words the error of `status` as a foreign server does: a page (`html`), a framework's "Not Found" (`detail`), a text with the requested id (`named`), the protocol's error wrapped by a relay (`relayed`) |
+//! | `wording=FORM` | as a fault, words the error of `status` as a foreign server does: a page (`html`), a framework's "Not Found" (`detail`), a text with the requested id (`named`), the protocol's error wrapped by a relay (`relayed`), a text in the place of the error (`string`) |
 //! | `hostile=KIND` (`rate`, `status`, `location=URL`) | is not accepted: the answer is hostile, see below |
 //! | `drop=before`, `drop=after` | the connection closes without an answer, before or after the run was accepted |
 //! | `silent`, `silent_after=N` | is accepted, then nothing is sent, or nothing after N deltas |
@@ -33,6 +38,9 @@
 //! | `mid_error`, `mid_error=nested`, `mid_error=bare` | sends an `error` event after the first deltas: flat, nested, or nested without naming its type; the run fails |
 //! | `bare_error=FORM` | is not accepted, but the answer has status 200 and the error (`code=…`, `error_type=…`) in its body: `data: {"error": {…}}` (`object`), the same and `data: [DONE]` (`done`), `data: {"error": "…"}` (`string`), `data: {"message": …}` (`flat`), `data: {"detail": …}` (`detail`), JSON in an event stream (`line`), or JSON in the place of an event stream (`json`) |
 //! | `no_terminal` | the stream ends properly but without its last events |
+//! | `two_ends` | the stream has its last event twice |
+//! | `unreadable` | the stream has an event after the second delta whose JSON is cut off |
+//! | `halves` | the reply ends with a character that is cut in two halves, each in a delta of its own |
 //! | `crlf`, `no_event_lines`, `split`, `comments`, `unknown_events` | the stream is written so (`no_event_lines`: responses only; `split`: in chunks of 1 to 3 bytes) |
 //!
 //! The same words make up a [`Fault`], which waits for the next matching requests whatever their

@@ -51,6 +51,10 @@ pub struct SimulatorConfig {
     /// its conversation.
     #[arg(long)]
     pub append_unfinished: bool,
+    /// Most words that a model reads; a run whose context has more is refused. By default there is
+    /// no limit.
+    #[arg(long)]
+    pub context_words: Option<u64>,
     /// Most threads, conversations, runs and responses kept, of each kind; beyond it the oldest
     /// idle ones are removed.
     #[arg(long, default_value_t = 100_000)]
@@ -74,6 +78,7 @@ impl Default for SimulatorConfig {
             conversations: true,
             list_threads: false,
             append_unfinished: false,
+            context_words: None,
             max_kept: 100_000,
             recorded: 256,
         }

@@ -68,6 +68,27 @@ static RECORD: Statement = Statement::for_each_engine(
     SELECT r.id FROM runs r WHERE r.id = :run AND r.fence = :fence AND r.finished_at IS NULL",
 );
 
+/// Moves the ids of the run at its upstream to the earlier ones.
+static BEGIN_AGAIN: Statement = Statement::for_each_engine(
+    "events.begin_again",
+    "UPDATE runs AS r SET upstream_run_id = NULL, earlier_upstream_run_ids = (
+        SELECT jsonb_agg(i.id) FROM (
+            SELECT jsonb_array_elements_text(COALESCE(r.earlier_upstream_run_ids, '[]')) AS id
+            UNION SELECT r.upstream_run_id WHERE r.upstream_run_id IS NOT NULL
+            UNION SELECT :upstream_run::text WHERE :upstream_run::text IS NOT NULL
+        ) i
+    )
+    WHERE {leased r} AND {at_work r}",
+    "UPDATE runs AS r SET upstream_run_id = NULL, earlier_upstream_run_ids = NULLIF((
+        SELECT json_group_array(i.id) FROM (
+            SELECT e.value AS id FROM json_each(COALESCE(r.earlier_upstream_run_ids, '[]')) e
+            UNION SELECT r.upstream_run_id WHERE r.upstream_run_id IS NOT NULL
+            UNION SELECT :upstream_run WHERE :upstream_run IS NOT NULL
+        ) i
+    ), '[]')
+    WHERE {leased r} AND {at_work r}",
+);
+
 /// Returns the rows that end after the offset `:from` or, if there are none, the last row.
 static LIST: Statement = Statement::new(
     "events.list",
@@ -79,7 +100,7 @@ static LIST: Statement = Statement::new(
     ORDER BY e.first_offset",
 );
 
-pub(super) static STATEMENTS: &[&Statement] = &[&RECORD, &LIST];
+pub(super) static STATEMENTS: &[&Statement] = &[&RECORD, &BEGIN_AGAIN, &LIST];
 
 impl Store {
     /// Records the new events of active runs, and their ids at their upstream. A replica that
@@ -155,6 +176,23 @@ impl Store {
             .into_iter()
             .map(|(run,)| RunId::from_uuid(run))
             .collect())
+    }
+
+    /// Records that a run is about to be sent anew, because its last try did nothing at the
+    /// upstream. From then on the run has no id there. `failed`: the id of that try, which is
+    /// kept until the janitor deletes what the upstream stores under it. Returns `false` if the
+    /// lease was lost. Harmless to repeat.
+    pub async fn begins_again(
+        &self,
+        lease: &RunLease,
+        failed: Option<&UpstreamRunId>,
+    ) -> Result<bool, StoreError> {
+        let mut c = self.backend.vital_writer().await?;
+        let values = params()
+            .set("run", lease.run_id.uuid())
+            .set("fence", lease.fence)
+            .set("upstream_run", storable(failed));
+        Ok(c.execute(&BEGIN_AGAIN, values).await? == 1)
     }
 
     fn log_text(&self, run: &RunProgress) -> Result<String, StoreError> {

@@ -97,7 +97,7 @@ impl Upstream for AssistantsUpstream {
             .events(Method::POST, &path, &[], Some(&run_body(&request)))
             .await
         {
-            Ok(events) => relay(events, StreamDecoder::default(), self.client.max_bytes()).await,
+            Ok(events) => relay(events, StreamDecoder::default(), &self.client).await,
             Err(refusal) => Err(refusal),
         };
         match started.map_err(UpstreamError::from) {
@@ -131,7 +131,7 @@ impl Upstream for AssistantsUpstream {
         {
             Ok(events) => {
                 return Ok(public(
-                    relay(events, StreamDecoder::default(), self.client.max_bytes()).await?,
+                    relay(events, StreamDecoder::default(), &self.client).await?,
                 ));
             }
             Err(refusal) => refusal.error,

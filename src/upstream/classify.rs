@@ -237,6 +237,17 @@ impl ErrorDetail {
         })
     }
 
+    /// Returns what an error means that a stream told, for the log.
+    pub(super) fn told(&self) -> UpstreamError {
+        self.meaning_without_status()
+            .unwrap_or_else(|code| UpstreamError::Unavailable {
+                status: StatusCode::INTERNAL_SERVER_ERROR.as_u16(),
+                retry_after: None,
+                no_retry: false,
+                code,
+            })
+    }
+
     fn meaning_without_status(&self) -> Result<UpstreamError, Option<String>> {
         if self.names_missing_thread(StatusCode::NOT_FOUND) {
             return Ok(UpstreamError::ThreadGone);

@@ -451,6 +451,30 @@ impl UpstreamClient {
         refusal
     }
 
+    /// Logs an error that a stream told, like a refusal by a status.
+    pub(super) fn log_told(&self, detail: &ErrorDetail) {
+        let error = detail.told();
+        let code = match &error {
+            UpstreamError::Busy { .. } | UpstreamError::ThreadGone => return,
+            _ if detail.damage().is_some() => return,
+            UpstreamError::Refused { code, .. }
+            | UpstreamError::RateLimited { code, .. }
+            | UpstreamError::Unavailable { code, .. } => code.as_deref(),
+            _ => None,
+        };
+        let code = code.filter(|code| !self.repeats_secret(code));
+        let words = self
+            .logs_words
+            .then(|| self.without_secrets(detail.messages().as_bytes()));
+        self.report.refusal(
+            StatusCode::OK.as_u16(),
+            code,
+            &error,
+            refusal_cause::hint(detail, &error),
+            words.as_deref(),
+        );
+    }
+
     /// Returns the server's id of the request, if it is safe to log: a server may echo what it
     /// was sent.
     fn request_id<'a>(&self, headers: &'a HeaderMap) -> Option<&'a str> {

@@ -212,6 +212,12 @@ impl ErrorDetail {
             .any(|param| parts.iter().any(|part| param.contains(part)))
     }
 
+    /// Returns the server's words as it wrote them, a line for each layer.
+    pub(super) fn messages(&self) -> String {
+        let messages = self.layers.iter().map(|layer| layer.message.as_str());
+        messages.collect::<Vec<_>>().join("\n")
+    }
+
     /// Returns the words of the prose, layer after layer.
     pub(super) fn words(&self) -> Vec<&str> {
         words(&self.prose).collect()

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::domain::ContentPart;
 use crate::testing::{self, Words};
 use crate::upstream::port::UpstreamEvent;
-use crate::upstream::relay::{Decoder, relay};
+use crate::upstream::relay::{Decoder, relay_within};
 use crate::upstream::sse::events;
 
 /// Words of the protocols.
@@ -61,7 +61,7 @@ pub(super) fn read_to_the_end(
 ) -> Vec<String> {
     let bytes = stream::iter(pieces.into_iter().map(|piece| Ok(Bytes::from(piece))));
     let read = async {
-        match relay(events(bytes, limit), decoder, limit).await {
+        match relay_within(events(bytes, limit), decoder, limit, None).await {
             Ok(events) => events.map(|event| format!("{event:?}")).collect().await,
             Err(refusal) => vec![format!("{refusal:?}")],
         }

@@ -8,8 +8,8 @@ use futures_util::stream::BoxStream;
 use futures_util::{FutureExt, StreamExt, stream};
 use tokio::task::coop::consume_budget;
 
-use crate::upstream::classify::Rejection;
-use crate::upstream::client::SseStream;
+use crate::upstream::classify::{ErrorDetail, Rejection};
+use crate::upstream::client::{SseStream, UpstreamClient};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{EventStream, UpstreamEvent};
 use crate::upstream::sse::SseEvent;
@@ -26,18 +26,56 @@ pub(super) const PLACE_COST: usize = 1024;
 /// The decoder of one protocol.
 pub(super) trait Decoder: Send + 'static {
     /// Decodes one event and appends its meaning to `out`. It is not called again after an error
-    /// or an `Ended`. It skips an event that it cannot read, because a later event may hold the
-    /// whole reply.
-    fn read(&mut self, event: SseEvent, out: &mut VecDeque<UpstreamEvent>)
-    -> Result<(), Rejection>;
+    /// or an `Ended`. Returns `None` if the event does not have the form of the protocol.
+    fn decode(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Option<Result<(), Rejection>>;
 
     /// Returns the bytes of the reply that the decoder keeps until the end.
     fn held(&self) -> usize;
 
-    /// Returns the error of a stream that ends here, without an `Ended`.
-    fn unended(&self) -> UpstreamError {
-        UpstreamError::Broken { timeout: false }
+    fn notes(&mut self) -> &mut StreamNotes;
+
+    /// Decodes one event. Skips an event that cannot be read, because a later event may hold the
+    /// whole reply.
+    fn read(
+        &mut self,
+        event: &SseEvent,
+        out: &mut VecDeque<UpstreamEvent>,
+    ) -> Result<(), Rejection> {
+        let read = self.decode(event, out);
+        self.notes().has_gap |= read.is_none();
+        read.unwrap_or(Ok(()))
     }
+}
+
+/// What is known of a stream besides the reply.
+#[derive(Debug, Default)]
+pub(super) struct StreamNotes {
+    /// An event could not be read, so the reply may lack a piece.
+    pub(super) has_gap: bool,
+    /// An error that the stream told, until it is logged.
+    pub(super) error: Option<ErrorDetail>,
+}
+
+impl StreamNotes {
+    /// Returns the error of a stream that ends here, without an `Ended`.
+    pub(super) fn unended(&self) -> UpstreamError {
+        if self.has_gap {
+            unreadable()
+        } else {
+            UpstreamError::Broken { timeout: false }
+        }
+    }
+}
+
+/// Returns the error of a reply that has a gap.
+pub(super) fn unreadable() -> UpstreamError {
+    UpstreamError::Protocol(
+        "an event of the stream does not have the form of the protocol".to_owned(),
+    )
 }
 
 /// The events of one run. Their errors carry details for the adapters only.
@@ -74,18 +112,29 @@ pub(super) fn unsent(error: UpstreamError) -> UpstreamError {
 /// Reads until the first event that means something, and returns the stream from there on. A
 /// refusal that arrives as an event thus becomes the error of the call.
 ///
-/// The stream ends after `Ended` or after an error. It is an error if the decoder keeps more than
-/// `limit` bytes of the reply. After `Ended` the rest of the body is read for a moment, so that
-/// the connection can be used again.
+/// The stream ends after `Ended` or after an error. It is an error if the decoder keeps more bytes
+/// of the reply than the client may read. After `Ended` the rest of the body is read for a moment,
+/// so that the connection can be used again. An error that the stream tells is logged.
 pub(super) async fn relay(
     events: SseStream,
     decoder: impl Decoder,
+    client: &UpstreamClient,
+) -> Result<RunEvents, Rejection> {
+    relay_within(events, decoder, client.max_bytes(), Some(client.clone())).await
+}
+
+/// Does the same with a limit on the bytes. `log`: the client that logs the errors.
+pub(super) async fn relay_within(
+    events: SseStream,
+    decoder: impl Decoder,
     limit: usize,
+    log: Option<UpstreamClient>,
 ) -> Result<RunEvents, Rejection> {
     let mut relay = Relay {
         events,
         decoder,
         limit,
+        log,
         out: VecDeque::new(),
         state: State::Reading,
     };
@@ -101,6 +150,7 @@ struct Relay<D> {
     events: SseStream,
     decoder: D,
     limit: usize,
+    log: Option<UpstreamClient>,
     out: VecDeque<UpstreamEvent>,
     state: State,
 }
@@ -139,12 +189,17 @@ impl<D: Decoder> Relay<D> {
             // the run's deadline, get their turn in between.
             consume_budget().await;
             let read = match self.events.next().await {
-                Some(Ok(event)) => self.decoder.read(event, &mut self.out),
+                Some(Ok(event)) => self.decoder.read(&event, &mut self.out),
                 Some(Err(UpstreamError::Broken { timeout: false })) | None => {
-                    Err(self.decoder.unended().into())
+                    Err(self.decoder.notes().unended().into())
                 }
                 Some(Err(error)) => Err(error.into()),
             };
+            if let Some(told) = self.decoder.notes().error.take()
+                && let Some(client) = &self.log
+            {
+                client.log_told(&told);
+            }
             let read = read.and_then(|()| {
                 if self.decoder.held() > self.limit {
                     Err(too_long())
@@ -185,17 +240,20 @@ mod tests {
 
     const LIMIT: usize = 100;
 
-    /// `#x` accepts, `+x` is text, `!` the end, `-` an error, `*` ten bytes to keep; all else
-    /// means nothing.
+    /// `#x` accepts, `+x` is text, `!` the end, `-` an error, `*` ten bytes to keep, `_` cannot be
+    /// read; all else means nothing.
     #[derive(Default)]
-    struct Toy(usize);
+    struct Toy {
+        held: usize,
+        notes: StreamNotes,
+    }
 
     impl Decoder for Toy {
-        fn read(
+        fn decode(
             &mut self,
-            event: SseEvent,
+            event: &SseEvent,
             out: &mut VecDeque<UpstreamEvent>,
-        ) -> Result<(), Rejection> {
+        ) -> Option<Result<(), Rejection>> {
             match event.data.split_at(1) {
                 ("#", id) => out.push_back(UpstreamEvent::Accepted(UpstreamRunId(id.to_owned()))),
                 ("+", text) => out.push_back(UpstreamEvent::Text(text.into())),
@@ -209,15 +267,20 @@ mod tests {
                     thread: None,
                     refusal: None,
                 }))),
-                ("*", _) => self.0 += 10,
-                ("-", _) => return Err(UpstreamError::Busy { blocking_run: None }.into()),
+                ("*", _) => self.held += 10,
+                ("-", _) => return Some(Err(UpstreamError::Busy { blocking_run: None }.into())),
+                ("_", _) => return None,
                 _ => {}
             }
-            Ok(())
+            Some(Ok(()))
         }
 
         fn held(&self) -> usize {
-            self.0
+            self.held
+        }
+
+        fn notes(&mut self) -> &mut StreamNotes {
+            &mut self.notes
         }
     }
 
@@ -249,10 +312,11 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_follows_the_end() {
-        let stream = relay(
+        let stream = relay_within(
             events(&["?", "#1", "+a", "!", "+b", "-"]).boxed(),
             Toy::default(),
             LIMIT,
+            None,
         )
         .await
         .unwrap();
@@ -261,13 +325,13 @@ mod tests {
 
     #[tokio::test]
     async fn an_error_before_anything_else_is_the_error_of_the_call() {
-        let error = relay(events(&["?", "-"]).boxed(), Toy::default(), LIMIT)
+        let error = relay_within(events(&["?", "-"]).boxed(), Toy::default(), LIMIT, None)
             .await
             .err()
             .unwrap()
             .error;
         assert!(matches!(error, UpstreamError::Busy { .. }));
-        let error = relay(events(&["?"]).boxed(), Toy::default(), LIMIT)
+        let error = relay_within(events(&["?"]).boxed(), Toy::default(), LIMIT, None)
             .await
             .err()
             .unwrap()
@@ -276,8 +340,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_stream_without_an_end_and_with_a_gap_cannot_be_used() {
+        let stream = relay_within(
+            events(&["#1", "_", "+a"]).boxed(),
+            Toy::default(),
+            LIMIT,
+            None,
+        )
+        .await
+        .unwrap();
+        assert_eq!(
+            shapes(stream).await,
+            [
+                "#1",
+                "+a",
+                "the upstream's answer cannot be used: an event of the stream does not have the form of the protocol"
+            ]
+        );
+    }
+
+    #[tokio::test]
     async fn a_stream_without_an_end_is_broken() {
-        let stream = relay(events(&["#1", "+a"]).boxed(), Toy::default(), LIMIT)
+        let stream = relay_within(events(&["#1", "+a"]).boxed(), Toy::default(), LIMIT, None)
             .await
             .unwrap();
         assert_eq!(
@@ -297,9 +381,14 @@ mod tests {
                 data: "*".to_owned(),
             })
         });
-        let stream = relay(events(&["#1"]).chain(more).boxed(), Toy::default(), LIMIT)
-            .await
-            .unwrap();
+        let stream = relay_within(
+            events(&["#1"]).chain(more).boxed(),
+            Toy::default(),
+            LIMIT,
+            None,
+        )
+        .await
+        .unwrap();
         assert_eq!(
             shapes(stream).await,
             [
@@ -314,7 +403,9 @@ mod tests {
     async fn a_body_that_never_ends_delays_the_end_only_for_those_who_ask_on() {
         let started = tokio::time::Instant::now();
         let body = events(&["#1", "!"]).chain(stream::pending()).boxed();
-        let mut stream = relay(body, Toy::default(), LIMIT).await.unwrap();
+        let mut stream = relay_within(body, Toy::default(), LIMIT, None)
+            .await
+            .unwrap();
         assert_eq!(shape(&stream.next().await.unwrap()), "#1");
         assert_eq!(shape(&stream.next().await.unwrap()), "!");
         assert_eq!(started.elapsed(), Duration::ZERO);
@@ -330,10 +421,11 @@ mod tests {
                 data: "?".to_owned(),
             })
         });
-        let stream = relay(
+        let stream = relay_within(
             events(&["#1", "!"]).chain(more).boxed(),
             Toy::default(),
             LIMIT,
+            None,
         )
         .await
         .unwrap();

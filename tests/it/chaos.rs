@@ -53,6 +53,9 @@ const LAST_ONES: Duration = Duration::from_mins(5);
 /// and connections that are kept alive.
 const OPEN_FILES: usize = 400;
 
+/// Words that the model reads. A talkative user's conversation has more after a while.
+const CONTEXT_WORDS: u64 = 400;
+
 /// Longest time for which a process looks for a message whose sender was told that it was not
 /// accepted.
 const LOOKS_FOR: Duration = Duration::from_secs(28);
@@ -96,6 +99,7 @@ async fn random_failures_neither_lose_nor_duplicate_messages() {
     // lists threads.
     let config = SimulatorConfig {
         list_threads: true,
+        context_words: Some(CONTEXT_WORDS),
         ..SimulatorConfig::default()
     };
     let server = spawn_blocking(Cluster::start).await.unwrap();

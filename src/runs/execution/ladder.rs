@@ -117,9 +117,12 @@ impl Ladder {
                 NewerHalf => past.messages > 1,
                 LastMessages => past.messages > 2 * LAST_MESSAGES,
             };
-            is_smaller && differs && helped.is_none_or(|helped| kept >= helped)
+            is_smaller && differs
         };
-        order.iter().copied().find(|kept| is_new(*kept))
+        let new = || order.iter().copied().filter(|kept| is_new(*kept));
+        new()
+            .find(|kept| helped.is_none_or(|helped| *kept >= helped))
+            .or_else(|| new().next())
     }
 
     /// Returns the cause of the first refusal.
@@ -296,6 +299,15 @@ mod tests {
             NextStep::Try(All),
             "history is not dropped on a guess"
         );
+        let gone = KnownRefusal {
+            status: 404,
+            ..known(NewerHalf)
+        };
+        assert_eq!(
+            Ladder::default().next(&UpstreamError::ThreadGone, LONG, Some(&gone)),
+            NextStep::Try(All),
+            "a thread that is gone is made anew in any case"
+        );
         let other = KnownRefusal {
             status: 422,
             ..known(NewerHalf)
@@ -356,12 +368,15 @@ mod tests {
             causes in prop::collection::vec(prop::sample::select(vec![
                 RefusalCause::Thread, RefusalCause::Size, RefusalCause::Media, RefusalCause::Unknown,
             ]), 10),
-            messages in 1..50_usize, has_media: bool,
+            messages in 1..50_usize, has_media: bool, is_gone: bool,
+            cure in prop::option::of(prop::sample::select(HistoryKept::ALL)), known_status in prop::sample::select(vec![400, 404]),
         ) {
             let past = PastShape { messages, has_media, is_unsent: false };
+            let known = cure.map(|cure| KnownRefusal { status: known_status, code: None, cure });
             let mut ladder = Ladder::default();
-            for cause in causes {
-                match ladder.next(&refused(cause), past, None) {
+            for (n, cause) in causes.into_iter().enumerate() {
+                let error = if is_gone && n == 0 { UpstreamError::ThreadGone } else { refused(cause) };
+                match ladder.next(&error, past, known.as_ref()) {
                     NextStep::Try(Nothing) => return Ok(()),
                     NextStep::Try(_) => {}
                     other => prop_assert!(false, "{other:?}"),

@@ -82,6 +82,8 @@ async fn relay_once(
         differs: false,
     };
     let mut is_named = is_again;
+    // Where threads are chains of responses, a response that does not end well changes nothing.
+    let has_threads = round.upstream.capabilities().has_threads;
     while let Some(event) = events.next().await {
         match event.map_err(Failure::Upstream)? {
             UpstreamEvent::Accepted(id) => {
@@ -91,7 +93,9 @@ async fn relay_once(
                 progress.accepted(id);
             }
             UpstreamEvent::Text(TextDelta { mut origin, text }) => {
-                trial::accept(round.ctx, round.started, round.log, progress).await?;
+                if has_threads {
+                    trial::accept(round.ctx, round.started, round.log, progress).await?;
+                }
                 let Some(text) = retelling.notifications_in(&text) else {
                     continue;
                 };
@@ -126,10 +130,11 @@ async fn relay_once(
                 if size.max(progress.cost) > limit {
                     return Err(Failure::ReplyTooLarge);
                 }
-                if matches!(
+                let ended_well = matches!(
                     ended.status,
                     RunStatus::Completed | RunStatus::Incomplete | RunStatus::RequiresAction
-                ) {
+                );
+                if ended_well && (has_threads || ended.thread.is_some()) {
                     trial::accept(round.ctx, round.started, round.log, progress).await?;
                 }
                 if is_again && let Some(earlier) = begins_with(&ended.content, &progress.content) {

@@ -15,11 +15,10 @@ use super::round_context::{RoundContext, RoundEnd};
 use super::settle::{Removal, take_away};
 use super::store_retry::{retry_until_ok, write_until_ok};
 use super::trial;
-use crate::domain::{EventBatch, MultitaskStrategy, ToolOutput, UpstreamRunId};
+use crate::domain::{MultitaskStrategy, ToolOutput, UpstreamRunId};
 use crate::error::Chain;
 use crate::runs::backoff::jittered;
 use crate::runs::breaker::Permit;
-use crate::store::RunProgress;
 use crate::upstream::{AnswerTools, Ended, EventStream, Recovered, StartRun, UpstreamError, drain};
 
 /// The request of a round.
@@ -44,9 +43,10 @@ pub(in crate::runs) async fn run_round(
         progress,
         permit: None,
         has_input: false,
+        failed_try: None,
     };
     let result = match request {
-        RoundRequest::Message => attempt.send_message(None).await,
+        RoundRequest::Message => attempt.send_message(None, None).await,
         RoundRequest::Outputs(outputs) => attempt.send_outputs(outputs).await,
         RoundRequest::Unknown => attempt.resume().await,
     };
@@ -73,6 +73,8 @@ struct Round<'a> {
     /// Whether the upstream thread has the messages of the run: from a try of it that failed, or
     /// because the run answers them again.
     has_input: bool,
+    /// The id of the last try that failed without having done anything.
+    failed_try: Option<UpstreamRunId>,
 }
 
 /// The next step after a failure.
@@ -85,10 +87,12 @@ enum Next {
 
 impl Round<'_> {
     /// Sends the message. `ambiguous_error`: the failure of an earlier request that may still
-    /// arrive, although the upstream does not show it.
+    /// arrive, although the upstream does not show it. `failed`: the end of a try by another
+    /// process, which [has done nothing](Self::is_repeatable).
     async fn send_message(
         &mut self,
         mut ambiguous_error: Option<UpstreamError>,
+        failed: Option<RoundEnd>,
     ) -> Result<RoundEnd, Failure> {
         self.ask_breaker()?;
         let RoundContext {
@@ -102,6 +106,11 @@ impl Round<'_> {
         let mut prepared = prepare(self.context, self.progress).await?;
         self.has_input |= needs_no_input(self.context) && !prepared.needs_thread;
         let mut retries = Retries::new(ctx.config.runs.max_retries);
+        if let Some(end) = failed
+            && let Some(end) = self.run_again(end, &mut prepared, &mut retries).await?
+        {
+            return Ok(end);
+        }
         loop {
             match ensure_thread(self.context, self.progress, &owner, &mut prepared).await {
                 Ok(()) => {}
@@ -144,13 +153,15 @@ impl Round<'_> {
                     {
                         error
                     }
-                    Ok(end) if self.is_repeatable(&end.ended) => {
-                        match self.run_again(end, &mut prepared, &mut retries).await? {
+                    relayed => {
+                        match self
+                            .run_again(relayed?, &mut prepared, &mut retries)
+                            .await?
+                        {
                             Some(end) => return Ok(end),
                             None => continue,
                         }
                     }
-                    relayed => return relayed,
                 },
                 Err(error) => error,
             };
@@ -163,15 +174,20 @@ impl Round<'_> {
             if error.is_ambiguous() {
                 ambiguous_error = Some(error.clone());
             }
-            if let Next::Follow(events) = self.after(error, &mut retries).await? {
-                return self.relay(events, Telling::Again).await;
-            }
-            // This run may hold the thread after all, or an earlier run's traces may.
-            if was_busy
-                && let Some(error) = &ambiguous_error
-                && let Some(events) = self.came_in_late(error).await?
-            {
-                return self.relay(events, Telling::Again).await;
+            let followed = match self.after(error, &mut retries).await? {
+                Next::Follow(events) => Some(events),
+                // This run may hold the thread after all, or an earlier run's traces may.
+                Next::SendAgain => match &ambiguous_error {
+                    Some(error) if was_busy => self.came_in_late(error).await?,
+                    _ => None,
+                },
+            };
+            if let Some(events) = followed {
+                let end = self.relay(events, Telling::Again).await?;
+                match self.run_again(end, &mut prepared, &mut retries).await? {
+                    Some(end) => return Ok(end),
+                    None => continue,
+                }
             }
             if was_busy && !prepared.is_rebuilt && started.thread.unsettled_run.is_some() {
                 prepared = prepare_again(self.context, prepared).await?;
@@ -215,7 +231,7 @@ impl Round<'_> {
         }
     }
 
-    /// Returns true if the run failed for a cause that may pass, or that another thread may avoid,
+    /// Returns true if the try failed for a cause that may pass, or that another thread may avoid,
     /// and has done nothing: it said nothing and called no tool.
     fn is_repeatable(&self, ended: &Ended) -> bool {
         ended.refusal.is_some()
@@ -225,7 +241,12 @@ impl Round<'_> {
     }
 
     /// Prepares another try of a run that [has done nothing](Self::is_repeatable), so that the
-    /// model sees its messages once. Returns the end of the failed try if there must be no other.
+    /// model sees its messages once. Returns the end of any other run, and of the failed try if
+    /// there must be no other.
+    ///
+    /// The failed try is the run's own until the next one is about to be sent. So a process that
+    /// takes the run over sees the failure, and repeats the run like this one. From then on the
+    /// run has no id, and that process looks for what was sent last.
     async fn run_again(
         &mut self,
         end: RoundEnd,
@@ -241,29 +262,14 @@ impl Round<'_> {
         let Some(error) = end.ended.refusal.clone() else {
             return Ok(Some(end));
         };
+        if !self.is_repeatable(&end.ended) {
+            return Ok(Some(end));
+        }
         let needs_other_thread = Ladder::can_answer(&error);
         if !needs_other_thread && !retries.wait(&error).await {
             return Ok(Some(end));
         }
         let capabilities = upstream.capabilities();
-        if capabilities.stores_runs {
-            // The next try has another id. The janitor deletes the response of this one later.
-            let failed = RunProgress {
-                lease: started.lease,
-                upstream_run_id: self.progress.upstream_run.clone(),
-                events: EventBatch {
-                    first: 0,
-                    events: Vec::new(),
-                },
-            };
-            let tries = [failed];
-            if retry_until_ok(|| ctx.store.record(&tries))
-                .await?
-                .is_empty()
-            {
-                return Ok(Some(end));
-            }
-        }
         if capabilities.runs_without_input && !needs_other_thread {
             self.has_input = true;
         } else {
@@ -284,18 +290,31 @@ impl Round<'_> {
                 }
             }
             self.has_input = false;
-            self.progress.upstream_run = None;
             self.progress.delivery = Delivery::NotSent;
         }
-        self.progress.usage = match (self.progress.usage, end.ended.usage) {
-            (Some(before), Some(now)) => Some(before + now),
-            (before, now) => now.or(before),
-        };
-        drain(end.rest).await;
+        self.forget_try(end).await?;
         if let Some(next) = self.recover_from(&error, prepared).await? {
             *prepared = next;
         }
         Ok(None)
+    }
+
+    /// Takes the id of a failed try from the run, because the next try has another one. The janitor
+    /// deletes the response of the failed try later.
+    async fn forget_try(&mut self, end: RoundEnd) -> Result<(), Failure> {
+        let RoundContext { ctx, started, .. } = *self.context;
+        let failed = self.progress.upstream_run.take();
+        write_until_ok(|| ctx.store.begins_again(&started.lease, failed.as_ref())).await?;
+        // A failed try may be seen twice.
+        if failed.is_none() || failed != self.failed_try {
+            self.progress.usage = match (self.progress.usage, end.ended.usage) {
+                (Some(before), Some(now)) => Some(before + now),
+                (before, now) => now.or(before),
+            };
+        }
+        self.failed_try = failed;
+        drain(end.rest).await;
+        Ok(())
     }
 
     /// Continues a round that another process began, or may have begun.
@@ -305,13 +324,30 @@ impl Round<'_> {
         if lacks_thread || self.progress.delivery == Delivery::NotSent {
             // The thread is recorded before anything is sent, so nothing was sent.
             self.progress.delivery = Delivery::NotSent;
-            return self.send_message(None).await;
+            return self.send_message(None, None).await;
         }
         let lost = UpstreamError::Broken { timeout: false };
         match recover(self.context, self.progress, &lost).await? {
             Recovered::Running(events) => {
                 tracing::info!("the upstream has the run; following it");
-                self.relay(events, Telling::Again).await
+                let end = self.relay(events, Telling::Again).await?;
+                if !self.is_repeatable(&end.ended) {
+                    return Ok(end);
+                }
+                // What was sent to a thread on trial goes with it.
+                let is_on_trial = self
+                    .progress
+                    .recovery
+                    .as_ref()
+                    .is_some_and(|it| !it.answered);
+                if !is_on_trial {
+                    return self.send_message(None, Some(end)).await;
+                }
+                self.forget_try(end).await?;
+                self.progress.delivery = Delivery::NotSent;
+                let RoundContext { ctx, started, .. } = *self.context;
+                trial::give_up(ctx, started, self.progress).await?;
+                self.send_message(None, None).await
             }
             Recovered::Absent => {
                 tracing::info!("the upstream does not have the message; sending it");
@@ -320,7 +356,7 @@ impl Round<'_> {
                 self.progress.sent_again = true;
                 let RoundContext { ctx, started, .. } = *self.context;
                 trial::give_up(ctx, started, self.progress).await?;
-                self.send_message(Some(lost)).await
+                self.send_message(Some(lost), None).await
             }
             Recovered::Unknown => Err(Failure::ReplicaLost),
         }

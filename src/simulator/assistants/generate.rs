@@ -93,7 +93,7 @@ impl Generation {
         }
         self.pause(self.plan.latency.unwrap_or(self.server.config.latency))
             .await?;
-        if self.plan.failure.is_some() {
+        if self.plan.failure.is_some() || (self.plan.empty && self.plan.tools.is_empty()) {
             return self.complete();
         }
         if !self.plan.tools.is_empty() {
@@ -225,13 +225,14 @@ impl Generation {
             .plan
             .interval
             .unwrap_or(self.server.config.token_interval);
-        let all = words::tokens(&text).count();
+        let tokens = words::fragments(&text, self.plan.format.halves);
+        let all = tokens.len();
         let keep = if self.plan.outcome == Outcome::Complete {
             all
         } else {
             all.div_ceil(2)
         };
-        for (n, token) in words::tokens(&text).take(keep).enumerate() {
+        for (n, token) in tokens.iter().take(keep).enumerate() {
             if n > 0 {
                 self.pause(interval).await?;
             }
@@ -256,6 +257,10 @@ impl Generation {
             &json!({"id": message, "object": "thread.message.delta", "delta": {"content": content}}),
         );
         self.deltas += 1;
+        if self.plan.unreadable && self.deltas == 2 {
+            self.out
+                .emit_text("thread.message.delta", "{\"delta\":\"an ev");
+        }
         if self.plan.cut == Some(self.deltas) {
             self.out.cut();
         }
@@ -365,7 +370,9 @@ impl Generation {
             run.last_error = Some(error);
         }
         if !self.plan.no_terminal {
-            self.out.emit(&format!("thread.run.{}", status.name()), run);
+            for _ in 0..=usize::from(self.plan.two_ends) {
+                self.out.emit(&format!("thread.run.{}", status.name()), run);
+            }
         }
         Ok(())
     }
@@ -399,7 +406,7 @@ impl Generation {
         let world = &mut *guard;
         let run = world.runs.get_mut(&self.run).ok_or(Stop::Gone)?;
         let message = open
-            .and_then(|(_, message, text)| Some((message?, text)))
+            .and_then(|(_, message, text)| Some((message?, words::whole(&text))))
             .and_then(|(message, text)| {
                 let tokens = words::count(&text);
                 run.work.tokens += tokens;

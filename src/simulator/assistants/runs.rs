@@ -12,11 +12,12 @@ use super::thread_lock::{end_run, expire_stale, refuse_if_active};
 use super::threads;
 use crate::simulator::behaviour::plan::{Drop, Plan};
 use crate::simulator::behaviour::refusal::{LateHead, Refused};
+use crate::simulator::behaviour::words;
 use crate::simulator::state::assistants::{Message, Run, RunStatus, Settings, Thread, Work};
 use crate::simulator::state::stats::Accepted;
 use crate::simulator::state::{Server, World};
 use crate::simulator::wire::call::Call;
-use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::error::{ApiError, json_body, refuse_if_full};
 use crate::simulator::wire::fields::{Fields, Metadata};
 use crate::simulator::wire::page::Paging;
 use crate::simulator::wire::sse::{EventFormat, EventOut};
@@ -52,6 +53,9 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
     let started = {
         let mut world = server.world();
         expire_stale(server, &mut world, &id);
+        if plan("", call.fault.as_deref())?.gone {
+            threads::remove(&mut world, &id);
+        }
         threads::thread(&world, &id)?;
         let request = NewRun::read(&mut fields)?;
         refuse_if_active(server, &mut world, &id, |run| {
@@ -68,6 +72,12 @@ pub(super) fn create(server: &Arc<Server>, call: Call) -> Result<Response, Refus
         let plan = plan(
             &text.unwrap_or_else(|| thread.last_user_text()),
             call.fault.as_deref(),
+        )?;
+        thread.refuse_poisoned(&messages)?;
+        let words = messages.iter().map(|message| words::count(&message.text()));
+        refuse_if_full(
+            server.config.context_words,
+            thread.words + words.sum::<u64>(),
         )?;
         plan.refused()?;
         let texts = user_texts(&messages);

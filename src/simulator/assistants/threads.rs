@@ -84,11 +84,24 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     let id = call.segment(1);
     let mut world = server.world();
     expire_stale(server, &mut world, id);
-    let thread = world.threads.remove(id).ok_or_else(|| no_thread(id))?;
-    for run in &thread.active {
+    for run in remove(&mut world, id).ok_or_else(|| no_thread(id))? {
         world
             .counters
             .violation(format!("{id} was deleted while run {run} was active"));
+    }
+    world.counters.stats.threads_deleted += 1;
+    drop(world);
+    server.changed();
+    Ok(json_body(
+        &json!({"id": id, "object": "thread.deleted", "deleted": true}),
+    ))
+}
+
+/// Removes a thread with its runs. Returns the runs that were active; `None` if there is no such
+/// thread.
+pub(super) fn remove(world: &mut World, id: &str) -> Option<Vec<String>> {
+    let thread = world.threads.remove(id)?;
+    for run in &thread.active {
         if let Some(run) = world.runs.remove(run) {
             run.work.cancel.cancel();
             if !run.work.foreign {
@@ -101,12 +114,7 @@ pub(super) fn delete(server: &Server, call: &Call) -> Result<Response, ApiError>
     for run in &thread.runs {
         world.runs.remove(run);
     }
-    world.counters.stats.threads_deleted += 1;
-    drop(world);
-    server.changed();
-    Ok(json_body(
-        &json!({"id": id, "object": "thread.deleted", "deleted": true}),
-    ))
+    Some(thread.active)
 }
 
 pub(super) fn create_message(server: &Server, mut call: Call) -> Result<Response, ApiError> {

@@ -76,6 +76,38 @@ pub(in crate::simulator) struct Plan {
     pub(in crate::simulator) format: EventFormat,
     /// Ignore `previous_response_id`.
     pub(in crate::simulator) forget: bool,
+    /// Lose the thread, conversation or previous response that the request names.
+    pub(in crate::simulator) gone: bool,
+    /// Refuse every later run whose history holds this message.
+    pub(in crate::simulator) poison: Option<Poison>,
+    /// Complete without any output.
+    pub(in crate::simulator) empty: bool,
+    /// Send an event that is cut off in the middle.
+    pub(in crate::simulator) unreadable: bool,
+    /// Send the last event twice.
+    pub(in crate::simulator) two_ends: bool,
+}
+
+/// What a message in a history is refused for.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(in crate::simulator) struct Poison {
+    /// The code of the refusal.
+    pub(in crate::simulator) code: Option<String>,
+}
+
+impl Poison {
+    /// Returns the poison in a user's text.
+    pub(in crate::simulator) fn of_text(text: &str) -> Option<Self> {
+        Plan::of_text(text).ok()?.0.poison
+    }
+
+    pub(in crate::simulator) fn refusal(&self) -> ApiError {
+        let error = ApiError::invalid("The input cannot be processed.");
+        match &self.code {
+            Some(code) => error.code(code),
+            None => error,
+        }
+    }
 }
 
 /// A call that the client answers.
@@ -187,6 +219,8 @@ pub(in crate::simulator) enum Wording {
     Named,
     /// The protocol's own error, wrapped by a relay.
     Relayed,
+    /// `{"error": "…"}`, a text in the place of the error's object.
+    String,
 }
 
 impl Wording {
@@ -196,6 +230,7 @@ impl Wording {
             "detail" => Self::Detail,
             "named" => Self::Named,
             "relayed" => Self::Relayed,
+            "string" => Self::String,
             _ => return None,
         })
     }
@@ -215,6 +250,7 @@ impl Wording {
                 "application/json",
                 json!({"detail": format!("{asked} was not found.")}).to_string(),
             ),
+            Self::String => ("application/json", json!({"error": reason}).to_string()),
             Self::Relayed => {
                 let told =
                     json!({"error": {"message": format!("Response with id '{asked}' not found.")}});
@@ -409,8 +445,9 @@ impl Plan {
             "code" => self.code = Some(text()?),
             "wording" => {
                 let wording = value.and_then(Wording::named);
-                self.wording =
-                    Some(wording.ok_or("expected `html`, `detail`, `named` or `relayed`")?);
+                self.wording = Some(
+                    wording.ok_or("expected `html`, `detail`, `named`, `relayed` or `string`")?,
+                );
             }
             "retry_after" => self.retry_after = Some(text()?),
             "hostile" => {
@@ -457,6 +494,16 @@ impl Plan {
             "no_terminal" => self.no_terminal = true,
             "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
             "forget" => self.forget = true,
+            "gone" => self.gone = true,
+            "poison" => {
+                self.poison = Some(Poison {
+                    code: value.map(str::to_owned),
+                });
+            }
+            "empty" => self.empty = true,
+            "unreadable" => self.unreadable = true,
+            "two_ends" => self.two_ends = true,
+            "halves" => self.format.halves = true,
             "crlf" => self.format.crlf = true,
             "no_event_lines" => self.format.no_event_lines = true,
             "split" => self.format.split = true,

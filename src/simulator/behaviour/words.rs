@@ -1,5 +1,7 @@
 //! The text of replies, and its tokens.
 
+use crate::simulator::wire::sse::{CUT, HALVES};
+
 /// Returns the assistant's reply. It repeats the user's text and the outputs of functions, and
 /// counts the user's messages, so that a reader can check what the simulator knew. It is padded
 /// to at least `words` words.
@@ -31,6 +33,21 @@ pub(in crate::simulator) fn tokens(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive(' ')
 }
 
+/// Splits a text into its tokens. `halves`: the text ends with a character that is cut in two.
+pub(in crate::simulator) fn fragments(text: &str, halves: bool) -> Vec<String> {
+    let mut all: Vec<String> = tokens(text).map(str::to_owned).collect();
+    if halves {
+        all.extend(HALVES.map(String::from));
+    }
+    all
+}
+
+/// Puts the halves of characters in a text together. A half without the other one is unreadable.
+pub(in crate::simulator) fn whole(text: &str) -> String {
+    text.replace(&String::from_iter(HALVES), &String::from(CUT))
+        .replace(HALVES, "\u{fffd}")
+}
+
 /// Counts the words of a text, as a measure of usage.
 pub(in crate::simulator) fn count(text: &str) -> u64 {
     text.split_whitespace()
@@ -57,6 +74,15 @@ fn pad(mut text: String, words: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn halves_make_up_the_character() {
+        let cut = fragments("one two", true);
+        assert_eq!(cut.len(), 4);
+        assert_eq!(whole(&cut.concat()), "one two🙂");
+        assert_eq!(whole(&cut[..3].concat()), "one two\u{fffd}");
+        assert_eq!(fragments("one two", false).concat(), "one two");
+    }
 
     #[test]
     fn tokens_make_up_the_text() {

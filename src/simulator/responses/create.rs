@@ -17,7 +17,7 @@ use crate::simulator::state::responses::{Response, ResponseStatus, Settings, Sto
 use crate::simulator::state::stats::Accepted;
 use crate::simulator::state::{Server, World};
 use crate::simulator::wire::call::Call;
-use crate::simulator::wire::error::{ApiError, json_body};
+use crate::simulator::wire::error::{ApiError, json_body, refuse_if_full};
 use crate::simulator::wire::fields::{Fields, Metadata, wrong_type};
 use crate::simulator::wire::sse::{EventLog, EventOut};
 
@@ -61,8 +61,12 @@ const KNOWN: [&str; 30] = [
 /// not in the background.
 pub(super) async fn create(server: &Arc<Server>, call: Call) -> Result<HttpResponse, Refused> {
     let mut request = NewResponse::read(call.body)?;
-    if of_fault(call.fault.as_deref())?.forget {
+    let fault = of_fault(call.fault.as_deref())?;
+    if fault.forget {
         request.previous = None;
+    }
+    if fault.gone {
+        lose(server, &request);
     }
     let (generation, answer) = start(server, request, call.fault.as_deref())?;
     let (drops, late_head) = (
@@ -200,6 +204,7 @@ fn start(
         &given,
     )?;
     let context = with_input(base, &input, fault)?;
+    refuse_if_full(server.config.context_words, context.words)?;
     let plan = plan(&input, fault)?;
     plan.refused()?;
     let lane = lane.unwrap_or_else(|| id.clone());
@@ -286,6 +291,17 @@ fn start(
         request.obfuscation,
     );
     Ok((generation, answer))
+}
+
+/// Loses the conversation, or the response on which the new one builds.
+fn lose(server: &Server, request: &NewResponse) {
+    let mut world = server.world();
+    if let Some(id) = &request.conversation {
+        world.conversations.remove(id);
+    }
+    if let Some(id) = &request.previous {
+        world.responses.remove(id);
+    }
 }
 
 fn of_fault(fault: Option<&str>) -> Result<Plan, ApiError> {

@@ -131,6 +131,9 @@ impl Generation {
         if self.plan.reasoning {
             self.reason();
         }
+        if self.plan.empty {
+            return self.finish();
+        }
         if self.plan.tools.is_empty() {
             for part in 0..=self.plan.more_parts {
                 self.message(part).await?;
@@ -276,16 +279,18 @@ impl Generation {
             .plan
             .interval
             .unwrap_or(self.server.config.token_interval);
-        let all = words::tokens(&text).count();
+        let tokens = words::fragments(&text, self.plan.format.halves);
+        let all = tokens.len();
         let keep = self.budget(all);
         let mut made = String::new();
-        for (n, token) in words::tokens(&text).take(keep).enumerate() {
+        for (n, token) in tokens.iter().take(keep).enumerate() {
             if n > 0 {
                 self.pause(interval).await?;
             }
             made.push_str(token);
             self.delta(&at, token).await?;
         }
+        let made = words::whole(&made);
         if self.plan.outcome == Outcome::Fail {
             return Ok(());
         }
@@ -351,6 +356,11 @@ impl Generation {
             }
             self.emit(event, merged(at, more));
         }
+        if self.plan.unreadable && self.deltas == 2 {
+            let cut = format!("{{\"sequence_number\":{},\"delta\":\"an ev", self.sequence);
+            self.out.emit_text("response.output_text.delta", &cut);
+            self.sequence += 1;
+        }
         if self.plan.cut == Some(self.deltas) && !self.response.background {
             self.out.cut();
             return Err(Stop::Abandoned);
@@ -385,7 +395,9 @@ impl Generation {
         };
         self.commit(status)?;
         if !self.plan.no_terminal {
-            self.emit_response(&format!("response.{}", status.name()));
+            for _ in 0..=usize::from(self.plan.two_ends) {
+                self.emit_response(&format!("response.{}", status.name()));
+            }
         }
         if let Some(done) = self.done.take() {
             let _ = done.send(json_body(&self.response)); // the client has just left; the response is stored

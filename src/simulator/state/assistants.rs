@@ -5,10 +5,11 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::simulator::behaviour::plan::Plan;
+use crate::simulator::behaviour::plan::{Plan, Poison};
 use crate::simulator::behaviour::words;
 use crate::simulator::state::stats::{Line, ThreadView, view};
 use crate::simulator::state::table::Row;
+use crate::simulator::wire::error::ApiError;
 use crate::simulator::wire::fields::Metadata;
 
 /// Messages of a thread, as documented. Beyond it the oldest ones are dropped.
@@ -84,6 +85,19 @@ impl Thread {
             .iter()
             .map(|message| words::count(&message.text()))
             .sum();
+    }
+
+    /// Refuses a run with these new messages if a message of the history says so.
+    pub(in crate::simulator) fn refuse_poisoned(&self, new: &[Message]) -> Result<(), ApiError> {
+        let mut asked = None;
+        for message in self.messages.iter().chain(new) {
+            if message.role == "user" {
+                asked = Poison::of_text(&message.text()).or(asked);
+            } else if let Some(poison) = asked {
+                return Err(poison.refusal());
+            }
+        }
+        Ok(())
     }
 
     pub(in crate::simulator) fn push_run(&mut self, run: &str) {

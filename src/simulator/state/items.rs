@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::simulator::behaviour::plan::Complaint;
+use crate::simulator::behaviour::plan::{Complaint, Poison};
 use crate::simulator::behaviour::words;
 use crate::simulator::state::stats::Line;
 use crate::simulator::wire::error::ApiError;
@@ -23,6 +23,10 @@ pub(in crate::simulator) struct Context {
     reasoning: Option<String>,
     /// A reasoning item whose successor is missing.
     orphan: Option<String>,
+    /// What the newest messages of the user are refused for once they are history.
+    new_poison: Option<Poison>,
+    /// What the history is refused for.
+    poison: Option<Poison>,
 }
 
 impl Context {
@@ -49,8 +53,12 @@ impl Context {
                 self.words += words::count(&text);
                 if item["role"] == "user" {
                     self.turns += 1;
+                    let poison = Poison::of_text(&text);
+                    self.new_poison = poison.or(self.new_poison.take());
                     self.user_text = text;
                     self.outputs.clear();
+                } else if let Some(poison) = self.new_poison.take() {
+                    self.poison.get_or_insert(poison);
                 }
             }
             "mcp_approval_request" => self.open_calls.push(OpenCall::new(kind, id("id"))),
@@ -93,6 +101,9 @@ impl Context {
                 }
             }
             self.absorb(item);
+        }
+        if let Some(poison) = &self.poison {
+            return Err(poison.refusal());
         }
         if !self.open_calls.is_empty() {
             return Err(bad_input(self.complaint(Complaint::OpenCall)));

@@ -128,6 +128,15 @@ impl ApiError {
     }
 }
 
+/// Refuses a run whose context has more words than the model reads.
+pub(in crate::simulator) fn refuse_if_full(most: Option<u64>, words: u64) -> Result<(), ApiError> {
+    if most.is_none_or(|most| words <= most) {
+        return Ok(());
+    }
+    let error = ApiError::invalid("Your input exceeds the context window of this model.");
+    Err(error.param("input").code("context_length_exceeded"))
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body = json!({"error": {

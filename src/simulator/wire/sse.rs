@@ -15,6 +15,13 @@ use tokio::sync::{mpsc, watch};
 /// Bytes that the buffer holds back while no pause is due, so that an instant reply is one write.
 const FLUSH_AT: usize = 16 * 1024;
 
+/// The halves of a character that needs two UTF-16 units, as they stand in a text. In an event each
+/// becomes the escape of half a surrogate pair.
+pub(in crate::simulator) const HALVES: [char; 2] = ['\u{e000}', '\u{e001}'];
+const ESCAPES: [&str; 2] = ["\\ud83d", "\\ude42"];
+/// The character whose halves these are.
+pub(in crate::simulator) const CUT: char = '🙂';
+
 type Chunk = Result<Bytes, io::Error>;
 
 /// The format of events.
@@ -26,6 +33,7 @@ pub(in crate::simulator) struct EventFormat {
     pub(in crate::simulator) split: bool,
     pub(in crate::simulator) comments: bool,
     pub(in crate::simulator) unknown_events: bool,
+    pub(in crate::simulator) halves: bool,
 }
 
 /// The destination of a run's events.
@@ -86,7 +94,12 @@ impl EventOut {
         if !self.is_listening() {
             return;
         }
-        let data = serde_json::to_string(data).expect("the simulator's objects are plain JSON");
+        let mut data = serde_json::to_string(data).expect("the simulator's objects are plain JSON");
+        if self.format.halves {
+            for (half, escape) in HALVES.into_iter().zip(ESCAPES) {
+                data = data.replace(half, escape);
+            }
+        }
         self.emit_text(event, &data);
     }
 

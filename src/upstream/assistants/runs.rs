@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use http::Method;
+use serde_json::Value;
 use tokio::time::sleep;
 
 use super::adapter::AssistantsUpstream;
@@ -136,6 +137,11 @@ impl AssistantsUpstream {
         let status = run.run_status().unwrap_or(RunStatus::Failed);
         let is_empty = status == RunStatus::Completed && reply.content.is_empty();
         let without_reply = is_empty.then(|| without_reply(reply.kinds.iter().map(String::as_str)));
+        let mut refusal = run.refusal().filter(|_| status == RunStatus::Failed);
+        if refusal.is_some() && !(reply.content.is_empty() && self.has_no_steps(thread, &run).await)
+        {
+            refusal = None;
+        }
         Ok(Ended {
             status,
             error: run
@@ -151,9 +157,19 @@ impl AssistantsUpstream {
                 Vec::new()
             },
             thread: None,
-            // A poll does not show whether the run called a tool.
-            refusal: None,
+            refusal,
         })
+    }
+
+    /// Returns true if the run has done nothing: it neither said something nor called a tool. A
+    /// server that does not answer says nothing of that.
+    async fn has_no_steps(&self, thread: &UpstreamThreadId, run: &RunObject) -> bool {
+        let path = ["threads", thread.as_str(), "runs", run.id.as_str(), "steps"];
+        let steps = self
+            .client
+            .json::<List<Value>>(Method::GET, &path, &[("limit", "1")])
+            .await;
+        steps.is_ok_and(|steps| steps.value.data.is_empty())
     }
 
     /// Cancels the run and waits until it no longer holds its thread.

@@ -13,7 +13,7 @@ use crate::domain::{
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::UpstreamError;
 use crate::upstream::port::{Ended, UpstreamEvent};
-use crate::upstream::relay::{Decoder, PLACE_COST};
+use crate::upstream::relay::{Decoder, PLACE_COST, StreamNotes, unreadable};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::surrogates::without_lone_halves;
@@ -31,8 +31,7 @@ pub(super) struct StreamDecoder {
     calls: Vec<(usize, ContentPart)>,
     /// The size of `messages` in bytes.
     held: usize,
-    /// An event could not be read, so `messages` may lack a piece.
-    has_gap: bool,
+    notes: StreamNotes,
 }
 
 #[derive(Debug)]
@@ -68,37 +67,12 @@ enum Kind {
 }
 
 impl Decoder for StreamDecoder {
-    fn read(
-        &mut self,
-        event: SseEvent,
-        out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), Rejection> {
-        self.called |= calls_tool(&event);
-        let read = self.decode(&event, out);
-        self.has_gap |= read.is_none();
-        read.unwrap_or(Ok(()))
-    }
-
-    fn held(&self) -> usize {
-        self.held
-    }
-
-    fn unended(&self) -> UpstreamError {
-        if self.has_gap {
-            unreadable()
-        } else {
-            UpstreamError::Broken { timeout: false }
-        }
-    }
-}
-
-impl StreamDecoder {
-    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
     fn decode(
         &mut self,
         event: &SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Option<Result<(), Rejection>> {
+        self.called |= calls_tool(event);
         match kind(event)? {
             Kind::Run(named) => return Some(self.run(named, parse(&event.data)?, out)),
             Kind::MessageDelta => self.delta(serde_json::from_str(&event.data).ok()?, out)?,
@@ -109,6 +83,7 @@ impl StreamDecoder {
                 let detail = parse(&event.data)
                     .map(|object| ErrorDetail::from_object(&object))
                     .unwrap_or_default();
+                self.notes.error = Some(detail.clone());
                 let (code, refusal) = if self.accepted {
                     (detail.word(), detail.refusal())
                 } else {
@@ -131,6 +106,16 @@ impl StreamDecoder {
         Some(Ok(()))
     }
 
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn notes(&mut self) -> &mut StreamNotes {
+        &mut self.notes
+    }
+}
+
+impl StreamDecoder {
     fn run(
         &mut self,
         named: Option<RunStatus>,
@@ -150,6 +135,9 @@ impl StreamDecoder {
             return Err(unreadable().into());
         }
         let usage = run.usage();
+        if status == RunStatus::Failed {
+            self.notes.error = run.error_detail();
+        }
         let failed = Failed {
             error: run
                 .unknown_action()
@@ -168,7 +156,7 @@ impl StreamDecoder {
     /// Returns true if the stream told the reply, without a gap.
     fn is_whole(&self) -> bool {
         let is_stored = |message: &Message| matches!(message.parts, Parts::Whole(_));
-        !self.messages.is_empty() && (!self.has_gap || self.messages.iter().all(is_stored))
+        !self.messages.is_empty() && (!self.notes.has_gap || self.messages.iter().all(is_stored))
     }
 
     fn end(
@@ -349,10 +337,6 @@ fn parse<T: DeserializeOwned>(data: &str) -> Option<T> {
     serde_json::from_str(&without_lone_halves(data)).ok()
 }
 
-fn unreadable() -> UpstreamError {
-    UpstreamError::Protocol("an event of a run does not have the form of the protocol".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -373,7 +357,9 @@ mod tests {
     ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
         let (mut decoder, mut out) = (StreamDecoder::default(), VecDeque::new());
         for event in events {
-            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
+            decoder
+                .read(&event, &mut out)
+                .map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }
@@ -636,9 +622,9 @@ mod tests {
         let mut decoder = StreamDecoder::default();
         let mut out = VecDeque::new();
         decoder
-            .read(broken("thread.run.completed"), &mut out)
+            .read(&broken("thread.run.completed"), &mut out)
             .unwrap();
-        assert!(out.is_empty() && matches!(decoder.unended(), UpstreamError::Protocol(_)));
+        assert!(out.is_empty() && matches!(decoder.notes().unended(), UpstreamError::Protocol(_)));
     }
 
     const NAMES: [&str; 11] = [
@@ -689,7 +675,7 @@ mod tests {
             for (name, data) in events {
                 let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
                 sent += event.data.len();
-                let read = decoder.read(event, &mut out);
+                let read = decoder.read(&event, &mut out);
                 let kept: usize = decoder.messages.iter().map(|message| message.parts.size()).sum();
                 prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
                 if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {

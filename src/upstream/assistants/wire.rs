@@ -78,9 +78,14 @@ impl RunObject {
         failure_code(self.last_error.as_ref(), self.incomplete_details.as_ref())
     }
 
+    /// Returns the error for which the run failed.
+    pub(super) fn error_detail(&self) -> Option<ErrorDetail> {
+        Some(ErrorDetail::from_object(self.last_error.as_ref()?))
+    }
+
     /// Returns the failure as a refusal of the request.
     pub(super) fn refusal(&self) -> Option<UpstreamError> {
-        ErrorDetail::from_object(self.last_error.as_ref()?).refusal()
+        self.error_detail()?.refusal()
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {

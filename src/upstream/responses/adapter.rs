@@ -79,7 +79,7 @@ impl ResponsesUpstream {
         previous: Option<Previous>,
     ) -> Result<EventStream, UpstreamError> {
         let turn = StreamDecoder::new(!self.conversations).after(previous);
-        Ok(public(relay(events, turn, self.client.max_bytes()).await?))
+        Ok(public(relay(events, turn, &self.client).await?))
     }
 
     /// Returns the response as it is stored; `None` if it is not stored. A response that is not

@@ -105,14 +105,13 @@ impl RepairingRequest {
 
     async fn send(&mut self) -> Result<RunEvents, UpstreamError> {
         loop {
-            let limit = self.upstream.client.max_bytes();
             let events = match self.upstream.open(&self.body).await {
                 Ok(events) => {
                     relay(
                         events,
                         StreamDecoder::for_repair(!self.upstream.conversations)
                             .after(self.upstream.previous(self.thread.as_ref())),
-                        limit,
+                        &self.upstream.client,
                     )
                     .await
                 }

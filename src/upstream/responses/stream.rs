@@ -15,7 +15,7 @@ use crate::domain::{
 use crate::upstream::classify::{ErrorDetail, Rejection};
 use crate::upstream::error::{RefusalCause, UpstreamError};
 use crate::upstream::port::{Ended, UpstreamEvent};
-use crate::upstream::relay::{Decoder, PLACE_COST};
+use crate::upstream::relay::{Decoder, PLACE_COST, StreamNotes, unreadable};
 use crate::upstream::sse::SseEvent;
 use crate::upstream::streamed_parts::StreamedParts;
 use crate::upstream::surrogates::without_lone_halves;
@@ -46,8 +46,7 @@ pub(super) struct StreamDecoder {
     phases: BTreeMap<u64, Phase>,
     /// The size of these in bytes.
     held: usize,
-    /// An event could not be read, so `streamed` may lack a piece.
-    has_gap: bool,
+    notes: StreamNotes,
 }
 
 /// The response on which the next one of a chain must build.
@@ -86,7 +85,7 @@ impl StreamDecoder {
             messages: BTreeMap::new(),
             phases: BTreeMap::new(),
             held: 0,
-            has_gap: false,
+            notes: StreamNotes::default(),
         }
     }
 
@@ -111,39 +110,6 @@ impl StreamDecoder {
 }
 
 impl Decoder for StreamDecoder {
-    fn read(
-        &mut self,
-        event: SseEvent,
-        out: &mut VecDeque<UpstreamEvent>,
-    ) -> Result<(), Rejection> {
-        // The id of the response was relayed before, so that the response can be deleted.
-        if self.forgets {
-            return Err(UpstreamError::ThreadGone.into());
-        }
-        if event.data == "[DONE]" {
-            return Ok(());
-        }
-        let read = self.decode(&event, out);
-        self.has_gap |= read.is_none();
-        read.unwrap_or(Ok(()))
-    }
-
-    fn held(&self) -> usize {
-        self.held
-    }
-
-    fn unended(&self) -> UpstreamError {
-        if self.has_gap {
-            unreadable()
-        } else {
-            UpstreamError::Broken { timeout: false }
-        }
-    }
-}
-
-impl StreamDecoder {
-    /// Decodes an event. Returns `None` if it does not have the form of the protocol.
-    ///
     /// The JSON says what an event is. The event line, which not every server sends, counts only
     /// where the JSON does not say it. An event that neither of them names may be an error of a
     /// proxy in front of the server, or a whole response.
@@ -152,6 +118,13 @@ impl StreamDecoder {
         event: &SseEvent,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Option<Result<(), Rejection>> {
+        // The id of the response was relayed before, so that the response can be deleted.
+        if self.forgets {
+            return Some(Err(UpstreamError::ThreadGone.into()));
+        }
+        if event.data == "[DONE]" {
+            return Some(Ok(()));
+        }
         let foreign = event
             .name
             .as_deref()
@@ -209,6 +182,16 @@ impl StreamDecoder {
         Some(Ok(()))
     }
 
+    fn held(&self) -> usize {
+        self.held
+    }
+
+    fn notes(&mut self) -> &mut StreamNotes {
+        &mut self.notes
+    }
+}
+
+impl StreamDecoder {
     /// Returns the text that the delta adds, which may be empty. Returns `None` if the delta is no
     /// text.
     fn grow(&mut self, place: (u64, u64), delta: &RawValue, is_refusal: bool) -> Option<TextDelta> {
@@ -261,6 +244,9 @@ impl StreamDecoder {
                 return Some(Err(UpstreamError::ThreadGone.into()));
             }
             let response: ResponseObject = parse(json)?;
+            if status == RunStatus::Failed {
+                self.notes.error = response.error_detail();
+            }
             // Some servers accept a run before they see that the conversation is damaged.
             if status == RunStatus::Failed
                 && self.is_refused_late()
@@ -306,7 +292,7 @@ impl StreamDecoder {
         let says_something = output.says_something();
         let mut content = output.content;
         if !says_something && (closed || !ended_well) {
-            if self.has_gap && ended_well {
+            if self.notes.has_gap && ended_well {
                 return Err(unreadable());
             }
             content.append(&mut std::mem::take(&mut self.streamed).into_vec());
@@ -338,6 +324,7 @@ impl StreamDecoder {
         detail: ErrorDetail,
         out: &mut VecDeque<UpstreamEvent>,
     ) -> Result<(), Rejection> {
+        self.notes.error = Some(detail.clone());
         let (code, refusal) =
             if self.response.is_none() || (self.is_refused_late() && detail.damage().is_some()) {
                 match detail.of_refused_stream() {
@@ -385,12 +372,6 @@ fn parse<T: DeserializeOwned>(json: &str) -> Option<T> {
     serde_json::from_str(&without_lone_halves(json)).ok()
 }
 
-fn unreadable() -> UpstreamError {
-    UpstreamError::Protocol(
-        "an event of a response does not have the form of the protocol".to_owned(),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -414,7 +395,9 @@ mod tests {
     ) -> Result<Vec<UpstreamEvent>, UpstreamError> {
         let (mut decoder, mut out) = (StreamDecoder::new(chain), VecDeque::new());
         for event in events {
-            decoder.read(event, &mut out).map_err(UpstreamError::from)?;
+            decoder
+                .read(&event, &mut out)
+                .map_err(UpstreamError::from)?;
         }
         Ok(out.into())
     }
@@ -598,7 +581,7 @@ mod tests {
             let mut out = VecDeque::new();
             let read = events
                 .iter()
-                .try_for_each(|data| decoder.read(event(data), &mut out));
+                .try_for_each(|data| decoder.read(&event(data), &mut out));
             read.err().and_then(|refusal| refusal.damage)
         };
         for end in [&failed, &late] {
@@ -709,8 +692,11 @@ mod tests {
         ] {
             // Without the end, the stream may have been any reply.
             let (mut decoder, mut out) = (StreamDecoder::new(true), VecDeque::new());
-            decoder.read(broken.clone(), &mut out).unwrap();
-            assert!(matches!(decoder.unended(), UpstreamError::Protocol(_)));
+            decoder.read(&broken, &mut out).unwrap();
+            assert!(matches!(
+                decoder.notes().unended(),
+                UpstreamError::Protocol(_)
+            ));
             // The whole reply at the end closes the gap; a reply of deltas may have a hole.
             let end = |output| event(&response("response.completed", "completed", &output));
             let whole = [broken.clone(), end(json!([message("Hello")]))];
@@ -769,7 +755,7 @@ mod tests {
             for (name, data) in events {
                 let event = SseEvent { name: Some(NAMES[name].to_owned()), data: data.to_string() };
                 sent += event.data.len();
-                let read = decoder.read(event, &mut out);
+                let read = decoder.read(&event, &mut out);
                 let kept: usize = decoder.streamed.iter().map(ContentPart::size).sum();
                 prop_assert!(kept <= decoder.held(), "{kept} of {}", decoder.held());
                 if read.is_err() || matches!(out.back(), Some(UpstreamEvent::Ended(_))) {

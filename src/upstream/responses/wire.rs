@@ -117,6 +117,11 @@ impl ResponseObject {
         failure_code(self.error.as_ref(), self.incomplete_details.as_ref())
     }
 
+    /// Returns the error for which the response failed.
+    pub(super) fn error_detail(&self) -> Option<ErrorDetail> {
+        Some(ErrorDetail::from_object(self.error.as_ref()?))
+    }
+
     /// Returns the failure as a refusal of the request, if the response called no tool.
     pub(super) fn refusal(&self) -> Option<UpstreamError> {
         let called = self.output.iter().flatten().any(|item| {
@@ -125,9 +130,7 @@ impl ResponseObject {
                 Some("message" | "reasoning")
             )
         });
-        ErrorDetail::from_object(self.error.as_ref()?)
-            .refusal()
-            .filter(|_| !called)
+        self.error_detail()?.refusal().filter(|_| !called)
     }
 
     /// Returns the damage of the conversation, if the response failed for it before it produced
@@ -137,9 +140,7 @@ impl ResponseObject {
             .output
             .as_ref()
             .is_some_and(|output| !output.is_empty());
-        ErrorDetail::from_object(self.error.as_ref()?)
-            .damage()
-            .filter(|_| !has_output)
+        self.error_detail()?.damage().filter(|_| !has_output)
     }
 
     pub(super) fn usage(&self) -> Option<Usage> {

@@ -1,4 +1,4 @@
-//! SIGKILL at each step of a deletion and of a rollover. A step is a statement for the database
+//! SIGKILL at each step of a deletion, of a rollover, and of a run whose first try fails. A step is a statement for the database
 //! or a request to the upstream. The kill comes before the step has arrived, or before its answer
 //! has. The next process must finish what was begun.
 //!
@@ -47,10 +47,13 @@ enum Operation {
     RollOverLater,
     /// A rollover by a message to a full thread.
     RollOverByMessage,
+    /// A message whose run fails at the upstream and is repeated.
+    RepeatFailedRun,
 }
 
 use Operation::{
-    DeleteConversation, DeleteToArchive, DeleteUser, RollOver, RollOverByMessage, RollOverLater,
+    DeleteConversation, DeleteToArchive, DeleteUser, RepeatFailedRun, RollOver, RollOverByMessage,
+    RollOverLater,
 };
 
 /// Makes a test of each operation for a protocol and a store.
@@ -76,12 +79,14 @@ kills! {
         killed_rollover_loses_no_message RollOver,
         killed_deferred_rollover_loses_no_message RollOverLater,
         killed_automatic_rollover_loses_no_message RollOverByMessage,
+        killed_repetition_of_failed_run_is_answered_once RepeatFailedRun,
     ]
     assistants_postgres Assistants Postgres [
         killed_conversation_deletion_is_finished DeleteConversation,
         killed_archiving_deletion_is_finished DeleteToArchive,
         killed_deferred_rollover_loses_no_message RollOverLater,
         killed_automatic_rollover_loses_no_message RollOverByMessage,
+        killed_repetition_of_failed_run_is_answered_once RepeatFailedRun,
     ]
     responses_sqlite Responses Sqlite [
         killed_conversation_deletion_is_finished DeleteConversation,
@@ -192,6 +197,7 @@ impl World {
             DeleteConversation | DeleteToArchive | DeleteUser => {
                 "[archive]\nkeep_upstream = true\n"
             }
+            RepeatFailedRun => "",
             RollOver | RollOverLater => "[threads]\ncarry_over_messages = 2\n",
             RollOverByMessage => "[threads]\ncarry_over_messages = 2\nmax_messages = 4\n",
         };
@@ -234,6 +240,10 @@ impl World {
                     .database
                     .number("SELECT count(*) FROM runs")
                     .await;
+                if self.operation == RepeatFailedRun {
+                    let fault = "fail=server_error retry_after=0.05";
+                    self.scene.fault("start", fault, 1);
+                }
                 self.gate.set(n, moment);
                 let operation = story.operate(&gateway, self.operation);
                 let answered = tokio::select! {
@@ -360,6 +370,9 @@ impl Story {
     /// another one is queued.
     async fn prepare(&mut self, gateway: &Gateway, operation: Operation) {
         self.say(gateway, "one").await;
+        if operation == RepeatFailedRun {
+            return;
+        }
         let asked = self.ask(gateway, "two").await;
         self.give(gateway, &asked).await.ok();
         if operation != RollOverByMessage {
@@ -387,6 +400,7 @@ impl Story {
                 self.busy(gateway).await;
             }
             DeleteConversation | DeleteToArchive | RollOverLater => self.busy(gateway).await,
+            RepeatFailedRun => {}
         }
     }
 
@@ -440,6 +454,9 @@ impl Story {
             RollOverByMessage => {
                 gateway.say(&self.scope, &self.text("five")).await;
             }
+            RepeatFailedRun => {
+                gateway.say(&self.scope, &self.text("two")).await;
+            }
         }
     }
 
@@ -452,7 +469,55 @@ impl Story {
                 self.check_rolled_over(world, gateway, answered.is_some())
                     .await;
             }
+            RepeatFailedRun => {
+                self.check_repeated(world, gateway, answered.is_some())
+                    .await
+            }
         }
+    }
+
+    /// Checks that the message has one answer, here and at the upstream, although its first run
+    /// failed there.
+    async fn check_repeated(&mut self, world: &World, gateway: &Gateway, answered: bool) {
+        let path = format!("{}/thread", self.scope);
+        gateway
+            .until(&path, |answer| answer.body["state"] == "idle")
+            .await;
+        world.scene.simulator.clear_faults();
+        let admitted = world
+            .scene
+            .database
+            .number("SELECT count(*) FROM runs")
+            .await
+            > self.runs;
+        assert!(admitted || !answered, "an acknowledged run is recorded");
+        if admitted {
+            self.said.push(self.text("two"));
+            let runs = gateway.get(&format!("{}/runs", self.scope)).await.ok();
+            assert_eq!(runs["data"][0]["status"], "completed", "{runs:#}");
+            let run = runs["data"][0]["id"].as_str().unwrap();
+            let upstream = world.scene.simulator.runs();
+            let completed = upstream.iter().filter(|it| {
+                it.metadata["threadkeeper_run"] == run && it.status.as_deref() == Some("completed")
+            });
+            assert_eq!(completed.count(), 1, "{run} has one answer: {upstream:#?}");
+        }
+        self.say(gateway, "six").await;
+        assert_eq!(
+            self.user_messages(gateway).await,
+            self.said,
+            "each message is there once"
+        );
+        let thread = gateway.get(&path).await.ok();
+        let held = world
+            .scene
+            .simulator
+            .thread_history(thread["upstream_thread_id"].as_str().unwrap());
+        assert_eq!(
+            joined(&held),
+            joined(&transcript(gateway, &self.scope).await),
+            "transcript and upstream thread agree"
+        );
     }
 
     /// Checks that a recorded deletion is finished, and that an unrecorded one has changed

@@ -41,6 +41,7 @@ on_every_protocol!(
     refusal_of_account_is_not_retried,
     seeding_that_is_refused_leaves_old_thread_bound,
     killed_gateway_follows_run_on_trial,
+    failed_reply_after_recovery_leaves_thread_and_transcript_alike,
 );
 
 /// A scene whose upstream refuses by a rule.
@@ -309,4 +310,19 @@ async fn killed_gateway_follows_run_on_trial(place: Place) {
         assert_eq!(scene.simulator.stats().runs_started, 3, "sent once");
     }
     crate::support::history::assert_same(&scene, &gateway, SCOPE).await;
+}
+
+/// The upstream begins to answer with a part of the conversation, and fails.
+async fn failed_reply_after_recovery_leaves_thread_and_transcript_alike(place: Place) {
+    let Place { scene, gateway, .. } = &place;
+    gateway.say(SCOPE, "one").await;
+    gateway.say(SCOPE, "two").await;
+    scene.fault("start", "status=400", 2);
+    let body = json!({"content": "three [[sim: mid_error]]"});
+    let failed = gateway.post(&format!("{SCOPE}/messages"), &body).await;
+    assert_eq!(failed.status.as_u16(), 502, "{:#}", failed.body);
+    assert_eq!(scene.simulator.stats().runs_started, 3);
+    gateway.say(SCOPE, "four").await;
+    gateway.say(SCOPE, "five").await;
+    crate::support::history::assert_same(scene, gateway, SCOPE).await;
 }

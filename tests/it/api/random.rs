@@ -5,6 +5,7 @@ mod erasures;
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -13,24 +14,30 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use threadkeeper::simulator::Fault;
+use threadkeeper::domain::Timestamp;
+use threadkeeper::simulator::{Fault, Recorded, SimulatorConfig};
 
 use crate::support::chance::{seed, share_of};
 use crate::support::gateway::{Answer, EventReader, Gateway, PATIENCE};
-use crate::support::history::assert_same;
+use crate::support::history::{all, assert_same, messages};
 use crate::support::scene::{Scene, on_each_protocol_by_chance};
 
 on_each_protocol_by_chance!(random_operations_keep_all_guarantees);
 
 const OPERATIONS: usize = 1700;
 const WORKERS: usize = 16;
-const USERS: usize = 12;
+const USERS: usize = 20;
 /// Settings with short times, so that lost locks and silent upstreams do not prolong the test.
 const SETTINGS: &str = "[runs]\nsettle_timeout = \"2s\"\nmax_retries = 2\n";
 const UPSTREAM: &str = "lock_window = \"50ms\"\nbreaker_min_requests = 0\n";
+/// Words that the model reads. A user's conversation has more after a while.
+const CONTEXT_WORDS: u64 = 300;
+/// Most requests that start a run of one message: four that the upstream refuses, and one for each
+/// of `max_retries`.
+const MAX_STARTS: usize = 4 + 2;
 
 /// Directives for the simulator, one for each message.
-const TURNS: [&str; 18] = [
+const TURNS: [&str; 31] = [
     "",
     "",
     "",
@@ -49,6 +56,22 @@ const TURNS: [&str; 18] = [
     "parts=2",
     "cut=3 tokens=20 rate=1ms",
     "no_terminal",
+    "",
+    "",
+    // The message itself is refused.
+    "status=400",
+    "status=400 code=content_filter",
+    "bare_error=string",
+    // Each try of the run fails.
+    "fail=rate_limit_exceeded retry_after=0.01",
+    "fail=server_error retry_after=0.01",
+    "empty",
+    "halves",
+    "unreadable tokens=20",
+    "two_ends",
+    // The history is refused from now on.
+    "poison",
+    "poison=invalid_image_url",
 ];
 const FAULTS: [&str; 9] = [
     "status=503 retry_after=0.01",
@@ -60,6 +83,23 @@ const FAULTS: [&str; 9] = [
     "cut=2",
     "latency=30ms",
     "bare_error=line",
+];
+/// Faults for requests that start a run.
+const START_FAULTS: [&str; 14] = [
+    "gone",
+    "gone",
+    "status=400",
+    "status=422 code=odd",
+    "status=404 wording=relayed",
+    "status=500 wording=string",
+    "status=502 wording=html",
+    "bare_error=string",
+    "bare_error=detail",
+    "fail=server_error retry_after=0.01",
+    "fail=rate_limit_exceeded retry_after=0.01",
+    "empty",
+    "unreadable",
+    "halves two_ends",
 ];
 const STRATEGIES: [&str; 6] = [
     "enqueue",
@@ -76,9 +116,23 @@ struct World<'a> {
     gateway: &'a Gateway,
     /// Admitted runs, with their user.
     admitted: Mutex<Vec<(usize, String)>>,
+    /// Acknowledged messages.
+    said: Mutex<Vec<Said>>,
+    /// Number of messages so far.
+    sent: AtomicUsize,
     /// Runs that asked for function calls.
     asked: Mutex<Vec<(usize, Value)>>,
     answers: Mutex<BTreeMap<String, usize>>,
+}
+
+/// A message whose sender knows its run.
+#[derive(Clone, Debug)]
+struct Said {
+    user: usize,
+    /// A text that occurs in no other message.
+    text: String,
+    strategy: &'static str,
+    run: String,
 }
 
 fn scope(user: usize) -> String {
@@ -86,6 +140,12 @@ fn scope(user: usize) -> String {
 }
 
 async fn random_operations_keep_all_guarantees(scene: Scene) {
+    let config = SimulatorConfig {
+        context_words: Some(CONTEXT_WORDS),
+        recorded: 100_000,
+        ..SimulatorConfig::default()
+    };
+    let scene = Scene::with(scene.protocol, scene.backend, config).await;
     let seed = seed();
     let mut gateway = scene.gateway_both(SETTINGS, UPSTREAM).await;
     // A warm-up opens the files that stay open.
@@ -95,6 +155,8 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
         scene: &scene,
         gateway: &gateway,
         admitted: Mutex::default(),
+        said: Mutex::default(),
+        sent: AtomicUsize::default(),
         asked: Mutex::default(),
         answers: Mutex::default(),
     };
@@ -131,6 +193,9 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
                     &json!({"content": text}),
                 )
                 .await;
+            if answer.status != StatusCode::OK {
+                print_warnings(&gateway, run_of(&answer).as_str().unwrap_or("no run"));
+            }
             assert_eq!(
                 answer.status,
                 StatusCode::OK,
@@ -139,7 +204,11 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
             );
         }
         assert_same(&scene, &gateway, &scope(user)).await;
+        assert_loss_is_told(&gateway, &scope(user)).await;
     }
+    let said = world.said.lock().unwrap().clone();
+    assert_each_is_there_once(&gateway, &said).await;
+    assert_starts_are_bounded(&scene, &gateway);
     let stats = scene.simulator.stats();
     assert_eq!(
         (
@@ -171,6 +240,109 @@ async fn random_operations_keep_all_guarantees(scene: Scene) {
         (&json!(0), &json!(0)),
         "tasks or tickets are left: {stopping}"
     );
+}
+
+/// Asserts that each acknowledged message is once in its transcript, or was rolled back.
+async fn assert_each_is_there_once(gateway: &Gateway, said: &[Said]) {
+    for user in 0..USERS {
+        let transcript = messages(gateway, &scope(user)).await;
+        let texts: Vec<String> = transcript
+            .iter()
+            .filter(|message| message["role"] == "user")
+            .map(|message| message["content"].to_string())
+            .collect();
+        for said in said.iter().filter(|said| said.user == user) {
+            let run = gateway
+                .get(&format!("{}/runs/{}", scope(user), said.run))
+                .await
+                .ok();
+            let run = &run["run"];
+            let refused = said.strategy == "reject" && run["error"]["code"] == "upstream_busy";
+            let wanted = usize::from(run["rolled_back"] != true && !refused);
+            let found = texts.iter().filter(|text| text.contains(&said.text));
+            assert_eq!(found.count(), wanted, "{said:?}: {run:#}");
+        }
+    }
+}
+
+/// Prints, for the report of a failure, what the gateway warned about the user of a run.
+fn print_warnings(gateway: &Gateway, run: &str) {
+    let logs = gateway.logs();
+    let user = logs.iter().find_map(|line| {
+        let (_, after) = line
+            .split_once("\"user\":\"")
+            .filter(|_| line.contains(run))?;
+        after.split_once('"').map(|(user, _)| user.to_owned())
+    });
+    let Some(user) = user else { return };
+    for line in logs.iter().filter(|line| line.contains(&user)) {
+        if line.contains("\"WARN\"") || line.contains("run ended") {
+            println!("  LOG {line}");
+        }
+    }
+}
+
+/// Asserts that a message of a completed run which the model does not know any more was left out by
+/// a later run that says so. A later run may have been rolled back.
+async fn assert_loss_is_told(gateway: &Gateway, scope: &str) {
+    let runs = all(gateway, &format!("{scope}/runs")).await;
+    let transcript = messages(gateway, scope).await;
+    let tells = |run: &Value| run["recovered"]["messages_left_out"].as_u64() > Some(0);
+    let last_told = runs.iter().filter(|run| tells(run)).map(started_at).max();
+    for message in &transcript {
+        let run = runs.iter().find(|run| run["id"] == message["run_id"]);
+        let completed = run.filter(|run| run["status"] == "completed");
+        let is_hidden = message["visible_to_model"] == false;
+        if is_hidden && completed.is_some_and(|run| Some(started_at(run)) >= last_told) {
+            print_warnings(gateway, message["run_id"].as_str().unwrap());
+            println!("{runs:#?}");
+            panic!("{scope}: nobody told that the model lost this: {message:#}");
+        }
+    }
+}
+
+fn started_at(run: &Value) -> Timestamp {
+    run["started_at"].as_str().unwrap().parse().unwrap()
+}
+
+/// Asserts that no message cost more requests than the documented number. Waits for a thread that
+/// something else holds, and repairs of a conversation, are not counted.
+fn assert_starts_are_bounded(scene: &Scene, gateway: &Gateway) {
+    let mut starts: BTreeMap<String, usize> = BTreeMap::new();
+    for request in scene.simulator.recorded().iter().filter(|it| is_start(it)) {
+        if let Some(run) = request.body["metadata"]["threadkeeper_run"].as_str() {
+            *starts.entry(run.to_owned()).or_default() += 1;
+        }
+    }
+    let special: Vec<String> = gateway
+        .logs()
+        .into_iter()
+        .filter(|line| {
+            line.contains("another run holds the upstream thread")
+                || line.contains("repairing the upstream thread")
+        })
+        .collect();
+    starts.retain(|run, starts| {
+        *starts > MAX_STARTS && !special.iter().any(|line| line.contains(run.as_str()))
+    });
+    assert!(
+        starts.is_empty(),
+        "too many requests for a message: {starts:?}"
+    );
+}
+
+/// Whether a request is to start the run of a message, and does not answer calls.
+fn is_start(request: &Recorded) -> bool {
+    match request.operation.as_deref() {
+        Some("create_run") => true,
+        Some("create_response") => {
+            let last = request.body["input"]
+                .as_array()
+                .and_then(|input| input.last());
+            last.is_some_and(|item| item["role"] == "user")
+        }
+        _ => false,
+    }
 }
 
 async fn all_end(scene: &Scene) {
@@ -221,9 +393,14 @@ async fn operate(world: &World<'_>, rng: &mut StdRng) {
         }
         68..82 => give(world, rng).await,
         82..90 => {
-            let fault = FAULTS.choose(rng).unwrap();
+            let for_starts = rng.random_bool(0.5);
+            let fault = if for_starts {
+                START_FAULTS.choose(rng).unwrap()
+            } else {
+                FAULTS.choose(rng).unwrap()
+            };
             // Only streams can be cut; the other faults suit any request.
-            let on = if fault.starts_with("cut") || rng.random_bool(0.7) {
+            let on = if for_starts || fault.starts_with("cut") || rng.random_bool(0.7) {
                 "start"
             } else {
                 "any"
@@ -302,9 +479,22 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
     } else {
         format!(" [[sim: {turn}]]")
     };
+    let strategy: &'static str = STRATEGIES.choose(rng).unwrap();
+    let number = world.sent.fetch_add(1, Ordering::Relaxed);
+    let text = format!("message <{number}>");
+    let heard = |run: &Value| {
+        if let Some(run) = run.as_str() {
+            world.said.lock().unwrap().push(Said {
+                user,
+                text: text.clone(),
+                strategy,
+                run: run.to_owned(),
+            });
+        }
+    };
     let mut body = json!({
-        "content": format!("message {}{turn}", rng.random_range(0..1_000_000)),
-        "multitask_strategy": STRATEGIES.choose(rng).unwrap(),
+        "content": format!("{text}{turn}"),
+        "multitask_strategy": strategy,
         // Some runs meet their deadline, most have time.
         "timeout_ms": if rng.random_bool(0.3) { 150 } else { 3000 },
     });
@@ -322,7 +512,8 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
     match rng.random_range(0..4) {
         0 => {
             let answer = world.gateway.send(request.json(&body)).await;
-            seen(world, &answer, &[200, 409, 502, 503, 504]);
+            seen(world, &answer, &[200, 409, 422, 502, 503, 504]);
+            heard(run_of(&answer));
             noted(world, user, &answer.body["run"]);
         }
         1 => {
@@ -330,7 +521,8 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
                 .gateway
                 .send(request.header("prefer", "respond-async").json(&body))
                 .await;
-            seen(world, &answer, &[200, 202, 409, 502, 503, 504]);
+            seen(world, &answer, &[200, 202, 409, 422, 502, 503, 504]);
+            heard(run_of(&answer));
             noted(world, user, &answer.body["run"]);
         }
         form => {
@@ -352,6 +544,9 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
                 let Some(event) = events.next().await else {
                     break;
                 };
+                if last.is_none() {
+                    heard(&event.data["run_id"]);
+                }
                 if let Some(run) = event.data["run_id"].as_str() {
                     noted(world, user, &json!({"id": run}));
                 }
@@ -374,6 +569,15 @@ async fn say(world: &World<'_>, rng: &mut StdRng, user: usize) {
                 );
             }
         }
+    }
+}
+
+/// Returns the id of the run that an answer tells, if the message was acknowledged.
+fn run_of(answer: &Answer) -> &Value {
+    match answer.status.as_u16() {
+        409 => &Value::Null,
+        _ if answer.body["run"]["id"].is_string() => &answer.body["run"]["id"],
+        _ => &answer.body["run_id"],
     }
 }
 

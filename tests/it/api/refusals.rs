@@ -244,6 +244,9 @@ async fn operator_learns_what_to_do_about_refusal() {
         json!({"error": {"message": message, "param": param, "code": "unsupported_value"}})
             .to_string()
     };
+    let failed = json!({"type": "response.failed", "response": {
+        "id": "resp_2", "status": "failed", "output": [], "error": error("insufficient_quota")["error"],
+    }});
     for (status, body, hint) in [
         (
             400,
@@ -266,6 +269,12 @@ async fn operator_learns_what_to_do_about_refusal() {
             error("insufficient_quota").to_string(),
             "no quota left",
         ),
+        (
+            200,
+            format!("data: {}\n\n", error("model_not_found")),
+            "assistant's `model`",
+        ),
+        (200, format!("data: {failed}\n\n"), "no quota left"),
     ] {
         server.refuse(status, &body);
         for (assistant, upstream) in [("default", "simulated"), ("talkative", "talkative")] {
@@ -275,6 +284,10 @@ async fn operator_learns_what_to_do_about_refusal() {
                 .await;
             assert!(answer.status.as_u16() >= 500, "{answer:?}");
             let line = refusal_line(&gateway, upstream);
+            assert!(
+                line.contains(&format!("\"http.status\":{status}")),
+                "{status}: {line}"
+            );
             assert!(
                 line.contains("WARN") && line.contains(hint),
                 "{hint}: {line}"

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use threadkeeper::domain::Timestamp;
 use tokio::time::sleep;
 
 use super::message::{Fate, Sent, Whim};
@@ -11,7 +12,7 @@ use super::seen::text_of;
 use super::users::{Habit, User};
 use super::world::{Teller, World};
 use crate::support::gateway::Gateway;
-use crate::support::history::{Line, joined, messages, transcript};
+use crate::support::history::{Line, all, joined, messages, transcript};
 
 /// Longest time for the remaining work once all faults are over.
 const QUIET: Duration = Duration::from_mins(2);
@@ -73,6 +74,7 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
             difference(&here, &there)
         ));
     }
+    check_loss_is_told(world, gateway, user, &said).await;
     let mut last_place = 0;
     for sent in &user.sent {
         let run = match &sent.run {
@@ -140,6 +142,32 @@ pub(super) async fn user(world: &World, gateway: &Gateway, user: &User) {
         }
     }
     read_again(world, gateway, user).await;
+}
+
+/// Checks that a message of a completed run which the model does not know any more was left out by a
+/// later run that says so.
+async fn check_loss_is_told(world: &World, gateway: &Gateway, user: &User, said: &[Value]) {
+    let runs = all(gateway, &format!("{}/runs", user.talk.scope)).await;
+    let tells = |run: &Value| run["recovered"]["messages_left_out"].as_u64() > Some(0);
+    let started_at =
+        |run: &Value| -> Timestamp { run["started_at"].as_str().unwrap().parse().unwrap() };
+    let last_told = runs.iter().filter(|run| tells(run)).map(started_at).max();
+    if last_told.is_some() {
+        world.count("users: lost a part of the model's memory");
+    }
+    for message in said {
+        let run = runs.iter().find(|run| run["id"] == message["run_id"]);
+        let completed = run.filter(|run| run["status"] == "completed");
+        let is_hidden = message["visible_to_model"] == false;
+        if is_hidden && completed.is_some_and(|run| Some(started_at(run)) >= last_told) {
+            world.fault(
+                Teller::User(user.number),
+                format!("nobody told that the model lost this: {message}"),
+            );
+        }
+    }
+    let recovered = runs.iter().filter(|run| run["recovered"].is_object());
+    world.add("runs: recovered", recovered.count());
 }
 
 fn is_of(message: &Value, sent: &Sent) -> bool {

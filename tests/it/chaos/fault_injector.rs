@@ -79,6 +79,23 @@ const UPSTREAM_FAULTS: [(&str, &str); 6] = [
     ("any", "latency=200ms"),
 ];
 
+/// Refusals and odd answers to a request that starts a run. One comes with most of the other faults.
+const ODD_ANSWERS: [&str; 12] = [
+    "gone",
+    "gone",
+    "status=400",
+    "status=404 wording=relayed",
+    "status=502 wording=html",
+    "status=500 wording=string",
+    "bare_error=string",
+    "bare_error=detail",
+    "fail=server_error retry_after=0.05",
+    "fail=rate_limit_exceeded retry_after=0.05",
+    "empty",
+    "unreadable",
+];
+const ODD_ANSWER_RATE: f64 = 0.7;
+
 /// Injects faults until the run is over, then repairs everything.
 pub(super) async fn work(world: Arc<World>, temper: Temper) {
     let mut rng = StdRng::seed_from_u64(world.seed);
@@ -101,18 +118,12 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
             rng.random_range(0.0..1.0),
         );
         let fault = *UPSTREAM_FAULTS.choose(&mut rng).unwrap();
+        let odd_answer = *ODD_ANSWERS.choose(&mut rng).unwrap();
+        if rng.random_bool(ODD_ANSWER_RATE) {
+            trouble_upstream(&world, "start", odd_answer);
+        }
         match action {
-            Action::UpstreamFault => {
-                let (on, fault) = fault;
-                log(&world, format!("upstream: {fault} for the next {on}"));
-                world.count("actions: upstream faults");
-                let fault = Fault {
-                    on: on.to_owned(),
-                    fault: fault.to_owned(),
-                    times: 1,
-                };
-                world.scene.simulator.add_fault(fault).unwrap();
-            }
+            Action::UpstreamFault => trouble_upstream(&world, fault.0, fault.1),
             Action::Outage | Action::Restart => {
                 actions.spawn(trouble_all(Arc::clone(&world), action, part, temper));
             }
@@ -139,6 +150,18 @@ pub(super) async fn work(world: Arc<World>, temper: Temper) {
     }
     world.scene.simulator.clear_faults();
     log(&world, "all is put right".to_owned());
+}
+
+/// Disturbs the next request of a kind at the upstream.
+fn trouble_upstream(world: &World, on: &str, fault: &str) {
+    log(world, format!("upstream: {fault} for the next {on}"));
+    world.count("actions: upstream faults");
+    let fault = Fault {
+        on: on.to_owned(),
+        fault: fault.to_owned(),
+        times: 1,
+    };
+    world.scene.simulator.add_fault(fault).unwrap();
 }
 
 fn log(world: &World, what: String) {

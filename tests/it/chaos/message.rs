@@ -10,6 +10,19 @@ use serde_json::{Value, json};
 
 use super::seen::Seen;
 
+/// Messages that the upstream refuses, answers in an odd form, or minds from then on.
+const ODDITIES: [&str; 9] = [
+    "status=400",
+    "status=400 code=content_filter",
+    "fail=rate_limit_exceeded retry_after=0.05",
+    "fail=server_error retry_after=0.05",
+    "empty",
+    "halves tokens=15 rate=10ms",
+    "unreadable tokens=15 rate=10ms",
+    "two_ends",
+    "poison",
+];
+
 /// The form of answer that the client asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Form {
@@ -105,10 +118,11 @@ impl Plan {
         let (words, pace) = (rng.random_range(5..60), rng.random_range(5..50));
         plan.directives = match rng.random_range(0..100) {
             0..25 => String::new(),
-            25..78 => format!("tokens={words} rate={pace}ms"),
-            78..82 => "latency=400ms tokens=15".to_owned(),
-            82..84 => "fail".to_owned(),
-            84..86 => "incomplete tokens=20".to_owned(),
+            25..70 => format!("tokens={words} rate={pace}ms"),
+            70..73 => "latency=400ms tokens=15".to_owned(),
+            73..75 => "fail".to_owned(),
+            75..77 => "incomplete tokens=20".to_owned(),
+            77..86 => (*ODDITIES.choose(rng).unwrap()).to_owned(),
             86..96 => format!("tool=f tokens={words} rate=10ms"),
             _ => {
                 plan.timeout = Some(Duration::from_secs(4));

@@ -47,7 +47,7 @@ impl Seen {
         match event.name.as_str() {
             "message.delta" => self.text += event.data["text"].as_str().unwrap_or_default(),
             "message.completed" => self.message = Some(text_of(&event.data["message"])),
-            "run.queued" | "run.started" | "run.requires_action" => {}
+            "run.queued" | "run.started" | "run.recovered" | "run.requires_action" => {}
             name if is_end(name) => self.end = Some(name.to_owned()),
             _ => return wrong("an unknown event"),
         }

@@ -109,7 +109,7 @@ impl Conversation {
                         200 | 202 => sent.fate = Fate::Acknowledged,
                         409 | 429 => sent.fate = Fate::Refused,
                         // The message was accepted, and its run has ended meanwhile.
-                        502..=504 if answer.body["run_id"].is_string() => {
+                        422 | 502..=504 if answer.body["run_id"].is_string() => {
                             sent.fate = Fate::Acknowledged;
                         }
                         503 => sent.had_silence |= answer.problem().1 == "maybe-merged",
@@ -179,7 +179,7 @@ impl Conversation {
                 true
             }
             // The message was accepted, and the answer is the failure of its run.
-            502..=504 if run.is_some() => {
+            422 | 502..=504 if run.is_some() => {
                 sent.fate = Fate::Acknowledged;
                 sent.run = run;
                 true

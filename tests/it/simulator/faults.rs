@@ -809,3 +809,123 @@ async fn hostile_directive_produces_named_response() {
     assert_eq!(sim.handle.stats().runs_started, 0);
     assert_eq!(sim.handle.thread_history(&conversation), []);
 }
+
+/// Returns the body that starts a run on a thread or conversation, without a stream.
+fn run_on(thread: &str, text: &str) -> (String, Value) {
+    if thread.starts_with("conv_") {
+        let body = json!({"model": "m", "conversation": thread, "input": text});
+        ("/responses".to_owned(), body)
+    } else {
+        let message = json!({"role": "user", "content": text});
+        let body = json!({"assistant_id": "asst_1", "additional_messages": [message]});
+        (format!("/threads/{thread}/runs"), body)
+    }
+}
+
+#[tokio::test]
+async fn gone_fault_loses_thread_for_good() {
+    let sim = Sim::instant().await;
+    for thread in [sim.thread().await, sim.conversation().await] {
+        for _ in 0..2 {
+            sim.handle.add_fault(fault("start", "gone", 1)).unwrap();
+            let (path, body) = run_on(&thread, "hello");
+            assert_eq!(sim.refused(&path, body).await.0, 404);
+        }
+        assert_eq!(sim.handle.holds_text("hello"), [""; 0]);
+    }
+    let first = sim
+        .post("/responses", json!({"model": "m", "input": "one"}))
+        .await;
+    sim.handle.add_fault(fault("start", "gone", 1)).unwrap();
+    let next = json!({"model": "m", "input": "two", "previous_response_id": first["id"]});
+    let (status, error) = sim.refused("/responses", next).await;
+    assert_eq!(
+        (status, &error["code"]),
+        (400, &"previous_response_not_found".into())
+    );
+}
+
+#[tokio::test]
+async fn poison_is_refused_once_it_is_history() {
+    let sim = Sim::instant().await;
+    for thread in [sim.thread().await, sim.conversation().await] {
+        let (path, body) = run_on(&thread, "one [[sim: poison=odd]]");
+        sim.post(&path, body).await;
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+        for _ in 0..2 {
+            let (path, body) = run_on(&thread, "two");
+            let (status, error) = sim.refused(&path, body).await;
+            assert_eq!((status, &error["code"]), (400, &"odd".into()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn context_above_its_limit_is_refused() {
+    let sim = Sim::start(SimulatorConfig {
+        context_words: Some(5),
+        ..SimulatorConfig::default()
+    })
+    .await;
+    for thread in [sim.thread().await, sim.conversation().await] {
+        let (path, body) = run_on(&thread, "one two three four five six");
+        let (status, error) = sim.refused(&path, body).await;
+        assert_eq!(
+            (status, &error["code"]),
+            (400, &"context_length_exceeded".into())
+        );
+        let (path, body) = run_on(&thread, "one two three four five");
+        sim.post(&path, body).await;
+        sim.wait_for(|stats| stats.active_runs == 0).await;
+        let (path, body) = run_on(&thread, "six");
+        sim.refused(&path, body).await;
+    }
+}
+
+#[tokio::test]
+async fn odd_streams_are_written_as_directed() {
+    let sim = Sim::instant().await;
+    let told = sim
+        .events("/responses", response("x [[sim: halves]]"))
+        .await;
+    let halves: Vec<&str> = told.iter().map(|event| event.data.as_str()).collect();
+    assert!(
+        halves
+            .iter()
+            .any(|data| data.contains("\"delta\":\"\\ud83d\"")),
+        "{halves:#?}"
+    );
+    assert!(halves.last().unwrap().contains('🙂'), "{halves:#?}");
+    let told = sim
+        .events("/responses", response("x [[sim: two_ends]]"))
+        .await;
+    let ends = told
+        .iter()
+        .filter(|event| event.name == "response.completed");
+    assert_eq!(ends.count(), 2);
+    let told = sim
+        .events("/responses", response("x [[sim: unreadable]]"))
+        .await;
+    let broken = told
+        .iter()
+        .filter(|event| serde_json::from_str::<Value>(&event.data).is_err());
+    assert_eq!(broken.count(), 1);
+    let told = sim.events("/responses", response("x [[sim: empty]]")).await;
+    let last = told.last().unwrap().json();
+    assert_eq!(
+        (&last["response"]["status"], &last["response"]["output"]),
+        (&"completed".into(), &json!([]))
+    );
+    let (path, mut body) = run_on(&sim.thread().await, "x [[sim: empty two_ends]]");
+    body["stream"] = true.into();
+    let told = sim.events(&path, body).await;
+    assert!(
+        !told
+            .iter()
+            .any(|event| event.name.starts_with("thread.message"))
+    );
+    let ends = told
+        .iter()
+        .filter(|event| event.name == "thread.run.completed");
+    assert_eq!(ends.count(), 2);
+}

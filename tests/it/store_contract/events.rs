@@ -17,6 +17,7 @@ on_every_backend!(
     finish_dropping_log_removes_recorded_events,
     upstream_run_ids_of_all_rounds_are_kept,
     late_upstream_run_id_is_ignored,
+    repeated_run_has_no_upstream_run_id_until_its_next_try,
 );
 
 /// A batch of texts of one byte each, which begins at number `first`.
@@ -476,4 +477,49 @@ async fn late_upstream_run_id_is_ignored(_: &TestDatabase, store: &Store) {
         run.upstream_run_id,
         Some(UpstreamRunId("resp_2".to_owned()))
     );
+}
+
+/// The ids of failed tries are kept, so that the janitor can delete what the upstream stores under
+/// them. A late recording of such an id changes nothing.
+async fn repeated_run_has_no_upstream_run_id_until_its_next_try(_: &TestDatabase, store: &Store) {
+    let key = user("alice");
+    let turn = begin(store, &key).await;
+    let id = |id: &str| UpstreamRunId(id.to_owned());
+    let named = |id: UpstreamRunId| RunProgress {
+        upstream_run_id: Some(id),
+        ..progress(turn.lease, texts(2, &[]))
+    };
+    store.record(&[named(id("resp_1"))]).await.unwrap();
+    let stale = RunLease {
+        fence: turn.lease.fence - 1,
+        ..turn.lease
+    };
+    assert!(
+        !store
+            .begins_again(&stale, Some(&id("resp_2")))
+            .await
+            .unwrap()
+    );
+    for _ in 0..2 {
+        assert!(
+            store
+                .begins_again(&turn.lease, Some(&id("resp_2")))
+                .await
+                .unwrap()
+        );
+    }
+    assert!(store.begins_again(&turn.lease, None).await.unwrap());
+    store.record(&[named(id("resp_2"))]).await.unwrap();
+    let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
+    assert_eq!(run.upstream_run_id, None);
+    store.record(&[named(id("resp_3"))]).await.unwrap();
+    let run = store.run(&key, turn.run.id).await.unwrap().unwrap().0;
+    assert_eq!(run.upstream_run_id, Some(id("resp_3")));
+    let kept = store
+        .upstream_orphans(turn.thread.id, true, 10)
+        .await
+        .unwrap();
+    let mut kept: Vec<_> = kept.into_iter().filter_map(|it| it.upstream_id).collect();
+    kept.sort();
+    assert_eq!(kept, ["resp_1", "resp_2", "resp_3"]);
 }

@@ -367,6 +367,7 @@ async fn turns(store: &Store, key: &ConversationKey, me: ReplicaId) {
         events: shown,
     };
     assert_eq!(store.record(&[progress]).await.unwrap(), [turn.run.id]);
+    assert!(store.begins_again(&turn.lease, None).await.unwrap());
     assert!(store.sends_again(&turn.lease).await.unwrap());
     store
         .pause(&turn.lease, &pause(&["call_1"], 1))

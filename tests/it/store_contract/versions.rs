@@ -2,7 +2,8 @@
 //!
 //! `tests/fixtures/schema` has, for each version of the schema and each engine, what a gateway of
 //! that version stored: a few runs, a session, a rolled-over topic, a run that waits for a tool's
-//! output and one that is queued behind it, a receipt, a key.
+//! output and one that is queued behind it, a receipt, a key. The file of a later version has only
+//! what is added to the one before.
 
 use sqlx::migrate::Migrator;
 use threadkeeper::store::{Pruned, Pruning, StoreError};
@@ -12,17 +13,23 @@ use super::*;
 static POSTGRES: Migrator = sqlx::migrate!("migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("migrations/sqlite");
 
+/// The fixture of an engine: the data of the first version, and what each later version adds.
+macro_rules! fixture {
+    ($engine:literal, $first:literal $(, $later:literal)*) => {
+        concat!(
+            include_str!(concat!("../../fixtures/schema/", $first, ".", $engine, ".sql")),
+            $(include_str!(concat!("../../fixtures/schema/", $later, ".", $engine, ".sql")),)*
+        )
+    };
+}
+
 /// The fixtures of each version, for Postgres and for SQLite.
 const FIXTURES: &[(i64, &str, &str)] = &[
-    (
-        1,
-        include_str!("../../fixtures/schema/0001.postgres.sql"),
-        include_str!("../../fixtures/schema/0001.sqlite.sql"),
-    ),
+    (1, fixture!("postgres", "0001"), fixture!("sqlite", "0001")),
     (
         2,
-        include_str!("../../fixtures/schema/0002.postgres.sql"),
-        include_str!("../../fixtures/schema/0002.sqlite.sql"),
+        fixture!("postgres", "0001", "0002"),
+        fixture!("sqlite", "0001", "0002"),
     ),
 ];
 

@@ -95,7 +95,8 @@ pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
 }
 
 /// Prints, for the report of a failure, the transcript with the result of each run. For messages
-/// that the upstream lacks it adds the run's log lines.
+/// that the upstream lacks, or has although the model is not to see them, it adds the run's log
+/// lines.
 async fn print_report(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Line]) {
     for message in messages(gateway, scope).await {
         let run = gateway
@@ -122,9 +123,8 @@ async fn print_report(scene: &Scene, gateway: &Gateway, scope: &str, there: &[Li
                 .collect::<String>(),
         );
         let text = message["content"][0]["text"].as_str().unwrap_or_default();
-        if message["visible_to_model"] == true
-            && !there.iter().any(|(_, known)| known.contains(text))
-        {
+        let is_there = there.iter().any(|(_, known)| known.contains(text));
+        if message["visible_to_model"] != is_there {
             let id = run["id"].as_str().unwrap();
             let user = scope.rsplit('/').next().unwrap();
             for state in ["present", "missing", "unknown"] {
