@@ -293,6 +293,7 @@ impl HasId for FinishedRow {
 
 /// The end of a run.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct RunEnd {
     /// A final status.
     pub status: RunStatus,
