@@ -21,7 +21,7 @@ use crate::api::{self, AppState, Limits};
 use crate::auth::{Auth, FreshKey};
 use crate::config::{Config, StoreConfig, UpstreamConfig, UpstreamKind};
 use crate::domain::{
-    Access, ConversationKey, Fingerprints, KeyNames, ReplicaId, RetentionPolicy, TenantKey,
+    Access, ConversationKey, Fingerprints, KeyNames, Reader, ReplicaId, RetentionPolicy, TenantKey,
 };
 use crate::export_import::{self, Refused, Summary, What};
 use crate::lifecycle::{Janitor, JanitorParts};
@@ -281,7 +281,11 @@ pub async fn export<W: Write>(
     })
     .await?;
     let mut out = open()?;
-    let mut lines = pin!(export_import::export(Arc::clone(&store), What::All(tenant)));
+    let mut lines = pin!(export_import::export(
+        Arc::clone(&store),
+        What::All(tenant),
+        Reader::Backend
+    ));
     let mut written = 0;
     while let Some(line) = lines.try_next().await? {
         out.write_all(line.as_bytes()).context("cannot write")?;

@@ -17,7 +17,7 @@ mod run;
 mod trace;
 mod transition;
 
-pub use access::{Access, Principal};
+pub use access::{Access, Principal, Reader};
 pub use content::{
     Annotation, ContentPart, File, GeneratedImage, ImageFile, ImageUrl, InvalidContent, MAX_PARTS,
     Origin, Phase, UserContent, add_calls, answer_calls, append_messages, messages_of,

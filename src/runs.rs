@@ -29,7 +29,7 @@ use std::time::Duration;
 use futures_util::Stream;
 
 use crate::domain::{
-    ConversationKey, Message, MessageId, Metadata, NewLife, Page, PageRequest, Run, RunId,
+    ConversationKey, Message, MessageId, Metadata, NewLife, Page, PageRequest, Reader, Run, RunId,
     TenantKey, Thread, ThreadActivity, ThreadId, Timestamp, UserKey,
 };
 use crate::error::Error;
@@ -174,8 +174,9 @@ impl Runs {
         &self,
         tenant: TenantKey,
         user: UserKey,
+        reader: Reader,
     ) -> impl Stream<Item = Result<String, StoreError>> + Send + use<> {
-        read::export(&self.ctx, tenant, user)
+        read::export(&self.ctx, tenant, user, reader)
     }
 
     /// Returns the instant from which the thread accepts no new message.

@@ -69,6 +69,7 @@ pub(super) async fn create(
     let form = ResponseMode {
         stream: body.stream,
         asked: &asked,
+        reader: caller.reader(),
         on_drop,
     };
     answer(&state, &key, submitted, FIRST_EVENT, form).await
@@ -95,6 +96,7 @@ pub(super) fn list_doc() -> Doc {
 /// Lists the transcript.
 pub(super) async fn list(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     ApiPage(page, Archived { archived }): ApiPage<MessageId, Archived>,
 ) -> Result<Json<ListView<MessageView>>, Error> {
@@ -105,7 +107,7 @@ pub(super) async fn list(
     Ok(Json(ListView::new(
         page,
         |message| message.id.to_string(),
-        MessageView::from,
+        |message| MessageView::new(message, caller.reader()),
     )))
 }
 

@@ -138,7 +138,7 @@ pub(super) async fn messages(
     Ok(Json(ListView::new(
         page,
         |message| message.id.to_string(),
-        MessageView::from,
+        |message| MessageView::new(message, caller.reader()),
     )))
 }
 

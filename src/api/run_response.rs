@@ -23,8 +23,8 @@ use super::problem::{
 use super::sse;
 use super::sse::EventView;
 use super::state::AppState;
-use super::views::{RunResponse, ThreadView};
-use crate::domain::{ConversationKey, RunStatus, ThreadActivity, ThreadState};
+use super::views::{MessageView, RunResponse, ThreadView};
+use crate::domain::{ConversationKey, Reader, RunStatus, ThreadActivity, ThreadState};
 use crate::error::Error;
 use crate::runs::{Answer, DELETED, EventOffset, Outcome, Runs, Submitted};
 use crate::store::ThreadName;
@@ -54,6 +54,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
 pub(super) struct ResponseMode<'a> {
     pub(super) stream: Option<bool>,
     pub(super) asked: &'a Asked,
+    pub(super) reader: Reader,
     /// Cancels the run when it is dropped.
     pub(super) on_drop: Option<DropGuard>,
 }
@@ -122,7 +123,12 @@ fn streamed(
     state: &AppState,
     submitted: Submitted,
     from: EventOffset,
-    ResponseMode { asked, on_drop, .. }: ResponseMode<'_>,
+    ResponseMode {
+        asked,
+        reader,
+        on_drop,
+        ..
+    }: ResponseMode<'_>,
 ) -> Result<Response, Error> {
     let Submitted {
         run,
@@ -145,6 +151,7 @@ fn streamed(
         &scope_of(&asked.prefix, &asked.uri),
         follow,
         from,
+        reader,
         (on_drop, seat),
         keep_alive,
     ))
@@ -157,7 +164,12 @@ async fn as_json(
     from: EventOffset,
     form: ResponseMode<'_>,
 ) -> Result<Response, Error> {
-    let ResponseMode { asked, on_drop, .. } = form;
+    let ResponseMode {
+        asked,
+        reader,
+        on_drop,
+        ..
+    } = form;
     let prefer = Prefer::of(&asked.headers);
     let waits = submitted.follow.answer(from);
     let answered = match prefer.patience() {
@@ -170,7 +182,7 @@ async fn as_json(
     if let Some(answered) = answered.flatten() {
         // The caller has its answer, so closing the connection must not cancel the run.
         drop(on_drop.map(DropGuard::disarm));
-        return Ok(Json(turn(&state.runs, &answered)?).into_response());
+        return Ok(Json(turn(&state.runs, &answered, reader)?).into_response());
     }
     // The gateway accepted the message, so no later failure may look like a refusal.
     let (run, message) = state
@@ -198,7 +210,7 @@ async fn as_json(
     let view = RunResponse {
         thread: ThreadView::new(&state.runs, thread, activity),
         run: run.into(),
-        message: message.map(Into::into),
+        message: message.map(|message| MessageView::new(message, reader)),
     };
     let mut response = (
         StatusCode::ACCEPTED,
@@ -216,7 +228,7 @@ async fn as_json(
     Ok(response)
 }
 
-fn turn(runs: &Runs, answered: &Answer) -> Result<RunResponse, Error> {
+fn turn(runs: &Runs, answered: &Answer, reader: Reader) -> Result<RunResponse, Error> {
     let outcome = match answered {
         Answer::Ended(outcome) => outcome,
         Answer::RequiresAction(waiting) => {
@@ -242,7 +254,9 @@ fn turn(runs: &Runs, answered: &Answer) -> Result<RunResponse, Error> {
         _ => Ok(RunResponse {
             thread: ThreadView::new(runs, thread.clone(), *activity),
             run: run.clone().into(),
-            message: message.clone().map(Into::into),
+            message: message
+                .clone()
+                .map(|message| MessageView::new(message, reader)),
         }),
     }
 }

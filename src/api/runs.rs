@@ -25,7 +25,9 @@ use super::run_response::{Asked, ResponseMode, answer, answer_doc, scope_of};
 use super::sse;
 use super::sse::EventView;
 use super::state::AppState;
-use super::views::{ListView, OnDisconnect, PostOutputs, PostRun, RunAndMessageView, RunView};
+use super::views::{
+    ListView, MessageView, OnDisconnect, PostOutputs, PostRun, RunAndMessageView, RunView,
+};
 use crate::domain::{MultitaskStrategy, RunId};
 use crate::error::Error;
 use crate::runs::{FIRST_EVENT, NewMessage, NewOutputs, Resumed};
@@ -73,6 +75,7 @@ pub(super) async fn create(
     let form = ResponseMode {
         stream: body.stream,
         asked: &asked,
+        reader: caller.reader(),
         on_drop,
     };
     answer(&state, &key, submitted, FIRST_EVENT, form).await
@@ -114,13 +117,14 @@ pub(super) fn show_doc() -> Doc {
 
 pub(super) async fn show(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.run(&key, id).await?;
     Ok(Json(RunAndMessageView {
         run: run.into(),
-        message: message.map(Into::into),
+        message: message.map(|message| MessageView::new(message, caller.reader())),
     }))
 }
 
@@ -141,13 +145,14 @@ pub(super) fn cancel_doc() -> Doc {
 /// Cancels a run and answers with its end.
 pub(super) async fn cancel(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
 ) -> Result<Json<RunAndMessageView>, Error> {
     let (run, message) = state.runs.cancel(&key, id).await?;
     Ok(Json(RunAndMessageView {
         run: run.into(),
-        message: message.map(Into::into),
+        message: message.map(|message| MessageView::new(message, caller.reader())),
     }))
 }
 
@@ -182,6 +187,7 @@ pub(super) async fn tool_outputs(
     let form = ResponseMode {
         stream: body.stream,
         asked: &asked,
+        reader: caller.reader(),
         on_drop: None,
     };
     answer(&state, &key, submitted, from, form).await
@@ -214,6 +220,7 @@ pub(super) fn events_doc() -> Doc {
 /// has seen. A caller that has seen the end gets a 204, which makes an `EventSource` stop.
 pub(super) async fn events(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
     ApiRun(id): ApiRun,
     uri: Uri,
@@ -251,6 +258,7 @@ pub(super) async fn events(
         &scope,
         last.map(|(_, n)| n),
         events,
+        caller.reader(),
         state.server.stream_keep_alive,
     ))
 }

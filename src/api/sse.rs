@@ -16,7 +16,9 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::views::{MessageView, RequiredActionView, RunView};
-use crate::domain::{Phase, Recovery, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId};
+use crate::domain::{
+    Phase, Reader, Recovery, RequiredAction, Run, RunId, RunStatus, TextDelta, ThreadId,
+};
 use crate::locks::Permit;
 use crate::runs::{RunEvent, RunSubscription};
 
@@ -34,6 +36,7 @@ pub(super) fn until_answered(
     scope: &str,
     follow: RunSubscription,
     from: i64,
+    reader: Reader,
     (on_drop, seat): (Option<DropGuard>, Option<Permit<RunId>>),
     keep_alive: Duration,
 ) -> Response {
@@ -46,7 +49,15 @@ pub(super) fn until_answered(
         }
         next.map(|event| (event, (events, on_drop)))
     });
-    stream_of(run, scope, None, guarded.boxed(), Some(follow), keep_alive)
+    stream_of(
+        run,
+        scope,
+        None,
+        guarded.boxed(),
+        reader,
+        Some(follow),
+        keep_alive,
+    )
 }
 
 /// Streams until the run has ended. `seen` is the number of the last event that the reader has seen.
@@ -55,9 +66,10 @@ pub(super) fn until_ended(
     scope: &str,
     seen: Option<i64>,
     events: Events,
+    reader: Reader,
     keep_alive: Duration,
 ) -> Response {
-    stream_of(run, scope, seen, events, None, keep_alive)
+    stream_of(run, scope, seen, events, reader, None, keep_alive)
 }
 
 /// The state of a stream.
@@ -79,6 +91,7 @@ fn stream_of(
     scope: &str,
     seen: Option<i64>,
     events: Events,
+    reader: Reader,
     ends_at_wait: Option<RunSubscription>,
     keep_alive: Duration,
 ) -> Response {
@@ -105,7 +118,7 @@ fn stream_of(
                 None,
             ));
         };
-        let rendered = render(run, thread, n, &event);
+        let rendered = render(run, thread, n, &event, reader);
         place.last = Some(n);
         let next = match event {
             RunEvent::Ended(_) => None,
@@ -136,7 +149,7 @@ fn reconnect(run: RunId, last: Option<i64>, rest: &str) -> Event {
         .data(data)
 }
 
-fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
+fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent, reader: Reader) -> Event {
     let (run_id, thread_id) = (run, thread);
     let (name, data) = match event {
         RunEvent::Queued { position } => (
@@ -178,7 +191,7 @@ fn render(run: RunId, thread: ThreadId, n: i64, event: &RunEvent) -> Event {
         RunEvent::MessageCompleted(message) => (
             MESSAGE_COMPLETED,
             text(&MessageCompleted {
-                message: MessageView::from((**message).clone()),
+                message: MessageView::new((**message).clone(), reader),
             }),
         ),
         RunEvent::Ended(outcome) => {

@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::{StreamExt, stream};
 
+use super::caller::Caller;
 use super::deletions::{HowToDelete, deleted, deleted_doc};
 use super::extract::{ApiConversation, ApiPage, ApiQuery};
 use super::forwarded::Prefix;
@@ -81,9 +82,13 @@ pub(super) fn export_doc() -> Doc {
 /// Streams all data of a user, line by line, as fast as the caller reads.
 pub(super) async fn export(
     State(state): State<AppState>,
+    Caller(caller): Caller,
     ApiConversation(key): ApiConversation,
 ) -> Result<Response, Error> {
-    let mut lines = state.runs.export(key.tenant, key.user).boxed();
+    let mut lines = state
+        .runs
+        .export(key.tenant, key.user, caller.reader())
+        .boxed();
     // Reads the first line before the answer begins, so that an unavailable store is a problem document.
     let first = lines.next().await.transpose()?;
     let lines = stream::iter(first.map(Ok)).chain(lines);

@@ -20,7 +20,7 @@ use utoipa::{PartialSchema, ToSchema};
 
 use crate::domain::{
     CallAnswer, ContentPart, MAX_PARTS, Message, MessageId, Metadata, MultitaskStrategy,
-    OutputContent, OutputPart, Page, Recovery, RequiredAction, Role, Run, RunError, RunId,
+    OutputContent, OutputPart, Page, Reader, Recovery, RequiredAction, Role, Run, RunError, RunId,
     RunStatus, ThreadId, ToolCall, ToolCallType, ToolOutput, UpstreamSync, Usage, text_or_parts,
 };
 
@@ -442,8 +442,10 @@ enum MessageStatus {
     Incomplete,
 }
 
-impl From<Message> for MessageView {
-    fn from(message: Message) -> Self {
+impl MessageView {
+    /// Shows what this reader may see of the message.
+    pub(super) fn new(message: Message, reader: Reader) -> Self {
+        let message = message.seen_by(reader);
         Self {
             id: message.id,
             role: message.role,

@@ -34,7 +34,26 @@ pub struct Principal {
     pub name: String,
 }
 
+/// Who reads a transcript.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reader {
+    /// A backend or an operator, who reads everything.
+    Backend,
+    /// A user with a token of their own. Outputs of tools are not for them: a backend or the
+    /// upstream made them for the model.
+    EndUser,
+}
+
 impl Principal {
+    /// Returns as whom the caller reads transcripts.
+    pub fn reader(&self) -> Reader {
+        if self.user.is_some() {
+            Reader::EndUser
+        } else {
+            Reader::Backend
+        }
+    }
+
     /// The caller where the configuration asks for no authentication.
     pub fn anybody() -> Self {
         Self {

@@ -29,7 +29,8 @@ pub struct MadeCall {
     pub name: String,
     /// The arguments as the model wrote them: usually, not always, a JSON object.
     pub arguments: String,
-    /// `null`: nobody answered the call, or the upstream does not tell the output.
+    /// `null`: nobody answered the call, the upstream does not tell the output, or the caller is a
+    /// user with a token of their own.
     pub output: Option<String>,
 }
 

@@ -2,7 +2,7 @@
 
 use super::run::text_enum;
 use super::{
-    ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy,
+    ContentPart, ConversationKey, Deletion, Limits, MessageId, Metadata, MultitaskStrategy, Reader,
     Removed, RequiredAction, Rerun, RunError, RunId, RunRecovery, RunStatus, ThreadId, Timestamp,
     UnsettledRun, UpstreamRunId, UpstreamSync, UpstreamThreadId, Usage,
 };
@@ -140,6 +140,21 @@ pub struct Message {
     /// How the message's run ended, if it did not complete.
     pub ended: Option<RunStatus>,
     pub created_at: Timestamp,
+}
+
+impl Message {
+    /// Returns what this reader may see of the message.
+    #[must_use]
+    pub fn seen_by(mut self, reader: Reader) -> Self {
+        if reader == Reader::EndUser {
+            for part in &mut self.content {
+                if let ContentPart::ToolCall { tool_call } = part {
+                    tool_call.output = None;
+                }
+            }
+        }
+        self
+    }
 }
 
 /// The part of a list that a caller asks for. `after` and `before` exclude the row that they name.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::{Stream, stream};
 
 use super::{Counts, Line};
-use crate::domain::{Lifecycle, PageRequest, Run, TenantKey, Thread, ThreadId, UserKey};
+use crate::domain::{Lifecycle, PageRequest, Reader, Run, TenantKey, Thread, ThreadId, UserKey};
 use crate::store::{Store, StoreError, ThreadFilter};
 
 /// Threads of one read.
@@ -33,6 +33,7 @@ pub enum What {
 pub fn export(
     store: Arc<Store>,
     what: What,
+    reader: Reader,
 ) -> impl Stream<Item = Result<String, StoreError>> + Send + 'static {
     let (tenant, user) = match what {
         What::All(tenant) => (tenant, None),
@@ -50,6 +51,7 @@ pub fn export(
     let export = Export {
         store,
         filter,
+        reader,
         at: Place::Threads,
         threads: VecDeque::new(),
         cursor: None,
@@ -77,6 +79,7 @@ pub fn export(
 struct Export {
     store: Arc<Store>,
     filter: ThreadFilter,
+    reader: Reader,
     at: Place,
     /// Threads whose lines come after those of the group.
     threads: VecDeque<Thread>,
@@ -142,7 +145,7 @@ impl Export {
                 for message in page.data {
                     self.write_up_to(message.thread_id)?;
                     self.counts.messages += 1;
-                    self.write(&Line::Message(message.into()))?;
+                    self.write(&Line::Message(message.seen_by(self.reader).into()))?;
                 }
                 if page.has_more {
                     Ok(())

@@ -7,7 +7,7 @@ use futures_util::Stream;
 use tokio::time::Instant;
 
 use crate::domain::{
-    ConversationKey, Message, MessageId, Page, PageRequest, Run, RunId, TenantKey, Thread,
+    ConversationKey, Message, MessageId, Page, PageRequest, Reader, Run, RunId, TenantKey, Thread,
     ThreadActivity, ThreadId, UserKey,
 };
 use crate::error::Error;
@@ -53,10 +53,12 @@ pub(in crate::runs) fn export(
     ctx: &Context,
     tenant: TenantKey,
     user: UserKey,
+    reader: Reader,
 ) -> impl Stream<Item = Result<String, StoreError>> + Send + use<> {
     export_import::export(
         Arc::clone(&ctx.store),
         export_import::What::User(tenant, user),
+        reader,
     )
 }
 
