@@ -467,7 +467,7 @@ impl Story {
             }
             RepeatFailedRun => {
                 self.check_repeated(world, gateway, answered.is_some())
-                    .await
+                    .await;
             }
         }
     }
