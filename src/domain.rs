@@ -14,6 +14,7 @@ mod recovery;
 mod removal;
 mod reply_text;
 mod run;
+mod tool_call;
 mod trace;
 mod transition;
 
@@ -46,9 +47,9 @@ pub use removal::{Deletion, Left, Removed, UpstreamOutcome};
 #[cfg(test)]
 pub(crate) use reply_text::tests as reply_texts;
 pub use reply_text::{ReplyText, TextDelta};
-pub use run::{
-    CallAnswer, MultitaskStrategy, OutputContent, OutputPart, RequiredAction, Rerun, RunError,
-    RunErrorCode, RunStatus, ToolCall, ToolCallType, ToolOutput, Usage,
+pub use run::{MultitaskStrategy, Rerun, RunError, RunErrorCode, RunStatus, Usage};
+pub use tool_call::{
+    CallAnswer, OutputContent, OutputPart, RequiredAction, ToolCall, ToolCallType, ToolOutput,
 };
 pub use trace::{Baseline, EventBatch, LoggedEvent, UnsettledRun, UpstreamSync};
 pub use transition::{IllegalTransition, Step};

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::made_call::{MAX_ALL_OUTPUTS, MadeCall, kept_answer};
-use super::run::{ToolCall, ToolOutput, text_enum};
+use super::run::text_enum;
+use super::tool_call::{ToolCall, ToolOutput};
 
 /// Most parts of one message.
 pub const MAX_PARTS: usize = 64;

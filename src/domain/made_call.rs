@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::run::{CallAnswer, OutputContent, OutputPart, ToolCall, ToolCallType};
+use super::tool_call::{CallAnswer, OutputContent, OutputPart, ToolCall, ToolCallType};
 
 /// Most bytes of an output that the transcript keeps, and of the arguments of a call that the
 /// upstream answers itself. What is longer is cut, with a note.

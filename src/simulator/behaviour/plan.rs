@@ -472,7 +472,6 @@ impl Plan {
             "silent" => self.silent_after = Some(0),
             "silent_after" => self.silent_after = Some(count()?.max(1)),
             "hold_after" => self.hold_after = Some(count()?.max(1)),
-            "stuck_cancel" => self.stuck_cancel = true,
             "fail_text" => {
                 self.complaint = Some(match value {
                     Some("open_call") => Complaint::OpenCall,
@@ -480,9 +479,6 @@ impl Plan {
                     _ => return Err("expected `open_call` or `reasoning`"),
                 });
             }
-            "refusal" => self.refusal = true,
-            "reasoning" => self.reasoning = true,
-            "dangling_reasoning" => self.dangling_reasoning = true,
             "mid_error" => {
                 self.mid_error = Some(match value {
                     None | Some("flat") => ErrorShape::Flat,
@@ -491,15 +487,27 @@ impl Plan {
                     Some(_) => return Err("expected `flat`, `nested` or `bare`"),
                 });
             }
-            "no_terminal" => self.no_terminal = true,
             "parts" => self.more_parts = count()?.clamp(1, 16) - 1,
-            "forget" => self.forget = true,
-            "gone" => self.gone = true,
             "poison" => {
                 self.poison = Some(Poison {
                     code: value.map(str::to_owned),
                 });
             }
+            _ => return self.apply_switch(name),
+        }
+        Ok(())
+    }
+
+    /// Applies a directive that has no value.
+    fn apply_switch(&mut self, name: &str) -> Result<(), &'static str> {
+        match name {
+            "stuck_cancel" => self.stuck_cancel = true,
+            "refusal" => self.refusal = true,
+            "reasoning" => self.reasoning = true,
+            "dangling_reasoning" => self.dangling_reasoning = true,
+            "no_terminal" => self.no_terminal = true,
+            "forget" => self.forget = true,
+            "gone" => self.gone = true,
             "empty" => self.empty = true,
             "unreadable" => self.unreadable = true,
             "two_ends" => self.two_ends = true,

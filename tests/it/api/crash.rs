@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::json;
+use tokio::task::JoinSet;
 
 use crate::support::gateway::{Gateway, PATIENCE, text};
 use crate::support::scene::{Backend, Protocol, Scene, on_every_scene};
@@ -34,7 +35,8 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
             .header("idempotency-key", "middle")
             .json(&json!({"content": "in the middle"}))
     };
-    let running = tokio::spawn(send(&gateway).send());
+    let mut running = JoinSet::new();
+    running.spawn(send(&gateway).send());
     gateway
         .until("/v1/users/alice/runs", |answer| {
             answer.body["data"]
@@ -45,7 +47,7 @@ async fn killed_gateway_loses_no_message_silently(scene: Scene) {
     let mut waiting = gateway.stream("/v1/users/alice", "in the queue").await;
     waiting.next().await.unwrap();
     gateway.kill();
-    running.await.unwrap().unwrap_err();
+    running.join_next().await.unwrap().unwrap().unwrap_err();
 
     let again = scene.gateway_both(&settings, upstream).await;
     let restarted = Instant::now();

@@ -471,7 +471,7 @@ impl Story {
             }
             RepeatFailedRun => {
                 self.check_repeated(world, gateway, answered.is_some())
-                    .await
+                    .await;
             }
         }
     }

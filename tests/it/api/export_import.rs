@@ -7,7 +7,7 @@ use std::process::Stdio;
 use futures_util::{StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use threadkeeper::domain::TenantKey;
+use threadkeeper::domain::{Reader, TenantKey};
 use threadkeeper::export_import::{What, export};
 use threadkeeper::store::{Admission, Admitted};
 
@@ -463,7 +463,11 @@ async fn paged_export_is_complete_despite_concurrent_deletion(
 
     // The thread before the next page is erased during the export.
     let store = place.database.store().await;
-    let mut lines = std::pin::pin!(export(store.clone(), What::All(TenantKey::default())));
+    let mut lines = std::pin::pin!(export(
+        store.clone(),
+        What::All(TenantKey::default()),
+        Reader::Backend
+    ));
     let mut got = vec![];
     while let Some(line) = lines.next().await {
         got.push(line.unwrap());
@@ -679,7 +683,10 @@ async fn user_export_contains_only_own_threads(databases: impl AsyncFn() -> Test
         ),
     ] {
         let what = What::User(TenantKey::default(), user(name).user);
-        let got: Vec<String> = export(store.clone(), what).try_collect().await.unwrap();
+        let got: Vec<String> = export(store.clone(), what, Reader::Backend)
+            .try_collect()
+            .await
+            .unwrap();
         let got = parsed(&got.concat());
         assert_eq!(got.last(), Some(&wanted));
         assert!(

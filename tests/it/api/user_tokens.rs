@@ -111,6 +111,15 @@ async fn user_token_selects_only_user_selectable_assistants() {
     }
 }
 
+/// Returns the outputs of the calls in the answer's message.
+fn outputs_in(answer: &Value) -> Vec<Value> {
+    let parts = answer["message"]["content"].as_array().unwrap().iter();
+    let calls = parts.filter(|part| part["type"] == "tool_call");
+    calls
+        .map(|part| part["tool_call"]["output"].clone())
+        .collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn user_token_answers_tool_calls_only_when_allowed() {
     let scene = Scene::new(Protocol::Responses, Backend::Sqlite).await;
@@ -138,6 +147,7 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
     }
     let answered = give(&gateway, BACKEND, &asked, Some("1")).await.ok();
     assert!(text(&answered["message"]).contains("4 °C"), "{answered:#}");
+    assert_eq!(outputs_in(&answered), [json!("4 °C")]);
     for key in [None, Some("1")] {
         let repeated = give(&gateway, &alice(), &asked, key).await;
         assert_eq!(
@@ -157,8 +167,31 @@ async fn user_token_answers_tool_calls_only_when_allowed() {
         (404, "not-found")
     );
 
+    // An output was made for the model: its user reads the call alone, everywhere.
+    let run = format!(
+        "/v1/users/alice/runs/{}",
+        asked["run"]["id"].as_str().unwrap()
+    );
+    for path in [
+        MESSAGES,
+        &run,
+        &format!("{run}/events"),
+        "/v1/users/alice/export",
+    ] {
+        for (bearer, output) in [
+            (BACKEND, r#""output":"4 °C""#),
+            (&alice(), r#""output":null"#),
+        ] {
+            let request = gateway.request(Method::GET, path).bearer_auth(bearer);
+            let read = request.send().await.unwrap().text().await.unwrap();
+            let others = read.matches(r#""output":"#).count() - read.matches(output).count();
+            assert!(read.contains(output) && others == 0, "{path}: {read}");
+        }
+    }
+
     let own = say(&gateway, &alice(), &ask("support")).await.ok();
-    give(&gateway, &alice(), &own, Some("2")).await.ok();
+    let seen = give(&gateway, &alice(), &own, Some("2")).await.ok();
+    assert_eq!(outputs_in(&seen), [Value::Null]);
     let again = give(&gateway, &alice(), &own, Some("2")).await;
     assert_eq!(again.headers["idempotent-replayed"], "true", "{again:?}");
     // The setting of the assistant decides, not the right to choose it.
