@@ -15,6 +15,7 @@ mod architecture;
 mod chaos;
 mod docs;
 mod examples;
+mod image;
 mod runs;
 mod server;
 mod simulator;
