@@ -68,6 +68,7 @@ const ROWS: &[(&str, &str, Gets)] = &[
     ("POST", "{scope}/runs/{run}/cancel", Gets::NotFound),
     ("POST", "{scope}/runs/{run}/tool_outputs", Gets::NotFound),
     ("GET", "{scope}/runs/{run}/events", Gets::NotFound),
+    ("POST", "{scope}/runs", Gets::NotFound),
     ("GET", "{scope}/runs", Gets::NotFound),
     ("GET", "{scope}/runs/{run}", Gets::NotFound),
     ("DELETE", "{user}", Gets::Own),

@@ -755,16 +755,20 @@ impl Story {
     }
 }
 
-/// Returns the whole text of a message.
+/// Returns the whole text of a message, without its calls of tools.
 fn whole(message: &Value) -> String {
     let parts = message["content"].as_array().unwrap().iter();
-    parts.map(|part| part["text"].as_str().unwrap()).collect()
+    parts.filter_map(|part| part["text"].as_str()).collect()
 }
 
-/// Returns the lines without directives. A reply in several parts becomes one line.
+/// Returns the lines without the calls of tools, which a new upstream thread of Assistants gets as
+/// notes. A reply in several parts becomes one line.
 fn joined(lines: &[Line]) -> Vec<Line> {
     let mut all: Vec<Line> = Vec::new();
-    for (role, text) in lines {
+    let said = lines
+        .iter()
+        .filter(|(_, text)| !text.is_empty() && !text.starts_with("[Called the tool "));
+    for (role, text) in said {
         match all.last_mut() {
             Some((last, before)) if last == role && role == "assistant" => before.push_str(text),
             _ => all.push((role.clone(), text.clone())),

@@ -165,7 +165,7 @@ async fn send_and_judge(gateway: Gateway) {
     let (served, all) = (told.served.len(), world.operations.len());
     println!("served: {served} of {all} operations");
     assert!(
-        served * 3 > all * 2,
+        served * 5 > all * 3,
         "only {served} of {all} operations succeeded: this shows little"
     );
 }

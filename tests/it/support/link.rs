@@ -65,8 +65,8 @@ impl Valve {
         let carried = async {
             // Either side may close at any time.
             let _ = tokio::try_join!(
-                self.carry(from_client, to_server, |weather| weather.swallows),
-                self.carry(from_server, to_client, |weather| {
+                self.carry(from_client, to_server, &cut, |weather| weather.swallows),
+                self.carry(from_server, to_client, &cut, |weather| {
                     weather.swallows || weather.swallows_answers
                 })
             );
@@ -81,6 +81,7 @@ impl Valve {
         &self,
         mut from: impl AsyncRead + Unpin,
         mut to: impl AsyncWrite + Unpin,
+        cut: &CancellationToken,
         swallows: fn(&Weather) -> bool,
     ) -> std::io::Result<()> {
         let mut weather = self.weather.subscribe();
@@ -95,6 +96,11 @@ impl Valve {
                     .map_err(gone)?
                     .delay
             };
+            // What was held back when the connection was cut never arrives, even if the weather is
+            // good again by now.
+            if cut.is_cancelled() {
+                return Err(std::io::Error::other("the connection is cut"));
+            }
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
             }
