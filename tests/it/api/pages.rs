@@ -113,7 +113,7 @@ async fn add_messages(scene: &Scene) {
     let Imported::Added(id) = import_thread(&store, &thread).await else {
         panic!("the thread is new")
     };
-    let (noise, silence) = (noise(MIB - 8), "0".repeat(MIB - 8));
+    let (noise, silence) = (noise(MIB - 4), "0".repeat(MIB - 4));
     for n in 0..MESSAGES {
         let filler = if n % 2 == 0 { &noise } else { &silence };
         let text = format!("{n:03} {filler}");
