@@ -527,10 +527,9 @@ fn is_same_message(one: &Event, other: &Event) -> bool {
 
 /// The text of a message's first part.
 pub(crate) fn text(message: &Value) -> &str {
-    let parts = message["content"].as_array().into_iter().flatten();
+    let mut parts = message["content"].as_array().into_iter().flatten();
     parts
-        .filter_map(|part| part["text"].as_str())
-        .next()
+        .find_map(|part| part["text"].as_str())
         .unwrap_or_else(|| panic!("no text in {message:#}"))
 }
 
