@@ -207,7 +207,7 @@ impl Round<'_> {
             return Ok(None);
         }
         self.was_refused();
-        self.has_input = false;
+        self.take_input_back(error).await?;
         trial::give_up(ctx, started, self.progress).await?;
         let past = past_of(self.context).await?;
         let known = retry_until_ok(|| ctx.store.last_refusal(started.thread.id)).await?;
@@ -229,6 +229,38 @@ impl Round<'_> {
             NextStep::BlameMessage => Err(Failure::MessageRefused(error.clone())),
             NextStep::Try(_) | NextStep::GiveUp => Err(Failure::Upstream(error.clone())),
         }
+    }
+
+    /// Removes the messages of the run from the upstream thread, if a try that failed left them
+    /// there: the next try uses another thread, and this one may stay the thread's own. `refusal`:
+    /// the error to fail with if they cannot be removed.
+    async fn take_input_back(&mut self, refusal: &UpstreamError) -> Result<(), Failure> {
+        let RoundContext {
+            ctx,
+            started,
+            upstream,
+            ..
+        } = *self.context;
+        let had_input = std::mem::take(&mut self.has_input) && self.failed_try.is_some();
+        // A thread on trial is deleted as a whole.
+        let is_on_trial = self
+            .progress
+            .recovery
+            .as_ref()
+            .is_some_and(|it| it.open_trial().is_some());
+        if !had_input || is_on_trial {
+            return Ok(());
+        }
+        let left = unsettled_run(ctx, started, self.progress).await?;
+        match take_away(ctx, &started.lease, upstream, &left, Removal::IfSaid).await {
+            Ok(_) => self.progress.delivery = Delivery::NotSent,
+            Err(Failure::Upstream(error)) => {
+                tracing::warn!(error = %Chain(&error), "cannot remove the messages of a failed run");
+                return Err(Failure::Upstream(refusal.clone()));
+            }
+            Err(failure) => return Err(failure),
+        }
+        Ok(())
     }
 
     /// Returns true if the try failed for a cause that may pass, or that another thread may avoid,

@@ -42,6 +42,7 @@ on_every_protocol!(
     seeding_that_is_refused_leaves_old_thread_bound,
     killed_gateway_follows_run_on_trial,
     failed_reply_after_recovery_leaves_thread_and_transcript_alike,
+    failure_on_trial_leaves_nothing_of_message_in_old_thread,
 );
 
 /// A scene whose upstream refuses by a rule.
@@ -324,5 +325,19 @@ async fn failed_reply_after_recovery_leaves_thread_and_transcript_alike(place: P
     assert_eq!(scene.simulator.stats().runs_started, 3);
     gateway.say(SCOPE, "four").await;
     gateway.say(SCOPE, "five").await;
+    crate::support::history::assert_same(scene, gateway, SCOPE).await;
+}
+
+/// The upstream fails at the message, refuses its repetition, and fails again in the new thread.
+async fn failure_on_trial_leaves_nothing_of_message_in_old_thread(place: Place) {
+    let Place { scene, gateway, .. } = &place;
+    gateway.say(SCOPE, "one").await;
+    scene.fault("start", "fail=server_error retry_after=0.01", 1);
+    scene.fault("start", "status=400", 1);
+    scene.fault("start", "fail=server_error retry_after=0.01", 1);
+    let body = json!({"content": "two"});
+    let failed = gateway.post(&format!("{SCOPE}/messages"), &body).await;
+    assert_eq!(failed.body["code"], "upstream_failed", "{:#}", failed.body);
+    gateway.say(SCOPE, "three").await;
     crate::support::history::assert_same(scene, gateway, SCOPE).await;
 }
