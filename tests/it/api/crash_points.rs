@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::support::chance::{is_thorough, seed};
 use crate::support::gate::{Gate, Moment};
 use crate::support::gateway::{Answer, Gateway, PATIENCE, text};
-use crate::support::history::{Line, transcript};
+use crate::support::history::{Line, joined, transcript};
 use crate::support::recording_proxy::{DatabaseTap, HttpTap, Steps};
 use crate::support::scene::{Backend, Protocol, Scene};
 
@@ -514,8 +514,8 @@ impl Story {
             .simulator
             .thread_history(thread["upstream_thread_id"].as_str().unwrap());
         assert_eq!(
-            joined(&held),
-            joined(&transcript(gateway, &self.scope).await),
+            joined(held.into_iter()),
+            transcript(gateway, &self.scope).await,
             "transcript and upstream thread agree"
         );
     }
@@ -671,8 +671,8 @@ impl Story {
             .simulator
             .thread_history(thread["upstream_thread_id"].as_str().unwrap());
         assert_eq!(
-            joined(&held),
-            joined(&expected),
+            joined(held.into_iter()),
+            joined(expected.into_iter()),
             "the model knows the carried-over messages and the later ones"
         );
 
@@ -759,20 +759,4 @@ impl Story {
 fn whole(message: &Value) -> String {
     let parts = message["content"].as_array().unwrap().iter();
     parts.filter_map(|part| part["text"].as_str()).collect()
-}
-
-/// Returns the lines without the calls of tools, which a new upstream thread of Assistants gets as
-/// notes. A reply in several parts becomes one line.
-fn joined(lines: &[Line]) -> Vec<Line> {
-    let mut all: Vec<Line> = Vec::new();
-    let said = lines
-        .iter()
-        .filter(|(_, text)| !text.is_empty() && !text.starts_with("[Called the tool "));
-    for (role, text) in said {
-        match all.last_mut() {
-            Some((last, before)) if last == role && role == "assistant" => before.push_str(text),
-            _ => all.push((role.clone(), text.clone())),
-        }
-    }
-    all
 }

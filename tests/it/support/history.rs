@@ -46,7 +46,7 @@ pub(crate) async fn transcript(gateway: &Gateway, scope: &str) -> Vec<Line> {
             .collect();
         (message["role"].as_str().unwrap().to_owned(), text)
     });
-    joined(lines.filter(|(_, text)| !text.is_empty()))
+    joined(lines)
 }
 
 /// Returns roles and texts of the upstream thread.
@@ -54,7 +54,7 @@ pub(crate) async fn upstream(scene: &Scene, gateway: &Gateway, scope: &str) -> V
     let thread = gateway.get(&format!("{scope}/thread")).await.ok();
     let id = thread["upstream_thread_id"].as_str().unwrap_or_default();
     let lines = scene.simulator.thread_history(id).into_iter();
-    joined(lines.filter(|(_, text)| !text.starts_with("[Called the tool ")))
+    joined(lines)
 }
 
 /// Asserts that transcript and upstream thread contain the same lines.
@@ -82,10 +82,12 @@ pub(crate) async fn assert_same(scene: &Scene, gateway: &Gateway, scope: &str) {
     );
 }
 
-/// Joins consecutive lines of the assistant into one.
+/// Joins consecutive lines of the assistant into one. Leaves out the notes that stand for calls of
+/// tools in some upstream threads.
 pub(crate) fn joined(lines: impl Iterator<Item = Line>) -> Vec<Line> {
     let mut all: Vec<Line> = Vec::new();
-    for (role, text) in lines {
+    let said = lines.filter(|(_, text)| !text.is_empty() && !text.starts_with("[Called the tool "));
+    for (role, text) in said {
         match all.last_mut() {
             Some((last, before)) if *last == role && role == "assistant" => before.push_str(&text),
             _ => all.push((role, text)),
