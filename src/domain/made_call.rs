@@ -111,7 +111,7 @@ fn part(part: &OutputPart) -> &str {
     }
 }
 
-/// Returns the text, cut after [`MAX_KEPT`] bytes.
+/// Returns the text, cut after 64 KiB.
 pub fn kept(text: &str) -> String {
     let cut = text.floor_char_boundary(MAX_KEPT);
     if cut == text.len() {
