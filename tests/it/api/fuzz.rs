@@ -165,7 +165,7 @@ async fn send_and_judge(gateway: Gateway) {
     let (served, all) = (told.served.len(), world.operations.len());
     println!("served: {served} of {all} operations");
     assert!(
-        served * 5 > all * 3,
+        served * 2 > all,
         "only {served} of {all} operations succeeded: this shows little"
     );
 }
