@@ -14,10 +14,10 @@
 //! |---|---|
 //! | `tool=NAME` (repeatable), `tools=N` | calls functions before it replies |
 //! | `tool=mcp_approval:NAME` | asks for an approval before it replies |
-//! | `tool=TYPE:NAME` | makes a call of another type (responses only): `custom`, `computer`, `local_shell`, `shell` or `apply_patch` |
+//! | `tool=TYPE:NAME` | calls a `custom`, `computer`, `local_shell`, `shell` or `apply_patch` tool (responses only) |
 //! | `forget` | ignores `previous_response_id` (responses only, as a fault) |
 //! | `gone` | is refused, because its thread, conversation or previous response is lost from now on (as a fault) |
-//! | `poison`, `poison=CODE` | replies; from then on each run is refused whose history holds the message and its reply |
+//! | `poison`, `poison=CODE` | replies, and refuses later runs whose history has the message and its reply |
 //! | `fail`, `incomplete` | ends `failed` (`server_error`), or `incomplete` after half of the text |
 //! | `fail=CODE` (`retry_after=1`) | ends `failed` with this code before its first word |
 //! | `empty` | completes without any output |

@@ -1,6 +1,6 @@
-//! SIGKILL at each step of a deletion, of a rollover, and of a run whose first try fails. A step is a statement for the database
-//! or a request to the upstream. The kill comes before the step has arrived, or before its answer
-//! has. The next process must finish what was begun.
+//! SIGKILL at each step of a deletion, of a rollover, and of a run whose first try fails. A step is
+//! a statement for the database or a request to the upstream. The kill comes before the step has
+//! arrived, or before its answer has. The next process must finish what was begun.
 //!
 //! Each run of the suite kills at the first steps and at every fifth later one. The seed
 //! (`THREADKEEPER_TEST_SEED`) chooses which. `THREADKEEPER_TEST_THOROUGH` kills at all of them.

@@ -116,7 +116,7 @@ async fn cancelled_run_is_run_again(scene: Scene) {
         .ok();
     let runs = gateway.get(RUNS).await.ok();
     assert_eq!(runs["data"][0]["metadata"], json!({"a": "b"}));
-    // What the upstream lacks of the cancelled run goes along with the next message.
+    // The upstream lacks messages of the cancelled run. The next message takes them along.
     gateway.say(SCOPE, "and now?").await;
     assert_same(&scene, &gateway, SCOPE).await;
     assert_eq!(asked(&gateway).await.len(), 3);
