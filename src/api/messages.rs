@@ -16,14 +16,15 @@ use super::openapi::Doc;
 use super::problem::{MAYBE_MERGED, NOT_FOUND, QUEUE_FULL, THREAD_BUSY, TOO_MANY_RUNS};
 use super::run_response::{Asked, ResponseMode, answer, answer_doc};
 use super::state::AppState;
-use super::views::{ListView, MessageView, OnDisconnect, PostMessage};
+use super::views::{ListView, MessageView, OnDisconnect, PostMessage, PostRun};
 use crate::domain::{
-    ContentPart, InvalidContent, InvalidMetadata, MessageId, Metadata, MultitaskStrategy,
-    UserContent,
+    ContentPart, ConversationKey, InvalidContent, InvalidMetadata, MessageId, Metadata,
+    MultitaskStrategy, Principal, UserContent,
 };
 use crate::error::Error;
+use crate::locks::Share;
 use crate::runs::{FIRST_EVENT, NewMessage};
-use crate::store::ThreadName;
+use crate::store::{Idempotency, ThreadName};
 
 pub(super) fn create_doc() -> Doc {
     let doc = Doc::new("messages", "create_message", "Appends a message and runs the assistant.")
@@ -45,34 +46,71 @@ pub(super) async fn create(
     asked: Asked,
     ApiJson(body, idempotency, share): ApiJson<PostMessage>,
 ) -> Result<Response, Error> {
-    let cancel = CancellationToken::new();
-    // Dropped with the answer, or with this handler if the caller leaves before there is an answer.
-    let on_drop =
-        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
-    let metadata = metadata_within(&state, body.metadata)?;
-    let message = NewMessage {
+    let new = NewRun {
         content: Some(content_within(&state, body.content.0)?),
-        assistant: body.assistant,
+        options: PostRun {
+            assistant: body.assistant,
+            multitask_strategy: body.multitask_strategy,
+            stream: body.stream,
+            on_disconnect: body.on_disconnect,
+            metadata: body.metadata,
+            timeout_ms: body.timeout_ms,
+            ttl_ms: body.ttl_ms,
+        },
+        only_repeats,
+        idempotency,
+        share,
+    };
+    submit(&state, &caller, key, &asked, new).await
+}
+
+/// A run that a request asks for.
+pub(super) struct NewRun {
+    /// `None`: the run answers the last messages of the user again.
+    pub(super) content: Option<UserContent>,
+    pub(super) options: PostRun,
+    pub(super) only_repeats: Option<Extension<OnlyRepeats>>,
+    pub(super) idempotency: Option<Idempotency>,
+    pub(super) share: Share,
+}
+
+/// Submits a run, and answers in one of the three forms of [`answer`].
+pub(super) async fn submit(
+    state: &AppState,
+    caller: &Principal,
+    key: ConversationKey,
+    asked: &Asked,
+    new: NewRun,
+) -> Result<Response, Error> {
+    let options = new.options;
+    let cancel = CancellationToken::new();
+    // Dropped with the answer, or with this future if the caller leaves before there is an answer.
+    let on_drop =
+        (options.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
+    let metadata = metadata_within(state, options.metadata)?;
+    let message = NewMessage {
+        content: new.content,
+        assistant: options.assistant,
         by_user: caller.user.is_some(),
-        strategy: body
+        strategy: options
             .multitask_strategy
             .unwrap_or(MultitaskStrategy::Enqueue),
         metadata: metadata.unwrap_or_default(),
-        timeout: body.timeout_ms.map(Duration::from_millis),
-        ttl: body.ttl_ms.map(Duration::from_millis),
+        timeout: options.timeout_ms.map(Duration::from_millis),
+        ttl: options.ttl_ms.map(Duration::from_millis),
         cancel,
-        idempotency,
-        only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
-        share,
+        idempotency: new.idempotency,
+        only_repeats: new.only_repeats.map(|Extension(OnlyRepeats(why))| why),
+        share: new.share,
     };
     let submitted = state.runs.submit(key.clone(), message).await?;
     let form = ResponseMode {
-        stream: body.stream,
-        asked: &asked,
+        stream: options.stream,
+        asked,
         reader: caller.reader(),
         on_drop,
     };
-    answer(&state, &key, submitted, FIRST_EVENT, form).await
+    answer(state, &key, submitted, FIRST_EVENT, form).await
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

@@ -1,21 +1,18 @@
 //! `…/runs` and below: runs a thread again, lists, shows, cancels and streams runs, and takes tool
 //! outputs.
 
-use std::time::Duration;
-
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures_util::StreamExt;
 use serde_json::json;
-use tokio_util::sync::CancellationToken;
 
 use super::authorize::OnlyRepeats;
 use super::caller::Caller;
 use super::extract::{ApiConversation, ApiJson, ApiOptions, ApiPage, ApiRun, LastEventId};
 use super::forwarded::Prefix;
-use super::messages::metadata_within;
+use super::messages::{NewRun, submit};
 use super::openapi::Doc;
 use super::problem::{
     NOT_FOUND, NOTHING_TO_RUN, OTHER_REPLICA, QUEUE_FULL, RUN_NOT_WAITING, THREAD_BUSY,
@@ -25,12 +22,10 @@ use super::run_response::{Asked, ResponseMode, answer, answer_doc, scope_of};
 use super::sse;
 use super::sse::EventView;
 use super::state::AppState;
-use super::views::{
-    ListView, MessageView, OnDisconnect, PostOutputs, PostRun, RunAndMessageView, RunView,
-};
-use crate::domain::{MultitaskStrategy, RunId};
+use super::views::{ListView, MessageView, PostOutputs, PostRun, RunAndMessageView, RunView};
+use crate::domain::RunId;
 use crate::error::Error;
-use crate::runs::{FIRST_EVENT, NewMessage, NewOutputs, Resumed};
+use crate::runs::{NewOutputs, Resumed};
 
 pub(super) fn create_doc() -> Doc {
     let doc = Doc::new("runs", "create_run", "Runs the assistant again without a new message.")
@@ -51,34 +46,14 @@ pub(super) async fn create(
     asked: Asked,
     ApiOptions(body, idempotency, share): ApiOptions<PostRun>,
 ) -> Result<Response, Error> {
-    let cancel = CancellationToken::new();
-    // Dropped with the answer, or with this handler if the caller leaves before there is an answer.
-    let on_drop =
-        (body.on_disconnect == Some(OnDisconnect::Cancel)).then(|| cancel.clone().drop_guard());
-    let metadata = metadata_within(&state, body.metadata)?;
-    let run = NewMessage {
+    let new = NewRun {
         content: None,
-        assistant: body.assistant,
-        by_user: caller.user.is_some(),
-        strategy: body
-            .multitask_strategy
-            .unwrap_or(MultitaskStrategy::Enqueue),
-        metadata: metadata.unwrap_or_default(),
-        timeout: body.timeout_ms.map(Duration::from_millis),
-        ttl: body.ttl_ms.map(Duration::from_millis),
-        cancel,
+        options: body,
+        only_repeats,
         idempotency,
-        only_repeats: only_repeats.map(|Extension(OnlyRepeats(why))| why),
         share,
     };
-    let submitted = state.runs.submit(key.clone(), run).await?;
-    let form = ResponseMode {
-        stream: body.stream,
-        asked: &asked,
-        reader: caller.reader(),
-        on_drop,
-    };
-    answer(&state, &key, submitted, FIRST_EVENT, form).await
+    submit(&state, &caller, key, &asked, new).await
 }
 
 pub(super) fn list_doc() -> Doc {
